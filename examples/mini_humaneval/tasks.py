@@ -1,0 +1,268 @@
+"""Mini-HumanEval: a description in words, the body of a Python function, and its unit tests.
+
+A *task* is one or two steps over a number, a list or a string, run one after the other or chosen
+between by a condition. A *composition* is the pair of operations that meet in a task, whatever
+their order, their constants and the condition. A fifth of all compositions is held out: each
+operation of a held-out task has been seen in training, but never beside its partner.
+
+Everything follows from `seed` alone, on every machine.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["number", "list", "string"]
+Style = Literal["plain", "target"]
+
+FUNCTION_HEAD = "def f(x):\n"
+ENTRY_POINT = "f"
+HELD_OUT_EVERY = 5  # one composition in five is never trained on
+
+DIGITS = tuple("23456789")
+LETTERS = tuple("abcdeopr")
+NO_CONSTANT = ("",)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One step: an expression over `x` and the words for it in both styles; `{k}` is a constant."""
+
+    name: str
+    takes: Kind
+    gives: Kind
+    code: str
+    plain: str
+    target: str
+    constants: tuple[str, ...] = NO_CONSTANT
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A test on `x` that picks one of two steps; fields as in `Operation`."""
+
+    name: str
+    takes: Kind
+    code: str
+    plain: str
+    target: str
+    constants: tuple[str, ...] = DIGITS
+
+
+# fmt: off
+OPERATIONS = (
+    Operation("add", "number", "number", "x + {k}", "add {k}", "increase it by {k}", DIGITS),
+    Operation("subtract", "number", "number", "x - {k}", "subtract {k}", "decrease it by {k}", DIGITS),
+    Operation("multiply", "number", "number", "x * {k}", "multiply by {k}", "scale it by {k}", DIGITS),
+    Operation("divide", "number", "number", "x // {k}", "divide by {k}", "share it among {k}", DIGITS),
+    Operation("modulo", "number", "number", "x % {k}", "remainder by {k}", "find the remainder after division by {k}", DIGITS),
+    Operation("at_least", "number", "number", "max(x, {k})", "at least {k}", "raise it to at least {k}", DIGITS),
+    Operation("at_most", "number", "number", "min(x, {k})", "at most {k}", "cap it at {k}", DIGITS),
+    Operation("square", "number", "number", "x * x", "square", "multiply it by itself"),
+    Operation("negate", "number", "number", "-x", "negate", "flip its sign"),
+    Operation("absolute", "number", "number", "abs(x)", "absolute value", "drop its sign"),
+    Operation("add_each", "list", "list", "[v + {k} for v in x]", "add {k} to each", "increase every item by {k}", DIGITS),
+    Operation("multiply_each", "list", "list", "[v * {k} for v in x]", "multiply each by {k}", "scale every item by {k}", DIGITS),
+    Operation("keep_above", "list", "list", "[v for v in x if v > {k}]", "keep above {k}", "keep the items larger than {k}", DIGITS),
+    Operation("keep_below", "list", "list", "[v for v in x if v < {k}]", "keep below {k}", "keep the items smaller than {k}", DIGITS),
+    Operation("append_item", "list", "list", "x + [{k}]", "append {k}", "put {k} at the end", DIGITS),
+    Operation("first_items", "list", "list", "x[:{k}]", "first {k}", "take the first {k} items", DIGITS[:3]),
+    Operation("skip_items", "list", "list", "x[{k}:]", "skip {k}", "leave out the first {k} items", DIGITS[:3]),
+    Operation("sort", "list", "list", "sorted(x)", "sort", "put it in order"),
+    Operation("reverse_list", "list", "list", "x[::-1]", "reverse", "turn it around"),
+    Operation("evens", "list", "list", "[v for v in x if v % 2 == 0]", "keep even", "keep the even items"),
+    Operation("sum", "list", "number", "sum(x)", "sum", "add up all items"),
+    Operation("length", "list", "number", "len(x)", "length", "count all items"),
+    Operation("count_item", "list", "number", "x.count({k})", "count {k}", "count how often {k} occurs", DIGITS),
+    Operation("append_letter", "string", "string", "x + '{k}'", "append {k}", "put {k} at the end", LETTERS),
+    Operation("prepend_letter", "string", "string", "'{k}' + x", "prepend {k}", "put {k} at the start", LETTERS),
+    Operation("remove_letter", "string", "string", "x.replace('{k}', '')", "remove {k}", "erase every {k}", LETTERS),
+    Operation("repeat", "string", "string", "x * {k}", "repeat {k}", "write it {k} times", DIGITS),
+    Operation("first_letters", "string", "string", "x[:{k}]", "first {k}", "take the first {k} letters", DIGITS[:3]),
+    Operation("skip_letters", "string", "string", "x[{k}:]", "skip {k}", "leave out the first {k} letters", DIGITS[:3]),
+    Operation("upper", "string", "string", "x.upper()", "upper case", "make it capital"),
+    Operation("reverse_string", "string", "string", "x[::-1]", "reverse", "turn it around"),
+    Operation("count_letter", "string", "number", "x.count('{k}')", "count {k}", "count how often {k} occurs", LETTERS),
+    Operation("size", "string", "number", "len(x)", "length", "count all letters"),
+)
+
+CONDITIONS = (
+    Condition("above", "number", "x > {k}", "x above {k}", "it is larger than {k}"),
+    Condition("below", "number", "x < {k}", "x below {k}", "it is smaller than {k}"),
+    Condition("divisible", "number", "x % {k} == 0", "x divides by {k}", "{k} divides it evenly"),
+    Condition("has_item", "list", "{k} in x", "has {k}", "it contains {k}"),
+    Condition("longer_list", "list", "len(x) > {k}", "longer than {k}", "it has more than {k} items", DIGITS[:4]),
+    Condition("has_letter", "string", "'{k}' in x", "has {k}", "it contains {k}", LETTERS),
+    Condition("longer_string", "string", "len(x) > {k}", "longer than {k}", "it has more than {k} letters", DIGITS[:4]),
+)
+# fmt: on
+
+PROBES: dict[Kind, tuple[Any, ...]] = {
+    "number": (-13, -4, 0, 3, 6, 7, 10, 29, 72),
+    "list": ([], [4], [3, 8, 2, 9, 5], [7, 7, 6, -2], [1, 5, 2, 4, 9, 6, 3], [8, 2, 3, 4]),
+    "string": ("", "b", "opera", "dear poet", "abcde", "record", "cooperated"),
+}
+"""The inputs of the unit tests: edge cases, and both sides of each constant."""
+
+_INDEX = {operation.name: index for index, operation in enumerate(OPERATIONS)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation with its constant filled in (`constant` is empty where there is none)."""
+
+    operation: Operation
+    constant: str
+
+    @property
+    def code(self) -> str:
+        return self.operation.code.format(k=self.constant)
+
+    def words(self, style: Style) -> str:
+        template = self.operation.plain if style == "plain" else self.operation.target
+        return template.format(k=self.constant)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One or two steps; with a `condition`, the first step where it holds, else the second."""
+
+    kind: Kind
+    steps: tuple[Step, ...]
+    condition: Condition | None = None
+    condition_constant: str = ""
+
+    @property
+    def task_id(self) -> str:
+        names = [f"{step.operation.name}{step.constant}" for step in self.steps]
+        if self.condition is not None:
+            return f"{self.condition.name}{self.condition_constant}?" + ":".join(names)
+        return ">".join(names)
+
+    @property
+    def composition(self) -> frozenset[str]:
+        """The operations that meet here, without order."""
+        return frozenset(step.operation.name for step in self.steps)
+
+    def body(self) -> str:
+        """The reference solution: the indented lines below `def f(x):`, no newline at the end."""
+        if self.condition is not None:
+            test = self.condition.code.format(k=self.condition_constant)
+            first, second = self.steps
+            return f"    if {test}:\n        return {first.code}\n    return {second.code}"
+        *early, last = self.steps
+        return "".join(f"    x = {step.code}\n" for step in early) + f"    return {last.code}"
+
+    def description(self, style: Style) -> str:
+        """The task in words: terse (`plain`, for pretraining) or in sentences (`target`)."""
+        words = [step.words(style) for step in self.steps]
+        if self.condition is None:
+            if style == "plain":
+                return f"{self.kind}: " + "; ".join(words)
+            return f"Take the {self.kind} x, " + ", then ".join(words) + " and return it."
+        template = self.condition.plain if style == "plain" else self.condition.target
+        test = template.format(k=self.condition_constant)
+        if style == "plain":
+            return f"{self.kind}: if {test}: {words[0]}; else: {words[1]}"
+        return f"Take the {self.kind} x. When {test}, {words[0]}, otherwise {words[1]}."
+
+
+def is_held_out(composition: frozenset[str], seed: int) -> bool:
+    """Whether tasks of this composition are kept for evaluation; never true of a single step."""
+    if len(composition) != 2:
+        return False
+    return (sum(_INDEX[name] for name in composition) + seed) % HELD_OUT_EVERY == 0
+
+
+def run_body(body: str, value: Any) -> Any:
+    """What `f(value)` returns with this body. Runs in this process: for the generator's own code,
+    never for a model's completion."""
+    namespace: dict[str, Any] = {}
+    exec(FUNCTION_HEAD + body, namespace)
+    return namespace[ENTRY_POINT](value)
+
+
+def run_on_probes(kind: Kind, body: str) -> list[Any]:
+    """The results of `body` on every probe of its kind, in order."""
+    namespace: dict[str, Any] = {}
+    exec(FUNCTION_HEAD + body, namespace)
+    return [namespace[ENTRY_POINT](value) for value in PROBES[kind]]
+
+
+def unit_test(task: Task) -> str:
+    """Source of `check(candidate)`: the reference solution's answers, one assertion per probe."""
+    answers = run_on_probes(task.kind, task.body())
+    lines = [
+        f"    assert candidate({value!r}) == {answer!r}"
+        for value, answer in zip(PROBES[task.kind], answers, strict=True)
+    ]
+    return "def check(candidate):\n" + "\n".join(lines) + "\n"
+
+
+def _random_step(rng: random.Random, takes: Kind, gives: Kind | None = None) -> Step:
+    choices = [o for o in OPERATIONS if o.takes == takes and gives in (None, o.gives)]
+    operation = rng.choice(choices)
+    return Step(operation, rng.choice(operation.constants))
+
+
+def random_task(rng: random.Random, *, single_share: float, branch_share: float) -> Task:
+    """One task: a single step, a condition with two steps, or (the rest) a chain of two."""
+    kind: Kind = rng.choice(("number", "list", "string"))
+    draw = rng.random()
+    if draw < single_share:
+        return Task(kind, (_random_step(rng, kind),))
+    if draw < single_share + branch_share:
+        condition = rng.choice([c for c in CONDITIONS if c.takes == kind])
+        first = _random_step(rng, kind)
+        second = _random_step(rng, kind, first.operation.gives)
+        return Task(kind, (first, second), condition, rng.choice(condition.constants))
+    first = _random_step(rng, kind)
+    return Task(kind, (first, _random_step(rng, first.operation.gives)))
+
+
+def generate_tasks(
+    rng: random.Random,
+    seed: int,
+    *,
+    held_out: bool,
+    single_share: float,
+    branch_share: float,
+    taken: set[str],
+) -> Iterator[Task]:
+    """Endless tasks, each at most once, from one side of the split. `taken` grows with their ids,
+    so that two calls that share it never yield the same task."""
+    while True:
+        task = random_task(rng, single_share=single_share, branch_share=branch_share)
+        if is_held_out(task.composition, seed) != held_out or task.task_id in taken:
+            continue
+        taken.add(task.task_id)
+        yield task
+
+
+def corrupted_body(task: Task, rng: random.Random, seed: int) -> str:
+    """A plausible wrong body: a step swapped for a similar one, a constant misread, or the steps
+    exchanged. It runs, fails at least one unit test and stays clear of held-out compositions."""
+    answers = run_on_probes(task.kind, task.body())
+    while True:
+        position = rng.randrange(len(task.steps))
+        step = task.steps[position]
+        mistake = rng.choice(("operation", "constant", "order"))
+        if mistake == "order":
+            steps = task.steps[::-1]
+        else:
+            other = Step(step.operation, rng.choice(step.operation.constants))
+            if mistake == "operation":
+                other = _random_step(rng, step.operation.takes, step.operation.gives)
+            steps = (*task.steps[:position], other, *task.steps[position + 1 :])
+        wrong = replace(task, steps=steps)
+        fits = all(
+            earlier.operation.gives == later.operation.takes
+            for earlier, later in zip(steps, steps[1:], strict=False)
+        )
+        if task.condition is None and not (fits and steps[0].operation.takes == task.kind):
+            continue
+        if is_held_out(wrong.composition, seed):
+            continue
+        if run_on_probes(task.kind, wrong.body()) != answers:
+            return wrong.body()

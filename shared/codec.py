@@ -1,0 +1,100 @@
+"""msgpack <-> plain structures with numpy arrays.
+
+An array travels as a map of exactly three keys, ``{"dtype": "<f4", "shape": [T, k], "data": bin}``,
+its buffer little-endian and in C order. Decoding trusts no length: the body's size is checked
+first, msgpack's own limits stop lists and maps from being allocated by a forged header, and an
+array is a view into the bytes that really arrived, so a claimed shape can never allocate anything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from shared.errors import MalformedRequestError, PayloadTooLargeError
+
+MEDIA_TYPE = "application/msgpack"
+MAX_NDIM = 3
+# A list's header makes msgpack allocate 8 bytes an element before it reads one, at each of up to
+# 1,024 nesting levels: this bounds what a forged message can take to 64 MiB, untouched.
+MAX_LIST_LENGTH = 8_192
+MAX_MAP_LENGTH = 256
+MAX_STRING_BYTES = 1 << 20
+
+_ARRAY_KEYS = {"dtype", "shape", "data"}
+_DTYPES = {name: np.dtype(name) for name in ("<u4", "<f2", "<f4")}
+
+
+def encode(value: Any) -> bytes:
+    """Pack dicts, lists, scalars, strings and numpy arrays.
+
+    Raises:
+        TypeError: for an object or array dtype that the format does not carry.
+    """
+    packed: bytes = msgpack.packb(value, default=_encode_array, use_bin_type=True)
+    return packed
+
+
+def decode(data: bytes, *, max_bytes: int) -> Any:
+    """Unpack what `encode` made; arrays come back as read-only views into ``data``.
+
+    Raises:
+        PayloadTooLargeError: more than ``max_bytes`` bytes.
+        MalformedRequestError: anything that is not one complete, well-formed message.
+    """
+    if len(data) > max_bytes:
+        raise PayloadTooLargeError(f"the body has {len(data)} bytes; the limit is {max_bytes}")
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_hook=_decode_map,
+            max_bin_len=len(data),
+            max_str_len=min(len(data), MAX_STRING_BYTES),
+            max_array_len=MAX_LIST_LENGTH,
+            max_map_len=MAX_MAP_LENGTH,
+            max_ext_len=0,
+        )
+    except MalformedRequestError:
+        raise
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        reason = str(error) or type(error).__name__
+        raise MalformedRequestError(f"the body is not valid msgpack: {reason}") from error
+
+
+def _encode_array(value: Any) -> dict[str, Any]:
+    if isinstance(value, np.generic):
+        raise TypeError(f"pass a Python scalar instead of {type(value).__name__}")
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"cannot encode {type(value).__name__}")
+    dtype = value.dtype.newbyteorder("<").str
+    if dtype not in _DTYPES:
+        raise TypeError(f"cannot encode an array of {value.dtype}; use one of {sorted(_DTYPES)}")
+    little = np.ascontiguousarray(value, dtype=_DTYPES[dtype])
+    return {"dtype": dtype, "shape": list(value.shape), "data": little.tobytes()}
+
+
+def _decode_map(value: dict[str, Any]) -> Any:
+    if value.keys() != _ARRAY_KEYS:
+        return value
+    dtype, shape, data = value["dtype"], value["shape"], value["data"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise MalformedRequestError(
+            f"array dtype {dtype!r:.40} is not one of {', '.join(sorted(_DTYPES))}"
+        )
+    if not isinstance(shape, list) or not 1 <= len(shape) <= MAX_NDIM:
+        raise MalformedRequestError(f"array shape must be a list of 1 to {MAX_NDIM} sizes")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise MalformedRequestError("array shape must hold non-negative integers")
+    if not isinstance(data, bytes):
+        raise MalformedRequestError("array data must be a bin value")
+    expected = math.prod(shape) * _DTYPES[dtype].itemsize
+    if expected != len(data):
+        raise MalformedRequestError(
+            f"an array of {dtype} and shape {shape} needs {expected} bytes, not {len(data)}"
+        )
+    return np.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape)

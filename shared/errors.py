@@ -1,0 +1,169 @@
+"""The one tree of errors.
+
+SparseGKDError
+├── ProtocolError             travels over HTTP as an RFC 9457 problem document
+│   ├── MalformedRequestError     400
+│   ├── NotFoundError             404
+│   ├── PayloadTooLargeError      413
+│   ├── UnsupportedMediaTypeError 415
+│   ├── InvalidRequestError       422
+│   ├── OverloadedError           429
+│   ├── InternalError             500
+│   ├── UnavailableError          503
+│   └── DeadlineExceededError     504
+├── TeacherError              what the trainer can find wrong with a teacher
+│   ├── TeacherUnreachableError
+│   ├── TeacherAnswerError
+│   ├── TeacherChangedError
+│   └── TokenizerMismatchError
+├── ConfigurationError        flags and settings, before any model loads
+└── DatasetError              names the file and line, or the row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class SparseGKDError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class ProtocolError(SparseGKDError):
+    """A refusal with a status code, carried as an RFC 9457 problem document.
+
+    Args:
+        detail: what was wrong, the value, and what to do.
+        field: path of the offending field, such as ``sequences.0.token_ids``.
+        retry_after: seconds after which the same request may succeed.
+        request_id: the id under which the server logged the request.
+    """
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Protocol error"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        retry_after: float | None = None,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+        self.retry_after = retry_after
+        self.request_id = request_id
+
+    @classmethod
+    def slug(cls) -> str:
+        return cls.title.lower().replace(" ", "-")
+
+    def to_problem(self, request_id: str) -> dict[str, Any]:
+        """The RFC 9457 document: type, title, status, detail, request_id and the field, if any."""
+        problem: dict[str, Any] = {
+            "type": f"urn:sparse-gkd:problem:{self.slug()}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "request_id": request_id,
+        }
+        if self.field is not None:
+            problem["field"] = self.field
+        return problem
+
+
+class MalformedRequestError(ProtocolError):
+    status, title = 400, "Malformed request"
+
+
+class NotFoundError(ProtocolError):
+    status, title = 404, "Not found"
+
+
+class PayloadTooLargeError(ProtocolError):
+    status, title = 413, "Payload too large"
+
+
+class UnsupportedMediaTypeError(ProtocolError):
+    status, title = 415, "Unsupported media type"
+
+
+class InvalidRequestError(ProtocolError):
+    status, title = 422, "Invalid request"
+
+
+class OverloadedError(ProtocolError):
+    status, title = 429, "Overloaded"
+
+
+class InternalError(ProtocolError):
+    status, title = 500, "Internal error"
+
+
+class UnavailableError(ProtocolError):
+    status, title = 503, "Unavailable"
+
+
+class DeadlineExceededError(ProtocolError):
+    status, title = 504, "Deadline exceeded"
+
+
+_BY_STATUS: dict[int, type[ProtocolError]] = {
+    error.status: error
+    for error in (
+        MalformedRequestError,
+        NotFoundError,
+        PayloadTooLargeError,
+        UnsupportedMediaTypeError,
+        InvalidRequestError,
+        OverloadedError,
+        InternalError,
+        UnavailableError,
+        DeadlineExceededError,
+    )
+}
+
+
+def error_from_problem(
+    status: int, problem: Mapping[str, Any], *, retry_after: float | None = None
+) -> ProtocolError:
+    """The exception that a problem document stands for; an unknown status keeps the root class."""
+    detail = str(problem.get("detail") or f"the server answered {status} without a detail")
+    field, request_id = problem.get("field"), problem.get("request_id")
+    return _BY_STATUS.get(status, ProtocolError)(
+        detail,
+        field=field if isinstance(field, str) else None,
+        request_id=request_id if isinstance(request_id, str) else None,
+        retry_after=retry_after,
+    )
+
+
+class TeacherError(SparseGKDError):
+    """What the trainer can find wrong with a teacher."""
+
+
+class TeacherUnreachableError(TeacherError):
+    """No teacher answered within the time allowed."""
+
+
+class TeacherAnswerError(TeacherError):
+    """An answer that cannot be used: not decodable, wrong shape, or non-finite log-probs."""
+
+
+class TeacherChangedError(TeacherError):
+    """Another teacher answers at the same address, or replicas differ."""
+
+
+class TokenizerMismatchError(TeacherError):
+    """Teacher and student do not share a vocabulary, so token ids mean different things."""
+
+
+class ConfigurationError(SparseGKDError):
+    """A flag or setting that cannot work, found before any model loads."""
+
+
+class DatasetError(SparseGKDError):
+    """A row that cannot be trained on; the message names the file and line, or the row."""

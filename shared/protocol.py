@@ -1,0 +1,188 @@
+"""Requests, answers, versions and limits of the HTTP protocol.
+
+The models below are the wire schema of both media types: msgpack with arrays as raw buffers (see
+`shared.codec`), and JSON with arrays as nested lists. Token ids travel, never text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shared.arrays import TokenIds1D, TokenIds2D
+from shared.sparse import SparseLogprobs
+
+PROTOCOL_VERSION = 1
+
+LogprobDtype = Literal["float32", "float16"]
+FinishReason = Literal["stop", "length"]
+
+_Int = Annotated[int, Field(strict=True)]
+_Positive = Annotated[int, Field(strict=True, ge=1)]
+_Temperature = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=False)]
+
+
+class Message(BaseModel):
+    """Base of every structure on the wire: immutable, and unknown fields are an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+
+class TeacherIdentity(Message):
+    """Which teacher answered; rides on every answer.
+
+    Two answers with equal identities come from the same function of the request.
+    """
+
+    model: str
+    fingerprint: str
+    dtype: str
+    backend: str
+    version: str
+
+
+class TokenizerIdentity(Message):
+    """The vocabulary's fingerprint, and what may differ without harm beside it."""
+
+    fingerprint: str
+    vocab_size: _Positive
+    special_token_ids: dict[str, int]
+    chat_template: str | None
+
+
+class ScoreSequence(Message):
+    """One sequence to score.
+
+    Attributes:
+        token_ids: [L] prompt and completion.
+        completion_start: position of the first completion token, 1 ≤ completion_start < L.
+        requested_token_ids: [T, m] further ids to score in each row, T = L − completion_start.
+    """
+
+    token_ids: TokenIds1D
+    completion_start: _Int
+    requested_token_ids: TokenIds2D | None = None
+
+
+class ScoreRequest(Message):
+    """`POST /v1/score`: a pure function of (teacher, request), so safe to retry and to cache."""
+
+    sequences: list[ScoreSequence]
+    top_k: _Positive
+    temperature: _Temperature = 1.0
+    logprob_dtype: LogprobDtype = "float32"
+
+
+class ScoreResponse(Message):
+    """One `SparseLogprobs` for each sequence, in the order of the request."""
+
+    sequences: list[SparseLogprobs]
+    teacher: TeacherIdentity
+    request_id: str
+
+
+class GenerateRequest(Message):
+    """`POST /v1/generate`.
+
+    Attributes:
+        prompts: each [L] token ids.
+        n: completions for each prompt.
+        max_new_tokens: longest completion, in tokens.
+        temperature: of the sampling; 0 is greedy.
+        top_p: nucleus sampling.
+        sampling_top_k: sample among the k most probable tokens; 0 is all.
+        seed: the same seed gives the same completions; None draws one.
+        stop_token_ids: end a completion, beside the model's own end tokens, and stay part of it.
+        top_k: when set, each completion carries the same arrays as `/v1/score` would give.
+        score_temperature: temperature of those arrays.
+        logprob_dtype: dtype of those arrays.
+    """
+
+    prompts: list[TokenIds1D]
+    n: _Positive = 1
+    max_new_tokens: _Positive = 256
+    temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
+    sampling_top_k: Annotated[int, Field(strict=True, ge=0)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    stop_token_ids: TokenIds1D | None = None
+    top_k: _Positive | None = None
+    score_temperature: _Temperature = 1.0
+    logprob_dtype: LogprobDtype = "float32"
+
+
+class Completion(Message):
+    """One completion: its token ids [T], the stop token included when one was generated."""
+
+    token_ids: TokenIds1D
+    finish_reason: FinishReason
+    scores: SparseLogprobs | None = None
+
+
+class GenerateResponse(Message):
+    """``completions[i][j]`` is the j-th of n completions of prompt i."""
+
+    completions: list[list[Completion]]
+    teacher: TeacherIdentity
+    request_id: str
+
+
+class Limits(Message):
+    """What one request may ask for; a request over a limit is refused whole.
+
+    Attributes:
+        max_body_bytes: size of a request body.
+        max_sequences: sequences, or prompts × n, in a request.
+        max_tokens: tokens of all sequences, or of all prompts and their longest completions.
+        max_top_k: largest ``top_k``; never above the vocabulary.
+        max_requested_token_ids: largest m of ``requested_token_ids``.
+        max_logprobs: rows × (top_k + m) of the whole answer, which bounds its size.
+    """
+
+    max_body_bytes: _Positive = 64 << 20
+    max_sequences: _Positive = 1024
+    max_tokens: _Positive = 262_144
+    max_top_k: _Positive = 1024
+    max_requested_token_ids: _Positive = 256
+    max_logprobs: _Positive = 1 << 25
+
+
+class Capabilities(Message):
+    """What the backend can do; a request for anything else is refused, never ignored."""
+
+    temperature: bool
+    requested_token_ids: bool
+    generate: bool
+
+
+class InfoResponse(Message):
+    """`GET /v1/info`.
+
+    Attributes:
+        vocab_size: rows of the teacher's output layer, padding included.
+        max_model_len: longest sequence in tokens.
+        eos_token_ids: tokens that end the teacher's completions.
+    """
+
+    protocol_version: int
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    vocab_size: _Positive
+    max_model_len: _Positive
+    eos_token_ids: list[int]
+    limits: Limits
+    capabilities: Capabilities
+
+
+class Problem(Message):
+    """RFC 9457 problem document, the body of every refusal."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    field: str | None = None

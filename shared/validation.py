@@ -1,0 +1,133 @@
+"""What a teacher accepts: requests against its limits, before any work is done.
+
+Every refusal is an `InvalidRequestError` (422) that names the field, the value and the limit. The
+server checks what arrives; the trainer's client splits its work so as never to be refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import InvalidRequestError
+from shared.protocol import Capabilities, GenerateRequest, InfoResponse, ScoreRequest, ScoreSequence
+
+
+def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
+    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot score."""
+    limits = info.limits
+    _check_count("sequences", len(request.sequences), limits.max_sequences)
+    _check_top_k(request.top_k, info)
+    _check_temperature("temperature", request.temperature, info.capabilities)
+    tokens = entries = 0
+    for index, sequence in enumerate(request.sequences):
+        rows, width = _check_sequence(f"sequences.{index}", sequence, info)
+        tokens += len(sequence.token_ids)
+        entries += rows * (request.top_k + width)
+    _check_total("sequences", "tokens", tokens, limits.max_tokens)
+    _check_total("sequences", "log-probs in the answer", entries, limits.max_logprobs)
+
+
+def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None:
+    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot generate."""
+    limits = info.limits
+    if not info.capabilities.generate:
+        raise InvalidRequestError("this teacher does not generate", field="prompts")
+    _check_count("prompts", len(request.prompts) * request.n, limits.max_sequences)
+    tokens = 0
+    for index, prompt in enumerate(request.prompts):
+        field = f"prompts.{index}"
+        _check_token_ids(field, prompt, info.vocab_size)
+        length = len(prompt) + request.max_new_tokens
+        if length > info.max_model_len:
+            raise InvalidRequestError(
+                f"a prompt of {len(prompt)} tokens and max_new_tokens {request.max_new_tokens} "
+                f"make {length} tokens; the teacher's context is {info.max_model_len}",
+                field=field,
+            )
+        tokens += length * request.n
+    _check_total("prompts", "tokens", tokens, limits.max_tokens)
+    if request.stop_token_ids is not None and len(request.stop_token_ids):
+        _check_range("stop_token_ids", request.stop_token_ids, info.vocab_size)
+    if request.top_k is not None:
+        _check_top_k(request.top_k, info)
+        _check_temperature("score_temperature", request.score_temperature, info.capabilities)
+        rows = request.max_new_tokens * len(request.prompts) * request.n
+        entries = rows * request.top_k
+        _check_total("top_k", "log-probs in the answer", entries, limits.max_logprobs)
+
+
+def _check_sequence(field: str, sequence: ScoreSequence, info: InfoResponse) -> tuple[int, int]:
+    """Number of completion rows T and of requested ids m."""
+    length = len(sequence.token_ids)
+    _check_token_ids(f"{field}.token_ids", sequence.token_ids, info.vocab_size)
+    if length > info.max_model_len:
+        raise InvalidRequestError(
+            f"{length} tokens; the teacher's context is {info.max_model_len}",
+            field=f"{field}.token_ids",
+        )
+    start = sequence.completion_start
+    if not 1 <= start < length:
+        raise InvalidRequestError(
+            f"completion_start {start} must be from 1 to {length - 1} for a sequence of {length} "
+            "tokens: one token comes before the completion, and the completion is not empty",
+            field=f"{field}.completion_start",
+        )
+    rows = length - start
+    requested = sequence.requested_token_ids
+    if requested is None:
+        return rows, 0
+    field = f"{field}.requested_token_ids"
+    if not info.capabilities.requested_token_ids:
+        raise InvalidRequestError("this teacher cannot score requested ids", field=field)
+    if requested.shape[0] != rows:
+        raise InvalidRequestError(
+            f"{requested.shape[0]} rows for {rows} completion tokens", field=field
+        )
+    width, limit = requested.shape[1], info.limits.max_requested_token_ids
+    if width > limit:
+        raise InvalidRequestError(f"{width} ids in a row; the limit is {limit}", field=field)
+    _check_range(field, requested, info.vocab_size)
+    return rows, width
+
+
+def _check_token_ids(field: str, token_ids: NDArray[np.uint32], vocab_size: int) -> None:
+    if len(token_ids) == 0:
+        raise InvalidRequestError("no tokens; send at least one", field=field)
+    _check_range(field, token_ids, vocab_size)
+
+
+def _check_range(field: str, token_ids: NDArray[np.uint32], vocab_size: int) -> None:
+    if token_ids.size and int(token_ids.max()) >= vocab_size:
+        raise InvalidRequestError(
+            f"token id {int(token_ids.max())} is outside the teacher's vocabulary of {vocab_size}",
+            field=field,
+        )
+
+
+def _check_top_k(top_k: int, info: InfoResponse) -> None:
+    if top_k > info.limits.max_top_k:
+        raise InvalidRequestError(
+            f"top_k {top_k} is over the limit {info.limits.max_top_k}", field="top_k"
+        )
+
+
+def _check_temperature(field: str, temperature: float, capabilities: Capabilities) -> None:
+    if temperature != 1.0 and not capabilities.temperature:
+        raise InvalidRequestError(
+            f"{field} {temperature}: this teacher's backend cannot apply a temperature; use 1.0",
+            field=field,
+        )
+
+
+def _check_count(field: str, count: int, limit: int) -> None:
+    if count == 0:
+        raise InvalidRequestError("empty; send at least one", field=field)
+    _check_total(field, "sequences", count, limit)
+
+
+def _check_total(field: str, what: str, total: int, limit: int) -> None:
+    if total > limit:
+        raise InvalidRequestError(
+            f"{total} {what}; the limit is {limit}. Split the request", field=field
+        )

@@ -1,0 +1,1 @@
+"""The teacher server: a model behind HTTP that answers with sparse log-probs and generations."""
