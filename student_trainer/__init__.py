@@ -1,1 +1,1 @@
-"""The student trainer: prompts come in, gradients go out, the teacher is at the other end of HTTP."""
+"""The student trainer: prompts come in, gradients go out; the teacher is across HTTP."""

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["number", "list", "string"]
-Style = Literal["plain", "target"]
+Style = Literal["terse", "spoken", "note", "target"]
 
 FUNCTION_HEAD = "def f(x):\n"
 ENTRY_POINT = "f"
-HELD_OUT_EVERY = 5  # one composition in five is never trained on
+HELD_OUT_EVERY = 8  # one composition in eight is never trained on
 
 DIGITS = tuple("23456789")
 LETTERS = tuple("abcdeopr")
@@ -33,7 +33,8 @@ class Operation:
     takes: Kind
     gives: Kind
     code: str
-    plain: str
+    terse: str
+    spoken: str
     target: str
     constants: tuple[str, ...] = NO_CONSTANT
 
@@ -45,56 +46,57 @@ class Condition:
     name: str
     takes: Kind
     code: str
-    plain: str
+    terse: str
+    spoken: str
     target: str
     constants: tuple[str, ...] = DIGITS
 
 
 # fmt: off
 OPERATIONS = (
-    Operation("add", "number", "number", "x + {k}", "add {k}", "increase it by {k}", DIGITS),
-    Operation("subtract", "number", "number", "x - {k}", "subtract {k}", "decrease it by {k}", DIGITS),
-    Operation("multiply", "number", "number", "x * {k}", "multiply by {k}", "scale it by {k}", DIGITS),
-    Operation("divide", "number", "number", "x // {k}", "divide by {k}", "share it among {k}", DIGITS),
-    Operation("modulo", "number", "number", "x % {k}", "remainder by {k}", "find the remainder after division by {k}", DIGITS),
-    Operation("at_least", "number", "number", "max(x, {k})", "at least {k}", "raise it to at least {k}", DIGITS),
-    Operation("at_most", "number", "number", "min(x, {k})", "at most {k}", "cap it at {k}", DIGITS),
-    Operation("square", "number", "number", "x * x", "square", "multiply it by itself"),
-    Operation("negate", "number", "number", "-x", "negate", "flip its sign"),
-    Operation("absolute", "number", "number", "abs(x)", "absolute value", "drop its sign"),
-    Operation("add_each", "list", "list", "[v + {k} for v in x]", "add {k} to each", "increase every item by {k}", DIGITS),
-    Operation("multiply_each", "list", "list", "[v * {k} for v in x]", "multiply each by {k}", "scale every item by {k}", DIGITS),
-    Operation("keep_above", "list", "list", "[v for v in x if v > {k}]", "keep above {k}", "keep the items larger than {k}", DIGITS),
-    Operation("keep_below", "list", "list", "[v for v in x if v < {k}]", "keep below {k}", "keep the items smaller than {k}", DIGITS),
-    Operation("append_item", "list", "list", "x + [{k}]", "append {k}", "put {k} at the end", DIGITS),
-    Operation("first_items", "list", "list", "x[:{k}]", "first {k}", "take the first {k} items", DIGITS[:3]),
-    Operation("skip_items", "list", "list", "x[{k}:]", "skip {k}", "leave out the first {k} items", DIGITS[:3]),
-    Operation("sort", "list", "list", "sorted(x)", "sort", "put it in order"),
-    Operation("reverse_list", "list", "list", "x[::-1]", "reverse", "turn it around"),
-    Operation("evens", "list", "list", "[v for v in x if v % 2 == 0]", "keep even", "keep the even items"),
-    Operation("sum", "list", "number", "sum(x)", "sum", "add up all items"),
-    Operation("length", "list", "number", "len(x)", "length", "count all items"),
-    Operation("count_item", "list", "number", "x.count({k})", "count {k}", "count how often {k} occurs", DIGITS),
-    Operation("append_letter", "string", "string", "x + '{k}'", "append {k}", "put {k} at the end", LETTERS),
-    Operation("prepend_letter", "string", "string", "'{k}' + x", "prepend {k}", "put {k} at the start", LETTERS),
-    Operation("remove_letter", "string", "string", "x.replace('{k}', '')", "remove {k}", "erase every {k}", LETTERS),
-    Operation("repeat", "string", "string", "x * {k}", "repeat {k}", "write it {k} times", DIGITS),
-    Operation("first_letters", "string", "string", "x[:{k}]", "first {k}", "take the first {k} letters", DIGITS[:3]),
-    Operation("skip_letters", "string", "string", "x[{k}:]", "skip {k}", "leave out the first {k} letters", DIGITS[:3]),
-    Operation("upper", "string", "string", "x.upper()", "upper case", "make it capital"),
-    Operation("reverse_string", "string", "string", "x[::-1]", "reverse", "turn it around"),
-    Operation("count_letter", "string", "number", "x.count('{k}')", "count {k}", "count how often {k} occurs", LETTERS),
-    Operation("size", "string", "number", "len(x)", "length", "count all letters"),
+    Operation("add", "number", "number", "x + {k}", "add {k}", "increase it by {k}", "increase it by {k}", DIGITS),
+    Operation("subtract", "number", "number", "x - {k}", "subtract {k}", "decrease it by {k}", "decrease it by {k}", DIGITS),
+    Operation("multiply", "number", "number", "x * {k}", "multiply by {k}", "scale it by {k}", "scale it by {k}", DIGITS),
+    Operation("divide", "number", "number", "x // {k}", "divide by {k}", "split it into {k}", "share it among {k}", DIGITS),
+    Operation("modulo", "number", "number", "x % {k}", "remainder by {k}", "take the remainder by {k}", "take the remainder by {k}", DIGITS),
+    Operation("at_least", "number", "number", "max(x, {k})", "at least {k}", "raise it to at least {k}", "raise it to at least {k}", DIGITS),
+    Operation("at_most", "number", "number", "min(x, {k})", "at most {k}", "limit it to {k}", "cap it at {k}", DIGITS),
+    Operation("square", "number", "number", "x * x", "square", "multiply it by itself", "multiply it by itself"),
+    Operation("negate", "number", "number", "-x", "negate", "make it negative", "flip its sign"),
+    Operation("absolute", "number", "number", "abs(x)", "absolute", "drop its sign", "drop its sign"),
+    Operation("add_each", "list", "list", "[v + {k} for v in x]", "add {k} to each", "increase each item by {k}", "increase each item by {k}", DIGITS),
+    Operation("multiply_each", "list", "list", "[v * {k} for v in x]", "multiply each by {k}", "scale each item by {k}", "scale each item by {k}", DIGITS),
+    Operation("keep_above", "list", "list", "[v for v in x if v > {k}]", "keep above {k}", "keep the items above {k}", "keep the items above {k}", DIGITS),
+    Operation("keep_below", "list", "list", "[v for v in x if v < {k}]", "keep below {k}", "keep the items below {k}", "keep the items under {k}", DIGITS),
+    Operation("append_item", "list", "list", "x + [{k}]", "append {k}", "put {k} at the end", "put {k} at the end", DIGITS),
+    Operation("first_items", "list", "list", "x[:{k}]", "first {k}", "take the first {k} items", "take the first {k} items", DIGITS[:3]),
+    Operation("skip_items", "list", "list", "x[{k}:]", "skip {k}", "remove the first {k} items", "leave out the first {k} items", DIGITS[:3]),
+    Operation("sort", "list", "list", "sorted(x)", "sort", "put it in order", "put it in order"),
+    Operation("reverse_list", "list", "list", "x[::-1]", "reverse", "turn it around", "turn it around"),
+    Operation("evens", "list", "list", "[v for v in x if v % 2 == 0]", "keep even", "keep the even items", "keep the even items"),
+    Operation("sum", "list", "number", "sum(x)", "sum", "add up its items", "total its items"),
+    Operation("length", "list", "number", "len(x)", "length", "take its length", "take its length"),
+    Operation("count_item", "list", "number", "x.count({k})", "count {k}", "count the {k} in it", "count the {k} in it", DIGITS),
+    Operation("append_letter", "string", "string", "x + '{k}'", "append {k}", "put {k} at the end", "put {k} at the end", LETTERS),
+    Operation("prepend_letter", "string", "string", "'{k}' + x", "prepend {k}", "put {k} at the start", "put {k} in front", LETTERS),
+    Operation("remove_letter", "string", "string", "x.replace('{k}', '')", "remove {k}", "remove every {k}", "remove every {k}", LETTERS),
+    Operation("repeat", "string", "string", "x * {k}", "repeat {k}", "repeat it {k} times", "write it {k} times", DIGITS),
+    Operation("first_letters", "string", "string", "x[:{k}]", "first {k}", "take the first {k} letters", "take the first {k} letters", DIGITS[:3]),
+    Operation("skip_letters", "string", "string", "x[{k}:]", "skip {k}", "remove the first {k} letters", "leave out the first {k} letters", DIGITS[:3]),
+    Operation("upper", "string", "string", "x.upper()", "upper", "make it upper case", "make it capital"),
+    Operation("reverse_string", "string", "string", "x[::-1]", "reverse", "turn it around", "turn it around"),
+    Operation("count_letter", "string", "number", "x.count('{k}')", "count {k}", "count the {k} in it", "count the {k} in it", LETTERS),
+    Operation("size", "string", "number", "len(x)", "length", "take its length", "take its length"),
 )
 
 CONDITIONS = (
-    Condition("above", "number", "x > {k}", "x above {k}", "it is larger than {k}"),
-    Condition("below", "number", "x < {k}", "x below {k}", "it is smaller than {k}"),
-    Condition("divisible", "number", "x % {k} == 0", "x divides by {k}", "{k} divides it evenly"),
-    Condition("has_item", "list", "{k} in x", "has {k}", "it contains {k}"),
-    Condition("longer_list", "list", "len(x) > {k}", "longer than {k}", "it has more than {k} items", DIGITS[:4]),
-    Condition("has_letter", "string", "'{k}' in x", "has {k}", "it contains {k}", LETTERS),
-    Condition("longer_string", "string", "len(x) > {k}", "longer than {k}", "it has more than {k} letters", DIGITS[:4]),
+    Condition("above", "number", "x > {k}", "above {k}", "it is above {k}", "it is above {k}"),
+    Condition("below", "number", "x < {k}", "below {k}", "it is below {k}", "it is under {k}"),
+    Condition("divisible", "number", "x % {k} == 0", "divides by {k}", "{k} divides it", "{k} divides it"),
+    Condition("has_item", "list", "{k} in x", "has {k}", "it contains {k}", "it contains {k}"),
+    Condition("longer_list", "list", "len(x) > {k}", "longer than {k}", "it is longer than {k}", "it is longer than {k}", DIGITS[:4]),
+    Condition("has_letter", "string", "'{k}' in x", "has {k}", "it contains {k}", "it contains {k}", LETTERS),
+    Condition("longer_string", "string", "len(x) > {k}", "longer than {k}", "it is longer than {k}", "it is longer than {k}", DIGITS[:4]),
 )
 # fmt: on
 
@@ -120,8 +122,13 @@ class Step:
         return self.operation.code.format(k=self.constant)
 
     def words(self, style: Style) -> str:
-        template = self.operation.plain if style == "plain" else self.operation.target
-        return template.format(k=self.constant)
+        return _wording(self.operation, style).format(k=self.constant)
+
+
+def _wording(part: Operation | Condition, style: Style) -> str:
+    if style == "target":
+        return part.target
+    return part.terse if style == "terse" else part.spoken
 
 
 @dataclass(frozen=True)
@@ -155,17 +162,23 @@ class Task:
         return "".join(f"    x = {step.code}\n" for step in early) + f"    return {last.code}"
 
     def description(self, style: Style) -> str:
-        """The task in words: terse (`plain`, for pretraining) or in sentences (`target`)."""
+        """The task in words, in one of four styles."""
         words = [step.words(style) for step in self.steps]
+        kind = self.kind
         if self.condition is None:
-            if style == "plain":
-                return f"{self.kind}: " + "; ".join(words)
-            return f"Take the {self.kind} x, " + ", then ".join(words) + " and return it."
-        template = self.condition.plain if style == "plain" else self.condition.target
-        test = template.format(k=self.condition_constant)
-        if style == "plain":
-            return f"{self.kind}: if {test}: {words[0]}; else: {words[1]}"
-        return f"Take the {self.kind} x. When {test}, {words[0]}, otherwise {words[1]}."
+            return {
+                "terse": f"{kind}: " + "; ".join(words),
+                "spoken": f"With a {kind}, " + ", and then ".join(words) + ".",
+                "note": f"{', '.join(words)}. ({kind})",
+                "target": f"Take the {kind} x, " + ", then ".join(words) + " and return it.",
+            }[style]
+        test = _wording(self.condition, style).format(k=self.condition_constant)
+        return {
+            "terse": f"{kind}: if {test}: {words[0]}; else: {words[-1]}",
+            "spoken": f"With a {kind}, if {test}, {words[0]}, or else {words[-1]}.",
+            "note": f"{words[0]} if {test}, else {words[-1]}. ({kind})",
+            "target": f"Take the {kind} x. When {test}, {words[0]}, otherwise {words[-1]}.",
+        }[style]
 
 
 def is_held_out(composition: frozenset[str], seed: int) -> bool:

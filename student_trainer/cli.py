@@ -1,0 +1,62 @@
+"""`student-trainer sft | distill | evaluate`, also as `python -m student_trainer`.
+
+Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags or data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from shared import __version__
+from shared.errors import ConfigurationError, DatasetError, SparseGKDError, TokenizerMismatchError
+
+USAGE = """\
+usage: student-trainer COMMAND [flags]
+
+commands:
+  sft        fine-tune on the dataset's completions (the student, or the teacher before serving it)
+  distill    learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture
+  evaluate   generate, check the completions, and score them
+
+student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        _print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        _print(f"student-trainer {__version__}")
+        return 0
+    if words[0] not in ("sft", "distill", "evaluate"):
+        return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
+    try:
+        _command(words[0])(words[1:])
+    except (ConfigurationError, DatasetError, TokenizerMismatchError) as error:
+        return _fail(str(error), 2)
+    except SparseGKDError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _command(name: str) -> Callable[[Sequence[str]], object]:
+    # Imported here, so that --help and --version do not wait for torch.
+    if name == "evaluate":
+        from student_trainer.evaluate import evaluate
+
+        return evaluate
+    from student_trainer.train import distill, sft
+
+    return {"sft": sft, "distill": distill}[name]
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"student-trainer: error: {message}\n")
+    return code
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,329 @@
+"""Every flag of the trainer, and what cannot be combined.
+
+`sft`, `distill` and `evaluate` take the flags of transformers' `TrainingArguments` (the first two)
+and those below. A YAML file given by ``--config`` holds the same names; the command line overrides
+it. Whatever can be known to be wrong is refused here, before any model loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from shared.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+def _flag(default: Any, help: str, **metadata: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelArguments:
+    """The student."""
+
+    model_name_or_path: str = _flag("", "Student: a folder or a Hugging Face Hub id.")
+    model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "float32",
+        "Dtype of the student's weights; auto takes the checkpoint's.",
+        aliases=["--dtype"],
+    )
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
+    use_peft: bool = _flag(False, "Train LoRA adapters instead of all weights.")
+    lora_r: int = _flag(16, "Rank of the adapters.")
+    lora_alpha: int = _flag(32, "Scale of the adapters: alpha / r.")
+    lora_dropout: float = _flag(0.0, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = _flag(
+        None, "Modules to adapt; default all linear layers but the output layer."
+    )
+    load_in_4bit: bool = _flag(False, "QLoRA: NF4 base weights (needs a GPU and bitsandbytes).")
+
+
+@dataclass
+class DataArguments:
+    """The dataset: JSONL file, folder of JSONL files, or Hub id."""
+
+    dataset_name: str = _flag("", "JSONL path, folder or Hub id of the training rows.")
+    dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
+    dataset_split: str = _flag("train", "Split of a Hub dataset.")
+    eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
+    eval_dataset_split: str = _flag("test", "Split of a Hub dataset to evaluate on.")
+    prompt_column: str = _flag(
+        "prompt",
+        "Column of the prompt; a text column of another name (question in GSM8K) is a user turn.",
+    )
+    completion_column: str = _flag(
+        "completion", "Column of the completion (answer in GSM8K: then an assistant turn)."
+    )
+    max_length: int | None = _flag(
+        None, "Longest prompt + completion, in tokens; completions are cut at it. Default: context."
+    )
+    assistant_only_loss: bool = _flag(
+        False, "Learn every assistant turn, not only the last; the template must mark generations."
+    )
+
+
+@dataclass
+class GenerationArguments:
+    """How completions are sampled."""
+
+    max_new_tokens: int = _flag(128, "Longest completion that is generated, in tokens.")
+    generation_batch_size: int | None = _flag(
+        None, "Prompts generated at once; default all of the step."
+    )
+
+
+@dataclass
+class TeacherArguments:
+    """The served teacher."""
+
+    teacher_url: list[str] | None = _flag(
+        None,
+        "Address of a teacher server, such as http://host:8000; repeat for replicas.",
+        action="extend",
+    )
+    teacher_timeout: float = _flag(
+        600.0, "Seconds to wait for a teacher, at the start and in a retried request."
+    )
+    top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
+    accept_teacher_change: bool = _flag(
+        False, "Go on when another teacher answers at the same address in the middle of a run."
+    )
+
+
+@dataclass
+class CommonTrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments, with defaults that this trainer needs."""
+
+    output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
+    logging_first_step: bool = _flag(True, "Log the first step.")
+    remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+
+    def __post_init__(self) -> None:
+        # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+@dataclass
+class SFTArguments(CommonTrainingArguments):
+    """Supervised fine-tuning: forward KL to the data's one-hot distribution. Needs no teacher."""
+
+
+@dataclass
+class DistillArguments(CommonTrainingArguments):
+    """Which completions, and which divergence (GKD, arXiv 2306.13649)."""
+
+    lmbda: float = _flag(
+        0.5, "Probability that a step is on-policy: 0 dataset or teacher completions, 1 student's."
+    )
+    beta: float = _flag(
+        0.5,
+        "Generalized JSD: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), between "
+        "them a mixture. Discontinuous at both ends: near 0 and 1 the interior form tends to 0, so "
+        "0.9 is about 12 times weaker than 1.",
+    )
+    temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    seq_kd: bool = _flag(
+        False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
+    )
+    seq_kd_temperature: float = _flag(0.0, "Sampling temperature of the teacher; 0 is greedy.")
+    rollout_temperature: float = _flag(1.0, "Sampling temperature of the student's rollouts.")
+
+
+@dataclass
+class EvaluateArguments:
+    """Score a model on rows that carry a checker."""
+
+    suite: Literal["auto", "humaneval", "gsm8k", "rows"] = _flag(
+        "auto", "Published file format, or rows with a checker; auto tells from the fields."
+    )
+    temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
+    n: int = _flag(1, "Completions for each problem.")
+    seed: int = _flag(42, "Seed of the sampling.")
+    limit: int | None = _flag(None, "Only the first problems.")
+    check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
+    output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
+
+
+def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
+    """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
+
+    Raises:
+        ConfigurationError: unknown flag or key (with the nearest known one), unreadable YAML, or a
+            value that a dataclass refuses.
+        SystemExit: --help, or a value of the wrong type (argparse's own message).
+    """
+    parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
+    known = {f.name for kind in types for f in fields(kind) if f.init}
+    words = list(argv)
+    path = _config_path(words)
+    if path is not None:
+        words = _yaml_to_words(Path(path), known, words) + words
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
+        hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help."
+        raise ConfigurationError(f"unknown argument {unknown[0]!r}.{hint}")
+    values = vars(namespace)
+    try:
+        return tuple(
+            kind(**{f.name: values[f.name] for f in fields(kind) if f.init and f.name in values})
+            for kind in types
+        )
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def _config_path(words: list[str]) -> str | None:
+    for index, word in enumerate(words):
+        if word == "--config" and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith("--config="):
+            return word.removeprefix("--config=")
+    return None
+
+
+def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[str]:
+    """The file as flags; keys that the command line gives again are left out."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"--config {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--config {path} must hold `name: value` lines")
+    given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in overrides if w.startswith("--")}
+    words: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigurationError(f"--config {path}: unknown key {key!r}{hint}")
+        if value is None or key in given:
+            continue
+        items = value if isinstance(value, list) else [value]
+        words += [f"--{key}", *(_to_word(item) for item in items)]
+    return words
+
+
+def _to_word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainingArguments) -> None:
+    """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
+    check_model(model)
+    _require(data.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    _require(args.output_dir, "--output_dir", "a folder for checkpoints and the final model")
+    if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
+        raise ConfigurationError(
+            f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
+        )
+    if data.max_length is not None and data.max_length < 2:
+        raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
+    deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigurationError(
+            "a DeepSpeed configuration is given but deepspeed is not installed"
+        )
+
+
+def check_model(model: ModelArguments) -> None:
+    _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
+    name = model.model_name_or_path
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
+    if model.load_in_4bit:
+        if not model.use_peft:
+            raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
+        if not torch.cuda.is_available():
+            raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    defaults = ModelArguments()
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        if not model.use_peft and getattr(model, name) != getattr(defaults, name):
+            raise ConfigurationError(f"--{name} has no effect without --use_peft")
+    if model.lora_r < 1:
+        raise ConfigurationError(f"--lora_r {model.lora_r} must be at least 1")
+
+
+def check_distill(
+    args: DistillArguments, generation: GenerationArguments, teacher: TeacherArguments
+) -> None:
+    """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
+    for name in ("lmbda", "beta"):
+        value = getattr(args, name)
+        if not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"--{name} {value} must be from 0 to 1")
+    if not 0 < args.temperature < float("inf"):
+        raise ConfigurationError(f"--temperature {args.temperature} must be above 0")
+    if not 0 < args.rollout_temperature < float("inf"):
+        raise ConfigurationError(
+            f"--rollout_temperature {args.rollout_temperature} must be above 0"
+        )
+    if not 0 <= args.seq_kd_temperature < float("inf"):
+        raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
+    if args.seq_kd and args.lmbda == 1.0:
+        raise ConfigurationError(
+            "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
+            "Drop --seq_kd, or lower --lmbda"
+        )
+    if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
+        raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
+    check_generation(generation)
+    check_teacher(teacher)
+
+
+def check_generation(generation: GenerationArguments) -> None:
+    if generation.max_new_tokens < 1:
+        raise ConfigurationError(f"--max_new_tokens {generation.max_new_tokens} must be at least 1")
+    if generation.generation_batch_size is not None and generation.generation_batch_size < 1:
+        raise ConfigurationError(
+            f"--generation_batch_size {generation.generation_batch_size} must be at least 1"
+        )
+
+
+def check_teacher(teacher: TeacherArguments) -> None:
+    if not teacher.teacher_url:
+        raise ConfigurationError(
+            "--teacher_url is missing: start `teacher-server serve MODEL` and give its address, "
+            "such as --teacher_url http://localhost:8000"
+        )
+    for url in teacher.teacher_url:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
+    if teacher.top_k_logprobs < 1:
+        raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
+    if not teacher.teacher_timeout > 0:
+        raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+
+
+def _require(value: str | None, flag: str, what: str) -> None:
+    if not value:
+        raise ConfigurationError(f"{flag} is missing: give {what}")

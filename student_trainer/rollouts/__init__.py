@@ -1,0 +1,6 @@
+"""Prompts -> completions, sampled by the student as it is now."""
+
+from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest
+from student_trainer.rollouts.transformers import TransformersRollouts
+
+__all__ = ["Rollout", "RolloutEngine", "RolloutRequest", "TransformersRollouts"]

@@ -1,0 +1,73 @@
+"""Scored samples -> the teacher's `SparseDistribution`, row by row with the completion mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.sparse import SparseLogprobs
+from student_trainer.data import Sample
+from student_trainer.losses import SparseDistribution
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """A sample and what the teacher says of its rows; scores None is the data itself (SFT)."""
+
+    sample: Sample
+    scores: SparseLogprobs | None
+
+
+def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:
+    """The learned rows of all samples, [N, K], over the shared vocabulary of ``vocab_size``.
+
+    The support of a row is the teacher's top-k joined with the token that really came next, no id
+    twice. Teacher mass on ids outside the shared vocabulary goes to the tail. Where a sample has no
+    scores its rows are one-hot at the next token: forward KL to them is the cross-entropy of SFT.
+    """
+    parts = [_support(item, vocab_size) for item in scored]
+    width = max(ids.shape[1] for ids, _, _ in parts)
+    rows = sum(len(ids) for ids, _, _ in parts)
+    token_ids = np.full((rows, width), -1, dtype=np.int64)  # [N, K]
+    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)  # [N, K]
+    first = 0
+    for ids, values, _ in parts:
+        last = first + len(ids)
+        token_ids[first:last, : ids.shape[1]] = ids
+        logprobs[first:last, : ids.shape[1]] = values
+        first = last
+    tails = np.concatenate([tail for _, _, tail in parts])
+    return SparseDistribution(
+        torch.from_numpy(token_ids), torch.from_numpy(logprobs), torch.from_numpy(tails)
+    )
+
+
+_Support = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
+
+
+def _support(item: ScoredSample, vocab_size: int) -> _Support:
+    """(ids [n, K], log-probs [n, K], tail [n]) of the learned rows of one sample."""
+    learned = item.sample.completion_mask
+    next_ids = item.sample.completion_ids[learned].astype(np.int64)
+    if item.scores is None:
+        one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
+        return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
+    scores = item.scores
+    top = scores.token_ids[learned].astype(np.int64)  # [n, k]
+    known = (top == next_ids[:, None]).any(axis=1)  # [n]
+    ids = np.concatenate([top, np.where(known, -1, next_ids)[:, None]], axis=1)
+    next_logprob = np.where(known, -np.inf, scores.next_token_logprob[learned])
+    logprobs = np.concatenate(
+        [scores.logprobs[learned].astype(np.float32), next_logprob[:, None]], axis=1
+    ).astype(np.float32)
+    tail = scores.tail_logprob[learned].astype(np.float32)
+    outside = ids >= vocab_size
+    if outside.any():
+        spilled = np.where(outside, logprobs, -np.inf)
+        tail = np.logaddexp.reduce(np.concatenate([tail[:, None], spilled], axis=1), axis=1)
+        ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
+    return ids, logprobs.astype(np.float32), tail.astype(np.float32)
