@@ -116,6 +116,8 @@ class CommonTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
 
     def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -235,7 +237,6 @@ def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainin
     """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
     check_model(model)
     _require(data.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
-    _require(args.output_dir, "--output_dir", "a folder for checkpoints and the final model")
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"

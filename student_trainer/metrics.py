@@ -81,17 +81,14 @@ class WindowMetrics:
         total = dict(zip(self._SUMS, sum_over_ranks(values).tolist(), strict=True))
         if not total["steps"] or not total["tokens"]:
             return {}
-        logs = {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}
+        logs: dict[str, float] = {}
         logs["completion_length"] = total["completion_tokens"] / total["completions"]
         logs["truncated"] = total["truncated"] / total["completions"]
         logs["seconds_training"] = total["seconds_training"] / total["steps"]
         if with_teacher:
+            logs |= {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}
             logs["on_policy"] = total["on_policy"] / total["steps"]
             logs["seconds_teacher"] = total["seconds_teacher"] / total["steps"]
             logs["seconds_generating"] = total["seconds_generating"] / total["steps"]
             logs["bytes_per_token"] = total["bytes"] / max(total["scored_tokens"], 1.0)
-        else:  # one-hot targets: there is no teacher to speak of
-            for name in ("teacher_top_k_mass", "student_top_k_mass", "teacher_entropy"):
-                del logs[name]
-            del logs["student_entropy"]
         return logs

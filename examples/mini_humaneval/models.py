@@ -64,7 +64,7 @@ def train_tokenizer(
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, shape: ModelShape, *, max_length: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, shape: ModelShape, *, max_length: int, seed: int, initializer_range: float = 0.05
 ) -> LlamaForCausalLM:
     """A randomly initialised float32 model over the tokenizer's vocabulary."""
     config = LlamaConfig(
@@ -79,7 +79,7 @@ def build_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.02,
+        initializer_range=initializer_range,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -168,14 +168,14 @@ class Task:
         if self.condition is None:
             return {
                 "terse": f"{kind}: " + "; ".join(words),
-                "spoken": f"With a {kind}, " + ", and then ".join(words) + ".",
+                "spoken": f"Take a {kind}, " + ", then ".join(words) + ".",
                 "note": f"{', '.join(words)}. ({kind})",
                 "target": f"Take the {kind} x, " + ", then ".join(words) + " and return it.",
             }[style]
         test = _wording(self.condition, style).format(k=self.condition_constant)
         return {
             "terse": f"{kind}: if {test}: {words[0]}; else: {words[-1]}",
-            "spoken": f"With a {kind}, if {test}, {words[0]}, or else {words[-1]}.",
+            "spoken": f"Take a {kind}. If {test}, {words[0]}, else {words[-1]}.",
             "note": f"{words[0]} if {test}, else {words[-1]}. ({kind})",
             "target": f"Take the {kind} x. When {test}, {words[0]}, otherwise {words[-1]}.",
         }[style]

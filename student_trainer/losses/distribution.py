@@ -1,0 +1,56 @@
+"""`SparseDistribution`: the teacher's distribution over a support and a tail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class SparseDistribution:
+    """N rows of at most K named tokens and one extra outcome, the tail, that holds the rest.
+
+    Attributes:
+        token_ids: [N, K] int64, no id twice in a row; −1 pads.
+        logprobs: [N, K] floating, normalised over the full vocabulary; ignored at pads.
+        tail_logprob: [N] floating, log of the mass on all other tokens; −inf when there is none.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail_logprob: torch.Tensor
+
+    def __post_init__(self) -> None:
+        ids = self.token_ids
+        if ids.ndim != 2 or ids.dtype != torch.int64 or ids.shape[1] == 0:
+            raise ValueError(
+                f"token_ids must be int64 [N, K] with K at least 1, got {self.token_ids.dtype} "
+                f"{list(self.token_ids.shape)}"
+            )
+        if self.logprobs.shape != self.token_ids.shape:
+            raise ValueError(
+                f"logprobs must be [N, K] = {list(self.token_ids.shape)} like token_ids, got "
+                f"{list(self.logprobs.shape)}"
+            )
+        if self.tail_logprob.shape != self.token_ids.shape[:1]:
+            raise ValueError(
+                f"tail_logprob must be [N] = {list(self.token_ids.shape[:1])}, got "
+                f"{list(self.tail_logprob.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> SparseDistribution:
+        return SparseDistribution(
+            self.token_ids[rows], self.logprobs[rows], self.tail_logprob[rows]
+        )
+
+    def to(self, device: torch.device | str) -> SparseDistribution:
+        return SparseDistribution(
+            self.token_ids.to(device), self.logprobs.to(device), self.tail_logprob.to(device)
+        )

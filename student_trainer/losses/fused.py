@@ -1,0 +1,223 @@
+"""The sparse divergence straight from the last hidden state: [N, V] never exists.
+
+Rows are projected a chunk at a time; the chunk's logits are overwritten by their gradient, which
+goes into the gradients of hidden states and weights before the next chunk begins. What is held
+besides the gradients is one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.reference import check_parameters, compute_dtype
+from student_trainer.losses.sparse import (
+    SparseStatistics,
+    Tail,
+    check_teacher,
+    divergence_and_gradient,
+)
+
+# Rows enough to keep the matrix units busy, few enough to stay small beside the weights.
+CHUNK_BYTES = 96 << 20
+
+
+@overload
+def linear_sparse_jsd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    normalizer: float,
+    bias: torch.Tensor | None = ...,
+    beta: float,
+    temperature: float = ...,
+    chunk_size: int | None = ...,
+    tail: Tail = ...,
+    vocab_size: int | None = ...,
+    return_statistics: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def linear_sparse_jsd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    normalizer: float,
+    bias: torch.Tensor | None = ...,
+    beta: float,
+    temperature: float = ...,
+    chunk_size: int | None = ...,
+    tail: Tail = ...,
+    vocab_size: int | None = ...,
+    return_statistics: Literal[True],
+) -> tuple[torch.Tensor, SparseStatistics]: ...
+def linear_sparse_jsd(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    normalizer: float,
+    bias: torch.Tensor | None = None,
+    beta: float,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+    tail: Tail = "bucket",
+    vocab_size: int | None = None,
+    return_statistics: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
+    """Σ_n D_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
+
+    The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
+    the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
+
+    Args:
+        hidden: [N, d] last hidden states of the rows.
+        weight: [V, d] output layer, of the dtype of ``hidden`` (under autocast, any).
+        teacher: N rows.
+        normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
+        bias: [V] or None.
+        beta, temperature, tail: see `sparse_generalized_jsd`.
+        chunk_size: rows at a time; by default as many as make 96 MiB of logits.
+        vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
+            gets no probability and no gradient.
+        return_statistics: also return `SparseStatistics`.
+
+    Returns:
+        Scalar of the arithmetic's dtype: float64 for float64 input, else float32.
+
+    Raises:
+        ValueError: as `sparse_generalized_jsd`, or shapes and dtypes that do not fit.
+    """
+    check_parameters(beta, temperature)
+    vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    _check_shapes(hidden, weight, bias, teacher, vocab_size)
+    check_teacher(teacher, vocab_size, tail)
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    elif chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} must be at least 1")
+    if not normalizer > 0:
+        raise ValueError(f"normalizer {normalizer} must be above 0")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight is {weight.dtype}, hidden is {hidden.dtype}: use one dtype")
+    with torch.autocast(device, enabled=False):
+        loss, *columns = _LinearSparseJSD.apply(
+            hidden, weight, bias, teacher,
+            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size),
+        )  # fmt: skip
+    return (loss, SparseStatistics(*columns)) if return_statistics else loss
+
+
+def _check_shapes(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    teacher: SparseDistribution,
+    vocab_size: int,
+) -> None:
+    if hidden.ndim != 2 or len(teacher) != hidden.shape[0]:
+        raise ValueError(
+            f"hidden must be [N, d] with N = {len(teacher)} as in the teacher, got "
+            f"{list(hidden.shape)}"
+        )
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight must be [V, d] with d = {hidden.shape[1]}, got {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
+    if not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size {vocab_size} must be from 1 to {weight.shape[0]}")
+
+
+class _LinearSparseJSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        teacher: SparseDistribution,
+        settings: tuple[float, float, Tail, int, float, int],
+    ) -> tuple[torch.Tensor, ...]:
+        beta, temperature, tail, chunk_size, scale, vocab_size = settings
+        rows, dtype = hidden.shape[0], compute_dtype(hidden)
+        projection = weight[:vocab_size]  # [V, d], a view
+        wanted = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        # Summed over chunks in the arithmetic's dtype; bfloat16 would lose the small ones.
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
+        buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
+        loss = hidden.new_zeros((), dtype=dtype)
+        parts: list[SparseStatistics] = []
+        for first in range(0, rows, chunk_size):
+            chunk = slice(first, min(first + chunk_size, rows))
+            part = hidden[chunk]  # [n, d]
+            logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
+            divergence, statistics = divergence_and_gradient(
+                logits, teacher[chunk], beta, temperature, tail,
+                scale=scale, with_gradient=any(wanted),
+            )  # fmt: skip
+            loss += divergence.sum() * scale
+            parts.append(statistics)
+            gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree
+            if grad_hidden is not None:
+                torch.mm(gradient, projection, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_outer(grad_weight[:vocab_size], gradient, part)
+            if grad_bias is not None:
+                grad_bias[:vocab_size] += logits.sum(dim=0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        columns = _concatenate(parts, hidden.device)
+        ctx.mark_non_differentiable(*columns)
+        return loss, *columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        unscaled = upstream.device.type == "cpu" and float(upstream) == 1.0
+        gradients = [
+            None if saved is None else (saved if unscaled else saved * upstream).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *gradients, None, None
+
+
+def _project(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """Logits [n, V] in the arithmetic's dtype, written into ``out``."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    else:
+        out.copy_(torch.mm(hidden, weight.T))
+    if bias is not None:
+        out += bias[: weight.shape[0]]
+    return out
+
+
+def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    """total [V, d] += gradientᵀ @ hidden."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(gradient.T, hidden)
+    else:
+        total += torch.mm(gradient.T, hidden)
+
+
+def _concatenate(parts: list[SparseStatistics], device: torch.device) -> list[torch.Tensor]:
+    if not parts:
+        return [torch.zeros(0, device=device) for _ in SparseStatistics.__dataclass_fields__]
+    return [
+        torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)
+    ]

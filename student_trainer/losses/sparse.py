@@ -1,0 +1,278 @@
+"""The divergence against a sparse teacher, with its gradient in closed form.
+
+The outcomes are the tokens of the support and the tail τ, which holds every other token on both
+sides; the student's side is always normalised over the full vocabulary. `divergence_and_gradient`
+is the only copy of this mathematics: `sparse_generalized_jsd` applies it to logits that exist,
+`linear_sparse_jsd` to a chunk of them at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.reference import check_parameters, compute_dtype
+
+Tail = Literal["bucket", "renormalize"]
+
+
+@dataclass(frozen=True)
+class SparseStatistics:
+    """What the same pass tells about each row; all [N] float32, detached.
+
+    Attributes:
+        divergence: nats.
+        teacher_support_mass, student_support_mass: probability on the support.
+        teacher_entropy, student_entropy: nats over the support and the tail as one outcome, a
+            lower bound of the entropy over the vocabulary.
+        top1_agreement: 1 where the teacher's most probable token is the student's too.
+    """
+
+    divergence: torch.Tensor
+    teacher_support_mass: torch.Tensor
+    student_support_mass: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_entropy: torch.Tensor
+    top1_agreement: torch.Tensor
+
+
+@overload
+def sparse_generalized_jsd(
+    student_logits: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    beta: float,
+    temperature: float = ...,
+    tail: Tail = ...,
+    return_statistics: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def sparse_generalized_jsd(
+    student_logits: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    beta: float,
+    temperature: float = ...,
+    tail: Tail = ...,
+    return_statistics: Literal[True],
+) -> tuple[torch.Tensor, SparseStatistics]: ...
+def sparse_generalized_jsd(
+    student_logits: torch.Tensor,
+    teacher: SparseDistribution,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    tail: Tail = "bucket",
+    return_statistics: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
+    """Generalized JSD between a sparse teacher and the student's full logits.
+
+    Taken over support and tail it never exceeds the dense divergence (coarse-graining lowers an
+    f-divergence), and equals it when the support is the whole vocabulary.
+
+    Args:
+        student_logits: [N, V], any floating dtype; the arithmetic is float32 at least.
+        teacher: N rows, at the same ``temperature``.
+        beta: 0 forward KL(P‖Q), 1 reverse KL(Q‖P), between them the mixture; see
+            `generalized_jsd`.
+        temperature: divides the student's logits; the teacher must have been scored at it.
+        tail: "bucket" is exact on the outcomes; "renormalize" drops the tail and rescales both
+            sides over the support, which is biased, for comparison with systems that do so.
+        return_statistics: also return `SparseStatistics`.
+
+    Returns:
+        [N], nats; differentiable once with respect to ``student_logits``.
+
+    Raises:
+        ValueError: a parameter out of range, shapes that do not fit, an id outside the
+            vocabulary, or a teacher log-prob that is NaN or +inf.
+
+    Source: GKD, arXiv 2306.13649, over the coarse-grained outcomes.
+    """
+    check_parameters(beta, temperature)
+    if student_logits.ndim != 2 or len(teacher) != student_logits.shape[0]:
+        raise ValueError(
+            f"student_logits must be [N, V] with N = {len(teacher)} as in the teacher, got "
+            f"{list(student_logits.shape)}"
+        )
+    check_teacher(teacher, student_logits.shape[1], tail)
+    divergence, *columns = _SparseJSD.apply(student_logits, teacher, beta, temperature, tail)
+    if not return_statistics:
+        return divergence
+    return divergence, SparseStatistics(*columns)
+
+
+def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
+    """Raises ValueError for what the arithmetic cannot use; waits for the device once."""
+    if tail not in ("bucket", "renormalize"):
+        raise ValueError(f"tail {tail!r} must be 'bucket' or 'renormalize'")
+    ids = teacher.token_ids
+    named = torch.where(ids >= 0, teacher.logprobs, 0.0)
+    unusable = [
+        ((ids >= vocab_size) | (ids < -1)).any(),
+        (named.isnan() | named.isposinf()).any(),
+        (teacher.tail_logprob.isnan() | teacher.tail_logprob.isposinf()).any(),
+    ]
+    outside, bad_logprob, bad_tail = torch.stack(unusable).tolist()
+    if outside:
+        worst = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
+        raise ValueError(
+            f"teacher.token_ids holds {worst}; ids must be below the vocabulary of {vocab_size}, "
+            "or −1 for padding. Move the mass of others to the tail"
+        )
+    if bad_logprob or bad_tail:
+        name = "logprobs" if bad_logprob else "tail_logprob"
+        raise ValueError(f"teacher.{name} holds NaN or +inf; check the teacher's answer")
+
+
+class _SparseJSD(torch.autograd.Function):
+    """The gradient is written in the forward pass, over a copy of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: torch.Tensor,
+        teacher: SparseDistribution,
+        beta: float,
+        temperature: float,
+        tail: Tail,
+    ) -> tuple[torch.Tensor, ...]:
+        logits = student_logits.to(compute_dtype(student_logits), copy=True)
+        with_gradient = ctx.needs_input_grad[0]
+        divergence, statistics = divergence_and_gradient(
+            logits, teacher, beta, temperature, tail, with_gradient=with_gradient
+        )
+        if with_gradient:
+            ctx.save_for_backward(logits)
+            ctx.dtype = student_logits.dtype
+        ctx.mark_non_differentiable(*vars(statistics).values())
+        return divergence, *vars(statistics).values()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None, None
+
+
+@torch.no_grad()
+def divergence_and_gradient(
+    logits: torch.Tensor,
+    teacher: SparseDistribution,
+    beta: float,
+    temperature: float,
+    tail: Tail,
+    *,
+    scale: float = 1.0,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, SparseStatistics]:
+    """Divergence of each row; ``logits`` is overwritten.
+
+    With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
+
+        ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
+
+    where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
+    Σ_b Q_b h_b is the same for all v, so every token of the tail gets its q_v times one number
+    of the row, and only the support is treated token by token.
+
+    Args:
+        logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
+            respect to it, or scratch without ``with_gradient``.
+        teacher: N rows, checked.
+
+    Returns:
+        (divergence [N], statistics).
+    """
+    tiny = torch.finfo(logits.dtype).tiny
+    valid = teacher.token_ids >= 0  # [N, K]
+    floor = math.log(tiny)  # a mass that underflows counts as the smallest number: no infinite log
+    log_p = teacher.logprobs.to(logits.dtype).clamp_min(floor)  # [N, K]
+    best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
+    # A pad repeats the row's best token, so that writing to the support writes the same twice.
+    best_id = teacher.token_ids.gather(1, best).clamp_min(0)
+    ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
+    exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
+
+    # Student: exponentials relative to the row's maximum, the tail summed without the support.
+    maximum = logits.amax(dim=-1, keepdim=True)  # [N, 1]
+    on_support = logits.gather(1, ids).sub_(maximum).div_(temperature)  # [N, K]
+    exponentials = logits.sub_(maximum)
+    if temperature != 1.0:
+        exponentials.div_(temperature)
+    exponentials.exp_()  # [N, V], in place
+    _put(exponentials, ids, torch.zeros_like(on_support), valid, best)
+    tail_sum = exponentials.sum(dim=-1)  # [N]
+    support_sum = on_support.exp().masked_fill_(~valid, 0.0).sum(dim=-1)  # [N]
+    total = tail_sum + support_sum
+    log_total = total.log()
+    log_q = on_support - log_total[:, None]  # [N, K]
+    log_q_tail = tail_sum.clamp_min(tiny).log() - log_total  # [N]
+    student_mass = support_sum / total
+
+    log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
+    teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
+    agrees = on_support.gather(1, best).squeeze(1) >= 0.0  # relative to the student's maximum
+
+    # The outcomes: the support, then the tail in the last column.
+    present = torch.cat([valid, exists[:, None]], dim=1)  # [N, K+1]
+    log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
+    log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
+    p = log_p.exp().masked_fill_(~present, 0.0)
+    q = log_q.exp().masked_fill_(~present, 0.0)
+    teacher_entropy, student_entropy = -(p * log_p).sum(1), -(q * log_q).sum(1)
+    if tail == "renormalize":
+        present[:, -1] = False
+        log_p, p = _renormalized(log_p, present)
+        log_q, q = _renormalized(log_q, present)
+
+    divergence, weighted, h_tail = _outcomes(log_p, p, log_q, q, beta)
+    if with_gradient:
+        mean = weighted.sum(dim=-1)  # [N]: Σ Q h
+        factor = (h_tail - mean) * present[:, -1]  # [N]
+        exponentials.mul_((factor / total * (scale / temperature))[:, None])
+        gradient = (weighted - q * mean[:, None])[:, :-1] * (scale / temperature)  # [N, K]
+        _put(exponentials, ids, gradient, valid, best)
+    columns = (divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees)
+    return divergence, SparseStatistics(*(column.float() for column in columns))
+
+
+def _outcomes(
+    log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(divergence [N], Q·h [N, K+1], h of the tail [N]); absent outcomes have p = q = 0."""
+    if beta == 0.0:
+        return (p * (log_p - log_q)).sum(1), -p, -(log_p[:, -1] - log_q[:, -1]).exp()
+    if beta == 1.0:
+        ratio = log_q - log_p
+        return (q * ratio).sum(1), q * ratio, ratio[:, -1]
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    ratio = (1.0 - beta) * (log_q - log_m)
+    return (beta * p * (log_p - log_m) + q * ratio).sum(1), q * ratio, ratio[:, -1]
+
+
+def _renormalized(
+    log_mass: torch.Tensor, present: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-masses [N, K+1] of the present outcomes, made to sum to one, and their exponentials."""
+    kept = log_mass.masked_fill(~present, -math.inf)
+    log_mass = (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~present, 0.0)
+    return log_mass, log_mass.exp().masked_fill(~present, 0.0)
+
+
+def _put(
+    matrix: torch.Tensor,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    best: torch.Tensor,
+) -> None:
+    """matrix[n, ids[n, k]] = values[n, k]; pads repeat the best token, or change nothing."""
+    unchanged = matrix.gather(1, ids.gather(1, best))  # [N, 1], of rows without any support
+    repeated = torch.where(valid.any(dim=-1, keepdim=True), values.gather(1, best), unchanged)
+    matrix.scatter_(1, ids, torch.where(valid, values, repeated))

@@ -1,0 +1,138 @@
+"""Flags: what is accepted as it stands, and what is refused before a model loads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import ConfigurationError
+from student_trainer.config import (
+    DataArguments,
+    DistillArguments,
+    GenerationArguments,
+    ModelArguments,
+    TeacherArguments,
+    check_common,
+    check_distill,
+    parse,
+)
+
+LAUNCH_LINE = (
+    "--model_name_or_path {model} --teacher_url http://127.0.0.1:8000 --dataset_name data.jsonl "
+    "--learning_rate 2e-5 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 "
+    "--output_dir out --logging_steps 2 --num_train_epochs 1 --gradient_checkpointing --lmbda 0.5 "
+    "--beta 0.5 --use_peft --lora_r 32 --lora_alpha 16 --trust_remote_code --bf16 "
+    "--save_strategy steps --save_steps 180 --save_total_limit 5 --warmup_steps 10 "
+    "--lr_scheduler_type cosine --torch_dtype bfloat16"
+)
+TYPES = (ModelArguments, DataArguments, GenerationArguments, TeacherArguments, DistillArguments)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def read(words: list[str]):
+    parsed = parse(words, *TYPES, prog="student-trainer distill", description="")
+    model, data, generation, teacher, args = parsed
+    check_common(model, data, args)
+    check_distill(args, generation, teacher)
+    return parsed
+
+
+def words(model_folder: Path, *more: str) -> list[str]:
+    return [*LAUNCH_LINE.format(model=model_folder).split(), *more]
+
+
+def test_the_launch_line_is_accepted_as_it_stands(model_folder):
+    model, data, generation, teacher, args = read(words(model_folder))
+    assert (args.lmbda, args.beta, args.learning_rate) == (0.5, 0.5, 2e-5)
+    assert (model.lora_r, model.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
+    assert args.gradient_accumulation_steps == 8
+    assert args.bf16
+    assert teacher.teacher_url == ["http://127.0.0.1:8000"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lmbda", "1.5"], "--lmbda 1.5 must be from 0 to 1"),
+        (["--beta", "-0.1"], "--beta -0.1 must be from 0 to 1"),
+        (["--temperature", "0"], "--temperature 0.0 must be above 0"),
+        (["--seq_kd", "--lmbda", "1"], "--seq_kd has no effect with --lmbda 1"),
+        (["--seq_kd_temperature", "0.7"], "no effect without --seq_kd"),
+        (["--top_k_logprobs", "0"], "--top_k_logprobs 0 must be at least 1"),
+        (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
+        (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
+        (["--teacher_url", "host:8000"], "must look like http://host:8000"),
+        (["--model_name_or_path", "/no/such/model"], "no such folder"),
+        (["--use_peft", "false"], "--lora_r has no effect without --use_peft"),
+        (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
+        (["--max_length", "1"], "--max_length 1 must be at least 2"),
+        (["--generation_batch_size", "0"], "must be at least 1"),
+        (["--fp16"], "At most one of fp16 and bf16"),
+        (["--lamda", "0.5"], "Did you mean --lmbda?"),
+        (["--no_such_flag"], "unknown argument '--no_such_flag'"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_value_and_remedy(model_folder, more, message):
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, *more))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--teacher_url", "--dataset_name", "--output_dir"])
+def test_a_missing_flag_is_named(model_folder, flag):
+    line = words(model_folder)
+    at = line.index(flag)
+    with pytest.raises(ConfigurationError, match=f"{flag} is missing"):
+        read(line[:at] + line[at + 2 :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_4_bit_weights_without_a_gpu_are_refused(model_folder):
+    with pytest.raises(ConfigurationError, match="--load_in_4bit needs a CUDA GPU"):
+        read(words(model_folder, "--load_in_4bit"))
+
+
+def test_teacher_url_may_be_repeated(model_folder):
+    teacher = read(words(model_folder, "--teacher_url", "http://b:1", "http://c:2"))[3]
+    assert teacher.teacher_url == ["http://127.0.0.1:8000", "http://b:1", "http://c:2"]
+
+
+def test_yaml_holds_the_same_names_and_the_command_line_wins(model_folder, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model_name_or_path: {model_folder}\nteacher_url: [http://a:1, http://b:2]\n"
+        "dataset_name: data.jsonl\noutput_dir: out\nlmbda: 1.0\nbeta: 0.1\nbf16: false\n"
+        "lr_scheduler_kwargs: {min_lr: 1.0e-6}\nlr_scheduler_type: cosine_with_min_lr\n"
+    )
+    parsed = read(["--config", str(path), "--beta", "0.9", "--teacher_url", "http://c:3"])
+    assert parsed[4].lmbda == 1.0
+    assert parsed[4].beta == 0.9
+    assert parsed[3].teacher_url == ["http://c:3"]
+    assert parsed[4].lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lamda: 1\n", "unknown key 'lamda'; did you mean lmbda?"),
+        ("- a\n", "must hold `name: value` lines"),
+        ("a: [\n", "is not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_refused(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigurationError) as caught:
+        read(["--config", str(path)])
+    assert message in str(caught.value)
+
+
+def test_missing_yaml_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="No such file"):
+        read([f"--config={tmp_path / 'none.yaml'}"])

@@ -1,0 +1,91 @@
+"""Scored samples become the teacher's distribution, row by row with the completion mask."""
+
+import numpy as np
+import torch
+
+from shared.sparse import SparseLogprobs
+from student_trainer.data import Sample
+from student_trainer.support import ScoredSample, sparse_distribution
+
+
+def sample(completion, mask=None, prompt=(9, 9)):
+    ids = np.array([*prompt, *completion], dtype=np.uint32)
+    learned = np.ones(len(completion), bool) if mask is None else np.array(mask, bool)
+    return Sample(ids, len(prompt), learned, "dataset")
+
+
+def scores_of(probabilities, k, next_ids):
+    """What a teacher with these rows [T, V] would answer."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    top = np.argsort(-p, axis=1)[:, :k]
+    named = np.zeros_like(p, dtype=bool)
+    np.put_along_axis(named, top, True, axis=1)
+    rows = np.arange(len(p))
+    named[rows, next_ids] = True
+    tail = np.where(named, 0.0, p).sum(1)
+    with np.errstate(divide="ignore"):
+        return SparseLogprobs(
+            token_ids=top.astype(np.uint32),
+            logprobs=np.log(np.take_along_axis(p, top, 1)).astype(np.float32),
+            next_token_logprob=np.log(p[rows, next_ids]).astype(np.float32),
+            tail_logprob=np.log(tail).astype(np.float32),
+        )
+
+
+P = [[0.5, 0.3, 0.1, 0.06, 0.04], [0.05, 0.6, 0.05, 0.1, 0.2]]
+
+
+def masses(distribution):
+    """Each row as {id: probability, "tail": probability}."""
+    out = []
+    for ids, logprobs, tail in zip(
+        distribution.token_ids, distribution.logprobs, distribution.tail_logprob, strict=True
+    ):
+        row = {int(i): float(p.exp()) for i, p in zip(ids, logprobs, strict=True) if i >= 0}
+        out.append({**row, "tail": float(tail.exp())})
+    return out
+
+
+def assert_masses(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert abs(a[key] - value) < 1e-6, key
+
+
+def test_support_is_top_k_joined_with_the_next_token_no_id_twice():
+    item = ScoredSample(sample([3, 1]), scores_of(P, 2, [3, 1]))
+    assert_masses(
+        masses(sparse_distribution([item], 5)),
+        [{0: 0.5, 1: 0.3, 3: 0.06, "tail": 0.14}, {1: 0.6, 4: 0.2, "tail": 0.2}],
+    )
+
+
+def test_only_learned_rows_are_kept():
+    item = ScoredSample(sample([3, 1], mask=[False, True]), scores_of(P, 2, [3, 1]))
+    assert_masses(masses(sparse_distribution([item], 5)), [{1: 0.6, 4: 0.2, "tail": 0.2}])
+
+
+def test_teacher_mass_outside_the_shared_vocabulary_goes_to_the_tail():
+    item = ScoredSample(sample([3, 1]), scores_of(P, 2, [3, 1]))
+    assert_masses(
+        masses(sparse_distribution([item], 4)),
+        [{0: 0.5, 1: 0.3, 3: 0.06, "tail": 0.14}, {1: 0.6, "tail": 0.4}],
+    )
+
+
+def test_rows_sum_to_one_and_samples_keep_their_order():
+    first = ScoredSample(sample([3]), scores_of(P[:1], 1, [3]))
+    second = ScoredSample(sample([1]), scores_of(P[1:], 4, [1]))
+    found = masses(sparse_distribution([first, second], 5))
+    assert np.allclose([sum(row.values()) for row in found], 1.0, atol=1e-6)
+    assert 0 in found[0]
+    assert found[1][1] > 0.59
+
+
+def test_without_scores_rows_are_one_hot_at_the_next_token():
+    distribution = sparse_distribution([ScoredSample(sample([3, 1]), None)], 5)
+    assert distribution.token_ids.tolist() == [[3], [1]]
+    assert distribution.logprobs.tolist() == [[0.0], [0.0]]
+    assert torch.isneginf(distribution.tail_logprob).all()
