@@ -26,12 +26,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a small Llama-style model."""
+    """The sizes of a small Llama-style model, and the spread of its random weights."""
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
+    initializer_range: float
 
 
 def train_tokenizer(
@@ -64,7 +65,11 @@ def train_tokenizer(
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, shape: ModelShape, *, max_length: int, seed: int, initializer_range: float = 0.05
+    tokenizer: PreTrainedTokenizerFast,
+    shape: ModelShape,
+    *,
+    max_length: int,
+    seed: int,
 ) -> LlamaForCausalLM:
     """A randomly initialised float32 model over the tokenizer's vocabulary."""
     config = LlamaConfig(
@@ -79,16 +84,14 @@ def build_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=initializer_range,
+        initializer_range=shape.initializer_range,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 
 
-def save(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write model and tokenizer as one folder that `from_pretrained` reads."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 A *task* is one or two steps over a number, a list or a string, run one after the other or chosen
 between by a condition. A *composition* is the pair of operations that meet in a task, whatever
-their order, their constants and the condition. A fifth of all compositions is held out: each
+their order, their constants and the condition. One composition in eight is held out: each
 operation of a held-out task has been seen in training, but never beside its partner.
 
 Everything follows from `seed` alone, on every machine.
@@ -11,10 +11,12 @@ Everything follows from `seed` alone, on every machine.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 Kind = Literal["number", "list", "string"]
 Style = Literal["terse", "spoken", "note", "target"]
+STYLES: tuple[Style, ...] = get_args(Style)
 
 FUNCTION_HEAD = "def f(x):\n"
 ENTRY_POINT = "f"
@@ -27,7 +29,7 @@ NO_CONSTANT = ("",)
 
 @dataclass(frozen=True)
 class Operation:
-    """One step: an expression over `x` and the words for it in both styles; `{k}` is a constant."""
+    """One step: an expression over `x` and its wordings; `{k}` stands for the constant."""
 
     name: str
     takes: Kind
@@ -35,7 +37,7 @@ class Operation:
     code: str
     terse: str
     spoken: str
-    target: str
+    target: str = ""  # as spoken, where empty
     constants: tuple[str, ...] = NO_CONSTANT
 
 
@@ -48,55 +50,88 @@ class Condition:
     code: str
     terse: str
     spoken: str
-    target: str
+    target: str = ""
     constants: tuple[str, ...] = DIGITS
 
 
 # fmt: off
 OPERATIONS = (
-    Operation("add", "number", "number", "x + {k}", "add {k}", "increase it by {k}", "increase it by {k}", DIGITS),
-    Operation("subtract", "number", "number", "x - {k}", "subtract {k}", "decrease it by {k}", "decrease it by {k}", DIGITS),
-    Operation("multiply", "number", "number", "x * {k}", "multiply by {k}", "scale it by {k}", "scale it by {k}", DIGITS),
-    Operation("divide", "number", "number", "x // {k}", "divide by {k}", "split it into {k}", "share it among {k}", DIGITS),
-    Operation("modulo", "number", "number", "x % {k}", "remainder by {k}", "take the remainder by {k}", "take the remainder by {k}", DIGITS),
-    Operation("at_least", "number", "number", "max(x, {k})", "at least {k}", "raise it to at least {k}", "raise it to at least {k}", DIGITS),
-    Operation("at_most", "number", "number", "min(x, {k})", "at most {k}", "limit it to {k}", "cap it at {k}", DIGITS),
-    Operation("square", "number", "number", "x * x", "square", "multiply it by itself", "multiply it by itself"),
-    Operation("negate", "number", "number", "-x", "negate", "make it negative", "flip its sign"),
-    Operation("absolute", "number", "number", "abs(x)", "absolute", "drop its sign", "drop its sign"),
-    Operation("add_each", "list", "list", "[v + {k} for v in x]", "add {k} to each", "increase each item by {k}", "increase each item by {k}", DIGITS),
-    Operation("multiply_each", "list", "list", "[v * {k} for v in x]", "multiply each by {k}", "scale each item by {k}", "scale each item by {k}", DIGITS),
-    Operation("keep_above", "list", "list", "[v for v in x if v > {k}]", "keep above {k}", "keep the items above {k}", "keep the items above {k}", DIGITS),
-    Operation("keep_below", "list", "list", "[v for v in x if v < {k}]", "keep below {k}", "keep the items below {k}", "keep the items under {k}", DIGITS),
-    Operation("append_item", "list", "list", "x + [{k}]", "append {k}", "put {k} at the end", "put {k} at the end", DIGITS),
-    Operation("first_items", "list", "list", "x[:{k}]", "first {k}", "take the first {k} items", "take the first {k} items", DIGITS[:3]),
-    Operation("skip_items", "list", "list", "x[{k}:]", "skip {k}", "remove the first {k} items", "leave out the first {k} items", DIGITS[:3]),
-    Operation("sort", "list", "list", "sorted(x)", "sort", "put it in order", "put it in order"),
-    Operation("reverse_list", "list", "list", "x[::-1]", "reverse", "turn it around", "turn it around"),
-    Operation("evens", "list", "list", "[v for v in x if v % 2 == 0]", "keep even", "keep the even items", "keep the even items"),
-    Operation("sum", "list", "number", "sum(x)", "sum", "add up its items", "total its items"),
-    Operation("length", "list", "number", "len(x)", "length", "take its length", "take its length"),
-    Operation("count_item", "list", "number", "x.count({k})", "count {k}", "count the {k} in it", "count the {k} in it", DIGITS),
-    Operation("append_letter", "string", "string", "x + '{k}'", "append {k}", "put {k} at the end", "put {k} at the end", LETTERS),
-    Operation("prepend_letter", "string", "string", "'{k}' + x", "prepend {k}", "put {k} at the start", "put {k} in front", LETTERS),
-    Operation("remove_letter", "string", "string", "x.replace('{k}', '')", "remove {k}", "remove every {k}", "remove every {k}", LETTERS),
-    Operation("repeat", "string", "string", "x * {k}", "repeat {k}", "repeat it {k} times", "write it {k} times", DIGITS),
-    Operation("first_letters", "string", "string", "x[:{k}]", "first {k}", "take the first {k} letters", "take the first {k} letters", DIGITS[:3]),
-    Operation("skip_letters", "string", "string", "x[{k}:]", "skip {k}", "remove the first {k} letters", "leave out the first {k} letters", DIGITS[:3]),
-    Operation("upper", "string", "string", "x.upper()", "upper", "make it upper case", "make it capital"),
-    Operation("reverse_string", "string", "string", "x[::-1]", "reverse", "turn it around", "turn it around"),
-    Operation("count_letter", "string", "number", "x.count('{k}')", "count {k}", "count the {k} in it", "count the {k} in it", LETTERS),
-    Operation("size", "string", "number", "len(x)", "length", "take its length", "take its length"),
+    Operation("add", "number", "number", "x + {k}",
+              "add {k}", "increase it by {k}", constants=DIGITS),
+    Operation("subtract", "number", "number", "x - {k}",
+              "subtract {k}", "decrease it by {k}", constants=DIGITS),
+    Operation("multiply", "number", "number", "x * {k}",
+              "multiply by {k}", "scale it by {k}", constants=DIGITS),
+    Operation("divide", "number", "number", "x // {k}",
+              "divide by {k}", "split it into {k}", target="share it among {k}", constants=DIGITS),
+    Operation("modulo", "number", "number", "x % {k}",
+              "remainder by {k}", "take the remainder by {k}", constants=DIGITS),
+    Operation("at_least", "number", "number", "max(x, {k})",
+              "at least {k}", "raise it to at least {k}", constants=DIGITS),
+    Operation("at_most", "number", "number", "min(x, {k})",
+              "at most {k}", "limit it to {k}", target="cap it at {k}", constants=DIGITS),
+    Operation("square", "number", "number", "x * x", "square", "multiply it by itself"),
+    Operation("negate", "number", "number", "-x",
+              "negate", "make it negative", target="flip its sign"),
+    Operation("absolute", "number", "number", "abs(x)", "absolute", "drop its sign"),
+    Operation("add_each", "list", "list", "[v + {k} for v in x]",
+              "add {k} to each", "increase each item by {k}", constants=DIGITS),
+    Operation("multiply_each", "list", "list", "[v * {k} for v in x]",
+              "multiply each by {k}", "scale each item by {k}", constants=DIGITS),
+    Operation("keep_above", "list", "list", "[v for v in x if v > {k}]",
+              "keep above {k}", "keep the items above {k}", constants=DIGITS),
+    Operation("keep_below", "list", "list", "[v for v in x if v < {k}]",
+              "keep below {k}", "keep the items below {k}", target="keep the items under {k}",
+              constants=DIGITS),
+    Operation("append_item", "list", "list", "x + [{k}]",
+              "append {k}", "put {k} at the end", constants=DIGITS),
+    Operation("first_items", "list", "list", "x[:{k}]",
+              "first {k}", "take the first {k} items", constants=DIGITS[:3]),
+    Operation("skip_items", "list", "list", "x[{k}:]",
+              "skip {k}", "remove the first {k} items", target="leave out the first {k} items",
+              constants=DIGITS[:3]),
+    Operation("sort", "list", "list", "sorted(x)", "sort", "put it in order"),
+    Operation("reverse_list", "list", "list", "x[::-1]", "reverse", "turn it around"),
+    Operation("evens", "list", "list", "[v for v in x if v % 2 == 0]",
+              "keep even", "keep the even items"),
+    Operation("sum", "list", "number", "sum(x)",
+              "sum", "add up its items", target="total its items"),
+    Operation("length", "list", "number", "len(x)", "length", "take its length"),
+    Operation("count_item", "list", "number", "x.count({k})",
+              "count {k}", "count the {k} in it", constants=DIGITS),
+    Operation("append_letter", "string", "string", "x + '{k}'",
+              "append {k}", "put {k} at the end", constants=LETTERS),
+    Operation("prepend_letter", "string", "string", "'{k}' + x",
+              "prepend {k}", "put {k} at the start", target="put {k} in front", constants=LETTERS),
+    Operation("remove_letter", "string", "string", "x.replace('{k}', '')",
+              "remove {k}", "remove every {k}", constants=LETTERS),
+    Operation("repeat", "string", "string", "x * {k}",
+              "repeat {k}", "repeat it {k} times", target="write it {k} times", constants=DIGITS),
+    Operation("first_letters", "string", "string", "x[:{k}]",
+              "first {k}", "take the first {k} letters", constants=DIGITS[:3]),
+    Operation("skip_letters", "string", "string", "x[{k}:]",
+              "skip {k}", "remove the first {k} letters", target="leave out the first {k} letters",
+              constants=DIGITS[:3]),
+    Operation("upper", "string", "string", "x.upper()",
+              "upper", "make it upper case", target="make it capital"),
+    Operation("reverse_string", "string", "string", "x[::-1]", "reverse", "turn it around"),
+    Operation("count_letter", "string", "number", "x.count('{k}')",
+              "count {k}", "count the {k} in it", constants=LETTERS),
+    Operation("size", "string", "number", "len(x)", "length", "take its length"),
 )
 
 CONDITIONS = (
-    Condition("above", "number", "x > {k}", "above {k}", "it is above {k}", "it is above {k}"),
-    Condition("below", "number", "x < {k}", "below {k}", "it is below {k}", "it is under {k}"),
-    Condition("divisible", "number", "x % {k} == 0", "divides by {k}", "{k} divides it", "{k} divides it"),
-    Condition("has_item", "list", "{k} in x", "has {k}", "it contains {k}", "it contains {k}"),
-    Condition("longer_list", "list", "len(x) > {k}", "longer than {k}", "it is longer than {k}", "it is longer than {k}", DIGITS[:4]),
-    Condition("has_letter", "string", "'{k}' in x", "has {k}", "it contains {k}", "it contains {k}", LETTERS),
-    Condition("longer_string", "string", "len(x) > {k}", "longer than {k}", "it is longer than {k}", "it is longer than {k}", DIGITS[:4]),
+    Condition("above", "number", "x > {k}", "above {k}", "it is above {k}"),
+    Condition("below", "number", "x < {k}",
+              "below {k}", "it is below {k}", target="it is under {k}"),
+    Condition("divisible", "number", "x % {k} == 0", "divides by {k}", "{k} divides it"),
+    Condition("has_item", "list", "{k} in x", "has {k}", "it contains {k}"),
+    Condition("longer_list", "list", "len(x) > {k}",
+              "longer than {k}", "it is longer than {k}", constants=DIGITS[:4]),
+    Condition("has_letter", "string", "'{k}' in x",
+              "has {k}", "it contains {k}", constants=LETTERS),
+    Condition("longer_string", "string", "len(x) > {k}",
+              "longer than {k}", "it is longer than {k}", constants=DIGITS[:4]),
 )
 # fmt: on
 
@@ -126,7 +161,7 @@ class Step:
 
 
 def _wording(part: Operation | Condition, style: Style) -> str:
-    if style == "target":
+    if style == "target" and part.target:
         return part.target
     return part.terse if style == "terse" else part.spoken
 
@@ -162,7 +197,7 @@ class Task:
         return "".join(f"    x = {step.code}\n" for step in early) + f"    return {last.code}"
 
     def description(self, style: Style) -> str:
-        """The task in words, in one of four styles."""
+        """The task in words: "target" is what users write, the others are for pretraining."""
         words = [step.words(style) for step in self.steps]
         kind = self.kind
         if self.condition is None:
@@ -188,16 +223,11 @@ def is_held_out(composition: frozenset[str], seed: int) -> bool:
     return (sum(_INDEX[name] for name in composition) + seed) % HELD_OUT_EVERY == 0
 
 
-def run_body(body: str, value: Any) -> Any:
-    """What `f(value)` returns with this body. Runs in this process: for the generator's own code,
-    never for a model's completion."""
-    namespace: dict[str, Any] = {}
-    exec(FUNCTION_HEAD + body, namespace)
-    return namespace[ENTRY_POINT](value)
-
-
 def run_on_probes(kind: Kind, body: str) -> list[Any]:
-    """The results of `body` on every probe of its kind, in order."""
+    """What `f` returns with this body on every probe of its kind, in order.
+
+    Runs in this process: for the generator's own code, never for a model's completion.
+    """
     namespace: dict[str, Any] = {}
     exec(FUNCTION_HEAD + body, namespace)
     return [namespace[ENTRY_POINT](value) for value in PROBES[kind]]
@@ -270,8 +300,7 @@ def corrupted_body(task: Task, rng: random.Random, seed: int) -> str:
             steps = (*task.steps[:position], other, *task.steps[position + 1 :])
         wrong = replace(task, steps=steps)
         fits = all(
-            earlier.operation.gives == later.operation.takes
-            for earlier, later in zip(steps, steps[1:], strict=False)
+            earlier.operation.gives == later.operation.takes for earlier, later in pairwise(steps)
         )
         if task.condition is None and not (fits and steps[0].operation.takes == task.kind):
             continue

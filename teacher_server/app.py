@@ -1,0 +1,354 @@
+"""Routes: HTTP in, jobs to the backend, HTTP out. Knows no model."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from shared import __version__, wire
+from shared.errors import (
+    InternalError,
+    MalformedRequestError,
+    NotFoundError,
+    PayloadTooLargeError,
+    ProtocolError,
+    UnavailableError,
+    UnsupportedMediaTypeError,
+)
+from shared.protocol import (
+    PROTOCOL_VERSION,
+    Completion,
+    GenerateRequest,
+    GenerateResponse,
+    InfoResponse,
+    Limits,
+    Problem,
+    ScoreRequest,
+    ScoreResponse,
+)
+from shared.sparse import SparseLogprobs
+from shared.validation import check_generate_request, check_score_request
+from teacher_server.admission import Admission, ClientGoneError
+from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
+from teacher_server.metrics import Metrics
+from teacher_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+Handler = Callable[[Request, str], Awaitable[Response]]
+
+_MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
+_REQUEST_ID = "X-Request-Id"
+_CLIENT_GONE = 499
+
+
+class TeacherApp:
+    """The application and its state: no backend while the model loads."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.admission = Admission(settings.max_queued_tokens, settings.request_timeout, metrics)
+        self.backend: Backend | None = None
+        self.info: InfoResponse | None = None
+        self.api = self._build()
+
+    def ready(self, backend: Backend) -> None:
+        """Begin to answer with ``backend``."""
+        facts = backend.facts
+        self.info = InfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            teacher=facts.teacher,
+            tokenizer=facts.tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            eos_token_ids=list(facts.eos_token_ids),
+            limits=Limits(
+                max_body_bytes=self.settings.max_request_bytes,
+                max_tokens=self.settings.max_request_tokens,
+                max_top_k=min(self.settings.max_top_k, facts.vocab_size),
+            ),
+            capabilities=facts.capabilities,
+        )
+        self.backend = backend
+
+    def _build(self) -> FastAPI:
+        api = FastAPI(title="sparse-gkd teacher server", version=__version__)
+        routes: dict[str, tuple[str, Handler]] = {
+            "/v1/score": ("POST", self._score),
+            "/v1/generate": ("POST", self._generate),
+            "/v1/info": ("GET", self._get_info),
+            "/health": ("GET", self._health),
+            "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._metrics),
+        }
+        for path, (method, handler) in routes.items():
+            api.add_api_route(
+                path, self._endpoint(path, handler), methods=[method], response_model=None,
+                summary=(handler.__doc__ or "").split("\n")[0], openapi_extra=_documented(path),
+            )  # fmt: skip
+        api.add_exception_handler(HTTPException, _unknown_route)
+        api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
+        return api
+
+    def _endpoint(self, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        """``handler`` with a request id, metrics, and a problem document for every error."""
+
+        async def endpoint(request: Request) -> Response:
+            request_id = _request_id(request)
+            since = time.perf_counter()
+            try:
+                response = await handler(request, request_id)
+            except ProtocolError as error:
+                response = _problem(error, request_id)
+                self.metrics.rejected.labels(error.slug()).inc()
+            except ClientGoneError:
+                response = Response(status_code=_CLIENT_GONE)
+            except Exception:
+                logger.exception("Request %s failed", request_id)
+                hidden = InternalError(f"internal error; the log of request {request_id} says more")
+                response = _problem(hidden, request_id)
+            response.headers[_REQUEST_ID] = request_id
+            self.metrics.requests.labels(path, str(response.status_code)).inc()
+            self.metrics.latency.labels(path).observe(time.perf_counter() - since)
+            return response
+
+        return endpoint
+
+    async def _score(self, request: Request, request_id: str) -> Response:
+        """Sparse log-probs of token sequences."""
+        backend, info = self._loaded()
+        asked = await self._read(request, ScoreRequest)
+        check_score_request(asked, info)
+        jobs = [
+            ScoreJob(
+                sequence.token_ids,
+                sequence.completion_start,
+                asked.top_k,
+                asked.temperature,
+                sequence.requested_token_ids,
+                asked.logprob_dtype,
+            )
+            for sequence in asked.sequences
+        ]
+        with self.admission.admit(sum(job.tokens for job in jobs)):
+            scored: list[SparseLogprobs] = await self.admission.run(
+                _all([backend.score(job) for job in jobs]), lambda: _disconnected(request)
+            )
+            rows = sum(job.rows for job in jobs)
+            self.metrics.tokens.labels("scored").inc(rows)
+            self.metrics.tokens.labels("prompt").inc(sum(job.tokens for job in jobs) - rows)
+            answer = ScoreResponse.model_construct(
+                sequences=scored, teacher=info.teacher, request_id=request_id
+            )
+            return await _answer(request, answer)
+
+    async def _generate(self, request: Request, request_id: str) -> Response:
+        """Completions of prompts, with sparse log-probs when asked."""
+        backend, info = self._loaded()
+        asked = await self._read(request, GenerateRequest)
+        check_generate_request(asked, info)
+        jobs = _generate_jobs(asked)
+        with self.admission.admit(sum(job.tokens for job in jobs)):
+            flat: list[Completion] = await self.admission.run(
+                _all([backend.generate(job) for job in jobs]), lambda: _disconnected(request)
+            )
+            self.metrics.tokens.labels("generated").inc(sum(len(c.token_ids) for c in flat))
+            self.metrics.tokens.labels("prompt").inc(sum(len(job.prompt) for job in jobs))
+            answer = GenerateResponse.model_construct(
+                completions=[flat[i : i + asked.n] for i in range(0, len(flat), asked.n)],
+                teacher=info.teacher,
+                request_id=request_id,
+            )
+            return await _answer(request, answer)
+
+    async def _get_info(self, request: Request, request_id: str) -> Response:
+        """What the teacher is, its limits and what it can do."""
+        return await _answer(request, self._loaded()[1])
+
+    async def _health(self, request: Request, request_id: str) -> Response:
+        """Alive: the process answers."""
+        return Response('{"status":"ok"}', media_type=wire.JSON_MEDIA_TYPE)
+
+    async def _ready(self, request: Request, request_id: str) -> Response:
+        """200 when requests are taken; 503 while loading or draining."""
+        self._loaded()
+        return Response('{"status":"ready"}', media_type=wire.JSON_MEDIA_TYPE)
+
+    async def _metrics(self, request: Request, request_id: str) -> Response:
+        """Prometheus metrics."""
+        return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    def _loaded(self) -> tuple[Backend, InfoResponse]:
+        if self.admission.draining:
+            raise UnavailableError("the server is shutting down", retry_after=1.0)
+        if self.backend is None or self.info is None:
+            raise UnavailableError("the model is loading", retry_after=1.0)
+        return self.backend, self.info
+
+    async def _read(self, request: Request, model: type[M]) -> M:
+        """The request's body as ``model``; its size is bounded while it is read."""
+        media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if media_type not in _MEDIA_TYPES:
+            raise UnsupportedMediaTypeError(
+                f"Content-Type {media_type!r} is not one of {', '.join(_MEDIA_TYPES)}"
+            )
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r} is not supported")
+        _accepted(request)  # an answer nobody can read is refused before it is computed
+        limit = self.settings.max_request_bytes
+        declared = request.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared) > limit:
+            raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise PayloadTooLargeError(f"the body has over {limit} bytes, the limit")
+        if not body:
+            raise MalformedRequestError("the body is empty")
+        return await asyncio.to_thread(wire.load, model, bytes(body), media_type, max_bytes=limit)
+
+
+def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
+    seed = int.from_bytes(os.urandom(7)) if asked.seed is None else asked.seed
+    stops = () if asked.stop_token_ids is None else tuple(int(i) for i in asked.stop_token_ids)
+    score = None
+    if asked.top_k is not None:
+        score = ScoreOptions(asked.top_k, asked.score_temperature, asked.logprob_dtype)
+    return [
+        GenerateJob(
+            prompt=prompt,
+            max_new_tokens=asked.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            sampling_top_k=asked.sampling_top_k,
+            key=(seed, prompt.astype("<u4").tobytes(), number),
+            stop_token_ids=stops,
+            score=score,
+        )
+        for prompt in asked.prompts
+        for number in range(asked.n)
+    ]
+
+
+async def _all(work: list[Any]) -> list[Any]:
+    """Results in order; the first failure cancels the rest."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _accepted(request: Request) -> str:
+    """Media type of the answer: what Accept names first, else the request's, else JSON."""
+    accept = request.headers.get("accept", "*/*")
+    wanted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    for media_type in wanted:
+        if media_type in _MEDIA_TYPES:
+            return media_type
+    if not {"*/*", "application/*", ""} & set(wanted):
+        raise UnsupportedMediaTypeError(
+            f"Accept {accept!r} holds none of {', '.join(_MEDIA_TYPES)}"
+        )
+    own = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    return own if own in _MEDIA_TYPES else wire.JSON_MEDIA_TYPE
+
+
+async def _answer(request: Request, message: BaseModel) -> Response:
+    media_type = _accepted(request)
+    body = await asyncio.to_thread(wire.dump, message, media_type)
+    return Response(body, media_type=media_type)
+
+
+def _request_id(request: Request) -> str:
+    given = request.headers.get(_REQUEST_ID, "")
+    printable = given.isascii() and given.replace("-", "").replace("_", "").isalnum()
+    return given if printable and len(given) <= 64 else uuid.uuid4().hex
+
+
+def _problem(error: ProtocolError, request_id: str, status: int | None = None) -> Response:
+    problem = Problem.model_validate(error.to_problem(request_id))
+    if status is not None:
+        problem = problem.model_copy(update={"status": status})
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
+    return Response(
+        problem.model_dump_json(exclude_none=True),
+        status_code=problem.status,
+        media_type="application/problem+json",
+        headers=headers,
+    )
+
+
+async def _unknown_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
+    return _problem(NotFoundError(detail), _request_id(request), status=error.status_code)
+
+
+_BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
+    "/v1/score": (ScoreRequest, ScoreResponse),
+    "/v1/generate": (GenerateRequest, GenerateResponse),
+    "/v1/info": (None, InfoResponse),
+}
+
+
+def _documented(path: str) -> dict[str, Any]:
+    """The OpenAPI entry of a route: one schema in both media types."""
+    if path not in _BODIES:
+        return {}
+    asked, answered = _BODIES[path]
+
+    def content(model: type[BaseModel]) -> dict[str, Any]:
+        schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+        return {media_type: {"schema": schema} for media_type in reversed(_MEDIA_TYPES)}
+
+    problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    entry: dict[str, Any] = {
+        "responses": {
+            "200": {"description": "The answer", "content": content(answered)},
+            "default": {
+                "description": "Problem document (RFC 9457)",
+                "content": {"application/problem+json": problem},
+            },
+        }
+    }
+    if asked is not None:
+        entry["requestBody"] = {"required": True, "content": content(asked)}
+    return entry
+
+
+def _openapi(api: FastAPI) -> dict[str, Any]:
+    if api.openapi_schema is None:
+        schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
+        models = [m for pair in _BODIES.values() for m in pair if m is not None] + [Problem]
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in models],
+            ref_template="#/components/schemas/{model}",
+        )
+        schema["components"] = {"schemas": definitions["$defs"]}
+        api.openapi_schema = schema
+    return api.openapi_schema

@@ -1,0 +1,1 @@
+"""What runs the teacher: one Protocol, one file for each engine."""

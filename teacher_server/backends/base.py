@@ -1,0 +1,102 @@
+"""What the server asks of an engine, one sequence at a time.
+
+An engine batches as it likes: the transformers backend by `teacher_server.batcher`, an engine with
+continuous batching by its own scheduler. Requests are checked before they come here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.protocol import (
+    Capabilities,
+    Completion,
+    LogprobDtype,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from shared.sparse import SparseLogprobs
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`."""
+
+    token_ids: NDArray[np.uint32]  # [L]
+    completion_start: int
+    top_k: int
+    temperature: float = 1.0
+    requested_token_ids: NDArray[np.uint32] | None = None  # [T, m]
+    logprob_dtype: LogprobDtype = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def rows(self) -> int:
+        return len(self.token_ids) - self.completion_start
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How a generated completion is scored along with it."""
+
+    top_k: int
+    temperature: float = 1.0
+    logprob_dtype: LogprobDtype = "float32"
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """One completion to generate; ``temperature`` 0 is greedy.
+
+    ``key`` names its randomness: equal keys give equal completions, whatever else is in the batch.
+    """
+
+    prompt: NDArray[np.uint32]  # [P]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    sampling_top_k: int
+    key: tuple[int | bytes, ...]
+    stop_token_ids: tuple[int, ...] = ()
+    score: ScoreOptions | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + self.max_new_tokens
+
+
+@dataclass(frozen=True)
+class BackendFacts:
+    """What `/v1/info` reports of the engine and its model."""
+
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    capabilities: Capabilities
+
+
+class Backend(Protocol):
+    """An engine with its model loaded; every method may be called from many tasks at once."""
+
+    facts: BackendFacts
+
+    async def score(self, job: ScoreJob) -> SparseLogprobs:
+        """The arrays of one sequence. Cancelling the task drops the work."""
+        ...
+
+    async def generate(self, job: GenerateJob) -> Completion:
+        """One completion. Cancelling the task drops the work."""
+        ...
+
+    async def close(self) -> None:
+        """Free the engine; jobs still waiting fail with `UnavailableError`."""
+        ...

@@ -1,0 +1,308 @@
+"""The teacher on plain transformers: any causal language model, CPU or GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from shared.errors import ConfigurationError
+from shared.identity import model_fingerprint, tokenizer_identity
+from shared.protocol import Capabilities, Completion, TeacherIdentity
+from shared.sampling import uniforms
+from shared.sparse import SparseLogprobs
+from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
+from teacher_server.backends.scoring import score_rows
+from teacher_server.batcher import Batcher
+from teacher_server.metrics import Metrics
+from teacher_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class TransformersBackend:
+    """One model, one worker thread, two queues: scoring and generation take turns.
+
+    Args:
+        settings: model, dtype, device and batch budget.
+        metrics: is told batch sizes and forward times.
+
+    Raises:
+        ConfigurationError: the model does not load.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._model = _load_model(settings)
+        self._device = next(self._model.parameters()).device
+        tokenizer = _from_pretrained(AutoTokenizer, settings)
+        self.facts = _facts(settings, self._model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad = int(pad if pad is not None else (*self.facts.eos_token_ids, 0)[0])
+        self._split_head = _head_is_separable(self._model)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._scores: Batcher[ScoreJob, SparseLogprobs] = Batcher(
+            self._timed("score", self.score_batch),
+            self._thread,
+            max_batch_tokens=settings.max_batch_tokens,
+            observe=metrics.batch_observer("score"),
+        )
+        self._generations: Batcher[GenerateJob, Completion] = Batcher(
+            self._timed("generate", self.generate_batch),
+            self._thread,
+            max_batch_tokens=settings.max_batch_tokens,
+            observe=metrics.batch_observer("generate"),
+        )
+
+    async def score(self, job: ScoreJob) -> SparseLogprobs:
+        return await self._scores.submit(job)
+
+    async def generate(self, job: GenerateJob) -> Completion:
+        return await self._generations.submit(job)
+
+    async def close(self) -> None:
+        await asyncio.gather(self._scores.close(), self._generations.close())
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @torch.inference_mode()
+    def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
+        """One forward pass over the right-padded batch; only completion rows meet the head.
+
+        Padding stands behind every real token, which a causal model never sees, so no mask is
+        needed and each answer is that of the sequence alone.
+        """
+        width = max(job.tokens for job in jobs)
+        input_ids = torch.full((len(jobs), width), self._pad)  # [B, L]
+        for row, job in enumerate(jobs):
+            input_ids[row, : job.tokens] = torch.from_numpy(job.token_ids.astype(np.int64))
+        rows = np.concatenate(
+            [
+                np.arange(job.completion_start - 1, job.tokens - 1) + row * width
+                for row, job in enumerate(jobs)
+            ]
+        )
+        index = torch.from_numpy(rows).to(self._device)
+        input_ids = input_ids.to(self._device)
+        vocab_size = self.facts.vocab_size
+        if self._split_head:
+            decoder = self._model.get_decoder()
+            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
+            return score_rows(hidden.flatten(0, 1)[index], self._project, jobs, vocab_size)
+        logits = self._model(input_ids=input_ids, use_cache=False).logits  # [B, L, V]
+        return score_rows(logits.flatten(0, 1)[index], lambda rows: rows, jobs, vocab_size)
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return project(self._model, hidden)
+
+    @torch.inference_mode()
+    def generate_batch(self, jobs: Sequence[GenerateJob]) -> list[Completion]:
+        """Left-padded generation; jobs of other lengths and stop tokens share the batch."""
+        width = max(len(job.prompt) for job in jobs)
+        longest = max(job.max_new_tokens for job in jobs)
+        input_ids = torch.full((len(jobs), width), self._pad)  # [B, P]
+        attention_mask = torch.zeros_like(input_ids)
+        for row, job in enumerate(jobs):
+            input_ids[row, width - len(job.prompt) :] = torch.from_numpy(
+                job.prompt.astype(np.int64)
+            )
+            attention_mask[row, width - len(job.prompt) :] = 1
+        stops = [set(self.facts.eos_token_ids) | set(job.stop_token_ids) for job in jobs]
+        # A batch may end once every row met a token that all rows stop at; rows that stop at
+        # others run on and are cut.
+        common = sorted(set.intersection(*stops)) or None
+        self._model.generation_config = GenerationConfig(
+            max_new_tokens=longest,
+            do_sample=False,
+            eos_token_id=common,
+            pad_token_id=self._pad,
+            use_cache=True,
+        )
+        output: Any = self._model.generate(
+            input_ids=input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            logits_processor=LogitsProcessorList([_SampleRows(jobs, width)]),
+        )
+        generated = output[:, width:].cpu().numpy()
+        completions = [
+            _cut(ids[: job.max_new_tokens], stop)
+            for ids, job, stop in zip(generated, jobs, stops, strict=True)
+        ]
+        return self._with_scores(jobs, completions)
+
+    def _with_scores(
+        self, jobs: Sequence[GenerateJob], completions: list[Completion]
+    ) -> list[Completion]:
+        wanted = [i for i, job in enumerate(jobs) if job.score is not None]
+        if not wanted:
+            return completions
+        scored = self.score_batch([_score_job(jobs[i], completions[i]) for i in wanted])
+        for i, scores in zip(wanted, scored, strict=True):
+            completions[i] = completions[i].model_copy(update={"scores": scores})
+        return completions
+
+    def _timed(self, name: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def timed(jobs: Any) -> Any:
+            since = time.perf_counter()
+            try:
+                return run(jobs)
+            finally:
+                self._metrics.forward_seconds.labels(name).observe(time.perf_counter() - since)
+
+        return timed
+
+
+def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [n, V] of hidden states [n, d], with what the config says is done to them."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if not cap else cap * torch.tanh(logits / cap)
+
+
+@torch.inference_mode()
+def _head_is_separable(model: Any) -> bool:
+    """Whether decoder + `project` give the model's own logits; tried on eight tokens."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return False
+    input_ids = torch.arange(8, device=next(model.parameters()).device)[None] % head.weight.shape[0]
+    theirs = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    ours = project(model, hidden).float()
+    same = torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+    if not same:
+        logger.warning("Unknown output layer: scoring from the model's own logits of all positions")
+    return same
+
+
+def _load_model(settings: Settings) -> Any:
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _from_pretrained(AutoModelForCausalLM, settings, dtype=settings.dtype)
+    return model.to(device).eval()
+
+
+def _from_pretrained(auto_class: Any, settings: Settings, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(
+            settings.model, trust_remote_code=settings.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"{settings.model} does not load with {auto_class.__name__}: {error}"
+        ) from error
+
+
+def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
+    limit = settings.max_model_len or context
+    if limit > context:
+        raise ConfigurationError(
+            f"--max-model-len {limit} is over the model's context of {context}"
+        )
+    return BackendFacts(
+        teacher=TeacherIdentity(
+            model=settings.served_model_name or settings.model,
+            fingerprint=model_fingerprint(_folder(settings.model)),
+            dtype=str(model.dtype).removeprefix("torch."),
+            backend="transformers",
+            version=version("transformers"),
+        ),
+        tokenizer=tokenizer_identity(tokenizer),
+        vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+        max_model_len=limit,
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        capabilities=Capabilities(temperature=True, requested_token_ids=True, generate=True),
+    )
+
+
+def _folder(model: str) -> Path:
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, local_files_only=True))
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
+
+
+def _cut(ids: NDArray[np.int64], stops: set[int]) -> Completion:
+    ends = np.flatnonzero(np.isin(ids, list(stops)))
+    length = int(ends[0]) + 1 if len(ends) else len(ids)
+    return Completion(
+        token_ids=ids[:length].astype(np.uint32), finish_reason="stop" if len(ends) else "length"
+    )
+
+
+def _score_job(job: GenerateJob, completion: Completion) -> ScoreJob:
+    assert job.score is not None
+    return ScoreJob(
+        token_ids=np.concatenate([job.prompt, completion.token_ids]).astype(np.uint32),
+        completion_start=len(job.prompt),
+        top_k=job.score.top_k,
+        temperature=job.score.temperature,
+        logprob_dtype=job.score.logprob_dtype,
+    )
+
+
+class _SampleRows(LogitsProcessor):
+    """Picks each row's token by its own parameters; `generate` then takes the one id left.
+
+    Sampling is by inverse CDF from one uniform a token, fixed by the job's key, over the softmax
+    of the logits after temperature, top-k and top-p.
+    """
+
+    def __init__(self, jobs: Sequence[GenerateJob], prompt_width: int) -> None:
+        self.prompt_width = prompt_width
+        self.rows = [(row, job) for row, job in enumerate(jobs) if job.temperature > 0]
+        self.draws = [uniforms(*job.key, count=job.max_new_tokens) for _, job in self.rows]
+        self.warpers = [_warpers(job) for _, job in self.rows]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        step = input_ids.shape[1] - self.prompt_width
+        for (row, job), draws, warpers in zip(self.rows, self.draws, self.warpers, strict=True):
+            if step >= job.max_new_tokens:
+                continue
+            logits = warpers(input_ids[row : row + 1], scores[row : row + 1].float())
+            cdf = logits.softmax(-1).cumsum(-1)  # [1, V]
+            # searchsorted from the right never lands on an id of zero probability.
+            point = float(draws[step]) * cdf[:, -1:]
+            chosen = torch.searchsorted(cdf, point, right=True).clamp_max_(cdf.shape[-1] - 1)
+            scores[row] = float("-inf")
+            scores[row, chosen[0, 0]] = 0.0
+        return scores
+
+
+def _warpers(job: GenerateJob) -> LogitsProcessorList:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(job.temperature)])
+    if job.sampling_top_k:
+        warpers.append(TopKLogitsWarper(job.sampling_top_k))
+    if job.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(job.top_p))
+    return warpers

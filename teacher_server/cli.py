@@ -1,0 +1,172 @@
+"""`teacher-server serve MODEL`, also as `python -m teacher_server`.
+
+Exit codes: 0 stopped on request, 1 the model failed, 2 wrong flags, model or port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import uvicorn
+
+from shared import __version__
+from shared.errors import ConfigurationError
+from teacher_server.app import TeacherApp
+from teacher_server.backends.base import Backend
+from teacher_server.metrics import Metrics
+from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
+
+logger = logging.getLogger("teacher_server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = vars(_parser().parse_args(argv))
+    logging.basicConfig(
+        level=arguments.pop("log_level").upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        settings = Settings(**arguments)
+        listener = _listen(settings)
+    except ConfigurationError as error:
+        return _fail(error, 2)
+    with listener:
+        return asyncio.run(_serve(settings, listener))
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Settings.__dataclass_fields__
+    parser = argparse.ArgumentParser(
+        prog="teacher-server",
+        description="A teacher behind HTTP: sparse log-probs and generations.",
+    )
+    parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve = commands.add_parser("serve", help="load a model and answer requests")
+
+    def add(flag: str, help: str, **options: Any) -> None:
+        default = defaults[flag.removeprefix("--").replace("-", "_")].default
+        serve.add_argument(flag, help=f"{help} (default: {default})", default=default, **options)
+
+    serve.add_argument("model", help="model folder or Hugging Face Hub id")
+    add("--host", "address to listen on; 0.0.0.0 for other machines")
+    add("--port", "port to listen on; 0 takes a free one", type=int)
+    add("--backend", "engine", choices=get_args(BackendName))
+    add("--dtype", "of the weights; auto takes the checkpoint's", choices=get_args(DtypeName))
+    add("--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
+    add("--served-model-name", "name in /v1/info instead of MODEL")
+    serve.add_argument(
+        "--trust-remote-code", action="store_true", help="run model code of the checkpoint"
+    )
+    add("--max-model-len", "longest sequence in tokens; None is the model's context", type=int)
+    add("--max-batch-tokens", "padded tokens of a model batch", type=int)
+    add("--max-queued-tokens", "tokens admitted at once; over it 429", type=int)
+    add("--max-request-tokens", "tokens of one request", type=int)
+    add("--max-request-bytes", "size of a request's body", type=int)
+    add("--max-top-k", "largest top_k of a request", type=int)
+    add("--request-timeout", "seconds until a request is answered 504", type=float)
+    add("--drain-timeout", "seconds that running requests get at shutdown", type=float)
+    serve.add_argument(
+        "--log-level", default="info", choices=["debug", "info", "warning", "error"],
+        help="(default: info)",
+    )  # fmt: skip
+    return parser
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The listening socket, taken before the model loads.
+
+    Raises:
+        ConfigurationError: the port is in use, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}. "
+            "Choose another --port, or stop what uses it"
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that drains on SIGTERM and SIGINT and then ends normally, with exit code 0."""
+
+    def __init__(self, config: uvicorn.Config, app: TeacherApp) -> None:
+        super().__init__(config)
+        self.teacher_app = app
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain, number)
+        yield
+
+    def _drain(self, number: signal.Signals) -> None:
+        logger.info("%s: finishing what runs, taking nothing new", number.name)
+        self.teacher_app.admission.draining = True
+        self.handle_exit(number, None)
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> int:
+    app = TeacherApp(settings, Metrics())
+    server = _Server(
+        uvicorn.Config(
+            app.api,
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
+            lifespan="off",
+        ),
+        app,
+    )
+    host, port = listener.getsockname()[:2]
+    logger.info("Listening on http://%s:%d; loading %s", host, port, settings.model)
+    loading = asyncio.create_task(_load(app, settings, server))
+    await server.serve(sockets=[listener])
+    if app.backend is not None:
+        await app.backend.close()
+    if not loading.done():  # stopped while the model loads: its thread ends with the process
+        return 0
+    return loading.result()
+
+
+async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
+    """Load the model while the socket already answers; 0, or the exit code of the failure."""
+    try:
+        backend = await asyncio.to_thread(_make_backend, settings, app.metrics)
+    except ConfigurationError as error:
+        server.should_exit = True
+        return _fail(error, 2)
+    except Exception as error:
+        logger.exception("The model failed to load")
+        server.should_exit = True
+        return _fail(error, 1)
+    app.ready(backend)
+    logger.info("Ready: %s", backend.facts.teacher)
+    return 0
+
+
+def _make_backend(settings: Settings, metrics: Metrics) -> Backend:
+    # Imported here, so that --help and wrong flags do not wait for torch.
+    from teacher_server.backends.transformers import TransformersBackend
+
+    return TransformersBackend(settings, metrics)
+
+
+def _fail(error: Exception, code: int) -> int:
+    sys.stderr.write(f"teacher-server: error: {error}\n")
+    return code

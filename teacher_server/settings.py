@@ -1,0 +1,76 @@
+"""What `teacher-server serve` can be told, checked before the model loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shared.errors import ConfigurationError
+
+BackendName = Literal["auto", "transformers"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Flags of `serve`; times in seconds, sizes in tokens unless said otherwise.
+
+    Raises:
+        ConfigurationError: a value that cannot work, or a model folder that is none.
+    """
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    backend: BackendName = "auto"
+    dtype: DtypeName = "auto"
+    device: DeviceName = "auto"
+    served_model_name: str | None = None
+    trust_remote_code: bool = False
+    max_model_len: int | None = None
+    max_batch_tokens: int = 16_384
+    max_queued_tokens: int = 1_048_576
+    max_request_tokens: int = 262_144
+    max_request_bytes: int = 64 << 20
+    max_top_k: int = 1024
+    request_timeout: float = 600.0
+    drain_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_batch_tokens",
+            "max_queued_tokens",
+            "max_request_tokens",
+            "max_request_bytes",
+            "max_top_k",
+            "request_timeout",
+            "drain_timeout",
+        ):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+        if not 0 <= self.port <= 65_535:
+            raise ConfigurationError(f"--port {self.port} must be from 0 to 65535")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigurationError(f"--max-model-len {self.max_model_len} must be at least 2")
+        if self.max_request_tokens > self.max_queued_tokens:
+            raise ConfigurationError(
+                f"--max-request-tokens {self.max_request_tokens} is over --max-queued-tokens "
+                f"{self.max_queued_tokens}: such a request could never be admitted"
+            )
+        self._check_model()
+
+    def _check_model(self) -> None:
+        folder = Path(self.model)
+        if folder.is_dir():
+            if not (folder / "config.json").exists():
+                raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
+        elif self.model.startswith((".", "/", "~")) or self.model.count("/") != 1:
+            raise ConfigurationError(
+                f"{self.model}: no such folder; give a model folder or a Hub id such as org/name"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,63 @@
+"""A real teacher server in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_server(model: Path, *arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+    """The process, its output going to ``log``; it may not be ready yet."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "teacher_server", "serve", str(model), "--port", str(port),
+             *arguments],
+            stdout=output, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"the server is not ready (exit {server.poll()}):\n{log.read_text()}")
+
+
+@contextlib.contextmanager
+def running_server(model: Path, *arguments: str) -> Iterator[str]:
+    """URL of a ready server; its log is shown when the test inside fails."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        server = start_server(model, *arguments, port=port, log=log)
+        try:
+            wait_until_ready(server, url, log)
+            yield url
+        except BaseException:
+            sys.stderr.write(log.read_text())
+            raise
+        finally:
+            server.kill()
+            server.wait()
