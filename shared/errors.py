@@ -4,6 +4,7 @@ SparseGKDError
 ├── ProtocolError             travels over HTTP as an RFC 9457 problem document
 │   ├── MalformedRequestError     400
 │   ├── NotFoundError             404
+│   ├── MethodNotAllowedError     405
 │   ├── PayloadTooLargeError      413
 │   ├── UnsupportedMediaTypeError 415
 │   ├── InvalidRequestError       422
@@ -83,6 +84,10 @@ class NotFoundError(ProtocolError):
     status, title = 404, "Not found"
 
 
+class MethodNotAllowedError(ProtocolError):
+    status, title = 405, "Method not allowed"
+
+
 class PayloadTooLargeError(ProtocolError):
     status, title = 413, "Payload too large"
 
@@ -116,6 +121,7 @@ _BY_STATUS: dict[int, type[ProtocolError]] = {
     for error in (
         MalformedRequestError,
         NotFoundError,
+        MethodNotAllowedError,
         PayloadTooLargeError,
         UnsupportedMediaTypeError,
         InvalidRequestError,

@@ -207,8 +207,8 @@ def _tokenize(
         raise DatasetError(f"{where}: the prompt is empty; a completion needs a token before it")
     if len(prompt_ids) >= max_length:
         raise DatasetError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of {max_length} leaves none "
-            "for a completion. Raise --max_length or leave the row out"
+            f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of {max_length} leaves "
+            "none for a completion. Raise --max_length or leave the row out"
         )
     checker = row.get("checker")
     if checker is not None and not isinstance(checker, dict):

@@ -93,7 +93,8 @@ def _table(table: Table) -> str:
         + "</tr>"
         for i, row in enumerate(table.rows)
     )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
+    return f"<div class=scroll><table>{body}</table></div>"
 
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 240, 48, 12, 12, 28

@@ -21,6 +21,7 @@ from shared import __version__, wire
 from shared.errors import (
     InternalError,
     MalformedRequestError,
+    MethodNotAllowedError,
     NotFoundError,
     PayloadTooLargeError,
     ProtocolError,
@@ -288,10 +289,8 @@ def _request_id(request: Request) -> str:
     return given if printable and len(given) <= 64 else uuid.uuid4().hex
 
 
-def _problem(error: ProtocolError, request_id: str, status: int | None = None) -> Response:
+def _problem(error: ProtocolError, request_id: str) -> Response:
     problem = Problem.model_validate(error.to_problem(request_id))
-    if status is not None:
-        problem = problem.model_copy(update={"status": status})
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
@@ -306,7 +305,8 @@ def _problem(error: ProtocolError, request_id: str, status: int | None = None) -
 async def _unknown_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
-    return _problem(NotFoundError(detail), _request_id(request), status=error.status_code)
+    refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
+    return _problem(refusal(detail), _request_id(request))
 
 
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {

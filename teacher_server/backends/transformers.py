@@ -183,7 +183,7 @@ def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def _head_is_separable(model: Any) -> bool:
     """Whether decoder + `project` give the model's own logits; tried on eight tokens."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
         return False
     input_ids = torch.arange(8, device=next(model.parameters()).device)[None] % head.weight.shape[0]

@@ -48,7 +48,7 @@ def words(model_folder: Path, *more: str) -> list[str]:
 
 
 def test_the_launch_line_is_accepted_as_it_stands(model_folder):
-    model, data, generation, teacher, args = read(words(model_folder))
+    model, _, _, teacher, args = read(words(model_folder))
     assert (args.lmbda, args.beta, args.learning_rate) == (0.5, 0.5, 2e-5)
     assert (model.lora_r, model.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
     assert args.gradient_accumulation_steps == 8

@@ -124,7 +124,7 @@ def test_a_long_completion_is_cut_and_says_so(tokenizer):
 )
 def test_rows_that_leave_nothing_to_learn_are_refused_by_name(tokenizer, row, message):
     tokenizer.chat_template = UNMARKED
-    with pytest.raises(DatasetError, match="data.jsonl:7") as caught:
+    with pytest.raises(DatasetError, match=r"data\.jsonl:7") as caught:
         render(tokenizer, row, max_length=60)
     assert message in str(caught.value)
 
