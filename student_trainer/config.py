@@ -300,6 +300,31 @@ def check_distill(
     check_teacher(teacher)
 
 
+def check_evaluate(
+    model: ModelArguments,
+    data: DataArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> None:
+    """Raises `ConfigurationError` for an evaluation that cannot run."""
+    check_model(model)
+    check_generation(generation)
+    _require(
+        data.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
+    )
+    _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
+    if not 0 <= args.temperature < float("inf"):
+        raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")
+    if args.n < 1 or (args.limit is not None and args.limit < 1):
+        raise ConfigurationError(f"--n {args.n} and --limit {args.limit} must be at least 1")
+    if args.n > 1 and args.temperature == 0:
+        raise ConfigurationError(
+            f"--n {args.n} greedy completions are all the same; add --temperature"
+        )
+    if not args.check_timeout > 0:
+        raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
+
+
 def check_generation(generation: GenerationArguments) -> None:
     if generation.max_new_tokens < 1:
         raise ConfigurationError(f"--max_new_tokens {generation.max_new_tokens} must be at least 1")

@@ -2,15 +2,172 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigurationError
+import torch
+from tqdm.auto import tqdm
+
+from shared.errors import ConfigurationError, DatasetError
+from student_trainer.config import (
+    DataArguments,
+    EvaluateArguments,
+    GenerationArguments,
+    ModelArguments,
+    check_evaluate,
+    parse,
+)
+from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.evaluation.checkers import CheckResult, check_completions
+from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
+from student_trainer.evaluation.suites import Problem, problems_of
+from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.student import (
+    context_length,
+    load_config,
+    load_stop_ids,
+    load_student,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
-    """Generate for every row that carries a checker, run the checkers, print and save the score."""
-    raise ConfigurationError("to be written once the suites are there")
+    """Generate for every problem, check the completions, print and save the scores.
+
+    Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
+    into ``--output_dir``.
+    """
+    model_arguments, data, generation, args = parse(
+        argv,
+        ModelArguments,
+        DataArguments,
+        GenerationArguments,
+        EvaluateArguments,
+        prog="student-trainer evaluate",
+        description=(evaluate.__doc__ or "").split("\n")[0],
+    )
+    check_evaluate(model_arguments, data, generation, args)
+    rows = load_rows(data.dataset_name, config=data.dataset_config, split=data.dataset_split)
+    problems = problems_of(rows, args.suite)[: args.limit]
+    requests = _requests(problems, model_arguments, data, generation, args)
+    since = time.perf_counter()
+    completions = _generate(requests, model_arguments, generation, args)
+    results = check_completions(
+        [problem.checker for problem in problems for _ in range(args.n)],
+        completions,
+        timeout=args.check_timeout,
+        progress=True,
+    )
+    summary = {
+        "model": model_arguments.model_name_or_path,
+        "dataset": data.dataset_name,
+        "problems": len(problems),
+        "n": args.n,
+        "temperature": args.temperature,
+        **scores(results, args.n),
+        "seconds": round(time.perf_counter() - since, 2),
+    }
+    _write(Path(args.output_dir), summary, problems, completions, results, args.n)
+    sys.stdout.write(json.dumps(summary) + "\n")
+    return summary
+
+
+def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
+    """pass@k of the programs for k = 1, 10, 100 up to ``n``, exact match of the rest (mean)."""
+    groups = [results[i : i + n] for i in range(0, len(results), n)]
+    programs = [(n, sum(r.passed for r in g)) for g in groups if g[0].kind == "python"]
+    others = [r.passed for g in groups if g[0].kind != "python" for r in g]
+    found = {}
+    if programs:
+        found |= {f"pass@{k}": mean_pass_at_k(programs, k) for k in (1, 10, 100) if k <= n}
+    if others:
+        found["exact_match"] = sum(others) / len(others)
+    return found
+
+
+def _requests(
+    problems: Sequence[Problem],
+    model: ModelArguments,
+    data: DataArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> list[RolloutRequest]:
+    """Tokenized prompts, n of each; the key makes a sample independent of its batch."""
+    tokenizer = load_tokenizer(model)
+    limit = min(data.max_length or 1 << 30, context_length(load_config(model)))
+    rows = [(problem.task_id, problem.row) for problem in problems]
+    stop_ids = load_stop_ids(model, tokenizer)
+    examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=limit)
+    for example in examples:
+        if len(example.prompt_ids) + generation.max_new_tokens > limit:
+            raise DatasetError(
+                f"{example.name}: a prompt of {len(example.prompt_ids)} tokens leaves less than "
+                f"--max_new_tokens {generation.max_new_tokens} of the context of {limit}; lower it"
+            )
+    return [
+        RolloutRequest(example.prompt_ids, ("evaluate", args.seed, example.index, number))
+        for example in examples
+        for number in range(args.n)
+    ]
+
+
+def _generate(
+    requests: Sequence[RolloutRequest],
+    model_arguments: ModelArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> list[str]:
+    tokenizer = load_tokenizer(model_arguments)
+    model = load_student(model_arguments)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    stop_ids = load_stop_ids(model_arguments, tokenizer)
+    engine = TransformersRollouts(
+        model,
+        stop_ids=stop_ids,
+        pad_token_id=stop_ids[0],
+        max_new_tokens=generation.max_new_tokens,
+        temperature=args.temperature,
+        batch_size=generation.generation_batch_size or 32,
+        vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
+    )
+    texts = [""] * len(requests)
+    with tqdm(total=len(requests), desc="Generating", leave=False) as bar:
+        for group in engine.generate(requests):
+            for index, rollout in group:
+                texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+            bar.update(len(group))
+    return texts
+
+
+def _write(
+    folder: Path,
+    summary: dict[str, Any],
+    problems: Sequence[Problem],
+    completions: Sequence[str],
+    results: Sequence[CheckResult],
+    n: int,
+) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror}") from error
+    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_samples(
+        folder / "samples.jsonl",
+        (
+            {
+                "task_id": problems[i // n].task_id,
+                "completion": completion,
+                "passed": result.passed,
+                "result": result.detail or "passed",
+            }
+            for i, (completion, result) in enumerate(zip(completions, results, strict=True))
+        ),
+    )

@@ -90,5 +90,6 @@ class WindowMetrics:
             logs["on_policy"] = total["on_policy"] / total["steps"]
             logs["seconds_teacher"] = total["seconds_teacher"] / total["steps"]
             logs["seconds_generating"] = total["seconds_generating"] / total["steps"]
-            logs["bytes_per_token"] = total["bytes"] / max(total["scored_tokens"], 1.0)
+            if total["scored_tokens"]:
+                logs["bytes_per_token"] = total["bytes"] / total["scored_tokens"]
         return logs

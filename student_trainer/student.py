@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from shared.errors import ConfigurationError
-from student_trainer.config import CommonTrainingArguments, ModelArguments
+from student_trainer.config import ModelArguments
+from student_trainer.data import stop_token_ids
 from student_trainer.losses import (
     SparseDistribution,
     SparseStatistics,
@@ -60,6 +63,21 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return _from_hub_or_folder(AutoTokenizer, arguments)
+
+
+def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion; see `data.stop_token_ids`."""
+    generation_config = None
+    with contextlib.suppress(OSError):  # many checkpoints have none
+        generation_config = GenerationConfig.from_pretrained(
+            arguments.model_name_or_path, revision=arguments.model_revision
+        )
+    return stop_token_ids(tokenizer, generation_config)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest sequence in tokens; models without a bound get a very large one."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
 def load_student(arguments: ModelArguments, *, gradient_checkpointing: bool = False) -> Any:
@@ -218,9 +236,3 @@ def _has_linear_head(causal_lm: Any, forward: Any) -> bool:
     if not same:
         logger.warning("The output layer is more than linear: using the model's own logits")
     return same
-
-
-def training_arguments_fit(model: Any, arguments: CommonTrainingArguments) -> None:
-    """Raises `ConfigurationError` when there is nothing to train."""
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigurationError(f"{arguments.output_dir}: no parameter of the student is trained")

@@ -76,6 +76,7 @@ class TeacherClient:
         self.accept_change = accept_change
         self._bytes_received = 0
         self._tokens_scored = 0
+        self._closed = False
         self._info: InfoResponse | None = None
         self._outstanding = dict.fromkeys(self.urls, 0)
         self._lock = threading.Lock()
@@ -89,6 +90,8 @@ class TeacherClient:
         self.close()
 
     def close(self) -> None:
+        """Drop what is in flight."""
+        self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._http.close()
 
@@ -283,6 +286,8 @@ class TeacherClient:
             ) from error
 
     def _on_least_loaded(self, call: Callable[[str], R], tokens: int) -> R:
+        if self._closed:
+            raise TeacherUnreachableError("the client is closed")
         with self._lock:
             url = min(self.urls, key=lambda u: self._outstanding[u])
             self._outstanding[url] += tokens

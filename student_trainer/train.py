@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 
 from accelerate import PartialState
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from shared.errors import ConfigurationError, DatasetError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
@@ -25,10 +24,16 @@ from student_trainer.config import (
     check_generation,
     parse,
 )
-from student_trainer.data import Example, load_rows, stop_token_ids, tokenize_rows
+from student_trainer.data import Example, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.pipeline import Method, dataset_sample
-from student_trainer.student import load_config, load_student, load_tokenizer
+from student_trainer.student import (
+    context_length,
+    load_config,
+    load_stop_ids,
+    load_student,
+    load_tokenizer,
+)
 from student_trainer.teacher import TeacherClient
 from student_trainer.trainer import DistillationTrainer
 
@@ -101,12 +106,12 @@ def _train(
     tokenizer = load_tokenizer(model_arguments)
     config = load_config(model_arguments)
     rows = int(config.get_text_config().vocab_size)
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+    context = context_length(config)
     if teacher is not None:
         check_vocabulary(tokenizer, rows, teacher.info)
         rows = min(rows, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    method = _method(args, distill, generation, top_k, _stop_ids(model_arguments, tokenizer))
+    method = _method(args, distill, generation, top_k, load_stop_ids(model_arguments, tokenizer))
     train, held_out = load_examples(data, tokenizer, method, context)
     student = load_student(model_arguments, gradient_checkpointing=args.gradient_checkpointing)
     trainer = DistillationTrainer(
@@ -248,12 +253,3 @@ def _method(
         seed=args.seed,
         stop_ids=tuple(stop_ids),
     )
-
-
-def _stop_ids(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    generation_config = None
-    with contextlib.suppress(OSError):  # many checkpoints have none
-        generation_config = GenerationConfig.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision
-        )
-    return stop_token_ids(tokenizer, generation_config)

@@ -99,7 +99,8 @@ class DistillationTrainer(Trainer):
         step = self.state.global_step
         groups, following = self._take(epoch_iterator, num_batches)
         pending = self._take_pending(step) or self.pipeline.submit(step, _flat(groups))
-        if following and not self._on_policy(step + 1):
+        last = step + 1 >= self.state.max_steps
+        if following and not last and not self._on_policy(step + 1):
             # Does not depend on the weights: the teacher may score it while this step trains.
             self._pending = (step + 1, self.pipeline.submit(step + 1, _flat(following)))
         scored = self.pipeline.collect(pending)
@@ -282,7 +283,7 @@ def check_examples(
     for group in rollouts.generate(requests):
         for index, rollout in group:
             texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-    return list(check_completions([e.checker for e in checkable], texts))
+    return list(check_completions([e.checker for e in checkable if e.checker], texts))
 
 
 class _StepClock(TrainerCallback):

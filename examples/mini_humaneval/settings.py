@@ -35,18 +35,18 @@ class Settings:
     teacher_shape: ModelShape = ModelShape(128, 384, 2, 4, initializer_range=0.05)
     student_shape: ModelShape = ModelShape(64, 160, 2, 4, initializer_range=0.06)
 
-    # Enough that three epochs leave no row learnt by heart, few enough to tokenize in seconds.
+    # Three epochs of these are the pretraining; tokenizing them takes about two seconds.
     pretrain_rows: int = 12_000
     # The student has seen a part of what the teacher has seen.
     warmup_rows: int = 4_000
-    # Few and noisy: a real user's labels. With clean ones there is much less for a teacher to add.
+    # Few and noisy, like a real user's labels: 30 % have a plausible but wrong body.
     labelled_rows: int = 200
     noise_share: float = 0.3
     # Many prompts without labels; three epochs of them at 400 updates of 32.
     prompt_rows: int = 4_000
     # One standard error of pass@1 is about .03 at this size.
     held_out_rows: int = 256
-    # Single steps show what each operation is called; more of them would teach nothing new.
+    # Single steps show what each operation is called, apart from any partner.
     pretrain_single_share: float = 0.1
     # Conditions are the longer third; the rest are chains of two steps.
     branch_share: float = 0.35
@@ -55,8 +55,9 @@ class Settings:
     teacher_pretrain: Stage = Stage(1200, 32, 4e-3, 120, weight_decay=0.1)
     # Ten epochs: enough for the wording; more learns the wrong labels by heart.
     teacher_sft: Stage = Stage(60, 32, 1.5e-3, 6)
-    # Small models bear large steps; it must write runnable bodies before it is sampled from.
-    student_warmup: Stage = Stage(500, 32, 6e-3, 50, weight_decay=0.1)
+    # A short warm-up: it writes bodies that parse, and so is worth sampling from, but it does not
+    # know the users' wording. After twice as many updates the labels alone carry it much further.
+    student_warmup: Stage = Stage(250, 32, 6e-3, 25, weight_decay=0.1)
     # The best of a sweep over 1e-3, 3e-3 and 6e-3 for SFT, used for both.
     student_sft: Stage = Stage(400, 32, 3e-3, 40)
     student_distill: Stage = Stage(400, 32, 3e-3, 40)
@@ -68,7 +69,7 @@ class Settings:
     # Teacher and student are compared at the temperature at which the student is sampled.
     temperature: float = 1.0
     rollout_temperature: float = 1.0
-    # More than 99 % of the teacher's mass; the tail bucket holds the rest exactly.
+    # 99.7 % of the teacher's mass on early rollouts; the tail bucket holds the rest exactly.
     top_k_logprobs: int = 16
     # The longest reference body has 40 tokens with its end token.
     max_new_tokens: int = 40

@@ -1,0 +1,1 @@
+"""Is a completion right? Text in, verdicts out: no model is known here."""

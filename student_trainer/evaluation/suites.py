@@ -1,0 +1,95 @@
+"""Published test files as they are: HumanEval, GSM8K, and rows that carry a checker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shared.errors import DatasetError
+from student_trainer.evaluation.checkers import parse_checker
+
+SuiteName = Literal["auto", "humaneval", "gsm8k", "rows"]
+
+_HUMANEVAL = {"task_id", "prompt", "entry_point", "test"}
+_GSM8K = {"question", "answer"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what the model is given (a row with prompt or messages), and how it is judged.
+
+    Attributes:
+        task_id: name of the problem.
+        row: ``{"prompt": text}`` or ``{"messages": [...]}``.
+        checker: as `checkers` reads it.
+        reference: a right answer, or "" where none is given.
+    """
+
+    task_id: str
+    row: dict[str, Any]
+    checker: dict[str, Any]
+    reference: str
+
+
+def problems_of(rows: Sequence[tuple[str, dict[str, Any]]], suite: SuiteName) -> list[Problem]:
+    """Problems of (where, row) pairs; "auto" tells the suite from the first row's fields.
+
+    Raises:
+        DatasetError: names the first row that does not belong to the suite.
+    """
+    readers = {"humaneval": _humaneval, "gsm8k": _gsm8k, "rows": _checked_row}
+    name = _detect(*rows[0]) if suite == "auto" else suite
+    return [readers[name](where, row) for where, row in rows]
+
+
+def _detect(where: str, row: dict[str, Any]) -> str:
+    if "checker" in row:
+        return "rows"
+    if row.keys() >= _HUMANEVAL:
+        return "humaneval"
+    if row.keys() >= _GSM8K:
+        return "gsm8k"
+    raise DatasetError(
+        f"{where}: neither a checker, nor HumanEval's nor GSM8K's fields; the row has {sorted(row)}"
+    )
+
+
+def _humaneval(where: str, row: dict[str, Any]) -> Problem:
+    _require(where, row, _HUMANEVAL)
+    checker = {"kind": "python", **{n: row[n] for n in ("prompt", "entry_point", "test")}}
+    reference = str(row.get("canonical_solution", ""))
+    return Problem(str(row["task_id"]), {"prompt": row["prompt"]}, checker, reference)
+
+
+def _gsm8k(where: str, row: dict[str, Any]) -> Problem:
+    _require(where, row, _GSM8K)
+    question, answer = str(row["question"]), str(row["answer"])
+    number = answer.rpartition("####")[2].strip()
+    messages = [{"role": "user", "content": question}]
+    checker = {"kind": "final_number", "answer": number}
+    return Problem(where, {"messages": messages}, checker, answer)
+
+
+def _checked_row(where: str, row: dict[str, Any]) -> Problem:
+    _require(where, row, {"checker"})
+    if not isinstance(row["checker"], dict):
+        raise DatasetError(f"{where}: checker must be an object")
+    parse_checker(row["checker"], where)
+    task_id = str(row.get("task_id", where))
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") == "assistant":
+            reference = str(last.get("content", ""))
+            return Problem(task_id, {"messages": messages[:-1]}, row["checker"], reference)
+        return Problem(task_id, {"messages": messages}, row["checker"], "")
+    _require(where, row, {"prompt"})
+    reference = str(row.get("completion") or "")
+    return Problem(task_id, {"prompt": row["prompt"]}, row["checker"], reference)
+
+
+def _require(where: str, row: dict[str, Any], names: set[str]) -> None:
+    missing = sorted(names - row.keys())
+    if missing:
+        raise DatasetError(f"{where}: {', '.join(missing)} missing; the row has {sorted(row)}")

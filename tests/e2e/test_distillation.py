@@ -1,0 +1,222 @@
+"""The main job through the command line, against a real server process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from student_trainer.cli import main
+
+
+def flags(world, output, **options):
+    settings = {
+        "model_name_or_path": world.student,
+        "dataset_name": world.rows,
+        "output_dir": output,
+        "max_new_tokens": 12,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": "true",
+        **options,
+    }
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def distill(world, output, **options):
+    options = {"teacher_url": world.url, "top_k_logprobs": 16, "max_steps": 4, **options}
+    return main(["distill", *flags(world, output, **options)])
+
+
+def history(output):
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def weights(output):
+    return load_file(output / "model.safetensors")
+
+
+def assert_same_weights(a, b, *, tolerance):
+    for name, value in weights(a).items():
+        torch.testing.assert_close(weights(b)[name], value, atol=tolerance, rtol=0, msg=name)
+
+
+METHODS = {
+    "supervised KD": {"lmbda": 0},
+    "SeqKD": {"lmbda": 0, "seq_kd": "true"},
+    "on-policy GKD": {"lmbda": 1},
+    "mixed": {"lmbda": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("beta", [0, 0.5, 1])
+def test_divergence_on_held_out_prompts_falls(world, tmp_path, method, beta):
+    code = distill(
+        world, tmp_path, beta=beta, max_steps=30, eval_dataset_name=world.held_out,
+        eval_strategy="steps", eval_steps=30, eval_on_start="true", **METHODS[method],
+    )  # fmt: skip
+    assert code == 0
+    divergences = [e["eval_divergence"] for e in history(tmp_path) if "eval_divergence" in e]
+    assert len(divergences) == 2
+    assert divergences[1] < 0.8 * divergences[0]
+
+
+def test_sft_learns_the_data_without_a_teacher(world, tmp_path):
+    options = {
+        "max_steps": 30, "eval_dataset_name": world.held_out, "eval_strategy": "steps",
+        "eval_steps": 30, "eval_on_start": "true",
+    }  # fmt: skip
+    assert main(["sft", *flags(world, tmp_path, **options)]) == 0
+    losses = [entry["eval_loss"] for entry in history(tmp_path) if "eval_loss" in entry]
+    assert losses[1] < 0.8 * losses[0]
+
+
+def test_logs_tell_what_happened(world, tmp_path):
+    assert distill(world, tmp_path, lmbda=1) == 0
+    entry = history(tmp_path)[0]
+    assert entry["on_policy"] == 1.0
+    assert 0 < entry["teacher_top_k_mass"] < 1
+    assert 0 < entry["student_top_k_mass"] < 1
+    assert 0 < entry["teacher_entropy"] < 5
+    assert 0 < entry["student_entropy"] < 5
+    assert 1 <= entry["completion_length"] <= 12
+    assert 0 <= entry["truncated"] <= 1
+    assert entry["divergence"] == pytest.approx(entry["loss"], rel=1e-4)
+    assert entry["bytes_per_token"] > 16 * 8
+    for name in ("seconds_teacher", "seconds_generating", "seconds_training"):
+        assert entry[name] > 0
+
+
+@pytest.mark.parametrize("lmbda", [0, 1])
+def test_accumulated_small_batches_equal_one_large_batch(world, tmp_path, lmbda):
+    plain = {"lmbda": lmbda, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
+    assert distill(world, tmp_path / "whole", **plain) == 0
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    assert distill(world, tmp_path / "parts", **plain, **small) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("lmbda", [0, 1])
+def test_two_processes_equal_one(world, tmp_path, lmbda):
+    plain = {"lmbda": lmbda, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
+    assert distill(world, tmp_path / "one", **plain) == 0
+    words = flags(
+        world, tmp_path / "two", teacher_url=world.url, top_k_logprobs=16, max_steps=4,
+        **{**plain, "per_device_train_batch_size": 4},
+    )  # fmt: skip
+    launch(["--num_processes=2", "--cpu", "-m", "student_trainer", "distill", *words])
+    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-5)
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    for a, b in zip(one[:4], two[:4], strict=True):
+        for name in ("loss", "divergence", "completion_length", "teacher_top_k_mass"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+def test_the_launch_line_trains_adapters(world, tmp_path):
+    line = (
+        f"--teacher_url {world.url} --learning_rate 2e-5 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 8 --logging_steps 2 --num_train_epochs 1 "
+        "--gradient_checkpointing --lmbda 0.5 --beta 0.5 --use_peft --lora_r 32 --lora_alpha 16 "
+        "--trust_remote_code --bf16 --save_strategy steps --save_steps 180 --save_total_limit 5 "
+        "--warmup_steps 10 --lr_scheduler_type cosine --torch_dtype bfloat16"
+    )
+    output = tmp_path / "out"
+    launch(
+        ["-m", "student_trainer", "distill", f"--model_name_or_path={world.student}",
+         f"--dataset_name={world.rows}", f"--output_dir={output}", *line.split()]
+    )  # fmt: skip
+    adapters = load_file(output / "adapter_model.safetensors")
+    assert any(value.abs().max() > 0 for name, value in adapters.items() if "lora_B" in name)
+    assert "lm_head" not in " ".join(adapters)
+
+
+def launch(words):
+    """`accelerate launch` in a process of its own; its output is shown when it fails."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tensorboard_works_as_in_any_trainer_run(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    assert distill(world, tmp_path / "out", report_to="tensorboard", max_steps=2) == 0
+    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+
+
+def test_seq_kd_generates_once_and_reuses_over_epochs(world, tmp_path):
+    import httpx
+
+    def generated():
+        lines = httpx.get(f"{world.url}/metrics").text.splitlines()
+        line = 'teacher_requests_total{route="/v1/generate",status="200"} '
+        return sum(float(text.removeprefix(line)) for text in lines if text.startswith(line))
+
+    before = generated()
+    # 48 rows in batches of 8: 6 steps an epoch, one request each in the first epoch only
+    assert distill(world, tmp_path, lmbda=0, seq_kd="true", max_steps=18) == 0
+    assert generated() - before == 6
+
+
+def test_padded_vocabularies_are_no_mismatch(world, tmp_path):
+    from tests.support.models import save_model, save_tokenizer
+
+    save_tokenizer(tmp_path / "padded")
+    save_model(tmp_path / "padded", vocab_size=272, hidden_size=16, seed=3)
+    assert distill(world, tmp_path / "out", model_name_or_path=tmp_path / "padded", lmbda=1) == 0
+    before = load_file(tmp_path / "padded" / "model.safetensors")["lm_head.weight"]
+    after = weights(tmp_path / "out")["lm_head.weight"]
+    moved = (after - before).abs().amax(dim=1)
+    assert moved[:260].min() > 0
+    assert moved[260:].max() < 0.02  # no gradient there: only AdamW's weight decay
+
+
+def test_another_vocabulary_is_refused_with_both_fingerprints(world, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    from tests.support.models import save_model
+
+    folder = tmp_path / "other"
+    save_model(folder, vocab_size=270)
+    tokenizer = AutoTokenizer.from_pretrained(world.student)
+    tokenizer.add_tokens(["brand-new"])
+    tokenizer.save_pretrained(folder)
+    assert distill(world, tmp_path / "out", model_name_or_path=folder) == 2
+    message = capsys.readouterr().err
+    assert "different vocabularies" in message
+    assert message.count("tokens)") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_bare_prompts_off_policy_are_refused_before_training(world, tmp_path, capsys):
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' * 8)
+    assert distill(world, tmp_path / "out", dataset_name=bare, lmbda=0.5) == 2
+    assert "bare.jsonl:1: no completion to learn from" in capsys.readouterr().err
+
+
+def test_an_unreachable_teacher_is_waited_for_and_then_named(world, tmp_path, capsys):
+    url = "http://127.0.0.1:9"
+    assert distill(world, tmp_path / "out", teacher_url=url, teacher_timeout=1.5) == 1
+    message = capsys.readouterr().err
+    assert f"the teacher at {url} is not reachable" in message
+    assert "raise --teacher_timeout" in message
+
+
+def test_k_over_the_teachers_limit_is_refused_before_training(world, tmp_path, capsys):
+    assert distill(world, tmp_path / "out", top_k_logprobs=261) == 2
+    assert "over the teacher's limit of 260" in capsys.readouterr().err
+
+
+def test_a_prompt_without_room_for_the_completion_is_refused_by_name(world, tmp_path, capsys):
+    assert distill(world, tmp_path / "out", max_new_tokens=300, lmbda=1) == 2
+    assert "rows.jsonl:1: a prompt of" in capsys.readouterr().err
