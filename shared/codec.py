@@ -23,6 +23,9 @@ MAX_NDIM = 3
 MAX_LIST_LENGTH = 8_192
 MAX_MAP_LENGTH = 256
 MAX_STRING_BYTES = 1 << 20
+# An empty list or map is one byte on the wire and about 64 in memory: what a message holds outside
+# its arrays is counted while it is unpacked.
+MAX_ITEMS = 1 << 20
 
 _ARRAY_KEYS = {"dtype", "shape", "data"}
 _DTYPES = {name: np.dtype(name) for name in ("<u4", "<f2", "<f4")}
@@ -42,25 +45,35 @@ def decode(data: bytes, *, max_bytes: int) -> Any:
     """Unpack what `encode` made; arrays come back as read-only views into ``data``.
 
     Raises:
-        PayloadTooLargeError: more than ``max_bytes`` bytes.
+        PayloadTooLargeError: more than ``max_bytes`` bytes, or `MAX_ITEMS` items outside arrays.
         MalformedRequestError: anything that is not one complete, well-formed message.
     """
     if len(data) > max_bytes:
         raise PayloadTooLargeError(f"the body has {len(data)} bytes; the limit is {max_bytes}")
+    items = 0
+
+    def counted(container: Any) -> Any:
+        nonlocal items
+        items += 1 + len(container)
+        if items > MAX_ITEMS:
+            raise PayloadTooLargeError(
+                f"the message holds more than {MAX_ITEMS} items; send token ids as arrays"
+            )
+        return container
+
     try:
         return msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
-            object_hook=_decode_map,
+            object_hook=lambda value: _decode_map(counted(value)),
+            list_hook=counted,
             max_bin_len=len(data),
             max_str_len=min(len(data), MAX_STRING_BYTES),
             max_array_len=MAX_LIST_LENGTH,
             max_map_len=MAX_MAP_LENGTH,
             max_ext_len=0,
         )
-    except MalformedRequestError:
-        raise
     except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
         reason = str(error) or type(error).__name__
         raise MalformedRequestError(f"the body is not valid msgpack: {reason}") from error

@@ -17,7 +17,7 @@ class SparseLogprobs(BaseModel):
 
     Attributes:
         token_ids: [T, k] uint32, the k most probable tokens, most probable first.
-        logprobs: [T, k] float32 or float16.
+        logprobs: [T, k] float32 or float16; in float16 whatever is below −65504 stands as that.
         next_token_logprob: [T] float32, of the token that really came next.
         tail_logprob: [T] float32, log of the mass on every token that the row does not name:
             neither in ``token_ids``, nor the next token, nor requested. −inf when none is left.

@@ -13,6 +13,9 @@ from shared.errors import InvalidRequestError, MalformedRequestError, PayloadToo
 JSON_MEDIA_TYPE = "application/json"
 MSGPACK_MEDIA_TYPE = codec.MEDIA_TYPE
 
+# Parsed JSON takes up to 30 times its text; JSON is for people, arrays go in msgpack.
+MAX_JSON_ITEMS = 1 << 22
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -27,7 +30,7 @@ def load(model: type[M], data: bytes, media_type: str, *, max_bytes: int) -> M:
     """Parse and validate one message.
 
     Raises:
-        PayloadTooLargeError: more than ``max_bytes`` bytes.
+        PayloadTooLargeError: more than ``max_bytes`` bytes, or too many items.
         MalformedRequestError: not well-formed in this media type.
         InvalidRequestError: well-formed, but not such a message; names the field.
     """
@@ -46,6 +49,10 @@ def load(model: type[M], data: bytes, media_type: str, *, max_bytes: int) -> M:
 def _load_json(data: bytes, max_bytes: int) -> Any:
     if len(data) > max_bytes:
         raise PayloadTooLargeError(f"the body has {len(data)} bytes; the limit is {max_bytes}")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
+        raise PayloadTooLargeError(
+            f"the body has more than {MAX_JSON_ITEMS} items; send arrays as {MSGPACK_MEDIA_TYPE}"
+        )
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

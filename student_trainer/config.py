@@ -114,6 +114,9 @@ class CommonTrainingArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
     logging_first_step: bool = _flag(True, "Log the first step.")
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+    ddp_find_unused_parameters: bool | None = _flag(
+        False, "Only for models that leave parameters out of a step (mixtures of experts)."
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:

@@ -84,7 +84,7 @@ def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
     groups = [results[i : i + n] for i in range(0, len(results), n)]
     programs = [(n, sum(r.passed for r in g)) for g in groups if g[0].kind == "python"]
     others = [r.passed for g in groups if g[0].kind != "python" for r in g]
-    found = {}
+    found: dict[str, float] = {}
     if programs:
         found |= {f"pass@{k}": mean_pass_at_k(programs, k) for k in (1, 10, 100) if k <= n}
     if others:

@@ -36,8 +36,8 @@ class Admission:
         self._metrics = metrics
 
     @contextlib.contextmanager
-    def admit(self, tokens: int) -> Iterator[None]:
-        """Hold a place for ``tokens``.
+    def admit(self, tokens: int, jobs: int) -> Iterator[None]:
+        """Hold a place for ``jobs`` that bring ``tokens``.
 
         Raises:
             UnavailableError: the server is draining.
@@ -51,15 +51,16 @@ class Admission:
                 f"{self.max_queued_tokens}. Try again later",
                 retry_after=RETRY_AFTER,
             )
-        self._add(tokens)
+        self._add(tokens, jobs)
         try:
             yield
         finally:
-            self._add(-tokens)
+            self._add(-tokens, -jobs)
 
-    def _add(self, tokens: int) -> None:
+    def _add(self, tokens: int, jobs: int) -> None:
         self._queued += tokens
-        self._metrics.queued_tokens.set(self._queued)
+        self._metrics.queued_tokens.inc(tokens)
+        self._metrics.queued_jobs.inc(jobs)
 
     async def run(
         self, work: Coroutine[Any, Any, R], disconnected: Callable[[], Awaitable[None]]

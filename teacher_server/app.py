@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -16,9 +16,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from shared import __version__, wire
 from shared.errors import (
+    DeadlineExceededError,
     InternalError,
     MalformedRequestError,
     MethodNotAllowedError,
@@ -49,6 +51,7 @@ from teacher_server.settings import Settings
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R")
 Handler = Callable[[Request, str], Awaitable[Response]]
 
 _MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
@@ -87,7 +90,9 @@ class TeacherApp:
         self.backend = backend
 
     def _build(self) -> FastAPI:
-        api = FastAPI(title="sparse-gkd teacher server", version=__version__)
+        api = FastAPI(
+            title="sparse-gkd teacher server", version=__version__, redirect_slashes=False
+        )
         routes: dict[str, tuple[str, Handler]] = {
             "/v1/score": ("POST", self._score),
             "/v1/generate": ("POST", self._generate),
@@ -101,7 +106,7 @@ class TeacherApp:
                 path, self._endpoint(path, handler), methods=[method], response_model=None,
                 summary=(handler.__doc__ or "").split("\n")[0], openapi_extra=_documented(path),
             )  # fmt: skip
-        api.add_exception_handler(HTTPException, _unknown_route)
+        api.add_exception_handler(HTTPException, self._unknown_route)
         api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
         return api
 
@@ -113,16 +118,19 @@ class TeacherApp:
             since = time.perf_counter()
             try:
                 response = await handler(request, request_id)
+                response.headers[_REQUEST_ID] = request_id
             except ProtocolError as error:
                 response = _problem(error, request_id)
                 self.metrics.rejected.labels(error.slug()).inc()
-            except ClientGoneError:
+            except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=_CLIENT_GONE)
             except Exception:
                 logger.exception("Request %s failed", request_id)
                 hidden = InternalError(f"internal error; the log of request {request_id} says more")
                 response = _problem(hidden, request_id)
-            response.headers[_REQUEST_ID] = request_id
+            if getattr(request.state, "hang_up", False):
+                # Kept open, the connection would go on to receive what nobody will read.
+                response.headers["Connection"] = "close"
             self.metrics.requests.labels(path, str(response.status_code)).inc()
             self.metrics.latency.labels(path).observe(time.perf_counter() - since)
             return response
@@ -145,9 +153,10 @@ class TeacherApp:
             )
             for sequence in asked.sequences
         ]
-        with self.admission.admit(sum(job.tokens for job in jobs)):
+        with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
             scored: list[SparseLogprobs] = await self.admission.run(
-                _all([backend.score(job) for job in jobs]), lambda: _disconnected(request)
+                _all([backend.score(job) for job in jobs], "sequences"),
+                lambda: _disconnected(request),
             )
             rows = sum(job.rows for job in jobs)
             self.metrics.tokens.labels("scored").inc(rows)
@@ -163,9 +172,10 @@ class TeacherApp:
         asked = await self._read(request, GenerateRequest)
         check_generate_request(asked, info)
         jobs = _generate_jobs(asked)
-        with self.admission.admit(sum(job.tokens for job in jobs)):
+        with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
             flat: list[Completion] = await self.admission.run(
-                _all([backend.generate(job) for job in jobs]), lambda: _disconnected(request)
+                _all([backend.generate(job) for job in jobs], "prompts", asked.n),
+                lambda: _disconnected(request),
             )
             self.metrics.tokens.labels("generated").inc(sum(len(c.token_ids) for c in flat))
             self.metrics.tokens.labels("prompt").inc(sum(len(job.prompt) for job in jobs))
@@ -193,6 +203,16 @@ class TeacherApp:
         """Prometheus metrics."""
         return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
+    async def _unknown_route(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
+        refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
+        self.metrics.requests.labels("other", str(refusal.status)).inc()
+        self.metrics.rejected.labels(refusal.slug()).inc()
+        response = _problem(refusal(detail), _request_id(request))
+        response.headers.update(error.headers or {})  # Allow, for 405
+        return response
+
     def _loaded(self) -> tuple[Backend, InfoResponse]:
         if self.admission.draining:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
@@ -214,12 +234,20 @@ class TeacherApp:
         limit = self.settings.max_request_bytes
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:
+            request.state.hang_up = True
             raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise PayloadTooLargeError(f"the body has over {limit} bytes, the limit")
+        patience = self.settings.request_timeout
+        try:
+            async with asyncio.timeout(patience):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        request.state.hang_up = True
+                        raise PayloadTooLargeError(f"the body has over {limit} bytes, the limit")
+        except TimeoutError as error:
+            request.state.hang_up = True
+            raise DeadlineExceededError(f"the body did not arrive in {patience:g} s") from error
         if not body:
             raise MalformedRequestError("the body is empty")
         return await asyncio.to_thread(wire.load, model, bytes(body), media_type, max_bytes=limit)
@@ -247,9 +275,17 @@ def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
     ]
 
 
-async def _all(work: list[Any]) -> list[Any]:
-    """Results in order; the first failure cancels the rest."""
-    tasks = [asyncio.ensure_future(item) for item in work]
+async def _all(work: list[Coroutine[Any, Any, R]], field: str, jobs_each: int = 1) -> list[R]:
+    """Results in order; the first failure cancels the rest, and is told which item failed."""
+
+    async def one(index: int, item: Coroutine[Any, Any, R]) -> R:
+        try:
+            return await item
+        except InternalError as error:
+            error.field = f"{field}.{index // jobs_each}"
+            raise
+
+    tasks = [asyncio.ensure_future(one(index, item)) for index, item in enumerate(work)]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -291,7 +327,7 @@ def _request_id(request: Request) -> str:
 
 def _problem(error: ProtocolError, request_id: str) -> Response:
     problem = Problem.model_validate(error.to_problem(request_id))
-    headers = {}
+    headers = {_REQUEST_ID: request_id}
     if error.retry_after is not None:
         headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
     return Response(
@@ -300,13 +336,6 @@ def _problem(error: ProtocolError, request_id: str) -> Response:
         media_type="application/problem+json",
         headers=headers,
     )
-
-
-async def _unknown_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
-    refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-    return _problem(refusal(detail), _request_id(request))
 
 
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {

@@ -13,6 +13,9 @@ from shared.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
 
+# Told to a running batch: for each of its jobs, whether somebody still waits for the answer.
+Wanted = Callable[[], list[bool]]
+
 
 class Sized(Protocol):
     @property
@@ -32,13 +35,15 @@ class _Waiting(Generic[J, A]):
 class Batcher(Generic[J, A]):
     """Joins jobs of all clients into batches for one model.
 
-    A batch takes the job that waited longest, then others in order of arrival whose length makes
-    the padded batch (longest × count) fit ``max_batch_tokens``; what does not fit waits, and is the
-    oldest soon. A batch that fails is tried again in halves, so one bad job fails alone and a
-    batch too large for the memory is split. Jobs whose caller went away are dropped unrun.
+    A batch takes the job that waited longest, then those nearest to it in length, in order of
+    arrival, as long as the padded batch (longest × count) fits ``max_batch_tokens``; what does not
+    fit waits, and is the oldest soon. A batch that fails is tried again in halves, so one bad job
+    fails alone and a batch too large for the memory is split. Jobs whose caller went away are
+    dropped unrun.
 
     Args:
-        run: computes the answers of a batch, in order; called in ``executor``.
+        run: computes the answers of a batch, in order; called in ``executor``. It may ask which
+            answers are still wanted, and end early when none is.
         executor: the thread that owns the model, shared by all batchers of one model.
         max_batch_tokens: padded tokens of a batch; a longer single job still runs, alone.
         observe: is told (jobs, padded tokens) of each batch.
@@ -46,7 +51,7 @@ class Batcher(Generic[J, A]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[J]], list[A]],
+        run: Callable[[Sequence[J], Wanted], list[A]],
         executor: Executor,
         *,
         max_batch_tokens: int,
@@ -57,6 +62,7 @@ class Batcher(Generic[J, A]):
         self._max_batch_tokens = max_batch_tokens
         self._observe = observe
         self._waiting: list[_Waiting[J, A]] = []
+        self._running: list[_Waiting[J, A]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -70,11 +76,11 @@ class Batcher(Generic[J, A]):
         return await waiting.answer
 
     async def close(self) -> None:
-        """Stop; jobs still waiting fail with `UnavailableError`."""
+        """Stop; jobs still waiting or running fail with `UnavailableError`."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for waiting in self._waiting:
+        for waiting in self._running + self._waiting:
             if not waiting.answer.done():
                 waiting.answer.set_exception(UnavailableError("the server is shutting down"))
         self._waiting.clear()
@@ -83,46 +89,67 @@ class Batcher(Generic[J, A]):
         while True:
             await self._arrived.wait()
             await asyncio.sleep(0)  # let requests that arrived together join the batch
-            batch = self._take()
+            self._running = self._take()
             if not self._waiting:
                 self._arrived.clear()
-            if batch:
-                await self._answer(batch)
+            if self._running:
+                await self._answer(self._running)
 
     def _take(self) -> list[_Waiting[J, A]]:
         """The next batch, by the rule above; removes it from the queue."""
-        batch: list[_Waiting[J, A]] = []
-        left: list[_Waiting[J, A]] = []
+        queue = [waiting for waiting in self._waiting if not waiting.answer.done()]
+        if not queue:
+            self._waiting = []
+            return []
+        oldest = queue[0].job.tokens
         longest = 0
-        for waiting in self._waiting:
-            if waiting.answer.done():  # cancelled
+        batch: list[_Waiting[J, A]] = []
+        left: list[tuple[int, _Waiting[J, A]]] = []
+        for place, waiting in sorted(
+            enumerate(queue), key=lambda item: (item[0] > 0, abs(item[1].job.tokens - oldest))
+        ):
+            padded = max(longest, waiting.job.tokens)
+            if batch and padded * (len(batch) + 1) > self._max_batch_tokens:
+                left.append((place, waiting))
                 continue
-            padded = max(longest, waiting.job.tokens) * (len(batch) + 1)
-            if batch and padded > self._max_batch_tokens:
-                left.append(waiting)
-                continue
-            longest = max(longest, waiting.job.tokens)
+            longest = padded
             batch.append(waiting)
-        self._waiting = left
-        if batch and self._observe is not None:
+        self._waiting = [waiting for _, waiting in sorted(left, key=lambda item: item[0])]
+        if self._observe is not None:
             self._observe(len(batch), longest * len(batch))
         return batch
 
     async def _answer(self, batch: list[_Waiting[J, A]]) -> None:
-        loop = asyncio.get_running_loop()
-        jobs = [waiting.job for waiting in batch]
-        try:
-            answers = await loop.run_in_executor(self._executor, self._run, jobs)
-        except Exception as error:
-            if len(batch) == 1:
-                if not batch[0].answer.done():
-                    batch[0].answer.set_exception(error)
-                return
-            logger.warning("A batch of %d failed (%s); trying its halves", len(batch), error)
-            middle = len(batch) // 2
-            await self._answer(batch[:middle])
-            await self._answer(batch[middle:])
+        if await self._try(batch):
             return
+        # Here the exception is gone, and with it the tensors its frames held: halves need the room.
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            await self._answer([waiting for waiting in half if not waiting.answer.done()])
+
+    async def _try(self, batch: list[_Waiting[J, A]]) -> bool:
+        """False when a batch of several failed and is to be split."""
+        if not batch:
+            return True
+        jobs = [waiting.job for waiting in batch]
+
+        def wanted() -> list[bool]:
+            return [not waiting.answer.done() for waiting in batch]
+
+        loop = asyncio.get_running_loop()
+        try:
+            answers = await loop.run_in_executor(self._executor, self._run, jobs, wanted)
+        except Exception as error:
+            if len(batch) > 1:
+                # As text: a log record would keep the exception, and all that its frames hold.
+                logger.warning(
+                    "A batch of %d failed (%r); trying its halves", len(batch), str(error)
+                )
+                return False
+            if not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
+            return True
         for waiting, answer in zip(batch, answers, strict=True):
             if not waiting.answer.done():
                 waiting.answer.set_result(answer)
+        return True

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -139,8 +140,10 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     await server.serve(sockets=[listener])
     if app.backend is not None:
         await app.backend.close()
-    if not loading.done():  # stopped while the model loads: its thread ends with the process
-        return 0
+    if not loading.done():
+        # Nothing interrupts the thread that loads, and a normal end would wait for it.
+        logging.shutdown()
+        os._exit(0)
     return loading.result()
 
 

@@ -32,6 +32,10 @@ class Metrics:
         self.queued_tokens = Gauge(
             "teacher_queued_tokens", "Tokens admitted and not yet answered.", registry=self.registry
         )
+        self.queued_jobs = Gauge(
+            "teacher_queued_jobs", "Sequences admitted and not yet answered.",
+            registry=self.registry,
+        )  # fmt: skip
         self.batch_size = Histogram(
             "teacher_batch_size", "Sequences in a model batch.", ["kind"],
             buckets=_SIZES, registry=self.registry,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,8 +49,10 @@ class Settings:
             "request_timeout",
             "drain_timeout",
         ):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigurationError(
+                    f"{_flag(name)} {getattr(self, name)} must be above 0 and finite"
+                )
         if not 0 <= self.port <= 65_535:
             raise ConfigurationError(f"--port {self.port} must be from 0 to 65535")
         if self.max_model_len is not None and self.max_model_len < 2:

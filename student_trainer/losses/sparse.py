@@ -178,8 +178,8 @@ def divergence_and_gradient(
         ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
 
     where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
-    Σ_b Q_b h_b is the same for all v, so every token of the tail gets its q_v times one number
-    of the row, and only the support is treated token by token.
+    Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
+    the support is one token, and the tail's share is spread by the student's softmax within it.
 
     Args:
         logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
@@ -189,9 +189,10 @@ def divergence_and_gradient(
     Returns:
         (divergence [N], statistics).
     """
-    tiny = torch.finfo(logits.dtype).tiny
+    lowest = torch.finfo(logits.dtype).min / 4  # in place of −inf, so that 0·log 0 is 0
     valid = teacher.token_ids >= 0  # [N, K]
-    floor = math.log(tiny)  # a mass that underflows counts as the smallest number: no infinite log
+    # A teacher's mass that underflows counts as the smallest number: no infinite log.
+    floor = math.log(torch.finfo(logits.dtype).tiny)
     log_p = teacher.logprobs.to(logits.dtype).clamp_min(floor)  # [N, K]
     best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
     # A pad repeats the row's best token, so that writing to the support writes the same twice.
@@ -199,30 +200,36 @@ def divergence_and_gradient(
     ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
     exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
 
-    # Student: exponentials relative to the row's maximum, the tail summed without the support.
-    maximum = logits.amax(dim=-1, keepdim=True)  # [N, 1]
-    on_support = logits.gather(1, ids).sub_(maximum).div_(temperature)  # [N, K]
-    exponentials = logits.sub_(maximum)
+    # Student: tail and support each relative to their own maximum, so neither can underflow.
+    on_support = logits.gather(1, ids)  # [N, K]
+    _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
+    tail_maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(lowest)  # [N, 1]
+    exponentials = logits.sub_(tail_maximum)
     if temperature != 1.0:
         exponentials.div_(temperature)
-    exponentials.exp_()  # [N, V], in place
-    _put(exponentials, ids, torch.zeros_like(on_support), valid, best)
-    tail_sum = exponentials.sum(dim=-1)  # [N]
-    support_sum = on_support.exp().masked_fill_(~valid, 0.0).sum(dim=-1)  # [N]
-    total = tail_sum + support_sum
-    log_total = total.log()
+    exponentials.exp_()  # [N, V] of the tail, in place
+    tail_sum = exponentials.sum(dim=-1)  # [N], at least 1 where there is a tail
+
+    # Both are then taken relative to the row's maximum: large logits would cost digits.
+    on_support.masked_fill_(~valid, -math.inf)
+    maximum = torch.maximum(on_support.amax(dim=-1, keepdim=True), tail_maximum)  # [N, 1]
+    on_support.sub_(maximum).div_(temperature)
+    tail_log_sum = (tail_maximum - maximum).squeeze(1) / temperature + tail_sum.log()  # [N]
+    support_log_sum = on_support.logsumexp(dim=-1)  # [N]
+    log_total = torch.logaddexp(tail_log_sum, support_log_sum)  # [N]
     log_q = on_support - log_total[:, None]  # [N, K]
-    log_q_tail = tail_sum.clamp_min(tiny).log() - log_total  # [N]
-    student_mass = support_sum / total
+    log_q_tail = tail_log_sum - log_total  # [N]
+    student_mass = (support_log_sum - log_total).exp()
+    agrees = on_support.gather(1, best).squeeze(1) == 0.0
 
     log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
     teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
-    agrees = on_support.gather(1, best).squeeze(1) >= 0.0  # relative to the student's maximum
 
     # The outcomes: the support, then the tail in the last column.
     present = torch.cat([valid, exists[:, None]], dim=1)  # [N, K+1]
     log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
     log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
+    log_q.clamp_min_(lowest)
     p = log_p.exp().masked_fill_(~present, 0.0)
     q = log_q.exp().masked_fill_(~present, 0.0)
     teacher_entropy, student_entropy = -(p * log_p).sum(1), -(q * log_q).sum(1)
@@ -231,29 +238,29 @@ def divergence_and_gradient(
         log_p, p = _renormalized(log_p, present)
         log_q, q = _renormalized(log_q, present)
 
-    divergence, weighted, h_tail = _outcomes(log_p, p, log_q, q, beta)
+    divergence, weighted = _outcomes(log_p, p, log_q, q, beta)
     if with_gradient:
-        mean = weighted.sum(dim=-1)  # [N]: Σ Q h
-        factor = (h_tail - mean) * present[:, -1]  # [N]
-        exponentials.mul_((factor / total * (scale / temperature))[:, None])
-        gradient = (weighted - q * mean[:, None])[:, :-1] * (scale / temperature)  # [N, K]
-        _put(exponentials, ids, gradient, valid, best)
+        gradient = weighted - q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
+        gradient *= scale / temperature
+        exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
+        _put(exponentials, ids, gradient[:, :-1], valid, best)
     columns = (divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees)
-    return divergence, SparseStatistics(*(column.float() for column in columns))
+    # Copies: as an output of its own, the statistic is detached while the divergence is not.
+    return divergence, SparseStatistics(*(c.to(torch.float32, copy=True) for c in columns))
 
 
 def _outcomes(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(divergence [N], Q·h [N, K+1], h of the tail [N]); absent outcomes have p = q = 0."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(divergence [N], Q·h [N, K+1]); absent outcomes have p = q = 0."""
     if beta == 0.0:
-        return (p * (log_p - log_q)).sum(1), -p, -(log_p[:, -1] - log_q[:, -1]).exp()
+        return (p * (log_p - log_q)).sum(1), -p
     if beta == 1.0:
-        ratio = log_q - log_p
-        return (q * ratio).sum(1), q * ratio, ratio[:, -1]
+        weighted = q * (log_q - log_p)
+        return weighted.sum(1), weighted
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    ratio = (1.0 - beta) * (log_q - log_m)
-    return (beta * p * (log_p - log_m) + q * ratio).sum(1), q * ratio, ratio[:, -1]
+    weighted = (1.0 - beta) * q * (log_q - log_m)
+    return (beta * p * (log_p - log_m) + weighted).sum(1), weighted
 
 
 def _renormalized(

@@ -13,24 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.errors import ConfigurationError
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
-from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
+from teacher_server.backends.generation import generate_rows, within_context
 from teacher_server.backends.scoring import score_rows
-from teacher_server.batcher import Batcher
+from teacher_server.batcher import Batcher, Wanted
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 
@@ -82,11 +74,14 @@ class TransformersBackend:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
+    def score_batch(
+        self, jobs: Sequence[ScoreJob], wanted: Wanted | None = None
+    ) -> list[SparseLogprobs]:
         """One forward pass over the right-padded batch; only completion rows meet the head.
 
         Padding stands behind every real token, which a causal model never sees, so no mask is
-        needed and each answer is that of the sequence alone.
+        needed and each answer is that of the sequence alone. A forward pass is short, so it runs
+        to its end whoever still waits.
         """
         width = max(job.tokens for job in jobs)
         input_ids = torch.full((len(jobs), width), self._pad)  # [B, L]
@@ -106,45 +101,32 @@ class TransformersBackend:
             hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
             return score_rows(hidden.flatten(0, 1)[index], self._project, jobs, vocab_size)
         logits = self._model(input_ids=input_ids, use_cache=False).logits  # [B, L, V]
-        return score_rows(logits.flatten(0, 1)[index], lambda rows: rows, jobs, vocab_size)
+        return score_rows(logits.flatten(0, 1)[index], torch.clone, jobs, vocab_size)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return project(self._model, hidden)
 
     @torch.inference_mode()
-    def generate_batch(self, jobs: Sequence[GenerateJob]) -> list[Completion]:
-        """Left-padded generation; jobs of other lengths and stop tokens share the batch."""
-        width = max(len(job.prompt) for job in jobs)
-        longest = max(job.max_new_tokens for job in jobs)
-        input_ids = torch.full((len(jobs), width), self._pad)  # [B, P]
-        attention_mask = torch.zeros_like(input_ids)
-        for row, job in enumerate(jobs):
-            input_ids[row, width - len(job.prompt) :] = torch.from_numpy(
-                job.prompt.astype(np.int64)
+    def generate_batch(
+        self, jobs: Sequence[GenerateJob], wanted: Wanted | None = None
+    ) -> list[Completion]:
+        """Completions of any mixture of jobs, each scored if it asks for it."""
+        completions: dict[int, Completion] = {}
+        for group in within_context(jobs, self.facts.max_model_len):
+
+            def still_wanted(group: list[int] = group) -> list[bool]:
+                flags = [True] * len(jobs) if wanted is None else wanted()
+                return [flags[i] for i in group]
+
+            done = generate_rows(
+                self._model,
+                [jobs[i] for i in group],
+                self.facts.eos_token_ids,
+                self._pad,
+                still_wanted,
             )
-            attention_mask[row, width - len(job.prompt) :] = 1
-        stops = [set(self.facts.eos_token_ids) | set(job.stop_token_ids) for job in jobs]
-        # A batch may end once every row met a token that all rows stop at; rows that stop at
-        # others run on and are cut.
-        common = sorted(set.intersection(*stops)) or None
-        self._model.generation_config = GenerationConfig(
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=common,
-            pad_token_id=self._pad,
-            use_cache=True,
-        )
-        output: Any = self._model.generate(
-            input_ids=input_ids.to(self._device),
-            attention_mask=attention_mask.to(self._device),
-            logits_processor=LogitsProcessorList([_SampleRows(jobs, width)]),
-        )
-        generated = output[:, width:].cpu().numpy()
-        completions = [
-            _cut(ids[: job.max_new_tokens], stop)
-            for ids, job, stop in zip(generated, jobs, stops, strict=True)
-        ]
-        return self._with_scores(jobs, completions)
+            completions.update(zip(group, done, strict=True))
+        return self._with_scores(jobs, [completions[i] for i in range(len(jobs))])
 
     def _with_scores(
         self, jobs: Sequence[GenerateJob], completions: list[Completion]
@@ -157,11 +139,11 @@ class TransformersBackend:
             completions[i] = completions[i].model_copy(update={"scores": scores})
         return completions
 
-    def _timed(self, name: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def timed(jobs: Any) -> Any:
+    def _timed(self, name: str, run: Callable[[Any, Wanted], Any]) -> Callable[[Any, Wanted], Any]:
+        def timed(jobs: Any, wanted: Wanted) -> Any:
             since = time.perf_counter()
             try:
-                return run(jobs)
+                return run(jobs, wanted)
             finally:
                 self._metrics.forward_seconds.labels(name).observe(time.perf_counter() - since)
 
@@ -184,13 +166,15 @@ def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _head_is_separable(model: Any) -> bool:
     """Whether decoder + `project` give the model's own logits; tried on eight tokens."""
     head: Any = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
-        return False
-    input_ids = torch.arange(8, device=next(model.parameters()).device)[None] % head.weight.shape[0]
+    rows = int(head.weight.shape[0])
+    input_ids = torch.arange(8, device=head.weight.device)[None] % rows  # [1, 8]
     theirs = model(input_ids=input_ids, use_cache=False).logits.float()
-    hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    ours = project(model, hidden).float()
-    same = torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+    try:
+        hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        ours = project(model, hidden).float()
+        same = torch.allclose(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+    except (AttributeError, TypeError, RuntimeError):  # no decoder of the usual shape
+        same = False
     if not same:
         logger.warning("Unknown output layer: scoring from the model's own logits of all positions")
     return same
@@ -200,7 +184,17 @@ def _load_model(settings: Settings) -> Any:
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _from_pretrained(AutoModelForCausalLM, settings, dtype=settings.dtype)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("--device cuda: torch sees no GPU here; use --device cpu")
+    model, report = _from_pretrained(
+        AutoModelForCausalLM, settings, dtype=settings.dtype, output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise ConfigurationError(
+            f"{settings.model} lacks {len(missing)} weights of {type(model).__name__}, "
+            f"{missing[0]} among them; give a complete checkpoint of a causal language model"
+        )
     return model.to(device).eval()
 
 
@@ -209,9 +203,10 @@ def _from_pretrained(auto_class: Any, settings: Settings, **options: Any) -> Any
         return auto_class.from_pretrained(
             settings.model, trust_remote_code=settings.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a checkpoint's files can cause
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(
-            f"{settings.model} does not load with {auto_class.__name__}: {error}"
+            f"{settings.model} does not load with {auto_class.__name__}: {reason}"
         ) from error
 
 
@@ -252,14 +247,6 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
 
 
-def _cut(ids: NDArray[np.int64], stops: set[int]) -> Completion:
-    ends = np.flatnonzero(np.isin(ids, list(stops)))
-    length = int(ends[0]) + 1 if len(ends) else len(ids)
-    return Completion(
-        token_ids=ids[:length].astype(np.uint32), finish_reason="stop" if len(ends) else "length"
-    )
-
-
 def _score_job(job: GenerateJob, completion: Completion) -> ScoreJob:
     assert job.score is not None
     return ScoreJob(
@@ -269,40 +256,3 @@ def _score_job(job: GenerateJob, completion: Completion) -> ScoreJob:
         temperature=job.score.temperature,
         logprob_dtype=job.score.logprob_dtype,
     )
-
-
-class _SampleRows(LogitsProcessor):
-    """Picks each row's token by its own parameters; `generate` then takes the one id left.
-
-    Sampling is by inverse CDF from one uniform a token, fixed by the job's key, over the softmax
-    of the logits after temperature, top-k and top-p.
-    """
-
-    def __init__(self, jobs: Sequence[GenerateJob], prompt_width: int) -> None:
-        self.prompt_width = prompt_width
-        self.rows = [(row, job) for row, job in enumerate(jobs) if job.temperature > 0]
-        self.draws = [uniforms(*job.key, count=job.max_new_tokens) for _, job in self.rows]
-        self.warpers = [_warpers(job) for _, job in self.rows]
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        step = input_ids.shape[1] - self.prompt_width
-        for (row, job), draws, warpers in zip(self.rows, self.draws, self.warpers, strict=True):
-            if step >= job.max_new_tokens:
-                continue
-            logits = warpers(input_ids[row : row + 1], scores[row : row + 1].float())
-            cdf = logits.softmax(-1).cumsum(-1)  # [1, V]
-            # searchsorted from the right never lands on an id of zero probability.
-            point = float(draws[step]) * cdf[:, -1:]
-            chosen = torch.searchsorted(cdf, point, right=True).clamp_max_(cdf.shape[-1] - 1)
-            scores[row] = float("-inf")
-            scores[row, chosen[0, 0]] = 0.0
-        return scores
-
-
-def _warpers(job: GenerateJob) -> LogitsProcessorList:
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(job.temperature)])
-    if job.sampling_top_k:
-        warpers.append(TopKLogitsWarper(job.sampling_top_k))
-    if job.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(job.top_p))
-    return warpers

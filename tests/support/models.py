@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{% generation %}"
@@ -54,7 +48,7 @@ def save_model(
     hidden_size: int = 32,
     **config: Any,
 ) -> None:
-    """A random 2-layer model of ``family`` (llama, qwen2) in float32."""
+    """A random 2-layer model of ``family`` (llama, qwen2, gemma2, …) in float32."""
     options = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -70,9 +64,5 @@ def save_model(
         **config,
     }
     torch.manual_seed(seed)
-    if family == "llama":
-        LlamaForCausalLM(LlamaConfig(**options)).save_pretrained(folder)
-    elif family == "qwen2":
-        Qwen2ForCausalLM(Qwen2Config(**options)).save_pretrained(folder)
-    else:
-        raise ValueError(f"unknown family {family!r}")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    model.save_pretrained(folder)

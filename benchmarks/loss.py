@@ -1,0 +1,327 @@
+"""Time and memory of the sparse divergence against the dense one and against bare matmuls.
+
+Every method goes from the last hidden states [N, d] to the gradients of hidden states and output
+layer [V, d]. Each runs in its own process, so that its peak memory is its own; the processes take
+turns, one repeat each, so that a disturbance of the machine falls on all of them.
+
+    python -m benchmarks.loss --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.report import print_report
+from student_trainer.losses import (
+    SparseDistribution,
+    linear_sparse_jsd,
+    sparse_generalized_jsd,
+)
+
+BETA = 0.5
+MATMUL_ROWS = 256  # of the chunked limit
+METHODS = {
+    "dense": "dense, both sides over the vocabulary",
+    "sparse": "sparse_generalized_jsd on full logits",
+    "linear": "linear_sparse_jsd",
+    "linear_frozen": "linear_sparse_jsd, frozen output layer",
+    "matmuls": "three matmuls at once",
+    "matmuls_chunked": f"three matmuls, {MATMUL_ROWS} rows at a time",
+    "matmuls_frozen": "two matmuls at once",
+    "matmuls_frozen_chunked": f"two matmuls, {MATMUL_ROWS} rows at a time",
+}
+QUICK_METHODS = [name for name in METHODS if "frozen" not in name]
+DRAWN_ROWS = 4096
+NOTES = (
+    "time: median seconds, forward and backward, from hidden states to gradients; the teacher's "
+    "logits (dense) or top-k (sparse) are inputs. Dense runs in every other repeat only.",
+    "memory: growth of the process's peak resident memory over its value when all inputs were "
+    "allocated and touched; what is counted is logits, temporaries, saved tensors, gradients.",
+    "The bare matmuls are logits = h·Wᵀ, dh = g·W, dW = gᵀ·h (frozen: the first two) with g given "
+    "and buffers reused; the faster of whole and chunked is the limit.",
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    rows: int
+    vocab_size: int
+    hidden_size: int
+    top_k: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    seconds: float
+    peak_bytes: int
+
+
+# Each method below allocates and touches its inputs, and returns the step that is measured.
+
+
+def dense(sizes: Sizes) -> Callable[[], None]:
+    hidden, weight = _student(sizes, trained=True)
+    teacher_logits = _teacher_logits(sizes)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        student = F.log_softmax(hidden @ weight.T, dim=-1)  # [N, V]
+        teacher = F.log_softmax(teacher_logits, dim=-1)  # [N, V]
+        mixture = torch.logsumexp(
+            torch.stack([student + math.log1p(-BETA), teacher + math.log(BETA)]), dim=0
+        )
+        to_teacher = F.kl_div(mixture, teacher, reduction="none", log_target=True)
+        to_student = F.kl_div(mixture, student, reduction="none", log_target=True)
+        divergence = BETA * to_teacher + (1.0 - BETA) * to_student  # [N, V]
+        (divergence.sum() / sizes.rows).backward()
+
+    return step
+
+
+def sparse(sizes: Sizes) -> Callable[[], None]:
+    hidden, weight = _student(sizes, trained=True)
+    teacher = _sparse_teacher(sizes)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        divergence = sparse_generalized_jsd(hidden @ weight.T, teacher, beta=BETA)
+        (divergence.sum() / sizes.rows).backward()
+
+    return step
+
+
+def linear(sizes: Sizes, *, trained: bool = True) -> Callable[[], None]:
+    hidden, weight = _student(sizes, trained=trained)
+    teacher = _sparse_teacher(sizes)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        loss = linear_sparse_jsd(hidden, weight, teacher, beta=BETA, normalizer=sizes.rows)
+        loss.backward()
+
+    return step
+
+
+def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], None]:
+    hidden, weight = (tensor.detach() for tensor in _student(sizes, trained=trained))
+    rows = min(rows, sizes.rows)
+    gradient = torch.randn(rows, sizes.vocab_size)  # stands for every chunk's
+    logits = torch.zeros_like(gradient)
+    grad_hidden = torch.zeros_like(hidden)
+    grad_weight = torch.zeros_like(weight)
+
+    def step() -> None:
+        for first in range(0, sizes.rows, rows):
+            chunk = slice(first, min(first + rows, sizes.rows))
+            count = chunk.stop - first
+            torch.mm(hidden[chunk], weight.T, out=logits[:count])
+            torch.mm(gradient[:count], weight, out=grad_hidden[chunk])
+            if trained and first == 0:
+                torch.mm(gradient[:count].T, hidden[chunk], out=grad_weight)
+            elif trained:
+                grad_weight.addmm_(gradient[:count].T, hidden[chunk])
+
+    return step
+
+
+def _student(sizes: Sizes, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(sizes.rows, sizes.hidden_size, requires_grad=True)
+    # Few rows over and over: to draw all of them in every process takes longer than the steps.
+    drawn = torch.randn(DRAWN_ROWS, sizes.hidden_size).mul_(sizes.hidden_size**-0.5)
+    weight = torch.empty(sizes.vocab_size, sizes.hidden_size)
+    for part in weight.split(DRAWN_ROWS):
+        part.copy_(drawn[: len(part)])
+    return hidden, weight.requires_grad_(trained)
+
+
+def _teacher_logits(sizes: Sizes) -> torch.Tensor:
+    logits = torch.empty(sizes.rows, sizes.vocab_size)
+    drawn = torch.randn(sizes.vocab_size).mul_(3.0)
+    for row in logits:
+        row.copy_(drawn.roll(int(torch.randint(sizes.vocab_size, ()))))
+    return logits
+
+
+def _sparse_teacher(sizes: Sizes) -> SparseDistribution:
+    """Distinct ids all over the vocabulary, with nine tenths of the mass; no large temporary."""
+    stride = sizes.vocab_size // sizes.top_k
+    first = torch.randint(sizes.vocab_size, (sizes.rows, 1))
+    ids = (first + stride * torch.arange(sizes.top_k)) % sizes.vocab_size  # [N, K]
+    logprobs = F.log_softmax(torch.randn(sizes.rows, sizes.top_k).mul_(3.0), dim=-1)
+    return SparseDistribution(
+        ids, logprobs + math.log(0.9), torch.full((sizes.rows,), math.log(0.1))
+    )
+
+
+def _build(method: str, sizes: Sizes) -> Callable[[], None]:
+    if method == "dense":
+        return dense(sizes)
+    if method == "sparse":
+        return sparse(sizes)
+    trained = "frozen" not in method
+    if method.startswith("linear"):
+        return linear(sizes, trained=trained)
+    return matmuls(sizes, rows=MATMUL_ROWS if "chunked" in method else sizes.rows, trained=trained)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _work(method: str, sizes: Sizes) -> None:
+    """In the child: a step for each line of input, answered by "seconds peak_bytes".
+
+    The warm-up is a small step of the same method: it starts threads and libraries, and is too
+    small to raise the peak above the inputs.
+    """
+    torch.set_num_threads(sizes.threads)
+    torch.manual_seed(0)
+    _build(method, replace(sizes, rows=16, vocab_size=16 * sizes.top_k))()
+    step = _build(method, sizes)
+    before = _peak_bytes()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        step()
+        print(time.perf_counter() - started, _peak_bytes() - before, flush=True)
+
+
+class _Worker:
+    """A child process that runs one method, a step at a time."""
+
+    def __init__(self, method: str, sizes: Sizes) -> None:
+        self.method = method
+        flags = [f"--{name}={value}" for name, value in vars(sizes).items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.loss", f"--worker={method}", *flags],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.seconds: list[float] = []
+        self.peak_bytes = 0
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        seconds, peak = self.read().split()
+        self.seconds.append(float(seconds))
+        self.peak_bytes = int(peak)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"{self.method} ended with status {self.process.wait()}; out of RAM?"
+            )
+        return line
+
+
+def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measurement]:
+    """After a warm-up, ``repeats`` rounds of one step of each method; the median of the rounds.
+
+    The dense method takes part in every other round only, because it takes the longest.
+    """
+    workers: list[_Worker] = []
+    try:
+        for method in methods:
+            workers.append(_Worker(method, sizes))
+        for worker in workers:
+            worker.read()  # "ready"
+        for turn in range(repeats):
+            for worker in workers:
+                if worker.method != "dense" or turn % 2 == 0:
+                    worker.step()
+    finally:
+        for worker in workers:
+            worker.stop()
+    return {
+        worker.method: Measurement(statistics.median(worker.seconds), worker.peak_bytes)
+        for worker in workers
+    }
+
+
+def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float]:
+    """What the fused loss is to the dense one and to the limit; ``head`` "_frozen" or trained."""
+    dense, linear = measured["dense"], measured[f"linear{head}"]
+    limit = min(measured[f"matmuls{head}"].seconds, measured[f"matmuls{head}_chunked"].seconds)
+    prefix = head.removeprefix("_") + "_" if head else ""
+    return {
+        f"{prefix}speedup_vs_dense": round(dense.seconds / linear.seconds, 3),
+        f"{prefix}time_over_matmuls": round(linear.seconds / limit, 3),
+        f"{prefix}memory_over_dense": round(linear.peak_bytes / dense.peak_bytes, 4),
+        f"{prefix}linear_seconds": round(linear.seconds, 3),
+        f"{prefix}matmuls_seconds": round(limit, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="half the rows, 2 repeats instead of 5, no frozen output layer",
+    )
+    parser.add_argument("--rows", type=int, help="default 1024, with --quick 512")
+    parser.add_argument("--vocab_size", type=int, default=151_936)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--top_k", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rows is None:
+        arguments.rows = 512 if arguments.quick else 1024
+    sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
+    if arguments.worker:
+        _work(arguments.worker, sizes)
+        return
+    repeats = 2 if arguments.quick else 5
+    measured = measure(sizes, QUICK_METHODS if arguments.quick else list(METHODS), repeats)
+    dense = measured["dense"]
+    print_report(
+        f"Loss, forward and backward: N={sizes.rows:,}, d={sizes.hidden_size}, "
+        f"V={sizes.vocab_size:,}, k={sizes.top_k}, float32, {sizes.threads} threads, "
+        f"median of {repeats}",
+        ["method", "seconds", "memory MiB", "time / dense", "memory / dense"],
+        [
+            [
+                METHODS[name],
+                one.seconds,
+                round(one.peak_bytes / 2**20),
+                one.seconds / dense.seconds,
+                one.peak_bytes / dense.peak_bytes,
+            ]
+            for name, one in measured.items()
+        ],
+        {
+            "benchmark": "loss",
+            **figures(measured),
+            **({} if arguments.quick else figures(measured, "_frozen")),
+            "sparse_speedup_vs_dense": round(dense.seconds / measured["sparse"].seconds, 3),
+            "dense_seconds": round(dense.seconds, 3),
+            **vars(sizes),
+            "repeats": repeats,
+        },
+        notes=NOTES,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Prompts -> completions by the model's own `generate`, each row by its own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation import (
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from shared.errors import InternalError
+from shared.protocol import Completion
+from shared.sampling import uniforms
+from teacher_server.backends.base import GenerateJob
+
+
+@torch.inference_mode()
+def generate_rows(
+    model: Any,
+    jobs: Sequence[GenerateJob],
+    eos_token_ids: Sequence[int],
+    pad: int,
+    wanted: Callable[[], list[bool]],
+) -> list[Completion]:
+    """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
+
+    Args:
+        eos_token_ids: end every row, beside its own stop tokens.
+        pad: any valid id; the attention mask hides it.
+        wanted: which rows somebody still waits for; the others end at once, with any completion.
+
+    Raises:
+        InternalError: the model answered NaN or infinity.
+    """
+    device = next(model.parameters()).device
+    width = max(len(job.prompt) for job in jobs)
+    input_ids = torch.full((len(jobs), width), pad)  # [B, P]
+    attention_mask = torch.zeros_like(input_ids)
+    for row, job in enumerate(jobs):
+        first = width - len(job.prompt)
+        input_ids[row, first:] = torch.from_numpy(job.prompt.astype(np.int64))
+        attention_mask[row, first:] = 1
+    stops = [sorted({*eos_token_ids, *job.stop_token_ids}) for job in jobs]
+    # Set on the model: `generate` would fill what is unset from the checkpoint's own defaults,
+    # and a repetition penalty there is not what the request asked for.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max(job.max_new_tokens for job in jobs),
+        do_sample=False,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    output: Any = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        logits_processor=LogitsProcessorList([_SampleRows(jobs, device)]),
+        stopping_criteria=StoppingCriteriaList([_StopRows(jobs, stops, width, wanted, device)]),
+    )
+    generated = output[:, width:].cpu().numpy()
+    return [
+        _cut(ids[: job.max_new_tokens], stop)
+        for ids, job, stop in zip(generated, jobs, stops, strict=True)
+    ]
+
+
+def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list[int]]:
+    """Indices of jobs in groups, each of which fits the context as one padded batch.
+
+    Alone every job fits; a long prompt beside a long completion would run past the last position.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt)):
+        for group in groups:
+            longest = max(jobs[i].max_new_tokens for i in [*group, index])
+            if len(jobs[index].prompt) + longest <= max_model_len:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _cut(ids: NDArray[np.int64], stops: Sequence[int]) -> Completion:
+    ends = np.flatnonzero(np.isin(ids, stops))
+    length = int(ends[0]) + 1 if len(ends) else len(ids)
+    return Completion(
+        token_ids=ids[:length].astype(np.uint32), finish_reason="stop" if len(ends) else "length"
+    )
+
+
+class _StopRows(StoppingCriteria):
+    """Ends each row at its own stop tokens and length, or when nobody waits for it any more."""
+
+    def __init__(
+        self,
+        jobs: Sequence[GenerateJob],
+        stops: Sequence[Sequence[int]],
+        prompt_width: int,
+        wanted: Callable[[], list[bool]],
+        device: torch.device,
+    ) -> None:
+        self.prompt_width = prompt_width
+        self.wanted = wanted
+        self.lengths = torch.tensor([job.max_new_tokens for job in jobs], device=device)
+        widest = max(map(len, stops))
+        padded = [[*stop, *[-1] * (widest - len(stop))] for stop in stops]
+        self.stops = torch.tensor(padded, dtype=torch.long, device=device)  # [B, S]
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        length = input_ids.shape[1] - self.prompt_width
+        gone = ~torch.tensor(self.wanted(), device=input_ids.device)
+        return (input_ids[:, -1:] == self.stops).any(dim=1) | (self.lengths <= length) | gone
+
+
+class _SampleRows(LogitsProcessor):
+    """Picks each row's token by its own parameters; `generate` then takes the one id left.
+
+    Sampling is by inverse CDF from one uniform a token, fixed by the job's key, over the softmax
+    of the logits after temperature, top-k and top-p. Rows with equal parameters go together.
+    """
+
+    def __init__(self, jobs: Sequence[GenerateJob], device: torch.device) -> None:
+        self.step = 0
+        longest = max(job.max_new_tokens for job in jobs)
+        alike: dict[tuple[float, int, float], list[int]] = {}
+        for row, job in enumerate(jobs):
+            if job.temperature > 0:
+                key = (job.temperature, job.sampling_top_k, job.top_p)
+                alike.setdefault(key, []).append(row)
+        self.groups = [
+            (
+                torch.tensor(rows, device=device),
+                torch.from_numpy(
+                    np.stack([uniforms("generate", *jobs[i].key, count=longest) for i in rows])
+                ).to(device),  # [n, steps]
+                _warpers(*key),
+            )
+            for key, rows in alike.items()
+        ]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not scores.amax(dim=-1).isfinite().all():
+            raise InternalError(
+                "the model's logits are not finite while generating. Check the teacher's weights, "
+                "or serve it with --dtype float32"
+            )
+        for rows, draws, warp in self.groups:
+            logits = warp(input_ids[rows], scores[rows].float())
+            cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [n, V]
+            total = cdf[:, -1:]
+            # Below the total, and searched from the right: never an id of zero probability.
+            point = torch.minimum(
+                draws[:, self.step, None] * total, total.nextafter(torch.zeros_like(total))
+            )
+            chosen = torch.searchsorted(cdf, point, right=True)  # [n, 1]
+            scores[rows] = torch.full_like(logits, float("-inf")).scatter_(1, chosen, 0.0)
+        self.step += 1
+        return scores
+
+
+def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers

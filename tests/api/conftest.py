@@ -1,0 +1,59 @@
+"""Teachers in processes of their own, shared by all tests of the API."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import save_model, save_tokenizer
+from tests.support.reference import load_model
+from tests.support.server import running_server
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model's folder, the model itself in float32, and the address it is served at."""
+
+    folder: Path
+    model: Any
+    url: str
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Qwen2-style, and like its big siblings padded: 272 output rows for 260 tokens."""
+    folder = tmp_path_factory.mktemp("qwen2")
+    save_tokenizer(folder)
+    save_model(folder, family="qwen2", vocab_size=272)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(folder):
+    with running_server(folder, "--max-batch-tokens", "2048") as url:
+        yield Served(folder, load_model(folder), url)
+
+
+@pytest.fixture(scope="session")
+def long_folder(tmp_path_factory):
+    """A long context, and an end token that greedy decoding never takes: it runs for seconds."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_tokenizer(folder)
+    save_model(folder, max_position_embeddings=8192)
+    model = load_model(folder)
+    with torch.no_grad():
+        model.lm_head.weight[1] = 0.0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def strict(long_folder):
+    """A teacher that takes little and waits briefly."""
+    with running_server(
+        long_folder, "--max-queued-tokens", "8000", "--max-request-tokens", "8000",
+        "--request-timeout", "1.5", "--max-top-k", "50", "--max-request-bytes", "100000",
+    ) as url:  # fmt: skip
+        yield Served(long_folder, load_model(long_folder), url)

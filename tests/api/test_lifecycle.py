@@ -1,0 +1,164 @@
+"""A server's life: loading, full, late, abandoned, drained; each by really causing it."""
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from shared.protocol import Problem
+from tests.support.http import metric
+from tests.support.server import free_port, running_server, start_server, wait_until_ready
+
+# Greedy and never at an end token: about three milliseconds a token on one core.
+LONG = {"prompts": [[5, 6, 7]], "max_new_tokens": 7_000, "temperature": 0.0}
+SHORT = {"sequences": [{"token_ids": [1, 2, 3], "completion_start": 1}], "top_k": 3}
+
+
+def problem(response, status):
+    assert response.status_code == status, response.text[:300]
+    return Problem.model_validate(response.json())
+
+
+def until(condition, seconds):
+    """Seconds until ``condition`` held."""
+    since = time.monotonic()
+    while not condition():
+        assert time.monotonic() - since < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - since
+
+
+@contextlib.contextmanager
+def long_generation(url):
+    """A client of its own that generates for seconds; leaves when the block ends."""
+    host, port = url.removeprefix("http://").split(":")
+    request = httpx.Request("POST", f"{url}/v1/generate", json=LONG)
+    head = f"POST /v1/generate HTTP/1.1\r\nHost: {host}\r\n"
+    head += "".join(f"{k}: {v}\r\n" for k, v in request.headers.items() if k != "host")
+    until(lambda: metric(url, "teacher_queued_tokens") == 0, 5)
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\n" + request.content)
+        until(lambda: metric(url, "teacher_queued_tokens") == 7_003, 5)
+        yield connection
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_back(strict):
+    with long_generation(strict.url):
+        wide = {"sequences": [{"token_ids": [1] * 998, "completion_start": 1}], "top_k": 1}
+        response = httpx.post(f"{strict.url}/v1/score", json=wide)
+    refused = problem(response, 429)
+    assert "7003 tokens are queued and the request brings 998; the limit is 8000" in refused.detail
+    assert int(response.headers["retry-after"]) >= 1
+    assert metric(strict.url, 'teacher_rejected_total{reason="overloaded"}') >= 1
+
+
+def test_a_client_who_leaves_frees_the_queue_and_the_model(strict):
+    with long_generation(strict.url):
+        pass
+    assert until(lambda: metric(strict.url, "teacher_queued_tokens") == 0, 5) < 1.0
+    # The model thread is free too: behind 7,000 tokens this would take the deadline's 504.
+    assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
+    name = 'teacher_requests_total{route="/v1/generate",status="499"}'
+    assert until(lambda: metric(strict.url, name) >= 1, 5) < 1.0
+
+
+def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
+    since = time.monotonic()
+    response = httpx.post(f"{strict.url}/v1/generate", json=LONG, timeout=20)
+    assert "not answered within 1.5 s" in problem(response, 504).detail
+    assert 1.4 < time.monotonic() - since < 4
+    since = time.monotonic()
+    assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
+    assert time.monotonic() - since < 1.0
+
+
+def test_scoring_waits_for_one_generation_at_most(long_folder):
+    """Two queues take turns: a score is answered between the batches of many generations."""
+    generation = {"prompts": [[5, 6, 7]], "max_new_tokens": 120, "temperature": 0.0}
+    with running_server(long_folder, "--max-batch-tokens", "150") as url:
+        done = []
+
+        def generate():
+            assert httpx.post(f"{url}/v1/generate", json=generation, timeout=60).status_code == 200
+            done.append(True)
+
+        clients = [threading.Thread(target=generate) for _ in range(8)]
+        for client in clients:
+            client.start()
+        until(lambda: metric(url, "teacher_queued_jobs") == 8, 10)
+        assert httpx.post(f"{url}/v1/score", json=SHORT, timeout=60).status_code == 200
+        finished_before = len(done)
+        for client in clients:
+            client.join()
+    assert len(done) == 8
+    assert finished_before <= 4
+
+
+@contextlib.contextmanager
+def server_process(folder, tmp_path, *arguments):
+    """(process, address, log) of a server that may still be loading."""
+    port, log = free_port(), tmp_path / "log"
+    server = start_server(folder, *arguments, port=port, log=log)
+    try:
+        yield server, f"http://127.0.0.1:{port}", log
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_sigterm_finishes_what_runs_and_exits_with_zero(long_folder, tmp_path):
+    with server_process(long_folder, tmp_path) as (server, url, log):
+        wait_until_ready(server, url, log)
+        answers = []
+
+        def generate():
+            asked = {**LONG, "max_new_tokens": 400}
+            answers.append(httpx.post(f"{url}/v1/generate", json=asked, timeout=60))
+
+        client = threading.Thread(target=generate)
+        client.start()
+        until(lambda: metric(url, "teacher_queued_tokens") == 403, 10)
+        server.send_signal(signal.SIGTERM)
+        client.join()
+        assert answers[0].status_code == 200
+        assert len(answers[0].json()["completions"][0][0]["token_ids"]) == 400
+        assert server.wait(20) == 0, log.read_text()
+        assert "Traceback" not in log.read_text()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+
+
+def test_while_the_model_loads_the_server_is_alive_not_ready_and_free_to_go(long_folder, tmp_path):
+    with server_process(long_folder, tmp_path) as (server, url, log):
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        until(lambda: socket.socket().connect_ex(address) == 0, 20)
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert "loading" in problem(httpx.get(f"{url}/ready"), 503).detail
+        refused = httpx.post(f"{url}/v1/score", json=SHORT)
+        assert problem(refused, 503).title == "Unavailable"
+        assert int(refused.headers["retry-after"]) >= 1
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0, log.read_text()
+        assert "Ready" not in log.read_text()
+
+
+def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_folder, tmp_path):
+    with server_process(long_folder, tmp_path, "--drain-timeout", "1") as (server, url, log):
+        wait_until_ready(server, url, log)
+        with long_generation(url):
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(6) == 0, log.read_text()
+
+
+def test_a_port_in_use_is_refused_before_the_model_loads(strict, tmp_path):
+    port, log = int(strict.url.rsplit(":", 1)[1]), tmp_path / "log"
+    since = time.monotonic()
+    server = start_server(strict.folder, port=port, log=log)
+    assert server.wait(20) == 2
+    assert time.monotonic() - since < 3
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in log.read_text()
+    assert httpx.get(f"{strict.url}/health").status_code == 200

@@ -1,0 +1,33 @@
+"""Calls to a teacher over a socket, in either media type."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from shared import wire
+
+A = TypeVar("A", bound=BaseModel)
+
+
+def post(url: str, request: BaseModel, answer: type[A], media_type: str) -> A:
+    """The answer to ``request``, which goes to the ``url`` of a route."""
+    response = httpx.post(
+        url,
+        content=wire.dump(request, media_type),
+        headers={"content-type": media_type},
+        timeout=60,
+    )
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == media_type
+    return wire.load(answer, response.content, media_type, max_bytes=1 << 28)
+
+
+def metric(url: str, name: str) -> float:
+    """Value of one line of ``/metrics``; 0 for a line that is not there yet."""
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.rsplit(" ", 1)[1])
+    return 0.0

@@ -1,0 +1,271 @@
+"""The routes, over an engine that computes nothing: HTTP in, HTTP out, every refusal a problem."""
+
+import asyncio
+
+import httpx
+import numpy as np
+import pytest
+
+from shared import codec, wire
+from shared.errors import InternalError
+from shared.protocol import (
+    Capabilities,
+    Completion,
+    Problem,
+    ScoreResponse,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from shared.sparse import SparseLogprobs
+from teacher_server.app import TeacherApp
+from teacher_server.backends.base import BackendFacts
+from teacher_server.metrics import Metrics
+from teacher_server.settings import Settings
+
+
+class Engine:
+    """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it."""
+
+    facts = BackendFacts(
+        teacher=TeacherIdentity(model="m", fingerprint="f", dtype="d", backend="b", version="v"),
+        tokenizer=TokenizerIdentity(
+            fingerprint="t", vocab_size=100, special_token_ids={}, chat_template=None
+        ),
+        vocab_size=100,
+        max_model_len=64,
+        eos_token_ids=(1,),
+        capabilities=Capabilities(temperature=True, requested_token_ids=True, generate=True),
+    )
+
+    async def score(self, job):
+        if job.token_ids[0] == 99:
+            raise InternalError("not finite")
+        if job.token_ids[0] == 98:
+            raise ZeroDivisionError("secret of the house")
+        if job.token_ids[0] == 97:
+            await asyncio.Event().wait()
+        rows, k = job.rows, job.top_k
+        return SparseLogprobs(
+            token_ids=np.zeros((rows, k), np.uint32),
+            logprobs=np.zeros((rows, k), np.float32),
+            next_token_logprob=np.zeros(rows, np.float32),
+            tail_logprob=np.full(rows, -np.inf, np.float32),
+        )
+
+    async def generate(self, job):
+        if job.prompt[0] == 99:
+            raise InternalError("not finite")
+        return Completion(token_ids=np.array([job.key[2], 1], np.uint32), finish_reason="stop")
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+def app(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    settings = Settings(
+        str(tmp_path), max_request_bytes=4096, request_timeout=0.3, max_queued_tokens=200,
+        max_request_tokens=200,
+    )  # fmt: skip
+    made = TeacherApp(settings, Metrics())
+    made.ready(Engine())
+    return made
+
+
+def call(app, method, path, **options):
+    async def send():
+        transport = httpx.ASGITransport(app.api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+def body(*first_ids):
+    sequences = [{"token_ids": [first, 2, 3], "completion_start": 1} for first in first_ids]
+    return {"sequences": sequences, "top_k": 2}
+
+
+def problem(response, status):
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    found = Problem.model_validate(response.json())
+    assert found.status == status
+    assert response.headers["x-request-id"] == found.request_id
+    return found
+
+
+def test_an_answer_comes_in_the_type_that_was_sent_or_accepted(app):
+    packed = codec.encode(body(1))
+    cases = [
+        ({"content-type": wire.MSGPACK_MEDIA_TYPE}, wire.MSGPACK_MEDIA_TYPE),
+        (
+            {"content-type": wire.MSGPACK_MEDIA_TYPE, "accept": wire.JSON_MEDIA_TYPE},
+            wire.JSON_MEDIA_TYPE,
+        ),
+        (
+            {"content-type": "Application/MsgPack; v=1", "accept": "text/html, */*"},
+            wire.MSGPACK_MEDIA_TYPE,
+        ),
+    ]
+    for headers, expected in cases:
+        response = call(app, "POST", "/v1/score", content=packed, headers=headers)
+        assert response.status_code == 200
+        assert response.headers["content-type"] == expected
+        answer = wire.load(ScoreResponse, response.content, expected, max_bytes=1 << 20)
+        assert answer.sequences[0].tail_logprob.tolist() == [-np.inf, -np.inf]
+
+
+def test_a_request_id_is_echoed_when_it_is_sensible(app):
+    for given, echoed in (("run-7_step-3", True), ("a b", False), ("x" * 65, False), ("é", False)):
+        headers = {"X-Request-Id": given.encode()}
+        response = call(app, "POST", "/v1/score", json=body(1), headers=headers)
+        assert (response.headers["x-request-id"] == given) is echoed
+        assert response.json()["request_id"] == response.headers["x-request-id"]
+        refused = problem(call(app, "GET", "/nowhere", headers=headers), 404)
+        assert (refused.request_id == given) is echoed
+
+
+def test_unknown_routes_and_methods_are_problems(app):
+    assert "/v1/nothing" in problem(call(app, "GET", "/v1/nothing"), 404).detail
+    wrong = call(app, "GET", "/v1/score")
+    assert "GET /v1/score" in problem(wrong, 405).detail
+    assert wrong.headers["allow"] == "POST"
+    problem(call(app, "POST", "/v1/score/", json=body(1)), 404)
+
+
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ({"content-type": "text/plain"}, "text/plain"),
+        ({}, "Content-Type ''"),
+        ({"content-type": "application/json", "accept": "text/html"}, "text/html"),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, "gzip"),
+    ],
+)
+def test_an_unsupported_media_type_is_refused(app, headers, named):
+    response = call(app, "POST", "/v1/score", content=b"{}", headers=headers)
+    assert named in problem(response, 415).detail
+
+
+def test_a_sequence_beyond_the_model_is_named(app):
+    response = call(app, "POST", "/v1/score", json=body(1, 2, 99))
+    assert problem(response, 500).field == "sequences.2"
+    response = call(
+        app, "POST", "/v1/generate",
+        json={"prompts": [[5], [99]], "n": 3, "max_new_tokens": 2},
+    )  # fmt: skip
+    assert problem(response, 500).field == "prompts.1"
+
+
+def test_an_unexpected_error_says_nothing_of_the_house(app, caplog):
+    response = call(app, "POST", "/v1/score", json=body(98))
+    refused = problem(response, 500)
+    assert "secret" not in response.text
+    assert "Traceback" not in response.text
+    assert refused.request_id in refused.detail
+    assert "secret of the house" in caplog.text
+    assert refused.request_id in caplog.text
+
+
+def test_a_declared_body_over_the_limit_is_refused(app):
+    response = call(
+        app, "POST", "/v1/score", content=b" " * 4097, headers={"content-type": "application/json"}
+    )
+    assert "4097 bytes; the limit is 4096" in problem(response, 413).detail
+
+
+def test_an_undeclared_body_is_cut_off_at_the_limit(app):
+    sent = []
+
+    async def endless():
+        while True:
+            sent.append(1024)
+            yield b" " * 1024
+
+    response = call(
+        app, "POST", "/v1/score", content=endless(), headers={"content-type": "application/json"}
+    )
+    problem(response, 413)
+    assert sum(sent) <= 4096 + 2 * 1024
+
+
+def test_a_body_that_does_not_arrive_is_given_up(app):
+    async def stalls():
+        yield b"{"
+        await asyncio.sleep(5)
+
+    response = call(
+        app, "POST", "/v1/score", content=stalls(), headers={"content-type": "application/json"}
+    )
+    assert "did not arrive in 0.3 s" in problem(response, 504).detail
+
+
+def test_work_past_the_deadline_is_refused_and_its_place_is_free_again(app):
+    response = call(app, "POST", "/v1/score", json=body(97))
+    assert "within 0.3 s" in problem(response, 504).detail
+    assert app.metrics.registry.get_sample_value("teacher_queued_tokens") == 0
+
+
+def test_a_full_queue_says_when_to_come_back(app):
+    with app.admission.admit(198, 1):
+        response = call(app, "POST", "/v1/score", json=body(1))
+    assert "limit is 200" in problem(response, 429).detail
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def test_while_loading_only_health_and_metrics_answer(app):
+    app.backend = None
+    assert call(app, "GET", "/health").json() == {"status": "ok"}
+    assert call(app, "GET", "/metrics").status_code == 200
+    for method, path in (("GET", "/ready"), ("GET", "/v1/info"), ("POST", "/v1/score")):
+        response = call(app, method, path)
+        assert "loading" in problem(response, 503).detail
+        assert int(response.headers["retry-after"]) >= 1
+
+
+def test_while_draining_work_is_refused(app):
+    assert call(app, "GET", "/ready").json() == {"status": "ready"}
+    app.admission.draining = True
+    for method, path in (("GET", "/ready"), ("POST", "/v1/score"), ("POST", "/v1/generate")):
+        assert "shutting down" in problem(call(app, method, path), 503).detail
+    assert call(app, "GET", "/health").status_code == 200
+
+
+def test_completions_stand_by_prompt_and_number(app):
+    answer = call(
+        app, "POST", "/v1/generate", json={"prompts": [[5], [6]], "n": 3, "max_new_tokens": 2}
+    ).json()
+    assert [[c["token_ids"][0] for c in row] for row in answer["completions"]] == [[0, 1, 2]] * 2
+
+
+def test_metrics_count_requests_tokens_and_refusals(app):
+    call(app, "POST", "/v1/score", json=body(1, 2))
+    call(app, "POST", "/v1/score", json={**body(1), "top_k": 101})
+    call(app, "POST", "/v1/generate", json={"prompts": [[5, 6]], "n": 2, "max_new_tokens": 4})
+    call(app, "GET", "/nowhere")
+    value = app.metrics.registry.get_sample_value
+    assert value("teacher_requests_total", {"route": "/v1/score", "status": "200"}) == 1
+    assert value("teacher_requests_total", {"route": "/v1/score", "status": "422"}) == 1
+    assert value("teacher_requests_total", {"route": "other", "status": "404"}) == 1
+    assert value("teacher_rejected_total", {"reason": "invalid-request"}) == 1
+    assert value("teacher_tokens_total", {"kind": "scored"}) == 4
+    assert value("teacher_tokens_total", {"kind": "prompt"}) == 2 + 4
+    assert value("teacher_tokens_total", {"kind": "generated"}) == 4
+    assert value("teacher_request_seconds_count", {"route": "/v1/score"}) == 2
+
+
+def test_the_documentation_shows_requests_answers_and_problems(app):
+    schema = call(app, "GET", "/openapi.json").json()
+    score = schema["paths"]["/v1/score"]["post"]
+    for media_type in (wire.JSON_MEDIA_TYPE, wire.MSGPACK_MEDIA_TYPE):
+        asked = score["requestBody"]["content"][media_type]["schema"]["$ref"]
+        answered = score["responses"]["200"]["content"][media_type]["schema"]["$ref"]
+        assert asked == "#/components/schemas/ScoreRequest"
+        assert answered == "#/components/schemas/ScoreResponse"
+    parts = schema["components"]["schemas"]
+    ids = parts["ScoreSequence"]["properties"]["token_ids"]
+    assert (ids["type"], ids["items"]["maximum"]) == ("array", 2**32 - 1)
+    assert {"GenerateRequest", "GenerateResponse", "InfoResponse", "Problem"} <= parts.keys()
+    assert call(app, "GET", "/docs").status_code == 200

@@ -1,0 +1,257 @@
+"""Jobs of many callers become batches: whole, bounded, fair, and each failure alone."""
+
+import asyncio
+import gc
+import itertools
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.errors import UnavailableError
+from teacher_server.batcher import Batcher
+
+
+@dataclass(frozen=True)
+class Job:
+    number: int
+    tokens: int
+
+
+class Model:
+    """Answers ten times a job's number and remembers its batches; ``gate`` holds it back."""
+
+    def __init__(self, fails=lambda jobs: False):
+        self.batches = []
+        self.fails = fails
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def run(self, jobs, wanted):
+        self.entered.set()
+        self.gate.wait(10)
+        self.batches.append([job.number for job in jobs])
+        if self.fails(jobs):
+            raise MemoryError(f"no room for {len(jobs)}")
+        return [job.number * 10 for job in jobs]
+
+
+def serve(work, model, budget=100, **options):
+    """Run ``work(batcher)`` with a batcher on one thread."""
+
+    async def scenario():
+        with ThreadPoolExecutor(1) as thread:
+            batcher = Batcher(model.run, thread, max_batch_tokens=budget, **options)
+            try:
+                return await work(batcher)
+            finally:
+                model.gate.set()
+                await batcher.close()
+
+    return asyncio.run(scenario())
+
+
+async def entered(model):
+    while not model.entered.is_set():
+        await asyncio.sleep(0.001)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 130), min_size=1, max_size=30))
+def test_every_job_is_answered_once_and_no_batch_exceeds_the_budget(lengths):
+    model, seen = Model(), []
+
+    async def work(batcher):
+        jobs = [Job(number, tokens) for number, tokens in enumerate(lengths)]
+        return await asyncio.gather(*map(batcher.submit, jobs))
+
+    answers = serve(work, model, observe=lambda jobs, tokens: seen.append((jobs, tokens)))
+    assert answers == [number * 10 for number in range(len(lengths))]
+    assert sorted(n for batch in model.batches for n in batch) == list(range(len(lengths)))
+    for batch, (jobs, tokens) in zip(model.batches, seen, strict=True):
+        padded = max(lengths[n] for n in batch) * len(batch)
+        assert (jobs, tokens) == (len(batch), padded)
+        assert padded <= 100 or len(batch) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 130), min_size=1, max_size=30))
+def test_every_batch_takes_the_job_that_waited_longest(lengths):
+    model = Model()
+
+    async def work(batcher):
+        await asyncio.gather(*(batcher.submit(Job(n, t)) for n, t in enumerate(lengths)))
+
+    serve(work, model)
+    left = list(range(len(lengths)))
+    for batch in model.batches:
+        assert batch[0] == left[0]
+        left = [number for number in left if number not in batch]
+
+
+def test_jobs_of_similar_length_share_a_batch():
+    model = Model()
+
+    async def work(batcher):
+        lengths = [10, 50, 11, 50, 9, 10]
+        await asyncio.gather(*(batcher.submit(Job(n, t)) for n, t in enumerate(lengths)))
+
+    serve(work, model)
+    assert [sorted(batch) for batch in model.batches] == [[0, 2, 4, 5], [1, 3]]
+
+
+def test_what_arrives_while_the_model_runs_is_joined():
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        first = asyncio.create_task(batcher.submit(Job(0, 1)))
+        await entered(model)
+        rest = [asyncio.create_task(batcher.submit(Job(n, 1))) for n in range(1, 9)]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        return await asyncio.gather(first, *rest)
+
+    serve(work, model)
+    assert [len(batch) for batch in model.batches] == [1, 8]
+
+
+def test_a_bad_job_fails_alone():
+    model = Model(fails=lambda jobs: any(job.number == 5 for job in jobs))
+
+    async def work(batcher):
+        return await asyncio.gather(
+            *(batcher.submit(Job(n, 1)) for n in range(8)), return_exceptions=True
+        )
+
+    answers = serve(work, model)
+    assert isinstance(answers[5], MemoryError)
+    assert [a for n, a in enumerate(answers) if n != 5] == [0, 10, 20, 30, 40, 60, 70]
+
+
+def test_a_batch_too_large_for_the_memory_is_split():
+    model = Model(fails=lambda jobs: len(jobs) > 3)
+
+    async def work(batcher):
+        return await asyncio.gather(*(batcher.submit(Job(n, 1)) for n in range(8)))
+
+    assert serve(work, model) == [n * 10 for n in range(8)]
+    assert [len(batch) for batch in model.batches] == [8, 4, 2, 2, 4, 2, 2]
+
+
+def test_a_failed_batch_frees_what_it_held_before_its_halves_run():
+    class Tensor:
+        pass
+
+    held, alive = [], []
+
+    def run(jobs, wanted):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in held))
+        tensor = Tensor()
+        held.append(weakref.ref(tensor))
+        if len(jobs) > 1:
+            raise MemoryError
+        return [job.number for job in jobs]
+
+    model = Model()
+    model.run = run
+
+    async def work(batcher):
+        return await asyncio.gather(*(batcher.submit(Job(n, 1)) for n in range(4)))
+
+    assert serve(work, model) == [0, 1, 2, 3]
+    assert alive == [0] * 7
+
+
+def test_a_cancelled_job_is_dropped_unrun():
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        first = asyncio.create_task(batcher.submit(Job(0, 1)))
+        await entered(model)
+        gone, stays = (asyncio.create_task(batcher.submit(Job(n, 1))) for n in (1, 2))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        model.gate.set()
+        return await asyncio.gather(first, gone, stays, return_exceptions=True)
+
+    answers = serve(work, model)
+    assert answers[0] == 0
+    assert isinstance(answers[1], asyncio.CancelledError)
+    assert answers[2] == 20
+    assert model.batches == [[0], [2]]
+
+
+def test_a_running_batch_sees_who_still_waits():
+    seen = []
+    model = Model()
+
+    def run(jobs, wanted):
+        model.entered.set()
+        model.gate.wait(10)
+        seen.append(wanted())
+        return [0 for _ in jobs]
+
+    model.gate.clear()
+    model.run = run
+
+    async def work(batcher):
+        tasks = [asyncio.create_task(batcher.submit(Job(n, 1))) for n in range(3)]
+        await entered(model)
+        tasks[1].cancel()
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    serve(work, model)
+    assert seen == [[True, False, True]]
+
+
+def test_closing_fails_waiting_and_running_jobs():
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        running = asyncio.create_task(batcher.submit(Job(0, 1)))
+        await entered(model)
+        waiting = asyncio.create_task(batcher.submit(Job(1, 1)))
+        await asyncio.sleep(0.01)
+        await batcher.close()
+        return await asyncio.gather(running, waiting, return_exceptions=True)
+
+    answers = serve(work, model)
+    assert [type(answer) for answer in answers] == [UnavailableError, UnavailableError]
+
+
+def test_two_queues_of_one_thread_take_turns():
+    order = []
+
+    def worker(name):
+        def run(jobs, wanted):
+            order.append(name)
+            return [0 for _ in jobs]
+
+        return run
+
+    async def scenario():
+        with ThreadPoolExecutor(1) as thread:
+            queues = [Batcher(worker(n), thread, max_batch_tokens=1) for n in ("score", "generate")]
+            await asyncio.gather(*(q.submit(Job(n, 1)) for q in queues for n in range(6)))
+            await asyncio.gather(*(q.close() for q in queues))
+
+    asyncio.run(scenario())
+    assert sorted(order) == ["generate"] * 6 + ["score"] * 6
+    assert max(len(list(turns)) for _, turns in itertools.groupby(order)) <= 2
+
+
+def test_a_single_failure_keeps_its_own_exception():
+    model = Model(fails=lambda jobs: True)
+    with pytest.raises(MemoryError, match="no room for 1"):
+        serve(lambda batcher: batcher.submit(Job(0, 1)), model)

@@ -1,0 +1,140 @@
+"""Rows of hidden states become sparse log-probs with an exact tail."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.errors import InternalError
+from shared.protocol import ScoreSequence
+from teacher_server.backends import scoring
+from teacher_server.backends.base import ScoreJob
+from teacher_server.backends.scoring import score_rows
+from tests.support.reference import largest_error
+
+V = 23
+
+
+def job(rng, rows, **options):
+    start = int(rng.integers(1, 4))
+    ids = rng.integers(0, V, start + rows).astype(np.uint32)
+    return ScoreJob(ids, start, **{"top_k": 3, **options})
+
+
+def reference(logits, jobs):
+    """Float64 log-softmax for each job, from the float32 logits of all rows."""
+    parts = np.split(logits.numpy().astype(np.float64), np.cumsum([j.rows for j in jobs])[:-1])
+    for part, item in zip(parts, jobs, strict=True):
+        scaled = part / item.temperature
+        scaled -= scaled.max(axis=1, keepdims=True)
+        yield scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
+
+
+def sequence(item):
+    return ScoreSequence(
+        token_ids=item.token_ids,
+        completion_start=item.completion_start,
+        requested_token_ids=item.requested_token_ids,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_mixture_of_jobs_equals_the_dense_reference(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    jobs = []
+    for _ in range(data.draw(st.integers(1, 5))):
+        rows = data.draw(st.integers(1, 6))
+        width = data.draw(st.none() | st.integers(0, 3))
+        requested = None if width is None else rng.integers(0, V, (rows, width)).astype(np.uint32)
+        jobs.append(
+            job(
+                rng,
+                rows,
+                top_k=data.draw(st.sampled_from([1, 2, 5, V])),
+                temperature=data.draw(st.sampled_from([0.5, 1.0, 2.0])),
+                requested_token_ids=requested,
+            )
+        )
+    logits = torch.from_numpy(rng.normal(0, 4, (sum(j.rows for j in jobs), V)).astype(np.float32))
+    whole = score_rows(logits, torch.clone, jobs, V)
+    for answer, dense, item in zip(whole, reference(logits, jobs), jobs, strict=True):
+        assert largest_error(answer, dense, sequence(item)) < 1e-5
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    jobs = [job(rng, rows, top_k=k) for rows, k in ((7, 3), (2, 5), (9, 3))]
+    hidden = torch.from_numpy(rng.normal(size=(18, 8)).astype(np.float32))
+    head = torch.nn.Linear(8, V)
+    whole = score_rows(hidden, head, jobs, V)
+    sizes = []
+
+    def watched(rows):
+        sizes.append(len(rows))
+        return head(rows)
+
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * V * 4)
+    for a, b in zip(whole, score_rows(hidden, watched, jobs, V), strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
+        np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
+    assert sizes == [4, 4, 4, 4, 2]
+
+
+def test_the_order_of_equal_tokens_does_not_depend_on_the_company():
+    rng = np.random.default_rng(0)
+    small, large = job(rng, 4, top_k=2), job(rng, 4, top_k=V)
+    logits = torch.zeros(8, V)
+    alone = score_rows(logits[:4], torch.clone, [small], V)[0]
+    together = score_rows(logits, torch.clone, [small, large], V)[0]
+    np.testing.assert_array_equal(alone.token_ids, together.token_ids)
+
+
+def test_a_tiny_tail_is_exact_and_an_empty_one_is_minus_infinity():
+    logits = torch.zeros(1, V)
+    logits[0, 0] = 60.0
+    one = ScoreJob(np.array([5, 0], np.uint32), 1, top_k=1)
+    tail = score_rows(logits.clone(), torch.clone, [one], V)[0].tail_logprob[0]
+    assert tail == pytest.approx(np.log(V - 1) - 60.0, abs=1e-5)  # 1 − p is 0 in float32
+    everything = ScoreJob(np.array([5, 0], np.uint32), 1, top_k=V)
+    assert score_rows(logits, torch.clone, [everything], V)[0].tail_logprob[0] == -np.inf
+
+
+def test_the_next_and_requested_tokens_leave_the_tail_once():
+    logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
+    named_twice = ScoreJob(
+        np.array([0, 2], np.uint32),
+        1,
+        top_k=1,
+        requested_token_ids=np.array([[2, 0, 2]], np.uint32),
+    )
+    answer = score_rows(logits, torch.clone, [named_twice], 4)[0]
+    assert np.exp(answer.tail_logprob[0]) == pytest.approx(0.3 + 0.1)
+    assert np.exp(answer.next_token_logprob[0]) == pytest.approx(0.2)
+    np.testing.assert_allclose(np.exp(answer.requested_logprobs), [[0.2, 0.4, 0.2]], rtol=1e-6)
+
+
+def test_float16_answers_never_become_infinite():
+    logits = torch.zeros(1, V)
+    logits[0, 1:] = -1e6
+    half = ScoreJob(
+        np.array([0, 3], np.uint32), 1, top_k=2, logprob_dtype="float16",
+        requested_token_ids=np.array([[4]], np.uint32),
+    )  # fmt: skip
+    answer = score_rows(logits, torch.clone, [half], V)[0]
+    assert answer.logprobs.dtype == np.float16
+    assert answer.logprobs.tolist() == [[0.0, -65504.0]]
+    assert answer.requested_logprobs.tolist() == [[-65504.0]]
+    assert answer.next_token_logprob.tolist() == [-1e6]
+    assert answer.tail_logprob.dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value):
+    logits = torch.zeros(3, V)
+    logits[1, 7] = value
+    rng = np.random.default_rng(0)
+    with pytest.raises(InternalError, match="not finite in a sequence of"):
+        score_rows(logits, torch.clone, [job(rng, 3)], V)

@@ -1,0 +1,108 @@
+"""The command: one clear line and exit code 2 for what cannot work, before anything loads."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shared import __version__
+from teacher_server.cli import main
+
+
+def refused(capsys, *arguments):
+    assert main(["serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("teacher-server: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_missing_folder_is_refused(capsys):
+    assert "/no/such: no such folder" in refused(capsys, "/no/such")
+
+
+def test_a_wrong_value_is_refused(capsys, llama_folder):
+    assert "--port 70000" in refused(capsys, str(llama_folder), "--port", "70000")
+
+
+def test_a_port_in_use_is_refused_before_the_model_loads(capsys, llama_folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        error = refused(capsys, str(llama_folder), "--port", port)
+    assert f"127.0.0.1 port {port}: Address already in use" in error
+    assert "another --port" in error
+
+
+def test_an_address_of_another_machine_is_refused(capsys, llama_folder):
+    error = refused(capsys, str(llama_folder), "--host", "192.0.2.1", "--port", "0")
+    assert "cannot listen on 192.0.2.1" in error
+
+
+def test_a_model_that_does_not_load_ends_the_server(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "does not load" in refused(capsys, str(tmp_path), "--port", "0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["serve"],
+        ["serve", "m", "--backend", "vllm"],
+        ["serve", "m", "--dtype", "int8"],
+        ["serve", "m", "--port", "http"],
+        ["serve", "m", "--no-such-flag"],
+        ["fly"],
+    ],
+)
+def test_wrong_flags_exit_with_two(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == f"teacher-server {__version__}"
+
+
+def test_help_names_every_flag_and_loads_no_model_library():
+    code = (
+        "import sys\n"
+        "from teacher_server.cli import main\n"
+        "try:\n    main(['serve', '--help'])\n"
+        "finally:\n    print('LOADED', sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "LOADED []" in shown.stdout
+    for flag in ("--host", "--port", "--backend", "--dtype", "--device", "--max-model-len",
+                 "--max-batch-tokens", "--max-queued-tokens", "--request-timeout", "--max-top-k",
+                 "--trust-remote-code", "--served-model-name", "--drain-timeout"):  # fmt: skip
+        assert flag in shown.stdout
+
+
+def test_a_signal_does_not_wait_for_a_model_that_loads_for_minutes(llama_folder):
+    code = (
+        "import sys, time\n"
+        "from teacher_server import cli\n"
+        "cli._make_backend = lambda *_: time.sleep(120)\n"
+        f"sys.exit(cli.main(['serve', {str(llama_folder)!r}, '--port', '0']))\n"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        assert "Listening" in server.stderr.readline()
+        time.sleep(0.5)  # uvicorn starts, and with it the signal handlers
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()

@@ -1,0 +1,57 @@
+"""Flags that cannot work are refused before a model loads."""
+
+import pytest
+
+from shared.errors import ConfigurationError
+from teacher_server.settings import Settings
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_the_defaults_are_consistent(folder):
+    settings = Settings(folder)
+    assert settings.max_request_tokens <= settings.max_queued_tokens
+    assert settings.host == "127.0.0.1"
+    assert settings.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"port": -1}, "--port -1 must be from 0 to 65535"),
+        ({"port": 65_536}, "--port 65536 must be from 0 to 65535"),
+        ({"max_model_len": 1}, "--max-model-len 1 must be at least 2"),
+        ({"max_batch_tokens": 0}, "--max-batch-tokens 0 must be above 0"),
+        ({"max_top_k": -3}, "--max-top-k -3 must be above 0"),
+        ({"request_timeout": 0.0}, r"--request-timeout 0\.0 must be above 0"),
+        ({"request_timeout": float("nan")}, "--request-timeout nan must be above 0"),
+        ({"drain_timeout": float("inf")}, "--drain-timeout inf must be above 0 and finite"),
+        ({"max_request_bytes": 0}, "--max-request-bytes 0 must be above 0"),
+        (
+            {"max_request_tokens": 11, "max_queued_tokens": 10},
+            "--max-request-tokens 11 is over --max-queued-tokens 10",
+        ),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(folder, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Settings(folder, **changes)
+
+
+@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "missing", "a/b/c", "~/x"])
+def test_a_missing_folder_is_refused(model):
+    with pytest.raises(ConfigurationError, match=f"{model}: no such folder"):
+        Settings(model)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"has no config\.json"):
+        Settings(str(tmp_path))
+
+
+def test_a_hub_id_is_left_to_the_loader():
+    assert Settings("org/name").model == "org/name"
