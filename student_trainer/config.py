@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
 
@@ -44,6 +45,9 @@ class ModelArguments:
         aliases=["--dtype"],
     )
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    eos_token: str | None = _flag(
+        None, "Token that ends a completion, where the chat template ends turns with another one."
+    )
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
     use_peft: bool = _flag(False, "Train LoRA adapters instead of all weights.")
     lora_r: int = _flag(16, "Rank of the adapters.")
@@ -168,6 +172,15 @@ class EvaluateArguments:
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
 
 
+# TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "has no effect on a divergence; drop it",
+    "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
+    "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
+    "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
+}
+
+
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
 
@@ -246,11 +259,40 @@ def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainin
         )
     if data.max_length is not None and data.max_length < 2:
         raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
+    for name, remedy in _UNSUPPORTED.items():
+        value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
+        if value != default.default:
+            raise ConfigurationError(f"--{name} {value} {remedy}")
     deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigurationError(
             "a DeepSpeed configuration is given but deepspeed is not installed"
         )
+
+
+def checkpoint_of(args: CommonTrainingArguments) -> str | None:
+    """The checkpoint folder to resume from; ``true`` is the last one in ``--output_dir``.
+
+    Raises:
+        ConfigurationError: there is no such checkpoint.
+    """
+    given = args.resume_from_checkpoint
+    if given is None or given.lower() == "false":
+        return None
+    if given.lower() == "true":
+        folder = Path(args.output_dir or "")
+        last: str | None = get_last_checkpoint(folder) if folder.is_dir() else None
+        if last is None:
+            raise ConfigurationError(
+                f"--resume_from_checkpoint {given}: {folder} holds no checkpoint to resume from"
+            )
+        return last
+    if not (Path(given) / "trainer_state.json").exists():
+        raise ConfigurationError(
+            f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint-N folder, "
+            "or true for the last one in --output_dir"
+        )
+    return given
 
 
 def check_model(model: ModelArguments) -> None:

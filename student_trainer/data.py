@@ -305,13 +305,19 @@ def _completion_ids(
         )
     if not str(messages[-1].get("content") or "").strip() and not messages[-1].get("tool_calls"):
         raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
-    ids = _ids(tokenizer, text[len(prompt_text) :])
+    completion = text[len(prompt_text) :]
+    ids = _ids(tokenizer, completion)
     ends = [i for i, token in enumerate(ids) if token in set(stop_ids)]
     if ends:
         return ids[: ends[0] + 1]  # templates print a newline after the end of the turn
-    special = set(tokenizer.all_special_ids)
-    ends = [i for i, token in enumerate(ids) if token in special]
-    return ids[: ends[-1] + 1] if ends else [*ids, stop_ids[0]]
+    for token in tokenizer.all_special_tokens:
+        if completion.rstrip().endswith(token):
+            raise DatasetError(
+                f"{where}: the chat template ends the assistant's turn with {token!r}, which ends "
+                f"no completion here (EOS is {tokenizer.eos_token!r}): generated completions would "
+                f"run to their limit. Pass --eos_token '{token}'"
+            )
+    return [*ids, stop_ids[0]]
 
 
 def _all_assistant_turns(

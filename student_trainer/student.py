@@ -62,7 +62,20 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    return _from_hub_or_folder(AutoTokenizer, arguments)
+    """The student's tokenizer, with ``--eos_token`` where one is given.
+
+    Raises:
+        ConfigurationError: it does not load, or that token is not in its vocabulary.
+    """
+    tokenizer = _from_hub_or_folder(AutoTokenizer, arguments)
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise ConfigurationError(
+                f"--eos_token {arguments.eos_token!r} is not a token of the tokenizer; its own is "
+                f"{tokenizer.eos_token!r}"
+            )
+        tokenizer.eos_token = arguments.eos_token
+    return tokenizer
 
 
 def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:

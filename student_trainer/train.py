@@ -22,6 +22,7 @@ from student_trainer.config import (
     check_common,
     check_distill,
     check_generation,
+    checkpoint_of,
     parse,
 )
 from student_trainer.data import Example, load_rows, tokenize_rows
@@ -103,6 +104,7 @@ def _train(
             f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
             "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
         )
+    checkpoint = checkpoint_of(args)
     tokenizer = load_tokenizer(model_arguments)
     config = load_config(model_arguments)
     rows = int(config.get_text_config().vocab_size)
@@ -127,7 +129,7 @@ def _train(
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -242,13 +242,28 @@ class Quickstart:
                     ),
                 ],
                 seconds={
-                    "whole run": self.seconds,
+                    "whole run": self._stages(),
                     "distillation": _where(distilled),
                 },
                 samples=self._samples(evaluated),
                 commands=self.commands,
             )
         )
+
+    def _stages(self) -> dict[str, float]:
+        """Seconds by kind of work, in the order of the run."""
+        kinds = {
+            "teacher_raw": "teacher's pretraining and SFT",
+            "teacher_sft": "teacher's pretraining and SFT",
+            "student_before": "student's warm-up",
+            "student_sft": "student's SFT",
+            "student_distilled": "student's distillation",
+        }
+        stages: dict[str, float] = {}
+        for name, seconds in self.seconds.items():
+            kind = "evaluation" if name.startswith("evaluate ") else kinds.get(name, name)
+            stages[kind] = stages.get(kind, 0.0) + seconds
+        return stages
 
     def _samples(self, evaluated: dict[str, Evaluated]) -> list[SideBySide]:
         """A few tasks on which the models differ, else the first ones."""

@@ -14,6 +14,7 @@ from student_trainer.config import (
     TeacherArguments,
     check_common,
     check_distill,
+    checkpoint_of,
     parse,
 )
 
@@ -74,6 +75,10 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
         (["--fp16"], "At most one of fp16 and bf16"),
+        (["--label_smoothing_factor", "0.1"], "has no effect on a divergence"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
+        (["--use_liger_kernel"], "the loss here is fused already"),
+        (["--train_sampling_strategy", "group_by_length"], "the order is random"),
         (["--lamda", "0.5"], "Did you mean --lmbda?"),
         (["--no_such_flag"], "unknown argument '--no_such_flag'"),
     ],
@@ -136,3 +141,21 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
 def test_missing_yaml_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="No such file"):
         read([f"--config={tmp_path / 'none.yaml'}"])
+
+
+def test_the_checkpoint_is_the_one_given_or_the_last(model_folder, tmp_path):
+    def checkpoint(output, value):
+        line = words(model_folder, "--output_dir", str(output), "--resume_from_checkpoint", value)
+        return checkpoint_of(read(line)[4])
+
+    for step in (2, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    last, first = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (10, 2))
+    assert checkpoint(tmp_path / "out", "true") == last
+    assert checkpoint(tmp_path / "out", first) == first
+    assert checkpoint(tmp_path / "out", "false") is None
+    with pytest.raises(ConfigurationError, match="holds no checkpoint to resume from"):
+        checkpoint(tmp_path / "none", "true")
+    with pytest.raises(ConfigurationError, match="no checkpoint there; give a checkpoint-N folder"):
+        checkpoint(tmp_path / "out", str(tmp_path / "out"))

@@ -182,3 +182,18 @@ def test_empty_dataset_is_refused(tmp_path: Path):
 def test_stop_ids_join_tokenizer_and_model(tokenizer):
     config = GenerationConfig(eos_token_id=[7, 5])
     assert stop_token_ids(tokenizer, config) == sorted({tokenizer.eos_token_id, 5, 7})
+
+
+def test_a_turn_that_ends_with_another_token_than_eos_is_refused_with_the_remedy(tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("{{ eos_token }}", "<|turn|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    with pytest.raises(DatasetError, match=r"data\.jsonl:7: .*Pass --eos_token '<\|turn\|>'"):
+        render(tokenizer, {"messages": TALK})
+    tokenizer.eos_token = "<|turn|>"
+    assert learned(tokenizer, render(tokenizer, {"messages": TALK})) == "return x<|turn|>"
+
+
+def test_a_template_without_an_end_of_turn_gets_an_eos(tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("{{ eos_token }}", "")
+    example = render(tokenizer, {"messages": TALK})
+    assert learned(tokenizer, example) == "return x\n" + tokenizer.eos_token
