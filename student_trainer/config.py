@@ -1,8 +1,8 @@
 """Every flag of the trainer, and what cannot be combined.
 
-`sft`, `distill` and `evaluate` take the flags of transformers' `TrainingArguments` (the first two)
-and those below. A YAML file given by ``--config`` holds the same names; the command line overrides
-it. Whatever can be known to be wrong is refused here, before any model loads.
+`sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below. A YAML
+file given by ``--config`` holds the same names; the command line overrides it. Whatever can be
+known to be wrong is refused here, before any model loads.
 """
 
 from __future__ import annotations
@@ -35,20 +35,26 @@ def _flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """The student."""
+    """The model, and its tokenizer."""
 
-    model_name_or_path: str = _flag("", "Student: a folder or a Hugging Face Hub id.")
+    model_name_or_path: str = _flag(
+        "", "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id."
+    )
     model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "float32",
-        "Dtype of the student's weights; auto takes the checkpoint's.",
-        aliases=["--dtype"],
+        "float32", "Dtype of the weights; auto takes the checkpoint's.", aliases=["--dtype"]
     )
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
     eos_token: str | None = _flag(
         None, "Token that ends a completion, where the chat template ends turns with another one."
     )
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA and QLoRA instead of full weights."""
+
     use_peft: bool = _flag(False, "Train LoRA adapters instead of all weights.")
     lora_r: int = _flag(16, "Rank of the adapters.")
     lora_alpha: int = _flag(32, "Scale of the adapters: alpha / r.")
@@ -60,12 +66,18 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The dataset: JSONL file, folder of JSONL files, or Hub id."""
+class DatasetArguments:
+    """Where the rows come from."""
 
-    dataset_name: str = _flag("", "JSONL path, folder or Hub id of the training rows.")
+    dataset_name: str = _flag("", "JSONL path (.gz too), folder of them, or Hub id.")
     dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
     dataset_split: str = _flag("train", "Split of a Hub dataset.")
+
+
+@dataclass
+class DataArguments:
+    """What is learned from a row."""
+
     eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
     eval_dataset_split: str = _flag("test", "Split of a Hub dataset to evaluate on.")
     prompt_column: str = _flag(
@@ -181,6 +193,18 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass
+class MergeArguments:
+    """LoRA adapters into their base model, for serving or as a student."""
+
+    model_name_or_path: str = _flag("", "Folder of a run with --use_peft.")
+    output_dir: str = _flag("", "New folder for the merged model and its tokenizer.")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto", "Dtype of the merged weights; auto takes the base model's.", aliases=["--dtype"]
+    )
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+
+
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
 
@@ -249,10 +273,17 @@ def _to_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainingArguments) -> None:
+def check_common(
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    dataset: DatasetArguments,
+    data: DataArguments,
+    args: CommonTrainingArguments,
+) -> None:
     """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
     check_model(model)
-    _require(data.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    check_adapters(adapters)
+    _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
@@ -299,28 +330,48 @@ def check_model(model: ModelArguments) -> None:
     _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
+        if not (Path(name) / "config.json").exists() and not holds_adapters(name):
             raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
-    if model.load_in_4bit:
-        if not model.use_peft:
+
+
+def holds_adapters(folder: str) -> bool:
+    """Whether a model folder holds LoRA adapters alone, without their base model."""
+    path = Path(folder)
+    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+
+
+def check_adapters(adapters: AdapterArguments) -> None:
+    if adapters.load_in_4bit:
+        if not adapters.use_peft:
             raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
         if not torch.cuda.is_available():
             raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    defaults = ModelArguments()
+    defaults = AdapterArguments()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        if not model.use_peft and getattr(model, name) != getattr(defaults, name):
+        if not adapters.use_peft and getattr(adapters, name) != getattr(defaults, name):
             raise ConfigurationError(f"--{name} has no effect without --use_peft")
-    if model.lora_r < 1:
-        raise ConfigurationError(f"--lora_r {model.lora_r} must be at least 1")
+    if adapters.lora_r < 1:
+        raise ConfigurationError(f"--lora_r {adapters.lora_r} must be at least 1")
 
 
-def check_distill(
-    args: DistillArguments, generation: GenerationArguments, teacher: TeacherArguments
-) -> None:
+def check_merge(args: MergeArguments) -> None:
+    """Raises `ConfigurationError` where there is nothing to merge, or no place for it."""
+    _require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
+    _require(args.output_dir, "--output_dir", "a new folder for the merged model")
+    if not holds_adapters(args.model_name_or_path):
+        raise ConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"
+        )
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"--output_dir {output} exists already; give a new folder")
+
+
+def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
     for name in ("lmbda", "beta"):
         value = getattr(args, name)
@@ -341,13 +392,12 @@ def check_distill(
         )
     if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
         raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
-    check_generation(generation)
     check_teacher(teacher)
 
 
 def check_evaluate(
     model: ModelArguments,
-    data: DataArguments,
+    dataset: DatasetArguments,
     generation: GenerationArguments,
     args: EvaluateArguments,
 ) -> None:
@@ -355,7 +405,7 @@ def check_evaluate(
     check_model(model)
     check_generation(generation)
     _require(
-        data.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
+        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
     )
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):

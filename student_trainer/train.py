@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -12,8 +13,10 @@ from shared.errors import ConfigurationError, DatasetError, TokenizerMismatchErr
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
 from student_trainer.config import (
+    AdapterArguments,
     CommonTrainingArguments,
     DataArguments,
+    DatasetArguments,
     DistillArguments,
     GenerationArguments,
     ModelArguments,
@@ -27,95 +30,106 @@ from student_trainer.config import (
 )
 from student_trainer.data import Example, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
-from student_trainer.pipeline import Method, dataset_sample
-from student_trainer.student import (
+from student_trainer.loading import (
     context_length,
     load_config,
     load_stop_ids,
     load_student,
     load_tokenizer,
 )
+from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.teacher import TeacherClient
 from student_trainer.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
 
+_RECIPE = (
+    ModelArguments,
+    AdapterArguments,
+    DatasetArguments,
+    DataArguments,
+    GenerationArguments,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
+
+    model: ModelArguments
+    adapters: AdapterArguments
+    dataset: DatasetArguments
+    data: DataArguments
+    generation: GenerationArguments
+
+
 def sft(argv: Sequence[str]) -> None:
     """Supervised fine-tuning on the dataset's completions."""
-    model, data, generation, args = parse(
-        argv,
-        ModelArguments,
-        DataArguments,
-        GenerationArguments,
-        SFTArguments,
-        prog="student-trainer sft",
-        description=sft.__doc__ or "",
+    *recipe, args = parse(
+        argv, *_RECIPE, SFTArguments, prog="student-trainer sft", description=sft.__doc__ or ""
     )
-    check_common(model, data, args)
-    check_generation(generation)
-    _train(model, data, generation, args, teacher=None, distill=None, top_k=1)
+    check_recipe(Recipe(*recipe), args)
+    _train(Recipe(*recipe), args, teacher=None, distill=None, top_k=1)
 
 
 def distill(argv: Sequence[str]) -> None:
     """Distillation from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
-    model, data, generation, teacher, args = parse(
+    *recipe, teacher, args = parse(
         argv,
-        ModelArguments,
-        DataArguments,
-        GenerationArguments,
+        *_RECIPE,
         TeacherArguments,
         DistillArguments,
         prog="student-trainer distill",
         description=distill.__doc__ or "",
     )
-    check_common(model, data, args)
-    check_distill(args, generation, teacher)
+    check_distill(args, teacher)
+    check_recipe(Recipe(*recipe), args)
     with TeacherClient(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
     ) as client:
         check_request(client.connect(), args, teacher)
-        _train(
-            model,
-            data,
-            generation,
-            args,
-            teacher=client,
-            distill=args,
-            top_k=teacher.top_k_logprobs,
+        _train(Recipe(*recipe), args, teacher=client, distill=args, top_k=teacher.top_k_logprobs)
+
+
+def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
+    """Raises `ConfigurationError` for what cannot work, before a teacher is waited for."""
+    check_common(recipe.model, recipe.adapters, recipe.dataset, recipe.data, args)
+    check_generation(recipe.generation)
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
         )
+    checkpoint_of(args)
 
 
 def _train(
-    model_arguments: ModelArguments,
-    data: DataArguments,
-    generation: GenerationArguments,
+    recipe: Recipe,
     args: CommonTrainingArguments,
     *,
     teacher: TeacherClient | None,
     distill: DistillArguments | None,
     top_k: int,
 ) -> None:
-    set_seed(args.seed)
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
-            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
-        )
     checkpoint = checkpoint_of(args)
-    tokenizer = load_tokenizer(model_arguments)
-    config = load_config(model_arguments)
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
     rows = int(config.get_text_config().vocab_size)
     context = context_length(config)
     if teacher is not None:
         check_vocabulary(tokenizer, rows, teacher.info)
         rows = min(rows, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    method = _method(args, distill, generation, top_k, load_stop_ids(model_arguments, tokenizer))
-    train, held_out = load_examples(data, tokenizer, method, context)
-    student = load_student(model_arguments, gradient_checkpointing=args.gradient_checkpointing)
+    stop_ids = load_stop_ids(recipe.model, tokenizer)
+    method = _method(args, distill, recipe.generation, top_k, stop_ids)
+    train, held_out = load_examples(recipe.dataset, recipe.data, tokenizer, method, context)
+    student = load_student(
+        recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
+    )
     trainer = DistillationTrainer(
         student,
         args=args,
@@ -124,7 +138,7 @@ def _train(
         teacher=teacher,
         vocab_size=rows,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
-        generation_batch_size=generation.generation_batch_size,
+        generation_batch_size=recipe.generation.generation_batch_size,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -180,6 +194,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
 
 
 def load_examples(
+    dataset: DatasetArguments,
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
@@ -194,7 +209,7 @@ def load_examples(
     main = PartialState().is_main_process
 
     def load(name: str, split: str, what: str) -> list[Example]:
-        rows = load_rows(name, config=data.dataset_config, split=split)
+        rows = load_rows(name, config=dataset.dataset_config, split=split)
         return tokenize_rows(
             rows,
             tokenizer,
@@ -205,7 +220,7 @@ def load_examples(
             progress=main,
         )
 
-    train = load(data.dataset_name, data.dataset_split, "training rows")
+    train = load(dataset.dataset_name, dataset.dataset_split, "training rows")
     _check_rows(train, method, max_length)
     held_out = None
     if data.eval_dataset_name:

@@ -64,9 +64,7 @@ def test_a_gsm8k_prompt_is_one_user_turn_and_its_answer_is_learned(world):
     tokenizer = AutoTokenizer.from_pretrained(world.student)
     rows = load_rows(published("gsm8k_train.jsonl"), config=None, split="train")
     assert len(rows) == 7473
-    (example,) = tokenize_rows(
-        rows[:1], tokenizer, [1], DataArguments(dataset_name="x", **GSM8K), max_length=4096
-    )
+    (example,) = tokenize_rows(rows[:1], tokenizer, [1], DataArguments(**GSM8K), max_length=4096)
     row = rows[0][1]
     assert example.prompt == f"<|user|>{row['question']}<|end|><|assistant|>"
     assert tokenizer.decode(example.sample.completion_ids) == f"{row['answer']}<|end|>"

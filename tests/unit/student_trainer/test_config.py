@@ -7,16 +7,20 @@ import torch
 
 from shared.errors import ConfigurationError
 from student_trainer.config import (
+    AdapterArguments,
     DataArguments,
+    DatasetArguments,
     DistillArguments,
     GenerationArguments,
+    MergeArguments,
     ModelArguments,
     TeacherArguments,
-    check_common,
     check_distill,
+    check_merge,
     checkpoint_of,
     parse,
 )
+from student_trainer.train import Recipe, check_recipe
 
 LAUNCH_LINE = (
     "--model_name_or_path {model} --teacher_url http://127.0.0.1:8000 --dataset_name data.jsonl "
@@ -26,7 +30,15 @@ LAUNCH_LINE = (
     "--save_strategy steps --save_steps 180 --save_total_limit 5 --warmup_steps 10 "
     "--lr_scheduler_type cosine --torch_dtype bfloat16"
 )
-TYPES = (ModelArguments, DataArguments, GenerationArguments, TeacherArguments, DistillArguments)
+TYPES = (
+    ModelArguments,
+    AdapterArguments,
+    DatasetArguments,
+    DataArguments,
+    GenerationArguments,
+    TeacherArguments,
+    DistillArguments,
+)
 
 
 @pytest.fixture
@@ -38,9 +50,9 @@ def model_folder(tmp_path: Path) -> Path:
 
 def read(words: list[str]):
     parsed = parse(words, *TYPES, prog="student-trainer distill", description="")
-    model, data, generation, teacher, args = parsed
-    check_common(model, data, args)
-    check_distill(args, generation, teacher)
+    model, adapters, dataset, data, generation, teacher, args = parsed
+    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    check_distill(args, teacher)
     return parsed
 
 
@@ -49,9 +61,9 @@ def words(model_folder: Path, *more: str) -> list[str]:
 
 
 def test_the_launch_line_is_accepted_as_it_stands(model_folder):
-    model, _, _, teacher, args = read(words(model_folder))
+    model, adapters, _, _, _, teacher, args = read(words(model_folder))
     assert (args.lmbda, args.beta, args.learning_rate) == (0.5, 0.5, 2e-5)
-    assert (model.lora_r, model.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
+    assert (adapters.lora_r, adapters.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
     assert args.gradient_accumulation_steps == 8
     assert args.bf16
     assert teacher.teacher_url == ["http://127.0.0.1:8000"]
@@ -104,7 +116,7 @@ def test_4_bit_weights_without_a_gpu_are_refused(model_folder):
 
 
 def test_teacher_url_may_be_repeated(model_folder):
-    teacher = read(words(model_folder, "--teacher_url", "http://b:1", "http://c:2"))[3]
+    teacher = read(words(model_folder, "--teacher_url", "http://b:1", "http://c:2"))[-2]
     assert teacher.teacher_url == ["http://127.0.0.1:8000", "http://b:1", "http://c:2"]
 
 
@@ -116,10 +128,10 @@ def test_yaml_holds_the_same_names_and_the_command_line_wins(model_folder, tmp_p
         "lr_scheduler_kwargs: {min_lr: 1.0e-6}\nlr_scheduler_type: cosine_with_min_lr\n"
     )
     parsed = read(["--config", str(path), "--beta", "0.9", "--teacher_url", "http://c:3"])
-    assert parsed[4].lmbda == 1.0
-    assert parsed[4].beta == 0.9
-    assert parsed[3].teacher_url == ["http://c:3"]
-    assert parsed[4].lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert parsed[-1].lmbda == 1.0
+    assert parsed[-1].beta == 0.9
+    assert parsed[-2].teacher_url == ["http://c:3"]
+    assert parsed[-1].lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +158,7 @@ def test_missing_yaml_is_refused(tmp_path):
 def test_the_checkpoint_is_the_one_given_or_the_last(model_folder, tmp_path):
     def checkpoint(output, value):
         line = words(model_folder, "--output_dir", str(output), "--resume_from_checkpoint", value)
-        return checkpoint_of(read(line)[4])
+        return checkpoint_of(read(line)[-1])
 
     for step in (2, 10):
         (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
@@ -159,3 +171,16 @@ def test_the_checkpoint_is_the_one_given_or_the_last(model_folder, tmp_path):
         checkpoint(tmp_path / "none", "true")
     with pytest.raises(ConfigurationError, match="no checkpoint there; give a checkpoint-N folder"):
         checkpoint(tmp_path / "out", str(tmp_path / "out"))
+
+
+def test_what_is_no_folder_of_adapters_is_not_merged(model_folder, tmp_path):
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    check_merge(MergeArguments(str(adapters), str(tmp_path / "new")))
+    with pytest.raises(ConfigurationError, match="holds no LoRA adapters to merge"):
+        check_merge(MergeArguments(str(model_folder), str(tmp_path / "new")))
+    with pytest.raises(ConfigurationError, match="exists already; give a new folder"):
+        check_merge(MergeArguments(str(adapters), str(model_folder)))
+    with pytest.raises(ConfigurationError, match="--output_dir is missing"):
+        check_merge(MergeArguments(str(adapters)))

@@ -23,7 +23,7 @@ TALK = [{"role": "user", "content": "add two"}, {"role": "assistant", "content":
 
 def render(tokenizer, row, *, max_length=200, **options):
     stop_ids = stop_token_ids(tokenizer, None)
-    data = DataArguments(dataset_name="x", **options)
+    data = DataArguments(**options)
     rows = [("data.jsonl:7", row)]
     return tokenize_rows(rows, tokenizer, stop_ids, data, max_length=max_length, progress=False)[0]
 

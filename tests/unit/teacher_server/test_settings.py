@@ -55,3 +55,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_a_hub_id_is_left_to_the_loader():
     assert Settings("org/name").model == "org/name"
+
+
+def test_adapters_alone_are_refused_with_the_command_that_merges_them(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="student-trainer merge --model_name_or_path"):
+        Settings(str(tmp_path))
