@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
@@ -137,6 +138,9 @@ class CommonTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -294,11 +298,16 @@ def check_common(
         value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
         if value != default.default:
             raise ConfigurationError(f"--{name} {value} {remedy}")
-    deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise ConfigurationError(
-            "a DeepSpeed configuration is given but deepspeed is not installed"
-        )
+    if args.fp16 and not torch.accelerator.is_available():
+        raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise ConfigurationError(
+                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
+            )
+    if args.fsdp and args.world_size == 1:
+        raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:

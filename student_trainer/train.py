@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -70,7 +72,8 @@ def sft(argv: Sequence[str]) -> None:
         argv, *_RECIPE, SFTArguments, prog="student-trainer sft", description=sft.__doc__ or ""
     )
     check_recipe(Recipe(*recipe), args)
-    _train(Recipe(*recipe), args, teacher=None, distill=None, top_k=1)
+    rows = read_rows(Recipe(*recipe))
+    _train(Recipe(*recipe), rows, args, teacher=None, distill=None, top_k=1)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -85,13 +88,15 @@ def distill(argv: Sequence[str]) -> None:
     )
     check_distill(args, teacher)
     check_recipe(Recipe(*recipe), args)
+    rows = read_rows(Recipe(*recipe))  # a missing file is told before a teacher is waited for
     with TeacherClient(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
     ) as client:
         check_request(client.connect(), args, teacher)
-        _train(Recipe(*recipe), args, teacher=client, distill=args, top_k=teacher.top_k_logprobs)
+        top_k = teacher.top_k_logprobs
+        _train(Recipe(*recipe), rows, args, teacher=client, distill=args, top_k=top_k)
 
 
 def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
@@ -106,8 +111,29 @@ def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
     checkpoint_of(args)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """(where, row) pairs to train on, and held-out ones if there are any."""
+
+    train: list[tuple[str, dict[str, Any]]]
+    held_out: list[tuple[str, dict[str, Any]]] | None
+
+
+def read_rows(recipe: Recipe) -> Rows:
+    """Raises `DatasetError` for what is missing, empty or malformed."""
+    config = recipe.dataset.dataset_config
+    train = load_rows(
+        recipe.dataset.dataset_name, config=config, split=recipe.dataset.dataset_split
+    )
+    name = recipe.data.eval_dataset_name
+    if not name:
+        return Rows(train, None)
+    return Rows(train, load_rows(name, config=config, split=recipe.data.eval_dataset_split))
+
+
 def _train(
     recipe: Recipe,
+    rows: Rows,
     args: CommonTrainingArguments,
     *,
     teacher: TeacherClient | None,
@@ -118,15 +144,16 @@ def _train(
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe.model)
     config = load_config(recipe.model)
-    rows = int(config.get_text_config().vocab_size)
+    vocab_size = int(config.get_text_config().vocab_size)
     context = context_length(config)
     if teacher is not None:
-        check_vocabulary(tokenizer, rows, teacher.info)
-        rows = min(rows, teacher.info.vocab_size)
+        check_vocabulary(tokenizer, vocab_size, teacher.info)
+        vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
-    train, held_out = load_examples(recipe.dataset, recipe.data, tokenizer, method, context)
+    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    _make_folder(args)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
@@ -136,7 +163,7 @@ def _train(
         method=method,
         beta=0.0 if distill is None else distill.beta,
         teacher=teacher,
-        vocab_size=rows,
+        vocab_size=vocab_size,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=recipe.generation.generation_batch_size,
         train_dataset=train,
@@ -193,8 +220,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
             logger.warning("%s differs: teacher %r, student %r", name, other, mine)
 
 
-def load_examples(
-    dataset: DatasetArguments,
+def make_examples(
+    rows: Rows,
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
@@ -208,8 +235,7 @@ def load_examples(
     max_length = min(data.max_length or context, context)
     main = PartialState().is_main_process
 
-    def load(name: str, split: str, what: str) -> list[Example]:
-        rows = load_rows(name, config=dataset.dataset_config, split=split)
+    def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
         return tokenize_rows(
             rows,
             tokenizer,
@@ -220,11 +246,11 @@ def load_examples(
             progress=main,
         )
 
-    train = load(dataset.dataset_name, dataset.dataset_split, "training rows")
+    train = tokenize(rows.train, "training rows")
     _check_rows(train, method, max_length)
     held_out = None
-    if data.eval_dataset_name:
-        held_out = load(data.eval_dataset_name, data.eval_dataset_split, "held-out rows")
+    if rows.held_out is not None:
+        held_out = tokenize(rows.held_out, "held-out rows")
         for example in held_out:
             if example.checker is not None:
                 parse_checker(example.checker, example.name)
@@ -251,6 +277,14 @@ def _check_room(example: Example, method: Method, max_length: int) -> None:
             f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}. Lower "
             "--max_new_tokens, raise --max_length or leave the row out"
         )
+
+
+def _make_folder(args: CommonTrainingArguments) -> None:
+    folder = Path(args.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror or error}") from error
 
 
 def _method(

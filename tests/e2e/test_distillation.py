@@ -250,6 +250,20 @@ def test_an_unreachable_teacher_is_waited_for_and_then_named(world, tmp_path, ca
     assert "raise --teacher_timeout" in message
 
 
+def test_missing_files_are_told_before_a_teacher_is_waited_for(world, tmp_path, capsys):
+    away = {"teacher_url": "http://127.0.0.1:9", "teacher_timeout": 60}
+    assert distill(world, tmp_path / "out", **away, dataset_name=tmp_path / "no.jsonl") == 2
+    assert f"{tmp_path / 'no.jsonl'}: no such file" in capsys.readouterr().err
+    missing = {"eval_dataset_name": tmp_path / "held_out.jsonl", "eval_strategy": "steps"}
+    assert distill(world, tmp_path / "out", **away, **missing) == 2
+    assert "held_out.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(world, capsys):
+    assert main(["sft", *flags(world, "/proc/nowhere/out", max_steps=1)]) == 2
+    assert "--output_dir /proc/nowhere/out: No such file" in capsys.readouterr().err
+
+
 def test_k_over_the_teachers_limit_is_refused_before_training(world, tmp_path, capsys):
     assert distill(world, tmp_path / "out", top_k_logprobs=261) == 2
     assert "over the teacher's limit of 260" in capsys.readouterr().err

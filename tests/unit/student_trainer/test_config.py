@@ -91,6 +91,9 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
         (["--use_liger_kernel"], "the loss here is fused already"),
         (["--train_sampling_strategy", "group_by_length"], "the order is random"),
+        (["--report_to", "comet_ml"], "--report_to comet_ml is not installed here; there is"),
+        (["--fsdp", "full_shard"], "--fsdp shards over several processes"),
+        (["--deepspeed", "zero3.json"], "DeepSpeed is not installed here"),
         (["--lamda", "0.5"], "Did you mean --lmbda?"),
         (["--no_such_flag"], "unknown argument '--no_such_flag'"),
     ],
@@ -113,6 +116,13 @@ def test_a_missing_flag_is_named(model_folder, flag):
 def test_4_bit_weights_without_a_gpu_are_refused(model_folder):
     with pytest.raises(ConfigurationError, match="--load_in_4bit needs a CUDA GPU"):
         read(words(model_folder, "--load_in_4bit"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without a GPU")
+def test_float16_without_a_gpu_is_refused(model_folder):
+    line = [word for word in words(model_folder, "--fp16") if word != "--bf16"]
+    with pytest.raises(ConfigurationError, match="--fp16 needs a GPU"):
+        read(line)
 
 
 def test_teacher_url_may_be_repeated(model_folder):
