@@ -91,6 +91,9 @@ class DataArguments:
     max_length: int | None = _flag(
         None, "Longest prompt + completion, in tokens; completions are cut at it. Default: context."
     )
+    skip_long_rows: bool = _flag(
+        False, "Leave out rows without room for a completion, and say how many, instead of failing."
+    )
     assistant_only_loss: bool = _flag(
         False, "Learn every assistant turn, not only the last; the template must mark generations."
     )

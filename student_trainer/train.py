@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from shared.errors import ConfigurationError, DatasetError, TokenizerMismatchError
+from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
 from student_trainer.config import (
@@ -30,7 +30,7 @@ from student_trainer.config import (
     checkpoint_of,
     parse,
 )
-from student_trainer.data import Example, load_rows, tokenize_rows
+from student_trainer.data import Example, keep_short, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.loading import (
     context_length,
@@ -246,36 +246,58 @@ def make_examples(
             progress=main,
         )
 
-    train = tokenize(rows.train, "training rows")
-    _check_rows(train, method, max_length)
+    skip = data.skip_long_rows
+    train = keep_short(
+        tokenize(rows.train, "training rows"),
+        lambda example: _usable(example, method, max_length),
+        skip=skip,
+    )
     held_out = None
     if rows.held_out is not None:
-        held_out = tokenize(rows.held_out, "held-out rows")
-        for example in held_out:
-            if example.checker is not None:
-                parse_checker(example.checker, example.name)
-                _check_room(example, method, max_length)
-    cut = sum(example.sample.truncated for example in train if example.sample is not None)
-    if cut and main:
-        logger.warning("%d of %d completions are cut at %d tokens", cut, len(train), max_length)
+        held_out = keep_short(
+            tokenize(rows.held_out, "held-out rows"),
+            lambda example: _checkable(example, method, max_length),
+            skip=skip,
+        )
+    if main:
+        _tell_losses(rows.train, train, max_length)
+        _tell_losses(rows.held_out or [], held_out or [], max_length)
     return train, held_out
 
 
-def _check_rows(examples: list[Example], method: Method, max_length: int) -> None:
-    for example in examples:
-        if method.lmbda < 1 and not method.seq_kd:
-            dataset_sample(example)
-        if method.lmbda > 0 or method.seq_kd:
-            _check_room(example, method, max_length)
+def _tell_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
+    left_out = len(rows) - len(examples)
+    if left_out:
+        logger.warning("%d of %d rows are left out: too long", left_out, len(rows))
+    cut = sum(example.sample.truncated for example in examples if example.sample is not None)
+    if cut:
+        logger.warning("%d of %d completions are cut at %d tokens", cut, len(examples), max_length)
+
+
+def _usable(example: Example, method: Method, max_length: int) -> Example:
+    """The example, when the method can learn from it."""
+    if method.lmbda < 1 and not method.seq_kd:
+        dataset_sample(example)
+    if method.lmbda > 0 or method.seq_kd:
+        _check_room(example, method, max_length)
+    return example
+
+
+def _checkable(example: Example, method: Method, max_length: int) -> Example:
+    """The held-out example, when its checker, if any, can be used."""
+    if example.checker is not None:
+        parse_checker(example.checker, example.name)
+        _check_room(example, method, max_length)
+    return example
 
 
 def _check_room(example: Example, method: Method, max_length: int) -> None:
     length = len(example.prompt_ids) + method.max_new_tokens
     if length > max_length:
-        raise DatasetError(
+        raise RowTooLongError(
             f"{example.name}: a prompt of {len(example.prompt_ids)} tokens and --max_new_tokens "
             f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}. Lower "
-            "--max_new_tokens, raise --max_length or leave the row out"
+            "--max_new_tokens, raise --max_length, or pass --skip_long_rows"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from shared.errors import DatasetError
+from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
 from student_trainer.data import load_rows, stop_token_ids, tokenize_rows
 
@@ -197,3 +197,20 @@ def test_a_template_without_an_end_of_turn_gets_an_eos(tokenizer):
     tokenizer.chat_template = UNMARKED.replace("{{ eos_token }}", "")
     example = render(tokenizer, {"messages": TALK})
     assert learned(tokenizer, example) == "return x\n" + tokenizer.eos_token
+
+
+def test_long_rows_are_left_out_only_when_told_so(tokenizer):
+    tokenizer.chat_template = UNMARKED
+    long = [{"role": "user", "content": "x" * 300}, TALK[1]]
+    rows = [("d:1", {"messages": TALK}), ("d:2", {"messages": long}), ("d:3", {"messages": TALK})]
+
+    def examples(rows, **options):
+        data = DataArguments(**options)
+        return tokenize_rows(rows, tokenizer, [1], data, max_length=200, progress=False)
+
+    with pytest.raises(RowTooLongError, match=r"d:2: the prompt has .* pass --skip_long_rows"):
+        examples(rows)
+    kept = examples(rows, skip_long_rows=True)
+    assert [(example.index, example.name) for example in kept] == [(0, "d:1"), (2, "d:3")]
+    with pytest.raises(DatasetError, match=r"every row is too long\. The last one: d:2"):
+        examples(rows[1:2], skip_long_rows=True)
