@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,14 +21,13 @@ from transformers import (
 from shared.errors import ConfigurationError
 from student_trainer.config import ModelArguments
 from student_trainer.data import stop_token_ids
+from student_trainer.head import OutputHead, find_head
 from student_trainer.losses import (
     SparseDistribution,
     SparseStatistics,
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def install_sparse_loss(model: Any) -> None:
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     original = causal_lm.forward
-    linear = _has_linear_head(causal_lm, original)
+    head = find_head(causal_lm, original)
 
     @functools.wraps(original)
     def forward(*args: Any, sparse_targets: SparseTargets | None = None, **kwargs: Any) -> Any:
@@ -165,25 +162,27 @@ def install_sparse_loss(model: Any) -> None:
         if args:
             raise TypeError("pass input_ids and attention_mask by name")
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
-        if linear:
+        if head is not None:
             decoder = causal_lm.get_decoder()
             hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, L, d]
-            return _loss_of_hidden(causal_lm, hidden.flatten(0, 1), sparse_targets)
+            return _loss_of_hidden(head, hidden.flatten(0, 1), sparse_targets)
         logits = original(**inputs, use_cache=False).logits  # [B, L, V]
         return _loss_of_logits(logits.flatten(0, 1), sparse_targets)
 
     causal_lm.forward = forward
 
 
+# The loss computes its own gradient: there is nothing in it for a compiler of the model.
+@torch.compiler.disable
 def _loss_of_hidden(
-    causal_lm: Any, hidden: torch.Tensor, targets: SparseTargets
+    head: OutputHead, hidden: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
-    head = causal_lm.get_output_embeddings()
     loss, statistics = linear_sparse_jsd(
-        hidden[targets.rows] * _head_scale(causal_lm.config),  # [N, d]
-        head.weight,
+        head.scaled(hidden[targets.rows]),  # [N, d]
+        head.layer.weight,
         targets.teacher,
-        bias=head.bias,
+        bias=head.layer.bias,
+        softcap=head.softcap,
         beta=targets.beta,
         temperature=targets.temperature,
         normalizer=targets.normalizer,
@@ -193,6 +192,7 @@ def _loss_of_hidden(
     return {"loss": loss, "statistics": statistics}
 
 
+@torch.compiler.disable
 def _loss_of_logits(
     logits: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
@@ -204,35 +204,3 @@ def _loss_of_logits(
         return_statistics=True,
     )
     return {"loss": divergence.sum() / targets.normalizer, "statistics": statistics}
-
-
-def _head_scale(config: Any) -> float:
-    """Factor between hidden @ weight and the logits (Cohere multiplies, Granite divides)."""
-    scale: float = getattr(config, "logit_scale", None) or 1.0
-    return scale / (getattr(config, "logits_scaling", None) or 1.0)
-
-
-@torch.no_grad()
-def _has_linear_head(causal_lm: Any, forward: Any) -> bool:
-    """Whether the logits are a plain linear function of the last hidden state.
-
-    Told by trying: four tokens through both ways. Where they differ (soft-capping, adapters on the
-    head), or the weights are not all here (ZeRO-3), the model computes its own logits.
-    """
-    head = causal_lm.get_output_embeddings()
-    if type(head) is not nn.Linear or hasattr(head.weight, "ds_id"):
-        logger.warning("The output layer is not a plain linear layer: using the model's own logits")
-        return False
-    training = causal_lm.training
-    causal_lm.eval()
-    input_ids = torch.arange(4, device=head.weight.device)[None]
-    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-    ours = nn.functional.linear(hidden * _head_scale(causal_lm.config), head.weight, head.bias)
-    theirs = forward(input_ids=input_ids, use_cache=False).logits
-    causal_lm.train(training)
-    tolerance = 1e-4 if theirs.dtype == torch.float32 else 3e-2
-    scale = float(theirs.float().abs().max().clamp_min(1.0))
-    same = float((ours.float() - theirs.float()).abs().max()) <= tolerance * scale
-    if not same:
-        logger.warning("The output layer is more than linear: using the model's own logits")
-    return same

@@ -35,6 +35,7 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = ...,
+    softcap: float | None = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
@@ -50,6 +51,7 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = ...,
+    softcap: float | None = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
@@ -64,6 +66,7 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
     beta: float,
     temperature: float = 1.0,
     chunk_size: int | None = None,
@@ -71,7 +74,7 @@ def linear_sparse_jsd(
     vocab_size: int | None = None,
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Σ_n D_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
+    """Σ_n D_n / normalizer with student logits ``hidden @ weightᵀ + bias``, soft-capped if asked.
 
     The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
     the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
@@ -82,6 +85,7 @@ def linear_sparse_jsd(
         teacher: N rows.
         normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
         bias: [V] or None.
+        softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
         beta, temperature, tail: see `sparse_generalized_jsd`.
         chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
@@ -104,6 +108,8 @@ def linear_sparse_jsd(
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     if not normalizer > 0:
         raise ValueError(f"normalizer {normalizer} must be above 0")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap {softcap} must be above 0 and finite, or None")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -114,7 +120,7 @@ def linear_sparse_jsd(
     with torch.autocast(device, enabled=False):
         loss, *columns = _LinearSparseJSD.apply(
             hidden, weight, bias, teacher,
-            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size),
+            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap),
         )  # fmt: skip
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
 
@@ -155,9 +161,9 @@ class _LinearSparseJSD(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         teacher: SparseDistribution,
-        settings: tuple[float, float, Tail, int, float, int],
+        settings: tuple[float, float, Tail, int, float, int, float | None],
     ) -> tuple[torch.Tensor, ...]:
-        beta, temperature, tail, chunk_size, scale, vocab_size = settings
+        beta, temperature, tail, chunk_size, scale, vocab_size, softcap = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
         projection = weight[:vocab_size]  # [V, d], a view
         wanted = ctx.needs_input_grad[:3]
@@ -170,18 +176,23 @@ class _LinearSparseJSD(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
         buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
+        slopes = torch.empty_like(buffer) if softcap is not None else None
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
         for first in range(0, rows, chunk_size):
             chunk = slice(first, min(first + chunk_size, rows))
             part = hidden[chunk]  # [n, d]
             logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
+            if softcap is not None and slopes is not None:
+                _cap(logits, softcap, slopes[: part.shape[0]])
             divergence, statistics = divergence_and_gradient(
                 logits, teacher[chunk], beta, temperature, tail,
                 scale=early_scale, with_gradient=any(wanted),
             )  # fmt: skip
             loss += divergence.sum() * scale
             parts.append(statistics)
+            if slopes is not None:
+                logits *= slopes[: part.shape[0]]
             gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree
             if grad_hidden is not None:
                 torch.mm(gradient, projection, out=grad_hidden[chunk])
@@ -218,6 +229,13 @@ def _project(
     if bias is not None:
         out += bias[: weight.shape[0]]
     return out
+
+
+def _cap(logits: torch.Tensor, softcap: float, slopes: torch.Tensor) -> None:
+    """logits z <- c·tanh(z/c), and slopes <- its derivative 1 − tanh²(z/c); all [n, V]."""
+    torch.div(logits, softcap, out=slopes).tanh_()
+    torch.mul(slopes, softcap, out=logits)
+    slopes.square_().neg_().add_(1.0)
 
 
 def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
