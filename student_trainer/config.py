@@ -146,6 +146,13 @@ class DistillArguments(CommonTrainingArguments):
         "0.9 is about 12 times weaker than 1.",
     )
     temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    request_student_top_m: int = _flag(
+        0,
+        "Ask the teacher for the student's own M most probable tokens in each row too, and join "
+        "them to the support. What the student likes and the teacher does not is where reverse KL "
+        "and JSD are decided. Costs one forward pass without gradient; with --seq_kd the teacher "
+        "scores its completions in a second call.",
+    )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
     )
@@ -292,6 +299,10 @@ def check_distill(
         )
     if not 0 <= args.seq_kd_temperature < float("inf"):
         raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
+    if args.request_student_top_m < 0:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
+        )
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(
             "--seq_kd has no effect with --lmbda 1: every step is on-policy. "

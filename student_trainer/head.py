@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from student_trainer.losses.fused import CHUNK_BYTES
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,6 +46,21 @@ class OutputHead:
         logits = nn.functional.linear(self.scaled(hidden), self.layer.weight, self.layer.bias)
         cap = self.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def top_ids(self, hidden: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:
+        """Ids [N, count] of the most probable tokens below ``vocab_size``, [N, d] chunk by chunk.
+
+        Soft-capping keeps the order, so it is left out.
+        """
+        weight = self.layer.weight[:vocab_size]  # [V, d], a view
+        bias = None if self.layer.bias is None else self.layer.bias[:vocab_size]
+        ids = hidden.new_empty((len(hidden), count), dtype=torch.int64)
+        rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+        for part, found in zip(self.scaled(hidden).split(rows), ids.split(rows), strict=True):
+            logits = nn.functional.linear(part, weight, bias)  # [n, V]
+            found.copy_(logits.topk(count, dim=-1).indices)
+        return ids
 
 
 def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:

@@ -54,6 +54,21 @@ class SparseTargets:
         return replace(self, rows=self.rows.to(device), teacher=self.teacher.to(device))
 
 
+@dataclass(frozen=True)
+class TopTokens:
+    """The student's own most probable tokens are asked for.
+
+    Attributes:
+        rows: [N] int64, flat index of hidden states, as in `SparseTargets`.
+        count: ids for each row.
+        vocab_size: only ids below it.
+    """
+
+    rows: torch.Tensor
+    count: int
+    vocab_size: int
+
+
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     return _from_hub_or_folder(AutoConfig, arguments)
 
@@ -142,11 +157,12 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
 
 
 def install_sparse_loss(model: Any) -> None:
-    """Give ``model.forward`` a ``sparse_targets`` argument, with which it returns the loss.
+    """Give ``model.forward`` the arguments ``sparse_targets`` and ``top_tokens``.
 
-    The loss must be computed inside ``forward``: distributed wrappers (DDP, FSDP, autocast) do
-    their work around it. With ``sparse_targets`` it returns ``{"loss": scalar, "statistics":
-    SparseStatistics}``, and the logits of all positions never exist; without, it is unchanged.
+    Both must be computed inside ``forward``: distributed wrappers (DDP, FSDP, autocast) do their
+    work around it. With ``sparse_targets`` it returns ``{"loss": scalar, "statistics":
+    SparseStatistics}``, with ``top_tokens`` ``{"token_ids": [N, count]}``; either way the logits of
+    all positions never exist. Without, it is unchanged.
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
@@ -156,20 +172,36 @@ def install_sparse_loss(model: Any) -> None:
     head = find_head(causal_lm, original)
 
     @functools.wraps(original)
-    def forward(*args: Any, sparse_targets: SparseTargets | None = None, **kwargs: Any) -> Any:
-        if sparse_targets is None:
+    def forward(
+        *args: Any,
+        sparse_targets: SparseTargets | None = None,
+        top_tokens: TopTokens | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        wanted = top_tokens if sparse_targets is None else sparse_targets
+        if wanted is None:
             return original(*args, **kwargs)
         if args:
             raise TypeError("pass input_ids and attention_mask by name")
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
-        if head is not None:
-            decoder = causal_lm.get_decoder()
-            hidden = decoder(**inputs, use_cache=False).last_hidden_state  # [B, L, d]
-            return _loss_of_hidden(head, hidden.flatten(0, 1), sparse_targets)
-        logits = original(**inputs, use_cache=False).logits  # [B, L, V]
-        return _loss_of_logits(logits.flatten(0, 1), sparse_targets)
+        if head is None:
+            states = original(**inputs, use_cache=False).logits  # [B, L, V]
+        else:
+            states = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
+        if isinstance(wanted, TopTokens):
+            return {"token_ids": _top_ids(head, states, wanted)}
+        if head is None:
+            return _loss_of_logits(states, wanted)
+        return _loss_of_hidden(head, states, wanted)
 
     causal_lm.forward = forward
+
+
+def _top_ids(head: OutputHead | None, states: torch.Tensor, wanted: TopTokens) -> torch.Tensor:
+    if head is not None:
+        return head.top_ids(states, wanted.count, wanted.vocab_size)
+    return states[:, : wanted.vocab_size].topk(wanted.count, dim=-1).indices
 
 
 # The loss computes its own gradient: there is nothing in it for a compiler of the model.
@@ -178,7 +210,7 @@ def _loss_of_hidden(
     head: OutputHead, hidden: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
     loss, statistics = linear_sparse_jsd(
-        head.scaled(hidden[targets.rows]),  # [N, d]
+        head.scaled(hidden),  # [N, d]
         head.layer.weight,
         targets.teacher,
         bias=head.layer.bias,
@@ -197,7 +229,7 @@ def _loss_of_logits(
     logits: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
     divergence, statistics = sparse_generalized_jsd(
-        logits[targets.rows][:, : targets.vocab_size],  # [N, V]
+        logits[:, : targets.vocab_size],  # [N, V]
         targets.teacher,
         beta=targets.beta,
         temperature=targets.temperature,

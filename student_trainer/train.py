@@ -111,6 +111,11 @@ def _train(
         check_vocabulary(tokenizer, rows, teacher.info)
         rows = min(rows, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
+    if distill is not None and distill.request_student_top_m > rows:
+        raise ConfigurationError(
+            f"--request_student_top_m {distill.request_student_top_m} is over the shared "
+            f"vocabulary of {rows}"
+        )
     method = _method(args, distill, generation, top_k, load_stop_ids(model_arguments, tokenizer))
     train, held_out = load_examples(data, tokenizer, method, context)
     student = load_student(model_arguments, gradient_checkpointing=args.gradient_checkpointing)
@@ -121,6 +126,7 @@ def _train(
         beta=0.0 if distill is None else distill.beta,
         teacher=teacher,
         vocab_size=rows,
+        student_top_m=0 if distill is None else distill.request_student_top_m,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=generation.generation_batch_size,
         train_dataset=train,
@@ -147,6 +153,16 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
         raise ConfigurationError(
             f"--temperature {args.temperature}: the teacher's backend ({info.teacher.backend}) "
             "cannot apply a temperature; use 1.0"
+        )
+    wanted, most = args.request_student_top_m, info.limits.max_requested_token_ids
+    if wanted and not info.capabilities.requested_token_ids:
+        raise ConfigurationError(
+            f"--request_student_top_m {wanted}: the teacher's backend ({info.teacher.backend}) "
+            "cannot score requested ids; use 0"
+        )
+    if wanted > most:
+        raise ConfigurationError(
+            f"--request_student_top_m {wanted} is over the teacher's limit of {most}"
         )
     if args.seq_kd and not info.capabilities.generate:
         raise ConfigurationError("--seq_kd: this teacher does not generate")

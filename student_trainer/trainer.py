@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.protocol import Completion
+from student_trainer.batch import padded_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
 from student_trainer.metrics import WindowMetrics
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
+from student_trainer.proposals import TopTokenProposals
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, sparse_distribution
@@ -40,6 +41,8 @@ class DistillationTrainer(Trainer):
         beta: of the divergence; 0 for SFT.
         teacher: connected client, or None for SFT.
         vocab_size: the vocabulary that teacher and student share.
+        student_top_m: the student's own most probable tokens that the teacher scores in each row
+            of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
         rollout_temperature: of the student's sampling.
         train_dataset, eval_dataset: lists of `Example`.
@@ -54,6 +57,7 @@ class DistillationTrainer(Trainer):
         beta: float,
         teacher: TeacherClient | None,
         vocab_size: int,
+        student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
         **trainer_arguments: Any,
@@ -71,7 +75,12 @@ class DistillationTrainer(Trainer):
         self.window = WindowMetrics()
         self.rollouts = self._rollout_engine(rollout_temperature, generation_batch_size)
         self.pipeline = Pipeline(
-            method, teacher, self.rollouts, share=_share_over_ranks, clock=self.window.add_seconds
+            method,
+            teacher,
+            self.rollouts,
+            share=_share_over_ranks,
+            propose=self._proposals(student_top_m),
+            clock=self.window.add_seconds,
         )
         self._greedy = self._rollout_engine(0.0, generation_batch_size)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
@@ -88,6 +97,17 @@ class DistillationTrainer(Trainer):
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=self.vocab_size,
+        )
+
+    def _proposals(self, count: int) -> TopTokenProposals | None:
+        if count == 0:
+            return None
+        return TopTokenProposals(
+            self.model,
+            count=count,
+            vocab_size=self.vocab_size,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.args.per_device_train_batch_size,
         )
 
     # A training step: collect the generation batch, count its tokens, then one loss a micro-batch.
@@ -163,22 +183,11 @@ class DistillationTrainer(Trainer):
 
     def _micro_batch(self, scored: Sequence[ScoredSample], *, normalizer: float) -> MicroBatch:
         """Right-padded input_ids and attention_mask [B, L], and what the rows are compared with."""
-        sequences = [torch.from_numpy(item.sample.token_ids.astype(np.int64)) for item in scored]
-        input_ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id)
-        ones = [torch.ones_like(ids) for ids in sequences]
-        width = input_ids.shape[1]
-        rows = [
-            row * width
-            + item.sample.completion_start
-            - 1
-            + np.flatnonzero(item.sample.completion_mask)
-            for row, item in enumerate(scored)
-        ]
+        samples = [item.sample for item in scored]
         return {
-            "input_ids": input_ids,
-            "attention_mask": pad_sequence(ones, batch_first=True),
+            **padded_inputs(samples, self.pad_token_id),
             "sparse_targets": SparseTargets(
-                rows=torch.from_numpy(np.concatenate(rows)),
+                rows=predicting_rows(samples, [s.completion_mask for s in samples]),
                 teacher=sparse_distribution(scored, self.vocab_size),
                 beta=self.beta,
                 temperature=self.method.temperature,

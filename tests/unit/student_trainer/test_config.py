@@ -65,6 +65,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--seq_kd", "--lmbda", "1"], "--seq_kd has no effect with --lmbda 1"),
         (["--seq_kd_temperature", "0.7"], "no effect without --seq_kd"),
         (["--top_k_logprobs", "0"], "--top_k_logprobs 0 must be at least 1"),
+        (["--request_student_top_m", "-1"], "--request_student_top_m -1 must be 0 (none) or above"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
