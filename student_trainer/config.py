@@ -146,6 +146,18 @@ class DistillArguments(CommonTrainingArguments):
         "0.9 is about 12 times weaker than 1.",
     )
     temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    tail: Literal["bucket", "renormalize"] = _flag(
+        "bucket",
+        "What becomes of the probability off the support. bucket: one more outcome, so the value "
+        "is never above the dense divergence. renormalize: dropped, and both sides rescaled over "
+        "the support, as some systems do; biased, there to compare with them.",
+    )
+    sft_weight: float = _flag(
+        0.0,
+        "Share w of the hard labels: (1 − w)·divergence + w·cross-entropy on completions of the "
+        "dataset or the teacher (not on the student's own). Holds the student to known good "
+        "completions where the teacher is unsure or wrong.",
+    )
     request_student_top_m: int = _flag(
         0,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
@@ -299,6 +311,21 @@ def check_distill(
         )
     if not 0 <= args.seq_kd_temperature < float("inf"):
         raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
+    if not 0.0 <= args.sft_weight < 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} must be 0 or above and below 1; without a teacher's "
+            "share there is `student-trainer sft`"
+        )
+    if args.sft_weight > 0 and args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} has no effect with --lmbda 1: the student's own "
+            "completions are no labels. Drop it, or lower --lmbda"
+        )
+    if args.sft_weight > 0 and args.temperature != 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
+            f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
+        )
     if args.request_student_top_m < 0:
         raise ConfigurationError(
             f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"

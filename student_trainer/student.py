@@ -23,8 +23,10 @@ from student_trainer.config import ModelArguments
 from student_trainer.data import stop_token_ids
 from student_trainer.head import OutputHead, find_head
 from student_trainer.losses import (
+    HardLabels,
     SparseDistribution,
     SparseStatistics,
+    Tail,
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
@@ -41,6 +43,9 @@ class SparseTargets:
         beta, temperature: of the divergence.
         normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
         vocab_size: the shared vocabulary; student logits from here on are left out.
+        tail: what becomes of the mass off the support.
+        weights: [N] what each divergence counts; None for 1.
+        labels: the tokens that really came next, and what their cross-entropy counts.
     """
 
     rows: torch.Tensor
@@ -49,9 +54,18 @@ class SparseTargets:
     temperature: float
     normalizer: float
     vocab_size: int
+    tail: Tail = "bucket"
+    weights: torch.Tensor | None = None
+    labels: HardLabels | None = None
 
     def to(self, device: torch.device) -> SparseTargets:
-        return replace(self, rows=self.rows.to(device), teacher=self.teacher.to(device))
+        return replace(
+            self,
+            rows=self.rows.to(device),
+            teacher=self.teacher.to(device),
+            weights=None if self.weights is None else self.weights.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -219,6 +233,9 @@ def _loss_of_hidden(
         temperature=targets.temperature,
         normalizer=targets.normalizer,
         vocab_size=targets.vocab_size,
+        tail=targets.tail,
+        weights=targets.weights,
+        labels=targets.labels,
         return_statistics=True,
     )
     return {"loss": loss, "statistics": statistics}
@@ -228,11 +245,14 @@ def _loss_of_hidden(
 def _loss_of_logits(
     logits: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
-    divergence, statistics = sparse_generalized_jsd(
+    losses, statistics = sparse_generalized_jsd(
         logits[:, : targets.vocab_size],  # [N, V]
         targets.teacher,
         beta=targets.beta,
         temperature=targets.temperature,
+        tail=targets.tail,
+        weights=targets.weights,
+        labels=targets.labels,
         return_statistics=True,
     )
-    return {"loss": divergence.sum() / targets.normalizer, "statistics": statistics}
+    return {"loss": losses.sum() / targets.normalizer, "statistics": statistics}

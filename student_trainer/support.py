@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data import Sample
-from student_trainer.losses import SparseDistribution
+from student_trainer.losses import HardLabels, SparseDistribution
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,31 @@ def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> Spar
     return SparseDistribution(
         torch.from_numpy(token_ids), torch.from_numpy(logprobs), torch.from_numpy(tails)
     )
+
+
+def hard_labels(
+    scored: Sequence[ScoredSample], sft_weight: float
+) -> tuple[torch.Tensor | None, HardLabels]:
+    """([N] weights of the divergences, labels): how the data is mixed into the loss.
+
+    A row counts (1 − w)·divergence + w·cross-entropy with w = ``sft_weight`` where the dataset or
+    the teacher wrote the completion. What the student wrote itself is no label: there w = 0.
+    """
+    masks = [item.sample.completion_mask for item in scored]
+    ids = np.concatenate(
+        [item.sample.completion_ids[mask] for item, mask in zip(scored, masks, strict=True)]
+    )
+    labels = torch.from_numpy(ids.astype(np.int64))
+    if sft_weight == 0.0:
+        return None, HardLabels(labels)
+    share = np.concatenate(
+        [
+            np.full(int(mask.sum()), 0.0 if item.sample.source == "student" else sft_weight)
+            for item, mask in zip(scored, masks, strict=True)
+        ]
+    )
+    mixed = torch.from_numpy(share.astype(np.float32))
+    return 1.0 - mixed, HardLabels(labels, mixed)
 
 
 _Support = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]

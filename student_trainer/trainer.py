@@ -21,12 +21,13 @@ from shared.protocol import Completion
 from student_trainer.batch import padded_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
+from student_trainer.losses import Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import TeacherClient
 
 MicroBatch = dict[str, Any]
@@ -41,6 +42,9 @@ class DistillationTrainer(Trainer):
         beta: of the divergence; 0 for SFT.
         teacher: connected client, or None for SFT.
         vocab_size: the vocabulary that teacher and student share.
+        tail: what becomes of the mass off the support in training; held-out divergences keep the
+            bucket, so that runs can be compared.
+        sft_weight: share of the cross-entropy on what the dataset or the teacher wrote.
         student_top_m: the student's own most probable tokens that the teacher scores in each row
             of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
@@ -57,6 +61,8 @@ class DistillationTrainer(Trainer):
         beta: float,
         teacher: TeacherClient | None,
         vocab_size: int,
+        tail: Tail = "bucket",
+        sft_weight: float = 0.0,
         student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
@@ -67,6 +73,8 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # normalised over the whole optimizer step, see below
         self.method = method
         self.beta = beta
+        self.tail: Tail = tail
+        self.sft_weight = sft_weight
         self.teacher = teacher
         self.vocab_size = vocab_size
         tokenizer: Any = self.processing_class
@@ -131,7 +139,11 @@ class DistillationTrainer(Trainer):
         batches, first = [], 0
         for group in groups:
             part = scored[first : first + len(group)]
-            batches.append(self._micro_batch(part, normalizer=float(total)))
+            batches.append(
+                self._micro_batch(
+                    part, normalizer=float(total), tail=self.tail, sft_weight=self.sft_weight
+                )
+            )
             first += len(group)
         self.window.add_seconds("training", -time.perf_counter())  # until the step's end
         return batches, total
@@ -181,9 +193,17 @@ class DistillationTrainer(Trainer):
     def _on_policy(self, step: int) -> bool:
         return self.teacher is not None and self.method.on_policy(step)
 
-    def _micro_batch(self, scored: Sequence[ScoredSample], *, normalizer: float) -> MicroBatch:
+    def _micro_batch(
+        self,
+        scored: Sequence[ScoredSample],
+        *,
+        normalizer: float,
+        tail: Tail = "bucket",
+        sft_weight: float = 0.0,
+    ) -> MicroBatch:
         """Right-padded input_ids and attention_mask [B, L], and what the rows are compared with."""
         samples = [item.sample for item in scored]
+        weights, labels = hard_labels(scored, sft_weight)
         return {
             **padded_inputs(samples, self.pad_token_id),
             "sparse_targets": SparseTargets(
@@ -193,6 +213,9 @@ class DistillationTrainer(Trainer):
                 temperature=self.method.temperature,
                 normalizer=normalizer,
                 vocab_size=self.vocab_size,
+                tail=tail,
+                weights=weights,
+                labels=labels,
             ),
         }
 

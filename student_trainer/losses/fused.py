@@ -13,12 +13,13 @@ from typing import Any, Literal, overload
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.reference import check_parameters, compute_dtype
 from student_trainer.losses.sparse import (
     SparseStatistics,
     Tail,
     check_teacher,
+    check_weights,
     divergence_and_gradient,
 )
 
@@ -41,6 +42,8 @@ def linear_sparse_jsd(
     chunk_size: int | None = ...,
     tail: Tail = ...,
     vocab_size: int | None = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
     return_statistics: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -57,6 +60,8 @@ def linear_sparse_jsd(
     chunk_size: int | None = ...,
     tail: Tail = ...,
     vocab_size: int | None = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
     return_statistics: Literal[True],
 ) -> tuple[torch.Tensor, SparseStatistics]: ...
 def linear_sparse_jsd(
@@ -72,9 +77,11 @@ def linear_sparse_jsd(
     chunk_size: int | None = None,
     tail: Tail = "bucket",
     vocab_size: int | None = None,
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Σ_n D_n / normalizer with student logits ``hidden @ weightᵀ + bias``, soft-capped if asked.
+    """Σ_n loss_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
 
     The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
     the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
@@ -86,7 +93,7 @@ def linear_sparse_jsd(
         normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
         bias: [V] or None.
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
-        beta, temperature, tail: see `sparse_generalized_jsd`.
+        beta, temperature, tail, weights, labels: see `sparse_generalized_jsd`.
         chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
             gets no probability and no gradient.
@@ -102,6 +109,7 @@ def linear_sparse_jsd(
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check_shapes(hidden, weight, bias, teacher, vocab_size)
     check_teacher(teacher, vocab_size, tail)
+    check_weights(weights, labels, len(teacher), vocab_size)
     if chunk_size is None:
         chunk_size = _even_chunk_size(len(teacher), CHUNK_BYTES // (4 * vocab_size))
     elif chunk_size < 1:
@@ -121,6 +129,7 @@ def linear_sparse_jsd(
         loss, *columns = _LinearSparseJSD.apply(
             hidden, weight, bias, teacher,
             (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap),
+            weights, labels,
         )  # fmt: skip
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
 
@@ -162,6 +171,8 @@ class _LinearSparseJSD(torch.autograd.Function):
         bias: torch.Tensor | None,
         teacher: SparseDistribution,
         settings: tuple[float, float, Tail, int, float, int, float | None],
+        weights: torch.Tensor | None,
+        labels: HardLabels | None,
     ) -> tuple[torch.Tensor, ...]:
         beta, temperature, tail, chunk_size, scale, vocab_size, softcap = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
@@ -185,11 +196,14 @@ class _LinearSparseJSD(torch.autograd.Function):
             logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
             if softcap is not None and slopes is not None:
                 _cap(logits, softcap, slopes[: part.shape[0]])
-            divergence, statistics = divergence_and_gradient(
+            objective, statistics = divergence_and_gradient(
                 logits, teacher[chunk], beta, temperature, tail,
-                scale=early_scale, with_gradient=any(wanted),
+                scale=early_scale,
+                weights=None if weights is None else weights[chunk],
+                labels=None if labels is None else labels[chunk],
+                with_gradient=any(wanted),
             )  # fmt: skip
-            loss += divergence.sum() * scale
+            loss += objective.sum() * scale
             parts.append(statistics)
             if slopes is not None:
                 logits *= slopes[: part.shape[0]]
@@ -215,7 +229,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             None if saved is None else (saved if unscaled else saved * factor).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None
+        return *gradients, None, None, None, None
 
 
 def _project(

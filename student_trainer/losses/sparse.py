@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.reference import check_parameters, compute_dtype
 
 Tail = Literal["bucket", "renormalize"]
@@ -31,6 +31,9 @@ class SparseStatistics:
         teacher_entropy, student_entropy: nats over the support and the tail as one outcome, a
             lower bound of the entropy over the vocabulary.
         top1_agreement: 1 where the teacher's most probable token is the student's too.
+        cross_entropy: nats, of the hard labels; NaN where there are none.
+        gap_bound: nats; the dense divergence lies from ``divergence`` to ``divergence +
+            gap_bound``. +inf where the masses alone give no bound; see `_gap_bound`.
     """
 
     divergence: torch.Tensor
@@ -39,6 +42,8 @@ class SparseStatistics:
     teacher_entropy: torch.Tensor
     student_entropy: torch.Tensor
     top1_agreement: torch.Tensor
+    cross_entropy: torch.Tensor
+    gap_bound: torch.Tensor
 
 
 @overload
@@ -49,6 +54,8 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = ...,
     tail: Tail = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
     return_statistics: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -59,6 +66,8 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = ...,
     tail: Tail = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
     return_statistics: Literal[True],
 ) -> tuple[torch.Tensor, SparseStatistics]: ...
 def sparse_generalized_jsd(
@@ -68,6 +77,8 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = 1.0,
     tail: Tail = "bucket",
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
     """Generalized JSD between a sparse teacher and the student's full logits.
@@ -83,14 +94,17 @@ def sparse_generalized_jsd(
         temperature: divides the student's logits; the teacher must have been scored at it.
         tail: "bucket" is exact on the outcomes; "renormalize" drops the tail and rescales both
             sides over the support, which is biased, for comparison with systems that do so.
+        weights: [N] what each row's divergence counts; None for 1.
+        labels: adds their weighted cross-entropy −log softmax(z / T) at each row's label.
         return_statistics: also return `SparseStatistics`.
 
     Returns:
-        [N], nats; differentiable once with respect to ``student_logits``.
+        [N], nats: weight · divergence + label weight · cross-entropy; differentiable once with
+        respect to ``student_logits``.
 
     Raises:
         ValueError: a parameter out of range, shapes that do not fit, an id outside the
-            vocabulary, or a teacher log-prob that is NaN or +inf.
+            vocabulary, or a teacher log-prob or a weight that is NaN or infinite.
 
     Source: GKD, arXiv 2306.13649, over the coarse-grained outcomes.
     """
@@ -101,10 +115,11 @@ def sparse_generalized_jsd(
             f"{list(student_logits.shape)}"
         )
     check_teacher(teacher, student_logits.shape[1], tail)
-    divergence, *columns = _SparseJSD.apply(student_logits, teacher, beta, temperature, tail)
-    if not return_statistics:
-        return divergence
-    return divergence, SparseStatistics(*columns)
+    check_weights(weights, labels, len(teacher), student_logits.shape[1])
+    objective, *columns = _SparseJSD.apply(
+        student_logits, teacher, (beta, temperature, tail), weights, labels
+    )
+    return (objective, SparseStatistics(*columns)) if return_statistics else objective
 
 
 def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
@@ -130,6 +145,27 @@ def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> No
         raise ValueError(f"teacher.{name} holds NaN or +inf; check the teacher's answer")
 
 
+def check_weights(
+    weights: torch.Tensor | None, labels: HardLabels | None, rows: int, vocab_size: int
+) -> None:
+    """Raises ValueError for weights or labels that do not fit; waits for the device once."""
+    if weights is not None and weights.shape != (rows,):
+        raise ValueError(f"weights must be [N] = [{rows}], got {list(weights.shape)}")
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"labels must be [N] = [{rows}], got [{len(labels)}]")
+    given = {"weights": weights, "label weights": None if labels is None else labels.weights}
+    for name, values in given.items():
+        if values is not None and not bool(values.isfinite().all()):
+            raise ValueError(f"{name} hold NaN or an infinity")
+    if labels is not None and rows:
+        lowest, highest = torch.stack(labels.token_ids.aminmax()).tolist()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(
+                f"labels hold {lowest if lowest < 0 else highest}; ids must be from 0 and below "
+                f"the vocabulary of {vocab_size}"
+            )
+
+
 class _SparseJSD(torch.autograd.Function):
     """The gradient is written in the forward pass, over a copy of the logits."""
 
@@ -138,20 +174,25 @@ class _SparseJSD(torch.autograd.Function):
         ctx: Any,
         student_logits: torch.Tensor,
         teacher: SparseDistribution,
-        beta: float,
-        temperature: float,
-        tail: Tail,
+        parameters: tuple[float, float, Tail],
+        weights: torch.Tensor | None,
+        labels: HardLabels | None,
     ) -> tuple[torch.Tensor, ...]:
         logits = student_logits.to(compute_dtype(student_logits), copy=True)
         with_gradient = ctx.needs_input_grad[0]
-        divergence, statistics = divergence_and_gradient(
-            logits, teacher, beta, temperature, tail, with_gradient=with_gradient
+        objective, statistics = divergence_and_gradient(
+            logits,
+            teacher,
+            *parameters,
+            weights=weights,
+            labels=labels,
+            with_gradient=with_gradient,
         )
         if with_gradient:
             ctx.save_for_backward(logits)
             ctx.dtype = student_logits.dtype
         ctx.mark_non_differentiable(*vars(statistics).values())
-        return divergence, *vars(statistics).values()
+        return objective, *vars(statistics).values()
 
     @staticmethod
     @once_differentiable
@@ -169,9 +210,11 @@ def divergence_and_gradient(
     tail: Tail,
     *,
     scale: float = 1.0,
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, SparseStatistics]:
-    """Divergence of each row; ``logits`` is overwritten.
+    """Weighted divergence and cross-entropy of each row; ``logits`` is overwritten.
 
     With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
 
@@ -180,14 +223,15 @@ def divergence_and_gradient(
     where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
     Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
     the support is one token, and the tail's share is spread by the student's softmax within it.
+    The cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way.
 
     Args:
         logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
             respect to it, or scratch without ``with_gradient``.
-        teacher: N rows, checked.
+        teacher, weights, labels: N rows, checked.
 
     Returns:
-        (divergence [N], statistics).
+        (weight · divergence + label weight · cross-entropy [N], statistics).
     """
     lowest = torch.finfo(logits.dtype).min / 4  # in place of −inf, so that 0·log 0 is 0
     valid = teacher.token_ids >= 0  # [N, K]
@@ -200,6 +244,7 @@ def divergence_and_gradient(
     ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
     exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
 
+    label_logits = None if labels is None else logits.gather(1, labels.token_ids[:, None])
     # Student: tail and support each relative to their own maximum, so neither can underflow.
     on_support = logits.gather(1, ids)  # [N, K]
     _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
@@ -220,6 +265,10 @@ def divergence_and_gradient(
     log_q = on_support - log_total[:, None]  # [N, K]
     log_q_tail = tail_log_sum - log_total  # [N]
     student_mass = (support_log_sum - log_total).exp()
+    if label_logits is None:
+        cross_entropy = torch.full_like(log_total, math.nan)
+    else:
+        cross_entropy = log_total - (label_logits - maximum).squeeze(1) / temperature
     agrees = on_support.gather(1, best).squeeze(1) == 0.0
 
     log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
@@ -233,20 +282,64 @@ def divergence_and_gradient(
     p = log_p.exp().masked_fill_(~present, 0.0)
     q = log_q.exp().masked_fill_(~present, 0.0)
     teacher_entropy, student_entropy = -(p * log_p).sum(1), -(q * log_q).sum(1)
+    coarse = valid.sum(dim=-1) + 1 < logits.shape[1]  # [N] the tail is more than one token
+    gap = _gap_bound(log_p[:, -1], log_q[:, -1], teacher.tail_logprob, beta)
+    gap = torch.where(coarse, gap, 0.0)
+    kept_log_p, kept_p, kept_log_q, kept_q = log_p, p, log_q, q
     if tail == "renormalize":
+        gap = torch.where(exists, math.inf, 0.0)
         present[:, -1] = False
-        log_p, p = _renormalized(log_p, present)
-        log_q, q = _renormalized(log_q, present)
+        kept_log_p, kept_p = _renormalized(log_p, present)
+        kept_log_q, kept_q = _renormalized(log_q, present)
 
-    divergence, weighted = _outcomes(log_p, p, log_q, q, beta)
+    divergence, weighted = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    objective = divergence if weights is None else divergence * weights
+    label_weights = None if labels is None else labels.weights
+    if label_weights is not None:
+        objective = objective + label_weights * cross_entropy
     if with_gradient:
-        gradient = weighted - q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
+        gradient = weighted - kept_q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
+        if weights is not None:
+            gradient *= weights[:, None]
+        if label_weights is not None:
+            gradient += label_weights[:, None] * q
         gradient *= scale / temperature
         exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
         _put(exponentials, ids, gradient[:, :-1], valid, best)
-    columns = (divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees)
-    # Copies: as an output of its own, the statistic is detached while the divergence is not.
-    return divergence, SparseStatistics(*(c.to(torch.float32, copy=True) for c in columns))
+        if labels is not None and label_weights is not None:
+            at = labels.token_ids[:, None]  # [N, 1]
+            pull = (label_weights * (scale / temperature))[:, None].to(logits.dtype)
+            exponentials.scatter_(1, at, exponentials.gather(1, at) - pull)
+    columns = (
+        divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
+        cross_entropy, gap,
+    )  # fmt: skip
+    # Copies: as an output of its own, the statistic is detached while the objective is not.
+    return objective.to(logits.dtype), SparseStatistics(
+        *(c.to(torch.float32, copy=True) for c in columns)
+    )
+
+
+def _gap_bound(
+    log_p_tail: torch.Tensor, log_q_tail: torch.Tensor, given: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """[N]: the most by which the dense divergence can exceed the coarse one, from the tail masses.
+
+    By the chain rule the two differ by what happens within the tail,
+
+        D_dense − D = M_τ·JSD_λ(P(·|τ), Q(·|τ)) with M_τ = βP_τ + (1−β)Q_τ, λ = βP_τ/M_τ
+
+    and JSD_λ is at most the entropy of a coin that falls λ : 1−λ, reached where the two are
+    disjoint. For β = 0 the difference is P_τ·KL(P(·|τ)‖Q(·|τ)), for β = 1 Q_τ·KL(Q(·|τ)‖P(·|τ)):
+    no masses bound those, unless that side's tail is empty.
+    """
+    if beta == 0.0:
+        return torch.where(given.isneginf(), 0.0, math.inf)
+    if beta == 1.0:
+        return torch.full_like(log_q_tail, math.inf)
+    ours, theirs = log_q_tail + math.log1p(-beta), log_p_tail + math.log(beta)
+    log_m = torch.logaddexp(ours, theirs)
+    return ours.exp() * (log_m - ours) + theirs.exp() * (log_m - theirs)
 
 
 def _outcomes(

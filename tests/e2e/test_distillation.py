@@ -78,6 +78,27 @@ def test_sft_learns_the_data_without_a_teacher(world, tmp_path):
     assert losses[1] < 0.8 * losses[0]
 
 
+def test_sft_weight_mixes_the_cross_entropy_of_the_data_into_the_loss(world, tmp_path):
+    options = {"lmbda": 0, "beta": 0.5, "max_steps": 1}
+    assert distill(world, tmp_path / "mixed", sft_weight=0.25, **options) == 0
+    entry = history(tmp_path / "mixed")[0]
+    expected = 0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"]
+    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+    assert distill(world, tmp_path / "plain", **options) == 0
+    plain = history(tmp_path / "plain")[0]
+    assert plain["loss"] == pytest.approx(entry["divergence"], rel=1e-4)
+    assert plain["cross_entropy"] == pytest.approx(entry["cross_entropy"], rel=1e-4)
+
+
+def test_renormalize_drops_the_tail(world, tmp_path):
+    options = {"lmbda": 0, "beta": 1, "max_steps": 1}
+    losses = []
+    for tail in ("bucket", "renormalize"):
+        assert distill(world, tmp_path / tail, tail=tail, **options) == 0
+        losses.append(history(tmp_path / tail)[0]["loss"])
+    assert abs(losses[1] - losses[0]) > 0.05
+
+
 def test_logs_tell_what_happened(world, tmp_path):
     assert distill(world, tmp_path, lmbda=1) == 0
     entry = history(tmp_path)[0]
@@ -88,6 +109,9 @@ def test_logs_tell_what_happened(world, tmp_path):
     assert 0 < entry["student_entropy"] < 5
     assert 1 <= entry["completion_length"] <= 12
     assert 0 <= entry["truncated"] <= 1
+    assert 0 <= entry["top1_agreement"] <= 1
+    assert 0 < entry["divergence_gap_bound"] < 0.7  # the entropy of a coin at most
+    assert entry["cross_entropy"] > 0
     assert entry["divergence"] == pytest.approx(entry["loss"], rel=1e-4)
     assert entry["bytes_per_token"] > 16 * 8
     for name in ("seconds_teacher", "seconds_generating", "seconds_training"):

@@ -1,11 +1,13 @@
 """Scored samples become the teacher's distribution, row by row with the completion mask."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data import Sample
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 
 
 def sample(completion, mask=None, prompt=(9, 9)):
@@ -126,3 +128,22 @@ def test_without_scores_rows_are_one_hot_at_the_next_token():
     assert distribution.token_ids.tolist() == [[3], [1]]
     assert distribution.logprobs.tolist() == [[0.0], [0.0]]
     assert torch.isneginf(distribution.tail_logprob).all()
+
+
+def test_hard_labels_count_where_the_dataset_or_the_teacher_wrote():
+    scored = [
+        ScoredSample(sample([3, 1], mask=[False, True]), None),
+        ScoredSample(replace(sample([2, 4]), source="student"), None),
+        ScoredSample(replace(sample([0]), source="teacher"), None),
+    ]
+    weights, labels = hard_labels(scored, 0.25)
+    assert labels.token_ids.tolist() == [1, 2, 4, 0]
+    assert labels.weights.tolist() == [0.25, 0.0, 0.0, 0.25]
+    assert weights.tolist() == [0.75, 1.0, 1.0, 0.75]
+
+
+def test_without_an_sft_weight_labels_are_only_measured():
+    weights, labels = hard_labels([ScoredSample(sample([3, 1]), None)], 0.0)
+    assert weights is None
+    assert labels.weights is None
+    assert labels.token_ids.tolist() == [3, 1]
