@@ -114,6 +114,11 @@ class CommonTrainingArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
     logging_first_step: bool = _flag(True, "Log the first step.")
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+    loss_kernel: Literal["auto", "torch", "triton"] = _flag(
+        "auto",
+        "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
+        "triton force one.",
+    )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
@@ -265,6 +270,11 @@ def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainin
         )
     if data.max_length is not None and data.max_length < 2:
         raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
+    if args.loss_kernel == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
     deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigurationError(

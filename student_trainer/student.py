@@ -24,6 +24,7 @@ from student_trainer.data import stop_token_ids
 from student_trainer.head import OutputHead, find_head
 from student_trainer.losses import (
     HardLabels,
+    Kernel,
     SparseDistribution,
     SparseStatistics,
     Tail,
@@ -46,6 +47,7 @@ class SparseTargets:
         tail: what becomes of the mass off the support.
         weights: [N] what each divergence counts; None for 1.
         labels: the tokens that really came next, and what their cross-entropy counts.
+        kernel: who computes the loss.
     """
 
     rows: torch.Tensor
@@ -57,6 +59,7 @@ class SparseTargets:
     tail: Tail = "bucket"
     weights: torch.Tensor | None = None
     labels: HardLabels | None = None
+    kernel: Kernel = "auto"
 
     def to(self, device: torch.device) -> SparseTargets:
         return replace(
@@ -236,6 +239,7 @@ def _loss_of_hidden(
         tail=targets.tail,
         weights=targets.weights,
         labels=targets.labels,
+        kernel=targets.kernel,
         return_statistics=True,
     )
     return {"loss": loss, "statistics": statistics}
@@ -253,6 +257,7 @@ def _loss_of_logits(
         tail=targets.tail,
         weights=targets.weights,
         labels=targets.labels,
+        kernel=targets.kernel,
         return_statistics=True,
     )
     return {"loss": losses.sum() / targets.normalizer, "statistics": statistics}

@@ -128,6 +128,7 @@ def _train(
         vocab_size=rows,
         tail="bucket" if distill is None else distill.tail,
         sft_weight=0.0 if distill is None else distill.sft_weight,
+        kernel=args.loss_kernel,
         student_top_m=0 if distill is None else distill.request_student_top_m,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=generation.generation_batch_size,

@@ -21,7 +21,7 @@ from shared.protocol import Completion
 from student_trainer.batch import padded_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
-from student_trainer.losses import Tail
+from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
@@ -45,6 +45,7 @@ class DistillationTrainer(Trainer):
         tail: what becomes of the mass off the support in training; held-out divergences keep the
             bucket, so that runs can be compared.
         sft_weight: share of the cross-entropy on what the dataset or the teacher wrote.
+        kernel: who computes the loss.
         student_top_m: the student's own most probable tokens that the teacher scores in each row
             of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
@@ -63,6 +64,7 @@ class DistillationTrainer(Trainer):
         vocab_size: int,
         tail: Tail = "bucket",
         sft_weight: float = 0.0,
+        kernel: Kernel = "auto",
         student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
@@ -75,6 +77,7 @@ class DistillationTrainer(Trainer):
         self.beta = beta
         self.tail: Tail = tail
         self.sft_weight = sft_weight
+        self.kernel: Kernel = kernel
         self.teacher = teacher
         self.vocab_size = vocab_size
         tokenizer: Any = self.processing_class
@@ -216,6 +219,7 @@ class DistillationTrainer(Trainer):
                 tail=tail,
                 weights=weights,
                 labels=labels,
+                kernel=self.kernel,
             ),
         }
 

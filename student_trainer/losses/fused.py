@@ -13,15 +13,11 @@ from typing import Any, Literal, overload
 import torch
 from torch.autograd.function import once_differentiable
 
+from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.kernels import Kernel, choose
 from student_trainer.losses.reference import check_parameters, compute_dtype
-from student_trainer.losses.sparse import (
-    SparseStatistics,
-    Tail,
-    check_teacher,
-    check_weights,
-    divergence_and_gradient,
-)
+from student_trainer.losses.sparse import check_teacher, check_weights
 
 # Each chunk reads and writes the whole weight gradient, so a chunk wants some hundreds of rows:
 # at V = 152k, d = 512 on 2 cores, 165 rows (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
@@ -44,6 +40,7 @@ def linear_sparse_jsd(
     vocab_size: int | None = ...,
     weights: torch.Tensor | None = ...,
     labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -62,6 +59,7 @@ def linear_sparse_jsd(
     vocab_size: int | None = ...,
     weights: torch.Tensor | None = ...,
     labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[True],
 ) -> tuple[torch.Tensor, SparseStatistics]: ...
 def linear_sparse_jsd(
@@ -79,6 +77,7 @@ def linear_sparse_jsd(
     vocab_size: int | None = None,
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
+    kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
     """Σ_n loss_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
@@ -93,7 +92,7 @@ def linear_sparse_jsd(
         normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
         bias: [V] or None.
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
-        beta, temperature, tail, weights, labels: see `sparse_generalized_jsd`.
+        beta, temperature, tail, weights, labels, kernel: see `sparse_generalized_jsd`.
         chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
             gets no probability and no gradient.
@@ -129,7 +128,7 @@ def linear_sparse_jsd(
         loss, *columns = _LinearSparseJSD.apply(
             hidden, weight, bias, teacher,
             (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap),
-            weights, labels,
+            weights, labels, kernel,
         )  # fmt: skip
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
 
@@ -173,9 +172,11 @@ class _LinearSparseJSD(torch.autograd.Function):
         settings: tuple[float, float, Tail, int, float, int, float | None],
         weights: torch.Tensor | None,
         labels: HardLabels | None,
+        kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
         beta, temperature, tail, chunk_size, scale, vocab_size, softcap = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
+        step = choose(kernel, hidden)
         projection = weight[:vocab_size]  # [V, d], a view
         wanted = ctx.needs_input_grad[:3]
         # Divided by the tokens of a step, most gradients underflow in float16 before a loss scaler
@@ -186,34 +187,32 @@ class _LinearSparseJSD(torch.autograd.Function):
         # Summed over chunks in the arithmetic's dtype; bfloat16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-        buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
-        slopes = torch.empty_like(buffer) if softcap is not None else None
+        buffer = hidden.new_empty(
+            (min(chunk_size, rows), vocab_size), dtype=step.logits_dtype(hidden.dtype)
+        )
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
         for first in range(0, rows, chunk_size):
             chunk = slice(first, min(first + chunk_size, rows))
             part = hidden[chunk]  # [n, d]
             logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
-            if softcap is not None and slopes is not None:
-                _cap(logits, softcap, slopes[: part.shape[0]])
-            objective, statistics = divergence_and_gradient(
+            objective, statistics = step.divergence_and_gradient(
                 logits, teacher[chunk], beta, temperature, tail,
                 scale=early_scale,
                 weights=None if weights is None else weights[chunk],
                 labels=None if labels is None else labels[chunk],
+                softcap=softcap,
                 with_gradient=any(wanted),
             )  # fmt: skip
             loss += objective.sum() * scale
             parts.append(statistics)
-            if slopes is not None:
-                logits *= slopes[: part.shape[0]]
             gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree
             if grad_hidden is not None:
                 torch.mm(gradient, projection, out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_outer(grad_weight[:vocab_size], gradient, part)
             if grad_bias is not None:
-                grad_bias[:vocab_size] += logits.sum(dim=0)
+                grad_bias[:vocab_size] += logits.sum(dim=0, dtype=dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         columns = _concatenate(parts, hidden.device)
@@ -229,13 +228,13 @@ class _LinearSparseJSD(torch.autograd.Function):
             None if saved is None else (saved if unscaled else saved * factor).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _project(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [n, V] in the arithmetic's dtype, written into ``out``."""
+    """Logits [n, V] in the dtype of ``out``, written into it."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:
@@ -243,13 +242,6 @@ def _project(
     if bias is not None:
         out += bias[: weight.shape[0]]
     return out
-
-
-def _cap(logits: torch.Tensor, softcap: float, slopes: torch.Tensor) -> None:
-    """logits z <- c·tanh(z/c), and slopes <- its derivative 1 − tanh²(z/c); all [n, V]."""
-    torch.div(logits, softcap, out=slopes).tanh_()
-    torch.mul(slopes, softcap, out=logits)
-    slopes.square_().neg_().add_(1.0)
 
 
 def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -99,6 +99,13 @@ def test_renormalize_drops_the_tail(world, tmp_path):
     assert abs(losses[1] - losses[0]) > 0.05
 
 
+def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
+    options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
+    for kernel in ("torch", "triton"):
+        assert distill(world, tmp_path / kernel, loss_kernel=kernel, **options) == 0
+    assert_same_weights(tmp_path / "torch", tmp_path / "triton", tolerance=2e-5)
+
+
 def test_logs_tell_what_happened(world, tmp_path):
     assert distill(world, tmp_path, lmbda=1) == 0
     entry = history(tmp_path)[0]

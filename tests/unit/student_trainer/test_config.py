@@ -97,6 +97,15 @@ def test_a_missing_flag_is_named(model_folder, flag):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_triton_without_a_gpu_is_refused_unless_interpreted(model_folder, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigurationError, match="--loss_kernel triton needs a GPU"):
+        read(words(model_folder, "--loss_kernel", "triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert read(words(model_folder, "--loss_kernel", "triton"))[-1].loss_kernel == "triton"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 def test_4_bit_weights_without_a_gpu_are_refused(model_folder):
     with pytest.raises(ConfigurationError, match="--load_in_4bit needs a CUDA GPU"):
         read(words(model_folder, "--load_in_4bit"))
