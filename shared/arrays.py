@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+MAX_NDIM = 3
+
 
 def _reject(message: str) -> PydanticCustomError:
     # The message is data, not a template: braces in it must not be read as placeholders.
@@ -20,6 +22,8 @@ def _reject(message: str) -> PydanticCustomError:
 
 
 def _from_lists(value: list[Any], kind: str) -> NDArray[Any]:
+    # Before numpy sees it: one long string would make it pad every element to that width.
+    _check_leaves(value, (int,) if kind == "u" else (int, float, type(None)), MAX_NDIM)
     if kind == "f":
         value = _null_to_minus_infinity(value)
     try:
@@ -30,6 +34,15 @@ def _from_lists(value: list[Any], kind: str) -> NDArray[Any]:
         wanted = "integers from 0 to 4294967295" if kind == "u" else "numbers"
         raise _reject(f"expected {wanted}, got {array.dtype} elements")
     return array
+
+
+def _check_leaves(value: list[Any], leaves: tuple[type, ...], depth: int) -> None:
+    for item in value:
+        if type(item) is list and depth > 1:
+            _check_leaves(item, leaves, depth - 1)
+        elif type(item) not in leaves:
+            wanted = "integers from 0 to 4294967295" if leaves == (int,) else "numbers"
+            raise _reject(f"expected {wanted}, got {type(item).__name__} elements")
 
 
 def _null_to_minus_infinity(value: Any) -> Any:

@@ -14,10 +14,10 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from shared.arrays import MAX_NDIM
 from shared.errors import MalformedRequestError, PayloadTooLargeError
 
 MEDIA_TYPE = "application/msgpack"
-MAX_NDIM = 3
 # A list's header makes msgpack allocate 8 bytes an element before it reads one, at each of up to
 # 1,024 nesting levels: this bounds what a forged message can take to 64 MiB, untouched.
 MAX_LIST_LENGTH = 8_192

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except SparseGKDError as error:
         return _fail(str(error), 1)
+    except ImportError as error:  # a flag asked for a package that is not installed
+        return _fail(str(error), 2)
     return 0
 
 

@@ -134,6 +134,11 @@ class CommonTrainingArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
     logging_first_step: bool = _flag(True, "Log the first step.")
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+    loss_kernel: Literal["auto", "torch", "triton"] = _flag(
+        "auto",
+        "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
+        "triton force one.",
+    )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
@@ -169,6 +174,25 @@ class DistillArguments(CommonTrainingArguments):
         "0.9 is about 12 times weaker than 1.",
     )
     temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    tail: Literal["bucket", "renormalize"] = _flag(
+        "bucket",
+        "What becomes of the probability off the support. bucket: one more outcome, so the value "
+        "is never above the dense divergence. renormalize: dropped, and both sides rescaled over "
+        "the support, as some systems do; biased, there to compare with them.",
+    )
+    sft_weight: float = _flag(
+        0.0,
+        "Share w of the hard labels: (1 − w)·divergence + w·cross-entropy on completions of the "
+        "dataset or the teacher (not on the student's own). Holds the student to known good "
+        "completions where the teacher is unsure or wrong.",
+    )
+    request_student_top_m: int = _flag(
+        0,
+        "Ask the teacher for the student's own M most probable tokens in each row too, and join "
+        "them to the support. What the student likes and the teacher does not is where reverse KL "
+        "and JSD are decided. Costs one forward pass without gradient; with --seq_kd the teacher "
+        "scores its completions in a second call.",
+    )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
     )
@@ -191,6 +215,12 @@ class EvaluateArguments:
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
 
 
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_METRICS = ("loss", "divergence", "pass@1", "exact_match")
 # TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
 _UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
@@ -297,6 +327,15 @@ def check_common(
         )
     if data.max_length is not None and data.max_length < 2:
         raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
+    for name in _COUNTS:
+        if getattr(args, name) < 1:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be at least 1")
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in _METRICS:
+        raise ConfigurationError(
+            f"--metric_for_best_model {args.metric_for_best_model} is not one of "
+            f"{', '.join(_METRICS)}"
+        )
     for name, remedy in _UNSUPPORTED.items():
         value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
         if value != default.default:
@@ -309,6 +348,11 @@ def check_common(
             raise ConfigurationError(
                 f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
             )
+    if args.loss_kernel == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
     if args.fsdp and args.world_size == 1:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
 
@@ -397,6 +441,25 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
         )
     if not 0 <= args.seq_kd_temperature < float("inf"):
         raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
+    if not 0.0 <= args.sft_weight < 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} must be 0 or above and below 1; without a teacher's "
+            "share there is `student-trainer sft`"
+        )
+    if args.sft_weight > 0 and args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} has no effect with --lmbda 1: the student's own "
+            "completions are no labels. Drop it, or lower --lmbda"
+        )
+    if args.sft_weight > 0 and args.temperature != 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
+            f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
+        )
+    if args.request_student_top_m < 0:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
+        )
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(
             "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
@@ -448,13 +511,21 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "such as --teacher_url http://localhost:8000"
         )
     for url in teacher.teacher_url:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
     if teacher.top_k_logprobs < 1:
         raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for what is no port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
 
 
 def _require(value: str | None, flag: str, what: str) -> None:

@@ -87,18 +87,20 @@ def completed(
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> list[int]:
-    """Tokens that end a completion: the tokenizer's EOS and the model's own, sorted.
+    """Tokens that end a completion; the first is appended where a completion lacks its end.
+
+    That is the tokenizer's EOS, or without one the model's own; the model's others follow, sorted.
 
     Raises:
         DatasetError: there is none, so no completion could ever end.
     """
-    ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     configured = getattr(generation_config, "eos_token_id", None)
-    if configured is not None:
-        ids |= {int(i) for i in (configured if isinstance(configured, list) else [configured])}
-    if not ids:
+    own = configured if isinstance(configured, list) else [configured]
+    ids = [tokenizer.eos_token_id, *sorted(int(i) for i in own if i is not None)]
+    distinct = list(dict.fromkeys(int(i) for i in ids if i is not None))
+    if not distinct:
         raise DatasetError("the tokenizer has no EOS token; set one, completions must end")
-    return sorted(ids)
+    return distinct
 
 
 def load_rows(name: str, *, config: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:

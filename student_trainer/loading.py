@@ -189,7 +189,7 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
             trust_remote_code=arguments.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a checkpoint's files or a missing package can cause
         folder = Path(arguments.model_name_or_path)
         kind = "folder" if folder.is_dir() else "Hub id"
         raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -16,6 +17,9 @@ _PER_TOKEN = {
     "student_support_mass": "student_top_k_mass",
     "teacher_entropy": "teacher_entropy",
     "student_entropy": "student_entropy",
+    "top1_agreement": "top1_agreement",
+    "cross_entropy": "cross_entropy",
+    "gap_bound": "divergence_gap_bound",
 }
 
 
@@ -24,7 +28,10 @@ class WindowMetrics:
 
     Logged, all per learned token unless said otherwise: ``divergence`` (nats), ``teacher_entropy``
     and ``student_entropy`` (nats, over support and tail: a lower bound), ``teacher_top_k_mass`` and
-    ``student_top_k_mass`` (probability on the teacher's support), ``completion_length`` (tokens a
+    ``student_top_k_mass`` (probability on the support), ``top1_agreement`` (share of rows whose
+    most probable token is the same), ``cross_entropy`` (nats, of the completions' own tokens),
+    ``divergence_gap_bound`` (nats by which the dense divergence is above ``divergence`` at most;
+    only for beta between 0 and 1, elsewhere nothing bounds it), ``completion_length`` (tokens a
     completion), ``truncated`` (share of completions), ``on_policy`` (share of steps),
     ``seconds_teacher``, ``seconds_generating``, ``seconds_training`` (a step and rank, waiting for
     the teacher first), ``bytes_per_token`` (received for each scored token).
@@ -86,7 +93,8 @@ class WindowMetrics:
         logs["truncated"] = total["truncated"] / total["completions"]
         logs["seconds_training"] = total["seconds_training"] / total["steps"]
         if with_teacher:
-            logs |= {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}
+            per_token = {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}
+            logs |= {name: mean for name, mean in per_token.items() if math.isfinite(mean)}
             logs["on_policy"] = total["on_policy"] / total["steps"]
             logs["seconds_teacher"] = total["seconds_teacher"] / total["steps"]
             logs["seconds_generating"] = total["seconds_generating"] / total["steps"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,8 @@ from student_trainer.data import Example, Sample, completed
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import TeacherClient
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class PendingBatch:
     examples: list[Example]
     on_policy: bool
     samples: dict[int, Sample] = field(default_factory=dict)
+    requested: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
     scores: list[tuple[list[int], Future[list[SparseLogprobs]]]] = field(default_factory=list)
     completions: list[tuple[list[int], Future[list[Completion]]]] = field(default_factory=list)
 
@@ -67,7 +71,9 @@ class Pipeline:
         rollouts: None when no step is on-policy.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once whichever rank meets it next.
-        clock: is told seconds by name, "generating" and "teacher".
+        propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
+            student's own most probable ones. Called equally often on every rank.
+        clock: is told seconds by name, "generating" (proposals included) and "teacher".
     """
 
     def __init__(
@@ -77,14 +83,23 @@ class Pipeline:
         rollouts: RolloutEngine | None,
         *,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
+        propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         clock: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
         self.method = method
         self.teacher = teacher
         self.rollouts = rollouts
         self._share = share
+        self._propose = propose
         self._clock = clock
         self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
+
+    def independent_of_weights(self, step: int) -> bool:
+        """Whether `submit` gives the same answers before the step's weights are there."""
+        if self.teacher is None:
+            return True
+        proposed = self._propose is not None and not self.method.seq_kd  # SeqKD's come at the end
+        return not (self.method.on_policy(step) or proposed)
 
     def submit(self, step: int, examples: Sequence[Example]) -> PendingBatch:
         """Start a generation batch: student completions are sampled here and now.
@@ -107,22 +122,40 @@ class Pipeline:
 
     def collect(self, batch: PendingBatch) -> list[ScoredSample]:
         """Wait for the answers; scored samples in the order of the examples."""
-        since = time.perf_counter()
         scores: dict[int, SparseLogprobs] = {}
         new: dict[bytes, Completion] = {}
         for indices, generated in batch.completions:
-            for index, completion in zip(indices, generated.result(), strict=True):
+            for index, completion in zip(indices, self._wait(generated), strict=True):
                 example = batch.examples[index]
                 batch.samples[index] = _teacher_sample(example, completion)
-                assert completion.scores is not None  # the client checked
-                scores[index] = completion.scores
+                if completion.scores is not None:
+                    scores[index] = completion.scores
                 new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
+        if self._scores_late(batch):
+            self._score(batch, list(range(len(batch.examples))))
         for indices, scored in batch.scores:
-            scores.update(zip(indices, scored.result(), strict=True))
-        self._clock("teacher", time.perf_counter() - since)
+            scores.update(zip(indices, self._wait(scored), strict=True))
         if self.method.seq_kd and not batch.on_policy:
             self._written.update(self._share(new))
-        return [ScoredSample(batch.samples[i], scores.get(i)) for i in range(len(batch.examples))]
+        return [
+            ScoredSample(batch.samples[i], scores.get(i), batch.requested.get(i))
+            for i in range(len(batch.examples))
+        ]
+
+    def _wait(self, answer: Future[list[R]]) -> list[R]:
+        since = time.perf_counter()
+        result = answer.result()
+        self._clock("teacher", time.perf_counter() - since)
+        return result
+
+    def _scores_late(self, batch: PendingBatch) -> bool:
+        """Whether nothing of the batch is scored before all of it is written.
+
+        The teacher generates and scores in one call, when the student has not seen the completion
+        yet. Where the student proposes ids, SeqKD therefore scores in a second call; all samples
+        of the batch at once, because how many were written before differs between ranks.
+        """
+        return self._propose is not None and self.method.seq_kd and not batch.on_policy
 
     def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
         assert self.rollouts is not None
@@ -148,7 +181,9 @@ class Pipeline:
                 unwritten.append(index)
             else:
                 batch.samples[index] = _teacher_sample(example, completion)
-        self._score(batch, list(batch.samples))
+        late = self._scores_late(batch)
+        if not late:
+            self._score(batch, list(batch.samples))
         if unwritten:
             future = self.teacher.submit_generate(
                 [batch.examples[i].prompt_ids for i in unwritten],
@@ -156,7 +191,7 @@ class Pipeline:
                 temperature=self.method.seq_kd_temperature,
                 seed=self.method.seed,
                 stop_token_ids=self.method.stop_ids,
-                top_k=self.method.top_k,
+                top_k=None if late else self.method.top_k,
                 score_temperature=self.method.temperature,
             )
             batch.completions.append((unwritten, future))
@@ -165,10 +200,18 @@ class Pipeline:
         if self.teacher is None or not indices:
             return
         samples = [batch.samples[i] for i in indices]
+        requested = None
+        if self._propose is not None:
+            since = time.perf_counter()
+            requested = self._propose(samples)
+            batch.requested.update(zip(indices, requested, strict=True))
+            if not batch.on_policy:  # else it is part of the sampling's time
+                self._clock("generating", time.perf_counter() - since)
         future = self.teacher.submit_score(
             [(s.token_ids, s.completion_start) for s in samples],
             top_k=self.method.top_k,
             temperature=self.method.temperature,
+            requested=requested,
         )
         batch.scores.append((indices, future))
 

@@ -11,23 +11,32 @@ from numpy.typing import NDArray
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data import Sample
-from student_trainer.losses import SparseDistribution
+from student_trainer.losses import HardLabels, SparseDistribution
 
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """A sample and what the teacher says of its rows; scores None is the data itself (SFT)."""
+    """A sample and what the teacher says of its rows.
+
+    Attributes:
+        sample: token ids and which of them are learned.
+        scores: None is the data itself (SFT).
+        requested: [T, m] ids whose log-probs stand in ``scores.requested_logprobs``, or None.
+    """
 
     sample: Sample
     scores: SparseLogprobs | None
+    requested: NDArray[np.uint32] | None = None
 
 
 def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:
     """The learned rows of all samples, [N, K], over the shared vocabulary of ``vocab_size``.
 
-    The support of a row is the teacher's top-k joined with the token that really came next, no id
-    twice. Teacher mass on ids outside the shared vocabulary goes to the tail. Where a sample has no
-    scores its rows are one-hot at the next token: forward KL to them is the cross-entropy of SFT.
+    The support of a row is the teacher's top-k joined with the token that really came next and with
+    the requested ids, no id twice. All of them are exact, and the server's tail leaves every named
+    id out, so the union's masses and the tail sum to one. Teacher mass on ids outside the shared
+    vocabulary goes to the tail. Where a sample has no scores its rows are one-hot at the next
+    token: forward KL to them is the cross-entropy of SFT.
     """
     parts = [_support(item, vocab_size) for item in scored]
     width = max(ids.shape[1] for ids, _, _ in parts)
@@ -46,6 +55,31 @@ def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> Spar
     )
 
 
+def hard_labels(
+    scored: Sequence[ScoredSample], sft_weight: float
+) -> tuple[torch.Tensor | None, HardLabels]:
+    """([N] weights of the divergences, labels): how the data is mixed into the loss.
+
+    A row counts (1 − w)·divergence + w·cross-entropy with w = ``sft_weight`` where the dataset or
+    the teacher wrote the completion. What the student wrote itself is no label: there w = 0.
+    """
+    masks = [item.sample.completion_mask for item in scored]
+    ids = np.concatenate(
+        [item.sample.completion_ids[mask] for item, mask in zip(scored, masks, strict=True)]
+    )
+    labels = torch.from_numpy(ids.astype(np.int64))
+    if sft_weight == 0.0:
+        return None, HardLabels(labels)
+    share = np.concatenate(
+        [
+            np.full(int(mask.sum()), 0.0 if item.sample.source == "student" else sft_weight)
+            for item, mask in zip(scored, masks, strict=True)
+        ]
+    )
+    mixed = torch.from_numpy(share.astype(np.float32))
+    return 1.0 - mixed, HardLabels(labels, mixed)
+
+
 _Support = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
@@ -57,17 +91,43 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
         one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
         return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
     scores = item.scores
-    top = scores.token_ids[learned].astype(np.int64)  # [n, k]
-    known = (top == next_ids[:, None]).any(axis=1)  # [n]
-    ids = np.concatenate([top, np.where(known, -1, next_ids)[:, None]], axis=1)
-    next_logprob = np.where(known, -np.inf, scores.next_token_logprob[learned])
-    logprobs = np.concatenate(
-        [scores.logprobs[learned].astype(np.float32), next_logprob[:, None]], axis=1
-    ).astype(np.float32)
-    tail = scores.tail_logprob[learned].astype(np.float32)
+    ids = [scores.token_ids[learned].astype(np.int64), next_ids[:, None]]
+    values = [scores.logprobs[learned], scores.next_token_logprob[learned][:, None]]
+    if item.requested is not None:
+        assert scores.requested_logprobs is not None  # the client checked
+        ids.append(item.requested[learned].astype(np.int64))
+        values.append(scores.requested_logprobs[learned])
+    return _within(
+        np.concatenate(ids, axis=1),
+        np.concatenate(values, axis=1).astype(np.float32),
+        scores.tail_logprob[learned].astype(np.float32),
+        vocab_size,
+    )
+
+
+def _within(
+    ids: NDArray[np.int64],
+    logprobs: NDArray[np.float32],
+    tail: NDArray[np.float32],
+    vocab_size: int,
+) -> _Support:
+    """No id twice (−1 in its later places), and none outside: that mass goes to the tail."""
+    repeated = _repeated(ids)
+    ids, logprobs = np.where(repeated, -1, ids), np.where(repeated, -np.inf, logprobs)
     outside = ids >= vocab_size
     if outside.any():
         spilled = np.where(outside, logprobs, -np.inf)
         tail = np.logaddexp.reduce(np.concatenate([tail[:, None], spilled], axis=1), axis=1)
         ids, logprobs = np.where(outside, -1, ids), np.where(outside, -np.inf, logprobs)
     return ids, logprobs.astype(np.float32), tail.astype(np.float32)
+
+
+def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[n, K]: whether the same id stands further left in the row."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    again = np.zeros(ids.shape, dtype=bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    repeated = np.zeros(ids.shape, dtype=bool)
+    np.put_along_axis(repeated, order, again, axis=1)
+    return repeated

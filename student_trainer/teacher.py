@@ -136,9 +136,12 @@ class TeacherClient:
         *,
         top_k: int,
         temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
     ) -> Future[list[SparseLogprobs]]:
         """`score` in the background."""
-        return self._threads.submit(self.score, sequences, top_k=top_k, temperature=temperature)
+        return self._threads.submit(
+            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
+        )
 
     def score(
         self,
@@ -146,6 +149,7 @@ class TeacherClient:
         *,
         top_k: int,
         temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
@@ -153,6 +157,7 @@ class TeacherClient:
             sequences: (token_ids [L], completion_start) pairs.
             top_k: log-probs for each row.
             temperature: at which the teacher's logits are normalised.
+            requested: for each sequence, further ids [T, m] to score in each of its rows.
 
         Raises:
             InvalidRequestError: the teacher cannot score this; names the field and the limit.
@@ -161,22 +166,28 @@ class TeacherClient:
             TeacherChangedError: another teacher answered.
         """
         limits = self.info.limits
-        costs = [(len(ids), (len(ids) - start) * top_k) for ids, start in sequences]
+        asked = [None] * len(sequences) if requested is None else list(requested)
+        costs = [
+            (len(ids), (len(ids) - start) * (top_k + _width(more)))
+            for (ids, start), more in zip(sequences, asked, strict=True)
+        ]
         answers: list[SparseLogprobs] = []
         for first, last in _split(
             costs, limits.max_sequences, limits.max_tokens, limits.max_logprobs
         ):
-            part = sequences[first:last]
+            part, wanted = sequences[first:last], asked[first:last]
             request = ScoreRequest(
                 sequences=[
-                    ScoreSequence(token_ids=ids, completion_start=start) for ids, start in part
+                    ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
+                    for (ids, start), more in zip(part, wanted, strict=True)
                 ],
                 top_k=top_k,
                 temperature=temperature,
             )
             tokens = sum(len(ids) for ids, _ in part)
             answer = self._post("/v1/score", request, ScoreResponse, tokens)
-            self._check_scores(answer.sequences, part, top_k, offset=first)
+            widths = [_width(more) for more in wanted]
+            self._check_scores(answer.sequences, part, top_k, widths, offset=first)
             answers += answer.sequences
         return answers
 
@@ -232,6 +243,7 @@ class TeacherClient:
                         for p, c in zip(prompts[first:last], part, strict=True)
                     ],
                     top_k,
+                    [0] * len(part),
                     offset=first,
                 )
             completions += part
@@ -242,6 +254,7 @@ class TeacherClient:
         scores: Sequence[SparseLogprobs],
         sequences: Sequence[tuple[NDArray[np.uint32], int]],
         top_k: int,
+        requested: Sequence[int],
         *,
         offset: int,
     ) -> None:
@@ -249,12 +262,19 @@ class TeacherClient:
             raise TeacherAnswerError(
                 f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
             )
-        for index, (score, (ids, start)) in enumerate(zip(scores, sequences, strict=True)):
+        triples = zip(scores, sequences, requested, strict=True)
+        for index, (score, (ids, start), width) in enumerate(triples):
             expected = (len(ids) - start, top_k)
             if score.token_ids.shape != expected:
                 raise TeacherAnswerError(
                     f"sequence {offset + index}: expected top-k arrays of shape {expected}, "
                     f"got {score.token_ids.shape}"
+                )
+            found = score.requested_logprobs
+            if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+                raise TeacherAnswerError(
+                    f"sequence {offset + index}: expected log-probs of {width} requested ids in "
+                    f"{expected[0]} rows, got {'none' if found is None else found.shape}"
                 )
             if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
                 raise TeacherAnswerError(
@@ -383,6 +403,10 @@ def _split(
     if costs:
         ranges.append((first, len(costs)))
     return ranges
+
+
+def _width(requested: NDArray[np.uint32] | None) -> int:
+    return 0 if requested is None else requested.shape[1]
 
 
 def _required_scores(completion: Completion) -> SparseLogprobs:

@@ -150,9 +150,19 @@ def _train(
         check_vocabulary(tokenizer, vocab_size, teacher.info)
         vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
+    if distill is not None and distill.request_student_top_m > vocab_size:
+        raise ConfigurationError(
+            f"--request_student_top_m {distill.request_student_top_m} is over the shared "
+            f"vocabulary of {vocab_size}"
+        )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
     train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ConfigurationError(
+            f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
+        )
     _make_folder(args)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
@@ -164,6 +174,10 @@ def _train(
         beta=0.0 if distill is None else distill.beta,
         teacher=teacher,
         vocab_size=vocab_size,
+        tail="bucket" if distill is None else distill.tail,
+        sft_weight=0.0 if distill is None else distill.sft_weight,
+        kernel=args.loss_kernel,
+        student_top_m=0 if distill is None else distill.request_student_top_m,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=recipe.generation.generation_batch_size,
         train_dataset=train,
@@ -190,6 +204,16 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
         raise ConfigurationError(
             f"--temperature {args.temperature}: the teacher's backend ({info.teacher.backend}) "
             "cannot apply a temperature; use 1.0"
+        )
+    wanted, most = args.request_student_top_m, info.limits.max_requested_token_ids
+    if wanted and not info.capabilities.requested_token_ids:
+        raise ConfigurationError(
+            f"--request_student_top_m {wanted}: the teacher's backend ({info.teacher.backend}) "
+            "cannot score requested ids; use 0"
+        )
+    if wanted > most:
+        raise ConfigurationError(
+            f"--request_student_top_m {wanted} is over the teacher's limit of {most}"
         )
     if args.seq_kd and not info.capabilities.generate:
         raise ConfigurationError("--seq_kd: this teacher does not generate")

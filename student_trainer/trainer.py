@@ -14,18 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.protocol import Completion
+from student_trainer.batch import padded_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
+from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
+from student_trainer.proposals import TopTokenProposals
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import TeacherClient
 
 MicroBatch = dict[str, Any]
@@ -40,6 +42,12 @@ class DistillationTrainer(Trainer):
         beta: of the divergence; 0 for SFT.
         teacher: connected client, or None for SFT.
         vocab_size: the vocabulary that teacher and student share.
+        tail: what becomes of the mass off the support in training; held-out divergences keep the
+            bucket, so that runs can be compared.
+        sft_weight: share of the cross-entropy on what the dataset or the teacher wrote.
+        kernel: who computes the loss.
+        student_top_m: the student's own most probable tokens that the teacher scores in each row
+            of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
         rollout_temperature: of the student's sampling.
         train_dataset, eval_dataset: lists of `Example`.
@@ -54,6 +62,10 @@ class DistillationTrainer(Trainer):
         beta: float,
         teacher: TeacherClient | None,
         vocab_size: int,
+        tail: Tail = "bucket",
+        sft_weight: float = 0.0,
+        kernel: Kernel = "auto",
+        student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
         **trainer_arguments: Any,
@@ -63,6 +75,9 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # normalised over the whole optimizer step, see below
         self.method = method
         self.beta = beta
+        self.tail: Tail = tail
+        self.sft_weight = sft_weight
+        self.kernel: Kernel = kernel
         self.teacher = teacher
         self.vocab_size = vocab_size
         tokenizer: Any = self.processing_class
@@ -71,7 +86,12 @@ class DistillationTrainer(Trainer):
         self.window = WindowMetrics()
         self.rollouts = self._rollout_engine(rollout_temperature, generation_batch_size)
         self.pipeline = Pipeline(
-            method, teacher, self.rollouts, share=_share_over_ranks, clock=self.window.add_seconds
+            method,
+            teacher,
+            self.rollouts,
+            share=_share_over_ranks,
+            propose=self._proposals(student_top_m),
+            clock=self.window.add_seconds,
         )
         self._greedy = self._rollout_engine(0.0, generation_batch_size)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
@@ -90,6 +110,17 @@ class DistillationTrainer(Trainer):
             vocab_size=self.vocab_size,
         )
 
+    def _proposals(self, count: int) -> TopTokenProposals | None:
+        if count == 0:
+            return None
+        return TopTokenProposals(
+            self.model,
+            count=count,
+            vocab_size=self.vocab_size,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.args.per_device_train_batch_size,
+        )
+
     # A training step: collect the generation batch, count its tokens, then one loss a micro-batch.
 
     def get_batch_samples(
@@ -100,8 +131,8 @@ class DistillationTrainer(Trainer):
         groups, following = self._take(epoch_iterator, num_batches)
         pending = self._take_pending(step) or self.pipeline.submit(step, _flat(groups))
         last = step + 1 >= self.state.max_steps
-        if following and not last and not self._on_policy(step + 1):
-            # Does not depend on the weights: the teacher may score it while this step trains.
+        if following and not last and self.pipeline.independent_of_weights(step + 1):
+            # The teacher may score it while this step trains.
             self._pending = (step + 1, self.pipeline.submit(step + 1, _flat(following)))
         scored = self.pipeline.collect(pending)
         self._count_traffic()
@@ -111,7 +142,11 @@ class DistillationTrainer(Trainer):
         batches, first = [], 0
         for group in groups:
             part = scored[first : first + len(group)]
-            batches.append(self._micro_batch(part, normalizer=float(total)))
+            batches.append(
+                self._micro_batch(
+                    part, normalizer=float(total), tail=self.tail, sft_weight=self.sft_weight
+                )
+            )
             first += len(group)
         self.window.add_seconds("training", -time.perf_counter())  # until the step's end
         return batches, total
@@ -158,32 +193,30 @@ class DistillationTrainer(Trainer):
         pending, self._pending = self._pending[1], None
         return pending
 
-    def _on_policy(self, step: int) -> bool:
-        return self.teacher is not None and self.method.on_policy(step)
-
-    def _micro_batch(self, scored: Sequence[ScoredSample], *, normalizer: float) -> MicroBatch:
+    def _micro_batch(
+        self,
+        scored: Sequence[ScoredSample],
+        *,
+        normalizer: float,
+        tail: Tail = "bucket",
+        sft_weight: float = 0.0,
+    ) -> MicroBatch:
         """Right-padded input_ids and attention_mask [B, L], and what the rows are compared with."""
-        sequences = [torch.from_numpy(item.sample.token_ids.astype(np.int64)) for item in scored]
-        input_ids = pad_sequence(sequences, batch_first=True, padding_value=self.pad_token_id)
-        ones = [torch.ones_like(ids) for ids in sequences]
-        width = input_ids.shape[1]
-        rows = [
-            row * width
-            + item.sample.completion_start
-            - 1
-            + np.flatnonzero(item.sample.completion_mask)
-            for row, item in enumerate(scored)
-        ]
+        samples = [item.sample for item in scored]
+        weights, labels = hard_labels(scored, sft_weight)
         return {
-            "input_ids": input_ids,
-            "attention_mask": pad_sequence(ones, batch_first=True),
+            **padded_inputs(samples, self.pad_token_id),
             "sparse_targets": SparseTargets(
-                rows=torch.from_numpy(np.concatenate(rows)),
+                rows=predicting_rows(samples, [s.completion_mask for s in samples]),
                 teacher=sparse_distribution(scored, self.vocab_size),
                 beta=self.beta,
                 temperature=self.method.temperature,
                 normalizer=normalizer,
                 vocab_size=self.vocab_size,
+                tail=tail,
+                weights=weights,
+                labels=labels,
+                kernel=self.kernel,
             ),
         }
 
@@ -214,14 +247,16 @@ class DistillationTrainer(Trainer):
         written once. Each rank takes every n-th row; sums are added over ranks.
         """
         examples: list[Example] = list(dataloader.dataset)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = examples[rank::world]
+        measured, real = self._share([e for e in examples if self._has_completion(e)])
         sums = np.zeros(2)
-        scored = self._held_out(id(dataloader.dataset), mine)
-        for first in range(0, len(scored), self.args.per_device_eval_batch_size):
-            part = scored[first : first + self.args.per_device_eval_batch_size]
-            sums += self._divergence_of(part)
-        checked = check_examples(self._greedy, self.processing_class, mine)
+        scored = self._held_out(id(dataloader.dataset), measured)
+        size = self.args.per_device_eval_batch_size
+        for first in range(0, len(scored), size):
+            found = self._divergence_of(scored[first : min(first + size, max(real, first + 1))])
+            if first < real:
+                sums += found
+        asked, real = self._share([e for e in examples if e.checker is not None])
+        checked = check_examples(self._greedy, self.processing_class, asked)[:real]
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
         metrics: dict[str, float] = {}
         if tokens:
@@ -232,23 +267,27 @@ class DistillationTrainer(Trainer):
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(None, None, metrics, len(examples))
 
+    def _share(self, examples: list[Example]) -> tuple[list[Example], int]:
+        """Every n-th example for this rank, and how many of them are real.
+
+        The rest repeats one: under a sharded model all ranks must call it equally often.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = examples[rank::world]
+        missing = -(-len(examples) // world) - len(mine)
+        return mine + examples[:1] * missing, len(mine)
+
+    def _has_completion(self, example: Example) -> bool:
+        """Of the dataset's own, or the teacher can write one."""
+        writes = self.teacher is not None and self.teacher.info.capabilities.generate
+        return example.sample is not None or writes
+
     def _held_out(self, key: int, examples: list[Example]) -> list[ScoredSample]:
         """Samples to measure the divergence on; fixed through the run, so scored only once."""
         if key not in self._eval_scored:
-            samples: list[Sample] = [e.sample for e in examples if e.sample is not None]
             bare = [e for e in examples if e.sample is None]
-            if bare and self.teacher is not None and self.teacher.info.capabilities.generate:
-                written = self.teacher.generate(
-                    [e.prompt_ids for e in bare],
-                    max_new_tokens=self.method.max_new_tokens,
-                    temperature=0.0,
-                    seed=self.method.seed,
-                    stop_token_ids=self.method.stop_ids,
-                )
-                samples += [
-                    completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
-                    for e, c in zip(bare, written, strict=True)
-                ]
+            written = iter(self._written_greedily(bare))
+            samples = [next(written) if e.sample is None else e.sample for e in examples]
             scores: Sequence[Any] = [None] * len(samples)
             if self.teacher is not None:
                 scores = self.teacher.score(
@@ -261,6 +300,22 @@ class DistillationTrainer(Trainer):
                 ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
             ]
         return self._eval_scored[key]
+
+    def _written_greedily(self, bare: list[Example]) -> list[Sample]:
+        """The teacher's completions of bare prompts."""
+        if not bare or self.teacher is None:
+            return []
+        completions = self.teacher.generate(
+            [e.prompt_ids for e in bare],
+            max_new_tokens=self.method.max_new_tokens,
+            temperature=0.0,
+            seed=self.method.seed,
+            stop_token_ids=self.method.stop_ids,
+        )
+        return [
+            completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
+            for e, c in zip(bare, completions, strict=True)
+        ]
 
     @torch.no_grad()
     def _divergence_of(self, scored: Sequence[ScoredSample]) -> Any:

@@ -92,8 +92,9 @@ def serve() -> None:
 
         return call
 
-    def run(request, outcome, done):  # type: ignore[no-untyped-def]
+    def run(request, outcome, begin, done):  # type: ignore[no-untyped-def]
         """In a thread of its own: nothing above this frame, and nothing to steal in it."""
+        begin.acquire()
         try:
             own = dict(builtins.__dict__)
             program = {"__name__": "program"}
@@ -127,11 +128,14 @@ def serve() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
         leave, write = os._exit, os.write
         outcome: list[str] = []
-        done = _thread.allocate_lock()
+        begin, done = _thread.allocate_lock(), _thread.allocate_lock()
+        begin.acquire()
         done.acquire()
+        # Before the limits: but for root, no thread could be started under them.
+        _thread.start_new_thread(run, (request, outcome, begin, done))
         limit(request["timeout"], request["memory_bytes"])
         forbid(report)
-        _thread.start_new_thread(run, (request, outcome, done))
+        begin.release()
         done.acquire()
         # Only one clean end counts: a forged entry stands beside the real one.
         write(report, nonce if outcome == ["returned"] else outcome[0].encode(errors="replace"))

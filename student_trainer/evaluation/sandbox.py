@@ -52,6 +52,9 @@ class Program:
     context: str = ""
 
 
+_PROBE = Program("def f():\n    return 1\n", "f", "def check(f):\n    assert f() == 1\n")
+
+
 @dataclass(frozen=True)
 class SandboxResult:
     """How a program ended, why, and after how many seconds."""
@@ -71,6 +74,9 @@ class Sandbox:
     Args:
         timeout: seconds of wall time for each program.
         memory_bytes: address space of each program.
+
+    Raises:
+        RuntimeError: not even a trivial program passes, so the limits do not suit this machine.
     """
 
     def __init__(self, *, timeout: float = 5.0, memory_bytes: int = 512 << 20) -> None:
@@ -86,6 +92,13 @@ class Sandbox:
             env={"PYTHONHASHSEED": "0"},
             text=True,
         )
+        # A machine on which nothing can run would otherwise read as a model that solves nothing.
+        probe = self.run(_PROBE)
+        if not probe.passed:
+            self.close()
+            raise RuntimeError(
+                f"the sandbox cannot run programs here: {probe.outcome} {probe.detail}"
+            )
 
     def __enter__(self) -> Sandbox:
         return self

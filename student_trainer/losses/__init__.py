@@ -1,17 +1,23 @@
 """The generalized Jensen-Shannon divergence: dense, against a sparse teacher, and fused.
 
-Pure functions of tensors. One mathematics: `reference` is how the paper writes it, `sparse` its
-closed form over support and tail, `fused` the same without ever holding the logits.
+Pure functions of tensors. One mathematics: `reference` is how the paper writes it, `closed_form`
+the same over support and tail with its gradient, `triton` its fast twin. `sparse` applies them to
+logits, `fused` to hidden states without ever holding the logits.
 """
 
-from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.fused import linear_sparse_jsd
+from student_trainer.losses.kernels import Kernel
 from student_trainer.losses.reference import generalized_jsd
-from student_trainer.losses.sparse import SparseStatistics, sparse_generalized_jsd
+from student_trainer.losses.sparse import sparse_generalized_jsd
 
 __all__ = [
+    "HardLabels",
+    "Kernel",
     "SparseDistribution",
     "SparseStatistics",
+    "Tail",
     "generalized_jsd",
     "linear_sparse_jsd",
     "sparse_generalized_jsd",

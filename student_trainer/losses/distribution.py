@@ -1,4 +1,4 @@
-"""`SparseDistribution`: the teacher's distribution over a support and a tail."""
+"""What a row is compared with: `SparseDistribution` of a teacher, `HardLabels` of the data."""
 
 from __future__ import annotations
 
@@ -53,4 +53,45 @@ class SparseDistribution:
     def to(self, device: torch.device | str) -> SparseDistribution:
         return SparseDistribution(
             self.token_ids.to(device), self.logprobs.to(device), self.tail_logprob.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class HardLabels:
+    """The tokens of the data, for their cross-entropy in the pass that computes the divergence.
+
+    Attributes:
+        token_ids: [N] int64, in the teacher's support or not.
+        weights: [N] floating, what each row's cross-entropy counts in the loss; None for nothing:
+            then it is only measured.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+
+    token_ids: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_ids.ndim != 1 or self.token_ids.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be int64 [N], got {self.token_ids.dtype} {list(self.token_ids.shape)}"
+            )
+        if self.weights is not None and self.weights.shape != self.token_ids.shape:
+            raise ValueError(
+                f"label weights must be [N] = {list(self.token_ids.shape)}, got "
+                f"{list(self.weights.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    def __getitem__(self, rows: slice) -> HardLabels:
+        return HardLabels(
+            self.token_ids[rows], None if self.weights is None else self.weights[rows]
+        )
+
+    def to(self, device: torch.device | str) -> HardLabels:
+        return HardLabels(
+            self.token_ids.to(device), None if self.weights is None else self.weights.to(device)
         )

@@ -13,14 +13,11 @@ from typing import Any, Literal, overload
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.distribution import SparseDistribution
+from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.kernels import Kernel, choose
 from student_trainer.losses.reference import check_parameters, compute_dtype
-from student_trainer.losses.sparse import (
-    SparseStatistics,
-    Tail,
-    check_teacher,
-    divergence_and_gradient,
-)
+from student_trainer.losses.sparse import check_teacher, check_weights
 
 # Each chunk reads and writes the whole weight gradient, so a chunk wants some hundreds of rows:
 # at V = 152k, d = 512 on 2 cores, 165 rows (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
@@ -35,11 +32,15 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = ...,
+    softcap: float | None = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
     tail: Tail = ...,
     vocab_size: int | None = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -50,11 +51,15 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = ...,
+    softcap: float | None = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
     tail: Tail = ...,
     vocab_size: int | None = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[True],
 ) -> tuple[torch.Tensor, SparseStatistics]: ...
 def linear_sparse_jsd(
@@ -64,14 +69,18 @@ def linear_sparse_jsd(
     *,
     normalizer: float,
     bias: torch.Tensor | None = None,
+    softcap: float | None = None,
     beta: float,
     temperature: float = 1.0,
     chunk_size: int | None = None,
     tail: Tail = "bucket",
     vocab_size: int | None = None,
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
+    kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Σ_n D_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
+    """Σ_n loss_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
 
     The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
     the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
@@ -82,7 +91,8 @@ def linear_sparse_jsd(
         teacher: N rows.
         normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
         bias: [V] or None.
-        beta, temperature, tail: see `sparse_generalized_jsd`.
+        softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
+        beta, temperature, tail, weights, labels, kernel: see `sparse_generalized_jsd`.
         chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
             gets no probability and no gradient.
@@ -98,12 +108,15 @@ def linear_sparse_jsd(
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check_shapes(hidden, weight, bias, teacher, vocab_size)
     check_teacher(teacher, vocab_size, tail)
+    check_weights(weights, labels, len(teacher), vocab_size)
     if chunk_size is None:
         chunk_size = _even_chunk_size(len(teacher), CHUNK_BYTES // (4 * vocab_size))
     elif chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     if not normalizer > 0:
         raise ValueError(f"normalizer {normalizer} must be above 0")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap {softcap} must be above 0 and finite, or None")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -114,7 +127,8 @@ def linear_sparse_jsd(
     with torch.autocast(device, enabled=False):
         loss, *columns = _LinearSparseJSD.apply(
             hidden, weight, bias, teacher,
-            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size),
+            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap),
+            weights, labels, kernel,
         )  # fmt: skip
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
 
@@ -155,10 +169,14 @@ class _LinearSparseJSD(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         teacher: SparseDistribution,
-        settings: tuple[float, float, Tail, int, float, int],
+        settings: tuple[float, float, Tail, int, float, int, float | None],
+        weights: torch.Tensor | None,
+        labels: HardLabels | None,
+        kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        beta, temperature, tail, chunk_size, scale, vocab_size = settings
+        beta, temperature, tail, chunk_size, scale, vocab_size, softcap = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
+        step = choose(kernel, hidden)
         projection = weight[:vocab_size]  # [V, d], a view
         wanted = ctx.needs_input_grad[:3]
         # Divided by the tokens of a step, most gradients underflow in float16 before a loss scaler
@@ -169,18 +187,24 @@ class _LinearSparseJSD(torch.autograd.Function):
         # Summed over chunks in the arithmetic's dtype; bfloat16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-        buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
+        buffer = hidden.new_empty(
+            (min(chunk_size, rows), vocab_size), dtype=step.logits_dtype(hidden.dtype)
+        )
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
         for first in range(0, rows, chunk_size):
             chunk = slice(first, min(first + chunk_size, rows))
             part = hidden[chunk]  # [n, d]
             logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
-            divergence, statistics = divergence_and_gradient(
+            objective, statistics = step.divergence_and_gradient(
                 logits, teacher[chunk], beta, temperature, tail,
-                scale=early_scale, with_gradient=any(wanted),
+                scale=early_scale,
+                weights=None if weights is None else weights[chunk],
+                labels=None if labels is None else labels[chunk],
+                softcap=softcap,
+                with_gradient=any(wanted),
             )  # fmt: skip
-            loss += divergence.sum() * scale
+            loss += objective.sum() * scale
             parts.append(statistics)
             gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree
             if grad_hidden is not None:
@@ -188,7 +212,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             if grad_weight is not None:
                 _add_outer(grad_weight[:vocab_size], gradient, part)
             if grad_bias is not None:
-                grad_bias[:vocab_size] += logits.sum(dim=0)
+                grad_bias[:vocab_size] += logits.sum(dim=0, dtype=dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         columns = _concatenate(parts, hidden.device)
@@ -204,13 +228,13 @@ class _LinearSparseJSD(torch.autograd.Function):
             None if saved is None else (saved if unscaled else saved * factor).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _project(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [n, V] in the arithmetic's dtype, written into ``out``."""
+    """Logits [n, V] in the dtype of ``out``, written into it."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, weight.T, out=out)
     else:

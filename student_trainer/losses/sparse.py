@@ -1,44 +1,19 @@
-"""The divergence against a sparse teacher, with its gradient in closed form.
+"""The divergence of logits that exist against a sparse teacher.
 
-The outcomes are the tokens of the support and the tail τ, which holds every other token on both
-sides; the student's side is always normalised over the full vocabulary. `divergence_and_gradient`
-is the only copy of this mathematics: `sparse_generalized_jsd` applies it to logits that exist,
-`linear_sparse_jsd` to a chunk of them at a time.
+The mathematics is in `closed_form`: here it meets whole logits, in `fused` a chunk at a time.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.distribution import SparseDistribution
-from student_trainer.losses.reference import check_parameters, compute_dtype
-
-Tail = Literal["bucket", "renormalize"]
-
-
-@dataclass(frozen=True)
-class SparseStatistics:
-    """What the same pass tells about each row; all [N] float32, detached.
-
-    Attributes:
-        divergence: nats.
-        teacher_support_mass, student_support_mass: probability on the support.
-        teacher_entropy, student_entropy: nats over the support and the tail as one outcome, a
-            lower bound of the entropy over the vocabulary.
-        top1_agreement: 1 where the teacher's most probable token is the student's too.
-    """
-
-    divergence: torch.Tensor
-    teacher_support_mass: torch.Tensor
-    student_support_mass: torch.Tensor
-    teacher_entropy: torch.Tensor
-    student_entropy: torch.Tensor
-    top1_agreement: torch.Tensor
+from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.reference import check_parameters
 
 
 @overload
@@ -49,6 +24,9 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = ...,
     tail: Tail = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -59,6 +37,9 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = ...,
     tail: Tail = ...,
+    weights: torch.Tensor | None = ...,
+    labels: HardLabels | None = ...,
+    kernel: Kernel = ...,
     return_statistics: Literal[True],
 ) -> tuple[torch.Tensor, SparseStatistics]: ...
 def sparse_generalized_jsd(
@@ -68,6 +49,9 @@ def sparse_generalized_jsd(
     beta: float,
     temperature: float = 1.0,
     tail: Tail = "bucket",
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
+    kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
     """Generalized JSD between a sparse teacher and the student's full logits.
@@ -83,14 +67,18 @@ def sparse_generalized_jsd(
         temperature: divides the student's logits; the teacher must have been scored at it.
         tail: "bucket" is exact on the outcomes; "renormalize" drops the tail and rescales both
             sides over the support, which is biased, for comparison with systems that do so.
+        weights: [N] what each row's divergence counts; None for 1.
+        labels: adds their weighted cross-entropy −log softmax(z / T) at each row's label.
+        kernel: who computes; "auto" takes Triton on a GPU.
         return_statistics: also return `SparseStatistics`.
 
     Returns:
-        [N], nats; differentiable once with respect to ``student_logits``.
+        [N], nats: weight · divergence + label weight · cross-entropy; differentiable once with
+        respect to ``student_logits``.
 
     Raises:
         ValueError: a parameter out of range, shapes that do not fit, an id outside the
-            vocabulary, or a teacher log-prob that is NaN or +inf.
+            vocabulary, or a teacher log-prob or a weight that is NaN or infinite.
 
     Source: GKD, arXiv 2306.13649, over the coarse-grained outcomes.
     """
@@ -101,10 +89,11 @@ def sparse_generalized_jsd(
             f"{list(student_logits.shape)}"
         )
     check_teacher(teacher, student_logits.shape[1], tail)
-    divergence, *columns = _SparseJSD.apply(student_logits, teacher, beta, temperature, tail)
-    if not return_statistics:
-        return divergence
-    return divergence, SparseStatistics(*columns)
+    check_weights(weights, labels, len(teacher), student_logits.shape[1])
+    objective, *columns = _SparseJSD.apply(
+        student_logits, teacher, (beta, temperature, tail), weights, labels, kernel
+    )
+    return (objective, SparseStatistics(*columns)) if return_statistics else objective
 
 
 def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
@@ -130,6 +119,27 @@ def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> No
         raise ValueError(f"teacher.{name} holds NaN or +inf; check the teacher's answer")
 
 
+def check_weights(
+    weights: torch.Tensor | None, labels: HardLabels | None, rows: int, vocab_size: int
+) -> None:
+    """Raises ValueError for weights or labels that do not fit; waits for the device once."""
+    if weights is not None and weights.shape != (rows,):
+        raise ValueError(f"weights must be [N] = [{rows}], got {list(weights.shape)}")
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"labels must be [N] = [{rows}], got [{len(labels)}]")
+    given = {"weights": weights, "label weights": None if labels is None else labels.weights}
+    for name, values in given.items():
+        if values is not None and not bool(values.isfinite().all()):
+            raise ValueError(f"{name} hold NaN or an infinity")
+    if labels is not None and rows:
+        lowest, highest = torch.stack(labels.token_ids.aminmax()).tolist()
+        if lowest < 0 or highest >= vocab_size:
+            raise ValueError(
+                f"labels hold {lowest if lowest < 0 else highest}; ids must be from 0 and below "
+                f"the vocabulary of {vocab_size}"
+            )
+
+
 class _SparseJSD(torch.autograd.Function):
     """The gradient is written in the forward pass, over a copy of the logits."""
 
@@ -138,148 +148,34 @@ class _SparseJSD(torch.autograd.Function):
         ctx: Any,
         student_logits: torch.Tensor,
         teacher: SparseDistribution,
-        beta: float,
-        temperature: float,
-        tail: Tail,
+        parameters: tuple[float, float, Tail],
+        weights: torch.Tensor | None,
+        labels: HardLabels | None,
+        kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        logits = student_logits.to(compute_dtype(student_logits), copy=True)
+        step = choose(kernel, student_logits)
+        logits = student_logits.to(
+            step.logits_dtype(student_logits.dtype),
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
         with_gradient = ctx.needs_input_grad[0]
-        divergence, statistics = divergence_and_gradient(
-            logits, teacher, beta, temperature, tail, with_gradient=with_gradient
+        objective, statistics = step.divergence_and_gradient(
+            logits,
+            teacher,
+            *parameters,
+            weights=weights,
+            labels=labels,
+            with_gradient=with_gradient,
         )
         if with_gradient:
             ctx.save_for_backward(logits)
             ctx.dtype = student_logits.dtype
         ctx.mark_non_differentiable(*vars(statistics).values())
-        return divergence, *vars(statistics).values()
+        return objective, *vars(statistics).values()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None, None
-
-
-@torch.no_grad()
-def divergence_and_gradient(
-    logits: torch.Tensor,
-    teacher: SparseDistribution,
-    beta: float,
-    temperature: float,
-    tail: Tail,
-    *,
-    scale: float = 1.0,
-    with_gradient: bool,
-) -> tuple[torch.Tensor, SparseStatistics]:
-    """Divergence of each row; ``logits`` is overwritten.
-
-    With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
-
-        ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
-
-    where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
-    Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
-    the support is one token, and the tail's share is spread by the student's softmax within it.
-
-    Args:
-        logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
-            respect to it, or scratch without ``with_gradient``.
-        teacher: N rows, checked.
-
-    Returns:
-        (divergence [N], statistics).
-    """
-    lowest = torch.finfo(logits.dtype).min / 4  # in place of −inf, so that 0·log 0 is 0
-    valid = teacher.token_ids >= 0  # [N, K]
-    # A teacher's mass that underflows counts as the smallest number: no infinite log.
-    floor = math.log(torch.finfo(logits.dtype).tiny)
-    log_p = teacher.logprobs.to(logits.dtype).clamp_min(floor)  # [N, K]
-    best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
-    # A pad repeats the row's best token, so that writing to the support writes the same twice.
-    best_id = teacher.token_ids.gather(1, best).clamp_min(0)
-    ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
-    exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
-
-    # Student: tail and support each relative to their own maximum, so neither can underflow.
-    on_support = logits.gather(1, ids)  # [N, K]
-    _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
-    tail_maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(lowest)  # [N, 1]
-    exponentials = logits.sub_(tail_maximum)
-    if temperature != 1.0:
-        exponentials.div_(temperature)
-    exponentials.exp_()  # [N, V] of the tail, in place
-    tail_sum = exponentials.sum(dim=-1)  # [N], at least 1 where there is a tail
-
-    # Both are then taken relative to the row's maximum: large logits would cost digits.
-    on_support.masked_fill_(~valid, -math.inf)
-    maximum = torch.maximum(on_support.amax(dim=-1, keepdim=True), tail_maximum)  # [N, 1]
-    on_support.sub_(maximum).div_(temperature)
-    tail_log_sum = (tail_maximum - maximum).squeeze(1) / temperature + tail_sum.log()  # [N]
-    support_log_sum = on_support.logsumexp(dim=-1)  # [N]
-    log_total = torch.logaddexp(tail_log_sum, support_log_sum)  # [N]
-    log_q = on_support - log_total[:, None]  # [N, K]
-    log_q_tail = tail_log_sum - log_total  # [N]
-    student_mass = (support_log_sum - log_total).exp()
-    agrees = on_support.gather(1, best).squeeze(1) == 0.0
-
-    log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
-    teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
-
-    # The outcomes: the support, then the tail in the last column.
-    present = torch.cat([valid, exists[:, None]], dim=1)  # [N, K+1]
-    log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
-    log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
-    log_q.clamp_min_(lowest)
-    p = log_p.exp().masked_fill_(~present, 0.0)
-    q = log_q.exp().masked_fill_(~present, 0.0)
-    teacher_entropy, student_entropy = -(p * log_p).sum(1), -(q * log_q).sum(1)
-    if tail == "renormalize":
-        present[:, -1] = False
-        log_p, p = _renormalized(log_p, present)
-        log_q, q = _renormalized(log_q, present)
-
-    divergence, weighted = _outcomes(log_p, p, log_q, q, beta)
-    if with_gradient:
-        gradient = weighted - q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
-        gradient *= scale / temperature
-        exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
-        _put(exponentials, ids, gradient[:, :-1], valid, best)
-    columns = (divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees)
-    # Copies: as an output of its own, the statistic is detached while the divergence is not.
-    return divergence, SparseStatistics(*(c.to(torch.float32, copy=True) for c in columns))
-
-
-def _outcomes(
-    log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], Q·h [N, K+1]); absent outcomes have p = q = 0."""
-    if beta == 0.0:
-        return (p * (log_p - log_q)).sum(1), -p
-    if beta == 1.0:
-        weighted = q * (log_q - log_p)
-        return weighted.sum(1), weighted
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    weighted = (1.0 - beta) * q * (log_q - log_m)
-    return (beta * p * (log_p - log_m) + weighted).sum(1), weighted
-
-
-def _renormalized(
-    log_mass: torch.Tensor, present: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-masses [N, K+1] of the present outcomes, made to sum to one, and their exponentials."""
-    kept = log_mass.masked_fill(~present, -math.inf)
-    log_mass = (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~present, 0.0)
-    return log_mass, log_mass.exp().masked_fill(~present, 0.0)
-
-
-def _put(
-    matrix: torch.Tensor,
-    ids: torch.Tensor,
-    values: torch.Tensor,
-    valid: torch.Tensor,
-    best: torch.Tensor,
-) -> None:
-    """matrix[n, ids[n, k]] = values[n, k]; pads repeat the best token, or change nothing."""
-    unchanged = matrix.gather(1, ids.gather(1, best))  # [N, 1], of rows without any support
-    repeated = torch.where(valid.any(dim=-1, keepdim=True), values.gather(1, best), unchanged)
-    matrix.scatter_(1, ids, torch.where(valid, values, repeated))
+        return (gradient * upstream[:, None]).to(ctx.dtype), None, None, None, None, None

@@ -118,11 +118,12 @@ class _Sample(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         step = input_ids.shape[1] - self.prompt_width
-        cdf = (scores.float() / self.temperature).softmax(-1).cumsum(-1)  # [B, V]
-        # Scaled by the sum, which float32 leaves a little off 1, and kept below it: the last id of
-        # zero probability is never reached.
-        point = self.draws[:, step : step + 1].to(cdf) * cdf[:, -1:]
-        chosen = torch.searchsorted(cdf, point, right=True).clamp_max_(cdf.shape[-1] - 1)  # [B, 1]
+        cdf = (scores.double() / self.temperature).softmax(-1).cumsum(-1)  # [B, V]
+        total = cdf[:, -1:]
+        # Below the total, and searched from the right: never an id of zero probability.
+        point = self.draws[:, step : step + 1].to(cdf) * total
+        point = torch.minimum(point, total.nextafter(torch.zeros_like(total)))
+        chosen = torch.searchsorted(cdf, point, right=True)  # [B, 1]
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 
 

@@ -30,12 +30,15 @@ def generate_rows(
     eos_token_ids: Sequence[int],
     pad: int,
     wanted: Callable[[], list[bool]],
+    *,
+    vocab_size: int,
 ) -> list[Completion]:
     """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
 
     Args:
         eos_token_ids: end every row, beside its own stop tokens.
         pad: any valid id; the attention mask hides it.
+        vocab_size: ids from here on, padding of the output layer, are never generated.
         wanted: which rows somebody still waits for; the others end at once, with any completion.
 
     Raises:
@@ -61,7 +64,7 @@ def generate_rows(
     output: Any = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
-        logits_processor=LogitsProcessorList([_SampleRows(jobs, device)]),
+        logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
         stopping_criteria=StoppingCriteriaList([_StopRows(jobs, stops, width, wanted, device)]),
     )
     generated = output[:, width:].cpu().numpy()
@@ -127,8 +130,9 @@ class _SampleRows(LogitsProcessor):
     of the logits after temperature, top-k and top-p. Rows with equal parameters go together.
     """
 
-    def __init__(self, jobs: Sequence[GenerateJob], device: torch.device) -> None:
+    def __init__(self, jobs: Sequence[GenerateJob], device: torch.device, vocab_size: int) -> None:
         self.step = 0
+        self.vocab_size = vocab_size
         longest = max(job.max_new_tokens for job in jobs)
         alike: dict[tuple[float, int, float], list[int]] = {}
         for row, job in enumerate(jobs):
@@ -152,6 +156,7 @@ class _SampleRows(LogitsProcessor):
                 "the model's logits are not finite while generating. Check the teacher's weights, "
                 "or serve it with --dtype float32"
             )
+        scores[:, self.vocab_size :] = float("-inf")
         for rows, draws, warp in self.groups:
             logits = warp(input_ids[rows], scores[rows].float())
             cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [n, V]

@@ -124,6 +124,7 @@ class TransformersBackend:
                 self.facts.eos_token_ids,
                 self._pad,
                 still_wanted,
+                vocab_size=self.facts.tokenizer.vocab_size,
             )
             completions.update(zip(group, done, strict=True))
         return self._with_scores(jobs, [completions[i] for i in range(len(jobs))])

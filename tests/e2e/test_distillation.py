@@ -79,6 +79,34 @@ def test_sft_learns_the_data_without_a_teacher(world, tmp_path):
     assert losses[1] < 0.8 * losses[0]
 
 
+def test_sft_weight_mixes_the_cross_entropy_of_the_data_into_the_loss(world, tmp_path):
+    options = {"lmbda": 0, "beta": 0.5, "max_steps": 1}
+    assert distill(world, tmp_path / "mixed", sft_weight=0.25, **options) == 0
+    entry = history(tmp_path / "mixed")[0]
+    expected = 0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"]
+    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+    assert distill(world, tmp_path / "plain", **options) == 0
+    plain = history(tmp_path / "plain")[0]
+    assert plain["loss"] == pytest.approx(entry["divergence"], rel=1e-4)
+    assert plain["cross_entropy"] == pytest.approx(entry["cross_entropy"], rel=1e-4)
+
+
+def test_renormalize_drops_the_tail(world, tmp_path):
+    options = {"lmbda": 0, "beta": 1, "max_steps": 1}
+    losses = []
+    for tail in ("bucket", "renormalize"):
+        assert distill(world, tmp_path / tail, tail=tail, **options) == 0
+        losses.append(history(tmp_path / tail)[0]["loss"])
+    assert abs(losses[1] - losses[0]) > 0.05
+
+
+def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
+    options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
+    for kernel in ("torch", "triton"):
+        assert distill(world, tmp_path / kernel, loss_kernel=kernel, **options) == 0
+    assert_same_weights(tmp_path / "torch", tmp_path / "triton", tolerance=2e-5)
+
+
 def test_logs_tell_what_happened(world, tmp_path):
     assert distill(world, tmp_path, lmbda=1) == 0
     entry = history(tmp_path)[0]
@@ -89,6 +117,9 @@ def test_logs_tell_what_happened(world, tmp_path):
     assert 0 < entry["student_entropy"] < 5
     assert 1 <= entry["completion_length"] <= 12
     assert 0 <= entry["truncated"] <= 1
+    assert 0 <= entry["top1_agreement"] <= 1
+    assert 0 < entry["divergence_gap_bound"] < 0.7  # the entropy of a coin at most
+    assert entry["cross_entropy"] > 0
     assert entry["divergence"] == pytest.approx(entry["loss"], rel=1e-4)
     assert entry["bytes_per_token"] > 16 * 8
     for name in ("seconds_teacher", "seconds_generating", "seconds_training"):
@@ -121,9 +152,18 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
 
 
-@pytest.mark.parametrize("lmbda", [0, 0.5, 1])
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, lmbda):
-    plain = {"lmbda": lmbda, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"lmbda": 0},
+        {"lmbda": 0.5},
+        {"lmbda": 1},
+        {"lmbda": 0, "request_student_top_m": 4},
+        {"lmbda": 0, "seq_kd": "true", "request_student_top_m": 4},
+    ],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, method):
+    plain = {**method, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
     assert distill(world, tmp_path / "whole", **plain) == 0
     output = tmp_path / "parts"
     assert distill(world, output, **plain) == 0

@@ -53,4 +53,4 @@ def value_and_gradient(logits, teacher, function=sparse_generalized_jsd, **argum
 
 
 def assert_close(actual, expected, tolerance=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance)
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=tolerance, equal_nan=True)

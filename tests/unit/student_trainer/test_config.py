@@ -78,6 +78,10 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--seq_kd", "--lmbda", "1"], "--seq_kd has no effect with --lmbda 1"),
         (["--seq_kd_temperature", "0.7"], "no effect without --seq_kd"),
         (["--top_k_logprobs", "0"], "--top_k_logprobs 0 must be at least 1"),
+        (["--request_student_top_m", "-1"], "--request_student_top_m -1 must be 0 (none) or above"),
+        (["--sft_weight", "1"], "--sft_weight 1.0 must be 0 or above and below 1"),
+        (["--sft_weight", "0.2", "--lmbda", "1"], "no effect with --lmbda 1"),
+        (["--sft_weight", "0.2", "--temperature", "2"], "needs --temperature 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
@@ -110,6 +114,15 @@ def test_a_missing_flag_is_named(model_folder, flag):
     at = line.index(flag)
     with pytest.raises(ConfigurationError, match=f"{flag} is missing"):
         read(line[:at] + line[at + 2 :])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
+def test_triton_without_a_gpu_is_refused_unless_interpreted(model_folder, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigurationError, match="--loss_kernel triton needs a GPU"):
+        read(words(model_folder, "--loss_kernel", "triton"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert read(words(model_folder, "--loss_kernel", "triton"))[-1].loss_kernel == "triton"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")

@@ -17,7 +17,9 @@ def scored(length, truncated=False):
 
 def statistics(*divergences):
     column = torch.tensor(divergences)
-    return SparseStatistics(column, column / 2, column / 4, column * 2, column * 3, column * 0)
+    return SparseStatistics(
+        column, column / 2, column / 4, column * 2, column * 3, column * 0, column * 5, column * 6
+    )
 
 
 def filled():

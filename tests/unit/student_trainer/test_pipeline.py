@@ -46,10 +46,11 @@ class RecordingTeacher:
     """Answers at once, and remembers what it was asked."""
 
     def __init__(self):
-        self.scored, self.prompts = [], []
+        self.scored, self.prompts, self.requested = [], [], []
 
-    def submit_score(self, sequences, *, top_k, temperature):
+    def submit_score(self, sequences, *, top_k, temperature, requested):
         self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
+        self.requested.append(requested)
         future = Future()
         future.set_result([scores_for(ids, start) for ids, start in sequences])
         return future
@@ -60,7 +61,9 @@ class RecordingTeacher:
         completions = []
         for prompt in prompts:
             written = ids(int(prompt[1]) + 20, 1)
-            scores = scores_for(np.append(prompt, written), len(prompt))
+            scores = None
+            if options["top_k"] is not None:
+                scores = scores_for(np.append(prompt, written), len(prompt))
             completions.append(Completion(token_ids=written, finish_reason="stop", scores=scores))
         future.set_result(completions)
         return future
@@ -147,6 +150,43 @@ def test_seq_kd_uses_what_other_ranks_shared():
     ranks[1].collect(ranks[1].submit(0, [example(1)]))
     ranks[1].collect(ranks[1].submit(1, [example(0)]))
     assert teacher.prompts == [(5, 10), (5, 11)]
+
+
+def propose(samples):
+    """The last token of each sequence, in each row."""
+    return [np.full((len(s.completion_mask), 1), s.token_ids[-2]) for s in samples]
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_proposed_ids_are_requested_and_travel_with_the_sample(lmbda):
+    teacher = RecordingTeacher()
+    pipeline = Pipeline(replace(METHOD, lmbda=lmbda), teacher, CountingRollouts(), propose=propose)
+    scored = pipeline.collect(pipeline.submit(0, [example(i) for i in range(3)]))
+    for index, item in enumerate(scored):
+        expected = 30 + index if lmbda else 8
+        assert item.requested.tolist() == [[expected], [expected]]
+    asked = [group[0, 0] for call in teacher.requested for group in call]
+    assert sorted(asked) == ([30, 31, 32] if lmbda else [8, 8, 8])
+
+
+def test_seq_kd_with_proposals_scores_the_whole_batch_in_a_second_call():
+    """So that every rank makes one proposal a step, however many prompts it met before."""
+    teacher, calls = RecordingTeacher(), []
+
+    def counted(samples):
+        calls.append(len(samples))
+        return propose(samples)
+
+    pipeline = Pipeline(replace(METHOD, seq_kd=True), teacher, None, propose=counted)
+    for step, examples in enumerate([[0, 1], [1, 2], [1, 2]]):
+        pending = pipeline.submit(step, [example(i) for i in examples])
+        assert len(calls) == step  # not before the completions are there
+        scored = pipeline.collect(pending)
+        assert [item.requested[0, 0] for item in scored] == [30 + i for i in examples]
+        assert all(item.scores is not None for item in scored)
+    assert calls == [2, 2, 2]
+    assert teacher.prompts == [(5, 10), (5, 11), (5, 12)]
+    assert teacher.scored[0] == [(5, 10, 30, 1), (5, 11, 31, 1)]
 
 
 def test_a_bare_prompt_off_policy_is_refused_by_name():

@@ -1,11 +1,13 @@
 """Scored samples become the teacher's distribution, row by row with the completion mask."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data import Sample
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 
 
 def sample(completion, mask=None, prompt=(9, 9)):
@@ -14,7 +16,7 @@ def sample(completion, mask=None, prompt=(9, 9)):
     return Sample(ids, len(prompt), learned, "dataset")
 
 
-def scores_of(probabilities, k, next_ids):
+def scores_of(probabilities, k, next_ids, requested=None):
     """What a teacher with these rows [T, V] would answer."""
     p = np.asarray(probabilities, dtype=np.float64)
     top = np.argsort(-p, axis=1)[:, :k]
@@ -22,6 +24,8 @@ def scores_of(probabilities, k, next_ids):
     np.put_along_axis(named, top, True, axis=1)
     rows = np.arange(len(p))
     named[rows, next_ids] = True
+    if requested is not None:
+        np.put_along_axis(named, np.asarray(requested), True, axis=1)
     tail = np.where(named, 0.0, p).sum(1)
     with np.errstate(divide="ignore"):
         return SparseLogprobs(
@@ -29,6 +33,9 @@ def scores_of(probabilities, k, next_ids):
             logprobs=np.log(np.take_along_axis(p, top, 1)).astype(np.float32),
             next_token_logprob=np.log(p[rows, next_ids]).astype(np.float32),
             tail_logprob=np.log(tail).astype(np.float32),
+            requested_logprobs=None
+            if requested is None
+            else np.log(np.take_along_axis(p, np.asarray(requested), 1)).astype(np.float32),
         )
 
 
@@ -75,6 +82,38 @@ def test_teacher_mass_outside_the_shared_vocabulary_goes_to_the_tail():
     )
 
 
+def requested_item(requested, **arguments):
+    scores = scores_of(P, 2, [3, 1], requested)
+    return ScoredSample(sample([3, 1], **arguments), scores, np.array(requested, np.uint32))
+
+
+def test_requested_ids_join_the_support_with_no_id_twice():
+    """They repeat the top-k (0, 1), the next token (3 and 1), each other, and name new ones."""
+    item = requested_item([[3, 0, 2, 2], [4, 1, 1, 0]])
+    assert_masses(
+        masses(sparse_distribution([item], 5)),
+        [
+            {0: 0.5, 1: 0.3, 3: 0.06, 2: 0.1, "tail": 0.04},
+            {1: 0.6, 4: 0.2, 0: 0.05, "tail": 0.15},
+        ],
+    )
+    distribution = sparse_distribution([item], 5)
+    for row in distribution.token_ids.tolist():
+        named = [i for i in row if i >= 0]
+        assert len(named) == len(set(named))
+
+
+def test_requested_ids_follow_the_mask_and_the_shared_vocabulary():
+    item = requested_item([[3, 0, 2, 2], [4, 1, 1, 0]], mask=[False, True])
+    assert_masses(masses(sparse_distribution([item], 4)), [{1: 0.6, 0: 0.05, "tail": 0.35}])
+
+
+def test_the_union_with_every_id_is_the_dense_distribution():
+    item = requested_item([[4, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
+    found = masses(sparse_distribution([item], 5))
+    assert_masses(found, [{**dict(enumerate(row)), "tail": 0.0} for row in P])
+
+
 def test_rows_sum_to_one_and_samples_keep_their_order():
     first = ScoredSample(sample([3]), scores_of(P[:1], 1, [3]))
     second = ScoredSample(sample([1]), scores_of(P[1:], 4, [1]))
@@ -89,3 +128,22 @@ def test_without_scores_rows_are_one_hot_at_the_next_token():
     assert distribution.token_ids.tolist() == [[3], [1]]
     assert distribution.logprobs.tolist() == [[0.0], [0.0]]
     assert torch.isneginf(distribution.tail_logprob).all()
+
+
+def test_hard_labels_count_where_the_dataset_or_the_teacher_wrote():
+    scored = [
+        ScoredSample(sample([3, 1], mask=[False, True]), None),
+        ScoredSample(replace(sample([2, 4]), source="student"), None),
+        ScoredSample(replace(sample([0]), source="teacher"), None),
+    ]
+    weights, labels = hard_labels(scored, 0.25)
+    assert labels.token_ids.tolist() == [1, 2, 4, 0]
+    assert labels.weights.tolist() == [0.25, 0.0, 0.0, 0.25]
+    assert weights.tolist() == [0.75, 1.0, 1.0, 0.75]
+
+
+def test_without_an_sft_weight_labels_are_only_measured():
+    weights, labels = hard_labels([ScoredSample(sample([3, 1]), None)], 0.0)
+    assert weights is None
+    assert labels.weights is None
+    assert labels.token_ids.tolist() == [3, 1]

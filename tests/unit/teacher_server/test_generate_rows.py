@@ -23,7 +23,9 @@ def job(prompt, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, seed=0, s
 
 def generate(model, jobs, eos=(), wanted=None):
     everyone = [True] * len(jobs)
-    return generate_rows(model, jobs, eos, 0, wanted or (lambda: everyone))
+    return generate_rows(
+        model, jobs, eos, 0, wanted or (lambda: everyone), vocab_size=vocab_size
+    )
 
 
 def kept(dense, top_k, top_p):

@@ -1,11 +1,14 @@
 """Hostile programs neither pass nor harm; honest ones pass, fast."""
 
+import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.sandbox import Program, Sandbox, run_programs
 
 TEST = "def check(candidate):\n    assert candidate(3) == 4\n"
@@ -171,3 +174,27 @@ def test_results_come_back_in_order():
 
 def test_no_programs_give_no_results():
     assert run_programs([]) == []
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/usr/bin/python3").exists(),
+    reason="only root can become another user; needs a Python that others may run",
+)
+def test_programs_run_for_users_other_than_root():
+    harness = sandbox_module._HARNESS.read_text()
+    request = {"code": RIGHT, "entry_point": "f", "test": TEST, "context": "", "timeout": 5.0,
+               "memory_bytes": 512 << 20}  # fmt: skip
+    fork = request | {"code": "import os\nos.fork()\n" + RIGHT}
+    lines = "".join(json.dumps(one) + "\n" for one in (request, fork))
+    done = subprocess.run(
+        ["setpriv", "--reuid=12345", "--clear-groups", "/usr/bin/python3", "-I", "-S", "-c",
+         harness],
+        input=lines, capture_output=True, text=True, cwd="/", check=True,
+    )  # fmt: skip
+    outcomes = [json.loads(line)["outcome"] for line in done.stdout.splitlines()]
+    assert outcomes == ["passed", "forbidden"]
+
+
+def test_a_machine_on_which_nothing_runs_is_no_model_that_solves_nothing():
+    with pytest.raises(RuntimeError, match="the sandbox cannot run programs here"):
+        Sandbox(memory_bytes=1 << 20)

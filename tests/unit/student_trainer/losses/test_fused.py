@@ -86,6 +86,20 @@ def test_vocab_size_equals_slicing_the_logits(beta):
     assert grad_weight[:9].abs().min() > 0
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("beta", BETAS)
+def test_softcap_equals_capping_the_logits(beta, softcap):
+    hidden, weight, bias, teacher = problem()
+    logits = softcap * torch.tanh((hidden @ weight.T + bias) / softcap)
+    expected = sparse_generalized_jsd(logits, teacher, beta=beta, temperature=2.0).sum()
+    arguments = {"beta": beta, "temperature": 2.0, "normalizer": 1, "softcap": softcap}
+    actual = linear_sparse_jsd(hidden, weight, teacher, bias=bias, chunk_size=3, **arguments)
+    assert_close(actual, expected)
+    inputs = (hidden, weight, bias)
+    for one, other in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
+        assert_close(one, other)
+
+
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
 def test_only_what_requires_a_gradient_gets_one(trained):
     hidden, weight, bias, teacher = problem()
@@ -235,6 +249,8 @@ def test_default_chunks_are_of_equal_size(rows, limit, size):
         ({"normalizer": math.nan}, "normalizer nan"),
         ({"vocab_size": V + 1}, f"vocab_size {V + 1} must be from 1 to {V}"),
         ({"vocab_size": 0}, "vocab_size 0"),
+        ({"softcap": 0.0}, r"softcap 0\.0 must be above 0"),
+        ({"softcap": math.inf}, "softcap inf"),
         ({"bias": torch.zeros(V - 1)}, r"bias must be \[V\]"),
     ],
 )

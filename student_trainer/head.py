@@ -1,0 +1,119 @@
+"""The output layer: what a model does between its last hidden state and its logits.
+
+The fused loss goes round the model's own forward, so whatever that does there must be known here:
+
+    logits = cap·tanh(z / cap) with z = scale · hidden @ weightᵀ + bias
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from student_trainer.losses.fused import CHUNK_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A linear output layer with what the config says is done to its logits.
+
+    Attributes:
+        layer: the layer itself, tied to the input embeddings or not; read anew at each use,
+            because wrappers put other tensors in its place.
+        scale: times the logits: `logit_scale` (Cohere), 1 / `logits_scaling` (Granite).
+        softcap: `final_logit_softcapping` (Gemma), or None.
+    """
+
+    layer: nn.Linear
+    scale: float
+    softcap: float | None
+
+    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states that meet the bare weight: scaling [N, d] spares scaling [N, V].
+
+        A bias would be scaled too by the models that have a scale; none of them has a bias.
+        """
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of hidden states [N, d]."""
+        logits = nn.functional.linear(self.scaled(hidden), self.layer.weight, self.layer.bias)
+        cap = self.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def top_ids(self, hidden: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:
+        """Ids [N, count] of the most probable tokens below ``vocab_size``, [N, d] chunk by chunk.
+
+        Soft-capping keeps the order, so it is left out.
+        """
+        weight = self.layer.weight[:vocab_size]  # [V, d], a view
+        bias = None if self.layer.bias is None else self.layer.bias[:vocab_size]
+        ids = hidden.new_empty((len(hidden), count), dtype=torch.int64)
+        rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+        for part, found in zip(self.scaled(hidden).split(rows), ids.split(rows), strict=True):
+            logits = nn.functional.linear(part, weight, bias)  # [n, V]
+            found.copy_(logits.topk(count, dim=-1).indices)
+        return ids
+
+
+def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:
+    """The head of a causal language model; None where only the model knows its own logits.
+
+    Told from the config, and by trying: eight tokens through both ways. There is none for layers
+    that are more than linear: adapters on the head (LoRA, whose low-rank part would need the full
+    weight gradient anyway), quantised weights, or weights that are not all here (ZeRO-3 gathers
+    them only inside the layer's own forward). The loss is right there too, but the logits of all
+    positions exist.
+
+    Args:
+        causal_lm: not yet wrapped for distribution or compiled.
+        forward: its own forward.
+    """
+    layer = causal_lm.get_output_embeddings()
+    if type(layer) is not nn.Linear or hasattr(layer.weight, "ds_id"):
+        kind = "sharded" if type(layer) is nn.Linear else type(layer).__name__
+        logger.warning(
+            "The output layer is %s, not a plain linear layer at hand: the loss uses the model's "
+            "own logits of all positions, and needs memory for them",
+            kind,
+        )
+        return None
+    config = causal_lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = OutputHead(layer, float(scale), float(cap) if cap else None)
+    if _gives_the_logits(head, causal_lm, forward):
+        return head
+    logger.warning(
+        "%s does more to its logits than is known here: the loss uses the model's own logits of "
+        "all positions, and needs memory for them",
+        type(causal_lm).__name__,
+    )
+    return None
+
+
+@torch.no_grad()
+def _gives_the_logits(head: OutputHead, causal_lm: Any, forward: Any) -> bool:
+    weight = head.layer.weight
+    input_ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]  # [1, 8]
+    training = causal_lm.training
+    causal_lm.eval()
+    try:
+        hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        ours = head.logits(hidden).float()
+        theirs = forward(input_ids=input_ids, use_cache=False).logits.float()
+    except (AttributeError, TypeError, RuntimeError):  # no decoder of the usual shape
+        return False
+    finally:
+        causal_lm.train(training)
+    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+    scale = float(theirs.abs().max().clamp_min(1.0))
+    return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= tolerance * scale

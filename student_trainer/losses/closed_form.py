@@ -1,0 +1,235 @@
+"""The closed form on a chunk of logits, in PyTorch: what every fast path must equal.
+
+The outcomes are the tokens of the support and the tail τ, which holds every other token on both
+sides; the student's side is always normalised over the full vocabulary. `triton` is the same on a
+GPU in one kernel; `kernels` chooses between them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
+
+Tail = Literal["bucket", "renormalize"]
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What logits of ``dtype`` are computed in and replaced by."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class SparseStatistics:
+    """What the same pass tells about each row; all [N] float32, detached.
+
+    Attributes:
+        divergence: nats.
+        teacher_support_mass, student_support_mass: probability on the support.
+        teacher_entropy, student_entropy: nats over the support and the tail as one outcome, a
+            lower bound of the entropy over the vocabulary.
+        top1_agreement: 1 where the teacher's most probable token is the student's too.
+        cross_entropy: nats, of the hard labels; NaN where there are none.
+        gap_bound: nats; the dense divergence lies from ``divergence`` to ``divergence +
+            gap_bound``. +inf where the masses alone give no bound; see `_gap_bound`.
+    """
+
+    divergence: torch.Tensor
+    teacher_support_mass: torch.Tensor
+    student_support_mass: torch.Tensor
+    teacher_entropy: torch.Tensor
+    student_entropy: torch.Tensor
+    top1_agreement: torch.Tensor
+    cross_entropy: torch.Tensor
+    gap_bound: torch.Tensor
+
+
+@torch.no_grad()
+def divergence_and_gradient(
+    logits: torch.Tensor,
+    teacher: SparseDistribution,
+    beta: float,
+    temperature: float,
+    tail: Tail,
+    *,
+    scale: float = 1.0,
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
+    softcap: float | None = None,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, SparseStatistics]:
+    """Weighted divergence and cross-entropy of each row; ``logits`` is overwritten.
+
+    With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
+
+        ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
+
+    where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
+    Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
+    the support is one token, and the tail's share is spread by the student's softmax within it.
+    The cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping, z
+    in place of c·tanh(z/c), multiplies the gradient by 1 − tanh²(z/c).
+
+    Args:
+        logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
+            respect to it, or scratch without ``with_gradient``.
+        teacher, weights, labels: N rows, checked.
+        softcap: c, or None; needs a second matrix like ``logits``.
+
+    Returns:
+        (weight · divergence + label weight · cross-entropy [N], statistics).
+    """
+    slopes = None
+    if softcap is not None:
+        slopes = torch.div(logits, softcap).tanh_()
+        torch.mul(slopes, softcap, out=logits)
+        slopes.square_().neg_().add_(1.0)
+    lowest = torch.finfo(logits.dtype).min / 4  # in place of −inf, so that 0·log 0 is 0
+    valid = teacher.token_ids >= 0  # [N, K]
+    # A teacher's mass that underflows counts as the smallest number: no infinite log.
+    floor = math.log(torch.finfo(logits.dtype).tiny)
+    log_p = teacher.logprobs.to(logits.dtype).clamp_min(floor)  # [N, K]
+    best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
+    # A pad repeats the row's best token, so that writing to the support writes the same twice.
+    best_id = teacher.token_ids.gather(1, best).clamp_min(0)
+    ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
+    exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
+
+    label_logits = None if labels is None else logits.gather(1, labels.token_ids[:, None])
+    # Student: tail and support each relative to their own maximum, so neither can underflow.
+    on_support = logits.gather(1, ids)  # [N, K]
+    _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
+    tail_maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(lowest)  # [N, 1]
+    exponentials = logits.sub_(tail_maximum)
+    if temperature != 1.0:
+        exponentials.div_(temperature)
+    exponentials.exp_()  # [N, V] of the tail, in place
+    tail_sum = exponentials.sum(dim=-1)  # [N], at least 1 where there is a tail
+
+    # Both are then taken relative to the row's maximum: large logits would cost digits.
+    on_support.masked_fill_(~valid, -math.inf)
+    maximum = torch.maximum(on_support.amax(dim=-1, keepdim=True), tail_maximum)  # [N, 1]
+    on_support.sub_(maximum).div_(temperature)
+    tail_log_sum = (tail_maximum - maximum).squeeze(1) / temperature + tail_sum.log()  # [N]
+    support_log_sum = on_support.logsumexp(dim=-1)  # [N]
+    log_total = torch.logaddexp(tail_log_sum, support_log_sum)  # [N]
+    log_q = on_support - log_total[:, None]  # [N, K]
+    log_q_tail = tail_log_sum - log_total  # [N]
+    student_mass = (support_log_sum - log_total).exp()
+    if label_logits is None:
+        cross_entropy = torch.full_like(log_total, math.nan)
+    else:
+        cross_entropy = log_total - (label_logits - maximum).squeeze(1) / temperature
+    agrees = on_support.gather(1, best).squeeze(1) == 0.0
+
+    log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
+    teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
+
+    # The outcomes: the support, then the tail in the last column.
+    present = torch.cat([valid, exists[:, None]], dim=1)  # [N, K+1]
+    log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
+    log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
+    log_q.clamp_min_(lowest)
+    p = log_p.exp().masked_fill_(~present, 0.0)
+    q = log_q.exp().masked_fill_(~present, 0.0)
+    teacher_entropy, student_entropy = -(p * log_p).sum(1), -(q * log_q).sum(1)
+    coarse = valid.sum(dim=-1) + 1 < logits.shape[1]  # [N] the tail is more than one token
+    gap = _gap_bound(log_p[:, -1], log_q[:, -1], teacher.tail_logprob, beta)
+    gap = torch.where(coarse, gap, 0.0)
+    kept_log_p, kept_p, kept_log_q, kept_q = log_p, p, log_q, q
+    if tail == "renormalize":
+        gap = torch.where(exists, math.inf, 0.0)
+        present[:, -1] = False
+        kept_log_p, kept_p = _renormalized(log_p, present)
+        kept_log_q, kept_q = _renormalized(log_q, present)
+
+    divergence, weighted = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    objective = divergence if weights is None else divergence * weights
+    label_weights = None if labels is None else labels.weights
+    if label_weights is not None:
+        objective = objective + label_weights * cross_entropy
+    if with_gradient:
+        gradient = weighted - kept_q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
+        if weights is not None:
+            gradient *= weights[:, None]
+        if label_weights is not None:
+            gradient += label_weights[:, None] * q
+        gradient *= scale / temperature
+        exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
+        _put(exponentials, ids, gradient[:, :-1], valid, best)
+        if labels is not None and label_weights is not None:
+            at = labels.token_ids[:, None]  # [N, 1]
+            pull = (label_weights * (scale / temperature))[:, None].to(logits.dtype)
+            exponentials.scatter_(1, at, exponentials.gather(1, at) - pull)
+        if slopes is not None:
+            exponentials *= slopes
+    columns = (
+        divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
+        cross_entropy, gap,
+    )  # fmt: skip
+    # Copies: as an output of its own, the statistic is detached while the objective is not.
+    return objective.to(logits.dtype), SparseStatistics(
+        *(c.to(torch.float32, copy=True) for c in columns)
+    )
+
+
+def _gap_bound(
+    log_p_tail: torch.Tensor, log_q_tail: torch.Tensor, given: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """[N]: the most by which the dense divergence can exceed the coarse one, from the tail masses.
+
+    By the chain rule the two differ by what happens within the tail,
+
+        D_dense − D = M_τ·JSD_λ(P(·|τ), Q(·|τ)) with M_τ = βP_τ + (1−β)Q_τ, λ = βP_τ/M_τ
+
+    and JSD_λ is at most the entropy of a coin that falls λ : 1−λ, reached where the two are
+    disjoint. For β = 0 the difference is P_τ·KL(P(·|τ)‖Q(·|τ)), for β = 1 Q_τ·KL(Q(·|τ)‖P(·|τ)):
+    no masses bound those, unless that side's tail is empty.
+    """
+    if beta == 0.0:
+        return torch.where(given.isneginf(), 0.0, math.inf)
+    if beta == 1.0:
+        return torch.full_like(log_q_tail, math.inf)
+    ours, theirs = log_q_tail + math.log1p(-beta), log_p_tail + math.log(beta)
+    log_m = torch.logaddexp(ours, theirs)
+    return ours.exp() * (log_m - ours) + theirs.exp() * (log_m - theirs)
+
+
+def _outcomes(
+    log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(divergence [N], Q·h [N, K+1]); absent outcomes have p = q = 0."""
+    if beta == 0.0:
+        return (p * (log_p - log_q)).sum(1), -p
+    if beta == 1.0:
+        weighted = q * (log_q - log_p)
+        return weighted.sum(1), weighted
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    weighted = (1.0 - beta) * q * (log_q - log_m)
+    return (beta * p * (log_p - log_m) + weighted).sum(1), weighted
+
+
+def _renormalized(
+    log_mass: torch.Tensor, present: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-masses [N, K+1] of the present outcomes, made to sum to one, and their exponentials."""
+    kept = log_mass.masked_fill(~present, -math.inf)
+    log_mass = (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~present, 0.0)
+    return log_mass, log_mass.exp().masked_fill(~present, 0.0)
+
+
+def _put(
+    matrix: torch.Tensor,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    valid: torch.Tensor,
+    best: torch.Tensor,
+) -> None:
+    """matrix[n, ids[n, k]] = values[n, k]; pads repeat the best token, or change nothing."""
+    unchanged = matrix.gather(1, ids.gather(1, best))  # [N, 1], of rows without any support
+    repeated = torch.where(valid.any(dim=-1, keepdim=True), values.gather(1, best), unchanged)
+    matrix.scatter_(1, ids, torch.where(valid, values, repeated))

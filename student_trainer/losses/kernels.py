@@ -1,0 +1,69 @@
+"""Who computes a chunk: the closed form in PyTorch, or Triton on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, Protocol
+
+import torch
+
+from student_trainer.losses import closed_form
+from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
+
+Kernel = Literal["auto", "torch", "triton"]
+
+
+class ChunkStep(Protocol):
+    """A module that computes divergence and gradient of a chunk of logits."""
+
+    def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype that logits of ``dtype`` are handed over in, and their gradient comes back in."""
+        ...
+
+    def divergence_and_gradient(
+        self,
+        logits: torch.Tensor,
+        teacher: SparseDistribution,
+        beta: float,
+        temperature: float,
+        tail: Tail,
+        *,
+        scale: float = 1.0,
+        weights: torch.Tensor | None = None,
+        labels: HardLabels | None = None,
+        softcap: float | None = None,
+        with_gradient: bool,
+    ) -> tuple[torch.Tensor, SparseStatistics]:
+        """See `closed_form.divergence_and_gradient`."""
+        ...
+
+
+def choose(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
+    """The module for logits (or hidden states) of this device and dtype.
+
+    Raises:
+        ValueError: an unknown kernel, or "triton" where it cannot run.
+    """
+    if kernel not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernel {kernel!r} must be 'auto', 'torch' or 'triton'")
+    obstacle = _obstacle(logits.device.type, logits.dtype) if kernel != "torch" else ""
+    if kernel == "torch" or (kernel == "auto" and (obstacle or not logits.is_cuda)):
+        return closed_form
+    if obstacle:
+        raise ValueError(f"kernel 'triton' {obstacle}; use 'auto' or 'torch'")
+    from student_trainer.losses import triton
+
+    return triton
+
+
+def _obstacle(device: str, dtype: torch.dtype) -> str:
+    """Why Triton cannot compute this; empty when it can. Its interpreter runs on a CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return "is not installed (pip install triton)"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a GPU, the logits are on {device}"
+    if dtype == torch.float64:
+        return "computes in float32, the logits are float64"
+    return ""

@@ -1,0 +1,283 @@
+"""The closed form as one Triton kernel: one program a row, two passes over the vocabulary.
+
+The first pass is an online log-sum-exp over the tail; between the two, everything about the K + 1
+outcomes happens in registers; the second pass replaces the logits by their gradient. Logits of any
+floating dtype are read and written as they are, the arithmetic is float32. No atomics: the same
+input gives the same bits.
+
+The mathematics and its names are those of `closed_form.divergence_and_gradient`, the slow twin.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.distribution import HardLabels, SparseDistribution
+
+BLOCK_V = 4096  # tokens of a row in registers at once
+_LOWEST = torch.finfo(torch.float32).min / 4  # in place of −inf, so that 0·log 0 is 0
+_FLOOR = math.log(torch.finfo(torch.float32).tiny)
+_COLUMNS = 1 + len(SparseStatistics.__dataclass_fields__)  # the objective, then the statistics
+
+
+def logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """See `kernels.ChunkStep`: half precision stays as it is."""
+    return dtype
+
+
+@torch.no_grad()
+def divergence_and_gradient(
+    logits: torch.Tensor,
+    teacher: SparseDistribution,
+    beta: float,
+    temperature: float,
+    tail: Tail,
+    *,
+    scale: float = 1.0,
+    weights: torch.Tensor | None = None,
+    labels: HardLabels | None = None,
+    softcap: float | None = None,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, SparseStatistics]:
+    """See `closed_form.divergence_and_gradient`; ``logits`` float32, bfloat16 or float16."""
+    rows, vocab_size = logits.shape
+    if not logits.is_contiguous():
+        raise ValueError("logits must be contiguous")
+    support = teacher.token_ids.shape[1]
+    out = torch.empty((_COLUMNS, rows), dtype=torch.float32, device=logits.device)
+    unused = out  # a pointer for what is absent: never read
+    label_weights = None if labels is None else labels.weights
+    if rows:
+        _kernel[(rows,)](
+            logits,
+            teacher.token_ids.contiguous(),
+            teacher.logprobs.float().contiguous(),
+            teacher.tail_logprob.float().contiguous(),
+            unused if weights is None else weights.float().contiguous(),
+            unused if labels is None else labels.token_ids.contiguous(),
+            unused if label_weights is None else label_weights.float().contiguous(),
+            out,
+            rows,
+            vocab_size,
+            support,
+            beta,
+            math.log(beta) if beta > 0.0 else 0.0,
+            math.log1p(-beta) if beta < 1.0 else 0.0,
+            1.0 / temperature,
+            scale / temperature,
+            1.0 if softcap is None else softcap,
+            MODE=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
+            RENORMALIZE=tail == "renormalize",
+            WEIGHTED=weights is not None,
+            LABELLED=labels is not None,
+            LABEL_WEIGHTED=label_weights is not None,
+            CAPPED=softcap is not None,
+            GRADIENT=with_gradient,
+            LOWEST=_LOWEST,
+            FLOOR=_FLOOR,
+            BLOCK_K=max(16, triton.next_power_of_2(support)),
+            BLOCK_V=min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size))),
+            num_warps=8,
+        )
+    return out[0], SparseStatistics(*out[1:])
+
+
+@triton.jit
+def _cap(z, c):
+    """(c·tanh(z/c), 1 − tanh²(z/c)); −inf, which marks what the tail leaves out, stays."""
+    t = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * z / c))
+    return tl.where(z == -float("inf"), z, c * t), 1.0 - t * t
+
+
+@triton.jit
+def _add_logs(a, b):
+    """log(exp a + exp b) of finite a and b."""
+    high = tl.maximum(a, b)
+    return high + tl.log(tl.exp(a - high) + tl.exp(b - high))
+
+
+@triton.jit
+def _kernel(
+    logits_at,  # [N, V]
+    ids_at,  # [N, K]
+    logprobs_at,  # [N, K]
+    tail_at,  # [N]
+    weights_at,  # [N]
+    labels_at,  # [N]
+    label_weights_at,  # [N]
+    out_at,  # [columns, N]
+    rows,
+    vocab_size,
+    support,
+    beta,
+    log_beta,
+    log_rest,
+    inverse_t,
+    scale,
+    softcap,
+    MODE: tl.constexpr,  # 0 forward KL, 1 reverse KL, 2 between
+    RENORMALIZE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    LABELLED: tl.constexpr,
+    LABEL_WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    LOWEST: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    line = logits_at + row * vocab_size
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_at + row * support + k, mask=k < support, other=-1)
+    valid = ids >= 0
+    named = tl.sum(valid.to(tl.int32), axis=0)
+
+    log_p = tl.load(logprobs_at + row * support + k, mask=valid, other=0.0)
+    log_p = tl.where(valid, tl.maximum(log_p, FLOOR), 0.0)
+    p = tl.where(valid, tl.exp(log_p), 0.0)
+    given_tail = tl.load(tail_at + row)
+    exists = named < vocab_size
+    log_p_tail = tl.where(exists, tl.maximum(given_tail, FLOOR), 0.0)
+    p_tail = tl.where(exists, tl.exp(log_p_tail), 0.0)
+
+    # The support leaves the row, so that what is left is the tail.
+    z = tl.load(line + ids, mask=valid, other=0.0).to(tl.float32)
+    slope = tl.full([BLOCK_K], 1.0, tl.float32)
+    if CAPPED:
+        z, slope = _cap(z, softcap)
+    z = tl.where(valid, z, -float("inf"))
+    label = tl.full([], -1, tl.int64)
+    z_label = 0.0
+    if LABELLED:
+        label = tl.load(labels_at + row)
+        z_label = tl.load(line + label).to(tl.float32)
+        if CAPPED:
+            z_label, _label_slope = _cap(z_label, softcap)
+    tl.debug_barrier()  # all has been read
+    tl.store(line + ids, tl.full([BLOCK_K], -float("inf"), tl.float32), mask=valid)
+    tl.debug_barrier()  # all has been written
+
+    # Online: the maximum so far, and the sum of exponentials relative to it.
+    tail_max = tl.full([], LOWEST, tl.float32)
+    tail_sum = tl.full([], 0.0, tl.float32)
+    for first in range(0, vocab_size, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        x = tl.load(line + v, mask=v < vocab_size, other=-float("inf")).to(tl.float32)
+        if CAPPED:
+            x, _slopes = _cap(x, softcap)
+        higher = tl.maximum(tail_max, tl.max(x, axis=0))
+        tail_sum *= tl.exp((tail_max - higher) * inverse_t)
+        tail_sum += tl.sum(tl.exp((x - higher) * inverse_t), axis=0)
+        tail_max = higher
+
+    best_z = tl.max(z, axis=0)
+    maximum = tl.maximum(best_z, tail_max)
+    on_support = tl.where(valid, (z - maximum) * inverse_t, -float("inf"))
+    # Relative to its own maximum where it would underflow beside the row's.
+    own = tl.maximum(best_z, LOWEST)
+    own_sum = tl.sum(tl.where(valid, tl.exp((z - own) * inverse_t), 0.0), axis=0)
+    support_log_sum = tl.where(
+        named > 0, (own - maximum) * inverse_t + tl.log(tl.maximum(own_sum, 1.0)), LOWEST
+    )
+    tail_log_sum = tl.where(
+        exists, (tail_max - maximum) * inverse_t + tl.log(tl.maximum(tail_sum, 1.0)), LOWEST
+    )
+    log_total = _add_logs(tail_log_sum, support_log_sum)
+    log_q = tl.where(valid, tl.maximum(on_support - log_total, LOWEST), 0.0)
+    q = tl.where(valid, tl.exp(log_q), 0.0)
+    log_q_tail = tl.where(exists, tl.maximum(tail_log_sum - log_total, LOWEST), 0.0)
+    q_tail = tl.where(exists, tl.exp(log_q_tail), 0.0)
+
+    teacher_mass = tl.sum(p, axis=0)
+    student_mass = tl.exp(support_log_sum - log_total)
+    teacher_entropy = -(tl.sum(p * log_p, axis=0) + p_tail * log_p_tail)
+    student_entropy = -(tl.sum(q * log_q, axis=0) + q_tail * log_q_tail)
+    best = tl.argmax(tl.where(valid, log_p, -float("inf")), axis=0)
+    teachers_best = tl.max(tl.where(valid & (k == best), z, -float("inf")), axis=0)
+    agrees = (teachers_best == maximum).to(tl.float32)
+    cross_entropy = float("nan")
+    if LABELLED:
+        cross_entropy = log_total - (z_label - maximum) * inverse_t
+
+    if MODE == 0:
+        gap = tl.where(given_tail == -float("inf"), 0.0, float("inf"))
+    elif MODE == 1:
+        gap = float("inf")
+    else:
+        ours, theirs = log_q_tail + log_rest, log_p_tail + log_beta
+        both = _add_logs(ours, theirs)
+        gap = tl.exp(ours) * (both - ours) + tl.exp(theirs) * (both - theirs)
+    gap = tl.where(named + 1 < vocab_size, gap, 0.0)
+    full_q, full_q_tail = q, q_tail
+    if RENORMALIZE:
+        gap = tl.where(exists, float("inf"), 0.0)
+        high = tl.max(tl.where(valid, log_p, FLOOR), axis=0)
+        own_sum_p = tl.sum(tl.where(valid, tl.exp(log_p - high), 0.0), axis=0)
+        log_sum_p = high + tl.log(tl.maximum(own_sum_p, 1.0))
+        log_p = tl.where(valid, log_p - log_sum_p, 0.0)
+        p = tl.where(valid, tl.exp(log_p), 0.0)
+        log_q = tl.where(valid, log_q - (support_log_sum - log_total), 0.0)
+        q = tl.where(valid, tl.exp(log_q), 0.0)
+        log_p_tail, p_tail, log_q_tail, q_tail = 0.0, 0.0, 0.0, 0.0
+
+    # The divergence, and Q·h of each outcome.
+    if MODE == 0:
+        divergence = tl.sum(p * (log_p - log_q), axis=0) + p_tail * (log_p_tail - log_q_tail)
+        weighted, weighted_tail = -p, -p_tail
+    elif MODE == 1:
+        weighted, weighted_tail = q * (log_q - log_p), q_tail * (log_q_tail - log_p_tail)
+        divergence = tl.sum(weighted, axis=0) + weighted_tail
+    else:
+        log_m = _add_logs(log_p + log_beta, log_q + log_rest)
+        log_m_tail = _add_logs(log_p_tail + log_beta, log_q_tail + log_rest)
+        weighted = (1.0 - beta) * q * (log_q - log_m)
+        weighted_tail = (1.0 - beta) * q_tail * (log_q_tail - log_m_tail)
+        ours = tl.sum(weighted, axis=0) + weighted_tail
+        theirs = tl.sum(p * (log_p - log_m), axis=0) + p_tail * (log_p_tail - log_m_tail)
+        divergence = beta * theirs + ours
+
+    objective = divergence
+    weight = 1.0
+    if WEIGHTED:
+        weight = tl.load(weights_at + row)
+        objective = divergence * weight
+    share = 0.0
+    if LABEL_WEIGHTED:
+        share = tl.load(label_weights_at + row)
+        objective += share * cross_entropy
+    tl.store(out_at + row, objective)
+    tl.store(out_at + rows + row, divergence)
+    tl.store(out_at + 2 * rows + row, teacher_mass)
+    tl.store(out_at + 3 * rows + row, student_mass)
+    tl.store(out_at + 4 * rows + row, teacher_entropy)
+    tl.store(out_at + 5 * rows + row, student_entropy)
+    tl.store(out_at + 6 * rows + row, agrees)
+    tl.store(out_at + 7 * rows + row, cross_entropy)
+    tl.store(out_at + 8 * rows + row, gap)
+
+    if GRADIENT:
+        total = tl.sum(weighted, axis=0) + weighted_tail
+        gradient = scale * (weight * (weighted - q * total) + share * full_q)
+        tail_gradient = scale * (weight * (weighted_tail - q_tail * total) + share * full_q_tail)
+        spread = tail_gradient / tl.maximum(tail_sum, 1.0)
+        for first in range(0, vocab_size, BLOCK_V):
+            v = first + tl.arange(0, BLOCK_V)
+            x = tl.load(line + v, mask=v < vocab_size, other=-float("inf")).to(tl.float32)
+            bend = 1.0
+            if CAPPED:
+                x, bend = _cap(x, softcap)
+            change = tl.exp((x - tail_max) * inverse_t) * spread
+            if LABEL_WEIGHTED:
+                change = tl.where(v == label, change - scale * share, change)
+            tl.store(line + v, change * bend, mask=v < vocab_size)
+        if LABEL_WEIGHTED:
+            gradient = tl.where(ids == label, gradient - scale * share, gradient)
+        tl.debug_barrier()  # the support is written over what the loop has left there
+        tl.store(line + ids, gradient * slope, mask=valid)
