@@ -28,6 +28,7 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
+from student_trainer.losses.fused import CHUNK_BYTES
 
 BETA = 0.5
 MATMUL_ROWS = 256  # of the chunked limit
@@ -43,11 +44,13 @@ METHODS = {
 }
 QUICK_METHODS = [name for name in METHODS if "frozen" not in name]
 DRAWN_ROWS = 4096
+GROWTH_CHUNKS = 8  # rows of the larger measurement of memory, in chunks of the fused loss
 NOTES = (
     "time: median seconds, forward and backward, from hidden states to gradients; the teacher's "
     "logits (dense) or top-k (sparse) are inputs. Dense runs in every other repeat only.",
     "memory: growth of the process's peak resident memory over its value when all inputs were "
     "allocated and touched; what is counted is logits, temporaries, saved tensors, gradients.",
+    "linear_extra_mib: of that, what the fused loss holds beside the two gradients: one chunk.",
     "The bare matmuls are logits = h·Wᵀ, dh = g·W, dW = gᵀ·h (frozen: the first two) with g given "
     "and buffers reused; the faster of whole and chunked is the limit.",
 )
@@ -272,15 +275,53 @@ def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float
     }
 
 
+def extra_bytes(one: Measurement, sizes: Sizes) -> int:
+    """Peak memory beyond the gradients of hidden states and output layer."""
+    gradients = 4 * sizes.hidden_size * (sizes.rows + sizes.vocab_size)
+    return max(0, one.peak_bytes - gradients)
+
+
+def growth(sizes: Sizes, rows: tuple[int, int], repeats: int) -> dict[str, float]:
+    """Extra memory of the fused loss at few and at many rows: it must not grow with N·V."""
+    found: dict[str, float] = {}
+    for count in rows:
+        these = replace(sizes, rows=count)
+        one = measure(these, ["linear"], repeats)["linear"]
+        found[f"linear_extra_mib_at_{count}_rows"] = round(extra_bytes(one, these) / 2**20)
+    return found
+
+
+def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | float]]:
+    """The table's rows of one vocabulary size."""
+    dense = measured["dense"]
+    return [
+        [
+            f"V={sizes.vocab_size:,}: {METHODS[name]}",
+            one.seconds,
+            round(one.peak_bytes / 2**20),
+            one.seconds / dense.seconds,
+            one.peak_bytes / dense.peak_bytes,
+        ]
+        for name, one in measured.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="half the rows, 2 repeats instead of 5, no frozen output layer",
+        help="half the rows, 2 repeats instead of 5, one vocabulary, no frozen output layer",
     )
     parser.add_argument("--rows", type=int, help="default 1024, with --quick 512")
     parser.add_argument("--vocab_size", type=int, default=151_936)
+    parser.add_argument(
+        "--more_vocab_sizes",
+        type=int,
+        nargs="*",
+        default=[32_000, 256_000],
+        help="measured too, at half the rows; not with --quick",
+    )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
@@ -294,26 +335,30 @@ def main() -> None:
         return
     repeats = 2 if arguments.quick else 5
     measured = measure(sizes, QUICK_METHODS if arguments.quick else list(METHODS), repeats)
+    table = report(sizes, measured)
+    numbers = figures(measured)
+    if not arguments.quick:
+        numbers |= figures(measured, "_frozen")
+        for vocab_size in arguments.more_vocab_sizes:
+            other = replace(sizes, rows=sizes.rows // 2, vocab_size=vocab_size)
+            more = measure(other, list(METHODS), repeats)
+            table += report(other, more)
+            for head in ("", "_frozen"):
+                found = figures(more, head)
+                numbers |= {f"v{vocab_size}_{name}": value for name, value in found.items()}
+        small = replace(sizes, vocab_size=min([sizes.vocab_size, *arguments.more_vocab_sizes]))
+        many = GROWTH_CHUNKS * CHUNK_BYTES // (4 * small.vocab_size)
+        numbers |= growth(small, (many // 4, many), 1)
     dense = measured["dense"]
     print_report(
         f"Loss, forward and backward: N={sizes.rows:,}, d={sizes.hidden_size}, "
-        f"V={sizes.vocab_size:,}, k={sizes.top_k}, float32, {sizes.threads} threads, "
-        f"median of {repeats}",
+        f"k={sizes.top_k}, float32, {sizes.threads} threads, median of {repeats}",
         ["method", "seconds", "memory MiB", "time / dense", "memory / dense"],
-        [
-            [
-                METHODS[name],
-                one.seconds,
-                round(one.peak_bytes / 2**20),
-                one.seconds / dense.seconds,
-                one.peak_bytes / dense.peak_bytes,
-            ]
-            for name, one in measured.items()
-        ],
+        table,
         {
             "benchmark": "loss",
-            **figures(measured),
-            **({} if arguments.quick else figures(measured, "_frozen")),
+            **numbers,
+            "linear_extra_mib": round(extra_bytes(measured["linear"], sizes) / 2**20),
             "sparse_speedup_vs_dense": round(dense.seconds / measured["sparse"].seconds, 3),
             "dense_seconds": round(dense.seconds, 3),
             **vars(sizes),

@@ -185,7 +185,9 @@ class _LinearSparseJSD(torch.autograd.Function):
         early_scale, ctx.late_scale = (1.0, scale) if late else (scale, 1.0)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         # Summed over chunks in the arithmetic's dtype; bfloat16 would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
+        grad_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else None
+        if grad_weight is not None:  # the first chunk is written, not added
+            grad_weight[vocab_size if rows else 0 :].zero_()
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
         buffer = hidden.new_empty(
             (min(chunk_size, rows), vocab_size), dtype=step.logits_dtype(hidden.dtype)
@@ -210,7 +212,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, projection, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_outer(grad_weight[:vocab_size], gradient, part)
+                _add_outer(grad_weight[:vocab_size], gradient, part, first=first == 0)
             if grad_bias is not None:
                 grad_bias[:vocab_size] += logits.sum(dim=0, dtype=dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -244,12 +246,17 @@ def _project(
     return out
 
 
-def _add_outer(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total [V, d] += gradientᵀ @ hidden."""
-    if total.dtype == hidden.dtype:
-        total.addmm_(gradient.T, hidden)
+def _add_outer(
+    total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, *, first: bool
+) -> None:
+    """total [V, d] += gradientᵀ @ hidden; the first time, = instead."""
+    if total.dtype != hidden.dtype:
+        outer = torch.mm(gradient.T, hidden)
+        total.copy_(outer) if first else total.add_(outer)
+    elif first:
+        torch.mm(gradient.T, hidden, out=total)
     else:
-        total += torch.mm(gradient.T, hidden)
+        total.addmm_(gradient.T, hidden)
 
 
 def _concatenate(parts: list[SparseStatistics], device: torch.device) -> list[torch.Tensor]:

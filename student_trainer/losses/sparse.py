@@ -127,17 +127,30 @@ def check_weights(
         raise ValueError(f"weights must be [N] = [{rows}], got {list(weights.shape)}")
     if labels is not None and len(labels) != rows:
         raise ValueError(f"labels must be [N] = [{rows}], got [{len(labels)}]")
-    given = {"weights": weights, "label weights": None if labels is None else labels.weights}
-    for name, values in given.items():
-        if values is not None and not bool(values.isfinite().all()):
-            raise ValueError(f"{name} hold NaN or an infinity")
-    if labels is not None and rows:
-        lowest, highest = torch.stack(labels.token_ids.aminmax()).tolist()
-        if lowest < 0 or highest >= vocab_size:
-            raise ValueError(
-                f"labels hold {lowest if lowest < 0 else highest}; ids must be from 0 and below "
-                f"the vocabulary of {vocab_size}"
-            )
+    label_weights = None if labels is None else labels.weights
+    given = {"weights": weights, "label weights": label_weights}
+    flags = {
+        f"{name} hold NaN or an infinity": (~values.isfinite()).any()
+        for name, values in given.items()
+        if values is not None
+    }
+    if labels is not None:
+        outside = (labels.token_ids < 0) | (labels.token_ids >= vocab_size)
+        flags["labels"] = outside.any()
+    if not flags:
+        return
+    wrong = [
+        name
+        for name, bad in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)
+        if bad
+    ]
+    if wrong == ["labels"] and labels is not None:
+        worst = int(labels.token_ids[outside][0])
+        raise ValueError(
+            f"labels hold {worst}; ids must be from 0 and below the vocabulary of {vocab_size}"
+        )
+    if wrong:
+        raise ValueError(wrong[0])
 
 
 class _SparseJSD(torch.autograd.Function):

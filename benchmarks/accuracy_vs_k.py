@@ -1,0 +1,348 @@
+"""How near the sparse divergence is to the dense one: value and gradient against k.
+
+    python -m benchmarks.accuracy_vs_k --quick
+
+Two kinds of rows: synthetic peaked distributions over 152k tokens, and what a locally trained
+student writes, scored densely by its teacher at several points of the student's training. For
+k = 1 to 512, five betas, three supports and three treatments of the tail: the relative error of the
+mean divergence, and cosine and norm ratio of the gradient with respect to the student's logits, of
+all rows together, all in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.report import print_report
+from benchmarks.svg import write_chart
+from student_trainer.config import DataArguments, ModelArguments
+from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.losses import (
+    SparseDistribution,
+    Tail,
+    generalized_jsd,
+    sparse_generalized_jsd,
+)
+from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.student import load_stop_ids, load_student, load_tokenizer
+
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+KS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+STUDENT_TOP_M = 16
+SUPPORTS = {
+    "top-k": "the teacher's top-k",
+    "default": "the teacher's top-k and the next token",
+    "requested": f"those and the student's top-{STUDENT_TOP_M}",
+}
+TAILS = ("bucket", "renormalize", "truncate")
+STUDENTS = {
+    "untrained": "student_init",
+    "warmed up": "student_before",
+    "after SFT": "student_sft",
+    "distilled": "student_distilled",
+}
+NOTES = (
+    "error: |sparse − dense| / dense of the mean divergence. cosine, norm ratio: of the gradient "
+    "with respect to the student's logits, sparse against dense.",
+    "tails: bucket is one more outcome; renormalize rescales both sides over the support; truncate "
+    "sums over the support alone. The table shows the bucket; --csv writes every number.",
+    f"supports: default is top-k and next token; requested adds the student's top {STUDENT_TOP_M}.",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one student and its teacher, both dense; ``next_ids`` were sampled.
+
+    Attributes:
+        student, teacher: [N, V] float64 logits.
+        next_ids: [N] int64.
+    """
+
+    name: str
+    student: torch.Tensor
+    teacher: torch.Tensor
+    next_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    beta: float
+    support: str
+    tail: str
+    k: int
+    relative_error: float
+    gradient_cosine: float
+    gradient_norm_ratio: float
+    teacher_mass: float
+    student_mass: float
+
+
+def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> Case:
+    """Zipf-like teachers of different peakedness, and students that are noisy copies of them.
+
+    With ``own_favourites`` each student holds half of its mass on so many random tokens that the
+    teacher ranks anywhere: what reverse KL has to take away.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.arange(1, vocab_size + 1, dtype=torch.float64).log()
+    slopes = torch.linspace(1.1, 3.0, rows, dtype=torch.float64)  # log-prob falls with log-rank
+    teacher = torch.empty(rows, vocab_size, dtype=torch.float64)
+    for row, slope in zip(teacher, slopes, strict=True):
+        row.copy_((-slope * ranks)[torch.randperm(vocab_size, generator=generator)])
+    student = teacher + torch.randn(teacher.shape, generator=generator, dtype=torch.float64)
+    if own_favourites:
+        favourites = torch.randint(vocab_size, (rows, own_favourites), generator=generator)
+        level = student.logsumexp(dim=-1, keepdim=True) - math.log(own_favourites)
+        student.scatter_(1, favourites, level.expand(-1, own_favourites))
+    next_ids = torch.multinomial(student.softmax(-1), 1, generator=generator)[:, 0]
+    name = "synthetic, own favourites" if own_favourites else "synthetic"
+    return Case(name, student, teacher, next_ids)
+
+
+def trained(folder: Path, name: str, prompts: int) -> Case:
+    """Completions that the student samples for held-out prompts; dense logits of both models."""
+    student_folder, teacher_folder = folder / STUDENTS[name], folder / "teacher_sft"
+    arguments = ModelArguments(str(student_folder))
+    tokenizer = load_tokenizer(arguments)
+    stop_ids = load_stop_ids(arguments, tokenizer)
+    rows = load_rows(str(folder / "held_out.jsonl"), config=None, split="train")[:prompts]
+    examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=1 << 20)
+    student = load_student(arguments)
+    teacher = load_student(ModelArguments(str(teacher_folder)))
+    engine = TransformersRollouts(
+        student,
+        stop_ids=stop_ids,
+        pad_token_id=stop_ids[0],
+        max_new_tokens=40,
+        temperature=1.0,
+        batch_size=None,
+        vocab_size=len(tokenizer),
+    )
+    requests = [RolloutRequest(e.prompt_ids, ("accuracy", e.index)) for e in examples]
+    parts: list[tuple[torch.Tensor, torch.Tensor, NDArray[np.uint32]]] = []
+    for group in engine.generate(requests):
+        for index, rollout in group:
+            prompt = examples[index].prompt_ids
+            ids = np.concatenate([prompt, rollout.token_ids])
+            ours, theirs = (_rows(model, ids, len(prompt)) for model in (student, teacher))
+            parts.append((ours, theirs, rollout.token_ids))
+    return Case(
+        name,
+        torch.cat([ours for ours, _, _ in parts]),
+        torch.cat([theirs for _, theirs, _ in parts]),
+        torch.from_numpy(np.concatenate([ids for _, _, ids in parts]).astype(np.int64)),
+    )
+
+
+@torch.no_grad()
+def _rows(model: Any, token_ids: NDArray[np.uint32], start: int) -> torch.Tensor:
+    logits = model.eval()(torch.from_numpy(token_ids.astype(np.int64))[None]).logits
+    completion: torch.Tensor = logits[0, start - 1 : -1].double()
+    return completion
+
+
+def support_of(case: Case, k: int, support: str) -> SparseDistribution:
+    """The exact sparse teacher of a case; no id twice."""
+    ids = case.teacher.topk(k, dim=-1).indices
+    if support != "top-k":
+        ids = torch.cat([ids, case.next_ids[:, None]], dim=1)
+    if support == "requested":
+        ids = torch.cat([ids, case.student.topk(STUDENT_TOP_M, dim=-1).indices], dim=1)
+    ids = ids.sort(dim=1).values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    log_p = case.teacher.log_softmax(dim=-1)
+    tail = log_p.scatter(1, ids, -math.inf).logsumexp(dim=-1)
+    return SparseDistribution(ids.masked_fill(repeated, -1), log_p.gather(1, ids), tail)
+
+
+def truncated(logits: torch.Tensor, teacher: SparseDistribution, beta: float) -> torch.Tensor:
+    """The definition summed over the support alone, as some systems do."""
+    valid = teacher.token_ids >= 0
+    log_q = logits.log_softmax(dim=-1).gather(1, teacher.token_ids.clamp_min(0))
+    log_p = teacher.logprobs
+    p, q = (side.exp() * valid for side in (log_p, log_q))
+    if beta == 0.0:
+        return (p * (log_p - log_q)).sum(1)
+    if beta == 1.0:
+        return (q * (log_q - log_p)).sum(1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    return (beta * p * (log_p - log_m) + (1.0 - beta) * q * (log_q - log_m)).sum(1)
+
+
+def study(
+    case: Case, ks: Sequence[int], supports: Sequence[str], tails: Sequence[str]
+) -> Iterator[Result]:
+    """Every combination of one case."""
+    teachers = {(k, s): support_of(case, k, s) for k in ks for s in supports}
+    logits = case.student.clone().requires_grad_()
+    for beta in BETAS:
+        dense = generalized_jsd(logits, case.teacher, beta=beta)
+        (exact,) = torch.autograd.grad(dense.sum(), logits)
+        value = float(dense.detach().mean())
+        for (k, support), teacher in teachers.items():
+            masses = _masses(logits.detach(), teacher)
+            for tail in tails:
+                rows = _sparse(logits, teacher, beta, tail)
+                (gradient,) = torch.autograd.grad(rows.sum(), logits)
+                norm = float(gradient.norm())
+                cosine = float((gradient * exact).sum()) / (norm * float(exact.norm()) + 1e-300)
+                error = abs(float(rows.detach().mean()) - value) / value
+                ratio = norm / float(exact.norm())
+                yield Result(case.name, beta, support, tail, k, error, cosine, ratio, *masses)
+
+
+def _sparse(
+    logits: torch.Tensor, teacher: SparseDistribution, beta: float, tail: str
+) -> torch.Tensor:
+    if tail == "truncate":
+        return truncated(logits, teacher, beta)
+    kind: Tail = "bucket" if tail == "bucket" else "renormalize"
+    return sparse_generalized_jsd(logits, teacher, beta=beta, tail=kind)
+
+
+def _masses(logits: torch.Tensor, teacher: SparseDistribution) -> tuple[float, float]:
+    _, statistics = sparse_generalized_jsd(logits, teacher, beta=0.5, return_statistics=True)
+    masses = (statistics.teacher_support_mass, statistics.student_support_mass)
+    return float(masses[0].mean()), float(masses[1].mean())
+
+
+def figures(results: Sequence[Result]) -> dict[str, float]:
+    """Worst of all betas at k = 64, tail as a bucket: the default support of the trained pair, then
+    the other rows and supports with a prefix."""
+    groups = {
+        "": ("default", [name for name in STUDENTS if name != "untrained"]),
+        "untrained_": ("default", ["untrained"]),
+        "synthetic_": ("default", ["synthetic"]),
+        "own_favourites_": ("default", ["synthetic, own favourites"]),
+        "requested_": ("requested", [name for name in STUDENTS if name != "untrained"]),
+    }
+    found: dict[str, float] = {}
+    for prefix, (support, cases) in groups.items():
+        kept = [
+            r
+            for r in results
+            if (r.k, r.support, r.tail) == (64, support, "bucket") and r.case in cases
+        ]
+        found[f"{prefix}min_gradient_cosine_at_64"] = min(r.gradient_cosine for r in kept)
+        found[f"{prefix}max_relative_error_at_64"] = max(r.relative_error for r in kept)
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def plot(results: Sequence[Result], folder: Path) -> None:
+    """1 − cosine against k: by tail, by support, and by point of training."""
+
+    def lines(**fixed: Any) -> list[tuple[float, float]]:
+        return [
+            (r.k, max(1.0 - r.gradient_cosine, 1e-15))
+            for r in results
+            if all(getattr(r, name) == value for name, value in fixed.items())
+        ]
+
+    for case, name in (
+        ("synthetic", "synthetic, V = 152k"),
+        ("warmed up", "trained pair, warmed up"),
+    ):
+        stem = case.replace(" ", "-")
+        for beta, what in ((0.0, "forward KL"), (0.5, "JSD"), (1.0, "reverse KL")):
+            write_chart(
+                folder / f"gradient-by-tail-{stem}-{beta:g}.svg",
+                f"1 − gradient cosine, {what}, {name}",
+                "k",
+                {t: lines(case=case, beta=beta, support="default", tail=t) for t in TAILS},
+                floor=1e-6,
+            )
+    for case, name in (
+        ("synthetic, own favourites", "student with favourites of its own"),
+        ("distilled", "trained pair, distilled"),
+    ):
+        write_chart(
+            folder / f"gradient-by-support-{case.split(',')[0]}.svg",
+            f"1 − gradient cosine, reverse KL, {name}",
+            "k",
+            {s: lines(case=case, beta=1.0, support=s, tail="bucket") for s in SUPPORTS},
+            floor=1e-6,
+        )
+    write_chart(
+        folder / "gradient-by-training.svg",
+        "1 − gradient cosine, reverse KL, default support, tail as a bucket",
+        "k",
+        {name: lines(case=name, beta=1.0, support="default", tail="bucket") for name in STUDENTS},
+        floor=1e-6,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rows, k = 16 and 64, two supports, bucket"
+    )
+    parser.add_argument(
+        "--run_folder",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="of examples.mini_humaneval.quickstart, which is run first where it is missing",
+    )
+    parser.add_argument("--csv", type=Path, help="write every number")
+    parser.add_argument("--plots", type=Path, help="folder for SVG files")
+    arguments = parser.parse_args()
+    if arguments.plots and arguments.quick:
+        parser.error("--plots needs all k and supports: drop --quick")
+    if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
+        subprocess.run(
+            [sys.executable, "-m", "examples.mini_humaneval.quickstart",
+             f"--output_dir={arguments.run_folder}"],
+            check=True, stdout=sys.stderr,
+        )  # fmt: skip
+    prompts, rows = (8, 4) if arguments.quick else (32, 12)
+    ks = (16, 64) if arguments.quick else KS
+    supports = ("default", "requested") if arguments.quick else tuple(SUPPORTS)
+    tails = ("bucket",) if arguments.quick else TAILS
+    cases = [synthetic(rows, own_favourites=count) for count in (0, 8)]
+    cases += [trained(arguments.run_folder, name, prompts) for name in STUDENTS]
+    results = [result for case in cases for result in study(case, ks, supports, tails)]
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(asdict(results[0])))
+            writer.writeheader()
+            writer.writerows(asdict(result) for result in results)
+    if arguments.plots:
+        plot(results, arguments.plots)
+    shown = [
+        r for r in results if (r.support, r.tail) == ("default", "bucket") and r.k in (16, 64, 256)
+    ]
+    print_report(
+        "Sparse against dense divergence, tail as a bucket",
+        ["rows", "beta", "support", "k", "error", "cosine", "norm ratio", "P on it", "Q on it"],
+        [
+            [r.case, f"{r.beta:g}", r.support, r.k, f"{r.relative_error:.2e}",
+             f"{r.gradient_cosine:.5f}", r.gradient_norm_ratio, f"{r.teacher_mass:.4f}",
+             f"{r.student_mass:.4f}"]
+            for r in shown
+        ],
+        {
+            "benchmark": "accuracy_vs_k",
+            **figures(results),
+            "rows": sum(len(case.student) for case in cases),
+            "quick": arguments.quick,
+        },
+        notes=NOTES,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

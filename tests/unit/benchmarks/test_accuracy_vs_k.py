@@ -1,0 +1,81 @@
+"""The study's own arithmetic, on rows small enough to check."""
+
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+from benchmarks.accuracy_vs_k import (
+    BETAS,
+    STUDENT_TOP_M,
+    SUPPORTS,
+    Case,
+    study,
+    support_of,
+    synthetic,
+    truncated,
+)
+from benchmarks.svg import write_chart
+from student_trainer.losses import generalized_jsd
+
+V = 60
+
+
+@pytest.fixture
+def case():
+    torch.manual_seed(0)
+    student, teacher = 2 * torch.randn(2, 3, V, dtype=torch.float64)
+    return Case("small", student, teacher, torch.tensor([5, 0, 59]))
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_supports_name_what_they_say_once_and_exactly(case, support):
+    distribution = support_of(case, 4, support)
+    log_p = case.teacher.log_softmax(-1)
+    for row in range(3):
+        wanted = set(case.teacher[row].topk(4).indices.tolist())
+        if support != "top-k":
+            wanted.add(int(case.next_ids[row]))
+        if support == "requested":
+            wanted |= set(case.student[row].topk(STUDENT_TOP_M).indices.tolist())
+        named = [i for i in distribution.token_ids[row].tolist() if i >= 0]
+        assert sorted(named) == sorted(wanted)
+        total = log_p[row, named].exp().sum() + distribution.tail_logprob[row].exp()
+        assert float(total) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_with_the_whole_vocabulary_every_tail_is_dense(case):
+    results = list(study(case, (V,), ("top-k",), ("bucket", "renormalize", "truncate")))
+    assert len(results) == 15
+    for result in results:
+        assert result.relative_error < 1e-9
+        assert result.gradient_cosine == pytest.approx(1.0, abs=1e-9)
+        assert result.gradient_norm_ratio == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_truncation_sums_the_definition_over_the_support_alone(case, beta):
+    every = truncated(case.student, support_of(case, V, "top-k"), beta)
+    dense = generalized_jsd(case.student, case.teacher, beta=beta)
+    torch.testing.assert_close(every, dense)
+    some = truncated(case.student, support_of(case, 4, "top-k"), beta)
+    assert (some < dense).all()
+
+
+def test_own_favourites_hold_half_of_the_students_mass():
+    plain, own = (synthetic(2, own_favourites=count, vocab_size=5000) for count in (0, 8))
+    assert torch.equal(plain.teacher, own.teacher)
+    moved = plain.student != own.student
+    held = (own.student.softmax(-1) * moved).sum(-1)
+    assert ((held - 0.5).abs() < 0.05).all()
+
+
+def test_charts_are_svg_with_a_line_for_each_series(tmp_path):
+    series = {"a < b": [(1, 0.5), (8, 1e-9)], "c": [(1, 0.1), (8, 0.01)]}
+    write_chart(tmp_path / "chart.svg", "title", "k", series, floor=1e-6)
+    root = ET.parse(tmp_path / "chart.svg").getroot()
+    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 2
+    ends = [float(line.get("points").split()[-1].split(",")[1]) for line in lines]
+    assert ends[0] == pytest.approx(320 - 40)  # what lies below the floor is drawn at it
+    assert "a < b" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
