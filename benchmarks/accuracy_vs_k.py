@@ -29,6 +29,7 @@ from benchmarks.report import print_report
 from benchmarks.svg import write_chart
 from student_trainer.config import DataArguments, ModelArguments
 from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.loading import load_model, load_stop_ids, load_tokenizer
 from student_trainer.losses import (
     SparseDistribution,
     Tail,
@@ -36,7 +37,6 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
-from student_trainer.student import load_stop_ids, load_student, load_tokenizer
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -121,8 +121,8 @@ def trained(folder: Path, name: str, prompts: int) -> Case:
     stop_ids = load_stop_ids(arguments, tokenizer)
     rows = load_rows(str(folder / "held_out.jsonl"), config=None, split="train")[:prompts]
     examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=1 << 20)
-    student = load_student(arguments)
-    teacher = load_student(ModelArguments(str(teacher_folder)))
+    student = load_model(arguments)
+    teacher = load_model(ModelArguments(str(teacher_folder)))
     engine = TransformersRollouts(
         student,
         stop_ids=stop_ids,

@@ -1,11 +1,13 @@
 """Messages in both media types: one schema, the same values, the same refusals."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from shared import codec, wire
 from shared.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
@@ -148,3 +150,14 @@ def test_a_body_over_the_limit_is_refused(media_type):
 def test_a_body_that_is_no_object_is_refused(media_type, value):
     with pytest.raises(InvalidRequestError):
         load(value, media_type)
+
+
+@pytest.mark.parametrize("leaf", ["x" * 60_000, True, {}, b"x"])
+def test_one_odd_leaf_is_refused_before_numpy_pads_the_rest_to_it(leaf):
+    token_ids = [1] * 8_000 + [leaf]
+    tracemalloc.start()
+    with pytest.raises(ValidationError, match="expected integers from 0 to 4294967295, got"):
+        ScoreSequence(token_ids=token_ids, completion_start=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.rollouts.transformers import _Sample
 
 STOP = 1
 
@@ -111,3 +112,12 @@ def test_training_mode_is_restored(model):
 def test_groups_come_out_as_they_finish(model):
     groups = list(engine(model, batch_size=4).generate(requests(10)))
     assert [len(group) for group in groups] == [4, 4, 2]
+
+
+def test_no_uniform_reaches_an_id_of_zero_probability():
+    scores = torch.randn(3, 10)
+    scores[:, 6:] = -torch.inf
+    draws = np.array([[1 - 2**-53], [1 - 2**-30], [0.0]])
+    chosen = _Sample(draws, 1, 1.0)(torch.zeros(3, 1, dtype=torch.long), scores).argmax(dim=-1)
+    assert chosen.tolist()[:2] == [5, 5]
+    assert chosen.max() < 6

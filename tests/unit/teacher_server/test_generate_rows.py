@@ -21,11 +21,9 @@ def job(prompt, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, seed=0, s
     return GenerateJob(prompt, max_new_tokens, temperature, top_p, top_k, key, tuple(stops))
 
 
-def generate(model, jobs, eos=(), wanted=None):
+def generate(model, jobs, eos=(), wanted=None, vocab_size=260):
     everyone = [True] * len(jobs)
-    return generate_rows(
-        model, jobs, eos, 0, wanted or (lambda: everyone), vocab_size=vocab_size
-    )
+    return generate_rows(model, jobs, eos, 0, wanted or (lambda: everyone), vocab_size=vocab_size)
 
 
 def kept(dense, top_k, top_p):
@@ -143,3 +141,12 @@ def test_groups_stay_within_the_context(lengths):
     assert sorted(i for group in groups for i in group) == list(range(len(jobs)))
     for group in groups:
         assert max(lengths[i][0] for i in group) + max(lengths[i][1] for i in group) <= limit
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_padding_rows_of_the_output_layer_are_never_generated(llama, temperature):
+    jobs = [job([5, 6], 8, temperature, seed=seed) for seed in range(20)]
+    everything = np.concatenate([c.token_ids for c in generate(llama, jobs)])
+    assert everything.max() >= 100
+    restricted = np.concatenate([c.token_ids for c in generate(llama, jobs, vocab_size=100)])
+    assert restricted.max() < 100
