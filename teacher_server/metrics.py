@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.engine_registry: CollectorRegistry | None = None  # an engine's own metrics, if any
         self.requests = Counter(
             "teacher_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
@@ -60,4 +61,5 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Prometheus text format."""
-        return generate_latest(self.registry)
+        own = generate_latest(self.registry)
+        return own if self.engine_registry is None else own + generate_latest(self.engine_registry)
