@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import inspect
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,15 +109,15 @@ def unpack_scores(data: NDArray[np.uint8], job: ScoreJob) -> SparseLogprobs:
         "tail_logprob": ((rows,), np.dtype("<f4")),
         "requested_logprobs": ((rows, width), logprob),
     }
+    wanted = {name: shapes[name] for name in _fields(asked is not None)}
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values()]
+    if data.nbytes != 4 + sum(sizes):
+        raise RuntimeError(f"{data.nbytes} bytes of scores came, not {4 + sum(sizes)}")
     arrays: dict[str, Any] = {}
     offset = 4
-    for name in _fields(asked is not None):
-        shape, dtype = shapes[name]
-        count = int(np.prod(shape))
-        arrays[name] = np.frombuffer(data, dtype, count, offset).reshape(shape)
-        offset += count * dtype.itemsize
-    if offset != data.nbytes:
-        raise RuntimeError(f"the worker answered {data.nbytes} bytes of scores, not {offset}")
+    for (name, (shape, dtype)), size in zip(wanted.items(), sizes, strict=True):
+        arrays[name] = data[offset : offset + size].view(dtype).reshape(shape)
+        offset += size
     return SparseLogprobs(**arrays)
 
 
@@ -176,10 +177,6 @@ class StepScorer:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
-
-    @property
-    def request_ids(self) -> list[str]:
-        return list(self._requests)
 
     def score(self, hidden: torch.Tensor, spans: Iterable[Span]) -> dict[str, torch.Tensor]:
         """Packed answers, [bytes] uint8, of the requests that ``hidden`` [N, d] completes."""
@@ -371,9 +368,12 @@ def _end_with(server: str) -> None:
     """
 
     def wait() -> None:
-        with Path(server).open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            Path(server).unlink(missing_ok=True)
-            os._exit(1)
+        try:
+            file = Path(server).open("r+")  # noqa: SIM115
+        except FileNotFoundError:  # a worker on another machine, which ends with its connection
+            return
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        Path(server).unlink(missing_ok=True)
+        os._exit(1)
 
     threading.Thread(target=wait, name="end-with-server", daemon=True).start()

@@ -55,3 +55,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_a_hub_id_is_left_to_the_loader():
     assert Settings("org/name").model == "org/name"
+
+
+@pytest.mark.parametrize(("installed", "engine"), [(True, "vllm"), (False, "transformers")])
+def test_auto_is_vllm_where_it_is_installed(folder, monkeypatch, installed, engine):
+    found = object() if installed else None
+    monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: found)
+    assert Settings(folder).engine == engine
+    assert Settings(folder, backend="transformers").engine == "transformers"
