@@ -35,13 +35,15 @@ def start_server(model: Path, *arguments: str, port: int, log: Path) -> subproce
         )  # fmt: skip
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def wait_until_ready(
+    server: subprocess.Popen[bytes], url: str, log: Path, route: str = "ready"
+) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready").status_code == 200:
+            if httpx.get(f"{url}/{route}").status_code == 200:
                 return
         time.sleep(0.1)
     raise AssertionError(f"the server is not ready (exit {server.poll()}):\n{log.read_text()}")
