@@ -10,8 +10,8 @@ Memory: logits for scoring are outside what vLLM measures when it sizes its KV c
 batch of 8,192 rows over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32. So
 rows are projected in chunks of `scoring.CHUNK_BYTES` (128 MiB of float32 logits, 220 rows at 152k),
 and each chunk of a prefill is scored in the step that computed it, so no hidden states are kept.
-With the model's own dtype of the logits, their exponentials and the top-k's work space a step
-needs about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
+With the logits in the model's own dtype, their softmax and the top-k's work space a step needs
+about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
 ``--gpu-memory-utilization`` leaves free.
 """
 
