@@ -44,8 +44,8 @@ OURS, OTHER, STOCK = "teacher-server, vLLM", "teacher-server, transformers", "vl
 ENGINE, LIMIT = "bare vLLM prefill, no log-probs", "bare forward + log-softmax + top-k"
 NOTES = (
     f"Sequences of {LENGTH} tokens, {PROMPT} of them prompt; one sequence a request; models in "
-    "float32, one thread for each; log-probs in float16 on the wire, next token and tail in float32. "
-    "Answers are received, not decoded.",
+    "float32, one thread for each; on the wire the top k in float16, next token and tail in "
+    "float32. Answers are received, not decoded.",
     "The limit is a transformers forward pass over batches of "
     f"{LIMIT_BATCH} in the benchmark's own process, the output layer on completion rows alone, "
     "log-softmax and top-k: what is computed for an answer, and nothing else.",

@@ -100,6 +100,11 @@ class Backend(Protocol):
 
     facts: BackendFacts
 
+    @property
+    def alive(self) -> bool:
+        """False once the engine has died: nothing but a restart helps."""
+        ...
+
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         """The arrays of one sequence. Cancelling the task drops the work."""
         ...

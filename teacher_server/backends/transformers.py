@@ -65,6 +65,10 @@ class TransformersBackend:
             observe=metrics.batch_observer("generate"),
         )
 
+    @property
+    def alive(self) -> bool:
+        return True  # the model is in this process
+
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         return await self._scores.submit(job)
 

@@ -90,6 +90,10 @@ class VllmBackend:
             self._engine.shutdown()
             raise
 
+    @property
+    def alive(self) -> bool:
+        return self._closing or not self._engine.errored
+
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         self._observe_score(1, job.tokens)
         return await (self._score_in_worker(job) if self._in_worker else self._score_publicly(job))

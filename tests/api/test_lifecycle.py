@@ -7,6 +7,7 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 
 from shared.protocol import Problem
@@ -168,6 +169,31 @@ def test_while_the_model_loads_the_server_is_alive_not_ready_and_free_to_go(long
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0, log.read_text()
         assert "Ready" not in log.read_text()
+
+
+@only("vllm")
+def test_a_server_whose_engine_died_is_not_ready(long_folder, backend, tmp_path):
+    with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
+        wait_until_ready(server, url, log)
+        for engine in psutil.Process(server.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503, 20)
+        for response in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/score", json=SHORT)):
+            assert "the engine is dead; restart the server" in problem(response, 503).detail
+        assert httpx.get(f"{url}/health").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0, log.read_text()
+
+
+@only("vllm")
+def test_an_engine_does_not_outlive_a_server_that_is_killed(long_folder, backend, tmp_path):
+    with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
+        wait_until_ready(server, url, log)
+        engines = psutil.Process(server.pid).children(recursive=True)
+        assert len(engines) >= 2
+        server.kill()
+        assert psutil.wait_procs(engines, timeout=30)[1] == []
 
 
 def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_folder, tmp_path):
