@@ -137,13 +137,15 @@ def bare_forward(folder: Path) -> Round:
 
     @torch.inference_mode()
     def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
+        near_the_caches = max(1, (16 << 20) // (4 * case.vocab_size))  # the faster way
         since = time.perf_counter()
         for i in range(0, len(sequences), LIMIT_BATCH):
             batch = torch.from_numpy(np.stack(sequences[i : i + LIMIT_BATCH]).astype(np.int64))
             hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
             rows = hidden[:, PROMPT - 1 : -1].flatten(0, 1)
             for chunk in rows.split(ROWS):
-                model.lm_head(chunk).log_softmax(dim=-1).topk(case.top_k, dim=-1)
+                for logits in model.lm_head(chunk).split(near_the_caches):
+                    logits.log_softmax(dim=-1).topk(case.top_k, dim=-1)
         seconds = time.perf_counter() - since
         figures.rows_per_second.append(len(sequences) * ROWS / seconds)
 

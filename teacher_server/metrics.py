@@ -42,7 +42,7 @@ class Metrics:
             buckets=_SIZES, registry=self.registry,
         )  # fmt: skip
         self.batch_tokens = Counter(
-            "teacher_batch_tokens", "Padded tokens through the model.", ["kind"],
+            "teacher_batch_tokens", "Tokens given to the model, padding included.", ["kind"],
             registry=self.registry,
         )  # fmt: skip
         self.forward_seconds = Histogram(

@@ -78,8 +78,7 @@ class VllmBackend:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
         metrics.engine_registry = REGISTRY  # where vLLM puts its own
-        self._observe_score = metrics.batch_observer("score")
-        self._observe_generate = metrics.batch_observer("generate")
+        self._tokens = metrics.batch_tokens
         self._in_worker = True
         config = self._engine.vllm_config.model_config
         self._vocab_size = int(config.get_vocab_size())
@@ -95,7 +94,7 @@ class VllmBackend:
         return self._closing or not self._engine.errored
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
-        self._observe_score(1, job.tokens)
+        self._tokens.labels("score").inc(job.tokens)
         return await (self._score_in_worker(job) if self._in_worker else self._score_publicly(job))
 
     async def generate(self, job: GenerateJob) -> Completion:
@@ -105,7 +104,7 @@ class VllmBackend:
                 "greedy decoding",
                 field="temperature",
             )
-        self._observe_generate(1, job.tokens)
+        self._tokens.labels("generate").inc(job.tokens)
         output = await self._run(
             job.prompt.tolist(),
             max_tokens=job.max_new_tokens,

@@ -27,8 +27,12 @@ class Served:
 
     @property
     def tolerance(self):
-        """Largest difference from plain float32: vLLM's CPU kernels approximate exponentials."""
-        return {"transformers": 1e-5, "vllm": 1e-4}[self.backend]
+        """Largest difference from plain float32.
+
+        A batch rounds otherwise than a sequence alone, the more so at T = 0.5, which doubles the
+        logits; vLLM's CPU kernels approximate exponentials on top.
+        """
+        return {"transformers": 3e-5, "vllm": 1e-4}[self.backend]
 
 
 @pytest.fixture(scope="session", params=["transformers", pytest.param("vllm", marks=VLLM)])

@@ -75,10 +75,13 @@ def test_every_k_is_exact(teacher):
 
 def scored_and_batches(teacher):
     """Sequences scored so far, and steps of the model."""
-    scored = metric(teacher.url, 'teacher_batch_size_sum{kind="score"}')
     if teacher.backend == "vllm":
-        return scored, engine_metric(teacher.url, "iteration_tokens_total_count")
-    return scored, metric(teacher.url, 'teacher_batch_size_count{kind="score"}')
+        names = ("request_success_total", "iteration_tokens_total_count")
+        return tuple(engine_metric(teacher.url, name) for name in names)
+    return tuple(
+        metric(teacher.url, f'teacher_batch_size_{part}{{kind="score"}}')
+        for part in ("sum", "count")
+    )
 
 
 def test_many_clients_are_joined_and_each_gets_its_own_answer(teacher):
