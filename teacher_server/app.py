@@ -195,7 +195,7 @@ class TeacherApp:
         return Response('{"status":"ok"}', media_type=wire.JSON_MEDIA_TYPE)
 
     async def _ready(self, request: Request, request_id: str) -> Response:
-        """200 when requests are taken; 503 while loading or draining."""
+        """200 when requests are taken; 503 while loading or draining, or when the engine died."""
         self._loaded()
         return Response('{"status":"ready"}', media_type=wire.JSON_MEDIA_TYPE)
 
@@ -218,6 +218,8 @@ class TeacherApp:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
         if self.backend is None or self.info is None:
             raise UnavailableError("the model is loading", retry_after=1.0)
+        if not self.backend.alive:
+            raise UnavailableError("the engine is dead; restart the server")
         return self.backend, self.info
 
     async def _read(self, request: Request, model: type[M]) -> M:

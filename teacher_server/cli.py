@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,10 +28,24 @@ from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
 
 logger = logging.getLogger("teacher_server")
 
+_EPILOG = """\
+vLLM's engine flags
+  After MODEL, --backend vllm takes every other flag of `vllm serve`'s engine under its own name,
+  such as --tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size, --quantization,
+  --gpu-memory-utilization and --enable-prefix-caching. On CPU the KV cache is 1 GiB unless
+  VLLM_CPU_KVCACHE_SPACE says otherwise.
+
+Memory for scoring
+  Full-vocabulary logits are the one thing vLLM does not plan for: 8,192 rows x 152,000 tokens x
+  4 bytes are 4.98 GB. They are made 128 MiB at a time (220 such rows), so scoring takes about
+  0.5 GiB of what --gpu-memory-utilization leaves free, whatever the batch.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = vars(_parser().parse_args(argv))
+    parsed, engine_flags = _parser().parse_known_args(argv)
+    arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
     logging.basicConfig(
         level=arguments.pop("log_level").upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -48,10 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="teacher-server",
         description="A teacher behind HTTP: sparse log-probs and generations.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    serve = commands.add_parser("serve", help="load a model and answer requests")
+    serve = commands.add_parser(
+        "serve", help="load a model and answer requests", epilog=_EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
 
     def add(flag: str, help: str, **options: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")].default
@@ -60,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", help="model folder or Hugging Face Hub id")
     add("--host", "address to listen on; 0.0.0.0 for other machines")
     add("--port", "port to listen on; 0 takes a free one", type=int)
-    add("--backend", "engine", choices=get_args(BackendName))
+    add("--backend", "engine; auto is vllm where installed", choices=get_args(BackendName))
     add("--dtype", "of the weights; auto takes the checkpoint's", choices=get_args(DtypeName))
     add("--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
     add("--served-model-name", "name in /v1/info instead of MODEL")
@@ -68,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-remote-code", action="store_true", help="run model code of the checkpoint"
     )
     add("--max-model-len", "longest sequence in tokens; None is the model's context", type=int)
-    add("--max-batch-tokens", "padded tokens of a model batch", type=int)
+    add(
+        "--max-batch-tokens",
+        "padded tokens of a model batch; --max-num-batched-tokens of vLLM",
+        type=int,
+    )
     add("--max-queued-tokens", "tokens admitted at once; over it 429", type=int)
     add("--max-request-tokens", "tokens of one request", type=int)
     add("--max-request-bytes", "size of a request's body", type=int)
@@ -142,6 +165,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
         await app.backend.close()
     if not loading.done():
         # Nothing interrupts the thread that loads, and a normal end would wait for it.
+        for engine in multiprocessing.active_children():
+            engine.terminate()
         logging.shutdown()
         os._exit(0)
     return loading.result()
@@ -150,7 +175,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
 async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
     """Load the model while the socket already answers; 0, or the exit code of the failure."""
     try:
-        backend = await asyncio.to_thread(_make_backend, settings, app.metrics)
+        loop = asyncio.get_running_loop()
+        backend = await asyncio.to_thread(_make_backend, settings, app.metrics, loop)
     except ConfigurationError as error:
         server.should_exit = True
         return _fail(error, 2)
@@ -163,8 +189,14 @@ async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
     return 0
 
 
-def _make_backend(settings: Settings, metrics: Metrics) -> Backend:
-    # Imported here, so that --help and wrong flags do not wait for torch.
+def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> Backend:
+    # Imported here, so that --help and wrong flags do not wait for torch or vllm.
+    why = " (--backend auto)" if settings.backend == "auto" else ""
+    logger.info("Backend: %s%s", settings.engine, why)
+    if settings.engine == "vllm":
+        from teacher_server.backends.vllm import VllmBackend
+
+        return VllmBackend(settings, metrics, loop)
     from teacher_server.backends.transformers import TransformersBackend
 
     return TransformersBackend(settings, metrics)

@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.engine_registry: CollectorRegistry | None = None  # an engine's own metrics, if any
         self.requests = Counter(
             "teacher_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
@@ -41,7 +42,7 @@ class Metrics:
             buckets=_SIZES, registry=self.registry,
         )  # fmt: skip
         self.batch_tokens = Counter(
-            "teacher_batch_tokens", "Padded tokens through the model.", ["kind"],
+            "teacher_batch_tokens", "Tokens given to the model, padding included.", ["kind"],
             registry=self.registry,
         )  # fmt: skip
         self.forward_seconds = Histogram(
@@ -60,4 +61,5 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Prometheus text format."""
-        return generate_latest(self.registry)
+        own = generate_latest(self.registry)
+        return own if self.engine_registry is None else own + generate_latest(self.engine_registry)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigurationError
 
-BackendName = Literal["auto", "transformers"]
+BackendName = Literal["auto", "transformers", "vllm"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
@@ -38,6 +39,8 @@ class Settings:
     max_top_k: int = 1024
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
+    # vLLM's own, as given: ("--tensor-parallel-size", "2", …)
+    engine_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -62,7 +65,27 @@ class Settings:
                 f"--max-request-tokens {self.max_request_tokens} is over --max-queued-tokens "
                 f"{self.max_queued_tokens}: such a request could never be admitted"
             )
+        self._check_backend()
         self._check_model()
+
+    @property
+    def engine(self) -> Literal["transformers", "vllm"]:
+        """The backend that ``auto`` stands for: vLLM where it is installed."""
+        if self.backend != "auto":
+            return self.backend
+        return "vllm" if find_spec("vllm") is not None else "transformers"
+
+    def _check_backend(self) -> None:
+        if self.backend == "vllm" and find_spec("vllm") is None:
+            raise ConfigurationError(
+                "--backend vllm: vllm is not installed here; pip install 'sparse-gkd[vllm]', or "
+                "use --backend transformers"
+            )
+        if self.engine_flags and self.engine != "vllm":
+            raise ConfigurationError(
+                f"{' '.join(self.engine_flags)}: unknown to this server, and the transformers "
+                "backend takes no engine flags. Check the spelling, or use --backend vllm"
+            )
 
     def _check_model(self) -> None:
         folder = Path(self.model)

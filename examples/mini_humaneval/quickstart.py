@@ -171,7 +171,7 @@ class Quickstart:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = ["serve", str(self.folder / model), "--port", str(port)]
+        words = ["serve", str(self.folder / model), "--port", str(port), "--backend=transformers"]
         self.commands.append(shlex.join(["teacher-server", *words]))
         print(f"\n$ {self.commands[-1]} &", flush=True)
         log = (self.folder / "teacher-server.log").open("w")

@@ -71,6 +71,17 @@ class GenerateJob:
     def tokens(self) -> int:
         return len(self.prompt) + self.max_new_tokens
 
+    def score_job(self, completion: NDArray[np.uint32]) -> ScoreJob:
+        """What scores the completion [T] that came of this job; ``score`` is not None."""
+        assert self.score is not None
+        return ScoreJob(
+            token_ids=np.concatenate([self.prompt, completion]).astype(np.uint32),
+            completion_start=len(self.prompt),
+            top_k=self.score.top_k,
+            temperature=self.score.temperature,
+            logprob_dtype=self.score.logprob_dtype,
+        )
+
 
 @dataclass(frozen=True)
 class BackendFacts:
@@ -88,6 +99,11 @@ class Backend(Protocol):
     """An engine with its model loaded; every method may be called from many tasks at once."""
 
     facts: BackendFacts
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine has died: nothing but a restart helps."""
+        ...
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         """The arrays of one sequence. Cancelling the task drops the work."""

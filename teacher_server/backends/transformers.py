@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
+from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
 from teacher_server.backends.generation import generate_rows, within_context
 from teacher_server.backends.scoring import score_rows
 from teacher_server.batcher import Batcher, Wanted
@@ -44,7 +44,9 @@ class TransformersBackend:
         self._metrics = metrics
         self._model = _load_model(settings)
         self._device = next(self._model.parameters()).device
-        tokenizer = _from_pretrained(AutoTokenizer, settings)
+        tokenizer = from_pretrained(
+            AutoTokenizer, settings.model, trust_remote_code=settings.trust_remote_code
+        )
         self.facts = _facts(settings, self._model, tokenizer)
         pad = tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else (*self.facts.eos_token_ids, 0)[0])
@@ -62,6 +64,10 @@ class TransformersBackend:
             max_batch_tokens=settings.max_batch_tokens,
             observe=metrics.batch_observer("generate"),
         )
+
+    @property
+    def alive(self) -> bool:
+        return True  # the model is in this process
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         return await self._scores.submit(job)
@@ -135,7 +141,7 @@ class TransformersBackend:
         wanted = [i for i, job in enumerate(jobs) if job.score is not None]
         if not wanted:
             return completions
-        scored = self.score_batch([_score_job(jobs[i], completions[i]) for i in wanted])
+        scored = self.score_batch([jobs[i].score_job(completions[i].token_ids) for i in wanted])
         for i, scores in zip(wanted, scored, strict=True):
             completions[i] = completions[i].model_copy(update={"scores": scores})
         return completions
@@ -187,8 +193,12 @@ def _load_model(settings: Settings) -> Any:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device cuda: torch sees no GPU here; use --device cpu")
-    model, report = _from_pretrained(
-        AutoModelForCausalLM, settings, dtype=settings.dtype, output_loading_info=True
+    model, report = from_pretrained(
+        AutoModelForCausalLM,
+        settings.model,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        output_loading_info=True,
     )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
@@ -197,18 +207,6 @@ def _load_model(settings: Settings) -> Any:
             f"{missing[0]} among them; give a complete checkpoint of a causal language model"
         )
     return model.to(device).eval()
-
-
-def _from_pretrained(auto_class: Any, settings: Settings, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(
-            settings.model, trust_remote_code=settings.trust_remote_code, **options
-        )
-    except Exception as error:  # whatever a checkpoint's files can cause
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(
-            f"{settings.model} does not load with {auto_class.__name__}: {reason}"
-        ) from error
 
 
 def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
@@ -221,7 +219,7 @@ def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
     return BackendFacts(
         teacher=TeacherIdentity(
             model=settings.served_model_name or settings.model,
-            fingerprint=model_fingerprint(_folder(settings.model)),
+            fingerprint=model_fingerprint(local_folder(settings.model)),
             dtype=str(model.dtype).removeprefix("torch."),
             backend="transformers",
             version=version("transformers"),
@@ -229,31 +227,6 @@ def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
         tokenizer=tokenizer_identity(tokenizer),
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         max_model_len=limit,
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        eos_token_ids=eos_token_ids(model.generation_config, tokenizer),
         capabilities=Capabilities(temperature=True, requested_token_ids=True, generate=True),
-    )
-
-
-def _folder(model: str) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, local_files_only=True))
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))
-
-
-def _score_job(job: GenerateJob, completion: Completion) -> ScoreJob:
-    assert job.score is not None
-    return ScoreJob(
-        token_ids=np.concatenate([job.prompt, completion.token_ids]).astype(np.uint32),
-        completion_start=len(job.prompt),
-        top_k=job.score.top_k,
-        temperature=job.score.temperature,
-        logprob_dtype=job.score.logprob_dtype,
     )

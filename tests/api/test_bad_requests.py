@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from shared import codec, wire
 from shared.identity import tokenizer_identity
-from shared.protocol import InfoResponse, Problem
+from shared.protocol import Capabilities, InfoResponse, Problem
 
 ONE = {"token_ids": [1, 2, 3], "completion_start": 1}
 
@@ -149,9 +149,11 @@ def test_the_info_states_every_limit(teacher, strict):
     assert info.eos_token_ids == [1]
     assert info.limits.max_top_k == 272
     assert info.teacher.dtype == "float32"
-    assert info.teacher.backend == "transformers"
+    assert info.teacher.backend == teacher.backend
     assert len(info.teacher.fingerprint) == 64
-    assert info.capabilities.temperature
+    assert info.capabilities == Capabilities(
+        temperature=True, requested_token_ids=True, generate=True
+    )
     limits = InfoResponse.model_validate(httpx.get(f"{strict.url}/v1/info").json()).limits
     assert (limits.max_top_k, limits.max_tokens, limits.max_body_bytes) == (50, 8000, 100_000)
 

@@ -67,14 +67,16 @@ def test_the_metrics_are_in_the_text_format_of_prometheus(teacher):
     httpx.post(f"{teacher.url}/v1/score", json=SHORT)
     response = httpx.get(f"{teacher.url}/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
-    line = re.compile(r'[a-z_]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? [-+0-9.e]+|# .*')
+    line = re.compile(r'[a-z_:0-9]+(\{[a-z_]+="[^"]*"(,[a-z_]+="[^"]*")*\})? [-+0-9.e]+|# .*')
     assert [text for text in response.text.splitlines() if not line.fullmatch(text)] == []
     for name in (
         'teacher_requests_total{route="/v1/score",status="200"}',
         'teacher_request_seconds_count{route="/v1/score"}',
         'teacher_tokens_total{kind="scored"}',
         'teacher_batch_tokens_total{kind="score"}',
-        'teacher_model_seconds_sum{kind="score"}',
+        'teacher_model_seconds_sum{kind="score"}'
+        if teacher.backend == "transformers"
+        else f'vllm:num_requests_running{{engine="0",model_name="{teacher.folder}"}}',
         "teacher_queued_tokens",
     ):
         assert f"\n{name} " in response.text

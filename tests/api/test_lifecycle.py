@@ -7,11 +7,13 @@ import threading
 import time
 
 import httpx
+import psutil
 import pytest
 
 from shared.protocol import Problem
-from tests.support.http import metric
+from tests.support.http import engine_metric, metric
 from tests.support.server import free_port, running_server, start_server, wait_until_ready
+from tests.support.vllm import only
 
 # Greedy and never at an end token: about three milliseconds a token on one core.
 LONG = {"prompts": [[5, 6, 7]], "max_new_tokens": 7_000, "temperature": 0.0}
@@ -66,6 +68,28 @@ def test_a_client_who_leaves_frees_the_queue_and_the_model(strict):
     assert until(lambda: metric(strict.url, name) >= 1, 5) < 1.0
 
 
+@only("vllm")
+def test_a_client_who_leaves_ends_the_engines_request(strict):
+    """Not only the answer is dropped: vLLM stops decoding what would take it 20 s more."""
+
+    def running():
+        return engine_metric(strict.url, "num_requests_running")
+
+    def idle():
+        # The gauge moves with the engine's steps, so give it one.
+        assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
+        return running() == 0
+
+    with long_generation(strict.url):
+        until(lambda: running() == 1, 5)
+        assert not idle()
+    assert until(idle, 5) < 2.0
+    decoded = engine_metric(strict.url, "generation_tokens_total")
+    time.sleep(0.5)
+    assert idle()
+    assert engine_metric(strict.url, "generation_tokens_total") <= decoded + 2
+
+
 def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
     since = time.monotonic()
     response = httpx.post(f"{strict.url}/v1/generate", json=LONG, timeout=20)
@@ -76,10 +100,11 @@ def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
     assert time.monotonic() - since < 1.0
 
 
-def test_scoring_waits_for_one_generation_at_most(long_folder):
+@only("transformers")
+def test_scoring_waits_for_one_generation_at_most(long_folder, backend):
     """Two queues take turns: a score is answered between the batches of many generations."""
     generation = {"prompts": [[5, 6, 7]], "max_new_tokens": 120, "temperature": 0.0}
-    with running_server(long_folder, "--max-batch-tokens", "150") as url:
+    with running_server(long_folder, "--backend", backend, "--max-batch-tokens", "150") as url:
         done = []
 
         def generate():
@@ -110,8 +135,8 @@ def server_process(folder, tmp_path, *arguments):
         server.wait()
 
 
-def test_sigterm_finishes_what_runs_and_exits_with_zero(long_folder, tmp_path):
-    with server_process(long_folder, tmp_path) as (server, url, log):
+def test_sigterm_finishes_what_runs_and_exits_with_zero(long_folder, backend, tmp_path):
+    with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
         wait_until_ready(server, url, log)
         answers = []
 
@@ -144,6 +169,31 @@ def test_while_the_model_loads_the_server_is_alive_not_ready_and_free_to_go(long
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0, log.read_text()
         assert "Ready" not in log.read_text()
+
+
+@only("vllm")
+def test_a_server_whose_engine_died_is_not_ready(long_folder, backend, tmp_path):
+    with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
+        wait_until_ready(server, url, log)
+        for engine in psutil.Process(server.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503, 20)
+        for response in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/score", json=SHORT)):
+            assert "the engine is dead; restart the server" in problem(response, 503).detail
+        assert httpx.get(f"{url}/health").status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0, log.read_text()
+
+
+@only("vllm")
+def test_an_engine_does_not_outlive_a_server_that_is_killed(long_folder, backend, tmp_path):
+    with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
+        wait_until_ready(server, url, log)
+        engines = psutil.Process(server.pid).children(recursive=True)
+        assert len(engines) >= 2
+        server.kill()
+        assert psutil.wait_procs(engines, timeout=30)[1] == []
 
 
 def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_folder, tmp_path):

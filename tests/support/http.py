@@ -31,3 +31,19 @@ def metric(url: str, name: str) -> float:
         if line.startswith(name + " "):
             return float(line.rsplit(" ", 1)[1])
     return 0.0
+
+
+def engine_metric(url: str, name: str, **labels: str) -> float:
+    """Sum of vLLM's metric over all lines that carry ``labels``; there must be one.
+
+    Raises:
+        AssertionError: no such line.
+    """
+    found = [
+        float(line.rsplit(" ", 1)[1])
+        for line in httpx.get(f"{url}/metrics").text.splitlines()
+        if line.startswith(f"vllm:{name}{{")
+        and all(f'{key}="{value}"' in line for key, value in labels.items())
+    ]
+    assert found, f"no line of vllm:{name} with {labels}"
+    return sum(found)

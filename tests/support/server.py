@@ -22,23 +22,28 @@ def free_port() -> int:
 
 
 def start_server(model: Path, *arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
-    """The process, its output going to ``log``; it may not be ready yet."""
+    """The process, its output going to ``log``; it may not be ready yet.
+
+    On the transformers backend unless the arguments choose another.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "teacher_server", "serve", str(model), "--port", str(port),
-             *arguments],
+             "--backend", "transformers", *arguments],
             stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 90
+def wait_until_ready(
+    server: subprocess.Popen[bytes], url: str, log: Path, route: str = "ready"
+) -> None:
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready").status_code == 200:
+            if httpx.get(f"{url}/{route}").status_code == 200:
                 return
         time.sleep(0.1)
     raise AssertionError(f"the server is not ready (exit {server.poll()}):\n{log.read_text()}")
@@ -59,5 +64,9 @@ def running_server(model: Path, *arguments: str) -> Iterator[str]:
             sys.stderr.write(log.read_text())
             raise
         finally:
-            server.kill()
-            server.wait()
+            server.terminate()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()

@@ -26,6 +26,7 @@ from teacher_server.settings import Settings
 class Engine:
     """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it."""
 
+    alive = True
     facts = BackendFacts(
         teacher=TeacherIdentity(model="m", fingerprint="f", dtype="d", backend="b", version="v"),
         tokenizer=TokenizerIdentity(

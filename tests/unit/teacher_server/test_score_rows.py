@@ -10,7 +10,7 @@ from shared.errors import InternalError
 from shared.protocol import ScoreSequence
 from teacher_server.backends import scoring
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import score_rows
+from teacher_server.backends.scoring import score_rows, top_k
 from tests.support.reference import largest_error
 
 V = 23
@@ -81,6 +81,10 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
         np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
     assert sizes == [4, 4, 4, 4, 2]
+    monkeypatch.setattr(scoring, "SLICE_BYTES", 3 * V * 4)
+    for a, b in zip(whole, score_rows(hidden, head, jobs, V), strict=True):
+        np.testing.assert_array_equal(a.token_ids, b.token_ids)
+        np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
 
 
 def test_the_order_of_equal_tokens_does_not_depend_on_the_company():
@@ -100,6 +104,46 @@ def test_a_tiny_tail_is_exact_and_an_empty_one_is_minus_infinity():
     assert tail == pytest.approx(np.log(V - 1) - 60.0, abs=1e-5)  # 1 − p is 0 in float32
     everything = ScoreJob(np.array([5, 0], np.uint32), 1, top_k=V)
     assert score_rows(logits, torch.clone, [everything], V)[0].tail_logprob[0] == -np.inf
+
+
+@pytest.mark.parametrize("height", [60.0, 80.0, 200.0])
+def test_a_tail_beyond_float32s_range_is_exact(height):
+    """e^−200 is no float32; its logarithm is."""
+    logits = torch.zeros(2, 4000)
+    logits[:, 7] = torch.tensor([height, 1.0])  # beside a row of the usual kind
+    one = ScoreJob(np.array([5, 0, 0], np.uint32), 1, top_k=1)
+    tails = score_rows(logits, torch.clone, [one], 4000)[0].tail_logprob
+    assert tails[0] == pytest.approx(np.log(3998) - height, abs=1e-4)  # all but tokens 7 and 0
+    assert tails[1] == pytest.approx(np.log(3998 / (3999 + np.e)), abs=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [320, 1000, 1023, 4096])
+@pytest.mark.parametrize("k", [1, 2, 5, 16, 64])
+def test_ranking_blocks_first_finds_what_torch_finds(vocab_size, k):
+    rng = np.random.default_rng(vocab_size + k)
+    logits = torch.from_numpy(rng.normal(size=(40, vocab_size)).astype(np.float32))
+    logits[:10].round_(decimals=1)  # many equal
+    logits[10:20, 50:] = -torch.inf  # fewer to choose from than blocks
+    logits[20:30, -9:] += 9.0  # the last columns, which fill no block of their own
+    logits[30:, 64:96] += 9.0  # all in one block
+    values, ids = top_k(logits, k)
+    torch.testing.assert_close(values, logits.topk(k, dim=-1).values, rtol=0, atol=0)
+    torch.testing.assert_close(values, logits.gather(1, ids), rtol=0, atol=0)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    logits[3, 77] = torch.nan
+    assert top_k(logits, k)[0][3].isnan().any()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_wide_vocabulary_is_scored_like_a_narrow_one(temperature):
+    rng = np.random.default_rng(3)
+    wide = 3001
+    logits = torch.from_numpy(rng.normal(0, 4, (300, wide)).astype(np.float32))
+    ids = rng.integers(0, wide, 301).astype(np.uint32)
+    one = ScoreJob(ids, 1, top_k=20, temperature=temperature)
+    [answer] = score_rows(logits, torch.clone, [one], wide)
+    dense = (logits.double() / temperature).log_softmax(dim=-1).numpy()
+    assert largest_error(answer, dense, sequence(one)) < 1e-5
 
 
 def test_the_next_and_requested_tokens_leave_the_tail_once():

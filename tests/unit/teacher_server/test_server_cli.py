@@ -28,6 +28,25 @@ def test_a_wrong_value_is_refused(capsys, llama_folder):
     assert "--port 70000" in refused(capsys, str(llama_folder), "--port", "70000")
 
 
+def test_a_flag_that_only_vllm_may_know_is_refused_on_the_other_backend(capsys, llama_folder):
+    flags = ["--backend", "transformers", "--tensor-parallel-size", "2"]
+    error = refused(capsys, str(llama_folder), *flags)
+    assert "--tensor-parallel-size 2: unknown to this server" in error
+    assert "use --backend vllm" in error
+
+
+def test_vllm_where_it_is_not_installed_is_refused(capsys, llama_folder, monkeypatch):
+    monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: None)
+    error = refused(capsys, str(llama_folder), "--backend", "vllm")
+    assert "vllm is not installed here; pip install 'sparse-gkd[vllm]'" in error
+
+
+def test_flags_are_not_abbreviated(capsys, llama_folder):
+    """Half a name of ours could be the whole name of one of vLLM's."""
+    flags = ["--backend", "transformers", "--max-model", "32"]
+    assert "--max-model 32: unknown" in refused(capsys, str(llama_folder), *flags)
+
+
 def test_a_port_in_use_is_refused_before_the_model_loads(capsys, llama_folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -45,7 +64,8 @@ def test_an_address_of_another_machine_is_refused(capsys, llama_folder):
 
 def test_a_model_that_does_not_load_ends_the_server(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    assert "does not load" in refused(capsys, str(tmp_path), "--port", "0")
+    flags = ["--port", "0", "--backend", "transformers"]
+    assert "does not load" in refused(capsys, str(tmp_path), *flags)
 
 
 @pytest.mark.parametrize(
@@ -53,10 +73,9 @@ def test_a_model_that_does_not_load_ends_the_server(capsys, tmp_path):
     [
         [],
         ["serve"],
-        ["serve", "m", "--backend", "vllm"],
+        ["serve", "m", "--backend", "tgi"],
         ["serve", "m", "--dtype", "int8"],
         ["serve", "m", "--port", "http"],
-        ["serve", "m", "--no-such-flag"],
         ["fly"],
     ],
 )
@@ -79,13 +98,15 @@ def test_help_names_every_flag_and_loads_no_model_library():
         "import sys\n"
         "from teacher_server.cli import main\n"
         "try:\n    main(['serve', '--help'])\n"
-        "finally:\n    print('LOADED', sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+        "finally:\n    libraries = {'torch', 'transformers', 'vllm'}\n"
+        "    print('LOADED', sorted(libraries & sys.modules.keys()))\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "LOADED []" in shown.stdout
     for flag in ("--host", "--port", "--backend", "--dtype", "--device", "--max-model-len",
                  "--max-batch-tokens", "--max-queued-tokens", "--request-timeout", "--max-top-k",
-                 "--trust-remote-code", "--served-model-name", "--drain-timeout"):  # fmt: skip
+                 "--trust-remote-code", "--served-model-name", "--drain-timeout",
+                 "--tensor-parallel-size", "4.98 GB"):  # fmt: skip
         assert flag in shown.stdout
 
 

@@ -1,0 +1,377 @@
+"""Tokens scored per second by a served teacher, against stock vLLM and against the bare model.
+
+Every server is a process of its own with one thread for its model; all are up, and take turns, one
+round each, so that a disturbance of the machine falls on all of them. A token is scored when its
+row of top-k, next token and tail has arrived; prompts are read and not scored, as in training.
+
+    python -m benchmarks.teacher --quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from benchmarks.report import Cell, print_report
+from shared import wire
+from shared.protocol import LogprobDtype, ScoreRequest, ScoreResponse, ScoreSequence
+from tests.support.models import save_model, save_tokenizer
+from tests.support.server import free_port, running_server, wait_until_ready
+
+LENGTH, PROMPT = 256, 64
+ROWS = LENGTH - PROMPT
+LIMIT_BATCH = 8  # sequences of the bare forward pass
+OURS, OTHER, STOCK = "teacher-server, vLLM", "teacher-server, transformers", "vllm serve, JSON"
+ENGINE, LIMIT = "bare vLLM prefill, no log-probs", "bare forward + log-softmax + top-k"
+NOTES = (
+    f"Sequences of {LENGTH} tokens, {PROMPT} of them prompt; one sequence a request; models in "
+    "float32, one thread for each; on the wire the top k in float16, next token and tail in "
+    "float32. Answers are received, not decoded.",
+    "The limit is a transformers forward pass over batches of "
+    f"{LIMIT_BATCH} in the benchmark's own process, the output layer on completion rows alone, "
+    "log-softmax and top-k: what is computed for an answer, and nothing else.",
+    "memory: resident, all processes of a server, after the last round.",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    vocab_size: int
+    top_k: int
+    clients: int
+
+
+HEADLINE = Case(32_000, 64, 8)  # whose figures are the benchmark's, or the first case's
+
+
+@dataclass
+class Figures:
+    """Of one method in one case: a value for each round."""
+
+    rows_per_second: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    bytes_per_token: float = 0.0
+    memory: int = 0
+
+    @property
+    def speed(self) -> float:
+        return statistics.median(self.rows_per_second)
+
+    def cells(self) -> list[Cell]:
+        if not self.latencies:
+            return ["-"] * 4
+        p50, p99 = np.quantile(self.latencies, [0.5, 0.99])
+        return [float(p50), float(p99), round(self.bytes_per_token), f"{self.memory / 2**20:.0f}"]
+
+
+# A method runs one round of sequences and says what it saw.
+Round = Callable[[Case, list[NDArray[np.uint32]], Figures], None]
+
+
+def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media_type: str,
+              process: psutil.Process) -> Round:  # fmt: skip
+    """Each sequence in a request of its own, ``case.clients`` of them at a time."""
+
+    def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
+        bodies = [body(case, sequence) for sequence in sequences]
+        limits = httpx.Limits(max_connections=case.clients)
+        with httpx.Client(
+            timeout=300, limits=limits, headers={"content-type": media_type}
+        ) as client, ThreadPoolExecutor(case.clients) as clients:  # fmt: skip
+
+            def send(content: bytes) -> tuple[float, int]:
+                since = time.perf_counter()
+                response = client.post(url, content=content)
+                response.raise_for_status()
+                return time.perf_counter() - since, len(response.content)
+
+            since = time.perf_counter()
+            answers = list(clients.map(send, bodies))
+            seconds = time.perf_counter() - since
+        figures.rows_per_second.append(len(sequences) * ROWS / seconds)
+        figures.latencies.extend(latency for latency, _ in answers)
+        figures.bytes_per_token = sum(size for _, size in answers) / (len(sequences) * ROWS)
+        figures.memory = resident(process)
+
+    return run
+
+
+def score_body(case: Case, sequence: NDArray[np.uint32], dtype: LogprobDtype = "float16") -> bytes:
+    one = ScoreSequence(token_ids=sequence, completion_start=PROMPT)
+    asked = ScoreRequest(sequences=[one], top_k=case.top_k, logprob_dtype=dtype)
+    return wire.dump(asked, wire.MSGPACK_MEDIA_TYPE)
+
+
+def stock_body(case: Case, sequence: NDArray[np.uint32]) -> bytes:
+    asked = {
+        "model": "stock",
+        "prompt": sequence.tolist(),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": case.top_k,
+    }
+    return json.dumps(asked).encode()
+
+
+def bare_forward(folder: Path) -> Round:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+    @torch.inference_mode()
+    def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
+        near_the_caches = max(1, (16 << 20) // (4 * case.vocab_size))  # the faster way
+        since = time.perf_counter()
+        for i in range(0, len(sequences), LIMIT_BATCH):
+            batch = torch.from_numpy(np.stack(sequences[i : i + LIMIT_BATCH]).astype(np.int64))
+            hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
+            rows = hidden[:, PROMPT - 1 : -1].flatten(0, 1)
+            for chunk in rows.split(ROWS):
+                for logits in model.lm_head(chunk).split(near_the_caches):
+                    logits.log_softmax(dim=-1).topk(case.top_k, dim=-1)
+        seconds = time.perf_counter() - since
+        figures.rows_per_second.append(len(sequences) * ROWS / seconds)
+
+    return run
+
+
+def bare_engine(folder: Path) -> Iterator[Round]:
+    """vLLM's own `LLM` in a process of its own, told each round through a pipe."""
+    command = [sys.executable, "-m", "benchmarks.teacher", "--engine", str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(line: str) -> str:
+            print(line, file=process.stdin, flush=True)
+            return answer()
+
+        def answer() -> str:
+            for line in process.stdout or ():
+                if line.startswith(ENGINE):
+                    return line.removeprefix(ENGINE).strip()
+            raise RuntimeError("the bare engine ended")
+
+        def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
+            seconds = float(ask(json.dumps([sequence.tolist() for sequence in sequences])))
+            figures.rows_per_second.append(len(sequences) * ROWS / seconds)
+
+        answer()  # loaded
+        try:
+            yield run
+        finally:
+            process.stdin.close()
+
+
+def serve_engine(folder: str) -> None:
+    """The other end of `bare_engine`."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    llm = LLM(folder, dtype="float32", enforce_eager=True, enable_prefix_caching=False,
+              max_num_batched_tokens=16_384, skip_tokenizer_init=True)  # fmt: skip
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+    print(f"\n{ENGINE} ready", flush=True)
+    for line in sys.stdin:
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(line)]
+        since = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        print(f"\n{ENGINE} {time.perf_counter() - since}", flush=True)
+
+
+@contextlib.contextmanager
+def stock_server(folder: Path) -> Iterator[str]:
+    """URL of `vllm serve`, as vLLM ships it."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as logs:
+        log = Path(logs) / "log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
+                 "--port", str(port), "--served-model-name", "stock", "--dtype", "float32",
+                 "--max-logprobs", "1024", "--max-num-batched-tokens", "16384",
+                 "--enforce-eager", "--no-enable-log-requests", "--uvicorn-log-level", "warning"],
+                stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(process, url, log, route="health")
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of a server and all it started."""
+    family = [process, *process.children(recursive=True)]
+    return sum(int(member.memory_info().rss) for member in family)
+
+
+def listener(url: str) -> psutil.Process:
+    """The child of this process that listens at ``url``."""
+    port = int(url.rsplit(":", 1)[1])
+    for child in psutil.Process().children():
+        for connection in child.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+                return child
+    raise RuntimeError(f"no child process listens on port {port}")
+
+
+def random_sequences(rng: np.random.Generator, count: int, case: Case) -> list[Any]:
+    return list(rng.integers(0, case.vocab_size, (count, LENGTH)).astype(np.uint32))
+
+
+@torch.inference_mode()
+def largest_error(folder: Path, url: str, case: Case) -> float:
+    """Of any float32 log-prob of the server at ``url``, from a plain float32 forward pass."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    worst = 0.0
+    for sequence in random_sequences(np.random.default_rng(1), 3, case):
+        answered = httpx.post(
+            f"{url}/v1/score", content=score_body(case, sequence, "float32"), timeout=300,
+            headers={"content-type": wire.MSGPACK_MEDIA_TYPE},
+        )  # fmt: skip
+        [scores] = wire.load(
+            ScoreResponse, answered.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 30
+        ).sequences
+        ids = torch.from_numpy(sequence.astype(np.int64))
+        logits = model(ids[None]).logits[0, PROMPT - 1 : -1].double()  # [T, V]
+        dense = logits.log_softmax(dim=-1)
+        named = torch.from_numpy(scores.token_ids.astype(np.int64))  # [T, k]
+        following = ids[PROMPT:, None]
+        tail = dense.scatter(1, named, -torch.inf).scatter(1, following, -torch.inf)
+        for found, wanted in (
+            (scores.logprobs, dense.gather(1, named)),
+            (scores.next_token_logprob, dense.gather(1, following)[:, 0]),
+            (scores.tail_logprob, tail.logsumexp(dim=-1)),
+        ):
+            worst = max(worst, float(np.abs(found - wanted.numpy()).max()))
+    return worst
+
+
+def soak(url: str, process: psutil.Process, requests: int, case: Case) -> float:
+    """Growth of resident memory over the last nine tenths of many short requests, as a ratio."""
+    rng = np.random.default_rng(2)
+    bodies = [score_body(case, s[: PROMPT + 16]) for s in random_sequences(rng, 64, case)]
+    sizes = []
+    with httpx.Client(
+        timeout=300, headers={"content-type": wire.MSGPACK_MEDIA_TYPE}
+    ) as client, ThreadPoolExecutor(16) as clients:  # fmt: skip
+        for _ in range(10):
+            share = [bodies[i % 64] for i in range(requests // 10)]
+            for response in clients.map(
+                lambda content: client.post(f"{url}/v1/score", content=content), share
+            ):
+                response.raise_for_status()
+            sizes.append(resident(process))
+    return sizes[-1] / sizes[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one case, no soak; under 50 s")
+    parser.add_argument("--vocab_size", type=int, nargs="+", help="default 32000 152064")
+    parser.add_argument("--top_k", type=int, nargs="+", help="default 1 16 64 256")
+    parser.add_argument("--clients", type=int, nargs="+", help="default 1 8 64")
+    parser.add_argument("--rounds", type=int, help="default 3, with --quick 2")
+    parser.add_argument("--soak", type=int, help="requests of the memory test, default 10000")
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.engine:
+        serve_engine(args.engine)
+        return
+    cases = [
+        Case(v, k, c)
+        for v in args.vocab_size or ([32_000] if args.quick else [32_000, 152_064])
+        for k in args.top_k or ([64] if args.quick else [1, 16, 64, 256])
+        for c in args.clients or ([8] if args.quick else [1, 8, 64])
+        if k == 64 or c == 8 or args.top_k or args.clients  # by default a cross
+    ]
+    rounds = args.rounds or (2 if args.quick else 3)
+    soaked = args.soak if args.soak is not None else (0 if args.quick else 10_000)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    rows: list[list[Cell]] = []
+    figures: dict[str, Any] = {}
+    for vocab_size in dict.fromkeys(case.vocab_size for case in cases):
+        measure([c for c in cases if c.vocab_size == vocab_size], rounds, soaked, rows, figures)
+    columns = ["method", "V", "k", "clients", "tokens/s", "of limit", "p50 s", "p99 s",
+               "bytes/token", "memory MiB"]  # fmt: skip
+    print_report("Tokens scored per second", columns, rows, figures, notes=NOTES)
+
+
+def measure(cases: list[Case], rounds: int, soaked: int, rows: list[list[Cell]],
+            figures: dict[str, Any]) -> None:  # fmt: skip
+    """Run all methods on all cases of one vocabulary; adds to ``rows`` and ``figures``."""
+    vocab_size = cases[0].vocab_size
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save_tokenizer(folder)
+        save_model(
+            folder, family="qwen2", vocab_size=vocab_size, hidden_size=256, num_hidden_layers=4,
+            intermediate_size=1024, max_position_embeddings=2 * LENGTH,
+        )  # fmt: skip
+        methods: dict[str, Round] = {}
+        urls = {}
+        for name, backend in ((OURS, "vllm"), (OTHER, "transformers")):
+            urls[name] = stack.enter_context(running_server(folder, "--backend", backend))
+            score = f"{urls[name]}/v1/score"
+            process = listener(urls[name])
+            methods[name] = over_http(score, score_body, wire.MSGPACK_MEDIA_TYPE, process)
+        url = stack.enter_context(stock_server(folder))
+        methods[STOCK] = over_http(
+            f"{url}/v1/completions", stock_body, wire.JSON_MEDIA_TYPE, listener(url)
+        )
+        methods[ENGINE] = stack.enter_context(contextlib.contextmanager(bare_engine)(folder))
+        methods[LIMIT] = bare_forward(folder)
+        rng = np.random.default_rng(0)
+        for case in cases:
+            found = {name: Figures() for name in methods}
+            for run in methods.values():  # warm
+                run(case, random_sequences(rng, 2, case), Figures())
+            for _ in range(rounds):
+                for name, run in methods.items():
+                    run(case, random_sequences(rng, max(16, 2 * case.clients), case), found[name])
+            limit = found[LIMIT].speed
+            for name, one in found.items():
+                rows.append([name, vocab_size, case.top_k, case.clients, round(one.speed),
+                             one.speed / limit, *one.cells()])  # fmt: skip
+            if "fraction_of_limit" not in figures or case == HEADLINE:
+                figures.update(
+                    vocab_size=vocab_size, top_k=case.top_k, clients=case.clients,
+                    fraction_of_limit=found[OURS].speed / limit,
+                    fraction_of_limit_transformers=found[OTHER].speed / limit,
+                    fraction_of_bare_engine=found[OURS].speed / found[ENGINE].speed,
+                    speedup_vs_stock_vllm=found[OURS].speed / found[STOCK].speed,
+                    bytes_per_token=found[OURS].bytes_per_token,
+                    bytes_per_token_stock_vllm=found[STOCK].bytes_per_token,
+                    max_abs_logprob_error=largest_error(folder, urls[OURS], case),
+                )  # fmt: skip
+        if soaked:
+            figures[f"memory_growth_{vocab_size}"] = soak(
+                urls[OURS], listener(urls[OURS]), soaked, cases[0]
+            )
+
+
+if __name__ == "__main__":
+    main()

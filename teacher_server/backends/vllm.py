@@ -1,0 +1,382 @@
+"""The teacher on vLLM: its engine in a process of its own, its scheduler, its parallelism.
+
+Scoring is one prefill of ``token_ids[:-1]`` with one sampled token that nobody reads, scored inside
+the worker by `teacher_server.backends.vllm_worker`. Where this vLLM is not built as those hooks
+expect, which a self-test at start-up finds out, scoring falls back to vLLM's public prompt
+log-probs: slower, at temperature 1, without requested ids, and `/v1/info` says so.
+
+vllm is imported in this file only, and only when a backend is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import itertools
+import logging
+import os
+import tempfile
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar, get_args
+
+import numpy as np
+from prometheus_client import REGISTRY
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from shared.errors import (
+    ConfigurationError,
+    InternalError,
+    InvalidRequestError,
+    UnavailableError,
+)
+from shared.identity import model_fingerprint, tokenizer_identity
+from shared.protocol import Capabilities, Completion, TeacherIdentity
+from shared.sampling import uniforms
+from shared.sparse import SparseLogprobs
+from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
+from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
+from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
+from teacher_server.metrics import Metrics
+from teacher_server.settings import DtypeName, Settings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# vLLM samples no colder than this; below it, it would silently take another temperature.
+COLDEST = 0.01
+# Largest difference in log-prob that the self-test lets pass between two paths over one model.
+SELF_TEST_TOLERANCE = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
+# What float32 resolves of a mass near 1: the least tail that the public path can tell from none.
+LEAST_TAIL = float(np.log(2.0**-24))
+
+_EXTENSION = f"{ScoringExtension.__module__}.{ScoringExtension.__qualname__}"
+
+
+class VllmBackend:
+    """vLLM's AsyncLLM. Batching, chunked prefill and parallelism are the engine's own.
+
+    Args:
+        settings: model, dtype, limits and the engine's own flags.
+        metrics: is told the tokens of each job.
+        loop: the running event loop that jobs will come from; the constructor waits for it, so it
+            runs in another thread.
+
+    Raises:
+        ConfigurationError: vLLM refuses a flag or the model.
+    """
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        arguments = engine_arguments(settings)
+        # Its lock goes with this process, however that ends. Unlike flock, not shared by a fork.
+        self._alive = tempfile.NamedTemporaryFile(prefix="teacher-server-")  # noqa: SIM115
+        fcntl.lockf(self._alive, fcntl.LOCK_EX)
+        self._engine = _start_engine(settings, arguments)
+        self._ids = itertools.count()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        metrics.engine_registry = REGISTRY  # where vLLM puts its own
+        self._tokens = metrics.batch_tokens
+        self._in_worker = True
+        config = self._engine.vllm_config.model_config
+        self._vocab_size = int(config.get_vocab_size())
+        try:
+            self._in_worker = _wait(self._hooks_work(int(config.max_model_len)), loop)
+            self.facts = _facts(settings, config, arguments, self._vocab_size, self._in_worker)
+        except BaseException:
+            self._engine.shutdown()
+            raise
+
+    @property
+    def alive(self) -> bool:
+        return self._closing or not self._engine.errored
+
+    async def score(self, job: ScoreJob) -> SparseLogprobs:
+        self._tokens.labels("score").inc(job.tokens)
+        return await (self._score_in_worker(job) if self._in_worker else self._score_publicly(job))
+
+    async def generate(self, job: GenerateJob) -> Completion:
+        if 0 < job.temperature < COLDEST:
+            raise InvalidRequestError(
+                f"temperature {job.temperature:g}: vLLM samples at {COLDEST} and above; use 0 for "
+                "greedy decoding",
+                field="temperature",
+            )
+        self._tokens.labels("generate").inc(job.tokens)
+        output = await self._run(
+            job.prompt.tolist(),
+            max_tokens=job.max_new_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            top_k=job.sampling_top_k,
+            seed=int(uniforms("vllm", *job.key, count=1)[0] * 2**53),
+            stop_token_ids=sorted({*self.facts.eos_token_ids, *job.stop_token_ids}),
+            logit_bias=self._padding_bias(),
+        )
+        [generated] = output.outputs
+        if generated.finish_reason not in ("stop", "length"):
+            raise InternalError(f"vLLM ended a generation with {generated.finish_reason!r}")
+        ids = np.asarray(generated.token_ids, np.uint32)
+        # A prefill of what was decoded: cheap beside the decoding, and exact in tail and
+        # temperature, which log-probs kept while decoding would not be.
+        scores = None if job.score is None else await self.score(job.score_job(ids))
+        return Completion(token_ids=ids, finish_reason=generated.finish_reason, scores=scores)
+
+    def _padding_bias(self) -> dict[int, float] | None:
+        """Keeps padding rows of the output layer, which are no tokens, from being sampled."""
+        padding = range(self.facts.tokenizer.vocab_size, self._vocab_size)
+        return dict.fromkeys(padding, -100.0) or None
+
+    async def close(self) -> None:
+        self._closing = True
+        # The engine's reader first: what it would find is an engine gone, and an error to log.
+        reader = self._engine.output_handler
+        for task in {*self._running, *([] if reader is None else [reader])}:
+            task.cancel()
+        await asyncio.gather(*self._running, *([] if reader is None else [reader]),
+                             return_exceptions=True)  # fmt: skip
+        await asyncio.to_thread(self._engine.shutdown)
+        del self._engine
+        self._alive.close()
+
+    async def _score_in_worker(self, job: ScoreJob) -> SparseLogprobs:
+        output = await self._run(
+            job.token_ids[:-1].tolist(),
+            max_tokens=1,
+            temperature=0.0,
+            extra_args=pack_job(job),
+            skip_reading_prefix_cache=True,  # a cached row has no hidden state to score
+        )
+        data = output.prompt_token_id_logprobs
+        if data is None:
+            raise InternalError("vLLM answered without scores")
+        try:
+            return unpack_scores(data, job)
+        except RuntimeError as error:
+            raise InternalError(str(error)) from error
+
+    async def _score_publicly(self, job: ScoreJob) -> SparseLogprobs:
+        """The same through ``prompt_logprobs``; only for T = 1 and without requested ids."""
+        output = await self._run(
+            job.token_ids.tolist(),
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=job.top_k,
+            flat_logprobs=True,
+        )
+        flat, columns = output.prompt_logprobs, job.top_k + 1
+        first = flat.start_indices[job.completion_start]
+        # The token that came next, then the top k: [T, 1 + k].
+        ids = np.asarray(flat.token_ids[first:], np.uint32).reshape(job.rows, columns)
+        logprobs = np.asarray(flat.logprobs[first:], np.float32).reshape(job.rows, columns)
+        return public_scores(ids, logprobs, job, self._vocab_size)
+
+    async def _run(self, prompt: list[int], **params: Any) -> Any:
+        """The final `RequestOutput`; cancelled, it aborts the engine's request.
+
+        Raises:
+            UnavailableError: the engine is dead.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        sampling = SamplingParams(
+            **params,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            async for output in self._engine.generate(
+                tokens_input(prompt), sampling, f"teacher-{next(self._ids)}"
+            ):
+                return output
+        except EngineDeadError as error:
+            raise UnavailableError("vLLM's engine is dead; restart the server") from error
+        except asyncio.CancelledError:
+            if self._closing:
+                raise UnavailableError("the server is shutting down") from None
+            raise
+        finally:
+            self._running.discard(task)
+        raise InternalError("vLLM answered nothing")
+
+    async def _hooks_work(self, max_model_len: int) -> bool:
+        """Whether the workers score as they should; if not, says why in the log."""
+        try:
+            runners = await self._engine.collective_rpc(
+                "install_scoring", args=(self._vocab_size, self._alive.name)
+            )
+            difference = await self._largest_difference(max_model_len)
+        except Exception as error:
+            if self._engine.errored:
+                raise InternalError(f"vLLM's engine failed its first request: {error}") from error
+            logger.warning(
+                "Scoring inside vLLM's workers fails (%s): falling back to its public prompt "
+                "log-probs, which are slower, at temperature 1 and without requested ids",
+                str(error) or type(error).__name__,
+            )
+            return False
+        logger.info(
+            "Scoring inside vLLM's workers (model runner %s), within %.1e of its own log-probs",
+            runners[0], difference,
+        )  # fmt: skip
+        return True
+
+    async def _largest_difference(self, max_model_len: int) -> float:
+        """Of the two paths on one short sequence, over log-probs they both name.
+
+        Raises:
+            InternalError: it is over the tolerance.
+        """
+        length = min(24, max_model_len - 1)
+        ids = (np.arange(length, dtype=np.uint32) * 7 + 3) % self._vocab_size
+        job = ScoreJob(ids, completion_start=1, top_k=min(8, self._vocab_size))
+        ours, theirs = await self._score_in_worker(job), await self._score_publicly(job)
+        difference = max(
+            float(np.abs(ours.logprobs - theirs.logprobs).max()),
+            float(np.abs(ours.next_token_logprob - theirs.next_token_logprob).max()),
+        )
+        dtype = str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        if not difference <= SELF_TEST_TOLERANCE.get(dtype, 0.25):
+            raise InternalError(f"the log-probs differ by {difference:.2g} from vLLM's own")
+        return difference
+
+
+def public_scores(
+    ids: np.ndarray, logprobs: np.ndarray, job: ScoreJob, vocab_size: int
+) -> SparseLogprobs:
+    """Scores from vLLM's own prompt log-probs, [T, 1 + k] with the next token first.
+
+    The tail is what float32 leaves of 1 − Σ: never below `LEAST_TAIL`, and −inf only where every
+    token is named.
+    """
+    following = job.token_ids[job.completion_start :]
+    if not (ids[:, 0] == following).all():
+        raise InternalError("vLLM's prompt log-probs are not those of the tokens sent")
+    beside = ~(ids[:, 1:] == following[:, None]).any(axis=1)  # next token not in the top k
+    mass = np.exp(logprobs[:, 1:].astype(np.float64)).sum(axis=1)
+    mass += np.where(beside, np.exp(logprobs[:, 0].astype(np.float64)), 0.0)
+    tail = np.log(np.maximum(1.0 - mass, np.exp(LEAST_TAIL)))
+    tail[job.top_k + beside >= vocab_size] = -np.inf
+    top = np.ascontiguousarray(logprobs[:, 1:])
+    if job.logprob_dtype == "float16":
+        top = np.maximum(top, np.finfo(np.float16).min).astype(np.float16)
+    return SparseLogprobs(
+        token_ids=np.ascontiguousarray(ids[:, 1:]),
+        logprobs=top,
+        next_token_logprob=np.ascontiguousarray(logprobs[:, 0]),
+        tail_logprob=tail.astype(np.float32),
+    )
+
+
+def engine_arguments(settings: Settings) -> Any:
+    """vLLM's `AsyncEngineArgs`: ours, then the flags given under vLLM's own names.
+
+    Raises:
+        ConfigurationError: a flag that vLLM does not know, or refuses.
+    """
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigurationError(f"vLLM's engine flags: {message}")
+
+    device = current_platform.device_type
+    if settings.device not in ("auto", device):
+        raise ConfigurationError(
+            f"--device {settings.device}: the vLLM installed here is built for {device}"
+        )
+    flags = [
+        *("--model", settings.model, "--dtype", _dtype(settings)),
+        *("--max-num-batched-tokens", str(settings.max_batch_tokens)),
+        *("--max-logprobs", str(settings.max_top_k)),
+        "--skip-tokenizer-init",
+    ]  # fmt: skip
+    if settings.max_model_len is not None:
+        flags += ["--max-model-len", str(settings.max_model_len)]
+    if settings.trust_remote_code:
+        flags += ["--trust-remote-code"]
+    if device == "cpu":
+        # Compiling takes minutes and vLLM would claim nearly all memory for its cache: a teacher
+        # on CPU is for trying things out.
+        flags += ["--enforce-eager"]
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    for flag in settings.engine_flags:
+        if flag.split("=")[0].replace("_", "-") in ("--worker-extension-cls", "--model"):
+            raise ConfigurationError(f"{flag} is set by this server; leave it out")
+    parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm", add_help=False))
+    parsed = parser.parse_args([*flags, *settings.engine_flags])
+    arguments = AsyncEngineArgs.from_cli_args(parsed)
+    arguments.worker_extension_cls = _EXTENSION
+    return arguments
+
+
+def _dtype(settings: Settings) -> str:
+    """The checkpoint's for ``auto``, where vLLM would halve float32."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    config = from_pretrained(AutoConfig, settings.model, **trust).get_text_config()
+    stored = str(getattr(config, "dtype", None)).removeprefix("torch.")
+    return stored if stored in get_args(DtypeName) else "auto"
+
+
+def _start_engine(settings: Settings, arguments: Any) -> Any:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    try:
+        config = arguments.create_engine_config()
+    except Exception as error:  # whatever a checkpoint's files or a flag can cause
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigurationError(f"vLLM does not take {settings.model}: {reason}") from error
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
+
+
+def _wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+    return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+def _facts(
+    settings: Settings, config: Any, arguments: Any, vocab_size: int, in_worker: bool
+) -> BackendFacts:
+    import vllm
+
+    trust = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer = from_pretrained(AutoTokenizer, settings.model, **trust)
+    try:
+        generation = GenerationConfig.from_pretrained(settings.model)
+    except OSError:  # a checkpoint without generation_config.json
+        generation = GenerationConfig.from_model_config(config.hf_config)
+    # What changes the numbers is part of the identity.
+    dtype = str(config.dtype).removeprefix("torch.")
+    if config.quantization is not None:
+        dtype += f"+{config.quantization}"
+    if arguments.kv_cache_dtype != "auto":
+        dtype += f"+{arguments.kv_cache_dtype}-kv"
+    return BackendFacts(
+        teacher=TeacherIdentity(
+            model=settings.served_model_name or settings.model,
+            fingerprint=model_fingerprint(local_folder(settings.model)),
+            dtype=dtype,
+            backend="vllm",
+            version=vllm.__version__,
+        ),
+        tokenizer=tokenizer_identity(tokenizer),
+        vocab_size=vocab_size,
+        max_model_len=int(config.max_model_len),
+        eos_token_ids=eos_token_ids(generation, tokenizer),
+        capabilities=Capabilities(
+            temperature=in_worker, requested_token_ids=in_worker, generate=True
+        ),
+    )

@@ -1,0 +1,379 @@
+"""Scores prompts inside vLLM's workers, where the hidden states are. Imports no vllm.
+
+vLLM's own prompt log-probs project every prompt row, know neither temperature nor tail, and end as
+Python objects. Here the completion rows alone meet the output layer, in
+`teacher_server.backends.scoring` as on every other backend, and the answer leaves as one buffer of
+bytes through a field that vLLM ships as an array from the worker to `RequestOutput`:
+``prompt_token_id_logprobs``.
+
+Memory: logits for scoring are outside what vLLM measures when it sizes its KV cache, and a full
+batch of 8,192 rows over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32. So
+rows are projected in chunks of `scoring.CHUNK_BYTES` (128 MiB of float32 logits, 220 rows at 152k),
+and each chunk of a prefill is scored in the step that computed it, so no hidden states are kept.
+With the logits in the model's own dtype, their softmax and the top-k's work space a step needs
+about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
+``--gpu-memory-utilization`` leaves free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shared.sparse import SparseLogprobs
+from teacher_server.backends.base import ScoreJob
+from teacher_server.backends.scoring import Head, score_rows
+
+# The key of ``SamplingParams.extra_args`` under which a job travels to the workers.
+JOB = "teacher_score"
+
+_SCORED, _FAILED = 0, 1
+
+
+def pack_job(job: ScoreJob) -> dict[str, Any]:
+    """``extra_args`` of the request whose prompt is ``job.token_ids[:-1]``.
+
+    The last token predicts nothing that is asked for, so the engine never sees it.
+    """
+    requested = job.requested_token_ids
+    return {
+        JOB: {
+            "start": job.completion_start,
+            "completion": job.token_ids[job.completion_start :].astype("<u4").tobytes(),
+            "top_k": job.top_k,
+            "temperature": job.temperature,
+            "width": None if requested is None else int(requested.shape[1]),
+            "requested": None if requested is None else requested.astype("<u4").tobytes(),
+            "dtype": job.logprob_dtype,
+        }
+    }
+
+
+def unpack_job(packed: Mapping[str, Any]) -> ScoreJob:
+    """The job that `pack_job` packed, zeros in place of its prompt's ids."""
+    completion = np.frombuffer(packed["completion"], dtype="<u4")
+    requested = None
+    if packed["requested"] is not None:
+        requested = np.frombuffer(packed["requested"], dtype="<u4")
+        requested = requested.reshape(len(completion), packed["width"])
+    return ScoreJob(
+        token_ids=np.concatenate([np.zeros(packed["start"], np.uint32), completion]),
+        completion_start=packed["start"],
+        top_k=packed["top_k"],
+        temperature=packed["temperature"],
+        requested_token_ids=requested,
+        logprob_dtype=packed["dtype"],
+    )
+
+
+def pack_scores(parts: Sequence[SparseLogprobs]) -> torch.Tensor:
+    """[bytes] uint8: a status word, then the arrays of consecutive parts joined, in C order."""
+    buffers = [np.array([_SCORED], "<u4").tobytes()]
+    for name in _fields(parts[0].requested_logprobs is not None):
+        buffers.extend(np.ascontiguousarray(getattr(part, name)).tobytes() for part in parts)
+    return torch.frombuffer(bytearray(b"".join(buffers)), dtype=torch.uint8)
+
+
+def pack_failure(message: str) -> torch.Tensor:
+    """[bytes] uint8: what went wrong instead of scores."""
+    data = np.array([_FAILED], "<u4").tobytes() + message.encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpack_scores(data: NDArray[np.uint8], job: ScoreJob) -> SparseLogprobs:
+    """The scores of ``job``, as views into ``data``.
+
+    Raises:
+        RuntimeError: the worker answered a failure; carries its message.
+    """
+    if int(data[:4].view("<u4")[0]) != _SCORED:
+        raise RuntimeError(bytes(data[4:]).decode(errors="replace"))
+    rows, k, asked = job.rows, job.top_k, job.requested_token_ids
+    logprob = np.dtype("<f2" if job.logprob_dtype == "float16" else "<f4")
+    width = 0 if asked is None else int(asked.shape[1])
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        "token_ids": ((rows, k), np.dtype("<u4")),
+        "logprobs": ((rows, k), logprob),
+        "next_token_logprob": ((rows,), np.dtype("<f4")),
+        "tail_logprob": ((rows,), np.dtype("<f4")),
+        "requested_logprobs": ((rows, width), logprob),
+    }
+    wanted = {name: shapes[name] for name in _fields(asked is not None)}
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values()]
+    if data.nbytes != 4 + sum(sizes):
+        raise RuntimeError(f"{data.nbytes} bytes of scores came, not {4 + sum(sizes)}")
+    arrays: dict[str, Any] = {}
+    offset = 4
+    for (name, (shape, dtype)), size in zip(wanted.items(), sizes, strict=True):
+        arrays[name] = data[offset : offset + size].view(dtype).reshape(shape)
+        offset += size
+    return SparseLogprobs(**arrays)
+
+
+def _fields(requested: bool) -> tuple[str, ...]:
+    names = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob")
+    return (*names, "requested_logprobs") if requested else names
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of one request in one step of the model.
+
+    Attributes:
+        offset: row of the first one in the step's hidden states.
+        position: place of the first one in the sequence.
+        count: how many.
+    """
+
+    request_id: str
+    offset: int
+    position: int
+    count: int
+
+
+@dataclass
+class _Request:
+    job: ScoreJob
+    parts: list[SparseLogprobs] = field(default_factory=list)
+    rows: int = 0  # scored so far
+    failure: str | None = None
+
+
+class StepScorer:
+    """Scores the completion rows that each step of the model brings; all requests together.
+
+    A request's rows may come in several steps (chunked prefill) and again from the first one
+    (preemption).
+
+    Args:
+        head: projects hidden states [n, d] to logits [n, V], on every tensor-parallel rank.
+        vocab_size: V.
+    """
+
+    def __init__(self, head: Head, vocab_size: int) -> None:
+        self._head = head
+        self._vocab_size = vocab_size
+        self._requests: dict[str, _Request] = {}
+
+    def add(self, request_id: str, sampling_params: Any) -> None:
+        """Remember the job that the request carries, if it carries one."""
+        packed = (getattr(sampling_params, "extra_args", None) or {}).get(JOB)
+        if packed is not None:
+            self._requests[request_id] = _Request(unpack_job(packed))
+
+    def drop(self, request_id: str) -> None:
+        self._requests.pop(request_id, None)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def score(self, hidden: torch.Tensor, spans: Iterable[Span]) -> dict[str, torch.Tensor]:
+        """Packed answers, [bytes] uint8, of the requests that ``hidden`` [N, d] completes."""
+        work: list[tuple[_Request, ScoreJob, slice]] = []
+        reached = [span for span in spans if span.request_id in self._requests]
+        for span in reached:
+            request = self._requests[span.request_id]
+            job = request.job
+            first = max(job.completion_start - 1, span.position)
+            last = min(job.tokens - 1, span.position + span.count)
+            if first >= last:
+                continue
+            row = first - (job.completion_start - 1)
+            if row == 0:
+                request.parts, request.rows, request.failure = [], 0, None
+            elif row != request.rows:
+                request.failure = f"row {row} came after {request.rows} rows"
+                continue
+            part = _rows_of(job, row, last - first)
+            where = span.offset + first - span.position
+            work.append((request, part, slice(where, where + last - first)))
+            request.rows += last - first
+        self._score(hidden, work)
+        answers = {}
+        for span in reached:
+            request = self._requests[span.request_id]
+            if request.rows == request.job.rows or request.failure is not None:
+                answers[span.request_id] = (
+                    pack_scores(request.parts)
+                    if request.failure is None
+                    else pack_failure(request.failure)
+                )
+                del self._requests[span.request_id]
+        return answers
+
+    def _score(
+        self, hidden: torch.Tensor, work: Sequence[tuple[_Request, ScoreJob, slice]]
+    ) -> None:
+        """Score all parts in one go; one by one when that fails, so that one alone fails."""
+        if not work:
+            return
+        rows = torch.cat([hidden[where] for _, _, where in work])
+        try:
+            scored = score_rows(rows, self._head, [job for _, job, _ in work], self._vocab_size)
+        except Exception as error:  # nothing a sequence causes may end the engine
+            if len(work) > 1:
+                for item in work:
+                    self._score(hidden, [item])
+            else:
+                work[0][0].failure = str(error) or type(error).__name__
+            return
+        for (request, _, _), scores in zip(work, scored, strict=True):
+            request.parts.append(scores)
+
+
+def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
+    """The job of ``count`` of its rows, from ``row`` on."""
+    start = job.completion_start + row
+    requested = job.requested_token_ids
+    return ScoreJob(
+        token_ids=job.token_ids[: start + count],
+        completion_start=start,
+        top_k=job.top_k,
+        temperature=job.temperature,
+        requested_token_ids=None if requested is None else requested[row : row + count],
+        logprob_dtype=job.logprob_dtype,
+    )
+
+
+class ScoringExtension:
+    """Mixed into vLLM's worker by ``--worker-extension-cls``; called by ``collective_rpc``."""
+
+    def install_scoring(self, vocab_size: int, server: str) -> str:
+        """Hook the model runner; returns which runner it is.
+
+        Args:
+            vocab_size: rows of the output layer.
+            server: a file that the server holds a lock on; this process ends when it lets go.
+
+        Raises:
+            RuntimeError: this vLLM's runner is not built as the hooks expect.
+        """
+        _end_with(server)
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        scorer = StepScorer(runner.model.compute_logits, vocab_size)
+        if hasattr(runner, "_get_prompt_logprobs_dict"):
+            _hook_v1(runner, scorer)
+            return "V1"
+        if hasattr(runner, "prompt_logprobs_worker"):
+            if runner.prompt_logprobs_worker is not None:  # the last pipeline rank alone has one
+                _hook_v2(runner.prompt_logprobs_worker, scorer)
+            return "V2"
+        raise RuntimeError(f"unknown model runner {type(runner).__name__}")
+
+
+def _hook_v1(runner: Any, scorer: StepScorer) -> None:
+    """The runner that keeps its requests' state in ``requests`` and scores after sampling."""
+    original = _method(runner, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
+    sample_tokens = runner.sample_tokens
+    seen: set[str] = set()
+    answers: dict[str, torch.Tensor] = {}
+
+    def get_prompt_logprobs_dict(hidden_states: torch.Tensor, num_scheduled_tokens: Any) -> Any:
+        for request_id in seen - runner.requests.keys():
+            scorer.drop(request_id)
+            seen.discard(request_id)
+        spans = []
+        for request_id, count in num_scheduled_tokens.items():
+            request = runner.requests[request_id]
+            if request_id not in seen:
+                seen.add(request_id)
+                scorer.add(request_id, request.sampling_params)
+            if request_id in scorer:
+                index = runner.input_batch.req_id_to_index[request_id]
+                offset = int(runner.query_start_loc.np[index])
+                spans.append(Span(request_id, offset, request.num_computed_tokens, count))
+        answers.update(scorer.score(hidden_states, spans))
+        return original(hidden_states, num_scheduled_tokens)
+
+    def sample(*arguments: Any, **options: Any) -> Any:
+        output = sample_tokens(*arguments, **options)
+        if answers:
+            # Async scheduling wraps the output while its copies from the device run.
+            inner = getattr(output, "_model_runner_output", output)
+            inner.prompt_token_id_logprobs_dict = dict(answers)
+            answers.clear()
+        return output
+
+    runner._get_prompt_logprobs_dict = get_prompt_logprobs_dict
+    runner.sample_tokens = sample
+
+
+def _hook_v2(worker: Any, scorer: StepScorer) -> None:
+    """The runner with a prompt log-prob worker, which is told of requests and of every step."""
+    compute = _method(
+        worker, "compute_prompt_token_id_logprobs",
+        "logits_fn", "hidden_states", "input_batch", "prompt_lens",
+    )  # fmt: skip
+    add_request = _method(worker, "add_request", "req_id", "req_idx", "sampling_params")
+    remove_request = _method(worker, "remove_request", "req_id")
+
+    def add(req_id: str, req_idx: int, sampling_params: Any) -> None:
+        scorer.add(req_id, sampling_params)
+        add_request(req_id, req_idx, sampling_params)
+
+    def remove(req_id: str) -> None:
+        scorer.drop(req_id)
+        remove_request(req_id)
+
+    def compute_scores(
+        logits_fn: Any, hidden_states: torch.Tensor, input_batch: Any, prompt_lens: Any
+    ) -> dict[str, torch.Tensor]:
+        answers = compute(logits_fn, hidden_states, input_batch, prompt_lens)
+        spans = [
+            Span(
+                req_id,
+                int(input_batch.query_start_loc_np[i]),
+                int(input_batch.num_computed_prefill_tokens_np[i]),
+                int(input_batch.num_scheduled_tokens[i]),
+            )
+            for i, req_id in enumerate(input_batch.req_ids)
+            if req_id in scorer
+        ]
+        return {**answers, **scorer.score(hidden_states, spans)}
+
+    worker.add_request = add
+    worker.remove_request = remove
+    worker.compute_prompt_token_id_logprobs = compute_scores
+
+
+def _method(owner: Any, name: str, *parameters: str) -> Callable[..., Any]:
+    """The method to wrap, if it still takes what it is known to take."""
+    method: Callable[..., Any] = getattr(owner, name, None) or _missing(owner, name)
+    found = tuple(inspect.signature(method).parameters)
+    if found != parameters:
+        raise RuntimeError(f"{type(owner).__name__}.{name} takes {found}, not {parameters}")
+    return method
+
+
+def _missing(owner: Any, name: str) -> Callable[..., Any]:
+    raise RuntimeError(f"{type(owner).__name__} has no {name}")
+
+
+def _end_with(server: str) -> None:
+    """End this process, and with it the engine, when the server has gone without saying so.
+
+    Args:
+        server: path of a file that the server holds a lock on while it lives.
+    """
+
+    def wait() -> None:
+        try:
+            file = Path(server).open("r+")  # noqa: SIM115
+        except FileNotFoundError:  # a worker on another machine, which ends with its connection
+            return
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        Path(server).unlink(missing_ok=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-server", daemon=True).start()
