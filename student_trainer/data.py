@@ -116,7 +116,9 @@ def load_rows(name: str, *, config: str | None, split: str) -> list[tuple[str, d
         files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
         rows = [row for file in files for row in _read_jsonl(file)]
     elif path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
-        raise DatasetError(f"{name}: no such file or folder")
+        raise DatasetError(
+            f"{name}: no such file or folder; give a JSONL file, a folder of them, or a Hub id"
+        )
     else:
         rows = _load_from_hub(name, config, split)
     if not rows:
@@ -162,10 +164,15 @@ def tokenize_rows(
     options: DataArguments,
     *,
     max_length: int,
+    remedy: str = "Shorten it",
     description: str = "Tokenizing",
     progress: bool = True,
 ) -> list[Example]:
     """Examples of all rows, less those that are too long if ``options`` say so.
+
+    Args:
+        max_length: longest prompt and completion, in tokens.
+        remedy: what the message about a row that is too long advises.
 
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
@@ -176,10 +183,11 @@ def tokenize_rows(
         numbered,
         lambda item: _tokenize(*item, tokenizer, stop_ids, options, max_length),
         skip=options.skip_long_rows,
+        remedy=remedy,
     )
 
 
-def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool) -> list[U]:
+def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool, remedy: str) -> list[U]:
     """``make`` of each item, less those it finds too long where ``skip`` allows that.
 
     Raises:
@@ -191,7 +199,7 @@ def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool) -> lis
             kept.append(make(item))
         except RowTooLongError as error:
             if not skip:
-                raise
+                raise RowTooLongError(f"{error}. {remedy}") from error
             last = error
     if last is not None and not kept:
         raise DatasetError(f"every row is too long. The last one: {last}")
@@ -232,7 +240,7 @@ def _tokenize(
     if len(prompt_ids) >= max_length:
         raise RowTooLongError(
             f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of {max_length} leaves "
-            "none for a completion. Raise --max_length, or pass --skip_long_rows"
+            "none for a completion"
         )
     checker = row.get("checker")
     if checker is not None and not isinstance(checker, dict):
@@ -368,7 +376,7 @@ def _all_assistant_turns(
     if start >= max_length:
         raise RowTooLongError(
             f"{where}: the first assistant turn begins at token {start}, beyond the limit of "
-            f"{max_length}. Raise --max_length, or pass --skip_long_rows"
+            f"{max_length}"
         )
     cut = min(end, max_length)
     return Sample(ids[:cut], start, mask[start:cut], "dataset", truncated=cut < end)

@@ -74,6 +74,8 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         "problems": len(problems),
         "n": args.n,
         "temperature": args.temperature,
+        "seed": args.seed,
+        "max_new_tokens": generation.max_new_tokens,
         **scores(results, args.n),
         "seconds": round(time.perf_counter() - since, 2),
     }
@@ -106,7 +108,14 @@ def _requests(
     limit = context_length(load_config(model))
     rows = [(problem.task_id, problem.row) for problem in problems]
     stop_ids = load_stop_ids(model, tokenizer)
-    examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=limit)
+    examples = tokenize_rows(
+        rows,
+        tokenizer,
+        stop_ids,
+        DataArguments(),
+        max_length=limit,
+        remedy="That is the context of the model; take one with a longer context",
+    )
     for example in examples:
         if len(example.prompt_ids) + generation.max_new_tokens > limit:
             raise DatasetError(

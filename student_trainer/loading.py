@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ def merge(argv: Sequence[str]) -> None:
     )
     load_model(model).save_pretrained(args.output_dir)
     load_tokenizer(model).save_pretrained(args.output_dir)
+    sys.stdout.write(f"Merged into {args.output_dir}; teacher-server serve {args.output_dir}\n")
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:

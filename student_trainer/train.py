@@ -256,7 +256,14 @@ def make_examples(
     Raises:
         DatasetError: names the first row that does not do.
     """
-    max_length = min(data.max_length or context, context)
+    max_length = data.max_length or context
+    if max_length > context:
+        raise ConfigurationError(
+            f"--max_length {max_length} is over the context of student and teacher, {context}"
+        )
+    remedy = "That is the context of student and teacher; pass --skip_long_rows to leave it out"
+    if max_length < context:
+        remedy = f"Raise --max_length, up to {context}, or pass --skip_long_rows to leave it out"
     main = PartialState().is_main_process
 
     def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
@@ -266,6 +273,7 @@ def make_examples(
             method.stop_ids,
             data,
             max_length=max_length,
+            remedy=remedy,
             description=f"Tokenizing {what}",
             progress=main,
         )
@@ -275,6 +283,7 @@ def make_examples(
         tokenize(rows.train, "training rows"),
         lambda example: _usable(example, method, max_length),
         skip=skip,
+        remedy=remedy,
     )
     held_out = None
     if rows.held_out is not None:
@@ -282,6 +291,7 @@ def make_examples(
             tokenize(rows.held_out, "held-out rows"),
             lambda example: _checkable(example, method, max_length),
             skip=skip,
+            remedy=remedy,
         )
     if main:
         _tell_losses(rows.train, train, max_length)
@@ -320,8 +330,7 @@ def _check_room(example: Example, method: Method, max_length: int) -> None:
     if length > max_length:
         raise RowTooLongError(
             f"{example.name}: a prompt of {len(example.prompt_ids)} tokens and --max_new_tokens "
-            f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}. Lower "
-            "--max_new_tokens, raise --max_length, or pass --skip_long_rows"
+            f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}"
         )
 
 

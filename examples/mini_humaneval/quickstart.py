@@ -217,11 +217,7 @@ class Quickstart:
         print(f"Report: {self.folder / 'report.html'}")
 
     def _report(self, evaluated: dict[str, Evaluated], tasks: int, total: float) -> str:
-        histories = {
-            name: _history(self.folder / folder)
-            for name, folder in MODELS.items()
-            if folder in ("student_sft", "student_distilled")
-        }
+        sft = _history(self.folder / MODELS["Student, SFT"])
         distilled = _history(self.folder / MODELS["Student, distilled"])
         steps = SETTINGS.student_distill.updates
         rows = [
@@ -236,7 +232,13 @@ class Quickstart:
                 f"{total:.0f} s in all.",
                 table=Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1),
                 charts=[
-                    Chart("Loss", "nats per token", _series(histories, "loss")),
+                    # Two quantities: one scale would invite a comparison that means nothing.
+                    Chart("SFT: cross-entropy", "nats per token", {"SFT": _points(sft, "loss")}),
+                    Chart(
+                        "Distillation: JSD",
+                        "nats per token",
+                        {"distilled": _points(distilled, "divergence")},
+                    ),
                     Chart(
                         "Mass on the teacher's top-k",
                         "probability",
@@ -330,12 +332,6 @@ def _history(folder: Path) -> list[dict[str, Any]]:
 
 def _points(history: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
     return [(float(entry["step"]), float(entry[name])) for entry in history if name in entry]
-
-
-def _series(
-    histories: dict[str, list[dict[str, Any]]], name: str
-) -> dict[str, list[tuple[float, float]]]:
-    return {run: _points(history, name) for run, history in histories.items()}
 
 
 def _where(history: list[dict[str, Any]]) -> dict[str, float]:

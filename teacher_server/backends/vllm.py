@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# vLLM samples no colder than this; below it, it would silently take another temperature.
-COLDEST = 0.01
+# vLLM samples between these; below, it would silently take another temperature, above it refuses.
+COLDEST, HOTTEST = 0.01, 2.0
 # Largest difference in log-prob that the self-test lets pass between two paths over one model.
 SELF_TEST_TOLERANCE = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
 # What float32 resolves of a mass near 1: the least tail that the public path can tell from none.
@@ -98,10 +98,10 @@ class VllmBackend:
         return await (self._score_in_worker(job) if self._in_worker else self._score_publicly(job))
 
     async def generate(self, job: GenerateJob) -> Completion:
-        if 0 < job.temperature < COLDEST:
+        if job.temperature and not COLDEST <= job.temperature <= HOTTEST:
             raise InvalidRequestError(
-                f"temperature {job.temperature:g}: vLLM samples at {COLDEST} and above; use 0 for "
-                "greedy decoding",
+                f"temperature {job.temperature:g}: vLLM samples from {COLDEST} to {HOTTEST}; use 0 "
+                "for greedy decoding",
                 field="temperature",
             )
         self._tokens.labels("generate").inc(job.tokens)

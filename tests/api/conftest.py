@@ -12,8 +12,12 @@ from tests.support.reference import load_model
 from tests.support.server import running_server
 from tests.support.vllm import VLLM
 
-# vLLM's attention on CPU takes heads of 32 and more.
-SHAPE = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+# vLLM's attention on CPU takes heads of 32 and more. Weights are half as large as elsewhere, so
+# that logits, and with them float32's rounding, are no larger than a narrow model's.
+SHAPE = {
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "initializer_range": 0.1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,10 @@ class Served:
     def tolerance(self):
         """Largest difference from plain float32.
 
-        A batch rounds otherwise than a sequence alone, the more so at T = 0.5, which doubles the
-        logits; vLLM's CPU kernels approximate exponentials on top.
+        A batch rounds otherwise than a sequence alone; vLLM's CPU kernels approximate exponentials
+        on top.
         """
-        return {"transformers": 5e-5, "vllm": 1e-4}[self.backend]
+        return {"transformers": 1e-5, "vllm": 1e-4}[self.backend]
 
 
 @pytest.fixture(scope="session", params=["transformers", pytest.param("vllm", marks=VLLM)])

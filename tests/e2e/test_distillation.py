@@ -312,3 +312,17 @@ def test_k_over_the_teachers_limit_is_refused_before_training(world, tmp_path, c
 def test_a_prompt_without_room_for_the_completion_is_refused_by_name(world, tmp_path, capsys):
     assert distill(world, tmp_path / "out", max_new_tokens=300, lmbda=1) == 2
     assert "rows.jsonl:1: a prompt of" in capsys.readouterr().err
+
+
+def test_long_rows_are_told_with_what_would_help(world, tmp_path, capsys):
+    long = tmp_path / "long.jsonl"
+    talk = [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]
+    long.write_text(json.dumps({"messages": talk}) + "\n")
+    assert distill(world, tmp_path / "out", dataset_name=long, lmbda=0) == 2
+    assert "That is the context of student and teacher; pass --skip" in capsys.readouterr().err
+    assert distill(world, tmp_path / "out", dataset_name=long, lmbda=0, max_length=100) == 2
+    assert "Raise --max_length, up to 256, or pass --skip" in capsys.readouterr().err
+    assert distill(world, tmp_path / "out", lmbda=0, max_length=512) == 2
+    assert "--max_length 512 is over the context of student and teacher, 256" in (
+        capsys.readouterr().err
+    )
