@@ -19,6 +19,7 @@ SparseGKDError
 │   └── TokenizerMismatchError
 ├── ConfigurationError        flags and settings, before any model loads
 └── DatasetError              names the file and line, or the row
+    └── RowTooLongError
 """
 
 from __future__ import annotations
@@ -173,3 +174,7 @@ class ConfigurationError(SparseGKDError):
 
 class DatasetError(SparseGKDError):
     """A row that cannot be trained on; the message names the file and line, or the row."""
+
+
+class RowTooLongError(DatasetError):
+    """A row that leaves no room for a completion; it may be left out when the user says so."""

@@ -1,4 +1,4 @@
-"""`student-trainer sft | distill | evaluate`, also as `python -m student_trainer`.
+"""`student-trainer sft | distill | evaluate | merge`, also as `python -m student_trainer`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags or data.
 """
@@ -18,6 +18,7 @@ commands:
   sft        fine-tune on the dataset's completions (the student, or the teacher before serving it)
   distill    learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture
   evaluate   generate, check the completions, and score them
+  merge      LoRA adapters into their base model, for serving or distilling further
 
 student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names."""
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in ("sft", "distill", "evaluate"):
+    if words[0] not in ("sft", "distill", "evaluate", "merge"):
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
         _command(words[0])(words[1:])
@@ -48,6 +49,10 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from student_trainer.evaluate import evaluate
 
         return evaluate
+    if name == "merge":
+        from student_trainer.loading import merge
+
+        return merge
     from student_trainer.train import distill, sft
 
     return {"sft": sft, "distill": distill}[name]

@@ -1,8 +1,8 @@
 """Every flag of the trainer, and what cannot be combined.
 
-`sft`, `distill` and `evaluate` take the flags of transformers' `TrainingArguments` (the first two)
-and those below. A YAML file given by ``--config`` holds the same names; the command line overrides
-it. Whatever can be known to be wrong is refused here, before any model loads.
+`sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below. A YAML
+file given by ``--config`` holds the same names; the command line overrides it. Whatever can be
+known to be wrong is refused here, before any model loads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
 
@@ -34,17 +36,26 @@ def _flag(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """The student."""
+    """The model, and its tokenizer."""
 
-    model_name_or_path: str = _flag("", "Student: a folder or a Hugging Face Hub id.")
+    model_name_or_path: str = _flag(
+        "", "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id."
+    )
     model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "float32",
-        "Dtype of the student's weights; auto takes the checkpoint's.",
-        aliases=["--dtype"],
+        "float32", "Dtype of the weights; auto takes the checkpoint's.", aliases=["--dtype"]
     )
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    eos_token: str | None = _flag(
+        None, "Token that ends a completion, where the chat template ends turns with another one."
+    )
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA and QLoRA instead of full weights."""
+
     use_peft: bool = _flag(False, "Train LoRA adapters instead of all weights.")
     lora_r: int = _flag(16, "Rank of the adapters.")
     lora_alpha: int = _flag(32, "Scale of the adapters: alpha / r.")
@@ -56,12 +67,18 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """The dataset: JSONL file, folder of JSONL files, or Hub id."""
+class DatasetArguments:
+    """Where the rows come from."""
 
-    dataset_name: str = _flag("", "JSONL path, folder or Hub id of the training rows.")
+    dataset_name: str = _flag("", "JSONL path (.gz too), folder of them, or Hub id.")
     dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
     dataset_split: str = _flag("train", "Split of a Hub dataset.")
+
+
+@dataclass
+class DataArguments:
+    """What is learned from a row."""
+
     eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
     eval_dataset_split: str = _flag("test", "Split of a Hub dataset to evaluate on.")
     prompt_column: str = _flag(
@@ -73,6 +90,9 @@ class DataArguments:
     )
     max_length: int | None = _flag(
         None, "Longest prompt + completion, in tokens; completions are cut at it. Default: context."
+    )
+    skip_long_rows: bool = _flag(
+        False, "Leave out rows without room for a completion, and say how many, instead of failing."
     )
     assistant_only_loss: bool = _flag(
         False, "Learn every assistant turn, not only the last; the template must mark generations."
@@ -121,6 +141,9 @@ class CommonTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -166,6 +189,27 @@ class EvaluateArguments:
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
+
+
+# TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "has no effect on a divergence; drop it",
+    "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
+    "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
+    "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
+}
+
+
+@dataclass
+class MergeArguments:
+    """LoRA adapters into their base model, for serving or as a student."""
+
+    model_name_or_path: str = _flag("", "Folder of a run with --use_peft.")
+    output_dir: str = _flag("", "New folder for the merged model and its tokenizer.")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
+        "auto", "Dtype of the merged weights; auto takes the base model's.", aliases=["--dtype"]
+    )
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
 
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
@@ -236,49 +280,110 @@ def _to_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def check_common(model: ModelArguments, data: DataArguments, args: CommonTrainingArguments) -> None:
+def check_common(
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    dataset: DatasetArguments,
+    data: DataArguments,
+    args: CommonTrainingArguments,
+) -> None:
     """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
     check_model(model)
-    _require(data.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    check_adapters(adapters)
+    _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
         )
     if data.max_length is not None and data.max_length < 2:
         raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
-    deepspeed = args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if deepspeed and importlib.util.find_spec("deepspeed") is None:
+    for name, remedy in _UNSUPPORTED.items():
+        value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
+        if value != default.default:
+            raise ConfigurationError(f"--{name} {value} {remedy}")
+    if args.fp16 and not torch.accelerator.is_available():
+        raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise ConfigurationError(
+                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
+            )
+    if args.fsdp and args.world_size == 1:
+        raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
+
+
+def checkpoint_of(args: CommonTrainingArguments) -> str | None:
+    """The checkpoint folder to resume from; ``true`` is the last one in ``--output_dir``.
+
+    Raises:
+        ConfigurationError: there is no such checkpoint.
+    """
+    given = args.resume_from_checkpoint
+    if given is None or given.lower() == "false":
+        return None
+    if given.lower() == "true":
+        folder = Path(args.output_dir or "")
+        last: str | None = get_last_checkpoint(folder) if folder.is_dir() else None
+        if last is None:
+            raise ConfigurationError(
+                f"--resume_from_checkpoint {given}: {folder} holds no checkpoint to resume from"
+            )
+        return last
+    if not (Path(given) / "trainer_state.json").exists():
         raise ConfigurationError(
-            "a DeepSpeed configuration is given but deepspeed is not installed"
+            f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint-N folder, "
+            "or true for the last one in --output_dir"
         )
+    return given
 
 
 def check_model(model: ModelArguments) -> None:
     _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
+        if not (Path(name) / "config.json").exists() and not holds_adapters(name):
             raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
-    if model.load_in_4bit:
-        if not model.use_peft:
+
+
+def holds_adapters(folder: str) -> bool:
+    """Whether a model folder holds LoRA adapters alone, without their base model."""
+    path = Path(folder)
+    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+
+
+def check_adapters(adapters: AdapterArguments) -> None:
+    if adapters.load_in_4bit:
+        if not adapters.use_peft:
             raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
         if not torch.cuda.is_available():
             raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    defaults = ModelArguments()
+    defaults = AdapterArguments()
     for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        if not model.use_peft and getattr(model, name) != getattr(defaults, name):
+        if not adapters.use_peft and getattr(adapters, name) != getattr(defaults, name):
             raise ConfigurationError(f"--{name} has no effect without --use_peft")
-    if model.lora_r < 1:
-        raise ConfigurationError(f"--lora_r {model.lora_r} must be at least 1")
+    if adapters.lora_r < 1:
+        raise ConfigurationError(f"--lora_r {adapters.lora_r} must be at least 1")
 
 
-def check_distill(
-    args: DistillArguments, generation: GenerationArguments, teacher: TeacherArguments
-) -> None:
+def check_merge(args: MergeArguments) -> None:
+    """Raises `ConfigurationError` where there is nothing to merge, or no place for it."""
+    _require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
+    _require(args.output_dir, "--output_dir", "a new folder for the merged model")
+    if not holds_adapters(args.model_name_or_path):
+        raise ConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"
+        )
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"--output_dir {output} exists already; give a new folder")
+
+
+def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
     for name in ("lmbda", "beta"):
         value = getattr(args, name)
@@ -299,13 +404,12 @@ def check_distill(
         )
     if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
         raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
-    check_generation(generation)
     check_teacher(teacher)
 
 
 def check_evaluate(
     model: ModelArguments,
-    data: DataArguments,
+    dataset: DatasetArguments,
     generation: GenerationArguments,
     args: EvaluateArguments,
 ) -> None:
@@ -313,7 +417,7 @@ def check_evaluate(
     check_model(model)
     check_generation(generation)
     _require(
-        data.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
+        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
     )
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from shared.errors import DatasetError
+from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
 
+T = TypeVar("T")
+U = TypeVar("U")
 Source = Literal["dataset", "teacher", "student"]
 
 
@@ -161,17 +163,37 @@ def tokenize_rows(
     description: str = "Tokenizing",
     progress: bool = True,
 ) -> list[Example]:
-    """Examples of all rows.
+    """Examples of all rows, less those that are too long if ``options`` say so.
 
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
     """
-    return [
-        _tokenize(index, where, row, tokenizer, stop_ids, options, max_length)
-        for index, (where, row) in enumerate(
-            tqdm(rows, desc=description, disable=not progress, leave=False)
-        )
-    ]
+    bar = tqdm(rows, desc=description, disable=not progress, leave=False)
+    numbered = ((index, where, row) for index, (where, row) in enumerate(bar))
+    return keep_short(
+        numbered,
+        lambda item: _tokenize(*item, tokenizer, stop_ids, options, max_length),
+        skip=options.skip_long_rows,
+    )
+
+
+def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool) -> list[U]:
+    """``make`` of each item, less those it finds too long where ``skip`` allows that.
+
+    Raises:
+        DatasetError: what ``make`` raises, or nothing is left.
+    """
+    kept, last = [], None
+    for item in items:
+        try:
+            kept.append(make(item))
+        except RowTooLongError as error:
+            if not skip:
+                raise
+            last = error
+    if last is not None and not kept:
+        raise DatasetError(f"every row is too long. The last one: {last}")
+    return kept
 
 
 def _tokenize(
@@ -206,9 +228,9 @@ def _tokenize(
     if not prompt_ids:
         raise DatasetError(f"{where}: the prompt is empty; a completion needs a token before it")
     if len(prompt_ids) >= max_length:
-        raise DatasetError(
+        raise RowTooLongError(
             f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of {max_length} leaves "
-            "none for a completion. Raise --max_length or leave the row out"
+            "none for a completion. Raise --max_length, or pass --skip_long_rows"
         )
     checker = row.get("checker")
     if checker is not None and not isinstance(checker, dict):
@@ -305,13 +327,19 @@ def _completion_ids(
         )
     if not str(messages[-1].get("content") or "").strip() and not messages[-1].get("tool_calls"):
         raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
-    ids = _ids(tokenizer, text[len(prompt_text) :])
+    completion = text[len(prompt_text) :]
+    ids = _ids(tokenizer, completion)
     ends = [i for i, token in enumerate(ids) if token in set(stop_ids)]
     if ends:
         return ids[: ends[0] + 1]  # templates print a newline after the end of the turn
-    special = set(tokenizer.all_special_ids)
-    ends = [i for i, token in enumerate(ids) if token in special]
-    return ids[: ends[-1] + 1] if ends else [*ids, stop_ids[0]]
+    for token in tokenizer.all_special_tokens:
+        if completion.rstrip().endswith(token):
+            raise DatasetError(
+                f"{where}: the chat template ends the assistant's turn with {token!r}, which ends "
+                f"no completion here (EOS is {tokenizer.eos_token!r}): generated completions would "
+                f"run to their limit. Pass --eos_token '{token}'"
+            )
+    return [*ids, stop_ids[0]]
 
 
 def _all_assistant_turns(
@@ -336,9 +364,9 @@ def _all_assistant_turns(
         raise DatasetError(f"{where}: no assistant token follows another token; nothing to learn")
     start, end = int(learned[0]), int(learned[-1]) + 1
     if start >= max_length:
-        raise DatasetError(
+        raise RowTooLongError(
             f"{where}: the first assistant turn begins at token {start}, beyond the limit of "
-            f"{max_length}. Raise --max_length or leave the row out"
+            f"{max_length}. Raise --max_length, or pass --skip_long_rows"
         )
     cut = min(end, max_length)
     return Sample(ids[:cut], start, mask[start:cut], "dataset", truncated=cut < end)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.config import (
     DataArguments,
+    DatasetArguments,
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
@@ -26,14 +27,14 @@ from student_trainer.data import load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.suites import Problem, problems_of
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts
-from student_trainer.student import (
+from student_trainer.loading import (
     context_length,
     load_config,
+    load_model,
     load_stop_ids,
-    load_student,
     load_tokenizer,
 )
+from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +45,21 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
     into ``--output_dir``.
     """
-    model_arguments, data, generation, args = parse(
+    model_arguments, dataset, generation, args = parse(
         argv,
         ModelArguments,
-        DataArguments,
+        DatasetArguments,
         GenerationArguments,
         EvaluateArguments,
         prog="student-trainer evaluate",
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
-    check_evaluate(model_arguments, data, generation, args)
-    rows = load_rows(data.dataset_name, config=data.dataset_config, split=data.dataset_split)
+    check_evaluate(model_arguments, dataset, generation, args)
+    rows = load_rows(
+        dataset.dataset_name, config=dataset.dataset_config, split=dataset.dataset_split
+    )
     problems = problems_of(rows, args.suite)[: args.limit]
-    requests = _requests(problems, model_arguments, data, generation, args)
+    requests = _requests(problems, model_arguments, generation, args)
     since = time.perf_counter()
     completions = _generate(requests, model_arguments, generation, args)
     results = check_completions(
@@ -67,7 +70,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     )
     summary = {
         "model": model_arguments.model_name_or_path,
-        "dataset": data.dataset_name,
+        "dataset": dataset.dataset_name,
         "problems": len(problems),
         "n": args.n,
         "temperature": args.temperature,
@@ -95,13 +98,12 @@ def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
 def _requests(
     problems: Sequence[Problem],
     model: ModelArguments,
-    data: DataArguments,
     generation: GenerationArguments,
     args: EvaluateArguments,
 ) -> list[RolloutRequest]:
     """Tokenized prompts, n of each; the key makes a sample independent of its batch."""
     tokenizer = load_tokenizer(model)
-    limit = min(data.max_length or 1 << 30, context_length(load_config(model)))
+    limit = context_length(load_config(model))
     rows = [(problem.task_id, problem.row) for problem in problems]
     stop_ids = load_stop_ids(model, tokenizer)
     examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=limit)
@@ -125,7 +127,7 @@ def _generate(
     args: EvaluateArguments,
 ) -> list[str]:
     tokenizer = load_tokenizer(model_arguments)
-    model = load_student(model_arguments)
+    model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = load_stop_ids(model_arguments, tokenizer)
     engine = TransformersRollouts(

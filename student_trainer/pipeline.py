@@ -181,8 +181,8 @@ def dataset_sample(example: Example) -> Sample:
     """
     if example.sample is None:
         raise DatasetError(
-            f"{example.name}: no completion to learn from. Bare prompts need --lmbda 1 (the "
-            "student writes the completions) or --seq_kd (the teacher does)"
+            f"{example.name}: no completion to learn from. Bare prompts are for distill with "
+            "--lmbda 1 (the student writes the completions) or --seq_kd (the teacher does)"
         )
     return example.sample
 

@@ -158,21 +158,20 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _time_bars(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    parts = list(dict.fromkeys(name for run in seconds.values() for name in run))
+    """One stacked bar a run, on one scale, each with the legend of its own parts."""
     longest = max(sum(run.values()) for run in seconds.values()) or 1.0
     rows = []
-    for run, shares in seconds.items():
+    for run, parts in seconds.items():
         bars = "".join(
-            f'<b class="c{parts.index(name) % 6}" style="width:{100 * value / longest:.2f}%" '
+            f'<b class="c{i % 6}" style="width:{100 * value / longest:.2f}%" '
             f'title="{escape(name)}: {value:.1f} s"></b>'
-            for name, value in shares.items()
+            for i, (name, value) in enumerate(parts.items())
         )
-        text = ", ".join(f"{name} {value:.1f} s" for name, value in shares.items())
+        legend = _legend([f"{name} {value:.1f} s" for name, value in parts.items()])
         rows.append(
-            f"<div class=run><span>{escape(run)}</span><div class=bar>{bars}</div>"
-            f"<small>{escape(text)}</small></div>"
+            f"<div class=run><span>{escape(run)}</span><div class=bar>{bars}</div>{legend}</div>"
         )
-    return f"<div class=times>{''.join(rows)}</div>{_legend(parts)}"
+    return f"<div class=times>{''.join(rows)}</div>"
 
 
 def _side_by_side(sample: SideBySide) -> str:
@@ -219,15 +218,15 @@ font-size:.85rem;color:var(--soft)}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 .run{display:grid;grid-template-columns:minmax(90px,160px) 1fr;gap:2px 12px;align-items:center;
 margin-bottom:10px}
-.run small{grid-column:2;color:var(--soft)}
+.run .legend{grid-column:2;margin:2px 0 8px}
 .bar{display:flex;height:18px;background:var(--panel);border-radius:4px;overflow:hidden}
 .bar b{display:block;height:100%}
 article{border:1px solid var(--rule);border-radius:8px;padding:12px;margin-bottom:16px}
 article p{margin:0 0 10px;font-weight:600;white-space:pre-wrap}
-.cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:12px}
+.cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(290px,100%),1fr));gap:12px}
 h3{font-size:.9rem;margin:0 0 4px;color:var(--soft)}
 h3 em{font-style:normal;font-weight:700}
 .passes em{color:var(--good)}.fails em{color:var(--bad)}
-pre{margin:0;padding:10px;background:var(--panel);border-radius:6px;overflow-x:auto;
-font:13px/1.45 ui-monospace,"SF Mono",Consolas,monospace}
+pre{margin:0;padding:10px;background:var(--panel);border-radius:6px;white-space:pre-wrap;
+overflow-wrap:anywhere;font:13px/1.45 ui-monospace,"SF Mono",Consolas,monospace}
 """

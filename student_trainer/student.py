@@ -1,28 +1,15 @@
-"""The student: loading it, and a forward pass that ends in the loss instead of the logits."""
+"""The student's forward pass, ended in the loss instead of the logits."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
 
-from shared.errors import ConfigurationError
-from student_trainer.config import ModelArguments
-from student_trainer.data import stop_token_ids
 from student_trainer.losses import (
     SparseDistribution,
     SparseStatistics,
@@ -55,93 +42,6 @@ class SparseTargets:
 
     def to(self, device: torch.device) -> SparseTargets:
         return replace(self, rows=self.rows.to(device), teacher=self.teacher.to(device))
-
-
-def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    return _from_hub_or_folder(AutoConfig, arguments)
-
-
-def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    return _from_hub_or_folder(AutoTokenizer, arguments)
-
-
-def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion; see `data.stop_token_ids`."""
-    generation_config = None
-    with contextlib.suppress(OSError):  # many checkpoints have none
-        generation_config = GenerationConfig.from_pretrained(
-            arguments.model_name_or_path, revision=arguments.model_revision
-        )
-    return stop_token_ids(tokenizer, generation_config)
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    """Longest sequence in tokens; models without a bound get a very large one."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
-
-
-def load_student(arguments: ModelArguments, *, gradient_checkpointing: bool = False) -> Any:
-    """The student with its adapters, ready for the Trainer.
-
-    Raises:
-        ConfigurationError: the checkpoint does not load, or the adapters do not fit it.
-    """
-    options: dict[str, Any] = {"dtype": arguments.torch_dtype}
-    if arguments.attn_implementation is not None:
-        options["attn_implementation"] = arguments.attn_implementation
-    if arguments.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-        )
-    model = _from_hub_or_folder(AutoModelForCausalLM, arguments, **options)
-    if arguments.use_peft:
-        model = _with_adapters(model, arguments, gradient_checkpointing)
-    return model
-
-
-def _with_adapters(model: Any, arguments: ModelArguments, gradient_checkpointing: bool) -> Any:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if arguments.load_in_4bit:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=gradient_checkpointing
-        )
-    elif gradient_checkpointing:
-        model.enable_input_require_grads()
-    targets = arguments.lora_target_modules or ["all-linear"]
-    config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigurationError(f"--lora_target_modules {targets}: {error}") from error
-
-
-def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: Any) -> Any:
-    try:
-        return auto_class.from_pretrained(
-            arguments.model_name_or_path,
-            revision=arguments.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-            **options,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        folder = Path(arguments.model_name_or_path)
-        kind = "folder" if folder.is_dir() else "Hub id"
-        raise ConfigurationError(
-            f"--model_name_or_path {arguments.model_name_or_path}: this {kind} does not load with "
-            f"{auto_class.__name__}: {error}"
-        ) from error
 
 
 def install_sparse_loss(model: Any) -> None:

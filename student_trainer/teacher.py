@@ -314,22 +314,21 @@ class TeacherClient:
             raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
         with self._lock:
             self._bytes_received += len(response.content)
-        identity = getattr(message, "teacher", None)
-        if isinstance(identity, TeacherIdentity):
-            self._check_identity(url, identity)
+        if isinstance(message, (ScoreResponse, GenerateResponse)):
+            self._check_identity(url, message.teacher)
         return message
 
     def _check_identity(self, url: str, identity: TeacherIdentity) -> None:
-        if self._info is None or identity == self._info.teacher:
+        if identity == self.info.teacher:
             return
-        message = f"{url} is another teacher now: it was {self._info.teacher}, it is {identity}"
+        message = f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}"
         if not self.accept_change:
             raise TeacherChangedError(
                 f"{message}. Bring the first one back, or pass --accept_teacher_change"
             )
         logger.warning(message)
         with self._lock:
-            self._info = self._info.model_copy(update={"teacher": identity})
+            self._info = self.info.model_copy(update={"teacher": identity})
 
     def _get_info(self, url: str) -> InfoResponse:
         info = self._call("GET", url, "/v1/info", InfoResponse)

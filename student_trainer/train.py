@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from shared.errors import ConfigurationError, DatasetError, TokenizerMismatchError
+from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
 from student_trainer.config import (
+    AdapterArguments,
     CommonTrainingArguments,
     DataArguments,
+    DatasetArguments,
     DistillArguments,
     GenerationArguments,
     ModelArguments,
@@ -22,112 +27,150 @@ from student_trainer.config import (
     check_common,
     check_distill,
     check_generation,
+    checkpoint_of,
     parse,
 )
-from student_trainer.data import Example, load_rows, tokenize_rows
+from student_trainer.data import Example, keep_short, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
-from student_trainer.pipeline import Method, dataset_sample
-from student_trainer.student import (
+from student_trainer.loading import (
     context_length,
     load_config,
     load_stop_ids,
     load_student,
     load_tokenizer,
 )
+from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.teacher import TeacherClient
 from student_trainer.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 
 
+_RECIPE = (
+    ModelArguments,
+    AdapterArguments,
+    DatasetArguments,
+    DataArguments,
+    GenerationArguments,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
+
+    model: ModelArguments
+    adapters: AdapterArguments
+    dataset: DatasetArguments
+    data: DataArguments
+    generation: GenerationArguments
+
+
 def sft(argv: Sequence[str]) -> None:
     """Supervised fine-tuning on the dataset's completions."""
-    model, data, generation, args = parse(
-        argv,
-        ModelArguments,
-        DataArguments,
-        GenerationArguments,
-        SFTArguments,
-        prog="student-trainer sft",
-        description=sft.__doc__ or "",
+    *recipe, args = parse(
+        argv, *_RECIPE, SFTArguments, prog="student-trainer sft", description=sft.__doc__ or ""
     )
-    check_common(model, data, args)
-    check_generation(generation)
-    _train(model, data, generation, args, teacher=None, distill=None, top_k=1)
+    check_recipe(Recipe(*recipe), args)
+    rows = read_rows(Recipe(*recipe))
+    _train(Recipe(*recipe), rows, args, teacher=None, distill=None, top_k=1)
 
 
 def distill(argv: Sequence[str]) -> None:
     """Distillation from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
-    model, data, generation, teacher, args = parse(
+    *recipe, teacher, args = parse(
         argv,
-        ModelArguments,
-        DataArguments,
-        GenerationArguments,
+        *_RECIPE,
         TeacherArguments,
         DistillArguments,
         prog="student-trainer distill",
         description=distill.__doc__ or "",
     )
-    check_common(model, data, args)
-    check_distill(args, generation, teacher)
+    check_distill(args, teacher)
+    check_recipe(Recipe(*recipe), args)
+    rows = read_rows(Recipe(*recipe))  # a missing file is told before a teacher is waited for
     with TeacherClient(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
     ) as client:
         check_request(client.connect(), args, teacher)
-        _train(
-            model,
-            data,
-            generation,
-            args,
-            teacher=client,
-            distill=args,
-            top_k=teacher.top_k_logprobs,
+        top_k = teacher.top_k_logprobs
+        _train(Recipe(*recipe), rows, args, teacher=client, distill=args, top_k=top_k)
+
+
+def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
+    """Raises `ConfigurationError` for what cannot work, before a teacher is waited for."""
+    check_common(recipe.model, recipe.adapters, recipe.dataset, recipe.data, args)
+    check_generation(recipe.generation)
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
         )
+    checkpoint_of(args)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """(where, row) pairs to train on, and held-out ones if there are any."""
+
+    train: list[tuple[str, dict[str, Any]]]
+    held_out: list[tuple[str, dict[str, Any]]] | None
+
+
+def read_rows(recipe: Recipe) -> Rows:
+    """Raises `DatasetError` for what is missing, empty or malformed."""
+    config = recipe.dataset.dataset_config
+    train = load_rows(
+        recipe.dataset.dataset_name, config=config, split=recipe.dataset.dataset_split
+    )
+    name = recipe.data.eval_dataset_name
+    if not name:
+        return Rows(train, None)
+    return Rows(train, load_rows(name, config=config, split=recipe.data.eval_dataset_split))
 
 
 def _train(
-    model_arguments: ModelArguments,
-    data: DataArguments,
-    generation: GenerationArguments,
+    recipe: Recipe,
+    rows: Rows,
     args: CommonTrainingArguments,
     *,
     teacher: TeacherClient | None,
     distill: DistillArguments | None,
     top_k: int,
 ) -> None:
+    checkpoint = checkpoint_of(args)
     set_seed(args.seed)
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
-            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    tokenizer = load_tokenizer(model_arguments)
-    config = load_config(model_arguments)
-    rows = int(config.get_text_config().vocab_size)
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
+    vocab_size = int(config.get_text_config().vocab_size)
     context = context_length(config)
     if teacher is not None:
-        check_vocabulary(tokenizer, rows, teacher.info)
-        rows = min(rows, teacher.info.vocab_size)
+        check_vocabulary(tokenizer, vocab_size, teacher.info)
+        vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    method = _method(args, distill, generation, top_k, load_stop_ids(model_arguments, tokenizer))
-    train, held_out = load_examples(data, tokenizer, method, context)
-    student = load_student(model_arguments, gradient_checkpointing=args.gradient_checkpointing)
+    stop_ids = load_stop_ids(recipe.model, tokenizer)
+    method = _method(args, distill, recipe.generation, top_k, stop_ids)
+    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    _make_folder(args)
+    student = load_student(
+        recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
+    )
     trainer = DistillationTrainer(
         student,
         args=args,
         method=method,
         beta=0.0 if distill is None else distill.beta,
         teacher=teacher,
-        vocab_size=rows,
+        vocab_size=vocab_size,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
-        generation_batch_size=generation.generation_batch_size,
+        generation_batch_size=recipe.generation.generation_batch_size,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
     )
-    result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -177,7 +220,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
             logger.warning("%s differs: teacher %r, student %r", name, other, mine)
 
 
-def load_examples(
+def make_examples(
+    rows: Rows,
     data: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
@@ -191,8 +235,7 @@ def load_examples(
     max_length = min(data.max_length or context, context)
     main = PartialState().is_main_process
 
-    def load(name: str, split: str, what: str) -> list[Example]:
-        rows = load_rows(name, config=data.dataset_config, split=split)
+    def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
         return tokenize_rows(
             rows,
             tokenizer,
@@ -203,37 +246,67 @@ def load_examples(
             progress=main,
         )
 
-    train = load(data.dataset_name, data.dataset_split, "training rows")
-    _check_rows(train, method, max_length)
+    skip = data.skip_long_rows
+    train = keep_short(
+        tokenize(rows.train, "training rows"),
+        lambda example: _usable(example, method, max_length),
+        skip=skip,
+    )
     held_out = None
-    if data.eval_dataset_name:
-        held_out = load(data.eval_dataset_name, data.eval_dataset_split, "held-out rows")
-        for example in held_out:
-            if example.checker is not None:
-                parse_checker(example.checker, example.name)
-                _check_room(example, method, max_length)
-    cut = sum(example.sample.truncated for example in train if example.sample is not None)
-    if cut and main:
-        logger.warning("%d of %d completions are cut at %d tokens", cut, len(train), max_length)
+    if rows.held_out is not None:
+        held_out = keep_short(
+            tokenize(rows.held_out, "held-out rows"),
+            lambda example: _checkable(example, method, max_length),
+            skip=skip,
+        )
+    if main:
+        _tell_losses(rows.train, train, max_length)
+        _tell_losses(rows.held_out or [], held_out or [], max_length)
     return train, held_out
 
 
-def _check_rows(examples: list[Example], method: Method, max_length: int) -> None:
-    for example in examples:
-        if method.lmbda < 1 and not method.seq_kd:
-            dataset_sample(example)
-        if method.lmbda > 0 or method.seq_kd:
-            _check_room(example, method, max_length)
+def _tell_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
+    left_out = len(rows) - len(examples)
+    if left_out:
+        logger.warning("%d of %d rows are left out: too long", left_out, len(rows))
+    cut = sum(example.sample.truncated for example in examples if example.sample is not None)
+    if cut:
+        logger.warning("%d of %d completions are cut at %d tokens", cut, len(examples), max_length)
+
+
+def _usable(example: Example, method: Method, max_length: int) -> Example:
+    """The example, when the method can learn from it."""
+    if method.lmbda < 1 and not method.seq_kd:
+        dataset_sample(example)
+    if method.lmbda > 0 or method.seq_kd:
+        _check_room(example, method, max_length)
+    return example
+
+
+def _checkable(example: Example, method: Method, max_length: int) -> Example:
+    """The held-out example, when its checker, if any, can be used."""
+    if example.checker is not None:
+        parse_checker(example.checker, example.name)
+        _check_room(example, method, max_length)
+    return example
 
 
 def _check_room(example: Example, method: Method, max_length: int) -> None:
     length = len(example.prompt_ids) + method.max_new_tokens
     if length > max_length:
-        raise DatasetError(
+        raise RowTooLongError(
             f"{example.name}: a prompt of {len(example.prompt_ids)} tokens and --max_new_tokens "
             f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}. Lower "
-            "--max_new_tokens, raise --max_length or leave the row out"
+            "--max_new_tokens, raise --max_length, or pass --skip_long_rows"
         )
+
+
+def _make_folder(args: CommonTrainingArguments) -> None:
+    folder = Path(args.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror or error}") from error
 
 
 def _method(

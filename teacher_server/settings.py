@@ -90,9 +90,15 @@ class Settings:
     def _check_model(self) -> None:
         folder = Path(self.model)
         if folder.is_dir():
-            if not (folder / "config.json").exists():
-                raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
-        elif self.model.startswith((".", "/", "~")) or self.model.count("/") != 1:
+            if (folder / "config.json").exists():
+                return
+            if (folder / "adapter_config.json").exists():
+                raise ConfigurationError(
+                    f"{self.model} holds LoRA adapters only; merge them into their base model: "
+                    f"student-trainer merge --model_name_or_path {self.model} --output_dir DIR"
+                )
+            raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
+        if self.model.startswith((".", "/", "~")) or self.model.count("/") != 1:
             raise ConfigurationError(
                 f"{self.model}: no such folder; give a model folder or a Hub id such as org/name"
             )

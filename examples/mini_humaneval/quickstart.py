@@ -15,6 +15,7 @@ import contextlib
 import json
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +41,9 @@ MODELS = {
 }
 
 
+MARKER = ".quickstart"
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """What `student-trainer evaluate` wrote about one model."""
@@ -53,6 +57,8 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # else they would end us and leave the server
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     return Quickstart(arguments.output_dir, arguments.seed).run()
 
 
@@ -67,8 +73,7 @@ class Quickstart:
 
     def run(self) -> int:
         since = time.perf_counter()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self._empty_folder()
         with self._timed("prepare"):
             prepare.prepare(self.folder, seed=self.seed)
         self._sft("teacher_raw", "teacher_init", "teacher_pretrain", SETTINGS.teacher_pretrain)
@@ -81,6 +86,19 @@ class Quickstart:
         total = time.perf_counter() - since
         self._write(evaluated, total)
         return 0
+
+    def _empty_folder(self) -> None:
+        """Begin anew, but never at the cost of files that are not ours."""
+        marker = self.folder / MARKER
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not marker.exists():
+                raise SystemExit(
+                    f"--output_dir {self.folder} holds files that are not of an earlier "
+                    "quickstart; give an empty or new folder"
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
 
     def _sft(self, output: str, model: str, data: str, stage: Stage) -> None:
         self._trainer("sft", output, model, data, stage, [])
@@ -242,13 +260,28 @@ class Quickstart:
                     ),
                 ],
                 seconds={
-                    "whole run": self.seconds,
+                    "whole run": self._stages(),
                     "distillation": _where(distilled),
                 },
                 samples=self._samples(evaluated),
                 commands=self.commands,
             )
         )
+
+    def _stages(self) -> dict[str, float]:
+        """Seconds by kind of work, in the order of the run."""
+        kinds = {
+            "teacher_raw": "teacher's pretraining and SFT",
+            "teacher_sft": "teacher's pretraining and SFT",
+            "student_before": "student's warm-up",
+            "student_sft": "student's SFT",
+            "student_distilled": "student's distillation",
+        }
+        stages: dict[str, float] = {}
+        for name, seconds in self.seconds.items():
+            kind = "evaluation" if name.startswith("evaluate ") else kinds.get(name, name)
+            stages[kind] = stages.get(kind, 0.0) + seconds
+        return stages
 
     def _samples(self, evaluated: dict[str, Evaluated]) -> list[SideBySide]:
         """A few tasks on which the models differ, else the first ones."""

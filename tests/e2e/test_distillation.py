@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,41 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
 
 
+@pytest.mark.parametrize("lmbda", [0, 0.5, 1])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, lmbda):
+    plain = {"lmbda": lmbda, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+    assert distill(world, tmp_path / "whole", **plain) == 0
+    output = tmp_path / "parts"
+    assert distill(world, output, **plain) == 0
+    shutil.rmtree(output / "checkpoint-8")
+    shutil.rmtree(output / "checkpoint-9")
+    (output / "model.safetensors").unlink()
+    assert distill(world, output, **plain, resume_from_checkpoint="true") == 0  # from step 4
+    assert_same_weights(tmp_path / "whole", output, tolerance=0)
+
+
+def test_checkers_of_held_out_rows_are_asked_while_training(world, tmp_path):
+    talk = [{"role": "user", "content": "say ab"}, {"role": "assistant", "content": "ab"}]
+    program = {
+        "kind": "python", "prompt": "def f():\n", "entry_point": "f",
+        "test": "def check(f):\n    assert f() == 1\n",
+    }  # fmt: skip
+    rows = [
+        {"messages": talk, "checker": {"kind": "exact_match", "answer": "ab"}},
+        {"messages": talk, "checker": {"kind": "exact_match", "answer": "other"}},
+        {"messages": talk[:1], "checker": program},
+    ]
+    held_out, train = tmp_path / "held_out.jsonl", tmp_path / "train.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.write_text((json.dumps({"messages": talk}) + "\n") * 8)
+    options = {"eval_dataset_name": held_out, "eval_strategy": "steps", "eval_steps": 30}
+    assert main(["sft", *flags(world, tmp_path / "out", dataset_name=train, max_steps=30,
+                               eval_on_start="true", **options)]) == 0  # fmt: skip
+    before, after = (e for e in history(tmp_path / "out") if "eval_loss" in e)
+    assert (before["eval_exact_match"], before["eval_pass@1"]) == (0.0, 0.0)
+    assert (after["eval_exact_match"], after["eval_pass@1"]) == (0.5, 0.0)  # "ab" is learned
+
+
 def test_the_launch_line_trains_adapters(world, tmp_path):
     line = (
         f"--teacher_url {world.url} --learning_rate 2e-5 --per_device_train_batch_size 4 "
@@ -212,6 +248,20 @@ def test_an_unreachable_teacher_is_waited_for_and_then_named(world, tmp_path, ca
     message = capsys.readouterr().err
     assert f"the teacher at {url} is not reachable" in message
     assert "raise --teacher_timeout" in message
+
+
+def test_missing_files_are_told_before_a_teacher_is_waited_for(world, tmp_path, capsys):
+    away = {"teacher_url": "http://127.0.0.1:9", "teacher_timeout": 60}
+    assert distill(world, tmp_path / "out", **away, dataset_name=tmp_path / "no.jsonl") == 2
+    assert f"{tmp_path / 'no.jsonl'}: no such file" in capsys.readouterr().err
+    missing = {"eval_dataset_name": tmp_path / "held_out.jsonl", "eval_strategy": "steps"}
+    assert distill(world, tmp_path / "out", **away, **missing) == 2
+    assert "held_out.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(world, capsys):
+    assert main(["sft", *flags(world, "/proc/nowhere/out", max_steps=1)]) == 2
+    assert "--output_dir /proc/nowhere/out: No such file" in capsys.readouterr().err
 
 
 def test_k_over_the_teachers_limit_is_refused_before_training(world, tmp_path, capsys):

@@ -7,15 +7,20 @@ import torch
 
 from shared.errors import ConfigurationError
 from student_trainer.config import (
+    AdapterArguments,
     DataArguments,
+    DatasetArguments,
     DistillArguments,
     GenerationArguments,
+    MergeArguments,
     ModelArguments,
     TeacherArguments,
-    check_common,
     check_distill,
+    check_merge,
+    checkpoint_of,
     parse,
 )
+from student_trainer.train import Recipe, check_recipe
 
 LAUNCH_LINE = (
     "--model_name_or_path {model} --teacher_url http://127.0.0.1:8000 --dataset_name data.jsonl "
@@ -25,7 +30,15 @@ LAUNCH_LINE = (
     "--save_strategy steps --save_steps 180 --save_total_limit 5 --warmup_steps 10 "
     "--lr_scheduler_type cosine --torch_dtype bfloat16"
 )
-TYPES = (ModelArguments, DataArguments, GenerationArguments, TeacherArguments, DistillArguments)
+TYPES = (
+    ModelArguments,
+    AdapterArguments,
+    DatasetArguments,
+    DataArguments,
+    GenerationArguments,
+    TeacherArguments,
+    DistillArguments,
+)
 
 
 @pytest.fixture
@@ -37,9 +50,9 @@ def model_folder(tmp_path: Path) -> Path:
 
 def read(words: list[str]):
     parsed = parse(words, *TYPES, prog="student-trainer distill", description="")
-    model, data, generation, teacher, args = parsed
-    check_common(model, data, args)
-    check_distill(args, generation, teacher)
+    model, adapters, dataset, data, generation, teacher, args = parsed
+    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    check_distill(args, teacher)
     return parsed
 
 
@@ -48,9 +61,9 @@ def words(model_folder: Path, *more: str) -> list[str]:
 
 
 def test_the_launch_line_is_accepted_as_it_stands(model_folder):
-    model, _, _, teacher, args = read(words(model_folder))
+    model, adapters, _, _, _, teacher, args = read(words(model_folder))
     assert (args.lmbda, args.beta, args.learning_rate) == (0.5, 0.5, 2e-5)
-    assert (model.lora_r, model.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
+    assert (adapters.lora_r, adapters.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
     assert args.gradient_accumulation_steps == 8
     assert args.bf16
     assert teacher.teacher_url == ["http://127.0.0.1:8000"]
@@ -74,6 +87,13 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
         (["--fp16"], "At most one of fp16 and bf16"),
+        (["--label_smoothing_factor", "0.1"], "has no effect on a divergence"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
+        (["--use_liger_kernel"], "the loss here is fused already"),
+        (["--train_sampling_strategy", "group_by_length"], "the order is random"),
+        (["--report_to", "comet_ml"], "--report_to comet_ml is not installed here; there is"),
+        (["--fsdp", "full_shard"], "--fsdp shards over several processes"),
+        (["--deepspeed", "zero3.json"], "DeepSpeed is not installed here"),
         (["--lamda", "0.5"], "Did you mean --lmbda?"),
         (["--no_such_flag"], "unknown argument '--no_such_flag'"),
     ],
@@ -98,8 +118,15 @@ def test_4_bit_weights_without_a_gpu_are_refused(model_folder):
         read(words(model_folder, "--load_in_4bit"))
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without a GPU")
+def test_float16_without_a_gpu_is_refused(model_folder):
+    line = [word for word in words(model_folder, "--fp16") if word != "--bf16"]
+    with pytest.raises(ConfigurationError, match="--fp16 needs a GPU"):
+        read(line)
+
+
 def test_teacher_url_may_be_repeated(model_folder):
-    teacher = read(words(model_folder, "--teacher_url", "http://b:1", "http://c:2"))[3]
+    teacher = read(words(model_folder, "--teacher_url", "http://b:1", "http://c:2"))[-2]
     assert teacher.teacher_url == ["http://127.0.0.1:8000", "http://b:1", "http://c:2"]
 
 
@@ -111,10 +138,10 @@ def test_yaml_holds_the_same_names_and_the_command_line_wins(model_folder, tmp_p
         "lr_scheduler_kwargs: {min_lr: 1.0e-6}\nlr_scheduler_type: cosine_with_min_lr\n"
     )
     parsed = read(["--config", str(path), "--beta", "0.9", "--teacher_url", "http://c:3"])
-    assert parsed[4].lmbda == 1.0
-    assert parsed[4].beta == 0.9
-    assert parsed[3].teacher_url == ["http://c:3"]
-    assert parsed[4].lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert parsed[-1].lmbda == 1.0
+    assert parsed[-1].beta == 0.9
+    assert parsed[-2].teacher_url == ["http://c:3"]
+    assert parsed[-1].lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
 @pytest.mark.parametrize(
@@ -136,3 +163,34 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
 def test_missing_yaml_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="No such file"):
         read([f"--config={tmp_path / 'none.yaml'}"])
+
+
+def test_the_checkpoint_is_the_one_given_or_the_last(model_folder, tmp_path):
+    def checkpoint(output, value):
+        line = words(model_folder, "--output_dir", str(output), "--resume_from_checkpoint", value)
+        return checkpoint_of(read(line)[-1])
+
+    for step in (2, 10):
+        (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    last, first = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (10, 2))
+    assert checkpoint(tmp_path / "out", "true") == last
+    assert checkpoint(tmp_path / "out", first) == first
+    assert checkpoint(tmp_path / "out", "false") is None
+    with pytest.raises(ConfigurationError, match="holds no checkpoint to resume from"):
+        checkpoint(tmp_path / "none", "true")
+    with pytest.raises(ConfigurationError, match="no checkpoint there; give a checkpoint-N folder"):
+        checkpoint(tmp_path / "out", str(tmp_path / "out"))
+
+
+def test_what_is_no_folder_of_adapters_is_not_merged(model_folder, tmp_path):
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text("{}")
+    check_merge(MergeArguments(str(adapters), str(tmp_path / "new")))
+    with pytest.raises(ConfigurationError, match="holds no LoRA adapters to merge"):
+        check_merge(MergeArguments(str(model_folder), str(tmp_path / "new")))
+    with pytest.raises(ConfigurationError, match="exists already; give a new folder"):
+        check_merge(MergeArguments(str(adapters), str(model_folder)))
+    with pytest.raises(ConfigurationError, match="--output_dir is missing"):
+        check_merge(MergeArguments(str(adapters)))

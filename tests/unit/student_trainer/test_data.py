@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from shared.errors import DatasetError
+from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
 from student_trainer.data import load_rows, stop_token_ids, tokenize_rows
 
@@ -23,7 +23,7 @@ TALK = [{"role": "user", "content": "add two"}, {"role": "assistant", "content":
 
 def render(tokenizer, row, *, max_length=200, **options):
     stop_ids = stop_token_ids(tokenizer, None)
-    data = DataArguments(dataset_name="x", **options)
+    data = DataArguments(**options)
     rows = [("data.jsonl:7", row)]
     return tokenize_rows(rows, tokenizer, stop_ids, data, max_length=max_length, progress=False)[0]
 
@@ -182,3 +182,35 @@ def test_empty_dataset_is_refused(tmp_path: Path):
 def test_stop_ids_join_tokenizer_and_model(tokenizer):
     config = GenerationConfig(eos_token_id=[7, 5])
     assert stop_token_ids(tokenizer, config) == sorted({tokenizer.eos_token_id, 5, 7})
+
+
+def test_a_turn_that_ends_with_another_token_than_eos_is_refused_with_the_remedy(tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("{{ eos_token }}", "<|turn|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    with pytest.raises(DatasetError, match=r"data\.jsonl:7: .*Pass --eos_token '<\|turn\|>'"):
+        render(tokenizer, {"messages": TALK})
+    tokenizer.eos_token = "<|turn|>"
+    assert learned(tokenizer, render(tokenizer, {"messages": TALK})) == "return x<|turn|>"
+
+
+def test_a_template_without_an_end_of_turn_gets_an_eos(tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("{{ eos_token }}", "")
+    example = render(tokenizer, {"messages": TALK})
+    assert learned(tokenizer, example) == "return x\n" + tokenizer.eos_token
+
+
+def test_long_rows_are_left_out_only_when_told_so(tokenizer):
+    tokenizer.chat_template = UNMARKED
+    long = [{"role": "user", "content": "x" * 300}, TALK[1]]
+    rows = [("d:1", {"messages": TALK}), ("d:2", {"messages": long}), ("d:3", {"messages": TALK})]
+
+    def examples(rows, **options):
+        data = DataArguments(**options)
+        return tokenize_rows(rows, tokenizer, [1], data, max_length=200, progress=False)
+
+    with pytest.raises(RowTooLongError, match=r"d:2: the prompt has .* pass --skip_long_rows"):
+        examples(rows)
+    kept = examples(rows, skip_long_rows=True)
+    assert [(example.index, example.name) for example in kept] == [(0, "d:1"), (2, "d:3")]
+    with pytest.raises(DatasetError, match=r"every row is too long\. The last one: d:2"):
+        examples(rows[1:2], skip_long_rows=True)

@@ -63,3 +63,9 @@ def test_auto_is_vllm_where_it_is_installed(folder, monkeypatch, installed, engi
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: found)
     assert Settings(folder).engine == engine
     assert Settings(folder, backend="transformers").engine == "transformers"
+
+
+def test_adapters_alone_are_refused_with_the_command_that_merges_them(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="student-trainer merge --model_name_or_path"):
+        Settings(str(tmp_path))

@@ -1,0 +1,198 @@
+"""Model, tokenizer and configuration, from a folder, adapters or the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from shared.errors import ConfigurationError
+from student_trainer.config import (
+    AdapterArguments,
+    MergeArguments,
+    ModelArguments,
+    check_merge,
+    holds_adapters,
+    parse,
+)
+from student_trainer.data import stop_token_ids
+
+
+def merge(argv: Sequence[str]) -> None:
+    """Merge LoRA adapters into their base model, so that it can be served or distilled further."""
+    (args,) = parse(
+        argv, MergeArguments, prog="student-trainer merge", description=merge.__doc__ or ""
+    )
+    check_merge(args)
+    model = ModelArguments(
+        model_name_or_path=args.model_name_or_path,
+        torch_dtype=args.torch_dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    load_model(model).save_pretrained(args.output_dir)
+    load_tokenizer(model).save_pretrained(args.output_dir)
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The configuration; that of the base model for a folder of adapters."""
+    return _from_hub_or_folder(AutoConfig, _base_of(arguments))
+
+
+def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer, with ``--eos_token`` where one is given.
+
+    Raises:
+        ConfigurationError: it does not load, or that token is not in its vocabulary.
+    """
+    tokenizer = _from_hub_or_folder(AutoTokenizer, arguments)
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise ConfigurationError(
+                f"--eos_token {arguments.eos_token!r} is not a token of the tokenizer; its own is "
+                f"{tokenizer.eos_token!r}"
+            )
+        tokenizer.eos_token = arguments.eos_token
+    return tokenizer
+
+
+def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion; see `data.stop_token_ids`."""
+    generation_config = None
+    base = _base_of(arguments)
+    with contextlib.suppress(OSError):  # many checkpoints have none
+        generation_config = GenerationConfig.from_pretrained(
+            base.model_name_or_path, revision=base.model_revision
+        )
+    return stop_token_ids(tokenizer, generation_config)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest sequence in tokens; models without a bound get a very large one."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
+
+
+def load_model(arguments: ModelArguments, **options: Any) -> Any:
+    """The causal language model; LoRA adapters are merged into their base.
+
+    Args:
+        options: go to ``from_pretrained``.
+
+    Raises:
+        ConfigurationError: it does not load, or weights are missing.
+    """
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    base = _base_of(arguments)
+    model, report = _from_hub_or_folder(
+        AutoModelForCausalLM,
+        base,
+        dtype=arguments.torch_dtype,
+        output_loading_info=True,
+        **options,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise ConfigurationError(
+            f"--model_name_or_path {base.model_name_or_path} lacks {len(missing)} weights of "
+            f"{type(model).__name__}, {missing[0]} among them; give a complete checkpoint"
+        )
+    if base is arguments:
+        return model
+    from peft import PeftModel
+
+    merged: Any = PeftModel.from_pretrained(model, arguments.model_name_or_path).merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze the base
+
+
+def load_student(
+    arguments: ModelArguments, adapters: AdapterArguments, *, gradient_checkpointing: bool = False
+) -> Any:
+    """The model with new adapters where they are asked for, ready for the Trainer.
+
+    Raises:
+        ConfigurationError: as `load_model`, or the adapters do not fit the model.
+    """
+    options: dict[str, Any] = {}
+    if adapters.load_in_4bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+    model = load_model(arguments, **options)
+    if adapters.use_peft:
+        model = _with_adapters(model, adapters, gradient_checkpointing)
+    return model
+
+
+def _with_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if arguments.load_in_4bit:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=gradient_checkpointing
+        )
+    elif gradient_checkpointing:
+        model.enable_input_require_grads()
+    targets = arguments.lora_target_modules or ["all-linear"]
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigurationError(f"--lora_target_modules {targets}: {error}") from error
+
+
+def _base_of(arguments: ModelArguments) -> ModelArguments:
+    """``arguments`` itself, or for a folder of adapters those of their base model.
+
+    Raises:
+        ConfigurationError: the adapters do not say what they were trained on.
+    """
+    if not holds_adapters(arguments.model_name_or_path):
+        return arguments
+    file = Path(arguments.model_name_or_path) / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text())
+        name, revision = config["base_model_name_or_path"], config.get("revision") or "main"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{file} names no base_model_name_or_path") from error
+    return replace(arguments, model_name_or_path=str(name), model_revision=str(revision))
+
+
+def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        folder = Path(arguments.model_name_or_path)
+        kind = "folder" if folder.is_dir() else "Hub id"
+        raise ConfigurationError(
+            f"--model_name_or_path {arguments.model_name_or_path}: this {kind} does not load with "
+            f"{auto_class.__name__}: {error}"
+        ) from error

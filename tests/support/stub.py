@@ -1,0 +1,152 @@
+"""A teacher without a model on a real socket, which answers as it is told: right or wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+
+from shared import wire
+from shared.protocol import (
+    PROTOCOL_VERSION,
+    Capabilities,
+    Completion,
+    GenerateRequest,
+    GenerateResponse,
+    InfoResponse,
+    Limits,
+    ScoreRequest,
+    ScoreResponse,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from shared.sparse import SparseLogprobs
+
+IDENTITY = TeacherIdentity(
+    model="stub", fingerprint="0" * 64, dtype="float32", backend="stub", version="1"
+)
+Answer = tuple[int, dict[str, str], bytes]
+
+
+def info(teacher: TeacherIdentity = IDENTITY, **changes: Any) -> InfoResponse:
+    facts: dict[str, Any] = {
+        "protocol_version": PROTOCOL_VERSION,
+        "teacher": teacher,
+        "tokenizer": TokenizerIdentity(
+            fingerprint="1" * 64, vocab_size=100, special_token_ids={}, chat_template=None
+        ),
+        "vocab_size": 100,
+        "max_model_len": 64,
+        "eos_token_ids": [1],
+        "limits": Limits(),
+        "capabilities": Capabilities(temperature=True, requested_token_ids=True, generate=True),
+    }
+    return InfoResponse(**{**facts, **changes})
+
+
+def scores(rows: int, k: int) -> SparseLogprobs:
+    """Ids 0 … k−1, uniform over the vocabulary of 100."""
+    uniform = np.full((rows, k), -np.log(100), np.float32)
+    return SparseLogprobs(
+        token_ids=np.tile(np.arange(k, dtype=np.uint32), (rows, 1)),
+        logprobs=uniform,
+        next_token_logprob=np.full(rows, -np.log(100), np.float32),
+        tail_logprob=np.full(rows, np.log1p(-(k + 1) / 100), np.float32),
+    )
+
+
+def score_response(request: ScoreRequest, teacher: TeacherIdentity = IDENTITY) -> ScoreResponse:
+    return ScoreResponse(
+        sequences=[
+            scores(len(s.token_ids) - s.completion_start, request.top_k) for s in request.sequences
+        ],
+        teacher=teacher,
+        request_id="r",
+    )
+
+
+def packed(message: Any) -> Answer:
+    body = wire.dump(message, wire.MSGPACK_MEDIA_TYPE)
+    return 200, {"Content-Type": wire.MSGPACK_MEDIA_TYPE}, body
+
+
+def problem(status: int, detail: str, **headers: str) -> Answer:
+    body = b'{"type":"x","title":"t","status":%d,"detail":"%s","request_id":"r"}'
+    return status, {"Content-Type": "application/problem+json", **headers}, (
+        body % (status, detail.encode())
+    )  # fmt: skip
+
+
+@dataclass
+class StubTeacher:
+    """Answers ``script`` first, one entry a call of a POST route, and rightly after that."""
+
+    info: InfoResponse = field(default_factory=info)
+    script: list[Callable[[Any], Answer]] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
+    not_ready: int = 0  # so many calls of /ready are answered 503
+    url: str = ""
+
+    def get(self, path: str) -> Answer:
+        if path == "/ready" and self.not_ready:
+            self.not_ready -= 1
+            return problem(503, "loading")
+        return packed(self.info) if path == "/v1/info" else (200, {}, b"{}")
+
+    def post(self, path: str, body: bytes) -> Answer:
+        kind: Any = ScoreRequest if path == "/v1/score" else GenerateRequest
+        request = wire.load(kind, body, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 26)
+        self.requests.append(request)
+        if self.script:
+            return self.script.pop(0)(request)
+        if isinstance(request, ScoreRequest):
+            return packed(score_response(request, self.info.teacher))
+        done = Completion(
+            token_ids=np.array([5, 1], np.uint32),
+            finish_reason="stop",
+            scores=None if request.top_k is None else scores(2, request.top_k),
+        )
+        groups = [[done] * request.n for _ in request.prompts]
+        return packed(
+            GenerateResponse(completions=groups, teacher=self.info.teacher, request_id="r")
+        )
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[StubTeacher]:
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self._answer(stub.get(self.path))
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self._answer(stub.post(self.path, body))
+
+            def _answer(self, answer: Answer) -> None:
+                status, headers, body = answer
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()

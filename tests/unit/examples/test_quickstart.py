@@ -1,0 +1,91 @@
+"""The quickstart cleans up behind itself, and only behind itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from examples.mini_humaneval.quickstart import Quickstart
+from tests.support.models import save_model, save_tokenizer
+
+
+def test_the_server_is_stopped_whatever_happens(tmp_path):
+    save_tokenizer(tmp_path / "teacher")
+    save_model(tmp_path / "teacher")
+    quickstart = Quickstart(tmp_path, seed=0)
+    with pytest.raises(KeyboardInterrupt), quickstart._served("teacher") as url:  # noqa: PT012
+        assert httpx.get(f"{url}/ready").status_code == 200
+        raise KeyboardInterrupt
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/ready")
+
+
+def test_a_teacher_that_does_not_start_is_shown_with_its_log(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text("{}")
+    with (
+        pytest.raises(SystemExit, match=r"(?s)ended with 2:.*does not load"),
+        Quickstart(tmp_path, seed=0)._served("teacher"),
+    ):
+        pass
+
+
+def test_files_of_others_are_never_deleted(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="holds files that are not of an earlier quickstart"):
+        Quickstart(tmp_path, seed=0).run()
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_terminated_run_leaves_no_server_behind(tmp_path):
+    """Through the command itself, whose stages are shortened to one update each."""
+    shorten = (
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from examples.mini_humaneval import settings, quickstart, prepare\n"
+        "short = settings.Stage(1, 4, 1e-3, 0)\n"
+        "tiny = replace(settings.SETTINGS, pretrain_rows=64, warmup_rows=32, prompt_rows=64,\n"
+        "    teacher_pretrain=short, teacher_sft=short, student_warmup=short, student_sft=short,\n"
+        "    student_distill=replace(short, updates=100000))\n"
+        "quickstart.SETTINGS = tiny\n"
+        "prepare.prepare.__kwdefaults__['settings'] = tiny\n"
+        "sys.exit(quickstart.main())\n"
+    )
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-c", shorten, f"--output_dir={output}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    port, lines = 0, []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("$ teacher-server"):
+            port = int(line.split("--port ")[1].split()[0])
+        if "'divergence'" in line:  # it trains, so the server is up
+            break
+    assert port, "".join(lines)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    for _ in range(50):
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health")
+        except httpx.ConnectError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the server still runs")
+
+
+def test_the_stages_add_up_to_the_whole(tmp_path):
+    quickstart = Quickstart(tmp_path, seed=0)
+    quickstart.seconds = {"prepare": 1.0, "teacher_raw": 2.0, "teacher_sft": 3.0,
+                          "student_sft": 4.0, "evaluate a": 5.0, "evaluate b": 6.0}  # fmt: skip
+    stages = quickstart._stages()
+    assert sum(stages.values()) == 21.0
+    assert stages["evaluation"] == 11.0

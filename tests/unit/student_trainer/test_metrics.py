@@ -1,0 +1,60 @@
+"""Averages of a window: over tokens, completions or steps, and over all ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from student_trainer.data import Sample
+from student_trainer.losses import SparseStatistics
+from student_trainer.metrics import WindowMetrics
+from student_trainer.support import ScoredSample
+
+
+def scored(length, truncated=False):
+    ids = np.zeros(length + 1, np.uint32)
+    return ScoredSample(Sample(ids, 1, np.ones(length, bool), "student", truncated), None)
+
+
+def statistics(*divergences):
+    column = torch.tensor(divergences)
+    return SparseStatistics(column, column / 2, column / 4, column * 2, column * 3, column * 0)
+
+
+def filled():
+    window = WindowMetrics()
+    window.add_step([scored(2), scored(4, truncated=True)], on_policy=True)
+    window.add_step([scored(6)], on_policy=False)
+    window.add_statistics(statistics(0.2, 0.4))
+    window.add_statistics(statistics(0.9))
+    window.add_seconds("teacher", 3.0)
+    window.add("bytes", 600)
+    window.add("scored_tokens", 3)
+    return window
+
+
+def test_each_average_is_over_what_it_is_of():
+    logs = filled().drain(lambda values: values, with_teacher=True)
+    assert logs["divergence"] == pytest.approx(0.5)
+    assert logs["teacher_top_k_mass"] == pytest.approx(0.25)
+    assert logs["student_entropy"] == pytest.approx(1.5)
+    assert logs["completion_length"] == pytest.approx(4.0)
+    assert logs["truncated"] == pytest.approx(1 / 3)
+    assert logs["on_policy"] == 0.5
+    assert logs["seconds_teacher"] == 1.5
+    assert logs["bytes_per_token"] == 200
+
+
+def test_sums_are_added_over_ranks_before_dividing():
+    alone = filled().drain(lambda values: values, with_teacher=True)
+    assert filled().drain(lambda values: 2 * values, with_teacher=True) == alone
+
+
+def test_a_drained_window_begins_anew():
+    window = filled()
+    window.drain(lambda values: values, with_teacher=True)
+    assert window.drain(lambda values: values, with_teacher=True) == {}
+
+
+def test_sft_logs_nothing_of_a_teacher():
+    logs = filled().drain(lambda values: values, with_teacher=False)
+    assert logs.keys() == {"completion_length", "truncated", "seconds_training"}

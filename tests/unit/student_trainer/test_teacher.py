@@ -1,0 +1,267 @@
+"""The teacher client against a socket that answers what each test tells it to."""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+
+from shared.errors import (
+    InvalidRequestError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TeacherUnreachableError,
+)
+from shared.protocol import Completion, GenerateResponse, Limits, ScoreResponse
+from student_trainer.teacher import TeacherClient
+from tests.support.stub import (
+    IDENTITY,
+    StubTeacher,
+    info,
+    packed,
+    problem,
+    score_response,
+    scores,
+)
+
+OTHER = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
+
+
+@pytest.fixture
+def stub():
+    with StubTeacher().serving() as stub:
+        yield stub
+
+
+def connected(*stubs, **options):
+    client = TeacherClient([s.url for s in stubs], **{"timeout": 5.0, **options})
+    client.connect()
+    return client
+
+
+def sequences(*shapes):
+    """(token_ids, completion_start) pairs of (length, start) shapes."""
+    return [(np.arange(length, dtype=np.uint32), start) for length, start in shapes]
+
+
+def test_scores_come_back_in_order_and_traffic_is_counted(stub):
+    with connected(stub) as client:
+        client.take_traffic()
+        answers = client.score(sequences((6, 2), (9, 8), (4, 1)), top_k=3, temperature=0.7)
+        received, scored = client.take_traffic()
+        assert client.take_traffic() == (0, 0)
+    assert [answer.token_ids.shape for answer in answers] == [(4, 3), (1, 3), (3, 3)]
+    (request,) = stub.requests
+    assert (request.top_k, request.temperature) == (3, 0.7)
+    assert scored == 8
+    assert received > 8 * 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("limits", "sizes"),
+    [
+        (Limits(max_sequences=2), [2, 2, 1]),
+        (Limits(max_tokens=20), [2, 2, 1]),  # 10 tokens each
+        (Limits(max_logprobs=50), [2, 2, 1]),  # 8 rows × 3 each
+    ],
+)
+def test_work_is_split_to_the_teachers_limits(stub, limits, sizes):
+    stub.info = info(limits=limits)
+    with connected(stub) as client:
+        answers = client.score(sequences(*[(10, 2)] * 5), top_k=3)
+    assert [len(request.sequences) for request in stub.requests] == sizes
+    assert len(answers) == 5
+
+
+def test_no_sequences_ask_nothing(stub):
+    with connected(stub) as client:
+        assert client.score([], top_k=3) == []
+    assert stub.requests == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        problem(503, "loading"),
+        problem(429, "full", **{"Retry-After": "0"}),
+        (502, {}, b"bad gateway"),
+        (200, {"Content-Length": "1000", "Connection": "close"}, b"cut off"),
+    ],
+    ids=["not ready", "overloaded", "gateway", "cut off"],
+)
+def test_what_fails_in_passing_is_tried_again(stub, failure, caplog):
+    stub.script = [lambda request: failure] * 2
+    with caplog.at_level(logging.WARNING), connected(stub) as client:
+        assert len(client.score(sequences((6, 2)), top_k=3)) == 1
+    assert len(stub.requests) == 3
+    assert caplog.text.count("Teacher call failed") == 2
+
+
+def test_retry_after_is_honoured(stub):
+    stub.script = [lambda request: problem(429, "full", **{"Retry-After": "1"})]
+    since = time.monotonic()
+    with connected(stub) as client:
+        client.score(sequences((6, 2)), top_k=3)
+    assert time.monotonic() - since >= 1.0
+
+
+def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):
+    stub.script = [lambda request: problem(503, "still loading")] * 100
+    with (
+        connected(stub, timeout=1.0) as client,
+        pytest.raises(TeacherUnreachableError) as caught,
+    ):
+        client.score(sequences((6, 2)), top_k=3)
+    assert stub.url in str(caught.value)
+    assert "within 1 s: still loading" in str(caught.value)
+
+
+def test_a_refusal_is_not_tried_again(stub):
+    stub.script = [lambda request: problem(422, "top_k 999 is over the limit 10")]
+    with connected(stub) as client, pytest.raises(InvalidRequestError, match="over the limit 10"):
+        client.score(sequences((6, 2)), top_k=3)
+    assert len(stub.requests) == 1
+
+
+def changed(field, value):
+    """A score answer with one array changed in its second row."""
+
+    def answer(request):
+        response = score_response(request)
+        arrays = {name: getattr(response.sequences[1], name).copy() for name in ARRAYS}
+        arrays[field][1] = value
+        spoilt = response.sequences[1].model_copy(update=arrays)
+        sequences = [response.sequences[0], spoilt]
+        return packed(ScoreResponse(sequences=sequences, teacher=IDENTITY, request_id="r"))
+
+    return answer
+
+
+ARRAYS = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (changed("logprobs", np.nan), r"sequence 1: the teacher answered logprobs\[1, 0\] = nan"),
+        (changed("next_token_logprob", -np.inf), r"sequence 1.*next_token_logprob\[1\] = -inf"),
+        (changed("tail_logprob", np.nan), r"sequence 1.*tail_logprob\[1\] = nan"),
+        (changed("token_ids", 100), r"sequence 1: token id 100 is outside.*vocabulary of 100"),
+        (lambda r: packed(score_response(r.model_copy(update={"top_k": 2}))), "expected top-k"),
+        (
+            lambda r: packed(score_response(r.model_copy(update={"sequences": r.sequences[:1]}))),
+            "2 sequences were sent, the teacher answered 1",
+        ),
+        (lambda r: (200, {}, b"<html>"), "answered something else"),
+        (lambda r: packed(scores(2, 3)), "answered something else"),
+    ],
+)
+def test_an_answer_that_cannot_be_used_stops_the_run(stub, answer, message):
+    stub.script = [answer]
+    with connected(stub) as client, pytest.raises(TeacherAnswerError, match=message):
+        client.score(sequences((6, 2), (8, 3)), top_k=3)
+    assert len(stub.requests) == 1
+
+
+def test_an_empty_tail_is_a_good_answer(stub):
+    stub.script = [changed("tail_logprob", -np.inf)]
+    with connected(stub) as client:
+        assert client.score(sequences((6, 2), (8, 3)), top_k=3)[1].tail_logprob[1] == -np.inf
+
+
+def test_another_teacher_at_the_address_stops_the_run_and_shows_both(stub):
+    with connected(stub) as client:
+        stub.info = info(OTHER)
+        with pytest.raises(TeacherChangedError) as caught:
+            client.score(sequences((6, 2)), top_k=3)
+    assert IDENTITY.fingerprint in str(caught.value)
+    assert OTHER.fingerprint in str(caught.value)
+    assert "--accept_teacher_change" in str(caught.value)
+
+
+def test_another_teacher_is_accepted_when_told_so(stub, caplog):
+    with connected(stub, accept_change=True) as client:
+        stub.info = info(OTHER)
+        client.score(sequences((6, 2)), top_k=3)
+        assert client.info.teacher == OTHER
+        caplog.clear()
+        client.score(sequences((6, 2)), top_k=3)
+    assert "another teacher" not in caplog.text  # said once
+
+
+def test_replicas_must_be_one_teacher(stub):
+    with (
+        StubTeacher(info(OTHER)).serving() as other,
+        pytest.raises(TeacherChangedError, match="the replicas are different teachers"),
+    ):
+        connected(stub, other)
+
+
+def test_another_protocol_version_is_refused(stub):
+    stub.info = info(protocol_version=2)
+    with pytest.raises(TeacherAnswerError, match="speaks protocol version 2"):
+        connected(stub)
+
+
+def test_a_loading_teacher_is_waited_for_visibly(stub, caplog):
+    stub.not_ready = 2
+    with caplog.at_level(logging.WARNING), connected(stub):
+        pass
+    assert "Waiting for the teacher" in caplog.text
+    assert "answers 503 to /ready" in caplog.text
+
+
+def test_requests_go_to_the_replica_with_fewer_tokens_outstanding(stub):
+    with StubTeacher().serving() as other, connected(stub, other) as client:
+
+        def meanwhile(request):
+            client.score(sequences((6, 2)), top_k=3)  # while the first call is under way
+            return packed(score_response(request))
+
+        stub.script = [meanwhile]
+        client.score(sequences((20, 2)), top_k=3)
+    assert [len(r.sequences[0].token_ids) for r in stub.requests] == [20]
+    assert [len(r.sequences[0].token_ids) for r in other.requests] == [6]
+
+
+def test_completions_come_with_their_scores(stub):
+    prompts = [np.array([3, 4], np.uint32), np.array([7], np.uint32)]
+    options = {"max_new_tokens": 8, "temperature": 0.0, "seed": 5, "stop_token_ids": [1, 9]}
+    with connected(stub) as client:
+        completions = client.generate(prompts, top_k=4, **options)
+        client.generate(prompts, **options)
+    assert [c.token_ids.tolist() for c in completions] == [[5, 1], [5, 1]]
+    assert completions[0].scores.token_ids.shape == (2, 4)
+    with_scores, without = stub.requests
+    assert (with_scores.top_k, without.top_k) == (4, None)
+    assert with_scores.stop_token_ids.tolist() == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("count", "with_scores", "message"),
+    [(1, True, "2 completions were asked for"), (2, False, "none came")],
+)
+def test_missing_completions_or_scores_stop_the_run(stub, count, with_scores, message):
+    def spoilt(request):
+        done = Completion(
+            token_ids=np.array([5], np.uint32),
+            finish_reason="length",
+            scores=scores(1, 4) if with_scores else None,
+        )
+        return packed(
+            GenerateResponse(completions=[[done]] * count, teacher=IDENTITY, request_id="r")
+        )
+
+    stub.script = [spoilt]
+    prompts = [np.array([3], np.uint32)] * 2
+    with connected(stub) as client, pytest.raises(TeacherAnswerError, match=message):
+        client.generate(
+            prompts, max_new_tokens=8, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4
+        )
+
+
+def test_a_closed_client_refuses(stub):
+    client = connected(stub)
+    client.close()
+    with pytest.raises(TeacherUnreachableError, match="closed"):
+        client.score(sequences((6, 2)), top_k=3)

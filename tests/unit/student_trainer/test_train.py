@@ -1,0 +1,67 @@
+"""What is compared between teacher and student before the first step."""
+
+import logging
+
+import pytest
+
+from shared.errors import ConfigurationError, TokenizerMismatchError
+from shared.identity import tokenizer_identity
+from shared.protocol import Capabilities, Limits
+from student_trainer.config import DistillArguments, TeacherArguments
+from student_trainer.train import check_request, check_vocabulary
+from tests.support.stub import info
+
+
+def teacher_of(tokenizer, vocab_size=260, **changes):
+    identity = tokenizer_identity(tokenizer).model_copy(update=changes)
+    return info(tokenizer=identity, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(260, 260), (272, 260), (260, 272), (264, 288)])
+def test_padded_output_layers_are_accepted(tokenizer, student, teacher):
+    check_vocabulary(tokenizer, student, teacher_of(tokenizer, teacher))
+
+
+def test_different_vocabularies_are_refused_with_both_fingerprints(tokenizer):
+    other = teacher_of(tokenizer, fingerprint="f" * 64)
+    with pytest.raises(TokenizerMismatchError) as caught:
+        check_vocabulary(tokenizer, 260, other)
+    assert "f" * 64 in str(caught.value)
+    assert tokenizer_identity(tokenizer).fingerprint in str(caught.value)
+
+
+def test_an_output_layer_smaller_than_the_tokenizer_is_refused(tokenizer):
+    with pytest.raises(TokenizerMismatchError, match=r"260 tokens.*250 \(student\).*260 \(teacher"):
+        check_vocabulary(tokenizer, 250, teacher_of(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("chat_template", "{{ x }}"), ("special_token_ids", {"eos_token": 99})]
+)
+def test_a_difference_beside_the_vocabulary_is_a_warning_with_both_values(
+    tokenizer, caplog, field, value
+):
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, **{field: value}))
+    (record,) = caplog.records
+    assert f"{field} differs" in record.message
+    assert repr(value) in record.message
+    assert repr(getattr(tokenizer_identity(tokenizer), field)) in record.message
+
+
+def arguments(tmp_path, **options):
+    return DistillArguments(output_dir=str(tmp_path), **options)
+
+
+def test_what_the_teacher_cannot_do_is_refused(tmp_path):
+    one = TeacherArguments(top_k_logprobs=16)
+    plain = Capabilities(temperature=False, requested_token_ids=False, generate=False)
+    teacher = info(limits=Limits(max_top_k=8), capabilities=plain)
+    with pytest.raises(ConfigurationError, match="16 is over the teacher's limit of 8"):
+        check_request(teacher, arguments(tmp_path), one)
+    few = TeacherArguments(top_k_logprobs=8)
+    with pytest.raises(ConfigurationError, match=r"--temperature 0\.5.*\(stub\) cannot apply"):
+        check_request(teacher, arguments(tmp_path, temperature=0.5), few)
+    with pytest.raises(ConfigurationError, match="--seq_kd: this teacher does not generate"):
+        check_request(teacher, arguments(tmp_path, seq_kd=True), few)
+    check_request(teacher, arguments(tmp_path), few)
