@@ -115,11 +115,14 @@ class TeacherArguments:
 
     teacher_url: list[str] | None = _flag(
         None,
-        "Address of a teacher server, such as http://host:8000; repeat for replicas.",
+        "Address of a teacher server, such as http://host:8000; repeat for replicas: one that fails "
+        "is left out until it is ready again.",
         action="extend",
     )
     teacher_timeout: float = _flag(
-        600.0, "Seconds to wait for a teacher, at the start and in a retried request."
+        600.0,
+        "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
+        "at most an equal share of it for each replica.",
     )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
     accept_teacher_change: bool = _flag(

@@ -26,7 +26,7 @@ from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, sparse_distribution
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Teacher
 
 MicroBatch = dict[str, Any]
 
@@ -52,7 +52,7 @@ class DistillationTrainer(Trainer):
         *,
         method: Method,
         beta: float,
-        teacher: TeacherClient | None,
+        teacher: Teacher | None,
         vocab_size: int,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,9 +91,12 @@ class StubTeacher:
     script: list[Callable[[Any], Answer]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     not_ready: int = 0  # so many calls of /ready are answered 503
+    ready_calls: int = 0
     url: str = ""
 
     def get(self, path: str) -> Answer:
+        if path == "/ready":
+            self.ready_calls += 1
         if path == "/ready" and self.not_ready:
             self.not_ready -= 1
             return problem(503, "loading")
@@ -117,18 +121,25 @@ class StubTeacher:
         )
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[StubTeacher]:
+    def serving(self, port: int = 0) -> Iterator[StubTeacher]:
+        """At ``port``, or a free one; at the end open connections break, as when one is killed."""
         stub = self
+        connections: list[socket.socket] = []
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                connections.append(self.connection)
 
             def do_GET(self) -> None:
                 self._answer(stub.get(self.path))
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self._answer(stub.post(self.path, body))
+                with contextlib.suppress(OSError):  # the client did not wait
+                    self._answer(stub.post(self.path, body))
 
             def _answer(self, answer: Answer) -> None:
                 status, headers, body = answer
@@ -141,7 +152,7 @@ class StubTeacher:
             def log_message(self, format: str, *arguments: Any) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
@@ -149,4 +160,7 @@ class StubTeacher:
             yield self
         finally:
             server.shutdown()
-            server.server_close()
+            for connection in connections:
+                with contextlib.suppress(OSError):  # closed already
+                    connection.shutdown(socket.SHUT_RDWR)
+            server.socket.close()
