@@ -52,7 +52,8 @@ class VllmTeacher:
     """`student_trainer.teacher.Teacher` over vLLM's own OpenAI-style server.
 
     vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked (see
-    there); ``info`` holds the student's tokenizer for the teacher's, and says so in a warning.
+    there); ``info`` holds the student's tokenizer for the teacher's, and a warning says so. An
+    answer carries the model's name alone: other weights under the same name go unseen.
 
     Args:
         urls: addresses of replicas of one teacher, such as ``http://host:8000``.
@@ -60,7 +61,7 @@ class VllmTeacher:
         rows: of the student's output layer.
         top_k: log-probs that will be asked for.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
-        accept_change: go on when another model, or version of vLLM, is at the address.
+        accept_change: go on when a replica comes back under another version of vLLM.
     """
 
     def __init__(
@@ -334,12 +335,15 @@ class VllmTeacher:
     def _rejoins(self, url: str) -> bool:
         """Whether a replica that is back is the teacher that the others are."""
         identity, _ = self._identify(url)
-        if identity != self.info.teacher and not self.accept_change:
-            raise TeacherChangedError(
-                f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. "
-                "Bring the first one back, or pass --accept_teacher_change"
-            )
-        return identity.model == self.info.teacher.model
+        if identity == self.info.teacher:
+            return True
+        if self.accept_change and identity.model == self.info.teacher.model:
+            logger.warning("%s is vLLM %s now", url, identity.version)
+            return True
+        raise TeacherChangedError(
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. Bring "
+            "the first one back; --accept_teacher_change accepts another version of vLLM alone"
+        )
 
     def _check_tokenizer(self, url: str) -> None:
         """Raises `TokenizerMismatchError`: text from all over the vocabulary reads otherwise."""

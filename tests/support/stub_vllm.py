@@ -32,18 +32,18 @@ class StubVllm:
     tokenizer: Any
     probabilities: np.ndarray[Any, Any]
     model: str = "stub"
+    version: str = "0.32.0"
     max_logprobs: int = 20
     max_model_len: int = 64
-    healthy: bool = True
     script: list[Callable[[dict[str, Any]], Answer]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
     def get(self, path: str) -> Answer:
         if path == "/health":
-            return (200 if self.healthy else 503), {}, b""
+            return 200, {}, b""
         if path == "/version":
-            return as_json({"version": "0.32.0"})
+            return as_json({"version": self.version})
         card = {"id": self.model, "parent": None, "max_model_len": self.max_model_len}
         adapter = {"id": "adapter", "parent": self.model, "max_model_len": None}
         return as_json({"object": "list", "data": [adapter, card]})

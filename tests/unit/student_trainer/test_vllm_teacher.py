@@ -142,7 +142,7 @@ def test_replicas_must_serve_one_model(stub, tokenizer):
         pass
 
 
-def test_a_replica_that_fails_is_left_out_and_rejoins(stub, tokenizer, caplog):
+def test_a_replica_that_fails_is_left_out_and_rejoins(stub, tokenizer):
     with StubVllm(tokenizer, steep()).serving() as other, connected(stub, other) as teacher:
         stub.script = [lambda request: (500, {}, b"engine dead")]
         for _ in range(3):
@@ -153,6 +153,47 @@ def test_a_replica_that_fails_is_left_out_and_rejoins(stub, tokenizer, caplog):
             assert time.monotonic() < deadline, "it does not rejoin"
             teacher.score(SEQUENCES, top_k=4)
             time.sleep(0.05)
+
+
+def score_for_seconds(teacher):
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        teacher.score(SEQUENCES, top_k=4)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "accept_change"), [({"model": "other"}, True), ({"version": "0.33.0"}, False)]
+)
+def test_a_replica_that_comes_back_as_another_teacher_stops_the_run(
+    stub, tokenizer, change, accept_change
+):
+    with (
+        StubVllm(tokenizer, steep()).serving() as other,
+        connected(stub, other, accept_change=accept_change) as teacher,
+    ):
+        stub.script = [lambda request: (500, {}, b"engine dead")]
+        for name, value in change.items():
+            setattr(stub, name, value)
+        with pytest.raises(TeacherChangedError, match="is another teacher now"):
+            score_for_seconds(teacher)
+    assert len(stub.requests) == 1
+
+
+def test_another_version_is_accepted_when_told_so(stub, tokenizer, caplog):
+    with (
+        caplog.at_level(logging.WARNING),
+        StubVllm(tokenizer, steep()).serving() as other,
+        connected(stub, other, accept_change=True) as teacher,
+    ):
+        stub.script = [lambda request: (500, {}, b"engine dead")]
+        stub.version = "0.33.0"
+        deadline = time.monotonic() + 10
+        while len(stub.requests) < 2:
+            assert time.monotonic() < deadline, "it does not rejoin"
+            teacher.score(SEQUENCES, top_k=4)
+            time.sleep(0.05)
+    assert f"{stub.url} is vLLM 0.33.0 now" in caplog.text
 
 
 def test_a_temperature_is_refused_as_vllm_would_ignore_it(stub):
