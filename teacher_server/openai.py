@@ -276,7 +276,11 @@ class Speaker:
                 "or use /v1/score",
                 field="logprobs" if prompt_logprobs is None else "prompt_logprobs",
             )
-        score = None
+        generate = score = None
+        if max_tokens > 0:
+            generate = _generate_request(asked, prompts, max_tokens, logprobs, info, source)
+        else:
+            _check_nothing_generated(n, prompts, prompt_logprobs)
         if prompt_logprobs is not None:
             if asked.temperature not in (None, 0, 1):
                 raise InvalidRequestError(
@@ -286,13 +290,6 @@ class Speaker:
                     field="temperature",
                 )
             score = _score_request(prompts, prompt_logprobs, info)
-        generate = None
-        if max_tokens > 0:
-            generate = _generate_request(asked, prompts, max_tokens, logprobs, info, source)
-        elif prompt_logprobs is None:
-            raise InvalidRequestError(
-                "max_tokens 0 asks for nothing without prompt_logprobs", field="max_tokens"
-            )
         return Work(asked, prompts, logprobs, prompt_logprobs, score, generate)
 
     def answer(
@@ -461,6 +458,22 @@ def error_body(error: ProtocolError) -> bytes:
 def _width(logprobs: int | None) -> int:
     """Log-probs of a row in the answer."""
     return 0 if logprobs is None else logprobs + 1
+
+
+def _check_nothing_generated(n: int, prompts: list[Ids], prompt_logprobs: int | None) -> None:
+    """Raises `InvalidRequestError` where ``max_tokens`` 0 leaves nothing to answer."""
+    if prompt_logprobs is None:
+        raise InvalidRequestError(
+            "max_tokens 0 asks for nothing without prompt_logprobs", field="max_tokens"
+        )
+    if n > 1:
+        raise InvalidRequestError(f"n {n} of nothing: max_tokens is 0", field="n")
+    for index, ids in enumerate(prompts):
+        if len(ids) < 2:
+            raise InvalidRequestError(
+                f"a prompt of {len(ids)} tokens has no row to score, and max_tokens is 0",
+                field=f"prompt.{index}",
+            )
 
 
 def _chat_logprobs(asked: ChatRequest) -> int | None:
