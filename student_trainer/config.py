@@ -115,11 +115,19 @@ class TeacherArguments:
 
     teacher_url: list[str] | None = _flag(
         None,
-        "Address of a teacher server, such as http://host:8000; repeat for replicas.",
+        "Address of a teacher server, such as http://host:8000; repeat for replicas: one that "
+        "fails is left out until it is ready again.",
         action="extend",
     )
+    teacher_protocol: Literal["sparse-gkd", "vllm"] = _flag(
+        "sparse-gkd",
+        "vllm: the addresses are of a stock `vllm serve`; slower, at --temperature 1 only, and "
+        "weights and vocabulary are not proved to be the right ones.",
+    )
     teacher_timeout: float = _flag(
-        600.0, "Seconds to wait for a teacher, at the start and in a retried request."
+        600.0,
+        "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
+        "at most an equal share of it for each replica.",
     )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
     accept_teacher_change: bool = _flag(
@@ -467,6 +475,11 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
         )
     if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
         raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
+    if teacher.teacher_protocol == "vllm" and args.temperature != 1.0:
+        raise ConfigurationError(
+            f"--temperature {args.temperature}: vLLM never applies a temperature to the log-probs "
+            "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
+        )
     check_teacher(teacher)
 
 

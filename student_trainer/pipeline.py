@@ -24,7 +24,7 @@ from shared.sparse import SparseLogprobs
 from student_trainer.data import Example, Sample, completed
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Teacher
 
 R = TypeVar("R")
 
@@ -79,7 +79,7 @@ class Pipeline:
     def __init__(
         self,
         method: Method,
-        teacher: TeacherClient | None,
+        teacher: Teacher | None,
         rollouts: RolloutEngine | None,
         *,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,

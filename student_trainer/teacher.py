@@ -1,37 +1,28 @@
-"""The only HTTP of the trainer: completions -> sparse teacher distributions."""
+"""What the trainer asks of a teacher, and the client of sparse-gkd's own server.
+
+HTTP ends here and in the two modules beside it: `student_trainer.replicas` and
+`student_trainer.vllm_teacher`.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol, Self, TypeVar
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_delay,
-    wait_random_exponential,
-)
 
 from shared import wire
 from shared.errors import (
-    OverloadedError,
     PayloadTooLargeError,
     ProtocolError,
-    SparseGKDError,
     TeacherAnswerError,
     TeacherChangedError,
-    TeacherUnreachableError,
-    UnavailableError,
-    error_from_problem,
+    TokenizerMismatchError,
 )
 from shared.protocol import (
     PROTOCOL_VERSION,
@@ -45,22 +36,102 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from student_trainer.replicas import Replicas
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
-R = TypeVar("R")
+
+Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
 
 _MAX_ANSWER_BYTES = 1 << 30
-_CONNECTIONS = 8
+_HEADERS = {"Accept": wire.MSGPACK_MEDIA_TYPE, "Content-Type": wire.MSGPACK_MEDIA_TYPE}
+
+
+class Teacher(Protocol):
+    """A served teacher, whatever it speaks; safe to use from several threads.
+
+    Scores are at the temperature asked for. Errors of every call but `close`:
+        InvalidRequestError: the teacher cannot do this; names the field and the limit.
+        TeacherUnreachableError: no answer within the timeout.
+        TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
+        TeacherChangedError: another teacher answered.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    @property
+    def info(self) -> InfoResponse:
+        """What the teacher said of itself at `connect`."""
+        ...
+
+    def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and read what the teacher is."""
+        ...
+
+    def take_traffic(self) -> tuple[int, int]:
+        """(bytes received, completion tokens scored) since the last call."""
+        ...
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+    ) -> list[SparseLogprobs]:
+        """Teacher distributions of every completion row, in the order given.
+
+        Args:
+            requested: for each sequence, ids [T, m] that its rows are scored at too.
+        """
+        ...
+
+    def submit_score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+    ) -> Future[list[SparseLogprobs]]:
+        """`score` in the background."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.uint32]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        top_k: int | None = None,
+        score_temperature: float = 1.0,
+    ) -> list[Completion]:
+        """One completion of each prompt [P], with its scores when ``top_k`` is given."""
+        ...
+
+    def submit_generate(
+        self,
+        prompts: Sequence[NDArray[np.uint32]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        top_k: int | None = None,
+        score_temperature: float = 1.0,
+    ) -> Future[list[Completion]]:
+        """`generate` in the background."""
+        ...
 
 
 class TeacherClient:
-    """One teacher behind one or several addresses.
-
-    A request goes to the replica with the fewest tokens outstanding; what fails in passing is
-    retried with exponential back-off and full jitter until ``timeout``, elsewhere if there is an
-    elsewhere. Safe to use from several threads.
+    """`Teacher` that speaks the protocol of `shared.protocol`: one behind one or several addresses.
 
     Args:
         urls: addresses of replicas of one teacher, such as ``http://host:8000``.
@@ -71,19 +142,18 @@ class TeacherClient:
     def __init__(
         self, urls: Sequence[str], *, timeout: float = 600.0, accept_change: bool = False
     ) -> None:
-        self.urls = [url.rstrip("/") for url in urls]
-        self.timeout = timeout
         self.accept_change = accept_change
-        self._bytes_received = 0
-        self._tokens_scored = 0
-        self._closed = False
         self._info: InfoResponse | None = None
-        self._outstanding = dict.fromkeys(self.urls, 0)
         self._lock = threading.Lock()
-        self._http = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)))
-        self._threads = ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="teacher")
+        self._replicas = Replicas(
+            urls,
+            timeout=timeout,
+            ready="/ready",
+            rejoins=self._rejoins,
+            start="teacher-server serve MODEL",
+        )
 
-    def __enter__(self) -> TeacherClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,9 +161,7 @@ class TeacherClient:
 
     def close(self) -> None:
         """Drop what is in flight."""
-        self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._http.close()
+        self._replicas.close()
 
     @property
     def info(self) -> InfoResponse:
@@ -104,10 +172,7 @@ class TeacherClient:
 
     def take_traffic(self) -> tuple[int, int]:
         """(bytes received, completion tokens scored) since the last call."""
-        with self._lock:
-            taken = self._bytes_received, self._tokens_scored
-            self._bytes_received = self._tokens_scored = 0
-        return taken
+        return self._replicas.take_traffic()
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and read what the teacher is.
@@ -117,35 +182,35 @@ class TeacherClient:
             TeacherChangedError: replicas are not one and the same teacher.
             TeacherAnswerError: it speaks another version of the protocol.
         """
-        deadline = time.monotonic() + self.timeout
-        for url in self.urls:
-            self._wait_until_ready(url, deadline)
+        self._replicas.wait_until_ready()
+        urls = self._replicas.urls
+        for url in urls:
             info = self._get_info(url)
             if self._info is None:
                 self._info = info
             elif info.teacher != self._info.teacher:
                 raise TeacherChangedError(
-                    f"the replicas are different teachers: {self.urls[0]} is {self._info.teacher}, "
+                    f"the replicas are different teachers: {urls[0]} is {self._info.teacher}, "
                     f"{url} is {info.teacher}. Serve one model, or give one --teacher_url"
                 )
         return self.info
 
     def submit_score(
         self,
-        sequences: Sequence[tuple[NDArray[np.uint32], int]],
+        sequences: Sequences,
         *,
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
     ) -> Future[list[SparseLogprobs]]:
         """`score` in the background."""
-        return self._threads.submit(
+        return self._replicas.submit(
             self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
         )
 
     def score(
         self,
-        sequences: Sequence[tuple[NDArray[np.uint32], int]],
+        sequences: Sequences,
         *,
         top_k: int,
         temperature: float = 1.0,
@@ -172,7 +237,7 @@ class TeacherClient:
             for (ids, start), more in zip(sequences, asked, strict=True)
         ]
         answers: list[SparseLogprobs] = []
-        for first, last in _split(
+        for first, last in split(
             costs, limits.max_sequences, limits.max_tokens, limits.max_logprobs
         ):
             part, wanted = sequences[first:last], asked[first:last]
@@ -187,15 +252,15 @@ class TeacherClient:
             tokens = sum(len(ids) for ids, _ in part)
             answer = self._post("/v1/score", request, ScoreResponse, tokens)
             widths = [_width(more) for more in wanted]
-            self._check_scores(answer.sequences, part, top_k, widths, offset=first)
+            self._count(answer.sequences, part, top_k, widths, offset=first)
             answers += answer.sequences
         return answers
 
     def submit_generate(
-        self, prompts: Sequence[NDArray[np.uint32]], **options: object
+        self, prompts: Sequence[NDArray[np.uint32]], **options: Any
     ) -> Future[list[Completion]]:
         """`generate` in the background."""
-        return self._threads.submit(self.generate, prompts, **options)  # type: ignore[arg-type]
+        return self._replicas.submit(self.generate, prompts, **options)
 
     def generate(
         self,
@@ -215,7 +280,7 @@ class TeacherClient:
         limits = self.info.limits
         costs = [(len(ids) + max_new_tokens, max_new_tokens * (top_k or 0)) for ids in prompts]
         completions: list[Completion] = []
-        for first, last in _split(
+        for first, last in split(
             costs, limits.max_sequences, limits.max_tokens, limits.max_logprobs
         ):
             request = GenerateRequest(
@@ -236,7 +301,7 @@ class TeacherClient:
                 )
             part = [group[0] for group in answer.completions]
             if top_k is not None:
-                self._check_scores(
+                self._count(
                     [_required_scores(c) for c in part],
                     [
                         (np.append(p, c.token_ids), len(p))
@@ -249,91 +314,39 @@ class TeacherClient:
             completions += part
         return completions
 
-    def _check_scores(
+    def _count(
         self,
         scores: Sequence[SparseLogprobs],
-        sequences: Sequence[tuple[NDArray[np.uint32], int]],
+        sequences: Sequences,
         top_k: int,
         requested: Sequence[int],
         *,
         offset: int,
     ) -> None:
-        if len(scores) != len(sequences):
-            raise TeacherAnswerError(
-                f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
-            )
-        triples = zip(scores, sequences, requested, strict=True)
-        for index, (score, (ids, start), width) in enumerate(triples):
-            expected = (len(ids) - start, top_k)
-            if score.token_ids.shape != expected:
-                raise TeacherAnswerError(
-                    f"sequence {offset + index}: expected top-k arrays of shape {expected}, "
-                    f"got {score.token_ids.shape}"
-                )
-            found = score.requested_logprobs
-            if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
-                raise TeacherAnswerError(
-                    f"sequence {offset + index}: expected log-probs of {width} requested ids in "
-                    f"{expected[0]} rows, got {'none' if found is None else found.shape}"
-                )
-            if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
-                raise TeacherAnswerError(
-                    f"sequence {offset + index}: token id {int(score.token_ids.max())} is outside "
-                    f"the teacher's vocabulary of {self.info.vocab_size}"
-                )
-            score.require_finite(f"sequence {offset + index}")
-        with self._lock:
-            self._tokens_scored += sum(len(score) for score in scores)
+        rows = check_scores(
+            scores,
+            sequences,
+            top_k=top_k,
+            vocab_size=self.info.vocab_size,
+            requested=requested,
+            offset=offset,
+        )
+        self._replicas.count_scored(rows)
 
     def _post(self, path: str, request: BaseModel, answer: type[M], tokens: int) -> M:
         body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-        return self._retry(lambda url: self._call("POST", url, path, answer, body), tokens)
-
-    def _retry(self, call: Callable[[str], R], tokens: int) -> R:
-        retrying = Retrying(
-            retry=retry_if_exception(_passes),
-            stop=stop_after_delay(self.timeout),
-            wait=_wait,
-            before_sleep=_log_retry,
-            reraise=True,
-        )
-        try:
-            return retrying(self._on_least_loaded, call, tokens)
-        except (httpx.TransportError, OverloadedError, UnavailableError) as error:
-            raise TeacherUnreachableError(
-                f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
-                "Check that `teacher-server serve` runs there, or raise --teacher_timeout"
-            ) from error
-
-    def _on_least_loaded(self, call: Callable[[str], R], tokens: int) -> R:
-        if self._closed:
-            raise TeacherUnreachableError("the client is closed")
-        with self._lock:
-            url = min(self.urls, key=lambda u: self._outstanding[u])
-            self._outstanding[url] += tokens
-        try:
-            return call(url)
-        finally:
-            with self._lock:
-                self._outstanding[url] -= tokens
+        return self._replicas.call(lambda url: self._call("POST", url, path, answer, body), tokens)
 
     def _call(
         self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None
     ) -> M:
-        headers = {"Accept": wire.MSGPACK_MEDIA_TYPE}
-        if body is not None:
-            headers["Content-Type"] = wire.MSGPACK_MEDIA_TYPE
-        response = self._http.request(method, url + path, content=body, headers=headers)
-        if response.status_code != 200:
-            raise _refusal(response)
+        content = self._replicas.request(url, method, path, headers=_HEADERS, body=body)
         try:
             message = wire.load(
-                answer, response.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
+                answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
             )
         except (ProtocolError, PayloadTooLargeError) as error:
             raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
-        with self._lock:
-            self._bytes_received += len(response.content)
         if isinstance(message, (ScoreResponse, GenerateResponse)):
             self._check_identity(url, message.teacher)
         return message
@@ -341,14 +354,37 @@ class TeacherClient:
     def _check_identity(self, url: str, identity: TeacherIdentity) -> None:
         if identity == self.info.teacher:
             return
-        message = f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}"
+        error = self._changed(url, identity)
         if not self.accept_change:
-            raise TeacherChangedError(
-                f"{message}. Bring the first one back, or pass --accept_teacher_change"
+            raise error
+        info, known = self._get_info(url), self.info
+        same = (info.tokenizer.fingerprint, info.vocab_size)
+        if same != (known.tokenizer.fingerprint, known.vocab_size):
+            raise TokenizerMismatchError(
+                f"{error} It has another vocabulary too: {info.vocab_size} rows and tokenizer "
+                f"{info.tokenizer.fingerprint}, not {known.vocab_size} and "
+                f"{known.tokenizer.fingerprint}"
             )
-        logger.warning(message)
+        logger.warning("%s", error)
         with self._lock:
-            self._info = self.info.model_copy(update={"teacher": identity})
+            self._info = info
+
+    def _changed(self, url: str, identity: TeacherIdentity) -> TeacherChangedError:
+        return TeacherChangedError(
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. "
+            "Bring the first one back, or pass --accept_teacher_change"
+        )
+
+    def _rejoins(self, url: str) -> bool:
+        """Whether a replica that is back is the teacher that the others are.
+
+        Another one is accepted, when told so, only once no replica of the first is left: two
+        teachers never answer side by side.
+        """
+        identity = self._get_info(url).teacher
+        if identity != self.info.teacher and not self.accept_change:
+            raise self._changed(url, identity)
+        return identity == self.info.teacher
 
     def _get_info(self, url: str) -> InfoResponse:
         info = self._call("GET", url, "/v1/info", InfoResponse)
@@ -359,31 +395,58 @@ class TeacherClient:
             )
         return info
 
-    def _wait_until_ready(self, url: str, deadline: float) -> None:
-        problem, announced = "", 0.0
-        while True:
-            try:
-                response = self._http.get(f"{url}/ready", timeout=10.0)
-                if response.status_code == 200:
-                    return
-                problem = f"answers {response.status_code} to /ready"
-            except httpx.TransportError as error:
-                problem = f"is not reachable ({error})"
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TeacherUnreachableError(
-                    f"the teacher at {url} {problem} after {self.timeout:g} s. Start it with "
-                    "`teacher-server serve MODEL`, check --teacher_url, or raise --teacher_timeout"
-                )
-            if time.monotonic() - announced >= 5.0:
-                announced = time.monotonic()
-                logger.warning(
-                    "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
-                )
-            time.sleep(min(0.5, left))
+
+def check_scores(
+    scores: Sequence[SparseLogprobs],
+    sequences: Sequences,
+    *,
+    top_k: int,
+    vocab_size: int,
+    requested: Sequence[int] | None = None,
+    offset: int = 0,
+) -> int:
+    """Number of rows of an answer, after a check that it fits what was asked.
+
+    Args:
+        scores: the answer.
+        sequences: what was sent.
+        top_k: log-probs asked for.
+        vocab_size: of the teacher.
+        requested: number m of requested ids of each sequence; None for none.
+        offset: number of the first sequence, for messages.
+
+    Raises:
+        TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
+    """
+    if len(scores) != len(sequences):
+        raise TeacherAnswerError(
+            f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
+        )
+    widths = [0] * len(scores) if requested is None else requested
+    triples = zip(scores, sequences, widths, strict=True)
+    for index, (score, (ids, start), width) in enumerate(triples):
+        expected = (len(ids) - start, top_k)
+        if score.token_ids.shape != expected:
+            raise TeacherAnswerError(
+                f"sequence {offset + index}: expected top-k arrays of shape {expected}, "
+                f"got {score.token_ids.shape}"
+            )
+        found = score.requested_logprobs
+        if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+            raise TeacherAnswerError(
+                f"sequence {offset + index}: expected log-probs of {width} requested ids in "
+                f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+            )
+        if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
+            raise TeacherAnswerError(
+                f"sequence {offset + index}: token id {int(score.token_ids.max())} is outside "
+                f"the teacher's vocabulary of {vocab_size}"
+            )
+        score.require_finite(f"sequence {offset + index}")
+    return sum(len(score) for score in scores)
 
 
-def _split(
+def split(
     costs: Sequence[tuple[int, int]], max_count: int, max_tokens: int, max_logprobs: int
 ) -> list[tuple[int, int]]:
     """[first, last) ranges whose summed (tokens, log-probs) keep within a request's limits."""
@@ -413,39 +476,3 @@ def _required_scores(completion: Completion) -> SparseLogprobs:
     if completion.scores is None:
         raise TeacherAnswerError("scores were asked for with the completions, none came")
     return completion.scores
-
-
-def _refusal(response: httpx.Response) -> SparseGKDError:
-    try:
-        problem = response.json()
-    except ValueError:
-        problem = {}
-    if not isinstance(problem, dict):
-        problem = {}
-    try:
-        retry_after = float(response.headers.get("Retry-After", ""))
-    except ValueError:
-        retry_after = None
-    if response.status_code >= 500 and not problem:
-        return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
-    return error_from_problem(response.status_code, problem, retry_after=retry_after)
-
-
-def _passes(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    return isinstance(error, (httpx.TransportError, OverloadedError, UnavailableError))
-
-
-_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, ProtocolError) else None
-    return max(asked or 0.0, _backoff(state))
-
-
-def _log_retry(state: RetryCallState) -> None:
-    error = state.outcome.exception() if state.outcome else None
-    pause = state.next_action.sleep if state.next_action else 0.0
-    logger.warning("Teacher call failed (%s); next try in %.1f s", error, pause)

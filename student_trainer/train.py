@@ -40,8 +40,9 @@ from student_trainer.loading import (
     load_tokenizer,
 )
 from student_trainer.pipeline import Method, dataset_sample
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Teacher, TeacherClient
 from student_trainer.trainer import DistillationTrainer
+from student_trainer.vllm_teacher import VllmTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +90,29 @@ def distill(argv: Sequence[str]) -> None:
     check_distill(args, teacher)
     check_recipe(Recipe(*recipe), args)
     rows = read_rows(Recipe(*recipe))  # a missing file is told before a teacher is waited for
-    with TeacherClient(
-        teacher.teacher_url,
-        timeout=teacher.teacher_timeout,
-        accept_change=teacher.accept_teacher_change,
-    ) as client:
+    with open_teacher(teacher, recipe[0]) as client:
         check_request(client.connect(), args, teacher)
         top_k = teacher.top_k_logprobs
         _train(Recipe(*recipe), rows, args, teacher=client, distill=args, top_k=top_k)
+
+
+def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
+    """The client that ``--teacher_protocol`` names, not yet connected."""
+    assert teacher.teacher_url is not None  # checked with the flags
+    if teacher.teacher_protocol == "vllm":
+        return VllmTeacher(
+            teacher.teacher_url,
+            tokenizer=load_tokenizer(model),
+            rows=int(load_config(model).get_text_config().vocab_size),
+            top_k=teacher.top_k_logprobs,
+            timeout=teacher.teacher_timeout,
+            accept_change=teacher.accept_teacher_change,
+        )
+    return TeacherClient(
+        teacher.teacher_url,
+        timeout=teacher.teacher_timeout,
+        accept_change=teacher.accept_teacher_change,
+    )
 
 
 def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
@@ -136,7 +152,7 @@ def _train(
     rows: Rows,
     args: CommonTrainingArguments,
     *,
-    teacher: TeacherClient | None,
+    teacher: Teacher | None,
     distill: DistillArguments | None,
     top_k: int,
 ) -> None:

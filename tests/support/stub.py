@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -90,13 +91,18 @@ class StubTeacher:
     script: list[Callable[[Any], Answer]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     not_ready: int = 0  # so many calls of /ready are answered 503
+    ready_calls: int = 0
     url: str = ""
 
     def get(self, path: str) -> Answer:
+        if path == "/ready":
+            self.ready_calls += 1
         if path == "/ready" and self.not_ready:
             self.not_ready -= 1
             return problem(503, "loading")
-        return packed(self.info) if path == "/v1/info" else (200, {}, b"{}")
+        if path == "/v1/info":
+            return packed(self.info)
+        return (200, {}, b"{}") if path in ("/ready", "/health") else problem(404, "no such route")
 
     def post(self, path: str, body: bytes) -> Answer:
         kind: Any = ScoreRequest if path == "/v1/score" else GenerateRequest
@@ -117,36 +123,61 @@ class StubTeacher:
         )
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[StubTeacher]:
-        stub = self
+    def serving(self, port: int = 0) -> Iterator[StubTeacher]:
+        with serving(self, port) as self.url:
+            yield self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
-                self._answer(stub.get(self.path))
+class Answers(Protocol):
+    """What `serving` puts on a socket."""
 
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+    def get(self, path: str) -> Answer: ...
+
+    def post(self, path: str, body: bytes) -> Answer: ...
+
+
+@contextlib.contextmanager
+def serving(stub: Answers, port: int = 0) -> Iterator[str]:
+    """The stub's URL, at ``port`` or a free one.
+
+    At the end open connections break, as when a process is killed.
+    """
+    connections: list[socket.socket] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.connection)
+
+        def do_GET(self) -> None:
+            self._answer(stub.get(self.path))
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with contextlib.suppress(OSError):  # the client did not wait
                 self._answer(stub.post(self.path, body))
 
-            def _answer(self, answer: Answer) -> None:
-                status, headers, body = answer
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
+        def _answer(self, answer: Answer) -> None:
+            status, headers, body = answer
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
 
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            server.shutdown()
-            server.server_close()
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        for connection in connections:
+            with contextlib.suppress(OSError):  # closed already
+                connection.shutdown(socket.SHUT_RDWR)
+        server.socket.close()

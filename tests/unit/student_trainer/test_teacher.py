@@ -1,6 +1,9 @@
 """The teacher client against a socket that answers what each test tells it to."""
 
 import logging
+import subprocess
+import sys
+import threading
 import time
 
 import numpy as np
@@ -11,6 +14,7 @@ from shared.errors import (
     TeacherAnswerError,
     TeacherChangedError,
     TeacherUnreachableError,
+    TokenizerMismatchError,
 )
 from shared.protocol import Completion, GenerateResponse, Limits, ScoreResponse
 from student_trainer.teacher import TeacherClient
@@ -187,6 +191,48 @@ def test_another_teacher_is_accepted_when_told_so(stub, caplog):
         caplog.clear()
         client.score(sequences((6, 2)), top_k=3)
     assert "another teacher" not in caplog.text  # said once
+
+
+def test_another_vocabulary_is_never_accepted(stub):
+    with connected(stub, accept_change=True) as client:
+        stub.info = info(OTHER, vocab_size=101)
+        with pytest.raises(TokenizerMismatchError, match="another vocabulary too: 101 rows"):
+            client.score(sequences((6, 2)), top_k=3)
+
+
+def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
+    """In a process of its own: it ends while the teacher still thinks."""
+    asks = (
+        "import sys, time, numpy as np\n"
+        "from student_trainer.teacher import TeacherClient\n"
+        "client = TeacherClient([sys.argv[1]], timeout=60)\n"
+        "client.connect()\n"
+        "client.submit_score([(np.arange(6, dtype=np.uint32), 2)], top_k=3)\n"
+        "time.sleep(0.5)\n"
+        "sys.exit(3)\n"
+    )
+    over = threading.Event()
+    stub.script = [lambda request: (over.wait(60), problem(503, "too late"))[1]]
+    process = subprocess.Popen([sys.executable, "-c", asks, stub.url])
+    try:
+        assert process.wait(timeout=40) == 3
+        assert not over.is_set()
+    finally:
+        over.set()
+        process.kill()
+
+
+def test_idle_replicas_take_turns(stub):
+    with StubTeacher().serving() as other, connected(stub, other) as client:
+        for _ in range(4):
+            client.score(sequences((6, 2)), top_k=3)
+    assert (len(stub.requests), len(other.requests)) == (2, 2)
+
+
+def test_an_address_with_a_path_is_told_at_once(stub):
+    client = TeacherClient([f"{stub.url}/v1"], timeout=60)
+    with pytest.raises(TeacherAnswerError, match="give the address alone"):
+        client.connect()
 
 
 def test_replicas_must_be_one_teacher(stub):

@@ -270,3 +270,25 @@ def test_the_documentation_shows_requests_answers_and_problems(app):
     assert (ids["type"], ids["items"]["maximum"]) == ("array", 2**32 - 1)
     assert {"GenerateRequest", "GenerateResponse", "InfoResponse", "Problem"} <= parts.keys()
     assert call(app, "GET", "/docs").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m"])
+def test_openai_routes_refuse_with_openais_error(tmp_path, path):
+    (tmp_path / "config.json").write_text("{}")
+    loading = TeacherApp(Settings(str(tmp_path)), Metrics())
+    response = call(loading, "GET", path)
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert response.json() == {
+        "error": {
+            "message": "the model is loading", "type": "unavailable", "param": None, "code": 503
+        }
+    }  # fmt: skip
+
+
+def test_openai_routes_hide_what_went_wrong_inside(app):
+    app.speaker.plan = lambda asked, info: 1 / 0
+    response = call(app, "POST", "/v1/completions", json={"model": "m", "prompt": [5]})
+    assert response.status_code == 500
+    assert "division" not in response.text
+    assert response.json()["error"]["type"] == "internal-error"

@@ -1,0 +1,320 @@
+"""Several addresses of one teacher: which takes a request, which is left out, when it is back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from shared.errors import (
+    DeadlineExceededError,
+    InternalError,
+    OverloadedError,
+    ProtocolError,
+    TeacherAnswerError,
+    TeacherError,
+    TeacherUnreachableError,
+    UnavailableError,
+    error_from_problem,
+)
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_CONNECTIONS = 8
+_RECHECK_SECONDS = 1.0
+_READY_TIMEOUT = 10.0
+
+# The same request may succeed later, at the same place.
+_PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
+# The same request may succeed now, at another place.
+_FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
+
+
+class Replicas:
+    """HTTP to one teacher behind one or several addresses.
+
+    A request goes to the replica with the fewest tokens outstanding. A replica that fails (no
+    connection, no answer in time, 429, 5xx) is left out at once and the request goes to another.
+    What is left out is asked every second, in the background, whether it is ready, and rejoins when
+    it is and ``rejoins`` agrees. When none is left they are all tried again, with exponential
+    back-off and full jitter, until ``timeout``. Safe to use from several threads.
+
+    Args:
+        urls: addresses, such as ``http://host:8000``.
+        timeout: seconds to wait for an answer, with retries; one attempt gets an equal share of it
+            for each replica, so that one that hangs leaves time for the others.
+        ready: route that answers 200 when requests are taken.
+        rejoins: whether the replica at a URL, ready again, is still the teacher that the others
+            are. A `TeacherError` that it raises ends the run: the next request raises it.
+        start: the command that starts such a server, for messages.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float,
+        ready: str,
+        rejoins: Callable[[str], bool],
+        start: str,
+    ) -> None:
+        self.urls = [url.rstrip("/") for url in urls]
+        self.timeout = timeout
+        self._ready = ready
+        self._rejoins = rejoins
+        self._start = start
+        self._share = timeout / len(self.urls)
+        self._outstanding = dict.fromkeys(self.urls, 0)
+        self._out: set[str] = set()
+        self._fatal: TeacherError | None = None
+        self._bytes_received = 0
+        self._tokens_scored = 0
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._http = httpx.Client()
+        self._slots = threading.Semaphore(_CONNECTIONS)
+        self._turn = 0
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._closed.set()
+        self._http.close()
+
+    def submit(self, work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
+        """``work`` in the background, as many at once as there are connections.
+
+        In daemon threads: a process that fails must not wait for answers that nobody needs, while
+        other ranks wait for it. (Those of a `ThreadPoolExecutor` are joined at exit.)
+        """
+        future: Future[R] = Future()
+
+        def run() -> None:
+            with self._slots:
+                try:
+                    future.set_result(work(*arguments, **options))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, name="teacher", daemon=True).start()
+        return future
+
+    def count_scored(self, tokens: int) -> None:
+        with self._lock:
+            self._tokens_scored += tokens
+
+    def take_traffic(self) -> tuple[int, int]:
+        """(bytes received, completion tokens scored) since the last call."""
+        with self._lock:
+            taken = self._bytes_received, self._tokens_scored
+            self._bytes_received = self._tokens_scored = 0
+        return taken
+
+    def wait_until_ready(self) -> None:
+        """Wait, visibly, until every replica is ready.
+
+        Raises:
+            TeacherAnswerError: something else than a teacher listens there.
+            TeacherUnreachableError: one is not within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + self.timeout
+        for url in self.urls:
+            self._wait_for(url, deadline)
+
+    def request(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+    ) -> bytes:
+        """The body of the answer of one replica, asked once.
+
+        Raises:
+            ProtocolError: what the refusal stands for.
+            httpx.TransportError: no answer.
+        """
+        response = self._http.request(
+            method,
+            url + path,
+            content=body,
+            headers=dict(headers),
+            timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
+        )
+        if response.status_code != 200:
+            raise _refusal(response)
+        with self._lock:
+            self._bytes_received += len(response.content)
+        return response.content
+
+    def call(self, call: Callable[[str], R], tokens: int) -> R:
+        """``call`` with the URL of a replica, of another one when it fails, until ``timeout``.
+
+        Raises:
+            TeacherUnreachableError: no answer within ``timeout`` seconds, or closed.
+            TeacherError: a replica came back as another teacher.
+            Whatever else ``call`` raises.
+        """
+        retrying = Retrying(
+            retry=retry_if_exception_type(_PASSING),
+            stop=stop_after_delay(self.timeout),
+            wait=_wait,
+            before_sleep=self._log_retry,
+            reraise=True,
+        )
+        try:
+            return retrying(self._try_each, call, tokens)
+        except _PASSING as error:
+            raise TeacherUnreachableError(
+                f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
+                f"Check that `{self._start}` runs there, or raise --teacher_timeout"
+            ) from error
+
+    def _log_retry(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        pause = state.next_action.sleep if state.next_action else 0.0
+        logger.warning(
+            "Teacher call failed at %s (%s); next try in %.1f s, %.0f s left",
+            ", ".join(self.urls), error, pause, self.timeout - (state.seconds_since_start or 0.0),
+        )  # fmt: skip
+
+    def _try_each(self, call: Callable[[str], R], tokens: int) -> R:
+        """The first answer of replicas that are up, each asked at most once."""
+        tried: set[str] = set()
+        while True:
+            url = self._take(tokens, tried)
+            tried.add(url)
+            try:
+                return call(url)
+            except _FAILURES as error:
+                if not self._leave_out(url, error, tried):
+                    raise
+            finally:
+                with self._lock:
+                    self._outstanding[url] -= tokens
+
+    def _take(self, tokens: int, tried: set[str]) -> str:
+        if self._closed.is_set():
+            raise TeacherUnreachableError("the client is closed")
+        with self._lock:
+            if self._fatal is not None:
+                raise self._fatal
+            up = [url for url in self.urls if url not in self._out | tried]
+            candidates = up or self.urls
+            turn = self._turn % len(candidates)  # idle replicas take turns
+            in_turn = candidates[turn:] + candidates[:turn]
+            url = min(in_turn, key=lambda u: self._outstanding[u])
+            self._turn += 1
+            self._outstanding[url] += tokens
+        return url
+
+    def _leave_out(self, url: str, error: Exception, tried: set[str]) -> bool:
+        """Leave ``url`` out until it is ready again; whether another one may be asked now."""
+        if len(self.urls) == 1:
+            return False
+        with self._lock:
+            news = url not in self._out
+            self._out.add(url)
+            up = len(self.urls) - len(self._out)
+            another = any(other not in self._out | tried for other in self.urls)
+        if news:
+            logger.warning("The teacher at %s is left out (%s); %d go on", url, error, up)
+            name = f"teacher-back-{url}"
+            threading.Thread(target=self._watch, args=(url,), name=name, daemon=True).start()
+        return another
+
+    def _watch(self, url: str) -> None:
+        """Let ``url`` rejoin when it is ready and still the same teacher."""
+        while not self._closed.wait(_RECHECK_SECONDS):
+            try:
+                if self._problem(url) or not self._rejoins(url):
+                    continue
+            except (httpx.TransportError, ProtocolError):
+                continue
+            except TeacherError as error:
+                with self._lock:
+                    self._fatal = error
+                return
+            except RuntimeError:  # httpx, of a client closed meanwhile
+                if self._closed.is_set():
+                    return
+                raise
+            with self._lock:
+                self._out.discard(url)
+            logger.warning("The teacher at %s is back", url)
+            return
+
+    def _problem(self, url: str) -> str:
+        """What keeps the replica from taking requests; empty when nothing does."""
+        try:
+            response = self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
+        except httpx.TransportError as error:
+            return f"is not reachable ({error})"
+        if response.status_code == 200:
+            return ""
+        if response.status_code == 404:
+            raise TeacherAnswerError(
+                f"{url}{self._ready} is not found there: give the address alone, such as "
+                "http://host:8000, without a path, and check what listens at that port"
+            )
+        return f"answers {response.status_code} to {self._ready}"
+
+    def _wait_for(self, url: str, deadline: float) -> None:
+        announced = 0.0
+        while problem := self._problem(url):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TeacherUnreachableError(
+                    f"the teacher at {url} {problem} after {self.timeout:g} s. Start it with "
+                    f"`{self._start}`, check --teacher_url, or raise --teacher_timeout"
+                )
+            if time.monotonic() - announced >= 5.0:
+                announced = time.monotonic()
+                logger.warning(
+                    "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
+                )
+            time.sleep(min(0.5, left))
+
+
+def _refusal(response: httpx.Response) -> ProtocolError:
+    """The error that a problem document stands for, or OpenAI's error body."""
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = {}
+    if not isinstance(problem, dict):
+        problem = {}
+    error = problem.get("error")
+    if isinstance(error, dict):
+        problem = {"detail": error.get("message"), "field": error.get("param")}
+    try:
+        retry_after = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        retry_after = None
+    if response.status_code >= 500 and not problem:
+        return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
+    return error_from_problem(response.status_code, problem, retry_after=retry_after)
+
+
+_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
+
+
+def _wait(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, ProtocolError) else None
+    return max(asked or 0.0, _backoff(state))

@@ -1,0 +1,459 @@
+"""A stock `vllm serve` as teacher: completions with vLLM's ``prompt_logprobs``, at vLLM's price.
+
+The price: log-probs of the prompt's rows are computed and sent too, every log-prob is some 70 bytes
+of JSON, and nothing proves that the teacher's vocabulary is the student's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    MalformedRequestError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TokenizerMismatchError,
+)
+from shared.identity import tokenizer_identity
+from shared.protocol import (
+    PROTOCOL_VERSION,
+    Capabilities,
+    Completion,
+    InfoResponse,
+    Limits,
+    TeacherIdentity,
+)
+from shared.sparse import SparseLogprobs
+from student_trainer.replicas import Replicas
+from student_trainer.teacher import Sequences, check_scores, split
+
+logger = logging.getLogger(__name__)
+
+_HEADERS = {"Accept": "application/json", "Content-Type": "application/json"}
+_PROBED_TOKENS = 4096
+# Bounds an answer to some 75 MB of JSON: all rows are sent, those of the prompts too.
+_LIMITS = Limits(max_sequences=1024, max_tokens=262_144, max_logprobs=1 << 20)
+# What is left beside log-probs in float32 cannot be told from nothing below this.
+_RESOLUTION = 2.0**-24
+_MAX_VOCABULARY = 1 << 24
+
+
+class VllmTeacher:
+    """`student_trainer.teacher.Teacher` over vLLM's own OpenAI-style server.
+
+    vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked (see
+    there); ``info`` holds the student's tokenizer for the teacher's, and a warning says so. An
+    answer carries the model's name alone: other weights under the same name go unseen.
+
+    Args:
+        urls: addresses of replicas of one teacher, such as ``http://host:8000``.
+        tokenizer: the student's.
+        rows: of the student's output layer.
+        top_k: log-probs that will be asked for.
+        timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
+        accept_change: go on when a replica comes back under another version of vLLM.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        tokenizer: Any,
+        rows: int,
+        top_k: int,
+        timeout: float = 600.0,
+        accept_change: bool = False,
+    ) -> None:
+        self.accept_change = accept_change
+        self._tokenizer = tokenizer
+        self._rows = rows
+        self._top_k = top_k
+        self._info: InfoResponse | None = None
+        self._replicas = Replicas(
+            urls, timeout=timeout, ready="/health", rejoins=self._rejoins, start="vllm serve MODEL"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._replicas.close()
+
+    @property
+    def info(self) -> InfoResponse:
+        """What is known of the teacher since `connect`."""
+        if self._info is None:
+            raise RuntimeError("call connect() first")
+        return self._info
+
+    def take_traffic(self) -> tuple[int, int]:
+        """(bytes received, completion tokens scored) since the last call."""
+        return self._replicas.take_traffic()
+
+    def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and check what vLLM lets one check.
+
+        That is: the same model under the same version at every address, the tokenization of some
+        4,000 tokens from all over the vocabulary and of every special token, how many token ids the
+        model knows, and that ``top_k`` log-probs are served.
+
+        Raises:
+            TeacherUnreachableError: one is not ready within the timeout.
+            TeacherChangedError: replicas differ.
+            TokenizerMismatchError: teacher and student tokenize differently.
+            ConfigurationError: vLLM serves fewer log-probs; names the flag that raises its limit.
+            TeacherAnswerError: this is not vLLM.
+        """
+        self._replicas.wait_until_ready()
+        urls = self._replicas.urls
+        for url in urls:
+            identity, context = self._identify(url)
+            if self._info is None:
+                self._info = self._describe(identity, context)
+            elif identity != self._info.teacher:
+                raise TeacherChangedError(
+                    f"the replicas are different teachers: {urls[0]} is {self._info.teacher}, "
+                    f"{url} is {identity}. Serve one model, or give one --teacher_url"
+                )
+            self._check_tokenizer(url)
+            self._check_top_k(url)
+        vocab_size = self._count_token_ids(urls[0])
+        self._info = self.info.model_copy(update={"vocab_size": vocab_size})
+        logger.warning(
+            "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "
+            "nothing proves that its weights are those you mean, or its vocabulary the student's. "
+            "Checked are its name, its context (%d), how many token ids it knows (%d), and how it "
+            "tokenizes %d tokens. `teacher-server serve` lets all of it be checked",
+            urls[0], self.info.teacher.model, self.info.teacher.version,
+            self.info.max_model_len + 1, vocab_size, min(len(self._tokenizer), _PROBED_TOKENS),
+        )  # fmt: skip
+        return self.info
+
+    def submit_score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+    ) -> Future[list[SparseLogprobs]]:
+        """`score` in the background."""
+        return self._replicas.submit(
+            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
+        )
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+    ) -> list[SparseLogprobs]:
+        """Teacher distributions of every completion row, in the order given.
+
+        Raises: as `Teacher`; `InvalidRequestError` for requested ids, which vLLM does not score,
+            and for a temperature other than 1, which it never applies to log-probs of a prompt.
+        """
+        if requested is not None:
+            raise InvalidRequestError(
+                "vLLM scores no requested ids; use `teacher-server serve`",
+                field="requested_token_ids",
+            )
+        if temperature != 1.0:
+            raise InvalidRequestError(
+                f"temperature {temperature}: vLLM never applies a temperature to the log-probs of "
+                "a prompt; use 1.0, or `teacher-server serve`",
+                field="temperature",
+            )
+        costs = [(len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
+        answers: list[SparseLogprobs] = []
+        for first, last in _split(costs):
+            part = sequences[first:last]
+            choices = self._complete(
+                [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
+            )
+            scores = [
+                self._read_scores(choice, ids, start, top_k)
+                for choice, (ids, start) in zip(choices, part, strict=True)
+            ]
+            rows = check_scores(
+                scores, part, top_k=top_k, vocab_size=self.info.vocab_size, offset=first
+            )
+            self._replicas.count_scored(rows)
+            answers += scores
+        return answers
+
+    def submit_generate(
+        self, prompts: Sequence[NDArray[np.uint32]], **options: Any
+    ) -> Future[list[Completion]]:
+        """`generate` in the background."""
+        return self._replicas.submit(self.generate, prompts, **options)
+
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.uint32]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        top_k: int | None = None,
+        score_temperature: float = 1.0,
+    ) -> list[Completion]:
+        """One completion of each prompt [P]; with ``top_k`` a second pass scores them.
+
+        Raises: as `score`.
+        """
+        costs = [(len(ids) + max_new_tokens, 0) for ids in prompts]
+        completions: list[Completion] = []
+        for first, last in _split(costs):
+            choices = self._complete(
+                prompts[first:last],
+                max_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                stop_token_ids=[int(i) for i in stop_token_ids],
+                return_token_ids=True,
+            )
+            completions += [_read_completion(choice) for choice in choices]
+        if top_k is None:
+            return completions
+        scores = self.score(
+            [
+                (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ],
+            top_k=top_k,
+            temperature=score_temperature,
+        )
+        return [
+            completion.model_copy(update={"scores": score})
+            for completion, score in zip(completions, scores, strict=True)
+        ]
+
+    def _complete(
+        self, prompts: Sequence[NDArray[np.uint32]], *, max_tokens: int, **options: Any
+    ) -> list[dict[str, Any]]:
+        """One choice of `/v1/completions` for each prompt, in order."""
+        body = {
+            "model": self.info.teacher.model,
+            "prompt": [ids.tolist() for ids in prompts],
+            "max_tokens": max_tokens,
+            # Said outright: the checkpoint's generation_config.json may set others.
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            **options,
+        }
+        tokens = sum(len(ids) + max_tokens for ids in prompts)
+        answer = self._replicas.call(
+            lambda url: self._ask(url, "POST", "/v1/completions", body), tokens
+        )
+        model, choices = answer.get("model"), answer.get("choices")
+        if model != self.info.teacher.model:
+            raise TeacherChangedError(
+                f"{self.info.teacher.model} was asked, {model!r} answered; check --teacher_url"
+            )
+        if not isinstance(choices, list) or len(choices) != len(prompts):
+            raise TeacherAnswerError(
+                f"{len(prompts)} prompts were sent, the teacher answered "
+                f"{len(choices) if isinstance(choices, list) else choices!r} choices"
+            )
+        return sorted(choices, key=lambda choice: int(choice["index"]))
+
+    def _read_scores(
+        self, choice: Mapping[str, Any], ids: NDArray[np.uint32], start: int, top_k: int
+    ) -> SparseLogprobs:
+        """The completion rows of one choice.
+
+        A row names its top-k and, where that is not among them, the token that came next. The tail
+        is what they leave of 1, in float64 from log-probs that were float32: mass below 2⁻²⁴ reads
+        as that, and none is left only where the row names the whole vocabulary.
+        """
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(ids):
+            raise TeacherAnswerError(
+                f"{len(ids)} rows of prompt_logprobs were asked for, the teacher answered "
+                f"{len(rows) if isinstance(rows, list) else rows!r}"
+            )
+        count = len(ids) - start
+        token_ids = np.zeros((count, top_k), np.uint32)
+        logprobs = np.zeros((count, top_k), np.float32)
+        next_logprob = np.zeros(count, np.float32)
+        tail = np.full(count, -np.inf, np.float32)
+        for t, next_id in enumerate(ids[start:].tolist()):
+            named = _read_row(rows[start + t], t)
+            if next_id not in named or len(named) < top_k:
+                raise TeacherAnswerError(
+                    f"row {t} names {len(named)} tokens, {top_k} and token {next_id} were asked for"
+                )
+            next_logprob[t] = named[next_id]
+            if len(named) < self.info.vocab_size:
+                mass = math.fsum(map(math.exp, named.values()))
+                tail[t] = math.log(max(1.0 - mass, _RESOLUTION))
+            if len(named) > top_k:
+                del named[next_id]
+            top = sorted(named.items(), key=lambda item: -item[1])[:top_k]
+            token_ids[t] = [token_id for token_id, _ in top]
+            logprobs[t] = [logprob for _, logprob in top]
+        return SparseLogprobs(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            next_token_logprob=next_logprob,
+            tail_logprob=tail,
+        )
+
+    def _identify(self, url: str) -> tuple[TeacherIdentity, int]:
+        """What vLLM says of its model, and its context in tokens."""
+        models = self._ask(url, "GET", "/v1/models").get("data")
+        own = [m for m in models or [] if isinstance(m, dict) and m.get("parent") is None]
+        if not own or not isinstance(own[0].get("max_model_len"), int):
+            raise TeacherAnswerError(
+                f"{url}/v1/models names no model of vLLM; start it with `vllm serve MODEL`, or use "
+                "--teacher_protocol sparse-gkd for `teacher-server serve`"
+            )
+        identity = TeacherIdentity(
+            model=str(own[0]["id"]),
+            fingerprint="unknown",
+            dtype="unknown",
+            backend="vllm serve",
+            version=str(self._ask(url, "GET", "/version").get("version")),
+        )
+        return identity, int(own[0]["max_model_len"])
+
+    def _describe(self, identity: TeacherIdentity, context: int) -> InfoResponse:
+        return InfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            teacher=identity,
+            tokenizer=tokenizer_identity(self._tokenizer),
+            vocab_size=self._rows,  # until they are counted
+            max_model_len=context - 1,  # scoring generates one token more
+            eos_token_ids=[],
+            limits=_LIMITS.model_copy(update={"max_top_k": self._top_k}),
+            capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
+        )
+
+    def _rejoins(self, url: str) -> bool:
+        """Whether a replica that is back is the teacher that the others are."""
+        identity, _ = self._identify(url)
+        if identity == self.info.teacher:
+            return True
+        if self.accept_change and identity.model == self.info.teacher.model:
+            logger.warning("%s is vLLM %s now", url, identity.version)
+            return True
+        raise TeacherChangedError(
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. Bring "
+            "the first one back; --accept_teacher_change accepts another version of vLLM alone"
+        )
+
+    def _check_tokenizer(self, url: str) -> None:
+        """Raises `TokenizerMismatchError`: text from all over the vocabulary reads otherwise."""
+        size = len(self._tokenizer)
+        spread = list(range(0, size, max(1, size // _PROBED_TOKENS)))
+        special = "".join(self._tokenizer.all_special_tokens)
+        text = self._tokenizer.decode(spread, skip_special_tokens=True) + special
+        ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = {"model": self._model(), "prompt": text, "add_special_tokens": False}
+        theirs = self._ask(url, "POST", "/tokenize", body).get("tokens")
+        if theirs == ours:
+            return
+        if not isinstance(theirs, list):
+            raise TeacherAnswerError(f"{url}/tokenize answered no tokens")
+        place = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            min(len(ours), len(theirs)),
+        )
+        raise TokenizerMismatchError(
+            f"teacher and student tokenize differently: of one text the teacher at {url} makes "
+            f"{len(theirs)} tokens, the student {len(ours)}, and they part at token {place} "
+            f"({theirs[place:][:1]} and {ours[place:][:1]}). Distil within one tokenizer family"
+        )
+
+    def _check_top_k(self, url: str) -> None:
+        """Raises `ConfigurationError` where vLLM does not serve as many log-probs."""
+        body = {"prompt": [[0, 0]], "max_tokens": 1, "prompt_logprobs": self._top_k}
+        try:
+            self._ask(url, "POST", "/v1/completions", {"model": self._model(), **body})
+        except MalformedRequestError as error:
+            raise ConfigurationError(
+                f"--top_k_logprobs {self._top_k}: {url} refuses it ({error}). Restart it with "
+                f"`vllm serve {self._model()} --max-logprobs {self._top_k}`, or lower "
+                "--top_k_logprobs (vLLM's own limit is 20)"
+            ) from error
+
+    def _count_token_ids(self, url: str) -> int:
+        """Rows of the teacher's output layer: vLLM does not say it, but refuses ids beyond them."""
+        known, unknown = 0, self._rows
+        while self._knows(url, unknown):
+            known, unknown = unknown, 2 * unknown
+            if unknown > _MAX_VOCABULARY:
+                raise TeacherAnswerError(f"{url} takes any token id: this is not vLLM")
+        while unknown - known > 1:
+            middle = (known + unknown) // 2
+            if self._knows(url, middle):
+                known = middle
+            else:
+                unknown = middle
+        return unknown
+
+    def _knows(self, url: str, token_id: int) -> bool:
+        body = {"model": self._model(), "prompt": [[token_id]], "max_tokens": 1}
+        try:
+            self._ask(url, "POST", "/v1/completions", body)
+        except MalformedRequestError:
+            return False
+        return True
+
+    def _model(self) -> str:
+        return self.info.teacher.model
+
+    def _ask(
+        self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        content = self._replicas.request(url, method, path, headers=_HEADERS, body=data)
+        try:
+            answer = json.loads(content)
+        except ValueError as error:
+            raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
+        if not isinstance(answer, dict):
+            raise TeacherAnswerError(f"{url}{path} answered {type(answer).__name__}, not an object")
+        return answer
+
+
+def _split(costs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return split(costs, _LIMITS.max_sequences, _LIMITS.max_tokens, _LIMITS.max_logprobs)
+
+
+def _read_row(row: Any, number: int) -> dict[int, float]:
+    """{token id: log-prob} of one row of ``prompt_logprobs``."""
+    try:
+        return {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TeacherAnswerError(f"row {number} of prompt_logprobs is malformed") from error
+
+
+def _read_completion(choice: Mapping[str, Any]) -> Completion:
+    token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
+    if not isinstance(token_ids, list) or not token_ids or reason not in ("stop", "length"):
+        raise TeacherAnswerError(
+            f"a completion came without token_ids or with finish_reason {reason!r}; "
+            "return_token_ids needs vLLM 0.10.2 or later"
+        )
+    return Completion(token_ids=np.array(token_ids, np.uint32), finish_reason=reason)

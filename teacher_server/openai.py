@@ -1,0 +1,570 @@
+"""OpenAI-style requests and answers, for clients that speak nothing else.
+
+A request becomes the same jobs that `/v1/score` and `/v1/generate` make, under the same limits; a
+field that this server cannot honour is refused, never ignored. Beyond OpenAI's own fields those of
+vLLM are spoken that teachers are asked with: ``prompt_logprobs``, ``top_k``, ``stop_token_ids``,
+``return_token_ids``, ``return_tokens_as_token_ids``, ``add_special_tokens``.
+
+Log-probs are those of the model at temperature 1 over the whole vocabulary, as vLLM gives them.
+All of it is JSON, some 70 bytes a log-prob: for scoring `/v1/score` is the better call.
+
+Source: the API references of OpenAI and, for the extensions, of vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+)
+
+from shared.errors import InvalidRequestError, NotFoundError, ProtocolError
+from shared.protocol import (
+    Completion,
+    GenerateRequest,
+    InfoResponse,
+    ScoreRequest,
+    ScoreSequence,
+)
+from shared.sparse import SparseLogprobs
+from shared.validation import check_generate_request, check_score_request
+from teacher_server.backends.checkpoint import from_pretrained
+
+# Each is some 300 bytes while the answer is made, and 70 in it.
+MAX_LOGPROBS = 1 << 20
+# JSON has no −inf.
+_LOWEST = -9999.0
+
+Ids = NDArray[np.uint32]
+
+
+def _only(*values: Any) -> AfterValidator:
+    """For a field that is understood and can say only what is done anyway."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in values:
+            raise ValueError(f"{value!r} is not supported here; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _read_prompts(value: Any) -> list[str | Ids]:
+    """Text, token ids, or a list of either."""
+    items = [value] if isinstance(value, str) or _are_ids(value) else value
+    if not isinstance(items, list) or not items:
+        raise ValueError("must be text, token ids, or a list of either")
+    return [item if isinstance(item, str) else _read_ids(item) for item in items]
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _read_ids(value: Any) -> Ids:
+    if not _are_ids(value) or not 0 <= min(value) <= max(value) < 2**32:
+        raise ValueError("must be text, token ids from 0 to 2**32 - 1, or a list of either")
+    return np.array(value, dtype=np.uint32)
+
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_Prompts = Annotated[
+    Any,
+    BeforeValidator(_read_prompts),
+    PlainSerializer(lambda prompts: [p if isinstance(p, str) else p.tolist() for p in prompts]),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                _IDS,
+                {"type": "array", "items": _IDS},
+            ]
+        }
+    ),
+]
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Temperature = Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)]
+_TokenIds = list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]]
+
+
+class _Sampling(BaseModel):
+    """What both kinds of request say of how to generate; null is the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    n: Annotated[int, Field(strict=True, ge=1)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] | None = (
+        None
+    )
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    stop_token_ids: _TokenIds | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    skip_special_tokens: bool = True
+    user: str | None = None  # for a provider's records; nothing here depends on it
+
+    stream: Annotated[Any, _only(False)] = None
+    stream_options: Annotated[Any, _only()] = None
+    stop: Annotated[Any, _only("", [])] = None
+    presence_penalty: Annotated[Any, _only(0)] = None
+    frequency_penalty: Annotated[Any, _only(0)] = None
+    repetition_penalty: Annotated[Any, _only(1)] = None
+    min_p: Annotated[Any, _only(0)] = None
+    min_tokens: Annotated[Any, _only(0)] = None
+    ignore_eos: Annotated[Any, _only(False)] = None
+    logit_bias: Annotated[Any, _only({})] = None
+
+
+class CompletionRequest(_Sampling):
+    """`POST /v1/completions`.
+
+    Attributes:
+        prompt: text, token ids, or a list of either.
+        max_tokens: longest completion; 0 is for ``prompt_logprobs`` alone.
+        logprobs: log-probs of each generated token beside its own; 0 is its own alone.
+        prompt_logprobs: the same of each prompt token but the first.
+        add_special_tokens: whether text is tokenized with the special tokens around it.
+    """
+
+    prompt: _Prompts
+    max_tokens: _Count | None = None
+    logprobs: _Count | None = None
+    prompt_logprobs: _Count | None = None
+    add_special_tokens: bool = True
+
+    echo: Annotated[Any, _only(False)] = None
+    best_of: Annotated[Any, _only(1)] = None
+    suffix: Annotated[Any, _only("")] = None
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def to_template(self) -> dict[str, str]:
+        """As chat templates read it, with the text of its parts in one."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        message = {"role": self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class ChatRequest(_Sampling):
+    """`POST /v1/chat/completions`.
+
+    Attributes:
+        messages: rendered with the model's own chat template, a generation prompt at the end.
+        max_completion_tokens, max_tokens: longest completion; by default what the context leaves.
+        logprobs: whether generated tokens come with their log-probs.
+        top_logprobs: how many others beside each.
+        chat_template_kwargs: for the chat template.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: _Count | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    tools: Annotated[Any, _only([])] = None
+    tool_choice: Annotated[Any, _only("none")] = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    chat_template: Annotated[Any, _only()] = None
+
+
+Asked = CompletionRequest | ChatRequest
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request as jobs.
+
+    Attributes:
+        prompts: token ids of each prompt, [P] each.
+        logprobs: log-probs of each generated token beside its own; None for none.
+        prompt_logprobs: the same of each prompt token.
+        score: what gives ``prompt_logprobs``: every prompt that has a row, or None.
+        generate: what gives the completions, or None.
+    """
+
+    asked: Asked
+    prompts: list[Ids]
+    logprobs: int | None
+    prompt_logprobs: int | None
+    score: ScoreRequest | None
+    generate: GenerateRequest | None
+
+
+class Speaker:
+    """Text <-> token ids of one model, and requests <-> jobs.
+
+    The tokenizer is read at the first request: most servers never see one.
+    """
+
+    def __init__(self, model: str, *, trust_remote_code: bool) -> None:
+        self._model = model
+        self._trust_remote_code = trust_remote_code
+        self.token = functools.lru_cache(maxsize=1 << 18)(self._decode_one)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return from_pretrained(
+            AutoTokenizer, self._model, trust_remote_code=self._trust_remote_code
+        )
+
+    def _decode_one(self, token_id: int) -> str:
+        return str(self.tokenizer.decode([token_id]))
+
+    def plan(self, asked: Asked, info: InfoResponse) -> Work:
+        """The jobs of a request.
+
+        Raises:
+            NotFoundError: another model is asked for.
+            InvalidRequestError: what the teacher of ``info`` cannot do; names the field.
+        """
+        check_model(asked.model, info)
+        if isinstance(asked, ChatRequest):
+            prompts, source = [self._render(asked)], "messages"
+            logprobs, prompt_logprobs = _chat_logprobs(asked), None
+            max_tokens = asked.max_completion_tokens or asked.max_tokens
+            if max_tokens is None:
+                max_tokens = max(1, info.max_model_len - len(prompts[0]))
+        else:
+            prompts, source = [self._encode(p, asked) for p in asked.prompt], "prompt"
+            logprobs, prompt_logprobs = asked.logprobs, asked.prompt_logprobs
+            max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
+        n = asked.n or 1
+        entries = sum(len(ids) for ids in prompts) * _width(prompt_logprobs)
+        entries += len(prompts) * max_tokens * _width(logprobs)
+        if entries * n > MAX_LOGPROBS:
+            raise InvalidRequestError(
+                f"{entries * n} log-probs; the limit in JSON is {MAX_LOGPROBS}. Split the request, "
+                "or use /v1/score",
+                field="logprobs" if prompt_logprobs is None else "prompt_logprobs",
+            )
+        generate = score = None
+        if max_tokens > 0:
+            generate = _generate_request(asked, prompts, max_tokens, logprobs, info, source)
+        else:
+            _check_nothing_generated(n, prompts, prompt_logprobs)
+        if prompt_logprobs is not None:
+            if asked.temperature not in (None, 0, 1):
+                raise InvalidRequestError(
+                    f"temperature {asked.temperature}: prompt_logprobs are at temperature 1, and "
+                    "only the token generated after them would be at another; use 1 or 0, or "
+                    "/v1/score, which applies a temperature",
+                    field="temperature",
+                )
+            score = _score_request(prompts, prompt_logprobs, info)
+        return Work(asked, prompts, logprobs, prompt_logprobs, score, generate)
+
+    def answer(
+        self,
+        work: Work,
+        scored: Sequence[SparseLogprobs],
+        completions: Sequence[Completion],
+        info: InfoResponse,
+        request_id: str,
+    ) -> bytes:
+        """The JSON of an answer.
+
+        Args:
+            work: from `plan`.
+            scored: of ``work.score``, in order.
+            completions: of ``work.generate``, n of each prompt, in order.
+            info: the teacher.
+            request_id: part of the answer's id.
+        """
+        asked, n = work.asked, work.asked.n or 1
+        if work.generate is None:
+            nothing = Completion(token_ids=np.zeros(0, np.uint32), finish_reason="length")
+            completions = [nothing] * (len(work.prompts) * n)
+        rows = iter(scored)
+        choices: list[dict[str, Any]] = []
+        for number, prompt in enumerate(work.prompts):
+            prompt_rows = None
+            if work.prompt_logprobs is not None:
+                one = next(rows) if len(prompt) > 1 else None
+                prompt_rows = self._prompt_rows(prompt, one, work.prompt_logprobs)
+            for completion in completions[number * n : (number + 1) * n]:
+                choices.append(self._choice(work, len(choices), prompt, completion, prompt_rows))
+        generated = sum(len(completion.token_ids) for completion in completions)
+        prompt_tokens = sum(len(prompt) for prompt in work.prompts)
+        chat = isinstance(asked, ChatRequest)
+        body: dict[str, Any] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": info.teacher.model,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": generated,
+                "total_tokens": prompt_tokens + generated,
+            },
+        }
+        if chat and asked.return_token_ids:
+            body["prompt_token_ids"] = work.prompts[0].tolist()
+        return json.dumps(body).encode()
+
+    def _choice(
+        self,
+        work: Work,
+        index: int,
+        prompt: Ids,
+        completion: Completion,
+        prompt_rows: list[dict[str, Any] | None] | None,
+    ) -> dict[str, Any]:
+        asked = work.asked
+        ids = completion.token_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=asked.skip_special_tokens)
+        choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
+        if isinstance(asked, ChatRequest):
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice |= {"text": text, "prompt_logprobs": prompt_rows}
+        choice["logprobs"] = None
+        if work.logprobs is not None and completion.scores is not None:
+            as_ids = bool(asked.return_tokens_as_token_ids)
+            write = _chat_rows if isinstance(asked, ChatRequest) else _completion_rows
+            name = "token_id:{}".format if as_ids else self.token
+            choice["logprobs"] = write(ids, completion.scores, work.logprobs, name)
+        if asked.return_token_ids:
+            choice["token_ids"] = ids.tolist()
+            if not isinstance(asked, ChatRequest):
+                choice["prompt_token_ids"] = prompt.tolist()
+        return choice
+
+    def _prompt_rows(
+        self, prompt: Ids, scores: SparseLogprobs | None, k: int
+    ) -> list[dict[str, Any] | None]:
+        """vLLM's ``prompt_logprobs``: the token that stands there, and the k most probable.
+
+        The rank of a token outside the top-k is given as k + 1: it is that or more.
+        """
+        rows: list[dict[str, Any] | None] = [None]  # nothing comes before the first token
+        if scores is None:
+            return rows
+        for t, next_id in enumerate(prompt[1:].tolist()):
+            named = {next_id: (float(scores.next_token_logprob[t]), k + 1)}
+            top = zip(scores.token_ids[t].tolist(), scores.logprobs[t].tolist(), strict=True)
+            for rank, (token_id, logprob) in enumerate(top, start=1):
+                if rank <= k or token_id == next_id:
+                    named[token_id] = (logprob, rank)
+            rows.append(
+                {
+                    str(token_id): {
+                        "logprob": max(logprob, _LOWEST),
+                        "rank": rank,
+                        "decoded_token": self.token(token_id),
+                    }
+                    for token_id, (logprob, rank) in named.items()
+                }
+            )
+        return rows
+
+    def _encode(self, prompt: str | Ids, asked: CompletionRequest) -> Ids:
+        if not isinstance(prompt, str):
+            return prompt
+        encoded = self.tokenizer(prompt, add_special_tokens=asked.add_special_tokens)
+        return np.array(encoded["input_ids"], dtype=np.uint32)
+
+    def _render(self, asked: ChatRequest) -> Ids:
+        apply = self.tokenizer.apply_chat_template
+        options = asked.chat_template_kwargs or {}
+        reserved = sorted(options.keys() & inspect.signature(apply).parameters.keys())
+        if reserved:
+            raise InvalidRequestError(
+                f"chat_template_kwargs {reserved[0]!r} is not the template's to read",
+                field="chat_template_kwargs",
+            )
+        messages = [message.to_template() for message in asked.messages]
+        try:
+            text = apply(messages, add_generation_prompt=True, tokenize=False, **options)
+        except Exception as error:  # whatever the checkpoint's template raises
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", field="messages"
+            ) from error
+        encoded = self.tokenizer(text, add_special_tokens=False)
+        return np.array(encoded["input_ids"], dtype=np.uint32)
+
+
+def check_model(name: str, info: InfoResponse) -> None:
+    """Raises `NotFoundError` for a model that is not the one served."""
+    if name != info.teacher.model:
+        raise NotFoundError(
+            f"the model {name!r} is not served here; {info.teacher.model!r} is", field="model"
+        )
+
+
+def model_card(info: InfoResponse) -> dict[str, Any]:
+    """The served model, as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
+    return {
+        "id": info.teacher.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "sparse-gkd",
+        "root": info.teacher.model,
+        "parent": None,
+        "max_model_len": info.max_model_len,
+    }
+
+
+def error_body(error: ProtocolError) -> bytes:
+    """OpenAI's error object."""
+    body = {
+        "message": error.detail,
+        "type": error.slug(),
+        "param": error.field,
+        "code": error.status,
+    }
+    return json.dumps({"error": body}).encode()
+
+
+def _width(logprobs: int | None) -> int:
+    """Log-probs of a row in the answer."""
+    return 0 if logprobs is None else logprobs + 1
+
+
+def _check_nothing_generated(n: int, prompts: list[Ids], prompt_logprobs: int | None) -> None:
+    """Raises `InvalidRequestError` where ``max_tokens`` 0 leaves nothing to answer."""
+    if prompt_logprobs is None:
+        raise InvalidRequestError(
+            "max_tokens 0 asks for nothing without prompt_logprobs", field="max_tokens"
+        )
+    if n > 1:
+        raise InvalidRequestError(f"n {n} of nothing: max_tokens is 0", field="n")
+    for index, ids in enumerate(prompts):
+        if len(ids) < 2:
+            raise InvalidRequestError(
+                f"a prompt of {len(ids)} tokens has no row to score, and max_tokens is 0",
+                field=f"prompt.{index}",
+            )
+
+
+def _chat_logprobs(asked: ChatRequest) -> int | None:
+    if asked.logprobs:
+        return asked.top_logprobs or 0
+    if asked.top_logprobs:
+        raise InvalidRequestError(
+            f"top_logprobs {asked.top_logprobs} has no effect without logprobs true",
+            field="top_logprobs",
+        )
+    return None
+
+
+def _score_request(prompts: list[Ids], k: int, info: InfoResponse) -> ScoreRequest | None:
+    long = [ids for ids in prompts if len(ids) > 1]
+    if not long:
+        return None
+    request = ScoreRequest(
+        sequences=[ScoreSequence(token_ids=ids, completion_start=1) for ids in long],
+        top_k=max(1, k),
+    )
+    with _named({"sequences": "prompt", "top_k": "prompt_logprobs"}):
+        check_score_request(request, info)
+    return request
+
+
+def _generate_request(
+    asked: Asked,
+    prompts: list[Ids],
+    max_tokens: int,
+    logprobs: int | None,
+    info: InfoResponse,
+    source: str,
+) -> GenerateRequest:
+    request = GenerateRequest(
+        prompts=prompts,
+        n=asked.n or 1,
+        max_new_tokens=max_tokens,
+        temperature=1.0 if asked.temperature is None else float(asked.temperature),
+        top_p=1.0 if asked.top_p is None else float(asked.top_p),
+        sampling_top_k=max(0, asked.top_k or 0),
+        seed=asked.seed,
+        stop_token_ids=np.array(asked.stop_token_ids or [], dtype=np.uint32),
+        top_k=None if logprobs is None else max(1, logprobs),
+    )
+    top = "top_logprobs" if isinstance(asked, ChatRequest) else "logprobs"
+    with _named({"prompts": source, "top_k": top}):
+        check_generate_request(request, info)
+    return request
+
+
+@contextlib.contextmanager
+def _named(names: Mapping[str, str]) -> Iterator[None]:
+    """Refusals name the fields of the request that was sent, not of the one made from it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        first, *rest = (error.field or "").split(".")
+        error.field = ".".join([names.get(first, first), *rest[:1]])
+        raise
+
+
+def _completion_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a completion."""
+    tokens, top = [name(token_id) for token_id in ids.tolist()], []
+    own = [max(float(value), _LOWEST) for value in scores.next_token_logprob]
+    for token, logprob, row in zip(tokens, own, _top(scores, k), strict=True):
+        top.append({token: logprob, **{name(i): value for i, value in row}})
+    offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+    return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
+
+
+def _chat_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a chat completion."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = name(token_id)
+        return {"token": token, "logprob": max(logprob, _LOWEST), "bytes": list(token.encode())}
+
+    own = scores.next_token_logprob.tolist()
+    return {
+        "content": [
+            {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]}
+            for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
+        ]
+    }
+
+
+def _top(scores: SparseLogprobs, k: int) -> Iterator[list[tuple[int, float]]]:
+    """The k most probable (id, log-prob) of each row; k may be 0, which no engine is asked for."""
+    rows = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
+    for ids, logprobs in rows:
+        clamped = [max(value, _LOWEST) for value in logprobs]
+        yield list(zip(ids, clamped, strict=True))
