@@ -85,6 +85,10 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
+        (
+            ["--teacher_protocol", "vllm", "--temperature", "0.5"],
+            "--temperature 0.5: vLLM never applies a temperature",
+        ),
         (["--model_name_or_path", "/no/such/model"], "no such folder"),
         (["--use_peft", "false"], "--lora_r has no effect without --use_peft"),
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
