@@ -147,7 +147,7 @@ class Replicas:
 
         Raises:
             ProtocolError: what the refusal stands for.
-            httpx.TransportError: no answer.
+            httpx.TransportError: no answer; `call` tries elsewhere.
         """
         response = self._http.request(
             method,
@@ -161,6 +161,19 @@ class Replicas:
         with self._lock:
             self._bytes_received += len(response.content)
         return response.content
+
+    def ask(self, url: str, call: Callable[[str], R]) -> R:
+        """``call`` of one replica that has just been ready.
+
+        Raises:
+            TeacherUnreachableError: it is gone again.
+        """
+        try:
+            return call(url)
+        except _PASSING as error:
+            raise TeacherUnreachableError(
+                f"the teacher at {url} was ready and is gone again: {error}"
+            ) from error
 
     def call(self, call: Callable[[str], R], tokens: int) -> R:
         """``call`` with the URL of a replica, of another one when it fails, until ``timeout``.

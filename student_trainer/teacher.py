@@ -185,7 +185,7 @@ class TeacherClient:
         self._replicas.wait_until_ready()
         urls = self._replicas.urls
         for url in urls:
-            info = self._get_info(url)
+            info = self._replicas.ask(url, self._get_info)
             if self._info is None:
                 self._info = info
             elif info.teacher != self._info.teacher:

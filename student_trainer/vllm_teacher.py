@@ -121,7 +121,7 @@ class VllmTeacher:
         self._replicas.wait_until_ready()
         urls = self._replicas.urls
         for url in urls:
-            identity, context = self._identify(url)
+            identity, context = self._replicas.ask(url, self._identify)
             if self._info is None:
                 self._info = self._describe(identity, context)
             elif identity != self._info.teacher:

@@ -42,7 +42,7 @@ def client_of(width_answered, **limits):
         return httpx.Response(200, content=wire.dump(body, wire.MSGPACK_MEDIA_TYPE))
 
     client = TeacherClient(["http://teacher"], timeout=5.0)
-    client._http = httpx.Client(transport=httpx.MockTransport(answer))
+    client._replicas._http = httpx.Client(transport=httpx.MockTransport(answer))
     client._info = info(limits=limits)
     return client, received
 
