@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -28,6 +29,11 @@ class Served:
     model: Any
     url: str
     backend: str
+
+    @property
+    def tokens(self):
+        """Tokens of the tokenizer: what is generated; the output layer has padding rows beyond."""
+        return httpx.get(f"{self.url}/v1/info").json()["tokenizer"]["vocab_size"]
 
     @property
     def tolerance(self):

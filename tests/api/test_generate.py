@@ -59,14 +59,9 @@ def test_generations_of_many_clients_are_joined(teacher):
     assert metric(teacher.url, count) - before[1] <= 12
 
 
-def tokens(teacher):
-    """Tokens of the teacher's tokenizer, fewer than the rows of its output layer."""
-    return httpx.get(f"{teacher.url}/v1/info").json()["tokenizer"]["vocab_size"]
-
-
 def among_tokens(teacher, sequence, start):
     """[T, tokens]: probabilities that a completion is sampled from, without the padding rows."""
-    p = np.exp(dense_logprobs(teacher.model, sequence, start, 1.0))[:, : tokens(teacher)]
+    p = np.exp(dense_logprobs(teacher.model, sequence, start, 1.0))[:, : teacher.tokens]
     return p / p.sum(axis=1, keepdims=True)
 
 
@@ -116,7 +111,7 @@ def test_greedy_is_the_models_own_generate(teacher):
     for prompt, [completion] in zip(PROMPTS, generate(teacher, temperature=0.0), strict=True):
         whole = teacher.model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0,
-            suppress_tokens=list(range(tokens(teacher), 272)),  # padding of the output layer
+            suppress_tokens=list(range(teacher.tokens, 272)),  # padding of the output layer
         )  # fmt: skip
         assert completion.token_ids.tolist() == whole[0, len(prompt) :].tolist()
 
@@ -185,4 +180,4 @@ def test_sampling_stays_within_top_k_and_the_nucleus(teacher, options, least):
 
 def test_padding_of_the_output_layer_is_never_generated(teacher):
     rows = generate(teacher, seed=3, n=64, temperature=2.0, max_new_tokens=20)
-    assert max(int(c.token_ids.max()) for row in rows for c in row) < tokens(teacher) < 272
+    assert max(int(c.token_ids.max()) for row in rows for c in row) < teacher.tokens < 272

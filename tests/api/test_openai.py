@@ -38,9 +38,9 @@ def dense(teacher, ids, start):
 
 
 def greedy(teacher, prompt, count):
-    ids = list(prompt)
+    ids, known = list(prompt), teacher.tokens
     for _ in range(count):
-        ids.append(int(dense(teacher, [*ids, 0], len(ids)).argmax()))
+        ids.append(int(dense(teacher, [*ids, 0], len(ids))[..., :known].argmax()))
     return ids[len(prompt) :]
 
 
