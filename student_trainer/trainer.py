@@ -129,7 +129,9 @@ class DistillationTrainer(Trainer):
         """The micro-batches of one optimizer step, generated and scored, and their token count."""
         step = self.state.global_step
         groups, following = self._take(epoch_iterator, num_batches)
-        pending = self._take_pending(step) or self.pipeline.submit(step, _flat(groups))
+        examples = _flat(groups)
+        pending = self._take_pending(step) or self.pipeline.submit(step, examples)
+        assert [e.index for e in pending.examples] == [e.index for e in examples]
         last = step + 1 >= self.state.max_steps
         if following and not last and self.pipeline.independent_of_weights(step + 1):
             # The teacher may score it while this step trains.
