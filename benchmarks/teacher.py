@@ -213,7 +213,7 @@ def stock_server(folder: Path) -> Iterator[str]:
             )  # fmt: skip
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until_ready(process, url, log, route="health")
+            wait_until_ready(process, url, log, route="/health")
             yield url
         finally:
             process.terminate()
