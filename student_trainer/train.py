@@ -69,17 +69,18 @@ class Recipe:
 
 def sft(argv: Sequence[str]) -> None:
     """Supervised fine-tuning on the dataset's completions."""
-    *recipe, args = parse(
+    *parts, args = parse(
         argv, *_RECIPE, SFTArguments, prog="student-trainer sft", description=sft.__doc__ or ""
     )
-    check_recipe(Recipe(*recipe), args)
-    rows = read_rows(Recipe(*recipe))
-    _train(Recipe(*recipe), rows, args, teacher=None, distill=None, top_k=1)
+    recipe = Recipe(*parts)
+    check_recipe(recipe, args)
+    rows = read_rows(recipe)
+    _train(recipe, rows, args, teacher=None, distill=None, top_k=1)
 
 
 def distill(argv: Sequence[str]) -> None:
     """Distillation from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
-    *recipe, teacher, args = parse(
+    *parts, teacher, args = parse(
         argv,
         *_RECIPE,
         TeacherArguments,
@@ -87,13 +88,14 @@ def distill(argv: Sequence[str]) -> None:
         prog="student-trainer distill",
         description=distill.__doc__ or "",
     )
+    recipe = Recipe(*parts)
     check_distill(args, teacher)
-    check_recipe(Recipe(*recipe), args)
-    rows = read_rows(Recipe(*recipe))  # a missing file is told before a teacher is waited for
-    with open_teacher(teacher, recipe[0]) as client:
+    check_recipe(recipe, args)
+    rows = read_rows(recipe)  # a missing file is told before a teacher is waited for
+    with open_teacher(teacher, recipe.model) as client:
         check_request(client.connect(), args, teacher)
         top_k = teacher.top_k_logprobs
-        _train(Recipe(*recipe), rows, args, teacher=client, distill=args, top_k=top_k)
+        _train(recipe, rows, args, teacher=client, distill=args, top_k=top_k)
 
 
 def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
