@@ -32,7 +32,7 @@ from shared.sparse import SparseLogprobs
 IDENTITY = TeacherIdentity(
     model="stub", fingerprint="0" * 64, dtype="float32", backend="stub", version="1"
 )
-# A body in pieces is sent piece by piece; where making one raises `Broken`, the connection ends.
+# A body in pieces is sent piece by piece, until making one raises `BrokenError`: that cuts it.
 Answer = tuple[int, dict[str, str], bytes | Iterable[bytes]]
 
 
@@ -105,7 +105,7 @@ def problem(status: int, detail: str, **headers: str) -> Answer:
     )  # fmt: skip
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """Raised by what makes a body: the connection breaks in the middle of the answer."""
 
 
@@ -181,7 +181,9 @@ def serving(stub: Answers, port: int = 0) -> Iterator[str]:
         def _answer(self, answer: Answer) -> None:
             status, headers, body = answer
             whole = isinstance(body, bytes)
-            length = ("Content-Length", str(len(body))) if whole else ("Transfer-Encoding", "chunked")
+            length = (
+                ("Content-Length", str(len(body))) if whole else ("Transfer-Encoding", "chunked")
+            )
             self.send_response(status)
             for name, value in dict([length, *headers.items()]).items():
                 self.send_header(name, value)
@@ -193,7 +195,7 @@ def serving(stub: Answers, port: int = 0) -> Iterator[str]:
                 for piece in body:
                     self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 self.wfile.write(b"0\r\n\r\n")
-            except Broken:
+            except BrokenError:
                 self.close_connection = True
 
         def log_message(self, format: str, *arguments: Any) -> None:
