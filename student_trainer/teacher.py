@@ -127,16 +127,41 @@ class Teacher(Protocol):
         *,
         offset: int,
     ) -> None:
-        """Check that scores fit what was asked, and count them; arguments as `check_scores`."""
-        rows = check_scores(
-            scores,
-            sequences,
-            top_k=top_k,
-            vocab_size=self.info.vocab_size,
-            requested=requested,
-            offset=offset,
-        )
-        self._replicas.count_scored(rows)
+        """Check that scores fit what was asked, and count their rows.
+
+        Args:
+            requested: number m of requested ids of each sequence; None for none.
+            offset: number of the first sequence, for messages.
+
+        Raises:
+            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
+        """
+        if len(scores) != len(sequences):
+            raise TeacherAnswerError(
+                f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
+            )
+        widths = [0] * len(scores) if requested is None else requested
+        triples = zip(scores, sequences, widths, strict=True)
+        for number, (score, (ids, start), width) in enumerate(triples, offset):
+            expected = (len(ids) - start, top_k)
+            if score.token_ids.shape != expected:
+                raise TeacherAnswerError(
+                    f"sequence {number}: expected top-k arrays of shape {expected}, "
+                    f"got {score.token_ids.shape}"
+                )
+            found = score.requested_logprobs
+            if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+                raise TeacherAnswerError(
+                    f"sequence {number}: expected log-probs of {width} requested ids in "
+                    f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+                )
+            if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
+                raise TeacherAnswerError(
+                    f"sequence {number}: token id {int(score.token_ids.max())} is outside "
+                    f"the teacher's vocabulary of {self.info.vocab_size}"
+                )
+            score.require_finite(f"sequence {number}")
+        self._replicas.count_scored(sum(len(score) for score in scores))
 
     def score(
         self,
@@ -448,56 +473,6 @@ class TeacherClient(Teacher):
                 f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
             )
         return info
-
-
-def check_scores(
-    scores: Sequence[SparseLogprobs],
-    sequences: Sequences,
-    *,
-    top_k: int,
-    vocab_size: int,
-    requested: Sequence[int] | None = None,
-    offset: int = 0,
-) -> int:
-    """Number of rows of an answer, after a check that it fits what was asked.
-
-    Args:
-        scores: the answer.
-        sequences: what was sent.
-        top_k: log-probs asked for.
-        vocab_size: of the teacher.
-        requested: number m of requested ids of each sequence; None for none.
-        offset: number of the first sequence, for messages.
-
-    Raises:
-        TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
-    """
-    if len(scores) != len(sequences):
-        raise TeacherAnswerError(
-            f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
-        )
-    widths = [0] * len(scores) if requested is None else requested
-    triples = zip(scores, sequences, widths, strict=True)
-    for index, (score, (ids, start), width) in enumerate(triples):
-        expected = (len(ids) - start, top_k)
-        if score.token_ids.shape != expected:
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: expected top-k arrays of shape {expected}, "
-                f"got {score.token_ids.shape}"
-            )
-        found = score.requested_logprobs
-        if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: expected log-probs of {width} requested ids in "
-                f"{expected[0]} rows, got {'none' if found is None else found.shape}"
-            )
-        if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: token id {int(score.token_ids.max())} is outside "
-                f"the teacher's vocabulary of {vocab_size}"
-            )
-        score.require_finite(f"sequence {offset + index}")
-    return sum(len(score) for score in scores)
 
 
 def in_parts(
