@@ -209,6 +209,7 @@ class Teacher(Protocol):
 
         Args:
             on_completion: is told each completion once, as it arrives, with its prompt's number.
+                The answer waits for it: it should only hand the completion on.
         """
         ...
 
@@ -503,7 +504,8 @@ def in_parts(
                 raise type(error)(
                     f"sequence {first}, of {costs[first][1]} tokens, is too much alone: "
                     f"{error.detail}. Lower --max_length, --max_new_tokens or --top_k_logprobs, or "
-                    "raise the server's --request-timeout (504) or --max-request-bytes (413)"
+                    "raise --request-timeout (504) or --max-request-bytes (413) of the server, or "
+                    "the limits of a gateway before it"
                 ) from error
             middle = (first + last) // 2
             logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)
