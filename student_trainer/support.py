@@ -120,10 +120,10 @@ def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDA
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         mass = np.log(-np.expm1(np.minimum(rest.astype(np.float64), 0.0)))  # [n]
-        found = np.logaddexp.reduce(logprobs.astype(np.float64), axis=1)  # [n]
+        found = np.log(np.exp(logprobs.astype(np.float64)).sum(axis=1))  # [n]
         most = 2.0**-11 * np.abs(np.where(np.isfinite(logprobs), logprobs, 0.0)).max(axis=1)
         shift = np.clip(np.nan_to_num(mass - found), -most, most)
-    return (logprobs + shift[:, None]).astype(np.float32)
+    return logprobs + shift[:, None].astype(np.float32)
 
 
 def _within(
