@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import print_report
+from benchmarks.report import Cell, Figure, print_report
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample, load_rows
 from student_trainer.grouping import of_sizes, within_budget
@@ -30,9 +31,24 @@ from student_trainer.support import ScoredSample, sparse_distribution
 BYTES_PER_TOKEN = 3.5  # of English and numbers, about, in vocabularies of 32,000 to 150,000
 NOTES = (
     "lengths: question and answer of each row at 3.5 bytes a token; the tokens are random.",
-    "tokens: most positions of a micro-batch, padding included.",
-    "time: median over rounds of the seconds of one step, over those of the data's order.",
+    "largest: most positions of a micro-batch, padding included.",
+    "time: seconds of one step over those of the data's order; median over rounds.",
 )
+
+
+@dataclass
+class Way:
+    """How a step is grouped, and what that cost."""
+
+    grouped: Callable[[list[int]], list[list[int]]]
+    packed: bool
+    positions: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def in_order(sizes: Sequence[int]) -> list[list[int]]:
+    ends = np.cumsum(sizes)
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 def read_samples(dataset: str, vocab_size: int) -> list[Sample]:
@@ -98,24 +114,17 @@ def main() -> None:
     sizes = [arguments.batch_size] * arguments.accumulation
     budget = arguments.max_tokens_per_batch
     order = np.random.default_rng(1).permutation(len(samples))
-    in_order = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    ways = {
-        "padded, in the data's order": (lambda lengths: in_order, False),
-        "padded, by length": (lambda lengths: of_sizes(lengths, sizes), False),
-        "packed, by length": (lambda lengths: of_sizes(lengths, sizes), True),
-        f"padded, {budget} tokens": (
-            lambda lengths: within_budget(lengths, budget, packed=False),
-            False,
+    ways: dict[str, Way] = {
+        "padded, in the data's order": Way(lambda lengths: in_order(sizes), packed=False),
+        "padded, by length": Way(lambda lengths: of_sizes(lengths, sizes), packed=False),
+        "packed, by length": Way(lambda lengths: of_sizes(lengths, sizes), packed=True),
+        f"padded, {budget} tokens": Way(
+            lambda lengths: within_budget(lengths, budget, packed=False), packed=False
         ),
-        f"packed, {budget} tokens": (
-            lambda lengths: within_budget(lengths, budget, packed=True),
-            True,
+        f"packed, {budget} tokens": Way(
+            lambda lengths: within_budget(lengths, budget, packed=True), packed=True
         ),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    positions = dict.fromkeys(ways, 0)
-    passes = dict.fromkeys(ways, 0)
-    widest = dict.fromkeys(ways, 0)
     tokens = 0
     for turn in range(arguments.rounds + 1):  # the first warms up
         step = [samples[i] for i in order[turn * sum(sizes) :][: sum(sizes)]]
@@ -123,37 +132,27 @@ def main() -> None:
         tokens += sum(lengths)
         names = list(ways)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            grouped, packed = ways[name]
+            way = ways[name]
             model.zero_grad()
             since = time.perf_counter()
-            for group in grouped(lengths):
-                found = train(model, [step[i] for i in group], packed=packed)
-                positions[name] += found
-                passes[name] += 1
-                widest[name] = max(widest[name], found)
+            for group in way.grouped(lengths):
+                way.positions.append(train(model, [step[i] for i in group], packed=way.packed))
             if turn:
-                seconds[name].append(time.perf_counter() - since)
-    first = next(iter(ways))
-    rows, figures = [], {}
-    for name in ways:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
-        padding = 1 - tokens / positions[name]
-        ratio = statistics.median(ratios)
-        rows.append(
-            [
-                name,
-                padding,
-                passes[name] / (arguments.rounds + 1),
-                widest[name],
-                statistics.median(seconds[name]),
-                ratio,
-            ]
-        )
+                way.seconds.append(time.perf_counter() - since)
+    slowest = ways["padded, in the data's order"].seconds
+    rows: list[list[Cell]] = []
+    figures: dict[str, Figure] = {}
+    for name, way in ways.items():
+        padding = 1 - tokens / sum(way.positions)
+        passes = len(way.positions) / (arguments.rounds + 1)
+        ratio = statistics.median(a / b for a, b in zip(way.seconds, slowest, strict=True))
+        rows.append([name, padding, passes, max(way.positions), ratio])
         figures[f"padding: {name}"] = round(padding, 4)
         figures[f"time: {name}"] = round(ratio, 4)
     print_report(
-        f"{sum(sizes)} samples a step, {sum(sizes) // arguments.accumulation} a micro-batch",
-        ["way", "padding", "passes", "tokens", "seconds", "time"],
+        f"{sum(sizes)} samples a step, {arguments.batch_size} a micro-batch, "
+        f"{arguments.attn_implementation}, {sum(p.numel() for p in model.parameters()):,} weights",
+        ["way", "padding", "passes", "largest", "time"],
         rows,
         figures,
         notes=NOTES,
