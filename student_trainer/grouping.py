@@ -14,9 +14,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indices of the samples; those of equal length as they come."""
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
 def of_sizes(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     """Indices of the samples, as many in each micro-batch as ``sizes`` says."""
-    order = _longest_first(lengths)
+    order = longest_first(lengths)
     ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
@@ -30,7 +35,7 @@ def within_budget(lengths: Sequence[int], budget: int, *, packed: bool) -> list[
     Args:
         packed: a micro-batch counts its own tokens; else rows times the longest.
     """
-    order = _longest_first(lengths)
+    order = longest_first(lengths)
     # For the first n of the order: (micro-batches, tokens, where the last of them begins).
     best = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
@@ -81,7 +86,3 @@ def over_substeps(micro_batches: Sequence[T], count: int) -> list[list[T]]:
     single = min(len(micro_batches), count) - 1
     empty: list[list[T]] = [[] for _ in range(count - 1 - single)]
     return [*([one] for one in micro_batches[:single]), *empty, list(micro_batches[single:])]
-
-
-def _longest_first(lengths: Sequence[int]) -> list[int]:
-    return sorted(range(len(lengths)), key=lambda index: -lengths[index])

@@ -31,7 +31,7 @@ def decide_packing(model: Any, packing: Packing) -> bool:
             for distribution.
 
     Raises:
-        ConfigurationError: ``on``, and this model mixes the sequences of a packed row.
+        ConfigurationError: ``on``, and packed sequences do not get the logits of padded ones.
     """
     if packing == "off" or (packing == "auto" and not is_flash_attention_requested(model.config)):
         return False
@@ -40,9 +40,9 @@ def decide_packing(model: Any, packing: Packing) -> bool:
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     if packing == "on":
         raise ConfigurationError(
-            f"--packing on: {name} answers packed sequences otherwise than padded ones; use off"
+            f"--packing on: {name} does not give packed sequences the logits of padded ones; use off"
         )
-    logger.warning("%s answers packed sequences otherwise than padded ones: padding them", name)
+    logger.warning("%s does not give packed sequences the logits of padded ones: padding", name)
     return False
 
 

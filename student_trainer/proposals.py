@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
-from student_trainer.grouping import of_sizes
+from student_trainer.grouping import longest_first
 from student_trainer.student import TopTokens
 
 
@@ -58,11 +58,10 @@ class TopTokenProposals:
         training = self.model.training
         self.model.eval()
         proposed: dict[int, NDArray[np.uint32]] = {}
-        sizes = [
-            len(samples[i : i + self.batch_size]) for i in range(0, len(samples), self.batch_size)
-        ]
+        order = longest_first([len(sample.token_ids) for sample in samples])
         try:
-            for group in of_sizes([len(sample.token_ids) for sample in samples], sizes):
+            for first in range(0, len(order), self.batch_size):
+                group = order[first : first + self.batch_size]
                 proposed.update(zip(group, self._batch([samples[i] for i in group]), strict=True))
         finally:
             self.model.train(training)

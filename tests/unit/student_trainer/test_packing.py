@@ -95,13 +95,13 @@ def test_proposals_are_the_same_packed_and_in_the_order_of_the_samples():
 @pytest.mark.parametrize("family", MIXED)
 def test_a_model_that_mixes_packed_sequences_is_padded_or_refused(family, monkeypatch, caplog):
     model = mixing(family)
-    with pytest.raises(ConfigurationError, match=f"--packing on: {type(model).__name__} answers"):
+    with pytest.raises(ConfigurationError, match=f"--packing on: {type(model).__name__} does not"):
         decide_packing(model, "on")
     assert not decide_packing(model, "off")
     monkeypatch.setattr("student_trainer.packing.is_flash_attention_requested", lambda _: True)
     with caplog.at_level(logging.WARNING):
         assert not decide_packing(model, "auto")
-    assert "padding them" in caplog.text
+    assert "of padded ones: padding" in caplog.text
 
 
 def test_auto_packs_for_flash_attention_alone(monkeypatch):
