@@ -40,7 +40,8 @@ def decide_packing(model: Any, packing: Packing) -> bool:
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
     if packing == "on":
         raise ConfigurationError(
-            f"--packing on: {name} does not give packed sequences the logits of padded ones; use off"
+            f"--packing on: {name} does not give packed sequences the logits of padded ones; "
+            "use off"
         )
     logger.warning("%s does not give packed sequences the logits of padded ones: padding", name)
     return False
