@@ -155,9 +155,9 @@ class CommonTrainingArguments(TrainingArguments):
     )
     packing: Literal["auto", "on", "off"] = _flag(
         "auto",
-        "Sequences of a micro-batch end to end in one row, without padding, where the model is seen "
-        "to give them the same logits. auto: with flash attention, otherwise padded; on: with any "
-        "attention (other kernels pay with a mask over the whole row), or an error; off: padded.",
+        "Sequences of a micro-batch end to end in one row, without padding, where the model is "
+        "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
+        "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
     )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
