@@ -33,6 +33,7 @@ class WindowMetrics:
     ``divergence_gap_bound`` (nats by which the dense divergence is above ``divergence`` at most;
     only for beta between 0 and 1, elsewhere nothing bounds it), ``completion_length`` (tokens a
     completion), ``truncated`` (share of completions), ``on_policy`` (share of steps),
+    ``padding_fraction`` (share of padding among the positions of the training passes),
     ``seconds_teacher``, ``seconds_generating``, ``seconds_training`` (a step and rank, waiting for
     the teacher first), ``bytes_per_token`` (received for each scored token).
     """
@@ -50,6 +51,8 @@ class WindowMetrics:
         "seconds_training",
         "bytes",
         "scored_tokens",
+        "positions",
+        "padding",
     )
 
     def __init__(self) -> None:
@@ -79,6 +82,11 @@ class WindowMetrics:
         self.add("truncated", sum(item.sample.truncated for item in scored))
         self.add("completion_tokens", sum(len(item.sample.completion_mask) for item in scored))
 
+    def add_inputs(self, positions: int, tokens: int) -> None:
+        """A micro-batch that computes ``positions`` hidden states for ``tokens`` real tokens."""
+        self.add("positions", positions)
+        self.add("padding", positions - tokens)
+
     def drain(
         self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, with_teacher: bool
     ) -> dict[str, float]:
@@ -91,6 +99,7 @@ class WindowMetrics:
         logs: dict[str, float] = {}
         logs["completion_length"] = total["completion_tokens"] / total["completions"]
         logs["truncated"] = total["truncated"] / total["completions"]
+        logs["padding_fraction"] = total["padding"] / total["positions"]
         logs["seconds_training"] = total["seconds_training"] / total["steps"]
         if with_teacher:
             per_token = {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}

@@ -199,6 +199,8 @@ def _train(
         student_top_m=0 if distill is None else distill.request_student_top_m,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=recipe.generation.generation_batch_size,
+        max_tokens_per_batch=args.max_tokens_per_batch,
+        packing=args.packing,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -98,6 +98,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
+        (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0 must be at least 1"),
         (["--fp16"], "At most one of fp16 and bf16"),
         (["--label_smoothing_factor", "0.1"], "has no effect on a divergence"),
         (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
@@ -144,6 +145,15 @@ def test_float16_without_a_gpu_is_refused(model_folder):
     line = [word for word in words(model_folder, "--fp16") if word != "--bf16"]
     with pytest.raises(ConfigurationError, match="--fp16 needs a GPU"):
         read(line)
+
+
+def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
+    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
+    args.max_tokens_per_batch = 512
+    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
+        check_recipe(Recipe(model, adapters, dataset, data, generation), args)
 
 
 def test_teacher_url_may_be_repeated(model_folder):

@@ -26,6 +26,8 @@ def filled():
     window = WindowMetrics()
     window.add_step([scored(2), scored(4, truncated=True)], on_policy=True)
     window.add_step([scored(6)], on_policy=False)
+    window.add_inputs(positions=12, tokens=9)
+    window.add_inputs(positions=8, tokens=7)
     window.add_statistics(statistics(0.2, 0.4))
     window.add_statistics(statistics(0.9))
     window.add_seconds("teacher", 3.0)
@@ -41,6 +43,7 @@ def test_each_average_is_over_what_it_is_of():
     assert logs["student_entropy"] == pytest.approx(1.5)
     assert logs["completion_length"] == pytest.approx(4.0)
     assert logs["truncated"] == pytest.approx(1 / 3)
+    assert logs["padding_fraction"] == pytest.approx(4 / 20)
     assert logs["on_policy"] == 0.5
     assert logs["seconds_teacher"] == 1.5
     assert logs["bytes_per_token"] == 200
@@ -59,4 +62,5 @@ def test_a_drained_window_begins_anew():
 
 def test_sft_logs_nothing_of_a_teacher():
     logs = filled().drain(lambda values: values, with_teacher=False)
-    assert logs.keys() == {"completion_length", "truncated", "seconds_training"}
+    names = {"completion_length", "truncated", "padding_fraction", "seconds_training"}
+    assert logs.keys() == names
