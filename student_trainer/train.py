@@ -29,6 +29,7 @@ from student_trainer.config import (
     check_generation,
     checkpoint_of,
     parse,
+    traced_steps,
 )
 from student_trainer.data import Example, keep_short, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
@@ -198,6 +199,9 @@ def _train(
         student_top_m=0 if distill is None else distill.request_student_top_m,
         rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
         generation_batch_size=recipe.generation.generation_batch_size,
+        staleness=0 if distill is None else distill.rollout_staleness,
+        prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
+        trace_steps=traced_steps(args),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
