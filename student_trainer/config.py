@@ -513,10 +513,18 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     for name in ("rollout_staleness", "teacher_prefetch_steps"):
         if getattr(args, name) < 0:
             raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    if args.rollout_staleness and args.lmbda == 0.0 and not args.request_student_top_m:
+    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
         raise ConfigurationError(
             f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
             "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
+        )
+    if args.lmbda == 1.0 and (
+        args.teacher_prefetch_steps != DistillArguments.teacher_prefetch_steps
+    ):
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {args.teacher_prefetch_steps} has no effect with --lmbda 1: "
+            "every step is on-policy. Drop it; --rollout_staleness is for rollouts"
         )
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(

@@ -190,13 +190,13 @@ class Pipeline:
                 raise ConfigurationError(
                     f"the checkpoint holds completions for step {saved.step + 1}, but this run "
                     "has other rows in it: resume with the same data, --seed, batch sizes and "
-                    "number of processes"
+                    "number of processes, or delete ahead-*.npz there to generate anew"
                 )
             if saved.step - saved.weight_version > self._staleness:
                 raise ConfigurationError(
                     f"the checkpoint holds completions for step {saved.step + 1} of the weights "
                     f"after step {saved.weight_version}: resume with --rollout_staleness "
-                    f"{saved.step - saved.weight_version}"
+                    f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
                 )
             batch = PendingBatch(examples, saved.on_policy, saved.weight_version)
             batch.samples.update(enumerate(saved.samples))

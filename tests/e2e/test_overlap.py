@@ -94,8 +94,9 @@ def test_two_processes_learn_the_same_however_long_the_teacher_takes(world, pace
     for name, delays in (("at once", None), ("late", 1)):
         with paced(delays) as url:
             options = {"lmbda": 0.5, "rollout_staleness": 1, "gradient_accumulation_steps": 2}
+            flags = words(world, url, tmp_path / name, **options)
             done = subprocess.run(
-                [*launcher, "-m", "student_trainer", *words(world, url, tmp_path / name, **options)],
+                [*launcher, "-m", "student_trainer", *flags],
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
                 capture_output=True, text=True, timeout=300, check=False,
             )  # fmt: skip
