@@ -59,10 +59,12 @@ class Run:
 
 def serve(seconds_per_token: float) -> None:
     """A teacher behind the wire, until standard input is closed; prints its address."""
+    from shared.protocol import ScoreSequence
     from tests.support import stub
     from tests.support.paced import PacedTeacher, scores_of
 
-    scores_of(np.arange(PROMPT + 2, dtype=np.uint32), PROMPT, VOCAB_SIZE, TOP_K)  # made ready
+    ids = np.arange(PROMPT + 2, dtype=np.uint32)
+    scores_of(ScoreSequence(token_ids=ids, completion_start=PROMPT), VOCAB_SIZE, TOP_K)  # is ready
     info = stub.info(vocab_size=VOCAB_SIZE, max_model_len=1024)
     teacher = PacedTeacher(info, lambda tokens: tokens * seconds_per_token)
     wire = {"round_trip": ROUND_TRIP, "bits_per_second": BITS_PER_SECOND}

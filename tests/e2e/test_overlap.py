@@ -20,9 +20,9 @@ from tests.support.paced import PacedTeacher
 
 
 @pytest.fixture
-def paced(world):
+def paced(unserved_world):
     """Serves a teacher with scores of its own, whose delays are drawn from a seed, or none."""
-    tokenizer = tokenizer_identity(AutoTokenizer.from_pretrained(world.student))
+    tokenizer = tokenizer_identity(AutoTokenizer.from_pretrained(unserved_world.student))
 
     def serving(delays=None):
         numbers, lock, rng = count(), threading.Lock(), np.random.default_rng(delays)
@@ -82,19 +82,23 @@ def assert_same_to_the_last_bit(a, b):
         {"lmbda": 0, "teacher_prefetch_steps": 3},
     ],
 )
-def test_losses_are_the_same_however_long_the_teacher_takes(world, paced, tmp_path, method):
+def test_losses_are_the_same_however_long_the_teacher_takes(
+    unserved_world, paced, tmp_path, method
+):
     for name, delays in (("at once", None), ("late", 1)):
         with paced(delays) as url:
-            assert main(words(world, url, tmp_path / name, **method)) == 0
+            assert main(words(unserved_world, url, tmp_path / name, **method)) == 0
     assert_same_to_the_last_bit(tmp_path / "at once", tmp_path / "late")
 
 
-def test_two_processes_learn_the_same_however_long_the_teacher_takes(world, paced, tmp_path):
+def test_two_processes_learn_the_same_however_long_the_teacher_takes(
+    unserved_world, paced, tmp_path
+):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, delays in (("at once", None), ("late", 1)):
         with paced(delays) as url:
             options = {"lmbda": 0.5, "rollout_staleness": 1, "gradient_accumulation_steps": 2}
-            flags = words(world, url, tmp_path / name, **options)
+            flags = words(unserved_world, url, tmp_path / name, **options)
             done = subprocess.run(
                 [*launcher, "-m", "student_trainer", *flags],
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
@@ -104,19 +108,19 @@ def test_two_processes_learn_the_same_however_long_the_teacher_takes(world, pace
     assert_same_to_the_last_bit(tmp_path / "at once", tmp_path / "late")
 
 
-def test_off_policy_losses_do_not_depend_on_the_prefetch(world, paced, tmp_path):
+def test_off_policy_losses_do_not_depend_on_the_prefetch(unserved_world, paced, tmp_path):
     with paced() as url:
         for steps in (0, 3):
             options = {"lmbda": 0, "teacher_prefetch_steps": steps}
-            assert main(words(world, url, tmp_path / str(steps), **options)) == 0
+            assert main(words(unserved_world, url, tmp_path / str(steps), **options)) == 0
     assert_same_to_the_last_bit(tmp_path / "0", tmp_path / "3")
 
 
-def test_staleness_is_logged_and_changes_what_is_learned(world, paced, tmp_path):
+def test_staleness_is_logged_and_changes_what_is_learned(unserved_world, paced, tmp_path):
     with paced() as url:
         for staleness in (0, 1):
             options = {"lmbda": 1, "rollout_staleness": staleness}
-            assert main(words(world, url, tmp_path / str(staleness), **options)) == 0
+            assert main(words(unserved_world, url, tmp_path / str(staleness), **options)) == 0
     assert [entry["staleness"] for entry in log(tmp_path / "0")] == [0] * 8
     assert [entry["staleness"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
     assert [entry["staleness_max"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
@@ -129,24 +133,28 @@ def test_staleness_is_logged_and_changes_what_is_learned(world, paced, tmp_path)
     "method", [{"lmbda": 1}, {"lmbda": 0.5}, {"lmbda": 0.5, "request_student_top_m": 3}]
 )
 @pytest.mark.parametrize("staleness", [1, 2])
-def test_a_resumed_run_goes_on_with_what_was_begun_ahead(world, tmp_path, method, staleness):
+def test_a_resumed_run_goes_on_with_what_was_begun_ahead(
+    unserved_world, paced, tmp_path, method, staleness
+):
     plain = {
         **method, "rollout_staleness": staleness, "save_strategy": "steps", "save_steps": 5,
     }  # fmt: skip
     output = tmp_path / "parts"
-    assert main(words(world, world.url, output, **plain)) == 0
-    shutil.copytree(output, tmp_path / "whole")
-    shutil.rmtree(output / "checkpoint-8")
-    (output / "model.safetensors").unlink()
-    assert (output / "checkpoint-5" / "ahead-0.npz").exists()
-    assert main(words(world, world.url, output, **plain, resume_from_checkpoint="true")) == 0
+    with paced(1) as url:
+        assert main(words(unserved_world, url, output, **plain)) == 0
+        shutil.copytree(output, tmp_path / "whole")
+        shutil.rmtree(output / "checkpoint-8")
+        (output / "model.safetensors").unlink()
+        assert (output / "checkpoint-5" / "ahead-0.npz").exists()
+        again = words(unserved_world, url, output, **plain, resume_from_checkpoint="true")
+        assert main(again) == 0
     assert_same_to_the_last_bit(tmp_path / "whole", output)
 
 
-def test_the_trace_shows_what_went_on_when(world, paced, tmp_path):
+def test_the_trace_shows_what_went_on_when(unserved_world, paced, tmp_path):
     with paced(1) as url:
         options = {"lmbda": 1, "max_steps": 4, "trace_steps": "2-3"}
-        assert main(words(world, url, tmp_path, **options)) == 0
+        assert main(words(unserved_world, url, tmp_path, **options)) == 0
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event["ph"] == "X"]
     assert {name: names.count(name) for name in names if "waiting" not in name} == {

@@ -12,45 +12,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import wire
-from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
+from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse, ScoreSequence
 from shared.sparse import SparseLogprobs
 from tests.support import stub
 
-_ROWS = 1 << 12
+_ROWS = 1 << 10
 
 
 @cache
-def _distributions(vocab_size: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
+def _distributions(vocab_size: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(log-probs [_ROWS, V], ids of the k largest [_ROWS, k]) of random rows, computed once."""
     logits = np.random.default_rng(0).normal(0, 2, (_ROWS, vocab_size))
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     top = np.argsort(-logprobs, axis=1)[:, :k]
-    return logprobs.astype(np.float32), top.astype(np.uint32)
+    return logprobs.astype(np.float32), top
 
 
-def scores_of(
-    token_ids: NDArray[np.uint32], completion_start: int, vocab_size: int, k: int
-) -> SparseLogprobs:
+def scores_of(sequence: ScoreSequence, vocab_size: int, k: int) -> SparseLogprobs:
     """One distribution for each completion row, chosen by the tokens up to there."""
     logprobs, top = _distributions(vocab_size, k)
-    seen = np.cumsum(token_ids.astype(np.int64) * (np.arange(len(token_ids)) + 7))
-    rows = seen[completion_start - 1 : -1] % _ROWS
-    following = token_ids[completion_start:].astype(np.int64)
-    values = np.take_along_axis(logprobs[rows], top[rows].astype(np.int64), axis=1)
+    start, ids = sequence.completion_start, sequence.token_ids.astype(np.int64)
+    rows = np.cumsum(ids * (np.arange(len(ids)) + 7))[start - 1 : -1] % _ROWS
+    named = [top[rows], ids[start:, None]]
+    if sequence.requested_token_ids is not None:
+        named.append(sequence.requested_token_ids.astype(np.int64))
+    values = [np.take_along_axis(logprobs[rows], part, axis=1) for part in named]
     rest = logprobs[rows]
-    np.put_along_axis(rest, top[rows].astype(np.int64), -np.inf, axis=1)
-    np.put_along_axis(rest, following[:, None], -np.inf, axis=1)
+    np.put_along_axis(rest, np.concatenate(named, axis=1), -np.inf, axis=1)
     return SparseLogprobs(
-        token_ids=top[rows],
-        logprobs=values,
-        next_token_logprob=logprobs[rows, following],
+        token_ids=named[0].astype(np.uint32),
+        logprobs=values[0],
+        next_token_logprob=values[1][:, 0],
         tail_logprob=np.log(np.exp(rest).sum(axis=1)),
+        requested_logprobs=values[2] if len(values) > 2 else None,
     )
 
 
 @dataclass
 class PacedTeacher:
-    """Scores that depend on the tokens alone, after ``seconds_for`` that many tokens.
+    """Scores that depend on the tokens alone, and come as late as is asked.
 
     Attributes:
         info: what it says of itself.
@@ -78,8 +78,8 @@ class PacedTeacher:
             time.sleep(seconds)
         answer = ScoreResponse(
             sequences=[
-                scores_of(s.token_ids, s.completion_start, self.info.vocab_size, request.top_k)
-                for s in request.sequences
+                scores_of(sequence, self.info.vocab_size, request.top_k)
+                for sequence in request.sequences
             ],
             teacher=self.info.teacher,
             request_id="r",
