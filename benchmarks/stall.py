@@ -100,11 +100,16 @@ def train(run: Run) -> None:
         return (uniforms(*key, count=COMPLETION) * VOCAB_SIZE).astype(np.uint32)
 
     class PacedTrainer(DistillationTrainer):
-        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-            since = time.perf_counter()
-            loss = super().compute_loss(*arguments, **options)
-            needed = share * TRAINING / MICRO_BATCHES - (time.perf_counter() - since)
-            time.sleep(max(0.0, needed))
+        """A micro-batch takes its time from when its scores are there."""
+
+        def _micro_batch(self, *arguments: Any, **options: Any) -> Any:
+            self.scored = time.perf_counter()
+            return super()._micro_batch(*arguments, **options)
+
+        def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+            loss = super().training_step(*arguments, **options)
+            done = self.scored + share * TRAINING / MICRO_BATCHES
+            time.sleep(max(0.0, done - time.perf_counter()))
             return loss
 
     rng = np.random.default_rng(0)
@@ -124,7 +129,8 @@ def train(run: Run) -> None:
         trainer = PacedTrainer(
             AutoModelForCausalLM.from_pretrained(folder),
             args=TrainingArguments(
-                output_dir=folder, max_steps=WARM_UP + STEPS, logging_steps=1, report_to="none",
+                output_dir=folder, max_steps=WARM_UP + STEPS + run.staleness,
+                logging_steps=1, report_to="none",
                 per_device_train_batch_size=run.prompts // MICRO_BATCHES, save_strategy="no",
                 gradient_accumulation_steps=MICRO_BATCHES, disable_tqdm=True, use_cpu=True,
                 ddp_find_unused_parameters=False, remove_unused_columns=False,
@@ -155,7 +161,7 @@ def teacher_process(seconds_per_token: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the steps after the warm-up."""
+    """Means over a run's steps."""
 
     step: float
     waiting: float
@@ -189,8 +195,8 @@ def measure(
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
         log = json.loads(Path(run.output).read_text())
-    steps = [entry for entry in log if "seconds_step" in entry][WARM_UP:]
-    assert len(steps) == STEPS
+    # The last steps have nothing left to generate ahead.
+    steps = [entry for entry in log if "seconds_step" in entry][WARM_UP : WARM_UP + STEPS]
     step = float(np.mean([entry["seconds_step"] for entry in steps]))
     waiting = float(np.mean([entry["seconds_teacher"] for entry in steps]))
     return Figures(step, waiting, processes * prompts * COMPLETION / step)
