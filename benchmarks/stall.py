@@ -38,9 +38,10 @@ NOTES = (
     f"{PROMPTS} prompts a step, completions of {COMPLETION} tokens, k {TOP_K}; generated in "
     f"{MICRO_BATCHES} groups and trained in {MICRO_BATCHES} micro-batches; {GENERATING} s of "
     f"generating and {TRAINING} s of training a step, imitated by sleeping.",
-    "pace: tokens a second that the teacher scores, over those that the trainer makes and learns.",
-    "bound: staleness 0, the chain from the first group generated to the last micro-batch trained; "
-    "staleness 1, the slower of teacher and trainer.",
+    "pace: tokens a second that the teacher scores, over those that the trainer should make and "
+    "learn; on a busy machine the trainer is slower than that, and waits less.",
+    "bound: of the trainer as measured. Staleness 0: the chain from the first group generated to "
+    "the last micro-batch trained; staleness 1: the slower of teacher and trainer.",
 )
 
 
@@ -165,6 +166,7 @@ class Figures:
 
     step: float
     waiting: float
+    generating: float
     tokens_per_second: float  # learned, by all processes
 
     @property
@@ -197,30 +199,31 @@ def measure(
         log = json.loads(Path(run.output).read_text())
     # The last steps have nothing left to generate ahead.
     steps = [entry for entry in log if "seconds_step" in entry][WARM_UP : WARM_UP + STEPS]
-    step = float(np.mean([entry["seconds_step"] for entry in steps]))
-    waiting = float(np.mean([entry["seconds_teacher"] for entry in steps]))
-    return Figures(step, waiting, processes * prompts * COMPLETION / step)
+    step, waiting, generating = (
+        float(np.mean([entry[f"seconds_{name}"] for entry in steps]))
+        for name in ("step", "teacher", "generating")
+    )
+    return Figures(step, waiting, generating, processes * prompts * COMPLETION / step)
 
 
-def best_stall(*, staleness: int, pace: float, working: float) -> float:
-    """The least share of waiting in any schedule.
+def best_stall(found: Figures, *, staleness: int, scoring: float) -> float:
+    """The least share of waiting in any schedule of the same work, at the speeds measured.
 
     Args:
-        working: seconds of a step in which the trainer does not wait, as measured.
+        scoring: seconds that the teacher takes for a step.
     """
-    nominal = GENERATING + TRAINING
-    scoring = nominal / pace
+    working = found.step - found.waiting
     if staleness:
         return 1 - working / max(working, scoring)
-    # Group i is generated, scored and trained; whatever else the trainer does is one more second.
+    # Group i is generated and scored; micro-batch i is trained after all are generated.
     group = 1 / MICRO_BATCHES
+    training = working - found.generating
     scored = trained = 0.0
     for number in range(MICRO_BATCHES):
-        sent = (number + 1) * group * GENERATING + ROUND_TRIP / 2
+        sent = (number + 1) * group * found.generating + ROUND_TRIP / 2
         scored = max(scored, sent) + group * scoring
-        trained = max(trained, GENERATING, scored + ROUND_TRIP / 2) + group * TRAINING
-    waiting = trained - nominal
-    return waiting / (working + waiting)
+        trained = max(trained, found.generating, scored + ROUND_TRIP / 2) + group * training
+    return 1 - working / trained
 
 
 def report(scaling: bool) -> None:
@@ -229,9 +232,12 @@ def report(scaling: bool) -> None:
     for pace in (0.5, 1.0, 2.0):
         for staleness in (0, 1):
             found = measure(staleness=staleness, pace=pace)
-            working = found.step - found.waiting
-            bound = best_stall(staleness=staleness, pace=pace, working=working)
-            rows.append([f"staleness {staleness}, pace {pace:g}", found.step, found.stall, bound])
+            scoring = (GENERATING + TRAINING) / pace
+            bound = best_stall(found, staleness=staleness, scoring=scoring)
+            rows.append(
+                [f"staleness {staleness}, pace {pace:g}", found.step - found.waiting, scoring,
+                 found.step, found.stall, bound]
+            )  # fmt: skip
             name = f"stall_staleness_{staleness}"
             if pace != 1.0:
                 name += f"_pace_{pace:g}"
@@ -246,11 +252,12 @@ def report(scaling: bool) -> None:
                 processes=processes,
             )  # fmt: skip
             what = f"{processes} x {PROMPTS * more // 4} prompts, {replicas} replicas"
-            rows.append([f"staleness 1, {what}", found.step, found.stall, "-"])
+            working = found.step - found.waiting
+            rows.append([f"staleness 1, {what}", working, "-", found.step, found.stall, "-"])
             name = f"tokens_per_second_p{processes}_r{replicas}_x{more}"
             figures[name] = round(found.tokens_per_second, 1)
-    print_report("Waiting for the teacher", ["run", "seconds a step", "stall", "bound"], rows,
-                 figures, notes=NOTES)  # fmt: skip
+    columns = ["run", "trainer s", "teacher s", "step s", "stall", "bound"]
+    print_report("Waiting for the teacher", columns, rows, figures, notes=NOTES)
 
 
 def main() -> None:
