@@ -9,6 +9,7 @@ array is a view into the bytes that really arrived, so a claimed shape can never
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgpack
@@ -29,6 +30,7 @@ MAX_ITEMS = 1 << 20
 
 _ARRAY_KEYS = {"dtype", "shape", "data"}
 _DTYPES = {name: np.dtype(name) for name in ("<u4", "<f2", "<f4")}
+_BROKEN = (ValueError, RecursionError, msgpack.exceptions.UnpackException)
 
 
 def encode(value: Any) -> bytes:
@@ -50,6 +52,47 @@ def decode(data: bytes, *, max_bytes: int) -> Any:
     """
     if len(data) > max_bytes:
         raise PayloadTooLargeError(f"the body has {len(data)} bytes; the limit is {max_bytes}")
+    try:
+        return msgpack.unpackb(data, **_bounds(len(data)))
+    except _BROKEN as error:
+        raise _malformed(error) from error
+
+
+def decode_stream(chunks: Iterable[bytes], *, max_bytes: int) -> Iterator[Any]:
+    """Unpack messages that stand one after another, each as soon as it is complete.
+
+    Args:
+        chunks: the bytes, cut anywhere.
+        max_bytes: of all chunks together.
+
+    Raises:
+        PayloadTooLargeError: more than ``max_bytes`` bytes, or `MAX_ITEMS` items outside arrays.
+        MalformedRequestError: something is not well-formed, or the last message is cut short.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=max_bytes, **_bounds(max_bytes))
+    size = end = 0  # of what came, and of the last complete message
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise PayloadTooLargeError(f"the body has over {max_bytes} bytes, the limit")
+        unpacker.feed(chunk)
+        try:
+            for message in unpacker:
+                end = unpacker.tell()
+                yield message
+        except _BROKEN as error:
+            raise _malformed(error) from error
+    if end != size:
+        raise MalformedRequestError("the body ends in the middle of a message")
+
+
+def _malformed(error: Exception) -> MalformedRequestError:
+    reason = str(error) or type(error).__name__
+    return MalformedRequestError(f"the body is not valid msgpack: {reason}")
+
+
+def _bounds(size: int) -> dict[str, Any]:
+    """How msgpack unpacks messages of ``size`` bytes in all: what they may make it allocate."""
     items = 0
 
     def counted(container: Any) -> Any:
@@ -61,22 +104,17 @@ def decode(data: bytes, *, max_bytes: int) -> Any:
             )
         return container
 
-    try:
-        return msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            object_hook=lambda value: _decode_map(counted(value)),
-            list_hook=counted,
-            max_bin_len=len(data),
-            max_str_len=min(len(data), MAX_STRING_BYTES),
-            max_array_len=MAX_LIST_LENGTH,
-            max_map_len=MAX_MAP_LENGTH,
-            max_ext_len=0,
-        )
-    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
-        reason = str(error) or type(error).__name__
-        raise MalformedRequestError(f"the body is not valid msgpack: {reason}") from error
+    return {
+        "raw": False,
+        "strict_map_key": True,
+        "object_hook": lambda value: _decode_map(counted(value)),
+        "list_hook": counted,
+        "max_bin_len": size,
+        "max_str_len": min(size, MAX_STRING_BYTES),
+        "max_array_len": MAX_LIST_LENGTH,
+        "max_map_len": MAX_MAP_LENGTH,
+        "max_ext_len": 0,
+    }
 
 
 def _encode_array(value: Any) -> dict[str, Any]:

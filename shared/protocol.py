@@ -19,6 +19,7 @@ LogprobDtype = Literal["float32", "float16"]
 FinishReason = Literal["stop", "length"]
 
 _Int = Annotated[int, Field(strict=True)]
+_Index = Annotated[int, Field(strict=True, ge=0)]
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 _Temperature = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=False)]
 
@@ -51,6 +52,17 @@ class TokenizerIdentity(Message):
     vocab_size: _Positive
     special_token_ids: dict[str, int]
     chat_template: str | None
+
+
+class Problem(Message):
+    """RFC 9457 problem document, the body of every refusal."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    field: str | None = None
 
 
 class ScoreSequence(Message):
@@ -99,6 +111,8 @@ class GenerateRequest(Message):
         top_k: when set, each completion carries the same arrays as `/v1/score` would give.
         score_temperature: temperature of those arrays.
         logprob_dtype: dtype of those arrays.
+        stream: answer with each completion as soon as it is finished and scored: a sequence of
+            `GenerateEvent`, then a `GenerateEnd`, instead of a `GenerateResponse`.
     """
 
     prompts: list[TokenIds1D]
@@ -112,6 +126,7 @@ class GenerateRequest(Message):
     top_k: _Positive | None = None
     score_temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
+    stream: Annotated[bool, Field(strict=True)] = False
 
 
 class Completion(Message):
@@ -128,6 +143,31 @@ class GenerateResponse(Message):
     completions: list[list[Completion]]
     teacher: TeacherIdentity
     request_id: str
+
+
+class GenerateEvent(Message):
+    """One finished completion of a streamed answer; they come in the order they finish.
+
+    Attributes:
+        prompt: index of its prompt in the request.
+        sample: which of the prompt's n completions.
+    """
+
+    prompt: _Index
+    sample: _Index
+    completion: Completion
+
+
+class GenerateEnd(Message):
+    """The last item of a streamed answer, whose absence tells that the answer was cut off.
+
+    Attributes:
+        problem: why the other completions do not come; None when all have come.
+    """
+
+    teacher: TeacherIdentity
+    request_id: str
+    problem: Problem | None = None
 
 
 class Limits(Message):
@@ -175,14 +215,3 @@ class InfoResponse(Message):
     eos_token_ids: list[int]
     limits: Limits
     capabilities: Capabilities
-
-
-class Problem(Message):
-    """RFC 9457 problem document, the body of every refusal."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str
-    field: str | None = None

@@ -1,17 +1,26 @@
-"""Messages <-> bytes, in either media type."""
+"""Messages <-> bytes, in either media type; one message, or a stream of them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from shared import codec
 from shared.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
+from shared.protocol import GenerateEnd, GenerateEvent
 
 JSON_MEDIA_TYPE = "application/json"
 MSGPACK_MEDIA_TYPE = codec.MEDIA_TYPE
+NDJSON_MEDIA_TYPE = "application/x-ndjson"  # a JSON document a line
+MSGPACK_STREAM_MEDIA_TYPE = "application/x-msgpack-stream"  # maps back to back
+# How a stream of messages is called, by the media type of each message.
+STREAM_MEDIA_TYPES = {
+    JSON_MEDIA_TYPE: NDJSON_MEDIA_TYPE,
+    MSGPACK_MEDIA_TYPE: MSGPACK_STREAM_MEDIA_TYPE,
+}
 
 # Parsed JSON takes up to 30 times its text; JSON is for people, arrays go in msgpack.
 MAX_JSON_ITEMS = 1 << 22
@@ -20,10 +29,11 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def dump(message: BaseModel, media_type: str) -> bytes:
-    """The message in ``media_type``, which is one of the two above."""
-    if media_type == MSGPACK_MEDIA_TYPE:
+    """The message in ``media_type``; of a stream's, as one item of it."""
+    if media_type in (MSGPACK_MEDIA_TYPE, MSGPACK_STREAM_MEDIA_TYPE):
         return codec.encode(message.model_dump())
-    return message.model_dump_json().encode()
+    text = message.model_dump_json().encode()
+    return text + b"\n" if media_type == NDJSON_MEDIA_TYPE else text
 
 
 def load(model: type[M], data: bytes, media_type: str, *, max_bytes: int) -> M:
@@ -38,6 +48,57 @@ def load(model: type[M], data: bytes, media_type: str, *, max_bytes: int) -> M:
         value = codec.decode(data, max_bytes=max_bytes)
     else:
         value = _load_json(data, max_bytes)
+    return _validate(model, value)
+
+
+def stream_messages(
+    chunks: Iterable[bytes], media_type: str, *, max_bytes: int
+) -> Iterator[GenerateEvent | GenerateEnd]:
+    """Parse and validate a streamed answer, each item as soon as it has come.
+
+    Args:
+        chunks: the body, cut anywhere.
+        media_type: of the stream: msgpack or JSON lines.
+        max_bytes: of the whole body.
+
+    Raises:
+        PayloadTooLargeError: more than ``max_bytes`` bytes, or too many items.
+        MalformedRequestError: not well-formed, cut off before its `GenerateEnd`, or going on
+            after it.
+        InvalidRequestError: an item is neither a `GenerateEvent` nor a `GenerateEnd`.
+    """
+    if media_type == MSGPACK_STREAM_MEDIA_TYPE:
+        values = codec.decode_stream(chunks, max_bytes=max_bytes)
+    else:
+        values = (_load_json(line, max_bytes) for line in _lines(chunks, max_bytes))
+    ended = False
+    for value in values:
+        if ended:
+            raise MalformedRequestError("the stream goes on after its last item")
+        ended = isinstance(value, dict) and "completion" not in value
+        yield _validate(GenerateEnd, value) if ended else _validate(GenerateEvent, value)
+    if not ended:
+        raise MalformedRequestError("the stream was cut off before its last item")
+
+
+def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    """Lines without their ends; what stands behind the last line's end is a line cut short."""
+    size = 0
+    line = bytearray()
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise PayloadTooLargeError(f"the body has over {max_bytes} bytes, the limit")
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            yield bytes(line) + end
+            line.clear()
+        line += rest
+    if line:
+        raise MalformedRequestError("the body ends in the middle of a line")
+
+
+def _validate(model: type[M], value: Any) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -131,6 +131,11 @@ class TeacherArguments:
         "at most an equal share of it for each replica.",
     )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
+    teacher_logprob_dtype: Literal["float16", "float32"] = _flag(
+        "float16",
+        "Of the top-k on the wire; the next token and the tail are float32 always, and the rounded "
+        "top-k is made to sum to one with them. float32 takes a third more bytes.",
+    )
     accept_teacher_change: bool = _flag(
         False, "Go on when another teacher answers at the same address in the middle of a run."
     )
@@ -586,6 +591,12 @@ def check_teacher(teacher: TeacherArguments) -> None:
             raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
     if teacher.top_k_logprobs < 1:
         raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
+    dtype = teacher.teacher_logprob_dtype
+    if teacher.teacher_protocol == "vllm" and dtype != TeacherArguments.teacher_logprob_dtype:
+        raise ConfigurationError(
+            f"--teacher_logprob_dtype {dtype} has no effect with --teacher_protocol vllm, which "
+            "sends decimal numbers; drop it"
+        )
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
 

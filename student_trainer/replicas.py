@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -41,7 +42,7 @@ _READY_TIMEOUT = 10.0
 # The same request may succeed later, at the same place.
 _PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
 # The same request may succeed now, at another place.
-_FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
+FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
 
 
 class Replicas:
@@ -57,6 +58,7 @@ class Replicas:
         urls: addresses, such as ``http://host:8000``.
         timeout: seconds to wait for an answer, with retries; one attempt gets an equal share of it
             for each replica, so that one that hangs leaves time for the others.
+        media_type: of requests and answers.
         ready: route that answers 200 when requests are taken.
         rejoins: whether the replica at a URL, ready again, is still the teacher that the others
             are. A `TeacherError` that it raises ends the run: the next request raises it.
@@ -68,6 +70,7 @@ class Replicas:
         urls: Sequence[str],
         *,
         timeout: float,
+        media_type: str,
         ready: str,
         rejoins: Callable[[str], bool],
         start: str,
@@ -78,14 +81,18 @@ class Replicas:
         self._rejoins = rejoins
         self._start = start
         self._share = timeout / len(self.urls)
-        self._outstanding = dict.fromkeys(self.urls, 0)
+        # For each call under way, what tells the tokens it still waits for.
+        self._outstanding: dict[str, list[Callable[[], int]]] = {url: [] for url in self.urls}
         self._out: set[str] = set()
         self._fatal: TeacherError | None = None
         self._bytes_received = 0
         self._tokens_scored = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._http = httpx.Client()
+        self._http = httpx.Client(
+            headers={"Accept": media_type, "Content-Type": media_type},
+            timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
+        )
         self._slots = threading.Semaphore(_CONNECTIONS)
         self._turn = 0
 
@@ -134,33 +141,35 @@ class Replicas:
         for url in self.urls:
             self._wait_for(url, deadline)
 
-    def request(
-        self,
-        url: str,
-        method: str,
-        path: str,
-        *,
-        headers: Mapping[str, str],
-        body: bytes | None = None,
-    ) -> bytes:
+    def request(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of the answer of one replica, asked once.
+
+        Raises: as `stream`.
+        """
+        with self.stream(url, method, path, body) as chunks:
+            return b"".join(chunks)
+
+    @contextlib.contextmanager
+    def stream(
+        self, url: str, method: str, path: str, body: bytes | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """The body of the answer of one replica, asked once, as it arrives.
 
         Raises:
             ProtocolError: what the refusal stands for.
-            httpx.TransportError: no answer; `call` tries elsewhere.
+            httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
-        response = self._http.request(
-            method,
-            url + path,
-            content=body,
-            headers=dict(headers),
-            timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
-        )
-        if response.status_code != 200:
-            raise _refusal(response)
-        with self._lock:
-            self._bytes_received += len(response.content)
-        return response.content
+        with self._http.stream(method, url + path, content=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise _refusal(response)
+            yield self._counted(response.iter_bytes())
+
+    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            with self._lock:
+                self._bytes_received += len(chunk)
+            yield chunk
 
     def ask(self, url: str, call: Callable[[str], R]) -> R:
         """``call`` of one replica that has just been ready.
@@ -175,8 +184,11 @@ class Replicas:
                 f"the teacher at {url} was ready and is gone again: {error}"
             ) from error
 
-    def call(self, call: Callable[[str], R], tokens: int) -> R:
+    def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
         """``call`` with the URL of a replica, of another one when it fails, until ``timeout``.
+
+        Args:
+            left: tokens whose answer is still to come; asked from any thread while this runs.
 
         Raises:
             TeacherUnreachableError: no answer within ``timeout`` seconds, or closed.
@@ -191,7 +203,7 @@ class Replicas:
             reraise=True,
         )
         try:
-            return retrying(self._try_each, call, tokens)
+            return retrying(self._try_each, call, left)
         except _PASSING as error:
             raise TeacherUnreachableError(
                 f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
@@ -206,22 +218,22 @@ class Replicas:
             ", ".join(self.urls), error, pause, self.timeout - (state.seconds_since_start or 0.0),
         )  # fmt: skip
 
-    def _try_each(self, call: Callable[[str], R], tokens: int) -> R:
+    def _try_each(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
         """The first answer of replicas that are up, each asked at most once."""
         tried: set[str] = set()
         while True:
-            url = self._take(tokens, tried)
+            url = self._take(left, tried)
             tried.add(url)
             try:
                 return call(url)
-            except _FAILURES as error:
+            except FAILURES as error:
                 if not self._leave_out(url, error, tried):
                     raise
             finally:
                 with self._lock:
-                    self._outstanding[url] -= tokens
+                    self._outstanding[url].remove(left)
 
-    def _take(self, tokens: int, tried: set[str]) -> str:
+    def _take(self, left: Callable[[], int], tried: set[str]) -> str:
         if self._closed.is_set():
             raise TeacherUnreachableError("the client is closed")
         with self._lock:
@@ -231,10 +243,13 @@ class Replicas:
             candidates = up or self.urls
             turn = self._turn % len(candidates)  # idle replicas take turns
             in_turn = candidates[turn:] + candidates[:turn]
-            url = min(in_turn, key=lambda u: self._outstanding[u])
+            url = min(in_turn, key=self._tokens_left)
             self._turn += 1
-            self._outstanding[url] += tokens
+            self._outstanding[url].append(left)
         return url
+
+    def _tokens_left(self, url: str) -> int:
+        return sum(left() for left in self._outstanding[url])
 
     def _leave_out(self, url: str, error: Exception, tried: set[str]) -> bool:
         """Leave ``url`` out until it is ready again; whether another one may be asked now."""
@@ -319,7 +334,8 @@ def _refusal(response: httpx.Response) -> ProtocolError:
         retry_after = float(response.headers.get("Retry-After", ""))
     except ValueError:
         retry_after = None
-    if response.status_code >= 500 and not problem:
+    # A gateway's 5xx, without a problem, passes; but its 504 too says that the request took long.
+    if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
 

@@ -91,18 +91,39 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
         one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
         return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
     scores = item.scores
-    ids = [scores.token_ids[learned].astype(np.int64), next_ids[:, None]]
-    values = [scores.logprobs[learned], scores.next_token_logprob[learned][:, None]]
+    ids = [scores.token_ids[learned].astype(np.int64)]
+    values = [scores.logprobs[learned]]
     if item.requested is not None:
         assert scores.requested_logprobs is not None  # the client checked
         ids.append(item.requested[learned].astype(np.int64))
         values.append(scores.requested_logprobs[learned])
+    # The next token comes first: it is float32 always, and of equal ids the first is kept.
+    token_ids = np.concatenate([next_ids[:, None], *ids], axis=1)  # [n, 1 + k + m]
+    token_ids[_repeated(token_ids)] = -1
+    logprobs = np.concatenate(values, axis=1).astype(np.float32)
+    logprobs[token_ids[:, 1:] < 0] = -np.inf
+    next_logprob = scores.next_token_logprob[learned].astype(np.float32)  # [n]
+    tail = scores.tail_logprob[learned].astype(np.float32)  # [n]
+    if scores.logprobs.dtype == np.float16:
+        logprobs = _normalized(logprobs, np.logaddexp(next_logprob, tail))
     return _within(
-        np.concatenate(ids, axis=1),
-        np.concatenate(values, axis=1).astype(np.float32),
-        scores.tail_logprob[learned].astype(np.float32),
-        vocab_size,
+        token_ids, np.concatenate([next_logprob[:, None], logprobs], axis=1), tail, vocab_size
     )
+
+
+def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Log-probs [n, K] that travelled as float16, moved so that with ``rest`` [n] they sum to one.
+
+    Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4: a divergence near zero
+    would be off by as much, and negative as often as not. All of a row are moved by one amount, by
+    no more than rounding can have caused; what is left of the error is of second order.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mass = np.log(-np.expm1(np.minimum(rest.astype(np.float64), 0.0)))  # [n]
+        found = np.log(np.exp(logprobs.astype(np.float64)).sum(axis=1))  # [n]
+        most = 2.0**-11 * np.abs(np.where(np.isfinite(logprobs), logprobs, 0.0)).max(axis=1)
+        shift = np.clip(np.nan_to_num(mass - found), -most, most)
+    return logprobs + shift[:, None].astype(np.float32)
 
 
 def _within(
@@ -111,9 +132,7 @@ def _within(
     tail: NDArray[np.float32],
     vocab_size: int,
 ) -> _Support:
-    """No id twice (−1 in its later places), and none outside: that mass goes to the tail."""
-    repeated = _repeated(ids)
-    ids, logprobs = np.where(repeated, -1, ids), np.where(repeated, -np.inf, logprobs)
+    """No id outside the shared vocabulary: that mass goes to the tail."""
     outside = ids >= vocab_size
     if outside.any():
         spilled = np.where(outside, logprobs, -np.inf)

@@ -6,46 +6,56 @@ HTTP ends here and in the two modules beside it: `student_trainer.replicas` and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, Self, TypeVar
+from functools import partial
+from operator import add, gt
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from shared import wire
+from shared import codec, wire
 from shared.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    MalformedRequestError,
     PayloadTooLargeError,
-    ProtocolError,
     TeacherAnswerError,
     TeacherChangedError,
     TokenizerMismatchError,
+    error_from_problem,
 )
 from shared.protocol import (
     PROTOCOL_VERSION,
     Completion,
+    GenerateEnd,
+    GenerateEvent,
     GenerateRequest,
-    GenerateResponse,
     InfoResponse,
+    Limits,
+    LogprobDtype,
     ScoreRequest,
     ScoreResponse,
     ScoreSequence,
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
-from student_trainer.replicas import Replicas
+from student_trainer.replicas import FAILURES, Replicas
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+R = TypeVar("R")
 
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
+OnCompletion = Callable[[int, Completion], None]  # told (prompt's number, completion)
 
 _MAX_ANSWER_BYTES = 1 << 30
-_HEADERS = {"Accept": wire.MSGPACK_MEDIA_TYPE, "Content-Type": wire.MSGPACK_MEDIA_TYPE}
 
 
 class Teacher(Protocol):
@@ -53,105 +63,14 @@ class Teacher(Protocol):
 
     Scores are at the temperature asked for. Errors of every call but `close`:
         InvalidRequestError: the teacher cannot do this; names the field and the limit.
+        PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much; names it.
         TeacherUnreachableError: no answer within the timeout.
         TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
         TeacherChangedError: another teacher answered.
     """
 
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    @property
-    def info(self) -> InfoResponse:
-        """What the teacher said of itself at `connect`."""
-        ...
-
-    def connect(self) -> InfoResponse:
-        """Wait until every replica is ready, and read what the teacher is."""
-        ...
-
-    def take_traffic(self) -> tuple[int, int]:
-        """(bytes received, completion tokens scored) since the last call."""
-        ...
-
-    def score(
-        self,
-        sequences: Sequences,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        requested: Sequence[NDArray[np.uint32]] | None = None,
-    ) -> list[SparseLogprobs]:
-        """Teacher distributions of every completion row, in the order given.
-
-        Args:
-            requested: for each sequence, ids [T, m] that its rows are scored at too.
-        """
-        ...
-
-    def submit_score(
-        self,
-        sequences: Sequences,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        requested: Sequence[NDArray[np.uint32]] | None = None,
-    ) -> Future[list[SparseLogprobs]]:
-        """`score` in the background."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-    ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores when ``top_k`` is given."""
-        ...
-
-    def submit_generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-    ) -> Future[list[Completion]]:
-        """`generate` in the background."""
-        ...
-
-
-class TeacherClient:
-    """`Teacher` that speaks the protocol of `shared.protocol`: one behind one or several addresses.
-
-    Args:
-        urls: addresses of replicas of one teacher, such as ``http://host:8000``.
-        timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
-        accept_change: go on when the teacher's identity changes in the middle of a run.
-    """
-
-    def __init__(
-        self, urls: Sequence[str], *, timeout: float = 600.0, accept_change: bool = False
-    ) -> None:
-        self.accept_change = accept_change
-        self._info: InfoResponse | None = None
-        self._lock = threading.Lock()
-        self._replicas = Replicas(
-            urls,
-            timeout=timeout,
-            ready="/ready",
-            rejoins=self._rejoins,
-            start="teacher-server serve MODEL",
-        )
+    _replicas: Replicas
+    _info: InfoResponse | None
 
     def __enter__(self) -> Self:
         return self
@@ -165,7 +84,7 @@ class TeacherClient:
 
     @property
     def info(self) -> InfoResponse:
-        """What the teacher said of itself at `connect`."""
+        """What is known of the teacher since `connect`."""
         if self._info is None:
             raise RuntimeError("call connect() first")
         return self._info
@@ -178,9 +97,9 @@ class TeacherClient:
         """Wait until every replica is ready, and read what the teacher is.
 
         Raises:
-            TeacherUnreachableError: one is not ready within ``timeout`` seconds.
+            TeacherUnreachableError: one is not ready within the timeout.
             TeacherChangedError: replicas are not one and the same teacher.
-            TeacherAnswerError: it speaks another version of the protocol.
+            TeacherAnswerError: something else listens there.
         """
         self._replicas.wait_until_ready()
         urls = self._replicas.urls
@@ -195,6 +114,72 @@ class TeacherClient:
                 )
         return self.info
 
+    def _get_info(self, url: str) -> InfoResponse:
+        """What one replica says of itself."""
+        ...
+
+    def _check(
+        self,
+        scores: Sequence[SparseLogprobs],
+        sequences: Sequences,
+        top_k: int,
+        requested: Sequence[int] | None = None,
+        *,
+        offset: int,
+    ) -> None:
+        """Check that scores fit what was asked, and count their rows.
+
+        Args:
+            requested: number m of requested ids of each sequence; None for none.
+            offset: number of the first sequence, for messages.
+
+        Raises:
+            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
+        """
+        if len(scores) != len(sequences):
+            raise TeacherAnswerError(
+                f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
+            )
+        widths = [0] * len(scores) if requested is None else requested
+        triples = zip(scores, sequences, widths, strict=True)
+        for number, (score, (ids, start), width) in enumerate(triples, offset):
+            expected = (len(ids) - start, top_k)
+            if score.token_ids.shape != expected:
+                raise TeacherAnswerError(
+                    f"sequence {number}: expected top-k arrays of shape {expected}, "
+                    f"got {score.token_ids.shape}"
+                )
+            found = score.requested_logprobs
+            if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+                raise TeacherAnswerError(
+                    f"sequence {number}: expected log-probs of {width} requested ids in "
+                    f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+                )
+            if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
+                raise TeacherAnswerError(
+                    f"sequence {number}: token id {int(score.token_ids.max())} is outside "
+                    f"the teacher's vocabulary of {self.info.vocab_size}"
+                )
+            score.require_finite(f"sequence {number}")
+        self._replicas.count_scored(sum(len(score) for score in scores))
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+    ) -> list[SparseLogprobs]:
+        """Teacher distributions of every completion row, in the order given.
+
+        Args:
+            top_k: log-probs for each row.
+            temperature: at which the teacher's logits are normalised.
+            requested: for each sequence, ids [T, m] that its rows are scored at too.
+        """
+        ...
+
     def submit_score(
         self,
         sequences: Sequences,
@@ -208,6 +193,78 @@ class TeacherClient:
             self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
         )
 
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.uint32]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        top_k: int | None = None,
+        score_temperature: float = 1.0,
+        on_completion: OnCompletion | None = None,
+    ) -> list[Completion]:
+        """One completion of each prompt [P], with its scores when ``top_k`` is given.
+
+        Args:
+            on_completion: is told each completion once, as it arrives, with its prompt's number.
+                The answer waits for it: it should only hand the completion on.
+        """
+        ...
+
+    def submit_generate(
+        self,
+        prompts: Sequence[NDArray[np.uint32]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        stop_token_ids: Sequence[int],
+        top_k: int | None = None,
+        score_temperature: float = 1.0,
+        on_completion: OnCompletion | None = None,
+    ) -> Future[list[Completion]]:
+        """`generate` in the background; ``on_completion`` is called there."""
+        return self._replicas.submit(
+            self.generate, prompts,
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            stop_token_ids=stop_token_ids, top_k=top_k, score_temperature=score_temperature,
+            on_completion=on_completion,
+        )  # fmt: skip
+
+
+class TeacherClient(Teacher):
+    """`Teacher` that speaks the protocol of `shared.protocol`.
+
+    Args:
+        urls: addresses of replicas of one teacher, such as ``http://host:8000``.
+        timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
+        accept_change: go on when the teacher's identity changes in the middle of a run.
+        logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float = 600.0,
+        accept_change: bool = False,
+        logprob_dtype: LogprobDtype = "float32",
+    ) -> None:
+        self.accept_change = accept_change
+        self.logprob_dtype = logprob_dtype
+        self._info = None
+        self._lock = threading.Lock()
+        self._replicas = Replicas(
+            urls,
+            timeout=timeout,
+            media_type=wire.MSGPACK_MEDIA_TYPE,
+            ready="/ready",
+            rejoins=self._rejoins,
+            start="teacher-server serve MODEL",
+        )
+
     def score(
         self,
         sequences: Sequences,
@@ -216,51 +273,34 @@ class TeacherClient:
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
     ) -> list[SparseLogprobs]:
-        """Teacher distributions of every completion row, in the order given.
-
-        Args:
-            sequences: (token_ids [L], completion_start) pairs.
-            top_k: log-probs for each row.
-            temperature: at which the teacher's logits are normalised.
-            requested: for each sequence, further ids [T, m] to score in each of its rows.
-
-        Raises:
-            InvalidRequestError: the teacher cannot score this; names the field and the limit.
-            TeacherUnreachableError: no answer within ``timeout`` seconds.
-            TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
-            TeacherChangedError: another teacher answered.
-        """
-        limits = self.info.limits
         asked = [None] * len(sequences) if requested is None else list(requested)
-        costs = [
-            (len(ids), (len(ids) - start) * (top_k + _width(more)))
+        items = [
+            ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
             for (ids, start), more in zip(sequences, asked, strict=True)
         ]
-        answers: list[SparseLogprobs] = []
-        for first, last in split(
-            costs, limits.max_sequences, limits.max_tokens, limits.max_logprobs
-        ):
-            part, wanted = sequences[first:last], asked[first:last]
-            request = ScoreRequest(
-                sequences=[
-                    ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
-                    for (ids, start), more in zip(part, wanted, strict=True)
-                ],
-                top_k=top_k,
-                temperature=temperature,
-            )
-            tokens = sum(len(ids) for ids, _ in part)
-            answer = self._post("/v1/score", request, ScoreResponse, tokens)
-            widths = [_width(more) for more in wanted]
-            self._count(answer.sequences, part, top_k, widths, offset=first)
-            answers += answer.sequences
-        return answers
+        widths = [_width(more) for more in asked]
+        envelope = ScoreRequest(
+            sequences=[], top_k=top_k, temperature=temperature, logprob_dtype=self.logprob_dtype
+        )
+        costs = [
+            (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))
+            for (ids, start), width, item in zip(sequences, widths, items, strict=True)
+        ]
 
-    def submit_generate(
-        self, prompts: Sequence[NDArray[np.uint32]], **options: Any
-    ) -> Future[list[Completion]]:
-        """`generate` in the background."""
-        return self._replicas.submit(self.generate, prompts, **options)
+        def ask(first: int, last: int) -> list[SparseLogprobs]:
+            request = envelope.model_copy(update={"sequences": items[first:last]})
+            tokens = sum(len(ids) for ids, _ in sequences[first:last])
+            body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
+            answer = self._replicas.call(
+                lambda url: self._call("POST", url, "/v1/score", ScoreResponse, body),
+                lambda: tokens,
+            )
+            self._check(
+                answer.sequences, sequences[first:last], top_k, widths[first:last], offset=first
+            )
+            return answer.sequences
+
+        return in_parts(costs, _room(self.info.limits, envelope), ask)
 
     def generate(
         self,
@@ -272,82 +312,122 @@ class TeacherClient:
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
+        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores when ``top_k`` is given.
-
-        Raises: as `score`.
-        """
-        limits = self.info.limits
-        costs = [(len(ids) + max_new_tokens, max_new_tokens * (top_k or 0)) for ids in prompts]
-        completions: list[Completion] = []
-        for first, last in split(
-            costs, limits.max_sequences, limits.max_tokens, limits.max_logprobs
-        ):
-            request = GenerateRequest(
-                prompts=list(prompts[first:last]),
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_token_ids=np.asarray(stop_token_ids, dtype=np.uint32),
-                top_k=top_k,
-                score_temperature=score_temperature,
-            )
-            tokens = sum(cost for cost, _ in costs[first:last])
-            answer = self._post("/v1/generate", request, GenerateResponse, tokens)
-            if [len(group) for group in answer.completions] != [1] * (last - first):
-                raise TeacherAnswerError(
-                    f"{last - first} completions were asked for, the teacher answered "
-                    f"{[len(group) for group in answer.completions]}"
-                )
-            part = [group[0] for group in answer.completions]
-            if top_k is not None:
-                self._count(
-                    [_required_scores(c) for c in part],
-                    [
-                        (np.append(p, c.token_ids), len(p))
-                        for p, c in zip(prompts[first:last], part, strict=True)
-                    ],
-                    top_k,
-                    [0] * len(part),
-                    offset=first,
-                )
-            completions += part
-        return completions
-
-    def _count(
-        self,
-        scores: Sequence[SparseLogprobs],
-        sequences: Sequences,
-        top_k: int,
-        requested: Sequence[int],
-        *,
-        offset: int,
-    ) -> None:
-        rows = check_scores(
-            scores,
-            sequences,
+        envelope = GenerateRequest(
+            prompts=[],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_token_ids=np.asarray(stop_token_ids, dtype=np.uint32),
             top_k=top_k,
-            vocab_size=self.info.vocab_size,
-            requested=requested,
-            offset=offset,
+            score_temperature=score_temperature,
+            logprob_dtype=self.logprob_dtype,
+            stream=True,
         )
-        self._replicas.count_scored(rows)
+        costs = [
+            (1, len(ids) + max_new_tokens, max_new_tokens * (top_k or 0), len(codec.encode(ids)))
+            for ids in prompts
+        ]
+        finished: dict[int, Completion] = {}
 
-    def _post(self, path: str, request: BaseModel, answer: type[M], tokens: int) -> M:
-        body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-        return self._replicas.call(lambda url: self._call("POST", url, path, answer, body), tokens)
+        def accept(index: int, completion: Completion) -> None:
+            self._check_completion(index, prompts[index], completion, max_new_tokens, top_k)
+            finished[index] = completion
+            if on_completion is not None:
+                on_completion(index, completion)
+
+        def missing(first: int, last: int) -> list[int]:
+            return [index for index in range(first, last) if index not in finished]
+
+        def ask(first: int, last: int) -> list[Completion]:
+            # A completion is a function of seed and prompt alone: what a cut connection or a part
+            # that was too large has brought already is not asked for again.
+            while indices := missing(first, last):
+                request = envelope.model_copy(update={"prompts": [prompts[i] for i in indices]})
+                body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
+                receive = partial(self._receive, body=body, indices=indices, accept=accept)
+                self._replicas.call(
+                    receive, lambda: sum(costs[index][1] for index in missing(first, last))
+                )
+            return [finished[index] for index in range(first, last)]
+
+        return in_parts(costs, _room(self.info.limits, envelope), ask)
+
+    def _receive(
+        self, url: str, *, body: bytes, indices: Sequence[int], accept: OnCompletion
+    ) -> None:
+        """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
+
+        Args:
+            body: a `GenerateRequest` of the prompts whose numbers are ``indices``.
+
+        Raises:
+            TeacherAnswerError: not such an answer, or not what was asked for.
+            ProtocolError, httpx.TransportError: no completion came; `Replicas.call` tries again.
+        """
+        path = "/v1/generate"
+        waiting = dict(enumerate(indices))  # place in the request -> number of the prompt
+        try:
+            with self._replicas.stream(url, "POST", path, body) as chunks:
+                for message in _messages(url + path, chunks):
+                    if isinstance(message, GenerateEnd):
+                        self._check_identity(url, message.teacher)
+                        if message.problem is not None:
+                            problem = message.problem
+                            raise error_from_problem(problem.status, problem.model_dump())
+                        continue
+                    index = waiting.pop(message.prompt, None)
+                    if index is None or message.sample != 0:
+                        raise TeacherAnswerError(
+                            f"{url}{path} answered completion {message.sample} of prompt "
+                            f"{message.prompt}, which was not asked for or had come before"
+                        )
+                    accept(index, message.completion)
+        except FAILURES as error:
+            if len(waiting) == len(indices):
+                raise
+            logger.warning(
+                "The answer of %s broke off (%s); %d of its %d completions are asked for again",
+                url, error, len(waiting), len(indices),
+            )  # fmt: skip
+        else:
+            if waiting:
+                raise TeacherAnswerError(
+                    f"{len(indices)} completions were asked for, {url} answered "
+                    f"{len(indices) - len(waiting)}"
+                )
+
+    def _check_completion(
+        self,
+        index: int,
+        prompt: NDArray[np.uint32],
+        completion: Completion,
+        max_new_tokens: int,
+        top_k: int | None,
+    ) -> None:
+        ids = completion.token_ids
+        if not 1 <= len(ids) <= max_new_tokens or int(ids.max()) >= self.info.vocab_size:
+            raise TeacherAnswerError(
+                f"completion {index} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; "
+                f"asked for were 1 to {max_new_tokens} of a vocabulary of {self.info.vocab_size}"
+            )
+        if top_k is None:
+            return
+        if completion.scores is None:
+            raise TeacherAnswerError(f"completion {index} came without the scores asked for")
+        sequence = (np.append(prompt, ids), len(prompt))
+        self._check([completion.scores], [sequence], top_k, offset=index)
 
     def _call(
         self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None
     ) -> M:
-        content = self._replicas.request(url, method, path, headers=_HEADERS, body=body)
-        try:
+        content = self._replicas.request(url, method, path, body)
+        with _readable(url + path):
             message = wire.load(
                 answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
             )
-        except (ProtocolError, PayloadTooLargeError) as error:
-            raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
-        if isinstance(message, (ScoreResponse, GenerateResponse)):
+        if isinstance(message, ScoreResponse):
             self._check_identity(url, message.teacher)
         return message
 
@@ -396,83 +476,85 @@ class TeacherClient:
         return info
 
 
-def check_scores(
-    scores: Sequence[SparseLogprobs],
-    sequences: Sequences,
-    *,
-    top_k: int,
-    vocab_size: int,
-    requested: Sequence[int] | None = None,
-    offset: int = 0,
-) -> int:
-    """Number of rows of an answer, after a check that it fits what was asked.
+def in_parts(
+    costs: Sequence[tuple[int, ...]],
+    room: tuple[int, ...],
+    ask: Callable[[int, int], list[R]],
+) -> list[R]:
+    """Answers for all sequences, in order, from requests that the teacher can take.
+
+    A request that is still too large (413) or not answered in time (504) is asked in halves.
 
     Args:
-        scores: the answer.
-        sequences: what was sent.
-        top_k: log-probs asked for.
-        vocab_size: of the teacher.
-        requested: number m of requested ids of each sequence; None for none.
-        offset: number of the first sequence, for messages.
+        costs: of each sequence, in several units; the second is tokens.
+        room: what they may sum to in one request.
+        ask: answers for the sequences from ``first`` up to, without, ``last``.
 
     Raises:
-        TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
+        PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much.
     """
-    if len(scores) != len(sequences):
-        raise TeacherAnswerError(
-            f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
-        )
-    widths = [0] * len(scores) if requested is None else requested
-    triples = zip(scores, sequences, widths, strict=True)
-    for index, (score, (ids, start), width) in enumerate(triples):
-        expected = (len(ids) - start, top_k)
-        if score.token_ids.shape != expected:
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: expected top-k arrays of shape {expected}, "
-                f"got {score.token_ids.shape}"
-            )
-        found = score.requested_logprobs
-        if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: expected log-probs of {width} requested ids in "
-                f"{expected[0]} rows, got {'none' if found is None else found.shape}"
-            )
-        if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
-            raise TeacherAnswerError(
-                f"sequence {offset + index}: token id {int(score.token_ids.max())} is outside "
-                f"the teacher's vocabulary of {vocab_size}"
-            )
-        score.require_finite(f"sequence {offset + index}")
-    return sum(len(score) for score in scores)
+    answers: list[R] = []
+    parts = split(costs, room)[::-1]  # the next one last
+    while parts:
+        first, last = parts.pop()
+        try:
+            answers += ask(first, last)
+        except (PayloadTooLargeError, DeadlineExceededError) as error:
+            if last - first == 1:
+                raise type(error)(
+                    f"sequence {first}, of {costs[first][1]} tokens, is too much alone: "
+                    f"{error.detail}. Lower --max_length, --max_new_tokens or --top_k_logprobs, or "
+                    "raise --request-timeout (504) or --max-request-bytes (413) of the server, or "
+                    "the limits of a gateway before it"
+                ) from error
+            middle = (first + last) // 2
+            logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)
+            parts += [(middle, last), (first, middle)]
+    return answers
 
 
-def split(
-    costs: Sequence[tuple[int, int]], max_count: int, max_tokens: int, max_logprobs: int
-) -> list[tuple[int, int]]:
-    """[first, last) ranges whose summed (tokens, log-probs) keep within a request's limits."""
+def split(costs: Sequence[tuple[int, ...]], room: tuple[int, ...]) -> list[tuple[int, int]]:
+    """[first, last) ranges whose summed costs keep within ``room``, or of a single sequence."""
     ranges: list[tuple[int, int]] = []
-    first = tokens = logprobs = 0
-    for index, (more_tokens, more_logprobs) in enumerate(costs):
-        full = (
-            index - first >= max_count
-            or tokens + more_tokens > max_tokens
-            or logprobs + more_logprobs > max_logprobs
-        )
-        if full and index > first:
+    first, total = 0, (0,) * len(room)
+    for index, cost in enumerate(costs):
+        total = tuple(map(add, total, cost))
+        if index > first and any(map(gt, total, room)):
             ranges.append((first, index))
-            first, tokens, logprobs = index, 0, 0
-        tokens += more_tokens
-        logprobs += more_logprobs
+            first, total = index, cost
     if costs:
         ranges.append((first, len(costs)))
     return ranges
+
+
+def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
+    """Sequences, tokens, log-probs and bytes that fit a request beside its other fields."""
+    list_header = 4  # more than that of the envelope's empty list
+    body = limits.max_body_bytes - _size(envelope) - list_header
+    return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
+
+
+def _size(message: BaseModel) -> int:
+    """Bytes in a request's body."""
+    return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
 
 
 def _width(requested: NDArray[np.uint32] | None) -> int:
     return 0 if requested is None else requested.shape[1]
 
 
-def _required_scores(completion: Completion) -> SparseLogprobs:
-    if completion.scores is None:
-        raise TeacherAnswerError("scores were asked for with the completions, none came")
-    return completion.scores
+def _messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
+    # A generator: what the reader of a message raises does not come by here.
+    with _readable(where):
+        yield from wire.stream_messages(
+            chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
+        )
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """What cannot be decoded is a `TeacherAnswerError`."""
+    try:
+        yield
+    except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
+        raise TeacherAnswerError(f"{where} answered something else: {error}") from error

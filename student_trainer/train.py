@@ -115,6 +115,7 @@ def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
+        logprob_dtype=teacher.teacher_logprob_dtype,
     )
 
 

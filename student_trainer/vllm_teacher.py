@@ -10,8 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,20 +34,19 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import Sequences, check_scores, split
+from student_trainer.teacher import OnCompletion, Sequences, Teacher, in_parts
 
 logger = logging.getLogger(__name__)
 
-_HEADERS = {"Accept": "application/json", "Content-Type": "application/json"}
 _PROBED_TOKENS = 4096
 # Bounds an answer to some 75 MB of JSON: all rows are sent, those of the prompts too.
-_LIMITS = Limits(max_sequences=1024, max_tokens=262_144, max_logprobs=1 << 20)
+_ROOM = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
 # What is left beside log-probs in float32 cannot be told from nothing below this.
 _RESOLUTION = 2.0**-24
 _MAX_VOCABULARY = 1 << 24
 
 
-class VllmTeacher:
+class VllmTeacher(Teacher):
     """`student_trainer.teacher.Teacher` over vLLM's own OpenAI-style server.
 
     vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked (see
@@ -78,31 +76,15 @@ class VllmTeacher:
         self._tokenizer = tokenizer
         self._rows = rows
         self._top_k = top_k
-        self._info: InfoResponse | None = None
+        self._info = None
         self._replicas = Replicas(
-            urls, timeout=timeout, ready="/health", rejoins=self._rejoins, start="vllm serve MODEL"
+            urls,
+            timeout=timeout,
+            media_type="application/json",
+            ready="/health",
+            rejoins=self._rejoins,
+            start="vllm serve MODEL",
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Drop what is in flight."""
-        self._replicas.close()
-
-    @property
-    def info(self) -> InfoResponse:
-        """What is known of the teacher since `connect`."""
-        if self._info is None:
-            raise RuntimeError("call connect() first")
-        return self._info
-
-    def take_traffic(self) -> tuple[int, int]:
-        """(bytes received, completion tokens scored) since the last call."""
-        return self._replicas.take_traffic()
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and check what vLLM lets one check.
@@ -118,17 +100,9 @@ class VllmTeacher:
             ConfigurationError: vLLM serves fewer log-probs; names the flag that raises its limit.
             TeacherAnswerError: this is not vLLM.
         """
-        self._replicas.wait_until_ready()
+        super().connect()
         urls = self._replicas.urls
         for url in urls:
-            identity, context = self._replicas.ask(url, self._identify)
-            if self._info is None:
-                self._info = self._describe(identity, context)
-            elif identity != self._info.teacher:
-                raise TeacherChangedError(
-                    f"the replicas are different teachers: {urls[0]} is {self._info.teacher}, "
-                    f"{url} is {identity}. Serve one model, or give one --teacher_url"
-                )
             self._check_tokenizer(url)
             self._check_top_k(url)
         vocab_size = self._count_token_ids(urls[0])
@@ -142,19 +116,6 @@ class VllmTeacher:
             self.info.max_model_len + 1, vocab_size, min(len(self._tokenizer), _PROBED_TOKENS),
         )  # fmt: skip
         return self.info
-
-    def submit_score(
-        self,
-        sequences: Sequences,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        requested: Sequence[NDArray[np.uint32]] | None = None,
-    ) -> Future[list[SparseLogprobs]]:
-        """`score` in the background."""
-        return self._replicas.submit(
-            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
-        )
 
     def score(
         self,
@@ -180,9 +141,9 @@ class VllmTeacher:
                 "a prompt; use 1.0, or `teacher-server serve`",
                 field="temperature",
             )
-        costs = [(len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
-        answers: list[SparseLogprobs] = []
-        for first, last in _split(costs):
+        costs = [(1, len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
+
+        def ask(first: int, last: int) -> list[SparseLogprobs]:
             part = sequences[first:last]
             choices = self._complete(
                 [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
@@ -191,18 +152,10 @@ class VllmTeacher:
                 self._read_scores(choice, ids, start, top_k)
                 for choice, (ids, start) in zip(choices, part, strict=True)
             ]
-            rows = check_scores(
-                scores, part, top_k=top_k, vocab_size=self.info.vocab_size, offset=first
-            )
-            self._replicas.count_scored(rows)
-            answers += scores
-        return answers
+            self._check(scores, part, top_k, offset=first)
+            return scores
 
-    def submit_generate(
-        self, prompts: Sequence[NDArray[np.uint32]], **options: Any
-    ) -> Future[list[Completion]]:
-        """`generate` in the background."""
-        return self._replicas.submit(self.generate, prompts, **options)
+        return in_parts(costs, _ROOM, ask)
 
     def generate(
         self,
@@ -214,14 +167,12 @@ class VllmTeacher:
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
+        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """One completion of each prompt [P]; with ``top_k`` a second pass scores them.
+        """As `Teacher`, scored in a second pass; all completions arrive at once."""
+        costs = [(1, len(ids) + max_new_tokens, 0) for ids in prompts]
 
-        Raises: as `score`.
-        """
-        costs = [(len(ids) + max_new_tokens, 0) for ids in prompts]
-        completions: list[Completion] = []
-        for first, last in _split(costs):
+        def ask(first: int, last: int) -> list[Completion]:
             choices = self._complete(
                 prompts[first:last],
                 max_tokens=max_new_tokens,
@@ -230,21 +181,26 @@ class VllmTeacher:
                 stop_token_ids=[int(i) for i in stop_token_ids],
                 return_token_ids=True,
             )
-            completions += [_read_completion(choice) for choice in choices]
-        if top_k is None:
-            return completions
-        scores = self.score(
-            [
-                (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
-                for prompt, completion in zip(prompts, completions, strict=True)
-            ],
-            top_k=top_k,
-            temperature=score_temperature,
-        )
-        return [
-            completion.model_copy(update={"scores": score})
-            for completion, score in zip(completions, scores, strict=True)
-        ]
+            return [_read_completion(choice) for choice in choices]
+
+        completions = in_parts(costs, _ROOM, ask)
+        if top_k is not None:
+            scores = self.score(
+                [
+                    (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
+                    for prompt, completion in zip(prompts, completions, strict=True)
+                ],
+                top_k=top_k,
+                temperature=score_temperature,
+            )
+            completions = [
+                completion.model_copy(update={"scores": score})
+                for completion, score in zip(completions, scores, strict=True)
+            ]
+        if on_completion is not None:
+            for index, completion in enumerate(completions):
+                on_completion(index, completion)
+        return completions
 
     def _complete(
         self, prompts: Sequence[NDArray[np.uint32]], *, max_tokens: int, **options: Any
@@ -263,7 +219,7 @@ class VllmTeacher:
         }
         tokens = sum(len(ids) + max_tokens for ids in prompts)
         answer = self._replicas.call(
-            lambda url: self._ask(url, "POST", "/v1/completions", body), tokens
+            lambda url: self._ask(url, "POST", "/v1/completions", body), lambda: tokens
         )
         model, choices = answer.get("model"), answer.get("choices")
         if model != self.info.teacher.model:
@@ -319,8 +275,8 @@ class VllmTeacher:
             tail_logprob=tail,
         )
 
-    def _identify(self, url: str) -> tuple[TeacherIdentity, int]:
-        """What vLLM says of its model, and its context in tokens."""
+    def _get_info(self, url: str) -> InfoResponse:
+        """What vLLM says of its model; what it does not say is the student's."""
         models = self._ask(url, "GET", "/v1/models").get("data")
         own = [m for m in models or [] if isinstance(m, dict) and m.get("parent") is None]
         if not own or not isinstance(own[0].get("max_model_len"), int):
@@ -328,30 +284,31 @@ class VllmTeacher:
                 f"{url}/v1/models names no model of vLLM; start it with `vllm serve MODEL`, or use "
                 "--teacher_protocol sparse-gkd for `teacher-server serve`"
             )
-        identity = TeacherIdentity(
-            model=str(own[0]["id"]),
-            fingerprint="unknown",
-            dtype="unknown",
-            backend="vllm serve",
-            version=str(self._ask(url, "GET", "/version").get("version")),
-        )
-        return identity, int(own[0]["max_model_len"])
-
-    def _describe(self, identity: TeacherIdentity, context: int) -> InfoResponse:
         return InfoResponse(
             protocol_version=PROTOCOL_VERSION,
-            teacher=identity,
+            teacher=TeacherIdentity(
+                model=str(own[0]["id"]),
+                fingerprint="unknown",
+                dtype="unknown",
+                backend="vllm serve",
+                version=str(self._ask(url, "GET", "/version").get("version")),
+            ),
             tokenizer=tokenizer_identity(self._tokenizer),
             vocab_size=self._rows,  # until they are counted
-            max_model_len=context - 1,  # scoring generates one token more
+            max_model_len=int(own[0]["max_model_len"]) - 1,  # scoring generates one token more
             eos_token_ids=[],
-            limits=_LIMITS.model_copy(update={"max_top_k": self._top_k}),
+            limits=Limits(
+                max_sequences=_ROOM[0],
+                max_tokens=_ROOM[1],
+                max_logprobs=_ROOM[2],
+                max_top_k=self._top_k,
+            ),
             capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
         )
 
     def _rejoins(self, url: str) -> bool:
         """Whether a replica that is back is the teacher that the others are."""
-        identity, _ = self._identify(url)
+        identity = self._get_info(url).teacher
         if identity == self.info.teacher:
             return True
         if self.accept_change and identity.model == self.info.teacher.model:
@@ -427,7 +384,7 @@ class VllmTeacher:
         self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
-        content = self._replicas.request(url, method, path, headers=_HEADERS, body=data)
+        content = self._replicas.request(url, method, path, data)
         try:
             answer = json.loads(content)
         except ValueError as error:
@@ -435,10 +392,6 @@ class VllmTeacher:
         if not isinstance(answer, dict):
             raise TeacherAnswerError(f"{url}{path} answered {type(answer).__name__}, not an object")
         return answer
-
-
-def _split(costs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return split(costs, _LIMITS.max_sequences, _LIMITS.max_tokens, _LIMITS.max_logprobs)
 
 
 def _read_row(row: Any, number: int) -> dict[int, float]:

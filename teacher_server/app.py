@@ -8,7 +8,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -18,6 +18,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from shared import __version__, wire
 from shared.errors import (
@@ -34,6 +36,8 @@ from shared.errors import (
 from shared.protocol import (
     PROTOCOL_VERSION,
     Completion,
+    GenerateEnd,
+    GenerateEvent,
     GenerateRequest,
     GenerateResponse,
     InfoResponse,
@@ -128,26 +132,36 @@ class TeacherApp:
         async def endpoint(request: Request) -> Response:
             request_id = _request_id(request)
             since = time.perf_counter()
+
+            def ended(status: int) -> None:
+                self.metrics.requests.labels(path, str(status)).inc()
+                self.metrics.latency.labels(path).observe(time.perf_counter() - since)
+
             try:
                 response = await handler(request, request_id)
                 response.headers[_REQUEST_ID] = request_id
-            except ProtocolError as error:
-                response = refusal(error, request_id)
-                self.metrics.rejected.labels(error.slug()).inc()
             except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=_CLIENT_GONE)
-            except Exception:
-                logger.exception("Request %s failed", request_id)
-                hidden = InternalError(f"internal error; the log of request {request_id} says more")
-                response = refusal(hidden, request_id)
+            except Exception as error:
+                response = refusal(self._shown(error, request_id), request_id)
             if getattr(request.state, "hang_up", False):
                 # Kept open, the connection would go on to receive what nobody will read.
                 response.headers["Connection"] = "close"
-            self.metrics.requests.labels(path, str(response.status_code)).inc()
-            self.metrics.latency.labels(path).observe(time.perf_counter() - since)
+            if isinstance(response, _Stream):
+                response.ended = ended
+            else:
+                ended(response.status_code)
             return response
 
         return endpoint
+
+    def _shown(self, error: Exception, request_id: str) -> ProtocolError:
+        """What the caller is told of ``error``; the log keeps what was not meant for it."""
+        if not isinstance(error, ProtocolError):
+            logger.error("Request %s failed", request_id, exc_info=error)
+            return InternalError(f"internal error; the log of request {request_id} says more")
+        self.metrics.rejected.labels(error.slug()).inc()
+        return error
 
     async def _score(self, request: Request, request_id: str) -> Response:
         """Sparse log-probs of token sequences."""
@@ -172,6 +186,8 @@ class TeacherApp:
         asked = await self._read(request, GenerateRequest)
         check_generate_request(asked, info)
         jobs = _generate_jobs(asked)
+        if asked.stream:
+            return await self._stream(request, request_id, jobs, asked.n)
         with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
             flat: list[Completion] = await self.admission.run(
                 _all([backend.generate(job) for job in jobs], "prompts", asked.n),
@@ -184,6 +200,74 @@ class TeacherApp:
                 request_id=request_id,
             )
             return await _answer(request, answer)
+
+    async def _stream(
+        self, request: Request, request_id: str, jobs: list[GenerateJob], n: int
+    ) -> Response:
+        """Each completion when it is finished.
+
+        What fails before the first one is an ordinary refusal, so the response waits for it.
+        """
+        backend, info = self._loaded()
+        media_type = wire.STREAM_MEDIA_TYPES[_accepted(request)]
+        finished = self._as_they_finish(request, backend, jobs, n)
+        first = await anext(finished)
+
+        async def items() -> AsyncGenerator[bytes, None]:
+            problem = None
+            try:
+                yield await asyncio.to_thread(wire.dump, first, media_type)
+                async for event in finished:
+                    yield await asyncio.to_thread(wire.dump, event, media_type)
+            except ClientGoneError:
+                stream.outcome = _CLIENT_GONE
+                return
+            except Exception as error:
+                shown = self._shown(error, request_id)
+                stream.outcome = shown.status
+                problem = Problem.model_validate(shown.to_problem(request_id))
+            finally:
+                await finished.aclose()
+            end = GenerateEnd(teacher=info.teacher, request_id=request_id, problem=problem)
+            yield wire.dump(end, media_type)
+
+        stream = _Stream(items(), media_type)
+        return stream
+
+    async def _as_they_finish(
+        self, request: Request, backend: Backend, jobs: list[GenerateJob], n: int
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """Completions in the order they finish; then raises what kept the others from it.
+
+        The work goes on, and its place in the queue is free again, however slowly this is read.
+        """
+        finished: asyncio.Queue[GenerateEvent | None] = asyncio.Queue()
+
+        async def one(index: int, job: GenerateJob) -> None:
+            completion = await backend.generate(job)
+            self._count_generated([job], [completion])
+            finished.put_nowait(
+                GenerateEvent.model_construct(
+                    prompt=index // n, sample=index % n, completion=completion
+                )
+            )
+
+        async def all_of_them() -> None:
+            with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
+                await self.admission.run(
+                    _all([one(index, job) for index, job in enumerate(jobs)], "prompts", n),
+                    lambda: _disconnected(request),
+                )
+
+        work = asyncio.ensure_future(all_of_them())
+        work.add_done_callback(lambda _: finished.put_nowait(None))
+        try:
+            while (event := await finished.get()) is not None:
+                yield event
+            await work
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
 
     def _count_scored(self, jobs: list[ScoreJob]) -> None:
         rows = sum(job.rows for job in jobs)
@@ -310,6 +394,30 @@ class TeacherApp:
         return await asyncio.to_thread(wire.load, model, bytes(body), media_type, max_bytes=limit)
 
 
+class _Stream(StreamingResponse):
+    """Sends items as they come, and says at the end how it went.
+
+    Attributes:
+        outcome: the status that it would have had, had it been known at the beginning.
+        ended: is told the outcome.
+    """
+
+    body_iterator: AsyncGenerator[bytes, None]
+
+    def __init__(self, items: AsyncGenerator[bytes, None], media_type: str) -> None:
+        super().__init__(items, media_type=media_type)
+        self.outcome = 200
+        self.ended: Callable[[int], None] = lambda status: None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The items watch for a caller who leaves; starlette's own watch would do it twice.
+        try:
+            await self.stream_response(send)
+        finally:
+            await self.body_iterator.aclose()
+            self.ended(self.outcome)
+
+
 def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
     return [
         ScoreJob(
@@ -380,10 +488,15 @@ async def _disconnected(request: Request) -> None:
 
 
 def _accepted(request: Request) -> str:
-    """Media type of the answer: what Accept names first, else the request's, else JSON."""
+    """Media type of the answer: what Accept names first, else the request's, else JSON.
+
+    A stream's media type stands for that of its items: one message is a stream of one.
+    """
     accept = request.headers.get("accept", "*/*")
     wanted = [part.split(";")[0].strip().lower() for part in accept.split(",")]
+    of_items = {stream: media_type for media_type, stream in wire.STREAM_MEDIA_TYPES.items()}
     for media_type in wanted:
+        media_type = of_items.get(media_type, media_type)
         if media_type in _MEDIA_TYPES:
             return media_type
     if not {"*/*", "application/*", ""} & set(wanted):
@@ -427,6 +540,7 @@ def _json(value: Any) -> Response:
     return Response(json.dumps(value), media_type=wire.JSON_MEDIA_TYPE)
 
 
+_STREAMED: tuple[type[BaseModel], ...] = (GenerateEvent, GenerateEnd)
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
     "/v1/score": (ScoreRequest, ScoreResponse),
     "/v1/generate": (GenerateRequest, GenerateResponse),
@@ -458,9 +572,15 @@ def _documented(path: str) -> dict[str, Any]:
         return {media_type: {"schema": schema} for media_type in reversed(_MEDIA_TYPES)}
 
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
+    answers = both(answered)
+    if path == "/v1/generate":
+        items = [{"$ref": f"#/components/schemas/{item.__name__}"} for item in _STREAMED]
+        answers |= {
+            stream: {"schema": {"oneOf": items}} for stream in wire.STREAM_MEDIA_TYPES.values()
+        }
     entry: dict[str, Any] = {
         "responses": {
-            "200": {"description": "The answer", "content": both(answered)},
+            "200": {"description": "The answer", "content": answers},
             "default": {
                 "description": "Problem document (RFC 9457)",
                 "content": {"application/problem+json": problem},
@@ -476,6 +596,7 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
     if api.openapi_schema is None:
         schema = get_openapi(title=api.title, version=api.version, routes=api.routes)
         models = [m for pair in _BODIES.values() for m in pair if m is not None] + [Problem]
+        models += _STREAMED
         models += [model for model in _OPENAI.values() if model is not None]
         _, definitions = models_json_schema(
             [(model, "validation") for model in models],

@@ -7,14 +7,11 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
 
 logger = logging.getLogger(__name__)
-
-# Told to a running batch: for each of its jobs, whether somebody still waits for the answer.
-Wanted = Callable[[], list[bool]]
 
 
 class Sized(Protocol):
@@ -31,19 +28,39 @@ class _Waiting(Generic[J, A]):
     job: J
     answer: asyncio.Future[A]
 
+    def settle(self, answer: A) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+
+class Callers(Generic[A]):
+    """Those who wait for a running batch, as the thread that runs it sees them."""
+
+    def __init__(self, batch: Sequence[_Waiting[Any, A]], loop: asyncio.AbstractEventLoop) -> None:
+        self._batch = batch
+        self._loop = loop
+
+    def waiting(self) -> list[bool]:
+        """For each job, whether somebody still waits for its answer."""
+        return [not waiting.answer.done() for waiting in self._batch]
+
+    def answer(self, index: int, answer: A) -> None:
+        """Answer one job now, whatever the others still need."""
+        self._loop.call_soon_threadsafe(self._batch[index].settle, answer)
+
 
 class Batcher(Generic[J, A]):
     """Joins jobs of all clients into batches for one model.
 
     A batch takes the job that waited longest, then those nearest to it in length, in order of
     arrival, as long as the padded batch (longest × count) fits ``max_batch_tokens``; what does not
-    fit waits, and is the oldest soon. A batch that fails is tried again in halves, so one bad job
-    fails alone and a batch too large for the memory is split. Jobs whose caller went away are
-    dropped unrun.
+    fit waits, and is the oldest soon. A batch that fails is tried again in halves, without the jobs
+    that have an answer, so one bad job fails alone and a batch too large for the memory is split.
+    Jobs whose caller went away are dropped unrun.
 
     Args:
-        run: computes the answers of a batch, in order; called in ``executor``. It may ask which
-            answers are still wanted, and end early when none is.
+        run: answers each job of a batch that somebody waits for, as soon as it can; called in
+            ``executor``. It may ask who still waits, and end early when nobody does.
         executor: the thread that owns the model, shared by all batchers of one model.
         max_batch_tokens: padded tokens of a batch; a longer single job still runs, alone.
         observe: is told (jobs, padded tokens) of each batch.
@@ -51,7 +68,7 @@ class Batcher(Generic[J, A]):
 
     def __init__(
         self,
-        run: Callable[[Sequence[J], Wanted], list[A]],
+        run: Callable[[Sequence[J], Callers[A]], None],
         executor: Executor,
         *,
         max_batch_tokens: int,
@@ -132,13 +149,9 @@ class Batcher(Generic[J, A]):
         if not batch:
             return True
         jobs = [waiting.job for waiting in batch]
-
-        def wanted() -> list[bool]:
-            return [not waiting.answer.done() for waiting in batch]
-
         loop = asyncio.get_running_loop()
         try:
-            answers = await loop.run_in_executor(self._executor, self._run, jobs, wanted)
+            await loop.run_in_executor(self._executor, self._run, jobs, Callers(batch, loop))
         except Exception as error:
             if len(batch) > 1:
                 # As text: a log record would keep the exception, and all that its frames hold.
@@ -148,8 +161,4 @@ class Batcher(Generic[J, A]):
                 return False
             if not batch[0].answer.done():
                 batch[0].answer.set_exception(error)
-            return True
-        for waiting, answer in zip(batch, answers, strict=True):
-            if not waiting.answer.done():
-                waiting.answer.set_result(answer)
         return True

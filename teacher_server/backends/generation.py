@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation import (
     LogitsProcessorList,
@@ -29,17 +28,20 @@ def generate_rows(
     jobs: Sequence[GenerateJob],
     eos_token_ids: Sequence[int],
     pad: int,
-    wanted: Callable[[], list[bool]],
+    waiting: Callable[[], list[bool]],
+    ended: Callable[[dict[int, Completion]], None],
     *,
     vocab_size: int,
-) -> list[Completion]:
+) -> None:
     """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
 
     Args:
         eos_token_ids: end every row, beside its own stop tokens.
         pad: any valid id; the attention mask hides it.
+        waiting: which rows somebody still waits for; the others end at once.
+        ended: is told after each token which rows have ended in it, and with what. A row that
+            nobody waits for is never among them.
         vocab_size: ids from here on, padding of the output layer, are never generated.
-        wanted: which rows somebody still waits for; the others end at once, with any completion.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -61,17 +63,14 @@ def generate_rows(
         pad_token_id=pad,
         use_cache=True,
     )
-    output: Any = model.generate(
+    model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
-        stopping_criteria=StoppingCriteriaList([_StopRows(jobs, stops, width, wanted, device)]),
+        stopping_criteria=StoppingCriteriaList(
+            [_StopRows(jobs, stops, width, waiting, ended, device)]
+        ),
     )
-    generated = output[:, width:].cpu().numpy()
-    return [
-        _cut(ids[: job.max_new_tokens], stop)
-        for ids, job, stop in zip(generated, jobs, stops, strict=True)
-    ]
 
 
 def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list[int]]:
@@ -91,14 +90,6 @@ def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list
     return groups
 
 
-def _cut(ids: NDArray[np.int64], stops: Sequence[int]) -> Completion:
-    ends = np.flatnonzero(np.isin(ids, stops))
-    length = int(ends[0]) + 1 if len(ends) else len(ids)
-    return Completion(
-        token_ids=ids[:length].astype(np.uint32), finish_reason="stop" if len(ends) else "length"
-    )
-
-
 class _StopRows(StoppingCriteria):
     """Ends each row at its own stop tokens and length, or when nobody waits for it any more."""
 
@@ -107,11 +98,14 @@ class _StopRows(StoppingCriteria):
         jobs: Sequence[GenerateJob],
         stops: Sequence[Sequence[int]],
         prompt_width: int,
-        wanted: Callable[[], list[bool]],
+        waiting: Callable[[], list[bool]],
+        ended: Callable[[dict[int, Completion]], None],
         device: torch.device,
     ) -> None:
         self.prompt_width = prompt_width
-        self.wanted = wanted
+        self.waiting = waiting
+        self.ended = ended
+        self.running = torch.ones(len(jobs), dtype=torch.bool, device=device)
         self.lengths = torch.tensor([job.max_new_tokens for job in jobs], device=device)
         widest = max(map(len, stops))
         padded = [[*stop, *[-1] * (widest - len(stop))] for stop in stops]
@@ -119,8 +113,20 @@ class _StopRows(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         length = input_ids.shape[1] - self.prompt_width
-        gone = ~torch.tensor(self.wanted(), device=input_ids.device)
-        return (input_ids[:, -1:] == self.stops).any(dim=1) | (self.lengths <= length) | gone
+        self.running &= torch.tensor(self.waiting(), device=input_ids.device)
+        stopped = (input_ids[:, -1:] == self.stops).any(dim=1)  # [B]
+        now = self.running & (stopped | (self.lengths <= length))
+        self.running &= ~now
+        self.ended(
+            {
+                row: Completion(
+                    token_ids=input_ids[row, self.prompt_width :].cpu().numpy().astype(np.uint32),
+                    finish_reason="stop" if stopped[row] else "length",
+                )
+                for row in now.nonzero()[:, 0].tolist()
+            }
+        )
+        return ~self.running
 
 
 class _SampleRows(LogitsProcessor):

@@ -22,11 +22,15 @@ from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
 from teacher_server.backends.generation import generate_rows, within_context
 from teacher_server.backends.scoring import score_rows
-from teacher_server.batcher import Batcher, Wanted
+from teacher_server.batcher import Batcher, Callers
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+# Completions that have ended are scored together once in so many tokens: a forward pass of its own
+# for each would hold up those still being written.
+SCORE_EVERY = 8
 
 
 class TransformersBackend:
@@ -53,7 +57,7 @@ class TransformersBackend:
         self._split_head = _head_is_separable(self._model)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._scores: Batcher[ScoreJob, SparseLogprobs] = Batcher(
-            self._timed("score", self.score_batch),
+            self._timed("score", self._answer_scores),
             self._thread,
             max_batch_tokens=settings.max_batch_tokens,
             observe=metrics.batch_observer("score"),
@@ -79,10 +83,12 @@ class TransformersBackend:
         await asyncio.gather(self._scores.close(), self._generations.close())
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _answer_scores(self, jobs: Sequence[ScoreJob], callers: Callers[SparseLogprobs]) -> None:
+        for index, scores in enumerate(self.score_batch(jobs)):
+            callers.answer(index, scores)
+
     @torch.inference_mode()
-    def score_batch(
-        self, jobs: Sequence[ScoreJob], wanted: Wanted | None = None
-    ) -> list[SparseLogprobs]:
+    def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
         """One forward pass over the right-padded batch; only completion rows meet the head.
 
         Padding stands behind every real token, which a causal model never sees, so no mask is
@@ -113,48 +119,80 @@ class TransformersBackend:
         return project(self._model, hidden)
 
     @torch.inference_mode()
-    def generate_batch(
-        self, jobs: Sequence[GenerateJob], wanted: Wanted | None = None
-    ) -> list[Completion]:
-        """Completions of any mixture of jobs, each scored if it asks for it."""
-        completions: dict[int, Completion] = {}
+    def generate_batch(self, jobs: Sequence[GenerateJob], callers: Callers[Completion]) -> None:
+        """Completions of any mixture of jobs, each answered when it has ended and is scored."""
         for group in within_context(jobs, self.facts.max_model_len):
-
-            def still_wanted(group: list[int] = group) -> list[bool]:
-                flags = [True] * len(jobs) if wanted is None else wanted()
-                return [flags[i] for i in group]
-
-            done = generate_rows(
+            handout = _Handout(self.score_batch, jobs, group, callers)
+            generate_rows(
                 self._model,
                 [jobs[i] for i in group],
                 self.facts.eos_token_ids,
                 self._pad,
-                still_wanted,
+                handout.waiting,
+                handout.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
             )
-            completions.update(zip(group, done, strict=True))
-        return self._with_scores(jobs, [completions[i] for i in range(len(jobs))])
+            handout.score()
 
-    def _with_scores(
-        self, jobs: Sequence[GenerateJob], completions: list[Completion]
-    ) -> list[Completion]:
-        wanted = [i for i, job in enumerate(jobs) if job.score is not None]
-        if not wanted:
-            return completions
-        scored = self.score_batch([jobs[i].score_job(completions[i].token_ids) for i in wanted])
-        for i, scores in zip(wanted, scored, strict=True):
-            completions[i] = completions[i].model_copy(update={"scores": scores})
-        return completions
-
-    def _timed(self, name: str, run: Callable[[Any, Wanted], Any]) -> Callable[[Any, Wanted], Any]:
-        def timed(jobs: Any, wanted: Wanted) -> Any:
+    def _timed(self, name: str, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def timed(jobs: Any, callers: Any) -> None:
             since = time.perf_counter()
             try:
-                return run(jobs, wanted)
+                run(jobs, callers)
             finally:
                 self._metrics.forward_seconds.labels(name).observe(time.perf_counter() - since)
 
         return timed
+
+
+class _Handout:
+    """Takes the rows of a running generation to their callers, scored if they asked for it.
+
+    Args:
+        score: scores a batch of jobs.
+        jobs: of the whole batch.
+        group: which of them are the rows of this generation.
+        callers: of the whole batch.
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Sequence[ScoreJob]], list[SparseLogprobs]],
+        jobs: Sequence[GenerateJob],
+        group: Sequence[int],
+        callers: Callers[Completion],
+    ) -> None:
+        self._score = score
+        self._jobs = jobs
+        self._group = group
+        self._callers = callers
+        self._unscored: dict[int, Completion] = {}
+        self._tokens = 0
+
+    def waiting(self) -> list[bool]:
+        flags = self._callers.waiting()
+        return [flags[index] for index in self._group]
+
+    def ended(self, rows: dict[int, Completion]) -> None:
+        """Told after each token which rows have ended."""
+        for row, completion in rows.items():
+            index = self._group[row]
+            if self._jobs[index].score is None:
+                self._callers.answer(index, completion)
+            else:
+                self._unscored[index] = completion
+        self._tokens += 1
+        if self._tokens % SCORE_EVERY == 0:
+            self.score()
+
+    def score(self) -> None:
+        """Score what has ended, in one batch."""
+        done, self._unscored = self._unscored, {}
+        if not done:
+            return
+        scored = self._score([self._jobs[i].score_job(c.token_ids) for i, c in done.items()])
+        for (index, completion), scores in zip(done.items(), scored, strict=True):
+            self._callers.answer(index, completion.model_copy(update={"scores": scores}))
 
 
 def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:

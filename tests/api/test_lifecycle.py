@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from shared.protocol import Problem
-from tests.support.http import engine_metric, metric
+from tests.support.http import engine_metric, metric, until
 from tests.support.server import free_port, running_server, start_server, wait_until_ready
 from tests.support.vllm import only
 
@@ -23,15 +23,6 @@ SHORT = {"sequences": [{"token_ids": [1, 2, 3], "completion_start": 1}], "top_k"
 def problem(response, status):
     assert response.status_code == status, response.text[:300]
     return Problem.model_validate(response.json())
-
-
-def until(condition, seconds):
-    """Seconds until ``condition`` held."""
-    since = time.monotonic()
-    while not condition():
-        assert time.monotonic() - since < seconds, f"not within {seconds} s"
-        time.sleep(0.02)
-    return time.monotonic() - since
 
 
 @contextlib.contextmanager

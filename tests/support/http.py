@@ -1,7 +1,9 @@
-"""Calls to a teacher over a socket, in either media type."""
+"""Calls to a teacher over a socket, in either media type, and what they lead to."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import TypeVar
 
 import httpx
@@ -47,3 +49,16 @@ def engine_metric(url: str, name: str, **labels: str) -> float:
     ]
     assert found, f"no line of vllm:{name} with {labels}"
     return sum(found)
+
+
+def until(condition: Callable[[], bool], seconds: float) -> float:
+    """Seconds until ``condition`` held.
+
+    Raises:
+        AssertionError: it did not within ``seconds``.
+    """
+    since = time.monotonic()
+    while not condition():
+        assert time.monotonic() - since < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - since

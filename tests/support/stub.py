@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Protocol
@@ -17,8 +17,9 @@ from shared.protocol import (
     PROTOCOL_VERSION,
     Capabilities,
     Completion,
+    GenerateEnd,
+    GenerateEvent,
     GenerateRequest,
-    GenerateResponse,
     InfoResponse,
     Limits,
     ScoreRequest,
@@ -31,7 +32,8 @@ from shared.sparse import SparseLogprobs
 IDENTITY = TeacherIdentity(
     model="stub", fingerprint="0" * 64, dtype="float32", backend="stub", version="1"
 )
-Answer = tuple[int, dict[str, str], bytes]
+# A body in pieces is sent piece by piece, until making one raises `BrokenError`: that cuts it.
+Answer = tuple[int, dict[str, str], bytes | Iterable[bytes]]
 
 
 def info(teacher: TeacherIdentity = IDENTITY, **changes: Any) -> InfoResponse:
@@ -76,11 +78,35 @@ def packed(message: Any) -> Answer:
     return 200, {"Content-Type": wire.MSGPACK_MEDIA_TYPE}, body
 
 
+def event(request: GenerateRequest, prompt: int) -> GenerateEvent:
+    """The completion of a prompt: its first token, then the end."""
+    done = Completion(
+        token_ids=np.array([request.prompts[prompt][0], 1], np.uint32),
+        finish_reason="stop",
+        scores=None if request.top_k is None else scores(2, request.top_k),
+    )
+    return GenerateEvent(prompt=prompt, sample=0, completion=done)
+
+
+def end(teacher: TeacherIdentity = IDENTITY, **more: Any) -> GenerateEnd:
+    return GenerateEnd(teacher=teacher, request_id="r", **more)
+
+
+def streamed(messages: Iterable[GenerateEvent | GenerateEnd]) -> Answer:
+    media_type = wire.MSGPACK_STREAM_MEDIA_TYPE
+    pieces = (wire.dump(message, media_type) for message in messages)
+    return 200, {"Content-Type": media_type}, pieces
+
+
 def problem(status: int, detail: str, **headers: str) -> Answer:
     body = b'{"type":"x","title":"t","status":%d,"detail":"%s","request_id":"r"}'
     return status, {"Content-Type": "application/problem+json", **headers}, (
         body % (status, detail.encode())
     )  # fmt: skip
+
+
+class BrokenError(Exception):
+    """Raised by what makes a body: the connection breaks in the middle of the answer."""
 
 
 @dataclass
@@ -112,15 +138,8 @@ class StubTeacher:
             return self.script.pop(0)(request)
         if isinstance(request, ScoreRequest):
             return packed(score_response(request, self.info.teacher))
-        done = Completion(
-            token_ids=np.array([5, 1], np.uint32),
-            finish_reason="stop",
-            scores=None if request.top_k is None else scores(2, request.top_k),
-        )
-        groups = [[done] * request.n for _ in request.prompts]
-        return packed(
-            GenerateResponse(completions=groups, teacher=self.info.teacher, request_id="r")
-        )
+        events = [event(request, prompt) for prompt in range(len(request.prompts))]
+        return streamed([*events, end(self.info.teacher)])
 
     @contextlib.contextmanager
     def serving(self, port: int = 0) -> Iterator[StubTeacher]:
@@ -161,11 +180,23 @@ def serving(stub: Answers, port: int = 0) -> Iterator[str]:
 
         def _answer(self, answer: Answer) -> None:
             status, headers, body = answer
+            whole = isinstance(body, bytes)
+            length = (
+                ("Content-Length", str(len(body))) if whole else ("Transfer-Encoding", "chunked")
+            )
             self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            for name, value in dict([length, *headers.items()]).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            if whole:
+                self.wfile.write(body)
+                return
+            try:
+                for piece in body:
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.write(b"0\r\n\r\n")
+            except BrokenError:
+                self.close_connection = True
 
         def log_message(self, format: str, *arguments: Any) -> None:
             pass

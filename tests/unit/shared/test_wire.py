@@ -10,8 +10,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shared import codec, wire
-from shared.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
-from shared.protocol import ScoreRequest, ScoreResponse, ScoreSequence, TeacherIdentity
+from shared.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    MalformedRequestError,
+    PayloadTooLargeError,
+)
+from shared.protocol import (
+    Completion,
+    GenerateEnd,
+    GenerateEvent,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreSequence,
+    TeacherIdentity,
+)
 from shared.sparse import SparseLogprobs
 
 BOTH = pytest.mark.parametrize("media_type", [wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE])
@@ -161,3 +174,122 @@ def test_one_odd_leaf_is_refused_before_numpy_pads_the_rest_to_it(leaf):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 << 20
+
+
+TEACHER = TeacherIdentity(model="m", fingerprint="f", dtype="d", backend="b", version="v")
+STREAMS = pytest.mark.parametrize("media_type", list(wire.STREAM_MEDIA_TYPES.values()))
+
+
+def event(prompt, sample, ids):
+    scores = SparseLogprobs(
+        token_ids=np.full((len(ids), 1), 10, np.uint32),  # a byte that also ends a line
+        logprobs=np.full((len(ids), 1), -0.5, np.float32),
+        next_token_logprob=np.full(len(ids), -0.5, np.float32),
+        tail_logprob=np.full(len(ids), -np.inf, np.float32),
+    )
+    completion = Completion(token_ids=ids, finish_reason="stop", scores=scores)
+    return GenerateEvent(prompt=prompt, sample=sample, completion=completion)
+
+
+def stream(*items, media_type):
+    return b"".join(wire.dump(item, media_type) for item in items)
+
+
+def read(chunks, media_type, max_bytes=MAX):
+    return list(wire.stream_messages(chunks, media_type, max_bytes=max_bytes))
+
+
+EVENTS = (event(1, 0, [10, 1]), event(0, 1, [7, 8, 1]))
+END = GenerateEnd(teacher=TEACHER, request_id="r")
+
+
+@STREAMS
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_stream_survives_being_cut_anywhere(media_type, data):
+    body = stream(*EVENTS, END, media_type=media_type)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=8)))
+    chunks = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    first, second, end = read(chunks, media_type)
+    assert (first.prompt, first.sample, second.prompt, second.sample) == (1, 0, 0, 1)
+    assert first.completion.token_ids.tolist() == [10, 1]
+    assert second.completion.scores.token_ids.tolist() == [[10]] * 3
+    assert second.completion.scores.tail_logprob.tolist() == [-np.inf] * 3
+    assert end == END
+
+
+@STREAMS
+def test_an_item_is_read_before_the_next_one_comes(media_type):
+    seen = []
+
+    def chunks():
+        for item in (*EVENTS, END):
+            yield wire.dump(item, media_type)
+            seen.append(item)
+
+    for count, _ in enumerate(wire.stream_messages(chunks(), media_type, max_bytes=MAX)):
+        assert len(seen) == count
+
+
+@STREAMS
+def test_a_problem_rides_on_the_last_item(media_type):
+    problem = DeadlineExceededError("late").to_problem("r")
+    end = GenerateEnd(teacher=TEACHER, request_id="r", problem=problem)
+    assert read([stream(EVENTS[0], end, media_type=media_type)], media_type)[1] == end
+    assert end.problem.status == 504
+
+
+@STREAMS
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_stream_that_is_cut_off_is_malformed(media_type, share):
+    body = stream(*EVENTS, END, media_type=media_type)
+    with pytest.raises(MalformedRequestError, match=r"cut off|in the middle"):
+        read([body[: int(share * len(body))]], media_type)
+
+
+@STREAMS
+def test_what_comes_after_the_last_item_is_malformed(media_type):
+    for more in (EVENTS[0], END):
+        with pytest.raises(MalformedRequestError, match="goes on after its last item"):
+            read([stream(EVENTS[0], END, more, media_type=media_type)], media_type)
+
+
+@STREAMS
+@pytest.mark.parametrize("value", [None, 1, [], {}, {"completion": 1}, {"teacher": {}, "x": 1}])
+def test_an_unknown_item_is_refused(media_type, value):
+    body = codec.encode(value) if "msgpack" in media_type else json.dumps(value).encode() + b"\n"
+    with pytest.raises(InvalidRequestError):
+        read([body], media_type)
+
+
+@pytest.mark.parametrize(
+    ("media_type", "body"),
+    [
+        (wire.MSGPACK_STREAM_MEDIA_TYPE, b"\xc1"),
+        (wire.MSGPACK_STREAM_MEDIA_TYPE, b"\xdd\xff\xff\xff\xff"),  # a list of 2³² − 1
+        (wire.NDJSON_MEDIA_TYPE, b"{\n"),
+        (wire.NDJSON_MEDIA_TYPE, b"\n"),
+    ],
+)
+def test_a_broken_stream_is_malformed(media_type, body):
+    with pytest.raises(MalformedRequestError, match="not valid"):
+        read([body], media_type)
+
+
+@STREAMS
+def test_a_stream_over_the_limit_is_refused_as_soon_as_it_is(media_type):
+    body = stream(*EVENTS, END, media_type=media_type)
+
+    def chunks():
+        yield body
+        raise AssertionError("read on over the limit")
+
+    with pytest.raises(PayloadTooLargeError, match=f"over {len(body) - 1} bytes"):
+        read(chunks(), media_type, max_bytes=len(body) - 1)
+
+
+def test_a_stream_of_too_many_items_is_refused():
+    body = codec.encode([[]] * 8_000) * 66
+    with pytest.raises(PayloadTooLargeError, match="more than 1048576 items"):
+        list(codec.decode_stream([body] * 2, max_bytes=2 * len(body)))

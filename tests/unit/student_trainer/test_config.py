@@ -112,6 +112,10 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
             ["--teacher_protocol", "vllm", "--temperature", "0.5"],
             "--temperature 0.5: vLLM never applies a temperature",
         ),
+        (
+            ["--teacher_protocol", "vllm", "--teacher_logprob_dtype", "float32"],
+            "--teacher_logprob_dtype float32 has no effect with --teacher_protocol vllm",
+        ),
         (["--model_name_or_path", "/no/such/model"], "no such folder"),
         (["--use_peft", "false"], "--lora_r has no effect without --use_peft"),
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),

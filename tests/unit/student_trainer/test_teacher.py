@@ -8,16 +8,21 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from shared import wire
 from shared.errors import (
+    DeadlineExceededError,
     InvalidRequestError,
+    PayloadTooLargeError,
     TeacherAnswerError,
     TeacherChangedError,
     TeacherUnreachableError,
     TokenizerMismatchError,
 )
-from shared.protocol import Completion, GenerateResponse, Limits, ScoreResponse
-from student_trainer.teacher import TeacherClient
+from shared.protocol import Limits, ScoreResponse
+from student_trainer.teacher import TeacherClient, split
 from tests.support.stub import (
     IDENTITY,
     StubTeacher,
@@ -75,6 +80,109 @@ def test_work_is_split_to_the_teachers_limits(stub, limits, sizes):
         answers = client.score(sequences(*[(10, 2)] * 5), top_k=3)
     assert [len(request.sequences) for request in stub.requests] == sizes
     assert len(answers) == 5
+
+
+@pytest.mark.parametrize("room", [300, 700, 1500, 1 << 20])
+def test_a_request_holds_what_fits_its_bytes_and_no_more(stub, room):
+    """Requested ids make sequences of equal length differ in bytes."""
+    stub.info = info(limits=Limits(max_body_bytes=room))
+    shapes = sequences(*[(10, 2)] * 12)
+    requested = [np.zeros((8, width), np.uint32) for width in (0, 1, 2, 9) * 3]
+    stub.script = [lambda request: packed(with_requested(score_response(request), request))] * 12
+    with connected(stub) as client:
+        answers = client.score(shapes, top_k=3, requested=requested)
+    assert [answer.requested_logprobs.shape[1] for answer in answers] == [0, 1, 2, 9] * 3
+    sizes = [len(wire.dump(request, wire.MSGPACK_MEDIA_TYPE)) for request in stub.requests]
+    for request, following, size in zip(stub.requests, stub.requests[1:], sizes, strict=False):
+        more = request.sequences + following.sequences[:1]
+        longer = request.model_copy(update={"sequences": more})
+        assert size <= room or len(request.sequences) == 1
+        assert len(wire.dump(longer, wire.MSGPACK_MEDIA_TYPE)) > room - 4
+    assert (len(stub.requests) == 1) == (room == 1 << 20)
+
+
+def with_requested(response, request):
+    return response.model_copy(
+        update={
+            "sequences": [
+                score.model_copy(
+                    update={
+                        "requested_logprobs": np.zeros(sequence.requested_token_ids.shape, "f4")
+                    }
+                )
+                for score, sequence in zip(response.sequences, request.sequences, strict=True)
+            ]
+        }
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+)
+def test_parts_are_as_long_as_they_can_be(costs, room):
+    parts = split(costs, room)
+    assert [index for first, last in parts for index in range(first, last)] == list(
+        range(len(costs))
+    )
+
+    def fits(first, last):
+        return all(sum(cost[unit] for cost in costs[first:last]) <= room[unit] for unit in range(2))
+
+    for first, last in parts:
+        assert last - first == 1 or fits(first, last)
+        assert last == len(costs) or not fits(first, last + 1)
+
+
+@pytest.mark.parametrize("status", [413, 504])
+@pytest.mark.parametrize("most", [1, 2, 3, 6])
+def test_what_is_too_much_is_asked_in_halves(stub, status, most, caplog):
+    def answer(request):
+        if len(request.sequences) > most:
+            return problem(status, "too much")
+        return packed(score_response(request))
+
+    stub.script = [answer] * 50
+    lengths = list(range(10, 17))
+    with caplog.at_level(logging.WARNING), connected(stub) as client:
+        answers = client.score(sequences(*[(length, 2) for length in lengths]), top_k=3)
+    assert [len(scores) for scores in answers] == [length - 2 for length in lengths]
+    answered = [request for request in stub.requests if len(request.sequences) <= most]
+    asked = [len(sequence.token_ids) for request in answered for sequence in request.sequences]
+    assert asked == lengths
+    assert "A request of 7 is asked in halves: too much" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (problem(413, "the limit is 9"), PayloadTooLargeError),
+        (problem(504, "the limit is 9"), DeadlineExceededError),
+        ((504, {}, b"<html>gateway"), DeadlineExceededError),
+    ],
+)
+def test_a_sequence_that_is_too_much_alone_is_named(stub, answer, error):
+    def refuse(request):
+        alone = len(request.sequences) == 1 and len(request.sequences[0].token_ids) < 30
+        return packed(score_response(request)) if alone else answer
+
+    stub.script = [refuse] * 50
+    with connected(stub) as client, pytest.raises(error) as caught:
+        client.score(sequences((6, 2), (7, 2), (30, 2), (8, 2)), top_k=3)
+    assert "sequence 2, of 30 tokens, is too much alone" in str(caught.value)
+    assert "--request-timeout (504)" in str(caught.value)
+    assert len(stub.requests) == 6  # 4, 2, 1, 1, 2, 1
+
+
+def test_log_probs_travel_in_the_type_asked_for(stub):
+    for dtype in ("float16", "float32"):
+        with connected(stub, logprob_dtype=dtype) as client:
+            client.score(sequences((6, 2)), top_k=3)
+            client.generate(
+                [np.array([3], np.uint32)],
+                max_new_tokens=2, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4,
+            )  # fmt: skip
+        assert [request.logprob_dtype for request in stub.requests[-2:]] == [dtype] * 2
 
 
 def test_no_sequences_ask_nothing(stub):
@@ -276,34 +384,11 @@ def test_completions_come_with_their_scores(stub):
     with connected(stub) as client:
         completions = client.generate(prompts, top_k=4, **options)
         client.generate(prompts, **options)
-    assert [c.token_ids.tolist() for c in completions] == [[5, 1], [5, 1]]
+    assert [c.token_ids.tolist() for c in completions] == [[3, 1], [7, 1]]
     assert completions[0].scores.token_ids.shape == (2, 4)
     with_scores, without = stub.requests
     assert (with_scores.top_k, without.top_k) == (4, None)
     assert with_scores.stop_token_ids.tolist() == [1, 9]
-
-
-@pytest.mark.parametrize(
-    ("count", "with_scores", "message"),
-    [(1, True, "2 completions were asked for"), (2, False, "none came")],
-)
-def test_missing_completions_or_scores_stop_the_run(stub, count, with_scores, message):
-    def spoilt(request):
-        done = Completion(
-            token_ids=np.array([5], np.uint32),
-            finish_reason="length",
-            scores=scores(1, 4) if with_scores else None,
-        )
-        return packed(
-            GenerateResponse(completions=[[done]] * count, teacher=IDENTITY, request_id="r")
-        )
-
-    stub.script = [spoilt]
-    prompts = [np.array([3], np.uint32)] * 2
-    with connected(stub) as client, pytest.raises(TeacherAnswerError, match=message):
-        client.generate(
-            prompts, max_new_tokens=8, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4
-        )
 
 
 def test_a_closed_client_refuses(stub):

@@ -7,14 +7,21 @@ import pytest
 from shared.errors import ConfigurationError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
-from student_trainer.config import DistillArguments, TeacherArguments
-from student_trainer.train import check_request, check_vocabulary
+from student_trainer.config import DistillArguments, ModelArguments, TeacherArguments
+from student_trainer.train import check_request, check_vocabulary, open_teacher
 from tests.support.stub import info
 
 
 def teacher_of(tokenizer, vocab_size=260, **changes):
     identity = tokenizer_identity(tokenizer).model_copy(update=changes)
     return info(tokenizer=identity, vocab_size=vocab_size)
+
+
+def test_log_probs_travel_as_float16_unless_told_otherwise():
+    for flags, dtype in (({}, "float16"), ({"teacher_logprob_dtype": "float32"}, "float32")):
+        teacher = TeacherArguments(["http://host:8000"], **flags)
+        with open_teacher(teacher, ModelArguments("student")) as client:
+            assert client.logprob_dtype == dtype
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(260, 260), (272, 260), (260, 272), (264, 288)])

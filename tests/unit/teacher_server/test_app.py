@@ -1,6 +1,7 @@
 """The routes, over an engine that computes nothing: HTTP in, HTTP out, every refusal a problem."""
 
 import asyncio
+import json
 
 import httpx
 import numpy as np
@@ -24,9 +25,17 @@ from teacher_server.settings import Settings
 
 
 class Engine:
-    """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it."""
+    """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it.
+
+    One that begins with 97 is never done; a completion of 96 is, when ``release`` is set.
+    """
 
     alive = True
+    cancelled = 0
+
+    def __init__(self):
+        self.release = asyncio.Event()
+
     facts = BackendFacts(
         teacher=TeacherIdentity(model="m", fingerprint="f", dtype="d", backend="b", version="v"),
         tokenizer=TokenizerIdentity(
@@ -56,6 +65,14 @@ class Engine:
     async def generate(self, job):
         if job.prompt[0] == 99:
             raise InternalError("not finite")
+        try:
+            if job.prompt[0] in (96, 97, 98):
+                await (self.release if job.prompt[0] != 97 else asyncio.Event()).wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if job.prompt[0] == 98:
+            raise ZeroDivisionError("secret of the house")
         return Completion(token_ids=np.array([job.key[2], 1], np.uint32), finish_reason="stop")
 
     async def close(self):
@@ -241,6 +258,117 @@ def test_completions_stand_by_prompt_and_number(app):
     assert [[c["token_ids"][0] for c in row] for row in answer["completions"]] == [[0, 1, 2]] * 2
 
 
+class Listener:
+    """A caller of ``/v1/generate`` in plain ASGI, who acts on each part of the answer's body."""
+
+    def __init__(self, app, on_part, prompts, **options):
+        self.app, self.on_part = app, on_part
+        self.body = json.dumps({"prompts": prompts, "max_new_tokens": 2, "stream": True, **options})
+        self.gone = asyncio.Event()
+        self.status, self.headers, self.parts = 0, {}, []
+
+    async def receive(self):
+        if self.body is None:
+            await self.gone.wait()
+            return {"type": "http.disconnect"}
+        body, self.body = self.body.encode(), None
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(self, message):
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
+        elif message["body"]:
+            self.parts.append(json.loads(message["body"]))
+            self.on_part(self)
+            await asyncio.sleep(0.01)
+
+    def listen(self):
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/generate", "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        asyncio.run(self.app.api(scope, self.receive, self.send))
+        return [[part["prompt"], part["sample"]] for part in self.parts if "completion" in part]
+
+
+def test_a_completion_is_sent_before_the_others_are_generated(app):
+    """The first prompt is not done until the second one's completions have been sent."""
+
+    def release(listener):
+        if len(listener.parts) == 2:
+            app.backend.release.set()
+
+    listener = Listener(app, release, [[96], [5]], n=2)
+    assert listener.listen() == [[1, 0], [1, 1], [0, 0], [0, 1]]
+    assert listener.status == 200
+    assert listener.headers["content-type"] == wire.NDJSON_MEDIA_TYPE
+    end = listener.parts[-1]
+    assert (end["problem"], end["teacher"]["model"]) == (None, "m")
+    assert end["request_id"] == listener.headers["x-request-id"]
+    value = app.metrics.registry.get_sample_value
+    assert value("teacher_tokens_total", {"kind": "generated"}) == 8
+    assert value("teacher_tokens_total", {"kind": "prompt"}) == 4
+
+
+def test_a_streamed_request_that_fails_at_once_is_an_ordinary_refusal(app):
+    asked = {"max_new_tokens": 2, "stream": True}
+    response = call(app, "POST", "/v1/generate", json={"prompts": [[97], [99]], **asked})
+    assert problem(response, 500).field == "prompts.1"
+    problem(call(app, "POST", "/v1/generate", json={"prompts": [[97]], **asked}), 504)
+    problem(call(app, "POST", "/v1/generate", json={"prompts": [[100]], **asked}), 422)
+    with app.admission.admit(198, 1):
+        problem(call(app, "POST", "/v1/generate", json={"prompts": [[5]], **asked}), 429)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "detail"), [(97, 504, "within 0.3 s"), (98, 500, "the log of request")]
+)
+def test_a_failure_after_the_first_completion_is_told_at_the_end(app, prompt, status, detail):
+    listener = Listener(app, lambda _: app.backend.release.set(), [[5], [prompt]])
+    assert listener.listen() == [[0, 0]]
+    told = listener.parts[-1]["problem"]
+    assert told["status"] == status
+    assert detail in told["detail"]
+    labels = {"route": "/v1/generate", "status": str(status)}
+    assert app.metrics.registry.get_sample_value("teacher_requests_total", labels) == 1
+
+
+def test_a_caller_who_leaves_a_stream_ends_the_work(app):
+    app.admission.request_timeout = 60.0
+    listener = Listener(app, lambda caller: caller.gone.set(), [[5], [97]])
+    assert listener.listen() == [[0, 0]]
+    assert len(listener.parts) == 1
+    assert app.backend.cancelled == 1
+    value = app.metrics.registry.get_sample_value
+    assert value("teacher_queued_tokens") == 0
+    assert value("teacher_requests_total", {"route": "/v1/generate", "status": "499"}) == 1
+
+
+def test_a_slow_reader_holds_no_place_in_the_queue(app):
+    queued = []
+
+    def look(listener):
+        queued.append(app.metrics.registry.get_sample_value("teacher_queued_tokens"))
+
+    Listener(app, look, [[5], [6], [7]]).listen()
+    assert len(queued) == 4
+    assert queued[1:] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("media_type", [wire.MSGPACK_MEDIA_TYPE, wire.MSGPACK_STREAM_MEDIA_TYPE])
+def test_a_stream_comes_in_the_type_that_was_accepted(app, media_type):
+    response = call(
+        app, "POST", "/v1/generate", headers={"accept": media_type},
+        json={"prompts": [[5]], "n": 2, "max_new_tokens": 2, "stream": True},
+    )  # fmt: skip
+    found = response.headers["content-type"]
+    assert found == wire.MSGPACK_STREAM_MEDIA_TYPE
+    *events, end = wire.stream_messages([response.content], found, max_bytes=1 << 20)
+    assert [event.completion.token_ids.tolist() for event in events] == [[0, 1], [1, 1]]
+    assert end.problem is None
+
+
 def test_metrics_count_requests_tokens_and_refusals(app):
     call(app, "POST", "/v1/score", json=body(1, 2))
     call(app, "POST", "/v1/score", json={**body(1), "top_k": 101})
@@ -265,10 +393,21 @@ def test_the_documentation_shows_requests_answers_and_problems(app):
         answered = score["responses"]["200"]["content"][media_type]["schema"]["$ref"]
         assert asked == "#/components/schemas/ScoreRequest"
         assert answered == "#/components/schemas/ScoreResponse"
+    answered = schema["paths"]["/v1/generate"]["post"]["responses"]["200"]["content"]
+    for media_type in (wire.NDJSON_MEDIA_TYPE, wire.MSGPACK_STREAM_MEDIA_TYPE):
+        items = answered[media_type]["schema"]["oneOf"]
+        names = [item["$ref"].removeprefix("#/components/schemas/") for item in items]
+        assert names == ["GenerateEvent", "GenerateEnd"]
     parts = schema["components"]["schemas"]
     ids = parts["ScoreSequence"]["properties"]["token_ids"]
     assert (ids["type"], ids["items"]["maximum"]) == ("array", 2**32 - 1)
-    assert {"GenerateRequest", "GenerateResponse", "InfoResponse", "Problem"} <= parts.keys()
+    assert {
+        "GenerateRequest",
+        "GenerateResponse",
+        "GenerateEvent",
+        "InfoResponse",
+        "Problem",
+    } <= parts.keys()
     assert call(app, "GET", "/docs").status_code == 200
 
 

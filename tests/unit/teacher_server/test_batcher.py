@@ -32,13 +32,14 @@ class Model:
         self.gate.set()
         self.entered = threading.Event()
 
-    def run(self, jobs, wanted):
+    def run(self, jobs, callers):
         self.entered.set()
         self.gate.wait(10)
         self.batches.append([job.number for job in jobs])
         if self.fails(jobs):
             raise MemoryError(f"no room for {len(jobs)}")
-        return [job.number * 10 for job in jobs]
+        for index, job in enumerate(jobs):
+            callers.answer(index, job.number * 10)
 
 
 def serve(work, model, budget=100, **options):
@@ -150,14 +151,14 @@ def test_a_failed_batch_frees_what_it_held_before_its_halves_run():
 
     held, alive = [], []
 
-    def run(jobs, wanted):
+    def run(jobs, callers):
         gc.collect()
         alive.append(sum(ref() is not None for ref in held))
         tensor = Tensor()
         held.append(weakref.ref(tensor))
         if len(jobs) > 1:
             raise MemoryError
-        return [job.number for job in jobs]
+        callers.answer(0, jobs[0].number)
 
     model = Model()
     model.run = run
@@ -193,11 +194,12 @@ def test_a_running_batch_sees_who_still_waits():
     seen = []
     model = Model()
 
-    def run(jobs, wanted):
+    def run(jobs, callers):
         model.entered.set()
         model.gate.wait(10)
-        seen.append(wanted())
-        return [0 for _ in jobs]
+        seen.append(callers.waiting())
+        for index in (0, 2):
+            callers.answer(index, 0)
 
     model.gate.clear()
     model.run = run
@@ -212,6 +214,45 @@ def test_a_running_batch_sees_who_still_waits():
 
     serve(work, model)
     assert seen == [[True, False, True]]
+
+
+def test_an_answer_does_not_wait_for_the_rest_of_its_batch():
+    model = Model()
+
+    def run(jobs, callers):
+        callers.answer(1, "early")
+        assert model.gate.wait(10)  # until the early answer has arrived
+        for index in range(len(jobs)):
+            callers.answer(index, "late")
+
+    model.run = run
+    model.gate.clear()
+
+    async def work(batcher):
+        tasks = [asyncio.create_task(batcher.submit(Job(n, 1))) for n in range(3)]
+        early = await tasks[1]
+        model.gate.set()
+        return early, await tasks[0], await tasks[2]
+
+    assert serve(work, model) == ("early", "late", "late")
+
+
+def test_a_batch_that_fails_late_is_not_run_again_for_those_it_answered():
+    model = Model()
+
+    def run(jobs, callers):
+        model.batches.append([job.number for job in jobs])
+        callers.answer(0, "answered")
+        if len(jobs) > 1:
+            raise MemoryError
+
+    model.run = run
+
+    async def work(batcher):
+        return await asyncio.gather(*(batcher.submit(Job(n, 1)) for n in range(4)))
+
+    assert serve(work, model) == ["answered"] * 4
+    assert model.batches == [[0, 1, 2, 3], [1], [2, 3], [3]]
 
 
 def test_closing_fails_waiting_and_running_jobs():
@@ -234,9 +275,9 @@ def test_two_queues_of_one_thread_take_turns():
     order = []
 
     def worker(name):
-        def run(jobs, wanted):
+        def run(jobs, callers):
             order.append(name)
-            return [0 for _ in jobs]
+            callers.answer(0, 0)
 
         return run
 

@@ -21,9 +21,17 @@ def job(prompt, max_new_tokens=8, temperature=1.0, top_p=1.0, top_k=0, seed=0, s
     return GenerateJob(prompt, max_new_tokens, temperature, top_p, top_k, key, tuple(stops))
 
 
-def generate(model, jobs, eos=(), wanted=None, vocab_size=260):
+def generate(model, jobs, eos=(), waiting=None, vocab_size=260):
+    """Completions in the order of jobs; each must come once, those nobody waits for not at all."""
+    found = {}
+
+    def ended(rows):
+        assert not found.keys() & rows.keys()
+        found.update(rows)
+
     everyone = [True] * len(jobs)
-    return generate_rows(model, jobs, eos, 0, wanted or (lambda: everyone), vocab_size=vocab_size)
+    generate_rows(model, jobs, eos, 0, waiting or (lambda: everyone), ended, vocab_size=vocab_size)
+    return [found[row] for row in sorted(found)]
 
 
 def kept(dense, top_k, top_p):
@@ -108,12 +116,21 @@ def test_sampling_follows_the_models_distribution(llama):
 def test_generation_ends_when_nobody_waits(llama):
     asked = []
 
-    def wanted():
+    def waiting():
         asked.append(True)
         return [False, len(asked) < 3]
 
-    generate(llama, [job([5], 60), job([6], 60)], wanted=wanted)
+    assert generate(llama, [job([5], 60), job([6], 60)], waiting=waiting) == []
     assert len(asked) == 3
+
+
+def test_a_row_is_told_with_the_token_that_ends_it(llama):
+    """Each at its own length, in the very step; none is told twice."""
+    told = []
+    jobs = [job([5], 4), job([6], 2), job([7, 8], 4)]
+    generate_rows(llama, jobs, (), 0, lambda: [True] * 3, told.append, vocab_size=260)
+    assert [sorted(rows) for rows in told] == [[], [1], [], [0, 2]]
+    assert [len(told[-1][row].token_ids) for row in (0, 2)] == [4, 4]
 
 
 def test_a_checkpoints_own_sampling_defaults_are_not_applied(llama):

@@ -35,6 +35,26 @@ def score_jobs(rng, vocab_size, lengths=(2, 9, 40, 17)):
     ]
 
 
+class Told:
+    """Callers who all wait; remembers what each was told, in order."""
+
+    def __init__(self, jobs):
+        self.count, self.answers = len(jobs), {}
+
+    def waiting(self):
+        return [True] * self.count
+
+    def answer(self, index, answer):
+        assert index not in self.answers
+        self.answers[index] = answer
+
+
+def generated(served, jobs):
+    callers = Told(jobs)
+    served.generate_batch(jobs, callers)
+    return [callers.answers[index] for index in range(len(jobs))]
+
+
 def error_of(job, answer, model):
     dense = dense_logprobs(model, job.token_ids, job.completion_start, job.temperature)
     sequence = ScoreSequence(token_ids=job.token_ids, completion_start=job.completion_start)
@@ -104,9 +124,9 @@ def test_learned_positions_never_run_past_the_context(tmp_path):
         GenerateJob(rng.integers(2, 260, prompt).astype(np.uint32), 16 - prompt, 1.0, 1.0, 0, (i,))
         for i, prompt in enumerate((13, 2, 8))
     ]
-    together = served.generate_batch(jobs)
+    together = generated(served, jobs)
     for job, completion in zip(jobs, together, strict=True):
-        assert completion.token_ids.tolist() == served.generate_batch([job])[0].token_ids.tolist()
+        assert completion.token_ids.tolist() == generated(served, [job])[0].token_ids.tolist()
 
 
 def test_a_completion_is_scored_as_the_score_call_would(llama_folder):
@@ -116,12 +136,31 @@ def test_a_completion_is_scored_as_the_score_call_would(llama_folder):
         GenerateJob(prompt, 6, 1.0, 1.0, 0, (1,), score=ScoreOptions(4, 2.0)),
         GenerateJob(prompt, 6, 1.0, 1.0, 0, (2,)),
     ]
-    scored, plain = served.generate_batch(jobs)
+    scored, plain = generated(served, jobs)
     assert plain.scores is None
     ids = np.concatenate([prompt, scored.token_ids])
     again = served.score_batch([ScoreJob(ids, 3, top_k=4, temperature=2.0)])[0]
     np.testing.assert_array_equal(scored.scores.token_ids, again.token_ids)
     np.testing.assert_allclose(scored.scores.tail_logprob, again.tail_logprob, atol=1e-5)
+
+
+def test_a_completion_is_handed_out_while_others_are_written(llama_folder):
+    """Plain ones with their last token, scored ones in a batch every eighth token."""
+    served = backend(llama_folder)
+    prompt = np.array([5, 6, 7], np.uint32)
+    score = ScoreOptions(4)
+    jobs = [
+        GenerateJob(prompt, length, 1.0, 1.0, 0, (length,), score=wanted)
+        for length, wanted in ((20, score), (3, score), (5, None), (7, score), (20, None))
+    ]
+    batches = []
+    scores = served.score_batch
+    served.score_batch = lambda asked: batches.append(len(asked)) or scores(asked)
+    callers = Told(jobs)
+    served.generate_batch(jobs, callers)
+    assert list(callers.answers) == [2, 1, 3, 4, 0]
+    assert batches == [2, 1]
+    assert [len(callers.answers[i].token_ids) for i in range(5)] == [20, 3, 5, 7, 20]
 
 
 def test_concurrent_calls_are_answered_and_close_refuses_the_rest(llama_folder):
