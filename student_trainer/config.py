@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -164,6 +165,11 @@ class CommonTrainingArguments(TrainingArguments):
         "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
         "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
     )
+    trace_steps: str | None = _flag(
+        None,
+        "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
+        "https://ui.perfetto.dev.",
+    )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
@@ -222,6 +228,16 @@ class DistillArguments(CommonTrainingArguments):
     )
     seq_kd_temperature: float = _flag(0.0, "Sampling temperature of the teacher; 0 is greedy.")
     rollout_temperature: float = _flag(1.0, "Sampling temperature of the student's rollouts.")
+    rollout_staleness: int = _flag(
+        0,
+        "Steps by which rollouts run ahead of the weights that learn from them. 0 is strictly "
+        "on-policy; at 1 the teacher scores the next step's rollouts while this step trains.",
+    )
+    teacher_prefetch_steps: int = _flag(
+        2,
+        "Steps by which off-policy completions are scored ahead, at least --rollout_staleness; "
+        "their scores are held in memory meanwhile.",
+    )
 
 
 @dataclass
@@ -250,6 +266,8 @@ _UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
     "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
     "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
+    "dataloader_num_workers": "has no effect: rows are token ids in memory; drop it",
+    "ignore_data_skip": "would learn rows twice after a checkpoint; drop it",
     "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
 }
 
@@ -372,6 +390,13 @@ def check_common(
         value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
         if value != default.default:
             raise ConfigurationError(f"--{name} {value} {remedy}")
+    loader: Any = args.accelerator_config
+    if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
+        raise ConfigurationError(
+            "--accelerator_config: split_batches, dispatch_batches and even_batches have no "
+            "effect here; drop them"
+        )
+    traced_steps(args)
     if args.fp16 and not torch.accelerator.is_available():
         raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
     available = get_available_reporting_integrations()
@@ -391,6 +416,23 @@ def check_common(
 
 def _uses_deepspeed(args: TrainingArguments) -> bool:
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
+    """First and last step of ``--trace_steps``, counted from 1.
+
+    Raises:
+        ConfigurationError: that is no range of steps.
+    """
+    if args.trace_steps is None:
+        return None
+    given = re.fullmatch(r"(\d+)(?:-(\d+))?", args.trace_steps)
+    first, last = (int(given[1]), int(given[2] or given[1])) if given else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigurationError(
+            f"--trace_steps {args.trace_steps} must be a step from 1, or a range such as 10-12"
+        )
+    return first, last
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:
@@ -495,6 +537,22 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     if args.request_student_top_m < 0:
         raise ConfigurationError(
             f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
+        )
+    for name in ("rollout_staleness", "teacher_prefetch_steps"):
+        if getattr(args, name) < 0:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
+    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
+        raise ConfigurationError(
+            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
+            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
+        )
+    if args.lmbda == 1.0 and (
+        args.teacher_prefetch_steps != DistillArguments.teacher_prefetch_steps
+    ):
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {args.teacher_prefetch_steps} has no effect with --lmbda 1: "
+            "every step is on-policy. Drop it; --rollout_staleness is for rollouts"
         )
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(

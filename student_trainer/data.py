@@ -37,6 +37,7 @@ class Sample:
         completion_mask: [T] bool, T = L − completion_start; True where the token is learned.
         source: who wrote the completion.
         truncated: the completion was cut by a length limit.
+        weight_version: optimizer steps behind the weights that wrote it, when the student did.
     """
 
     token_ids: NDArray[np.uint32]
@@ -44,6 +45,7 @@ class Sample:
     completion_mask: NDArray[np.bool_]
     source: Source
     truncated: bool = False
+    weight_version: int | None = None
 
     @property
     def completion_ids(self) -> NDArray[np.uint32]:
@@ -72,7 +74,12 @@ class Example:
 
 
 def completed(
-    example: Example, completion_ids: NDArray[np.uint32], source: Source, *, truncated: bool
+    example: Example,
+    completion_ids: NDArray[np.uint32],
+    source: Source,
+    *,
+    truncated: bool,
+    weight_version: int | None = None,
 ) -> Sample:
     """The example's prompt with a generated completion, all of which is learned."""
     return Sample(
@@ -81,6 +88,7 @@ def completed(
         completion_mask=np.ones(len(completion_ids), dtype=bool),
         source=source,
         truncated=truncated,
+        weight_version=weight_version,
     )
 
 

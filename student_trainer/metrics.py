@@ -8,8 +8,9 @@ from dataclasses import fields
 
 import torch
 
+from student_trainer.data import Sample
 from student_trainer.losses import SparseStatistics
-from student_trainer.support import ScoredSample
+from student_trainer.timeline import ACTIVITIES
 
 _PER_TOKEN = {
     "divergence": "divergence",
@@ -21,6 +22,7 @@ _PER_TOKEN = {
     "cross_entropy": "cross_entropy",
     "gap_bound": "divergence_gap_bound",
 }
+_WITHOUT_TEACHER = ("step", "forward_backward", "optimizer")
 
 
 class WindowMetrics:
@@ -34,8 +36,14 @@ class WindowMetrics:
     only for beta between 0 and 1, elsewhere nothing bounds it), ``completion_length`` (tokens a
     completion), ``truncated`` (share of completions), ``on_policy`` (share of steps),
     ``padding_fraction`` (share of padding among the positions of the training passes),
-    ``seconds_teacher``, ``seconds_generating``, ``seconds_training`` (a step and rank, waiting for
-    the teacher first), ``bytes_per_token`` (received for each scored token).
+    ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
+    of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
+    ``teacher_tokens_per_second`` (scored, of all ranks).
+
+    Of a step and rank, in seconds that add up to ``seconds_step``: ``seconds_teacher`` (waiting for
+    it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),
+    ``seconds_forward_backward``, ``seconds_optimizer``, and what is left. ``stall_fraction`` is
+    seconds_teacher / seconds_step. Evaluation and checkpoints are no part of a step.
     """
 
     _SUMS = (
@@ -45,10 +53,10 @@ class WindowMetrics:
         "completion_tokens",
         "truncated",
         "on_policy",
+        "student_completions",
+        "staleness",
         "steps",
-        "seconds_teacher",
-        "seconds_generating",
-        "seconds_training",
+        *(f"seconds_{name}" for name in ACTIVITIES),
         "bytes",
         "scored_tokens",
         "positions",
@@ -61,6 +69,7 @@ class WindowMetrics:
 
     def reset(self) -> None:
         self._sums = dict.fromkeys(self._SUMS, 0.0)
+        self._staleness_max = 0  # the same on all ranks
 
     def add(self, name: str, amount: float | torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + amount
@@ -75,12 +84,17 @@ class WindowMetrics:
                 self.add(_PER_TOKEN[field.name], getattr(statistics, field.name).sum())
         self.add("tokens", len(statistics.divergence))
 
-    def add_step(self, scored: Sequence[ScoredSample], *, on_policy: bool) -> None:
+    def add_step(self, samples: Sequence[Sample], *, step: int, on_policy: bool) -> None:
+        """A step, counted from 0, learns these samples."""
         self.add("steps", 1)
         self.add("on_policy", on_policy)
-        self.add("completions", len(scored))
-        self.add("truncated", sum(item.sample.truncated for item in scored))
-        self.add("completion_tokens", sum(len(item.sample.completion_mask) for item in scored))
+        self.add("completions", len(samples))
+        self.add("truncated", sum(sample.truncated for sample in samples))
+        self.add("completion_tokens", sum(len(sample.completion_mask) for sample in samples))
+        stale = [step - s.weight_version for s in samples if s.weight_version is not None]
+        self.add("student_completions", len(stale))
+        self.add("staleness", sum(stale))
+        self._staleness_max = max([self._staleness_max, *stale])
 
     def add_inputs(self, positions: int, tokens: int) -> None:
         """A micro-batch that computes ``positions`` hidden states for ``tokens`` real tokens."""
@@ -92,7 +106,9 @@ class WindowMetrics:
     ) -> dict[str, float]:
         """Averages of the window, which begins anew; empty when no step was taken in it."""
         values = torch.tensor([float(self._sums[name]) for name in self._SUMS], dtype=torch.float64)
+        staleness_max = self._staleness_max
         self.reset()
+        ranks = float(sum_over_ranks(torch.ones(1)))
         total = dict(zip(self._SUMS, sum_over_ranks(values).tolist(), strict=True))
         if not total["steps"] or not total["tokens"]:
             return {}
@@ -100,13 +116,22 @@ class WindowMetrics:
         logs["completion_length"] = total["completion_tokens"] / total["completions"]
         logs["truncated"] = total["truncated"] / total["completions"]
         logs["padding_fraction"] = total["padding"] / total["positions"]
-        logs["seconds_training"] = total["seconds_training"] / total["steps"]
+        # Activities exclude one another, "step" being the rest, so their sum is the whole step.
+        seconds = {name: total[f"seconds_{name}"] / total["steps"] for name in ACTIVITIES}
+        whole = seconds["step"] = sum(seconds.values())
+        for name in ACTIVITIES if with_teacher else _WITHOUT_TEACHER:
+            logs[f"seconds_{name}"] = seconds[name]
         if with_teacher:
             per_token = {name: total[name] / total["tokens"] for name in _PER_TOKEN.values()}
             logs |= {name: mean for name, mean in per_token.items() if math.isfinite(mean)}
             logs["on_policy"] = total["on_policy"] / total["steps"]
-            logs["seconds_teacher"] = total["seconds_teacher"] / total["steps"]
-            logs["seconds_generating"] = total["seconds_generating"] / total["steps"]
+            logs["stall_fraction"] = seconds["teacher"] / whole if whole else 0.0
+            if total["student_completions"]:
+                logs["staleness"] = total["staleness"] / total["student_completions"]
+                logs["staleness_max"] = staleness_max
             if total["scored_tokens"]:
                 logs["bytes_per_token"] = total["bytes"] / total["scored_tokens"]
+            if whole:
+                elapsed = whole * total["steps"] / ranks
+                logs["teacher_tokens_per_second"] = total["scored_tokens"] / elapsed
         return logs

@@ -1,14 +1,16 @@
-"""What overlaps with what: one generation batch from prompts to scored samples.
+"""What overlaps with what: generation batches from prompts to scored samples.
 
-Every finished group of completions leaves for the teacher at once, so the teacher scores while the
-student still generates. An off-policy batch does not depend on the weights: it is submitted one
-step ahead, so the teacher scores it while this step trains.
+Every finished group of completions leaves for the teacher at once, in requests no larger than a
+micro-batch, so the teacher scores while the student still generates, and the first micro-batch is
+trained while the last is still being scored. Batches of later steps are begun ahead: those that do
+not depend on the student's weights by up to ``prefetch_steps``, and those that do by up to
+``staleness``, with the weights as they are. How far is counted in steps and never measured in
+time: what is learned is the same however fast the teacher is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,14 +19,17 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DatasetError
+from shared.errors import ConfigurationError, DatasetError
 from shared.protocol import Completion
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
+from student_trainer.ahead import AheadBatch
 from student_trainer.data import Example, Sample, completed
+from student_trainer.grouping import longest_first
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import Teacher
+from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
 
@@ -52,13 +57,21 @@ class Method:
 
 @dataclass
 class PendingBatch:
-    """A generation batch on its way: samples as far as known, answers still in flight."""
+    """A generation batch on its way: samples as far as known, answers still in flight.
+
+    Attributes:
+        weight_version: optimizer steps behind the weights that it was begun with.
+        answers: for each sample, the request that scores it and its place in that.
+        scores: what came without a request of its own.
+    """
 
     examples: list[Example]
     on_policy: bool
+    weight_version: int
     samples: dict[int, Sample] = field(default_factory=dict)
     requested: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
-    scores: list[tuple[list[int], Future[list[SparseLogprobs]]]] = field(default_factory=list)
+    answers: dict[int, tuple[Future[list[SparseLogprobs]], int]] = field(default_factory=dict)
+    scores: dict[int, SparseLogprobs] = field(default_factory=dict)
     completions: list[tuple[list[int], Future[list[Completion]]]] = field(default_factory=list)
 
 
@@ -69,11 +82,17 @@ class Pipeline:
         method: what to do.
         teacher: None for SFT.
         rollouts: None when no step is on-policy.
+        upcoming: the examples of any step.
+        staleness: steps by which what depends on the student's weights is begun ahead. 0 is
+            strictly on-policy. Pacing bounds it; no sample is thrown away.
+        prefetch_steps: steps by which everything else is begun ahead.
+        request_size: sequences in a request.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once whichever rank meets it next.
         propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
             student's own most probable ones. Called equally often on every rank.
-        clock: is told seconds by name, "generating" (proposals included) and "teacher".
+        timeline: is told what goes on: "generating" (proposals included), waiting for the
+            "teacher", and requests.
     """
 
     def __init__(
@@ -82,34 +101,126 @@ class Pipeline:
         teacher: Teacher | None,
         rollouts: RolloutEngine | None,
         *,
+        upcoming: Callable[[int], list[Example]],
+        staleness: int = 0,
+        prefetch_steps: int = 0,
+        request_size: int = 8,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
-        clock: Callable[[str, float], None] = lambda name, seconds: None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.method = method
         self.teacher = teacher
         self.rollouts = rollouts
+        self._upcoming = upcoming
+        self._staleness = staleness
+        self._prefetch_steps = prefetch_steps
+        self._request_size = request_size
         self._share = share
         self._propose = propose
-        self._clock = clock
+        self._timeline = timeline or Timeline()
+        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, before the step
         self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
 
-    def independent_of_weights(self, step: int) -> bool:
-        """Whether `submit` gives the same answers before the step's weights are there."""
+    def take(self, step: int, last: int) -> PendingBatch:
+        """The batch of ``step``, after all batches up to ``last`` are begun that may run ahead.
+
+        Raises:
+            DatasetError: an off-policy row has no completion to learn from.
+        """
+        furthest = step + max(self._staleness, self._prefetch_steps)
+        for ahead in range(step, min(furthest, max(step, last)) + 1):
+            if ahead not in self._begun and ahead - step <= self._lead(ahead):
+                self._begun[ahead] = self._begin(ahead, weight_version=step)
+        return self._begun.pop(step)
+
+    def samples(self, batch: PendingBatch) -> list[Sample]:
+        """All samples of the batch, in the order of the examples, once they are written.
+
+        Called once for each batch, on every rank.
+        """
+        new: dict[bytes, Completion] = {}
+        for indices, generated in batch.completions:
+            for index, completion in zip(indices, self._wait(generated), strict=True):
+                example = batch.examples[index]
+                batch.samples[index] = _teacher_sample(example, completion)
+                if completion.scores is not None:
+                    batch.scores[index] = completion.scores
+                new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
+        if self._scores_late(batch):
+            self._score(batch, list(range(len(batch.examples))))
+        if self.method.seq_kd and not batch.on_policy:
+            self._written.update(self._share(new))
+        return [batch.samples[index] for index in range(len(batch.examples))]
+
+    def scored(self, batch: PendingBatch, indices: Sequence[int]) -> list[ScoredSample]:
+        """Wait for the scores of some of the samples, and of no others."""
+        for index in indices:
+            if index in batch.answers:
+                answer, place = batch.answers.pop(index)
+                batch.scores[index] = self._wait(answer)[place]
+        return [
+            ScoredSample(batch.samples[i], batch.scores.pop(i, None), batch.requested.get(i))
+            for i in indices
+        ]
+
+    def ahead(self) -> list[AheadBatch]:
+        """What was begun ahead and cannot be begun again: the weights it came from are gone."""
+        return [
+            AheadBatch(
+                step,
+                batch.weight_version,
+                batch.on_policy,
+                [example.index for example in batch.examples],
+                [batch.samples[index] for index in range(len(batch.examples))],
+                [batch.requested[index] for index in range(len(batch.requested))],
+            )
+            for step, batch in self._begun.items()
+            if not self._independent_of_weights(step)
+        ]
+
+    def resume(self, ahead: Sequence[AheadBatch]) -> None:
+        """Go on with what `ahead` told before the run was interrupted; scored again.
+
+        Raises:
+            ConfigurationError: it is of other rows, or further ahead than ``staleness`` allows.
+        """
+        for saved in ahead:
+            examples = self._upcoming(saved.step)
+            if [example.index for example in examples] != saved.examples:
+                raise ConfigurationError(
+                    f"the checkpoint holds completions for step {saved.step + 1}, but this run "
+                    "has other rows in it: resume with the same data, --seed, batch sizes and "
+                    "number of processes, or delete ahead-*.npz there to generate anew"
+                )
+            if saved.step - saved.weight_version > self._staleness:
+                raise ConfigurationError(
+                    f"the checkpoint holds completions for step {saved.step + 1} of the weights "
+                    f"after step {saved.weight_version}: resume with --rollout_staleness "
+                    f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
+                )
+            batch = PendingBatch(examples, saved.on_policy, saved.weight_version)
+            batch.samples.update(enumerate(saved.samples))
+            batch.requested.update(enumerate(saved.requested))
+            self._submit(batch, list(batch.samples))
+            self._begun[saved.step] = batch
+
+    def _lead(self, step: int) -> int:
+        """Steps by which the batch of ``step`` may be begun ahead."""
+        if self._independent_of_weights(step):
+            return max(self._staleness, self._prefetch_steps)
+        return self._staleness
+
+    def _independent_of_weights(self, step: int) -> bool:
         if self.teacher is None:
             return True
         proposed = self._propose is not None and not self.method.seq_kd  # SeqKD's come at the end
         return not (self.method.on_policy(step) or proposed)
 
-    def submit(self, step: int, examples: Sequence[Example]) -> PendingBatch:
-        """Start a generation batch: student completions are sampled here and now.
-
-        Raises:
-            DatasetError: an off-policy row has no completion to learn from.
-        """
-        batch = PendingBatch(
-            list(examples), self.teacher is not None and self.method.on_policy(step)
-        )
+    def _begin(self, step: int, weight_version: int) -> PendingBatch:
+        """Start a generation batch: student completions are sampled here and now."""
+        on_policy = self.teacher is not None and self.method.on_policy(step)
+        batch = PendingBatch(self._upcoming(step), on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
@@ -120,33 +231,11 @@ class Pipeline:
             self._score(batch, list(batch.samples))
         return batch
 
-    def collect(self, batch: PendingBatch) -> list[ScoredSample]:
-        """Wait for the answers; scored samples in the order of the examples."""
-        scores: dict[int, SparseLogprobs] = {}
-        new: dict[bytes, Completion] = {}
-        for indices, generated in batch.completions:
-            for index, completion in zip(indices, self._wait(generated), strict=True):
-                example = batch.examples[index]
-                batch.samples[index] = _teacher_sample(example, completion)
-                if completion.scores is not None:
-                    scores[index] = completion.scores
-                new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
-        if self._scores_late(batch):
-            self._score(batch, list(range(len(batch.examples))))
-        for indices, scored in batch.scores:
-            scores.update(zip(indices, self._wait(scored), strict=True))
-        if self.method.seq_kd and not batch.on_policy:
-            self._written.update(self._share(new))
-        return [
-            ScoredSample(batch.samples[i], scores.get(i), batch.requested.get(i))
-            for i in range(len(batch.examples))
-        ]
-
     def _wait(self, answer: Future[list[R]]) -> list[R]:
-        since = time.perf_counter()
-        result = answer.result()
-        self._clock("teacher", time.perf_counter() - since)
-        return result
+        if answer.done():
+            return answer.result()
+        with self._timeline.during("teacher"):
+            return answer.result()
 
     def _scores_late(self, batch: PendingBatch) -> bool:
         """Whether nothing of the batch is scored before all of it is written.
@@ -163,14 +252,17 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
-        since = time.perf_counter()
-        for group in self.rollouts.generate(requests):
-            for index, rollout in group:
-                batch.samples[index] = completed(
-                    batch.examples[index], rollout.token_ids, "student", truncated=rollout.truncated
-                )
-            self._score(batch, [index for index, _ in group])
-        self._clock("generating", time.perf_counter() - since)
+        with self._timeline.during("generating", step=step + 1):
+            for group in self.rollouts.generate(requests):
+                for index, rollout in group:
+                    batch.samples[index] = completed(
+                        batch.examples[index],
+                        rollout.token_ids,
+                        "student",
+                        truncated=rollout.truncated,
+                        weight_version=batch.weight_version,
+                    )
+                self._score(batch, sorted(index for index, _ in group))
 
     def _ask_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None
@@ -194,26 +286,36 @@ class Pipeline:
                 top_k=None if late else self.method.top_k,
                 score_temperature=self.method.temperature,
             )
+            self._timeline.request(future, prompts=len(unwritten))
             batch.completions.append((unwritten, future))
 
     def _score(self, batch: PendingBatch, indices: list[int]) -> None:
+        """Have samples scored, at the ids that are proposed for them too."""
         if self.teacher is None or not indices:
             return
-        samples = [batch.samples[i] for i in indices]
-        requested = None
         if self._propose is not None:
-            since = time.perf_counter()
-            requested = self._propose(samples)
+            with self._timeline.during("generating"):
+                requested = self._propose([batch.samples[i] for i in indices])
             batch.requested.update(zip(indices, requested, strict=True))
-            if not batch.on_policy:  # else it is part of the sampling's time
-                self._clock("generating", time.perf_counter() - since)
-        future = self.teacher.submit_score(
-            [(s.token_ids, s.completion_start) for s in samples],
-            top_k=self.method.top_k,
-            temperature=self.method.temperature,
-            requested=requested,
-        )
-        batch.scores.append((indices, future))
+        self._submit(batch, indices)
+
+    def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
+        assert self.teacher is not None
+        # As they are trained, so that what the first micro-batch waits for is asked first.
+        order = longest_first([len(batch.samples[i].token_ids) for i in indices])
+        indices = [indices[place] for place in order]
+        for first in range(0, len(indices), self._request_size):
+            part = indices[first : first + self._request_size]
+            samples = [batch.samples[i] for i in part]
+            answer = self.teacher.submit_score(
+                [(s.token_ids, s.completion_start) for s in samples],
+                top_k=self.method.top_k,
+                temperature=self.method.temperature,
+                requested=[batch.requested[i] for i in part] if batch.requested else None,
+            )
+            rows = sum(len(sample.completion_mask) for sample in samples)
+            self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)
+            batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
 
 
 def dataset_sample(example: Example) -> Sample:

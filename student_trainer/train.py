@@ -29,6 +29,7 @@ from student_trainer.config import (
     check_generation,
     checkpoint_of,
     parse,
+    traced_steps,
 )
 from student_trainer.data import Example, keep_short, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
@@ -201,6 +202,9 @@ def _train(
         generation_batch_size=recipe.generation.generation_batch_size,
         max_tokens_per_batch=args.max_tokens_per_batch,
         packing=args.packing,
+        staleness=0 if distill is None else distill.rollout_staleness,
+        prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
+        trace_steps=traced_steps(args),
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

@@ -8,8 +8,9 @@ runs through it too, as forward KL to the data's one-hot distribution.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.protocol import Completion
+from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
+from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
@@ -32,6 +35,7 @@ from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
+from student_trainer.timeline import Timeline, Trace
 
 MicroBatch = dict[str, Any]
 
@@ -56,6 +60,9 @@ class DistillationTrainer(Trainer):
             tokens, padding included; None for those of the data loader's size.
         packing: whether a micro-batch is one row of sequences instead of padded ones.
         rollout_temperature: of the student's sampling.
+        staleness, prefetch_steps: see `Pipeline`.
+        trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
+            folder; on the main process alone.
         train_dataset, eval_dataset: lists of `Example`.
         Everything else: as transformers' Trainer.
     """
@@ -76,6 +83,9 @@ class DistillationTrainer(Trainer):
         generation_batch_size: int | None = None,
         max_tokens_per_batch: int | None = None,
         packing: Packing = "auto",
+        staleness: int = 0,
+        prefetch_steps: int = 0,
+        trace_steps: tuple[int, int] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -95,20 +105,41 @@ class DistillationTrainer(Trainer):
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else method.stop_ids[0])
         self.window = WindowMetrics()
+        self.timeline = Timeline(self.window.add_seconds, self._trace(trace_steps))
+        self.order = self._training_order()
         self.rollouts = self._rollout_engine(rollout_temperature, generation_batch_size)
         self.pipeline = Pipeline(
             method,
             teacher,
             self.rollouts,
+            upcoming=lambda step: _flat(self._groups(step)),
+            staleness=staleness,
+            prefetch_steps=prefetch_steps,
+            request_size=self.args.per_device_train_batch_size,
             share=_share_over_ranks,
             propose=self._proposals(student_top_m),
-            clock=self.window.add_seconds,
+            timeline=self.timeline,
         )
         self._greedy = self._rollout_engine(0.0, generation_batch_size)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
-        self._ahead: tuple[Iterator[list[Example]], list[list[Example]]] | None = None
-        self._pending: tuple[int, PendingBatch] | None = None
-        self.add_callback(_StepClock(self.window))
+        self.add_callback(_StepEnd(self))
+
+    def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
+        if steps is None or not self.is_world_process_zero():
+            return None
+        return Trace(Path(self.args.output_dir or "") / "trace.json", steps)
+
+    def _training_order(self) -> TrainingOrder:
+        seed = self.args.data_seed
+        return TrainingOrder(
+            len(self.train_dataset),
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+            seed=self.args.seed if seed is None else seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            drop_last=self.args.dataloader_drop_last,
+        )
 
     def _rollout_engine(self, temperature: float, batch_size: int | None) -> TransformersRollouts:
         return TransformersRollouts(
@@ -133,38 +164,32 @@ class DistillationTrainer(Trainer):
             packed=self.packed,
         )
 
-    # A training step: collect the generation batch, count its tokens, then one loss a micro-batch.
+    # A training step: take the generation batch, count its tokens, then one loss a micro-batch.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
-        """The micro-batches of each substep of one optimizer step, and their token count."""
+        """The micro-batches of each substep of one optimizer step, written and not yet scored.
+
+        And how many tokens they teach. The loader's iterator is left alone: the order is known for
+        all steps, see `TrainingOrder`.
+        """
         step = self.state.global_step
-        groups, following = self._take(epoch_iterator, num_batches)
-        examples = _flat(groups)
-        pending = self._take_pending(step) or self.pipeline.submit(step, examples)
-        assert [e.index for e in pending.examples] == [e.index for e in examples]
-        last = step + 1 >= self.state.max_steps
-        if following and not last and self.pipeline.independent_of_weights(step + 1):
-            # The teacher may score it while this step trains.
-            self._pending = (step + 1, self.pipeline.submit(step + 1, _flat(following)))
-        scored = self.pipeline.collect(pending)
-        self._count_traffic()
-        self.window.add_step(scored, on_policy=pending.on_policy)
-        tokens = sum(int(item.sample.completion_mask.sum()) for item in scored)
+        self.timeline.begin_step(step + 1)
+        groups = self._groups(step)
+        assert len(groups) == num_batches
+        last = self.state.max_steps - 1
+        if self.method.seq_kd:  # a later epoch asks for what this one has not been answered yet
+            last = min(last, self.order.last_of_epoch(step))
+        batch = self.pipeline.take(step, last)
+        samples = self.pipeline.samples(batch)
+        self.window.add_step(samples, step=step, on_policy=batch.on_policy)
+        tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
-        micro_batches = [
-            self._micro_batch(
-                [scored[index] for index in members],
-                normalizer=float(total),
-                tail=self.tail,
-                sft_weight=self.sft_weight,
-            )
-            for members in self._grouped([item.sample for item in scored], [len(g) for g in groups])
+        micro_batches: list[MicroBatch] = [
+            {"pending": _Pending(batch, indices, float(total))}
+            for indices in self._grouped(samples, [len(group) for group in groups])
         ]
-        positions = sum(micro_batch["input_ids"].numel() for micro_batch in micro_batches)
-        self.window.add_inputs(positions, sum(len(item.sample.token_ids) for item in scored))
-        self.window.add_seconds("training", -time.perf_counter())  # until the step's end
         return over_substeps(micro_batches, len(groups)), total
 
     def _grouped(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
@@ -182,17 +207,40 @@ class DistillationTrainer(Trainer):
         inputs: list[MicroBatch],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of a substep's micro-batches.
+        """Forward and backward of a substep's micro-batches, each as soon as its scores are there.
 
         The Trainer counts on ``gradient_accumulation_steps`` substeps, and adds gradients over
         ranks in the last; where a token budget puts several micro-batches in it, in their last.
         """
         loss = torch.zeros((), device=self.args.device)
-        for micro_batch in inputs:
-            waits = micro_batch is not inputs[-1] and not self._syncs_each_batch
+        for place, pending in enumerate(inputs):
+            waits = place + 1 < len(inputs) and not self._syncs_each_batch
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                loss += super().training_step(model, micro_batch, num_items_in_batch)
+                one, inputs[place] = self._learn(model, pending["pending"], num_items_in_batch)
+            loss += one
+        if self.accelerator.sync_gradients:
+            self.timeline.begin("optimizer")  # until the step's end
         return loss
+
+    def _learn(
+        self, model: Any, pending: _Pending, num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, MicroBatch]:
+        """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
+        with self.timeline.during("forward_backward", sequences=len(pending.indices)):
+            scored = self.pipeline.scored(pending.batch, pending.indices)
+            micro_batch = self._micro_batch(
+                scored,
+                normalizer=pending.normalizer,
+                tail=self.tail,
+                sft_weight=self.sft_weight,
+            )
+            inputs = {name: micro_batch[name] for name in micro_batch if name != "sparse_targets"}
+            tokens = sum(len(item.sample.token_ids) for item in scored)
+            self.window.add_inputs(inputs["input_ids"].numel(), tokens)
+            loss: torch.Tensor = super().training_step(model, micro_batch, num_items_in_batch)
+            if self.args.logging_nan_inf_filter:
+                loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
+        return loss, inputs
 
     @property
     def _syncs_each_batch(self) -> bool:
@@ -231,23 +279,28 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **window}
         super().log(logs, start_time)
 
-    def _take(
-        self, epoch_iterator: Iterator[list[Example]], count: int
-    ) -> tuple[list[list[Example]], list[list[Example]]]:
-        """This step's micro-batches, and those of the next one as far as this epoch has them."""
-        groups: list[list[Example]] = []
-        if self._ahead is not None and self._ahead[0] is epoch_iterator:
-            groups = self._ahead[1]
-        groups += _next(epoch_iterator, count - len(groups))
-        following = _next(epoch_iterator, self.args.gradient_accumulation_steps)
-        self._ahead = (epoch_iterator, following)
-        return groups, following
+    def _groups(self, step: int) -> list[list[Example]]:
+        """The examples of each of the step's micro-batches."""
+        rows: Any = self.train_dataset
+        return [[rows[i] for i in numbers] for numbers in self.order.micro_batches(step)]
 
-    def _take_pending(self, step: int) -> PendingBatch | None:
-        if self._pending is None or self._pending[0] != step:
-            return None
-        pending, self._pending = self._pending[1], None
-        return pending
+    # Checkpoints keep what was begun ahead, beside the random state: both are a rank's own.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        ahead = self.pipeline.ahead()
+        if ahead:
+            save_ahead(self._ahead_file(output_dir), ahead)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            file = self._ahead_file(resume_from_checkpoint)
+            if file.exists():
+                self.pipeline.resume(load_ahead(file))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _ahead_file(self, folder: str) -> Path:
+        return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
 
     def _micro_batch(
         self,
@@ -399,28 +452,28 @@ def check_examples(
     return list(check_completions([e.checker for e in checkable if e.checker], texts))
 
 
-class _StepClock(TrainerCallback):
-    """Ends the measurement of a step's training time, before logging and saving."""
+@dataclass(frozen=True)
+class _Pending:
+    """A micro-batch whose scores may still be in flight."""
 
-    def __init__(self, window: WindowMetrics) -> None:
-        self.window = window
+    batch: PendingBatch
+    indices: Sequence[int]
+    normalizer: float
+
+
+class _StepEnd(TrainerCallback):
+    """Ends the measurements of a step, before logging and saving."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.window.add_seconds("training", time.perf_counter())
+        self.trainer.timeline.end_step()
+        self.trainer._count_traffic()
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:
     return dict(gather_object(list(new.items())))
-
-
-def _next(iterator: Iterator[list[Example]], count: int) -> list[list[Example]]:
-    taken: list[list[Example]] = []
-    while len(taken) < count:
-        try:
-            taken.append(next(iterator))
-        except StopIteration:
-            break
-    return taken
 
 
 def _flat(groups: list[list[Example]]) -> list[Example]:

@@ -336,16 +336,19 @@ def _points(history: list[dict[str, Any]], name: str) -> list[tuple[float, float
 
 def _where(history: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the distillation by what they went into; logged as means over a window."""
-    parts = {"waiting for the teacher": "seconds_teacher", "generating": "seconds_generating",
-             "training": "seconds_training"}  # fmt: skip
+    parts = {
+        "waiting for the teacher": ["seconds_teacher"],
+        "generating": ["seconds_generating"],
+        "training": ["seconds_forward_backward", "seconds_optimizer"],
+    }
     totals = dict.fromkeys(parts, 0.0)
     last = 0.0
     for entry in history:
         if "seconds_teacher" not in entry:
             continue
         window, last = entry["step"] - last, entry["step"]
-        for part, name in parts.items():
-            totals[part] += entry[name] * window
+        for part, names in parts.items():
+            totals[part] += sum(entry[name] for name in names) * window
     return totals
 
 

@@ -1,9 +1,9 @@
-"""One served teacher, one student, and rows to learn from, shared by all end-to-end tests."""
+"""One teacher, one student, and rows to learn from, shared by all end-to-end tests."""
 
 import json
 import random
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from tests.support.server import running_server
 
 @dataclass(frozen=True)
 class World:
-    """Folders and files, and the address of the served teacher."""
+    """Folders and files, and the address of the teacher where it is served."""
 
     folder: Path
     url: str
@@ -37,7 +37,7 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
+def unserved_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     for name, hidden_size, seed in (("student", 16, 1), ("teacher", 32, 2)):
         save_tokenizer(folder / name)
@@ -54,5 +54,10 @@ def world(tmp_path_factory):
             for _ in range(count)
         ]  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with running_server(folder / "teacher") as url:
-        yield World(folder, url)
+    return World(folder, url="")
+
+
+@pytest.fixture(scope="session")
+def world(unserved_world):
+    with running_server(unserved_world.teacher) as url:
+        yield replace(unserved_world, url=url)

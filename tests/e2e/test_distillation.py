@@ -122,8 +122,13 @@ def test_logs_tell_what_happened(world, tmp_path):
     assert entry["cross_entropy"] > 0
     assert entry["divergence"] == pytest.approx(entry["loss"], rel=1e-4)
     assert entry["bytes_per_token"] > 16 * 8
-    for name in ("seconds_teacher", "seconds_generating", "seconds_training"):
-        assert entry[name] > 0
+    parts = [entry[f"seconds_{name}"] for name in ("generating", "forward_backward", "optimizer")]
+    assert min(parts) > 0
+    assert sum(parts) + entry["seconds_teacher"] <= entry["seconds_step"]
+    assert entry["seconds_syncing"] == 0
+    assert 0 <= entry["stall_fraction"] < 1
+    assert entry["teacher_tokens_per_second"] > 0
+    assert entry["staleness"] == entry["staleness_max"] == 0
 
 
 @pytest.mark.parametrize("lmbda", [0, 1])

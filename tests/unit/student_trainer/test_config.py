@@ -19,6 +19,7 @@ from student_trainer.config import (
     check_merge,
     checkpoint_of,
     parse,
+    traced_steps,
 )
 from student_trainer.train import Recipe, check_recipe
 
@@ -82,6 +83,28 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--sft_weight", "1"], "--sft_weight 1.0 must be 0 or above and below 1"),
         (["--sft_weight", "0.2", "--lmbda", "1"], "no effect with --lmbda 1"),
         (["--sft_weight", "0.2", "--temperature", "2"], "needs --temperature 1"),
+        (["--rollout_staleness", "-1"], "--rollout_staleness -1 must be 0 or above"),
+        (["--rollout_staleness", "1", "--lmbda", "0"], "no effect with --lmbda 0"),
+        (
+            [
+                "--rollout_staleness",
+                "1",
+                "--lmbda",
+                "0",
+                "--request_student_top_m",
+                "4",
+                "--seq_kd",
+            ],
+            "no effect with --lmbda 0",
+        ),
+        (["--teacher_prefetch_steps", "-1"], "--teacher_prefetch_steps -1 must be 0 or above"),
+        (["--teacher_prefetch_steps", "3", "--lmbda", "1"], "no effect with --lmbda 1"),
+        (["--trace_steps", "0"], "--trace_steps 0 must be a step from 1"),
+        (["--trace_steps", "5-4"], "--trace_steps 5-4 must be a step from 1"),
+        (["--trace_steps", "all"], "or a range such as 10-12"),
+        (["--dataloader_num_workers", "2"], "rows are token ids in memory"),
+        (["--ignore_data_skip"], "would learn rows twice"),
+        (["--accelerator_config", '{"split_batches": true}'], "no effect here"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
@@ -154,6 +177,17 @@ def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
         check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+
+
+def test_traced_steps_are_one_or_a_range(model_folder):
+    for given, expected in (("7", (7, 7)), ("10-12", (10, 12))):
+        assert traced_steps(read(words(model_folder, "--trace_steps", given))[-1]) == expected
+    assert traced_steps(read(words(model_folder))[-1]) is None
+
+
+def test_staleness_without_rollouts_is_for_proposals(model_folder):
+    more = ["--rollout_staleness", "1", "--lmbda", "0", "--request_student_top_m", "4"]
+    assert read(words(model_folder, *more))[-1].rollout_staleness == 1
 
 
 def test_teacher_url_may_be_repeated(model_folder):

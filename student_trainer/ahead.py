@@ -1,0 +1,94 @@
+"""Batches that were begun ahead, in a file: weights that are gone wrote them, so a checkpoint
+keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from student_trainer.data import Sample
+
+
+@dataclass(frozen=True)
+class AheadBatch:
+    """One generation batch, written and not yet learned.
+
+    Attributes:
+        step: that will learn it, from 0.
+        weight_version: optimizer steps behind the weights that it was begun with.
+        examples: index of the row of each sample.
+        requested: proposed ids [T, m] of each sample; empty where none are proposed.
+    """
+
+    step: int
+    weight_version: int
+    on_policy: bool
+    examples: list[int]
+    samples: list[Sample]
+    requested: list[NDArray[np.uint32]]
+
+
+def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
+    """Write the batches as plain arrays (.npz): token ids and lengths, laid end to end."""
+    samples = [sample for batch in batches for sample in batch.samples]
+    requested = [ids for batch in batches for ids in batch.requested]
+    arrays: dict[str, Any] = {
+        "step": [batch.step for batch in batches],
+        "weight_version": [batch.weight_version for batch in batches],
+        "on_policy": [batch.on_policy for batch in batches],
+        "count": [len(batch.samples) for batch in batches],
+        "example": [index for batch in batches for index in batch.examples],
+        "length": [len(sample.token_ids) for sample in samples],
+        "completion_start": [sample.completion_start for sample in samples],
+        "source": [sample.source for sample in samples],
+        "truncated": [sample.truncated for sample in samples],
+        "sample_version": [
+            -1 if sample.weight_version is None else sample.weight_version for sample in samples
+        ],
+        "token_ids": np.concatenate([sample.token_ids for sample in samples]),
+        "completion_mask": np.concatenate([sample.completion_mask for sample in samples]),
+    }
+    if requested:
+        arrays["requested"] = np.concatenate(requested)  # [sum of T, m]
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def load_ahead(path: Path) -> list[AheadBatch]:
+    """What `save_ahead` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    lengths, starts = arrays["length"], arrays["completion_start"]
+    ids = _parts(arrays["token_ids"], lengths)
+    masks = _parts(arrays["completion_mask"], lengths - starts)
+    versions = arrays["sample_version"].tolist()
+    samples = [
+        Sample(
+            ids[i], int(starts[i]), masks[i], str(arrays["source"][i]),  # type: ignore[arg-type]
+            bool(arrays["truncated"][i]), None if versions[i] < 0 else versions[i],
+        )
+        for i in range(len(ids))
+    ]  # fmt: skip
+    requested = _parts(arrays["requested"], lengths - starts) if "requested" in arrays else []
+    batches, first = [], 0
+    for step, version, on_policy, count in zip(
+        *(arrays[name].tolist() for name in ("step", "weight_version", "on_policy", "count")),
+        strict=True,
+    ):
+        last = first + count
+        examples = arrays["example"][first:last].tolist()
+        batches.append(
+            AheadBatch(
+                step, version, on_policy, examples, samples[first:last], requested[first:last]
+            )
+        )
+        first = last
+    return batches
+
+
+def _parts(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    return np.split(rows, np.cumsum(lengths)[:-1])

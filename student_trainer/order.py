@@ -1,0 +1,75 @@
+"""Which rows each optimizer step learns: a pure function of seed, step and rank.
+
+So the trainer can look ahead as far as it likes, over the end of an epoch too, and a resumed run
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class TrainingOrder:
+    """Row numbers in random order, anew in each epoch; the order that accelerate's loader has.
+
+    Args:
+        rows: number of rows in the dataset.
+        batch_size: rows in a micro-batch.
+        accumulation: micro-batches in a step; an epoch's last step has what is left.
+        seed: of the order.
+        rank, world: this process and how many there are. With several, the epoch's last batches
+            are filled up from its first rows, so that all ranks have as many.
+        drop_last: leave out an epoch's last rows where they make no full batch on every rank.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        accumulation: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._accumulation = accumulation
+        self._seed = seed
+        self._rank, self._world = rank, world
+        self._drop_last = drop_last
+        over = batch_size * world
+        batches = rows // over if drop_last else -(-rows // over)  # of an epoch, on each rank
+        self.steps_per_epoch = -(-batches // accumulation)
+        self._batches = batches
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def last_of_epoch(self, step: int) -> int:
+        """The last step of the epoch that ``step`` is in."""
+        return (step // self.steps_per_epoch + 1) * self.steps_per_epoch - 1
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Row numbers of each of the step's micro-batches on this rank."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        order = self._permutation(epoch)
+        first = step * self._accumulation
+        size = self._batch_size
+        return [
+            order[batch * size : (batch + 1) * size]
+            for batch in range(
+                first * self._world + self._rank,
+                min(first + self._accumulation, self._batches) * self._world,
+                self._world,
+            )
+        ]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed + epoch)
+            order: list[int] = torch.randperm(self._rows, generator=generator).tolist()
+            wanted = self._batches * self._batch_size * self._world
+            while self._world > 1 and len(order) < wanted:
+                order += order[: wanted - len(order)]
+            self._epoch = (epoch, order)
+        return self._epoch[1]
