@@ -195,6 +195,17 @@ def test_the_v1_runner_gets_scores_into_its_output():
     assert runner.sample_tokens(hidden).prompt_token_id_logprobs_dict == {}  # once
 
 
+def test_no_more_logits_are_made_at_once_than_was_said():
+    rng = np.random.default_rng(7)
+    one, hidden = job(rng), hidden_states(rng, 28)
+    runner, rows = Runner(one), []
+    runner.model.compute_logits = lambda states: rows.append(len(states)) or head(states)
+    extension(runner).install_scoring(V, 5 * 4 * V)  # bytes of five rows in float32
+    answers = runner.sample_tokens(hidden).prompt_token_id_logprobs_dict
+    assert rows == [5, 5, 3]
+    assert_same(unpack_scores(answers["scored"].numpy(), one), expected(one, hidden[9:]))
+
+
 def test_a_runner_that_has_moved_is_refused():
     class Moved(Runner):
         def _get_prompt_logprobs_dict(self, hidden_states, scheduler_output):
