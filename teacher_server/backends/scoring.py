@@ -109,7 +109,8 @@ def _score_chunk(
     logits.scatter_(1, ids, -torch.inf)
     ordered = extra.sort(dim=1).values
     beside = logits.gather(1, ordered) - largest  # [n, 1 + m], −inf for one of the top k
-    beside[:, 1:][ordered[:, 1:] == ordered[:, :-1]] = -torch.inf  # named twice, counted once
+    again = ordered[:, 1:] == ordered[:, :-1]  # named twice, counted once
+    beside[:, 1:].masked_fill_(again, -torch.inf)
     logits.scatter_(1, extra, -torch.inf)
     rest = (logits - largest).exp_().sum(dim=-1)  # [n]
     total = rest + values.exp().sum(dim=-1) + beside.exp().sum(dim=-1)
