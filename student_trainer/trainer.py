@@ -84,7 +84,9 @@ class DistillationTrainer(Trainer):
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else method.stop_ids[0])
         self.window = WindowMetrics()
-        self.rollouts = self._rollout_engine(rollout_temperature, generation_batch_size)
+        self.rollouts = self._rollout_engine(
+            rollout_temperature, generation_batch_size, one_group=student_top_m > 0
+        )
         self.pipeline = Pipeline(
             method,
             teacher,
@@ -99,7 +101,9 @@ class DistillationTrainer(Trainer):
         self._pending: tuple[int, PendingBatch] | None = None
         self.add_callback(_StepClock(self.window))
 
-    def _rollout_engine(self, temperature: float, batch_size: int | None) -> TransformersRollouts:
+    def _rollout_engine(
+        self, temperature: float, batch_size: int | None, *, one_group: bool = False
+    ) -> TransformersRollouts:
         return TransformersRollouts(
             self.model,
             stop_ids=self.method.stop_ids,
@@ -108,6 +112,7 @@ class DistillationTrainer(Trainer):
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=self.vocab_size,
+            one_group=one_group,
         )
 
     def _proposals(self, count: int) -> TopTokenProposals | None:
