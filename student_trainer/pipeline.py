@@ -164,6 +164,7 @@ class Pipeline:
             for example in batch.examples
         ]
         since = time.perf_counter()
+        self.rollouts.sync(step)
         for group in self.rollouts.generate(requests):
             for index, rollout in group:
                 batch.samples[index] = completed(

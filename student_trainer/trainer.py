@@ -25,7 +25,13 @@ from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.rollouts import (
+    RolloutEngine,
+    RolloutRequest,
+    TransformersRollouts,
+    VllmEngine,
+    VllmRollouts,
+)
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
@@ -50,6 +56,7 @@ class DistillationTrainer(Trainer):
             of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
         rollout_temperature: of the student's sampling.
+        vllm: writes the student's completions in its place.
         train_dataset, eval_dataset: lists of `Example`.
         Everything else: as transformers' Trainer.
     """
@@ -68,6 +75,7 @@ class DistillationTrainer(Trainer):
         student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -84,6 +92,7 @@ class DistillationTrainer(Trainer):
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else method.stop_ids[0])
         self.window = WindowMetrics()
+        self.vllm = vllm
         self.rollouts = self._rollout_engine(
             rollout_temperature, generation_batch_size, one_group=student_top_m > 0
         )
@@ -103,7 +112,15 @@ class DistillationTrainer(Trainer):
 
     def _rollout_engine(
         self, temperature: float, batch_size: int | None, *, one_group: bool = False
-    ) -> TransformersRollouts:
+    ) -> RolloutEngine:
+        if self.vllm is not None:
+            return VllmRollouts(
+                self.vllm,
+                stop_ids=self.method.stop_ids,
+                max_new_tokens=self.method.max_new_tokens,
+                temperature=temperature,
+                vocab_size=self.vocab_size,
+            )
         return TransformersRollouts(
             self.model,
             stop_ids=self.method.stop_ids,
@@ -180,6 +197,8 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             window = self.window.drain(self._sum_over_ranks, with_teacher=self.teacher is not None)
             logs = {**logs, **window}
+            if self.vllm is not None and self.vllm.drift is not None:
+                logs["rollout_drift"] = self.vllm.drift
         super().log(logs, start_time)
 
     def _take(
@@ -263,6 +282,8 @@ class DistillationTrainer(Trainer):
             if first < real:
                 sums += found
         asked, real = self._share([e for e in examples if e.checker is not None])
+        if asked:
+            self._greedy.sync(self.state.global_step)
         checked = check_examples(self._greedy, self.processing_class, asked)[:real]
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
         metrics: dict[str, float] = {}
@@ -336,7 +357,7 @@ class DistillationTrainer(Trainer):
 
 
 def check_examples(
-    rollouts: TransformersRollouts, tokenizer: Any, examples: Sequence[Example]
+    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example]
 ) -> list[Any]:
     """Verdicts on the model's own completions of the examples that carry a checker."""
     checkable = [e for e in examples if e.checker is not None]

@@ -33,7 +33,11 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """Generates with the student's present weights."""
+    """Generates with the student's weights as of the last `sync`."""
+
+    def sync(self, weight_version: int) -> None:
+        """Take the student's present weights; costs nothing when this version is there already."""
+        ...
 
     def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
         """Groups of (index of the request, rollout), each as soon as it is finished.

@@ -68,6 +68,9 @@ class TransformersRollouts:
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
 
+    def sync(self, weight_version: int) -> None:
+        """Nothing to do: the weights are the student's own."""
+
     def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
         """See `RolloutEngine.generate`.
 

@@ -72,6 +72,12 @@ class RecordingTeacher:
 class CountingRollouts:
     """Writes the request's key as completion, two prompts at a time, last ones first."""
 
+    def __init__(self):
+        self.versions = []
+
+    def sync(self, weight_version):
+        self.versions.append(weight_version)
+
     def generate(self, requests):
         order = list(range(len(requests)))[::-1]
         for first in range(0, len(order), 2):
