@@ -117,6 +117,14 @@ def test_sft_asks_no_teacher():
     assert scored[0].sample.source == "dataset"
 
 
+def test_rollouts_take_the_weights_of_their_step():
+    rollouts = CountingRollouts()
+    pipeline = Pipeline(replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts)
+    for step in (7, 8):
+        pipeline.collect(pipeline.submit(step, [example(0, completion=None)]))
+    assert rollouts.versions == [7, 8]
+
+
 def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
     teacher = RecordingTeacher()
     pipeline = Pipeline(replace(METHOD, lmbda=1.0), teacher, CountingRollouts())
