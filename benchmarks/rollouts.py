@@ -175,10 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = figures["generate, float64"].speed
         for name, found in figures.items():
             half = statistics.median(found.seconds_to_half)
-            rows.append([f"V={vocab_size // 250}k, {prompts} prompts: {name}",
+            rows.append([f"V={vocab_size // 1000}k, {prompts} prompts: {name}",
                          round(found.speed), found.speed / base, half])  # fmt: skip
         ratio = figures["rollouts"].speed / base
-        summary[f"speedup_v{vocab_size // 250}k_{prompts}"] = round(ratio, 2)
+        summary[f"speedup_v{vocab_size // 1000}k_{prompts}"] = round(ratio, 2)
     print_report(
         "Rollouts: completion tokens per second",
         ["case", "tokens/s", "× generate", "half, s"],

@@ -6,6 +6,7 @@ of its own; weights reach it as a checkpoint in shared memory, through vLLM's ow
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
+from huggingface_hub import save_torch_state_dict
+from transformers.core_model_loading import revert_weight_conversion
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
@@ -175,13 +177,19 @@ class VllmEngine:
         return float((ours.gather(1, ids[:, None])[:, 0] - theirs).abs().mean())
 
     def _export(self) -> None:
-        """The weights as a checkpoint, under the names that transformers saves them by."""
-        causal_lm, state = merged_weights(self.model, getattr(torch, self.dtype))
-        with _no_progress_bar():
-            causal_lm.save_pretrained(self._folder.name, state_dict=state, max_shard_size="2GB")
+        """The weights as a checkpoint, under the names that transformers saves them by.
+
+        Not by ``save_pretrained``, which writes on the first rank alone: each has its own engine.
+        """
+        causal_lm, weights = merged_weights(self.model, getattr(torch, self.dtype))
+        config = copy.deepcopy(causal_lm.config)
+        config.architectures = [type(causal_lm).__name__]
+        config.save_pretrained(self._folder.name)
+        weights = revert_weight_conversion(causal_lm, weights)
+        save_torch_state_dict(weights, self._folder.name, max_shard_size="2GB")
 
     def _forget_export(self) -> None:
-        for file in Path(self._folder.name).glob("*.safetensors"):
+        for file in Path(self._folder.name).glob("*.safetensors*"):
             file.unlink()  # it is shared memory, and as large as the model
 
 
@@ -248,13 +256,14 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
     """The causal language model and its weights on the CPU, adapters added to what they adapt.
 
     Nothing is merged in place: taking adapters out again would leave rounding errors in the base.
+    Of tied weights there is the first alone, as in a checkpoint.
     """
-    if not hasattr(model, "get_base_model"):
-        return model, {name: _copy(value, dtype) for name, value in model.state_dict().items()}
     from peft.tuners.lora import LoraLayer
 
-    causal_lm = model.get_base_model()
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapted = {n: m for n, m in causal_lm.named_modules() if isinstance(m, LoraLayer)}
+    names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in causal_lm.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     for name, value in causal_lm.state_dict().items():
         owner, _, own = name.partition(".base_layer.")
@@ -263,9 +272,10 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
                 layer = adapted[owner]
                 for adapter in layer.active_adapters:
                     value = value + layer.get_delta_weight(adapter).to(value.device)
-            weights[f"{owner}.{own}"] = _copy(value, dtype)
-        elif not any(name.startswith(f"{prefix}.") for prefix in adapted):  # not an adapter's own
-            weights[name] = _copy(value, dtype)
+            name = f"{owner}.{own}"
+        elif name in tied or any(name.startswith(f"{prefix}.") for prefix in adapted):
+            continue  # there already, or an adapter's own
+        weights[name] = _copy(value, dtype)
     return causal_lm, weights
 
 
@@ -315,14 +325,3 @@ def _alone() -> Iterator[None]:
     finally:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         os.environ.update(before)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

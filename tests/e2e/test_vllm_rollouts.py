@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts, VllmEngine, VllmRollouts
 from student_trainer.rollouts.vllm import merged_weights
@@ -168,6 +168,17 @@ class TestDistillation:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         launch([*torchrun, "-m", "student_trainer", "distill", *words])
         assert all(e["rollout_drift"] < 1e-4 for e in history(tmp_path / "out") if "loss" in e)
+
+
+def test_tied_weights_are_sent_once():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    _, weights = merged_weights(LlamaForCausalLM(config), torch.bfloat16)
+    assert "model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
 
 
 def test_merged_weights_are_those_of_merge_and_unload(student):
