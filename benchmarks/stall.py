@@ -91,6 +91,9 @@ def train(run: Run) -> None:
     class PacedRollouts:
         """Random completions, a group at a time."""
 
+        def sync(self, weight_version: int) -> None:
+            pass
+
         def generate(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Rollout]]]:
             groups = np.array_split(np.arange(len(requests)), MICRO_BATCHES)
             for group in groups:

@@ -168,6 +168,10 @@ class TokenizerMismatchError(TeacherError):
     """Teacher and student do not share a vocabulary, so token ids mean different things."""
 
 
+class RolloutError(SparseGKDError):
+    """The student cannot generate: its logits are not finite, or its engine failed."""
+
+
 class ConfigurationError(SparseGKDError):
     """A flag or setting that cannot work, found before any model loads."""
 

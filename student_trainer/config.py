@@ -238,6 +238,14 @@ class DistillArguments(CommonTrainingArguments):
         "Steps by which off-policy completions are scored ahead, at least --rollout_staleness; "
         "their scores are held in memory meanwhile.",
     )
+    rollout_engine: Literal["transformers", "vllm"] = _flag(
+        "transformers",
+        "Who writes the student's completions. transformers: the student itself. vllm: an engine "
+        "beside it that is given the weights before each on-policy step.",
+    )
+    vllm_gpu_memory_utilization: float = _flag(
+        0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
+    )
 
 
 @dataclass
@@ -567,6 +575,43 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
         )
     check_teacher(teacher)
+
+
+def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
+    """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
+    if args.rollout_engine != "vllm":
+        share = DistillArguments.vllm_gpu_memory_utilization
+        if args.vllm_gpu_memory_utilization != share:
+            raise ConfigurationError(
+                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
+            )
+        return
+    if args.lmbda == 0:
+        raise ConfigurationError(
+            "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
+    if not 0 < args.vllm_gpu_memory_utilization < 1:
+        raise ConfigurationError(
+            f"--vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} must be between 0 "
+            "and 1"
+        )
+    if not 0.01 <= args.rollout_temperature <= 2:
+        raise ConfigurationError(
+            f"--rollout_temperature {args.rollout_temperature}: vLLM samples from 0.01 to 2; use "
+            "--rollout_engine transformers"
+        )
+    if adapters.load_in_4bit:
+        raise ConfigurationError(
+            "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
+        )
+    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if args.fsdp or args.deepspeed or any(os.environ.get(n) == "true" for n in sharded):
+        raise ConfigurationError(
+            "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
+            "or use transformers"
+        )
 
 
 def check_evaluate(

@@ -252,6 +252,8 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
+        with self._timeline.during("syncing"):
+            self.rollouts.sync(batch.weight_version)
         with self._timeline.during("generating", step=step + 1):
             for group in self.rollouts.generate(requests):
                 for index, rollout in group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from student_trainer.config import (
     check_common,
     check_distill,
     check_generation,
+    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,
@@ -41,6 +43,7 @@ from student_trainer.loading import (
     load_tokenizer,
 )
 from student_trainer.pipeline import Method, dataset_sample
+from student_trainer.rollouts import VllmEngine
 from student_trainer.teacher import Teacher, TeacherClient
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
@@ -91,6 +94,7 @@ def distill(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_distill(args, teacher)
+    check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
     rows = read_rows(recipe)  # a missing file is told before a teacher is waited for
     with open_teacher(teacher, recipe.model) as client:
@@ -187,35 +191,59 @@ def _train(
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
-    trainer = DistillationTrainer(
-        student,
-        args=args,
-        method=method,
-        beta=0.0 if distill is None else distill.beta,
-        teacher=teacher,
-        vocab_size=vocab_size,
-        tail="bucket" if distill is None else distill.tail,
-        sft_weight=0.0 if distill is None else distill.sft_weight,
-        kernel=args.loss_kernel,
-        student_top_m=0 if distill is None else distill.request_student_top_m,
-        rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
-        generation_batch_size=recipe.generation.generation_batch_size,
-        max_tokens_per_batch=args.max_tokens_per_batch,
-        packing=args.packing,
-        staleness=0 if distill is None else distill.rollout_staleness,
-        prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
-        trace_steps=traced_steps(args),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-    )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    longest = max(len(example.prompt_ids) for example in [*train, *(held_out or [])])
+    with open_engine(student, recipe, distill, longest + method.max_new_tokens) as engine:
+        trainer = DistillationTrainer(
+            student,
+            args=args,
+            method=method,
+            beta=0.0 if distill is None else distill.beta,
+            teacher=teacher,
+            vocab_size=vocab_size,
+            tail="bucket" if distill is None else distill.tail,
+            sft_weight=0.0 if distill is None else distill.sft_weight,
+            kernel=args.loss_kernel,
+            student_top_m=0 if distill is None else distill.request_student_top_m,
+            rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
+            generation_batch_size=recipe.generation.generation_batch_size,
+            vllm=engine,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            packing=args.packing,
+            staleness=0 if distill is None else distill.rollout_staleness,
+            prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
+            trace_steps=traced_steps(args),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
+    # Together: a process that ends while the others' group still runs is aborted now and then.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def open_engine(
+    student: Any, recipe: Recipe, distill: DistillArguments | None, max_model_len: int
+) -> AbstractContextManager[VllmEngine | None]:
+    """What ``--rollout_engine`` asks for beside the student; nothing for transformers."""
+    if distill is None or distill.rollout_engine == "transformers":
+        return nullcontext()
+    dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
+    if distill.bf16 or distill.fp16:  # what the student computes in
+        dtype = "bfloat16" if distill.bf16 else "float16"
+    return VllmEngine(
+        student,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        gpu_memory_utilization=distill.vllm_gpu_memory_utilization,
+        max_num_seqs=recipe.generation.generation_batch_size,
+    )
 
 
 def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherArguments) -> None:

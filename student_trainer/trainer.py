@@ -31,7 +31,13 @@ from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.rollouts import (
+    RolloutEngine,
+    RolloutRequest,
+    TransformersRollouts,
+    VllmEngine,
+    VllmRollouts,
+)
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
@@ -63,6 +69,7 @@ class DistillationTrainer(Trainer):
         staleness, prefetch_steps: see `Pipeline`.
         trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
             folder; on the main process alone.
+        vllm: writes the student's completions in its place.
         train_dataset, eval_dataset: lists of `Example`.
         Everything else: as transformers' Trainer.
     """
@@ -86,6 +93,7 @@ class DistillationTrainer(Trainer):
         staleness: int = 0,
         prefetch_steps: int = 0,
         trace_steps: tuple[int, int] | None = None,
+        vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -107,7 +115,10 @@ class DistillationTrainer(Trainer):
         self.window = WindowMetrics()
         self.timeline = Timeline(self.window.add_seconds, self._trace(trace_steps))
         self.order = self._training_order()
-        self.rollouts = self._rollout_engine(rollout_temperature, generation_batch_size)
+        self.vllm = vllm
+        self.rollouts = self._rollout_engine(
+            rollout_temperature, generation_batch_size, one_group=student_top_m > 0
+        )
         self.pipeline = Pipeline(
             method,
             teacher,
@@ -141,7 +152,17 @@ class DistillationTrainer(Trainer):
             drop_last=self.args.dataloader_drop_last,
         )
 
-    def _rollout_engine(self, temperature: float, batch_size: int | None) -> TransformersRollouts:
+    def _rollout_engine(
+        self, temperature: float, batch_size: int | None, *, one_group: bool = False
+    ) -> RolloutEngine:
+        if self.vllm is not None:
+            return VllmRollouts(
+                self.vllm,
+                stop_ids=self.method.stop_ids,
+                max_new_tokens=self.method.max_new_tokens,
+                temperature=temperature,
+                vocab_size=self.vocab_size,
+            )
         return TransformersRollouts(
             self.model,
             stop_ids=self.method.stop_ids,
@@ -150,6 +171,7 @@ class DistillationTrainer(Trainer):
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=self.vocab_size,
+            one_group=one_group,
         )
 
     def _proposals(self, count: int) -> TopTokenProposals | None:
@@ -277,6 +299,8 @@ class DistillationTrainer(Trainer):
         if "loss" in logs:
             window = self.window.drain(self._sum_over_ranks, with_teacher=self.teacher is not None)
             logs = {**logs, **window}
+            if self.vllm is not None and self.vllm.drift is not None:
+                logs["rollout_drift"] = self.vllm.drift
         super().log(logs, start_time)
 
     def _groups(self, step: int) -> list[list[Example]]:
@@ -367,6 +391,8 @@ class DistillationTrainer(Trainer):
             if first < real:
                 sums += found
         asked, real = self._share([e for e in examples if e.checker is not None])
+        if asked:
+            self._greedy.sync(self.state.global_step)
         checked = check_examples(self._greedy, self.processing_class, asked)[:real]
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
         metrics: dict[str, float] = {}
@@ -440,7 +466,7 @@ class DistillationTrainer(Trainer):
 
 
 def check_examples(
-    rollouts: TransformersRollouts, tokenizer: Any, examples: Sequence[Example]
+    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example]
 ) -> list[Any]:
     """Verdicts on the model's own completions of the examples that carry a checker."""
     checkable = [e for e in examples if e.checker is not None]

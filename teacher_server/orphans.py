@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import threading
 import time
+
+_POLL_SECONDS = 0.2
 
 
 def end_with_parent() -> None:
@@ -17,11 +18,13 @@ def end_with_parent() -> None:
     beginning. vLLM's own watch begins when a worker has loaded, and there is none for an engine.
     """
     if "__mp_main__" in sys.modules:  # how multiprocessing calls the main module there
-        threading.Thread(target=_wait_and_end, name="end-with-parent", daemon=True).start()
+        watch = threading.Thread(
+            target=_end_after, args=(os.getppid(),), name="end-with-parent", daemon=True
+        )
+        watch.start()
 
 
-def _wait_and_end() -> None:
-    while (parent := multiprocessing.parent_process()) is None:
-        time.sleep(0.1)  # known when its arguments have been unpickled
-    parent.join()
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:  # an orphan gets another parent
+        time.sleep(_POLL_SECONDS)
     os._exit(1)

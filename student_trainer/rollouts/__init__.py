@@ -2,5 +2,13 @@
 
 from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest
 from student_trainer.rollouts.transformers import TransformersRollouts
+from student_trainer.rollouts.vllm import VllmEngine, VllmRollouts
 
-__all__ = ["Rollout", "RolloutEngine", "RolloutRequest", "TransformersRollouts"]
+__all__ = [
+    "Rollout",
+    "RolloutEngine",
+    "RolloutRequest",
+    "TransformersRollouts",
+    "VllmEngine",
+    "VllmRollouts",
+]

@@ -1,5 +1,6 @@
 """Flags: what is accepted as it stands, and what is refused before a model loads."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from student_trainer.config import (
     TeacherArguments,
     check_distill,
     check_merge,
+    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,
@@ -54,6 +56,7 @@ def read(words: list[str]):
     model, adapters, dataset, data, generation, teacher, args = parsed
     check_recipe(Recipe(model, adapters, dataset, data, generation), args)
     check_distill(args, teacher)
+    check_rollouts(args, adapters)
     return parsed
 
 
@@ -138,6 +141,45 @@ def test_what_cannot_work_is_refused_with_value_and_remedy(model_folder, more, m
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, *more))
     assert message in str(caught.value)
+
+
+def pretend_vllm(monkeypatch, *, installed):
+    find, found = importlib.util.find_spec, object() if installed else None
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: found if name == "vllm" else find(name, *a)
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lmbda", "0"], "--rollout_engine vllm has no effect with --lmbda 0"),
+        (["--rollout_temperature", "2.5"], "--rollout_temperature 2.5: vLLM samples from 0.01 to"),
+        (["--rollout_temperature", "0.001"], "vLLM samples from 0.01 to 2"),
+        (["--vllm_gpu_memory_utilization", "1"], "1.0 must be between 0 and 1"),
+    ],
+)
+def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more, message):
+    pretend_vllm(monkeypatch, installed=True)
+    read(words(model_folder, "--rollout_engine", "vllm"))
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, "--rollout_engine", "vllm", *more))
+    assert message in str(caught.value)
+
+
+def test_vllm_rollouts_of_a_sharded_student_are_refused(model_folder, monkeypatch):
+    pretend_vllm(monkeypatch, installed=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigurationError, match="needs whole weights on each rank"):
+        read(words(model_folder, "--rollout_engine", "vllm"))
+
+
+def test_vllm_rollouts_without_vllm_are_refused(model_folder, monkeypatch):
+    pretend_vllm(monkeypatch, installed=False)
+    with pytest.raises(ConfigurationError, match="--rollout_engine vllm: not installed; pip"):
+        read(words(model_folder, "--rollout_engine", "vllm"))
+    with pytest.raises(ConfigurationError, match="no effect without --rollout_engine vllm"):
+        read(words(model_folder, "--vllm_gpu_memory_utilization", "0.5"))
 
 
 @pytest.mark.parametrize("flag", ["--teacher_url", "--dataset_name", "--output_dir"])

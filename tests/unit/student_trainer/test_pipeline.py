@@ -80,6 +80,12 @@ class RecordingTeacher:
 class CountingRollouts:
     """Writes the request's key as completion, two prompts at a time, last ones first."""
 
+    def __init__(self):
+        self.versions = []
+
+    def sync(self, weight_version):
+        self.versions.append(weight_version)
+
     def generate(self, requests):
         order = list(range(len(requests)))[::-1]
         for first in range(0, len(order), 2):
@@ -128,6 +134,14 @@ def test_sft_asks_no_teacher():
     scored = collect(pipeline, 0)
     assert scored[0].scores is None
     assert scored[0].sample.source == "dataset"
+
+
+def test_rollouts_take_the_weights_of_their_step():
+    rollouts = CountingRollouts()
+    pipeline = Pipeline(replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts)
+    for step in (7, 8):
+        pipeline.collect(pipeline.submit(step, [example(0, completion=None)]))
+    assert rollouts.versions == [7, 8]
 
 
 def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():

@@ -1,18 +1,28 @@
 """The student's own completions: exact distribution, and randomness that follows the sample."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from shared.errors import RolloutError
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
-from student_trainer.rollouts.transformers import _Sample
+from student_trainer.rollouts.sampling import sample_tokens
 
 STOP = 1
+MANY_STOPS = range(1, 9)  # completions of very different lengths
 
 
-@pytest.fixture(scope="module")
-def model():
+def small_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -21,9 +31,16 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def engine(model, *, temperature=1.0, batch_size=None, max_new_tokens=24, vocab_size=64):
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def engine(
+    model, *, temperature=1.0, batch_size=None, max_new_tokens=24, vocab_size=64, stop_ids=(STOP,)
+):
     return TransformersRollouts(
-        model, stop_ids=[STOP], pad_token_id=0, max_new_tokens=max_new_tokens,
+        model, stop_ids=stop_ids, pad_token_id=0, max_new_tokens=max_new_tokens,
         temperature=temperature, batch_size=batch_size, vocab_size=vocab_size,
     )  # fmt: skip
 
@@ -76,14 +93,30 @@ def test_samples_follow_the_softmax_at_the_temperature(model, temperature):
     assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
 
 
-def test_greedy_takes_the_most_probable_token(model):
-    asked = requests(3)
-    for request, rollout in zip(asked, run(engine(model, temperature=0.0), asked), strict=True):
+def assert_greedy(model, asked, rollouts):
+    """Each token is the most probable one of one forward pass without a cache."""
+    for request, rollout in zip(asked, rollouts, strict=True):
         ids = torch.tensor([*request.prompt_ids, *rollout.token_ids], dtype=torch.long)[None]
         with torch.no_grad():
-            best = model(ids).logits[0].argmax(-1)
+            best = model(ids, use_cache=False).logits[0].argmax(-1)
         start = len(request.prompt_ids)
         assert best[start - 1 : -1].tolist() == rollout.token_ids.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_greedy_takes_the_most_probable_token(model, batch_size):
+    asked = requests(10)
+    rollouts = run(engine(model, temperature=0.0, batch_size=batch_size), asked)
+    assert_greedy(model, asked, rollouts)
+
+
+def test_greedy_writes_what_transformers_own_generate_writes(model):
+    asked = requests(10)
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=STOP, pad_token_id=0)
+    for request, rollout in zip(asked, run(engine(model, temperature=0.0), asked), strict=True):
+        ids = torch.from_numpy(request.prompt_ids.astype(np.int64))[None]
+        written = model.generate(ids, generation_config=config)[0, ids.shape[1] :]
+        assert written.tolist() == rollout.token_ids.tolist()
 
 
 def test_ids_outside_the_shared_vocabulary_are_never_sampled(model):
@@ -109,15 +142,124 @@ def test_training_mode_is_restored(model):
     assert model.training
 
 
-def test_groups_come_out_as_they_finish(model):
-    groups = list(engine(model, batch_size=4).generate(requests(10)))
-    assert [len(group) for group in groups] == [4, 4, 2]
+@contextmanager
+def watched(model):
+    """The shape of the input of each forward pass."""
+    shapes = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    try:
+        yield shapes
+    finally:
+        hook.remove()
+
+
+def test_a_finished_row_is_handed_over_at_once_and_costs_nothing_any_more(model):
+    with watched(model) as shapes:
+        given = []
+        for group in engine(model, stop_ids=MANY_STOPS).generate(requests(12)):
+            lengths = {len(rollout.token_ids) for _, rollout in group}
+            assert lengths == {len(shapes)}  # as many forward passes as tokens
+            given += [len(rollout.token_ids) for _, rollout in group]
+    assert len(set(given)) > 3
+    assert given == sorted(given)
+    assert all(width == 1 for _, width in shapes[1:])
+    assert sum(rows for rows, _ in shapes) == sum(given)  # no row is run that writes nothing
+
+
+def test_waiting_prompts_take_the_places_of_finished_rows(model):
+    asked, many = requests(24), engine(model, batch_size=8, stop_ids=MANY_STOPS)
+    with watched(model) as shapes:
+        together = [len(r.token_ids) for r in run(many, asked)]
+    assert sum(rows for rows, _ in shapes) == sum(together)
+    decoding = [rows for rows, width in shapes if width == 1]
+    assert max(decoding) == 8
+    full = sum(rows >= 6 for rows in decoding)
+    assert full > 0.5 * len(decoding)
+
+
+def test_places_are_taken_when_a_quarter_of_them_is_free(model):
+    with watched(model) as shapes:
+        run(engine(model, batch_size=8, stop_ids=MANY_STOPS), requests(24))
+    prefills = [rows for rows, width in shapes if width > 1]
+    assert prefills[0] == 8
+    assert min(prefills[1:-1]) >= 2
+
+
+FAMILIES = {
+    "sliding windows": ("gemma2", {"sliding_window": 8, "head_dim": 8}),
+    "states instead of keys": ("mamba", {"state_size": 8}),
+    "learned positions": ("gpt2", {}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_other_caches_and_positions_are_followed(family, batch_size):
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        name, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.2, **options,
+    )  # fmt: skip
+    other = AutoModelForCausalLM.from_config(config)
+    asked = requests(9)
+    together = run(engine(other, batch_size=batch_size, stop_ids=MANY_STOPS), asked)
+    alone = run(engine(other, batch_size=1, stop_ids=MANY_STOPS), asked)
+    assert len({len(r.token_ids) for r in alone}) > 2
+    assert [r.token_ids.tolist() for r in together] == [r.token_ids.tolist() for r in alone]
+    assert_greedy(other.eval(), asked, run(engine(other, temperature=0.0), asked))
+
+
+def test_adapters_write_what_the_merged_model_writes():
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(1)
+    adapted = get_peft_model(small_model(), config)
+    asked = requests(6)
+    written = run(engine(adapted, batch_size=4), asked)
+    merged = run(engine(adapted.merge_and_unload(), batch_size=4), asked)
+    plain = run(engine(small_model(), batch_size=4), asked)
+    assert [r.token_ids.tolist() for r in written] == [r.token_ids.tolist() for r in merged]
+    assert [r.token_ids.tolist() for r in written] != [r.token_ids.tolist() for r in plain]
+
+
+def test_gradient_checkpointing_takes_no_cache_away():
+    training = small_model().train()
+    training.gradient_checkpointing_enable()
+    with watched(training) as shapes:
+        written = run(engine(training), requests(6))
+    assert all(width == 1 for _, width in shapes[1:])
+    plain = run(engine(small_model()), requests(6))
+    assert [r.token_ids.tolist() for r in written] == [r.token_ids.tolist() for r in plain]
+    assert training.training
+
+
+def test_a_diverged_student_is_told_so():
+    broken = small_model()
+    with torch.no_grad():
+        broken.lm_head.weight[3] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(RolloutError, match="not finite"):
+            run(engine(broken, temperature=temperature), requests(2))
 
 
 def test_no_uniform_reaches_an_id_of_zero_probability():
-    scores = torch.randn(3, 10)
-    scores[:, 6:] = -torch.inf
-    draws = np.array([[1 - 2**-53], [1 - 2**-30], [0.0]])
-    chosen = _Sample(draws, 1, 1.0)(torch.zeros(3, 1, dtype=torch.long), scores).argmax(dim=-1)
-    assert chosen.tolist()[:2] == [5, 5]
-    assert chosen.max() < 6
+    logits = torch.randn(3, 1200)
+    logits[:, 6:] = -torch.inf
+    logits[2, :600] = -torch.inf
+    logits[2, 700] = 0.0
+    draws = torch.tensor([1 - 2**-53, 1 - 2**-30, 0.0], dtype=torch.float64)
+    assert sample_tokens(logits, draws, 1.0).tolist() == [5, 5, 700]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("vocab_size", [3, 512, 5000])
+def test_blocks_find_the_token_of_the_whole_cumulative_sum(vocab_size, temperature):
+    torch.manual_seed(vocab_size)
+    logits = 4 * torch.randn(400, vocab_size)
+    draws = torch.rand(400, dtype=torch.float64)
+    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    whole = torch.searchsorted(cdf, draws[:, None], right=True)[:, 0]
+    assert torch.equal(sample_tokens(logits, draws, temperature), whole)

@@ -1,0 +1,327 @@
+"""Rollouts by a vLLM engine of this process's own, which is given the student's weights.
+
+vllm is imported in this file only, and only when an engine is made. The engine runs in processes
+of its own; weights reach it as a checkpoint in shared memory, through vLLM's own `reload_weights`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import save_torch_state_dict
+from transformers.core_model_loading import revert_weight_conversion
+
+from shared.errors import ConfigurationError, RolloutError
+from shared.sampling import uniforms
+from student_trainer.rollouts.base import Rollout, RolloutRequest
+
+_SHARED_MEMORY = Path("/dev/shm")
+# Mean difference in log-prob between trainer and engine that is rounding, not other weights.
+DRIFT_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+_PROBE_TOKENS = 8
+
+
+class VllmEngine:
+    """vLLM beside the trainer, on the same device; use it in a ``with`` block.
+
+    Args:
+        model: the unwrapped student (a peft model too: the engine gets merged weights). Not
+            sharded.
+        max_model_len: longest prompt and completion, in tokens.
+        dtype: of the engine's weights, such as "bfloat16".
+        gpu_memory_utilization: share of a GPU's memory for the engine; on a CPU, where vLLM is for
+            trying things out, its cache is 1 GB (``VLLM_CPU_KVCACHE_SPACE``).
+        max_num_seqs: completions at once; None for vLLM's default.
+
+    Raises:
+        ConfigurationError: vLLM does not take the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_model_len: int,
+        dtype: str,
+        gpu_memory_utilization: float = 0.3,
+        max_num_seqs: int | None = None,
+    ) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at each reload
+        # A fork would take the teacher client's threads along, in whatever state they are.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import EngineArgs, LLMEngine
+        from vllm.platforms import current_platform
+
+        self.model = model
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.drift: float | None = None
+        self._version: int | None = None
+        self._requests = 0
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
+        )
+        try:
+            self._export()
+            with _alone():
+                self._engine = LLMEngine.from_engine_args(
+                    EngineArgs(
+                        model=self._folder.name,
+                        dtype=dtype,
+                        max_model_len=max_model_len,
+                        skip_tokenizer_init=True,
+                        generation_config="vllm",  # nothing of the checkpoint's own
+                        gpu_memory_utilization=gpu_memory_utilization,
+                        max_num_seqs=max_num_seqs,
+                        enforce_eager=current_platform.is_cpu(),  # compiling takes minutes there
+                        use_tqdm_on_load=False,
+                        disable_log_stats=True,
+                    )
+                )
+            self._forget_export()
+        except Exception as error:  # whatever an architecture or too little memory can cause
+            self._folder.cleanup()
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigurationError(
+                f"--rollout_engine vllm: vLLM does not start with this student: {reason}"
+            ) from error
+
+    def __enter__(self) -> VllmEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._engine.engine_core.shutdown()
+        self._folder.cleanup()
+
+    def sync(self, weight_version: int) -> None:
+        """Give the engine the student's present weights, unless it has this version.
+
+        Sets ``drift``: the mean difference in log-prob of a few tokens between engine and trainer.
+
+        Raises:
+            RolloutError: it is more than rounding, so the engine does not have these weights.
+        """
+        if weight_version == self._version:
+            return
+        self._export()
+        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
+        self._forget_export()
+        if not self._engine.reset_prefix_cache():  # keys and values of the old weights
+            raise RolloutError("vLLM did not drop its prefix cache after new weights")
+        self.drift = self._measure_drift()
+        if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
+            raise RolloutError(
+                f"vLLM's log-probs differ by {self.drift:.2g} from the trainer's own after new "
+                "weights; use --rollout_engine transformers"
+            )
+        self._version = weight_version
+
+    def run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """(index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
+
+        Raises:
+            RolloutError: the engine is dead.
+        """
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        running: dict[str, int] = {}
+        try:
+            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+                name = f"rollout-{self._requests}"
+                self._requests += 1
+                self._engine.add_request(name, tokens_input(prompt), param)
+                running[name] = index
+            while running:
+                for output in self._engine.step():
+                    if output.finished:
+                        yield running.pop(output.request_id), output.outputs[0]
+        except EngineDeadError as error:
+            running.clear()
+            raise RolloutError("vLLM's engine is dead; its log is above") from error
+        finally:
+            if running:  # the caller went away
+                self._engine.abort_request(list(running))
+
+    def _measure_drift(self) -> float:
+        from vllm import SamplingParams
+
+        length = min(16, self.max_model_len // 2)
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        prompt = [(7 * i + 3) % vocab_size for i in range(length)]
+        tokens = min(_PROBE_TOKENS, self.max_model_len - length)
+        params = SamplingParams(max_tokens=tokens, seed=0, logprobs=0, detokenize=False)
+        [(_, written)] = self.run([prompt], [params])
+        ids = torch.tensor(written.token_ids)
+        theirs = torch.tensor(
+            [row[i].logprob for row, i in zip(written.logprobs, ids.tolist(), strict=True)]
+        )
+        ours = _logprobs(self.model, [*prompt, *ids.tolist()])[length - 1 : -1]  # [T, V]
+        return float((ours.gather(1, ids[:, None])[:, 0] - theirs).abs().mean())
+
+    def _export(self) -> None:
+        """The weights as a checkpoint, under the names that transformers saves them by.
+
+        Not by ``save_pretrained``, which writes on the first rank alone: each has its own engine.
+        """
+        causal_lm, weights = merged_weights(self.model, getattr(torch, self.dtype))
+        config = copy.deepcopy(causal_lm.config)
+        config.architectures = [type(causal_lm).__name__]
+        config.save_pretrained(self._folder.name)
+        weights = revert_weight_conversion(causal_lm, weights)
+        save_torch_state_dict(weights, self._folder.name, max_shard_size="2GB")
+
+    def _forget_export(self) -> None:
+        for file in Path(self._folder.name).glob("*.safetensors*"):
+            file.unlink()  # it is shared memory, and as large as the model
+
+
+class VllmRollouts:
+    """Completions by a `VllmEngine`; several of these may share one.
+
+    Args:
+        engine: is shared, and stays the caller's to close.
+        stop_ids: tokens that end a completion.
+        max_new_tokens: longest completion.
+        temperature: of the sampling; 0 is greedy.
+        vocab_size: ids from here on are not sampled (padding rows of the output layer).
+    """
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        vocab_size: int,
+    ) -> None:
+        self.engine = engine
+        rows = engine.model.get_output_embeddings().weight.shape[0]
+        self._params = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop_token_ids": list(stop_ids),
+            "logit_bias": dict.fromkeys(range(vocab_size, rows), -100.0) or None,
+        }
+
+    def sync(self, weight_version: int) -> None:
+        """See `RolloutEngine.sync`."""
+        self.engine.sync(weight_version)
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            RolloutError: the engine is dead, or ended a completion in a way of its own.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = [
+            SamplingParams(
+                **self._params,
+                seed=int(uniforms(*request.key, count=1)[0] * 2**53),
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for request in requests
+        ]
+        prompts = [request.prompt_ids.tolist() for request in requests]
+        for index, written in self.engine.run(prompts, params):
+            if written.finish_reason not in ("stop", "length"):
+                raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
+            ids = np.asarray(written.token_ids, np.uint32)
+            yield [(index, Rollout(ids, truncated=written.finish_reason == "length"))]
+
+
+def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The causal language model and its weights on the CPU, adapters added to what they adapt.
+
+    Nothing is merged in place: taking adapters out again would leave rounding errors in the base.
+    Of tied weights there is the first alone, as in a checkpoint.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapted = {n: m for n, m in causal_lm.named_modules() if isinstance(m, LoraLayer)}
+    names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in causal_lm.named_parameters()}
+    weights: dict[str, torch.Tensor] = {}
+    for name, value in causal_lm.state_dict().items():
+        owner, _, own = name.partition(".base_layer.")
+        if own:
+            if own == "weight":
+                layer = adapted[owner]
+                for adapter in layer.active_adapters:
+                    value = value + layer.get_delta_weight(adapter).to(value.device)
+            name = f"{owner}.{own}"
+        elif name in tied or any(name.startswith(f"{prefix}.") for prefix in adapted):
+            continue  # there already, or an adapter's own
+        weights[name] = _copy(value, dtype)
+    return causal_lm, weights
+
+
+def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+
+
+@torch.no_grad()
+def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    """[L, V] float32 on the CPU, as the trainer's own forward pass gives them."""
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.tensor([token_ids], device=next(model.parameters()).device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        model.train(training)
+    return logits[0].float().log_softmax(-1).cpu()
+
+
+def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
+    """Shared memory where the weights fit (containers often have 64 MB); None for the default."""
+    needed = 1.1 * dtype.itemsize * sum(p.numel() for p in model.parameters())
+    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > needed:
+        return _SHARED_MEMORY
+    return None
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """The engine's processes see this rank's GPU, and nothing of the launcher.
+
+    vLLM would take the first GPU, and torch would look for torchrun's store in place of its own.
+    """
+    before = dict(os.environ)
+    for name in before:
+        if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") or name.startswith(
+            ("MASTER_", "TORCHELASTIC_", "GROUP_")
+        ):
+            del os.environ[name]
+    if torch.cuda.is_available():
+        visible = before.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        mine = torch.cuda.current_device()
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[mine] if visible != [""] else str(mine)
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.update(before)

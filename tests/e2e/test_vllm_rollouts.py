@@ -1,0 +1,192 @@
+"""The student's completions by a real vLLM engine beside the trainer, on CPU."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from student_trainer.rollouts import RolloutRequest, TransformersRollouts, VllmEngine, VllmRollouts
+from student_trainer.rollouts.vllm import merged_weights
+from tests.e2e.test_distillation import distill, flags, history, launch
+from tests.support.models import save_model, save_tokenizer
+from tests.support.vllm import VLLM
+
+VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
+
+
+def save_student(folder):
+    save_tokenizer(folder)
+    save_model(folder, head_dim=32, hidden_size=16, seed=1)  # smaller heads vLLM cannot do
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    folder = save_student(tmp_path_factory.mktemp("student"))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vllm(student):
+    with VllmEngine(student, max_model_len=256, dtype="float32") as engine:
+        yield engine
+
+
+def rollouts(vllm, *, temperature=1.0, vocab_size=VOCAB_SIZE, max_new_tokens=LONGEST):
+    return VllmRollouts(
+        vllm, stop_ids=STOPS, max_new_tokens=max_new_tokens, temperature=temperature,
+        vocab_size=vocab_size,
+    )  # fmt: skip
+
+
+def requests(count, length=6):
+    rng = np.random.default_rng(0)
+    return [
+        RolloutRequest(rng.integers(10, VOCAB_SIZE, length).astype(np.uint32), (5, i))
+        for i in range(count)
+    ]
+
+
+def run(engine, asked):
+    written = dict(item for group in engine.generate(asked) for item in group)
+    return [written[i].token_ids.tolist() for i in range(len(asked))]
+
+
+def step(student, seed):
+    """Weights move, as in an optimizer's step."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+
+
+def largest_difference(vllm, student, prompt):
+    """Of the log-probs that vLLM sampled by from those of the trainer's forward pass."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=LONGEST, seed=1, logprobs=0, detokenize=False)
+    [(_, written)] = vllm.run([prompt], [params])
+    ids = torch.tensor([[*prompt, *written.token_ids]])
+    with torch.no_grad():
+        logprobs = student(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+    theirs = [row[i].logprob for row, i in zip(written.logprobs, written.token_ids, strict=True)]
+    ours = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return float((ours - torch.tensor(theirs)).abs().max())
+
+
+class TestEngine:
+    pytestmark = VLLM
+
+    def test_after_a_sync_it_samples_from_the_trainers_present_weights(self, vllm, student):
+        prompt = [10 + i % 250 for i in range(200)]  # longer than a block of the prefix cache
+        vllm.sync(1)
+        assert largest_difference(vllm, student, prompt) < 1e-4
+        assert vllm.drift < 1e-4
+        step(student, seed=1)
+        assert largest_difference(vllm, student, prompt) > 0.1
+        vllm.sync(2)
+        assert largest_difference(vllm, student, prompt) < 1e-4
+
+    def test_the_same_version_is_not_sent_again(self, vllm, student):
+        vllm.sync(10)
+        before = run(rollouts(vllm, temperature=0.0), requests(4))
+        step(student, seed=2)
+        vllm.sync(10)
+        assert run(rollouts(vllm, temperature=0.0), requests(4)) == before
+        vllm.sync(11)
+        assert run(rollouts(vllm, temperature=0.0), requests(4)) != before
+
+    def test_greedy_writes_what_the_student_itself_writes(self, vllm, student):
+        vllm.sync(20)
+        itself = TransformersRollouts(
+            student, stop_ids=STOPS, pad_token_id=0, max_new_tokens=LONGEST, temperature=0.0,
+            batch_size=None, vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        asked = requests(8)
+        assert run(rollouts(vllm, temperature=0.0), asked) == run(itself, asked)
+
+    def test_completions_leave_one_by_one_and_end_with_a_stop_token(self, vllm):
+        written = [item for group in rollouts(vllm).generate(requests(24)) for item in group]
+        assert sorted(index for index, _ in written) == list(range(24))
+        lengths = [len(rollout.token_ids) for _, rollout in written]
+        assert len(set(lengths)) > 3
+        assert lengths == sorted(lengths)
+        for _, rollout in written:
+            stops = [i for i, token in enumerate(rollout.token_ids) if token in STOPS]
+            assert stops == ([] if rollout.truncated else [len(rollout.token_ids) - 1])
+            assert not rollout.truncated or len(rollout.token_ids) == LONGEST
+
+    def test_the_same_key_gives_the_same_completion_whatever_the_batch(self, vllm):
+        asked = requests(8)
+        together = run(rollouts(vllm), asked)
+        assert together == run(rollouts(vllm), asked[::-1])[::-1]
+        assert together != run(
+            rollouts(vllm), [RolloutRequest(r.prompt_ids, ("other", *r.key)) for r in asked]
+        )
+
+    def test_samples_follow_the_softmax_at_the_temperature(self, vllm, student):
+        vllm.sync(30)
+        prompt = np.array([15, 16, 17], dtype=np.uint32)
+        asked = [RolloutRequest(prompt, (9, i)) for i in range(3000)]
+        tokens = [ids[0] for ids in run(rollouts(vllm, temperature=1.5, max_new_tokens=1), asked)]
+        counts = np.bincount(tokens, minlength=VOCAB_SIZE)
+        with torch.no_grad():
+            logits = student(torch.tensor([[15, 16, 17]])).logits[0, -1]
+        expected = (logits / 1.5).softmax(-1).double().numpy() * len(asked)
+        chi_square = ((counts - expected) ** 2 / expected)[expected >= 5].sum()
+        degrees = int((expected >= 5).sum())
+        assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
+
+    def test_ids_outside_the_shared_vocabulary_are_not_sampled(self, vllm):
+        written = run(rollouts(vllm, temperature=2.0, vocab_size=40), requests(20))
+        assert max(max(ids) for ids in written) in range(30, 40)
+
+
+class TestDistillation:
+    pytestmark = VLLM
+
+    @pytest.mark.parametrize("adapters", [{}, {"use_peft": "true", "lora_r": 4}])
+    def test_on_policy_steps_learn_from_vllms_completions(self, world, tmp_path, adapters):
+        code = distill(
+            world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
+            lmbda=1, beta=0, max_steps=30, rollout_engine="vllm", **adapters,
+        )  # fmt: skip
+        assert code == 0
+        logged = [entry for entry in history(tmp_path / "out") if "divergence" in entry]
+        assert max(entry["rollout_drift"] for entry in logged) < 1e-4
+        assert logged[0]["divergence"] > 0
+        last = np.mean([entry["divergence"] for entry in logged[-5:]])
+        assert last < 0.9 * logged[0]["divergence"]
+
+    def test_each_of_two_processes_has_an_engine(self, world, tmp_path):
+        words = flags(
+            world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
+            teacher_url=world.url, top_k_logprobs=16, lmbda=1, max_steps=2, rollout_engine="vllm",
+            per_device_train_batch_size=4,
+        )  # fmt: skip
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launch([*torchrun, "-m", "student_trainer", "distill", *words])
+        assert all(e["rollout_drift"] < 1e-4 for e in history(tmp_path / "out") if "loss" in e)
+
+
+def test_tied_weights_are_sent_once():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    _, weights = merged_weights(LlamaForCausalLM(config), torch.bfloat16)
+    assert "model.embed_tokens.weight" in weights
+    assert "lm_head.weight" not in weights
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_merged_weights_are_those_of_merge_and_unload(student):
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(3)
+    adapted = get_peft_model(student.__class__(student.config), config)
+    _, weights = merged_weights(adapted, torch.float32)
+    expected = adapted.merge_and_unload().state_dict()
+    assert set(weights) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, msg=name)
