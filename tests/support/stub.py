@@ -180,15 +180,14 @@ def serving(stub: Answers, port: int = 0) -> Iterator[str]:
 
         def _answer(self, answer: Answer) -> None:
             status, headers, body = answer
-            whole = isinstance(body, bytes)
-            length = (
-                ("Content-Length", str(len(body))) if whole else ("Transfer-Encoding", "chunked")
-            )
+            length = ("Transfer-Encoding", "chunked")
+            if isinstance(body, bytes):
+                length = ("Content-Length", str(len(body)))
             self.send_response(status)
             for name, value in dict([length, *headers.items()]).items():
                 self.send_header(name, value)
             self.end_headers()
-            if whole:
+            if isinstance(body, bytes):
                 self.wfile.write(body)
                 return
             try:
