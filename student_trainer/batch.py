@@ -1,4 +1,4 @@
-"""Samples -> tensors: right-padded inputs, and which hidden states predict which tokens."""
+"""Samples -> tensors: padded or packed inputs, and which hidden states predict which tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from torch.nn.utils.rnn import pad_sequence
 from student_trainer.data import Sample
 
 
-def padded_inputs(samples: Sequence[Sample], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask, [B, L] int64, padded on the right."""
+def model_inputs(
+    samples: Sequence[Sample], pad_token_id: int, *, packed: bool
+) -> dict[str, torch.Tensor]:
+    """What the model's forward takes, all int64.
+
+    Padded: input_ids and attention_mask [B, L], padded on the right. Packed: input_ids and
+    position_ids [1, ΣL], sequence after sequence; positions that begin anew tell them apart.
+    """
     sequences = [torch.from_numpy(sample.token_ids.astype(np.int64)) for sample in samples]
+    if packed:
+        positions = [torch.arange(len(ids)) for ids in sequences]
+        return {"input_ids": torch.cat(sequences)[None], "position_ids": torch.cat(positions)[None]}
     ones = [torch.ones_like(ids) for ids in sequences]
     return {
         "input_ids": pad_sequence(sequences, batch_first=True, padding_value=pad_token_id),
@@ -22,15 +31,19 @@ def padded_inputs(samples: Sequence[Sample], pad_token_id: int) -> dict[str, tor
     }
 
 
-def predicting_rows(samples: Sequence[Sample], masks: Sequence[NDArray[np.bool_]]) -> torch.Tensor:
-    """[N] int64: flat index b·L + position of the hidden state that predicts each masked token.
+def predicting_rows(
+    samples: Sequence[Sample], masks: Sequence[NDArray[np.bool_]], *, packed: bool
+) -> torch.Tensor:
+    """[N] int64: index of the hidden state that predicts each masked token, in the flat inputs.
 
     Args:
         masks: for each sample, which of its completion tokens [T].
     """
-    width = max(len(sample.token_ids) for sample in samples)
+    lengths = [len(sample.token_ids) for sample in samples]
+    # Where each sequence begins: b·L, or after all those before it.
+    starts = np.cumsum([0, *lengths]) if packed else max(lengths) * np.arange(len(lengths) + 1)
     rows = [
-        row * width + sample.completion_start - 1 + np.flatnonzero(mask)
-        for row, (sample, mask) in enumerate(zip(samples, masks, strict=True))
+        start + sample.completion_start - 1 + np.flatnonzero(mask)
+        for start, sample, mask in zip(starts[:-1], samples, masks, strict=True)
     ]
     return torch.from_numpy(np.concatenate(rows))

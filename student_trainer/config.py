@@ -158,6 +158,18 @@ class CommonTrainingArguments(TrainingArguments):
         "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
         "https://ui.perfetto.dev.",
     )
+    max_tokens_per_batch: int | None = _flag(
+        None,
+        "Regroup the samples of each optimizer step by length into the fewest micro-batches of at "
+        "most so many tokens, padding included; a longer sample is alone. Default: as many as "
+        "--per_device_train_batch_size in each.",
+    )
+    packing: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        "Sequences of a micro-batch end to end in one row, without padding, where the model is "
+        "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
+        "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
+    )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
@@ -165,8 +177,7 @@ class CommonTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
-        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        if deepspeed and importlib.util.find_spec("deepspeed") is None:
+        if _uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
@@ -361,6 +372,14 @@ def check_common(
     for name in _COUNTS:
         if getattr(args, name) < 1:
             raise ConfigurationError(f"--{name} {getattr(args, name)} must be at least 1")
+    budget = args.max_tokens_per_batch
+    if budget is not None and budget < 1:
+        raise ConfigurationError(f"--max_tokens_per_batch {budget} must be at least 1")
+    if budget is not None and _uses_deepspeed(args):
+        raise ConfigurationError(
+            f"--max_tokens_per_batch {budget}: DeepSpeed counts micro-batches by itself and would "
+            "step between them; drop it"
+        )
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in _METRICS:
         raise ConfigurationError(
@@ -410,6 +429,10 @@ def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
             f"--trace_steps {args.trace_steps} must be a step from 1, or a range such as 10-12"
         )
     return first, last
+
+
+def _uses_deepspeed(args: TrainingArguments) -> bool:
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:

@@ -35,6 +35,7 @@ class WindowMetrics:
     ``divergence_gap_bound`` (nats by which the dense divergence is above ``divergence`` at most;
     only for beta between 0 and 1, elsewhere nothing bounds it), ``completion_length`` (tokens a
     completion), ``truncated`` (share of completions), ``on_policy`` (share of steps),
+    ``padding_fraction`` (share of padding among the positions of the training passes),
     ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
     of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
     ``teacher_tokens_per_second`` (scored, of all ranks).
@@ -58,6 +59,8 @@ class WindowMetrics:
         *(f"seconds_{name}" for name in ACTIVITIES),
         "bytes",
         "scored_tokens",
+        "positions",
+        "padding",
     )
 
     def __init__(self) -> None:
@@ -93,6 +96,11 @@ class WindowMetrics:
         self.add("staleness", sum(stale))
         self._staleness_max = max([self._staleness_max, *stale])
 
+    def add_inputs(self, positions: int, tokens: int) -> None:
+        """A micro-batch that computes ``positions`` hidden states for ``tokens`` real tokens."""
+        self.add("positions", positions)
+        self.add("padding", positions - tokens)
+
     def drain(
         self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, with_teacher: bool
     ) -> dict[str, float]:
@@ -107,6 +115,7 @@ class WindowMetrics:
         logs: dict[str, float] = {}
         logs["completion_length"] = total["completion_tokens"] / total["completions"]
         logs["truncated"] = total["truncated"] / total["completions"]
+        logs["padding_fraction"] = total["padding"] / total["positions"]
         # Activities exclude one another, "step" being the rest, so their sum is the whole step.
         seconds = {name: total[f"seconds_{name}"] / total["steps"] for name in ACTIVITIES}
         whole = seconds["step"] = sum(seconds.values())

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student_trainer.batch import padded_inputs, predicting_rows
+from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
+from student_trainer.grouping import longest_first
 from student_trainer.student import TopTokens
 
 
@@ -29,39 +30,49 @@ class TopTokenProposals:
         count: ids for each completion row.
         vocab_size: of the shared vocabulary; only ids below it.
         pad_token_id: fills the right of short sequences.
+        packed: sequences stand in one row instead.
         batch_size: sequences at once. The number of forward passes depends on the number of
             samples alone, so that ranks which share a sharded model stay in step.
     """
 
     def __init__(
-        self, model: Any, *, count: int, vocab_size: int, pad_token_id: int, batch_size: int
+        self,
+        model: Any,
+        *,
+        count: int,
+        vocab_size: int,
+        pad_token_id: int,
+        batch_size: int,
+        packed: bool = False,
     ) -> None:
         self.model = model
         self.count = count
         self.vocab_size = vocab_size
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
+        self.packed = packed
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[NDArray[np.uint32]]:
         """For each sample the ids [T, count] of its completion rows, most probable first."""
         training = self.model.training
         self.model.eval()
-        proposed: list[NDArray[np.uint32]] = []
+        proposed: dict[int, NDArray[np.uint32]] = {}
+        order = longest_first([len(sample.token_ids) for sample in samples])
         try:
-            for first in range(0, len(samples), self.batch_size):
-                proposed += self._batch(samples[first : first + self.batch_size])
+            for first in range(0, len(order), self.batch_size):
+                group = order[first : first + self.batch_size]
+                proposed.update(zip(group, self._batch([samples[i] for i in group]), strict=True))
         finally:
             self.model.train(training)
-        return proposed
+        return [proposed[index] for index in range(len(samples))]
 
     def _batch(self, samples: Sequence[Sample]) -> list[NDArray[np.uint32]]:
         device = next(self.model.parameters()).device
         everything = [np.ones_like(sample.completion_mask) for sample in samples]
-        inputs = padded_inputs(samples, self.pad_token_id)
-        wanted = TopTokens(
-            predicting_rows(samples, everything).to(device), self.count, self.vocab_size
-        )
+        inputs = model_inputs(samples, self.pad_token_id, packed=self.packed)
+        rows = predicting_rows(samples, everything, packed=self.packed)
+        wanted = TopTokens(rows.to(device), self.count, self.vocab_size)
         found = self.model(
             **{name: tensor.to(device) for name, tensor in inputs.items()}, top_tokens=wanted
         )["token_ids"]

@@ -19,14 +19,16 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 
+_INPUTS = ("input_ids", "attention_mask", "position_ids")  # a packed row has no mask
+
 
 @dataclass(frozen=True)
 class SparseTargets:
     """What a micro-batch is compared with.
 
     Attributes:
-        rows: [N] int64, flat index ``b·L + position`` of the hidden state that predicts each
-            learned token.
+        rows: [N] int64, flat index of the hidden state that predicts each learned token:
+            ``b·L + position`` where sequences are padded.
         teacher: the distributions, N rows.
         beta, temperature: of the divergence.
         normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
@@ -99,8 +101,8 @@ def install_sparse_loss(model: Any) -> None:
         if wanted is None:
             return original(*args, **kwargs)
         if args:
-            raise TypeError("pass input_ids and attention_mask by name")
-        inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask")}
+            raise TypeError("pass input_ids and attention_mask or position_ids by name")
+        inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
         if head is None:
             states = original(**inputs, use_cache=False).logits  # [B, L, V]
         else:

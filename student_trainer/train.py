@@ -203,6 +203,8 @@ def _train(
         staleness=0 if distill is None else distill.rollout_staleness,
         prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
         trace_steps=traced_steps(args),
+        max_tokens_per_batch=args.max_tokens_per_batch,
+        packing=args.packing,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,

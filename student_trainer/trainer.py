@@ -7,6 +7,7 @@ runs through it too, as forward KL to the data's one-hot distribution.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from shared.protocol import Completion
 from student_trainer.ahead import load_ahead, save_ahead
-from student_trainer.batch import padded_inputs, predicting_rows
+from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
+from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.order import TrainingOrder
+from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
@@ -53,6 +56,9 @@ class DistillationTrainer(Trainer):
         student_top_m: the student's own most probable tokens that the teacher scores in each row
             of a training step; held-out rows keep one support, so that they can be compared.
         generation_batch_size: prompts generated at once; None for all of a step.
+        max_tokens_per_batch: regroups a step's samples into micro-batches of at most so many
+            tokens, padding included; None for those of the data loader's size.
+        packing: whether a micro-batch is one row of sequences instead of padded ones.
         rollout_temperature: of the student's sampling.
         staleness, prefetch_steps: see `Pipeline`.
         trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
@@ -78,6 +84,8 @@ class DistillationTrainer(Trainer):
         staleness: int = 0,
         prefetch_steps: int = 0,
         trace_steps: tuple[int, int] | None = None,
+        max_tokens_per_batch: int | None = None,
+        packing: Packing = "auto",
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -90,6 +98,9 @@ class DistillationTrainer(Trainer):
         self.kernel: Kernel = kernel
         self.teacher = teacher
         self.vocab_size = vocab_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        with self.accelerator.autocast():  # flash attention takes half precision only
+            self.packed = decide_packing(model, packing)
         tokenizer: Any = self.processing_class
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else method.stop_ids[0])
@@ -150,14 +161,15 @@ class DistillationTrainer(Trainer):
             vocab_size=self.vocab_size,
             pad_token_id=self.pad_token_id,
             batch_size=self.args.per_device_train_batch_size,
+            packed=self.packed,
         )
 
     # A training step: take the generation batch, count its tokens, then one loss a micro-batch.
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
-    ) -> tuple[list[MicroBatch], torch.Tensor]:
-        """The micro-batches of one optimizer step, written and not yet scored, and their tokens.
+    ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
+        """The micro-batches of each substep, written and not yet scored, and the step's tokens.
 
         The loader's iterator is left alone: the order is known for all steps, see `TrainingOrder`.
         """
@@ -173,37 +185,71 @@ class DistillationTrainer(Trainer):
         self.window.add_step(samples, step=step, on_policy=batch.on_policy)
         tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
-        pending, first = [], 0
-        for group in groups:
-            indices = range(first, first + len(group))
-            pending.append({"pending": _Pending(batch, indices, float(total))})
-            first += len(group)
-        return pending, total
+        members = self._grouped(samples, [len(group) for group in groups])
+        if batch.on_policy:  # the shortest are written first, so their scores are there first
+            members.reverse()
+        pending = [{"pending": _Pending(batch, indices, float(total))} for indices in members]
+        return over_substeps(pending, len(groups)), total
+
+    def _grouped(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
+        """Indices of the samples of each micro-batch; equally many micro-batches on every rank."""
+        lengths = [len(sample.token_ids) for sample in samples]
+        if self.max_tokens_per_batch is None:
+            return of_sizes(lengths, sizes)
+        groups = within_budget(lengths, self.max_tokens_per_batch, packed=self.packed)
+        counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.args.device))
+        return split_into(groups, int(counts.max()))
 
     def training_step(
         self,
         model: Any,
-        inputs: MicroBatch,
+        inputs: list[MicroBatch],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch, as soon as its own scores are there."""
-        pending: _Pending = inputs.pop("pending")
-        with self.timeline.during("forward_backward", sequences=len(pending.indices)):
-            scored = self.pipeline.scored(pending.batch, pending.indices)
-            micro_batch = self._micro_batch(
-                scored,
-                normalizer=pending.normalizer,
-                tail=self.tail,
-                sft_weight=self.sft_weight,
+        """Forward and backward of a substep's micro-batches, each as soon as its scores are there.
+
+        The Trainer counts on ``gradient_accumulation_steps`` substeps, and adds gradients over
+        ranks in the last; where a token budget puts several micro-batches in it, in their last.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        for micro_batch in inputs:
+            pending: _Pending = micro_batch.pop("pending")
+            waits = micro_batch is not inputs[-1] and not self._syncs_each_batch
+            with (
+                self.timeline.during("forward_backward", sequences=len(pending.indices)),
+                self.accelerator.no_sync(model) if waits else contextlib.nullcontext(),
+            ):
+                scored = self.pipeline.scored(pending.batch, pending.indices)
+                tensors = self._micro_batch(
+                    scored,
+                    normalizer=pending.normalizer,
+                    tail=self.tail,
+                    sft_weight=self.sft_weight,
+                )
+                loss += super().training_step(model, tensors, num_items_in_batch)
+                if self.args.logging_nan_inf_filter:
+                    loss.isfinite().item()  # the Trainer waits for the device here anyway
+            self.window.add_inputs(
+                tensors["input_ids"].numel(), sum(len(item.sample.token_ids) for item in scored)
             )
-            loss: torch.Tensor = super().training_step(model, micro_batch, num_items_in_batch)
-            if self.args.logging_nan_inf_filter:
-                loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
-        inputs["input_ids"] = micro_batch["input_ids"]  # the Trainer counts operations and tokens
-        inputs["attention_mask"] = micro_batch["attention_mask"]
+            del tensors["sparse_targets"]
+            micro_batch.update(tensors)  # the Trainer counts operations and tokens
         if self.accelerator.sync_gradients:
             self.timeline.begin("optimizer")  # until the step's end
         return loss
+
+    @property
+    def _syncs_each_batch(self) -> bool:
+        """As accelerate's option says: what FSDP needs to keep no unsharded gradients."""
+        return bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+
+    def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
+        """Of all micro-batches of a substep."""
+        return sum(super(DistillationTrainer, self).floating_point_ops(one) for one in inputs)
+
+    def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
+        for micro_batch in inputs:
+            super()._track_num_input_tokens(micro_batch)
 
     def compute_loss(
         self,
@@ -260,13 +306,15 @@ class DistillationTrainer(Trainer):
         tail: Tail = "bucket",
         sft_weight: float = 0.0,
     ) -> MicroBatch:
-        """Right-padded input_ids and attention_mask [B, L], and what the rows are compared with."""
+        """Inputs of the model, padded or packed, and what their rows are compared with."""
         samples = [item.sample for item in scored]
         weights, labels = hard_labels(scored, sft_weight)
         return {
-            **padded_inputs(samples, self.pad_token_id),
+            **model_inputs(samples, self.pad_token_id, packed=self.packed),
             "sparse_targets": SparseTargets(
-                rows=predicting_rows(samples, [s.completion_mask for s in samples]),
+                rows=predicting_rows(
+                    samples, [s.completion_mask for s in samples], packed=self.packed
+                ),
                 teacher=sparse_distribution(scored, self.vocab_size),
                 beta=self.beta,
                 temperature=self.method.temperature,

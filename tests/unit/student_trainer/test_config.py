@@ -121,6 +121,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
+        (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0 must be at least 1"),
         (["--fp16"], "At most one of fp16 and bf16"),
         (["--label_smoothing_factor", "0.1"], "has no effect on a divergence"),
         (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
@@ -178,6 +179,15 @@ def test_traced_steps_are_one_or_a_range(model_folder):
 def test_staleness_without_rollouts_is_for_proposals(model_folder):
     more = ["--rollout_staleness", "1", "--lmbda", "0", "--request_student_top_m", "4"]
     assert read(words(model_folder, *more))[-1].rollout_staleness == 1
+
+
+def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
+    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
+    args.max_tokens_per_batch = 512
+    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
+        check_recipe(Recipe(model, adapters, dataset, data, generation), args)
 
 
 def test_teacher_url_may_be_repeated(model_folder):

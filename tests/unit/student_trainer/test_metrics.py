@@ -25,6 +25,8 @@ def filled():
     window = WindowMetrics()
     window.add_step([sample(2, version=4), sample(4, True, version=3)], step=5, on_policy=True)
     window.add_step([sample(6)], step=6, on_policy=False)
+    window.add_inputs(positions=12, tokens=9)
+    window.add_inputs(positions=8, tokens=7)
     window.add_statistics(statistics(0.2, 0.4))
     window.add_statistics(statistics(0.9))
     window.add_seconds("teacher", 3.0)
@@ -42,6 +44,7 @@ def test_each_average_is_over_what_it_is_of():
     assert logs["student_entropy"] == pytest.approx(1.5)
     assert logs["completion_length"] == pytest.approx(4.0)
     assert logs["truncated"] == pytest.approx(1 / 3)
+    assert logs["padding_fraction"] == pytest.approx(4 / 20)
     assert logs["on_policy"] == 0.5
     assert logs["seconds_teacher"] == 1.5
     assert logs["seconds_step"] == 5.0
@@ -57,6 +60,7 @@ def test_staleness_is_of_the_students_completions_alone():
     window = filled()
     window.drain(lambda values: values, with_teacher=True)
     window.add_step([sample(6)], step=7, on_policy=False)
+    window.add_inputs(positions=6, tokens=6)
     window.add_statistics(statistics(0.2))
     assert "staleness" not in window.drain(lambda values: values, with_teacher=True)
 
@@ -76,4 +80,4 @@ def test_a_drained_window_begins_anew():
 def test_sft_logs_nothing_of_a_teacher():
     logs = filled().drain(lambda values: values, with_teacher=False)
     seconds = {"seconds_step", "seconds_forward_backward", "seconds_optimizer"}
-    assert logs.keys() == {"completion_length", "truncated", *seconds}
+    assert logs.keys() == {"completion_length", "truncated", "padding_fraction", *seconds}
