@@ -153,11 +153,6 @@ class CommonTrainingArguments(TrainingArguments):
         "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
         "triton force one.",
     )
-    trace_steps: str | None = _flag(
-        None,
-        "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
-        "https://ui.perfetto.dev.",
-    )
     max_tokens_per_batch: int | None = _flag(
         None,
         "Regroup the samples of each optimizer step by length into the fewest micro-batches of at "
@@ -169,6 +164,11 @@ class CommonTrainingArguments(TrainingArguments):
         "Sequences of a micro-batch end to end in one row, without padding, where the model is "
         "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
         "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
+    )
+    trace_steps: str | None = _flag(
+        None,
+        "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
+        "https://ui.perfetto.dev.",
     )
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
@@ -414,6 +414,10 @@ def check_common(
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
 
 
+def _uses_deepspeed(args: TrainingArguments) -> bool:
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
     """First and last step of ``--trace_steps``, counted from 1.
 
@@ -429,10 +433,6 @@ def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
             f"--trace_steps {args.trace_steps} must be a step from 1, or a range such as 10-12"
         )
     return first, last
-
-
-def _uses_deepspeed(args: TrainingArguments) -> bool:
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:

@@ -25,6 +25,7 @@ from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from student_trainer.ahead import AheadBatch
 from student_trainer.data import Example, Sample, completed
+from student_trainer.grouping import longest_first
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import Teacher
@@ -300,6 +301,12 @@ class Pipeline:
 
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
+        # As they are trained, so that what the first micro-batch waits for is asked first.
+        lengths = [len(batch.samples[i].token_ids) for i in indices]
+        order = longest_first(lengths)
+        if batch.on_policy:
+            order = sorted(range(len(indices)), key=lengths.__getitem__)
+        indices = [indices[place] for place in order]
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
             samples = [batch.samples[i] for i in part]

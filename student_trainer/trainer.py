@@ -81,11 +81,11 @@ class DistillationTrainer(Trainer):
         student_top_m: int = 0,
         rollout_temperature: float = 1.0,
         generation_batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+        packing: Packing = "auto",
         staleness: int = 0,
         prefetch_steps: int = 0,
         trace_steps: tuple[int, int] | None = None,
-        max_tokens_per_batch: int | None = None,
-        packing: Packing = "auto",
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -169,9 +169,10 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
-        """The micro-batches of each substep, written and not yet scored, and the step's tokens.
+        """The micro-batches of each substep of one optimizer step, written and not yet scored.
 
-        The loader's iterator is left alone: the order is known for all steps, see `TrainingOrder`.
+        And how many tokens they teach. The loader's iterator is left alone: the order is known for
+        all steps, see `TrainingOrder`.
         """
         step = self.state.global_step
         self.timeline.begin_step(step + 1)
@@ -185,11 +186,16 @@ class DistillationTrainer(Trainer):
         self.window.add_step(samples, step=step, on_policy=batch.on_policy)
         tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
-        members = self._grouped(samples, [len(group) for group in groups])
-        if batch.on_policy:  # the shortest are written first, so their scores are there first
-            members.reverse()
-        pending = [{"pending": _Pending(batch, indices, float(total))} for indices in members]
-        return over_substeps(pending, len(groups)), total
+        sizes = [len(group) for group in groups]
+        if batch.on_policy:  # the shortest first: they were written, and so scored, first
+            backwards = self._grouped(samples[::-1], sizes)
+            members = [[len(samples) - 1 - i for i in group] for group in reversed(backwards)]
+        else:
+            members = self._grouped(samples, sizes)
+        micro_batches: list[MicroBatch] = [
+            {"pending": _Pending(batch, indices, float(total))} for indices in members
+        ]
+        return over_substeps(micro_batches, len(groups)), total
 
     def _grouped(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
         """Indices of the samples of each micro-batch; equally many micro-batches on every rank."""
@@ -212,31 +218,34 @@ class DistillationTrainer(Trainer):
         ranks in the last; where a token budget puts several micro-batches in it, in their last.
         """
         loss = torch.zeros((), device=self.args.device)
-        for micro_batch in inputs:
-            pending: _Pending = micro_batch.pop("pending")
-            waits = micro_batch is not inputs[-1] and not self._syncs_each_batch
-            with (
-                self.timeline.during("forward_backward", sequences=len(pending.indices)),
-                self.accelerator.no_sync(model) if waits else contextlib.nullcontext(),
-            ):
-                scored = self.pipeline.scored(pending.batch, pending.indices)
-                tensors = self._micro_batch(
-                    scored,
-                    normalizer=pending.normalizer,
-                    tail=self.tail,
-                    sft_weight=self.sft_weight,
-                )
-                loss += super().training_step(model, tensors, num_items_in_batch)
-                if self.args.logging_nan_inf_filter:
-                    loss.isfinite().item()  # the Trainer waits for the device here anyway
-            self.window.add_inputs(
-                tensors["input_ids"].numel(), sum(len(item.sample.token_ids) for item in scored)
-            )
-            del tensors["sparse_targets"]
-            micro_batch.update(tensors)  # the Trainer counts operations and tokens
+        for place, pending in enumerate(inputs):
+            waits = place + 1 < len(inputs) and not self._syncs_each_batch
+            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                one, inputs[place] = self._learn(model, pending["pending"], num_items_in_batch)
+            loss += one
         if self.accelerator.sync_gradients:
             self.timeline.begin("optimizer")  # until the step's end
         return loss
+
+    def _learn(
+        self, model: Any, pending: _Pending, num_items_in_batch: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, MicroBatch]:
+        """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
+        with self.timeline.during("forward_backward", sequences=len(pending.indices)):
+            scored = self.pipeline.scored(pending.batch, pending.indices)
+            micro_batch = self._micro_batch(
+                scored,
+                normalizer=pending.normalizer,
+                tail=self.tail,
+                sft_weight=self.sft_weight,
+            )
+            inputs = {name: micro_batch[name] for name in micro_batch if name != "sparse_targets"}
+            tokens = sum(len(item.sample.token_ids) for item in scored)
+            self.window.add_inputs(inputs["input_ids"].numel(), tokens)
+            loss: torch.Tensor = super().training_step(model, micro_batch, num_items_in_batch)
+            if self.args.logging_nan_inf_filter:
+                loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
+        return loss, inputs
 
     @property
     def _syncs_each_batch(self) -> bool:

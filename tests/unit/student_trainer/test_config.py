@@ -170,6 +170,15 @@ def test_float16_without_a_gpu_is_refused(model_folder):
         read(line)
 
 
+def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
+    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
+    args.max_tokens_per_batch = 512
+    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
+        check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+
+
 def test_traced_steps_are_one_or_a_range(model_folder):
     for given, expected in (("7", (7, 7)), ("10-12", (10, 12))):
         assert traced_steps(read(words(model_folder, "--trace_steps", given))[-1]) == expected
@@ -179,15 +188,6 @@ def test_traced_steps_are_one_or_a_range(model_folder):
 def test_staleness_without_rollouts_is_for_proposals(model_folder):
     more = ["--rollout_staleness", "1", "--lmbda", "0", "--request_student_top_m", "4"]
     assert read(words(model_folder, *more))[-1].rollout_staleness == 1
-
-
-def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
-    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
-    args.max_tokens_per_batch = 512
-    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
-        check_recipe(Recipe(model, adapters, dataset, data, generation), args)
 
 
 def test_teacher_url_may_be_repeated(model_folder):
