@@ -28,7 +28,6 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
-from student_trainer.losses.fused import CHUNK_BYTES
 
 BETA = 0.5
 MATMUL_ROWS = 256  # of the chunked limit
@@ -43,14 +42,19 @@ METHODS = {
     "matmuls_frozen_chunked": f"two matmuls, {MATMUL_ROWS} rows at a time",
 }
 QUICK_METHODS = [name for name in METHODS if "frozen" not in name]
+LARGE_METHODS = ["linear", "matmuls_chunked"]  # what a small machine can do at many rows
+DENSE_BYTES = 1 << 30  # of one [N, V]; the dense method holds about ten
 DRAWN_ROWS = 4096
-GROWTH_CHUNKS = 8  # rows of the larger measurement of memory, in chunks of the fused loss
 NOTES = (
     "time: median seconds, forward and backward, from hidden states to gradients; the teacher's "
-    "logits (dense) or top-k (sparse) are inputs. Dense runs in every other repeat only.",
+    "logits (dense) or top-k (sparse) are inputs. Dense runs in every other repeat only. CPU "
+    "seconds: of all threads; less disturbed by other processes.",
     "memory: growth of the process's peak resident memory over its value when all inputs were "
     "allocated and touched; what is counted is logits, temporaries, saved tensors, gradients.",
-    "linear_extra_mib: of that, what the fused loss holds beside the two gradients: one chunk.",
+    "linear_extra_mib: of that, what the fused loss holds beside the two gradients: one chunk, "
+    "whatever N is.",
+    "At more rows than the first table's each method runs once. A dash: dense is left out where "
+    f"one [N, V] is over {DENSE_BYTES >> 30} GiB, because it holds about ten of them.",
     "The bare matmuls are logits = h·Wᵀ, dh = g·W, dW = gᵀ·h (frozen: the first two) with g given "
     "and buffers reused; the faster of whole and chunked is the limit.",
 )
@@ -68,6 +72,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Measurement:
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -185,7 +190,7 @@ def _peak_bytes() -> int:
 
 
 def _work(method: str, sizes: Sizes) -> None:
-    """In the child: a step for each line of input, answered by "seconds peak_bytes".
+    """In the child: a step for each line of input, answered by "seconds cpu_seconds peak_bytes".
 
     The warm-up is a small step of the same method: it starts threads and libraries, and is too
     small to raise the peak above the inputs.
@@ -197,9 +202,10 @@ def _work(method: str, sizes: Sizes) -> None:
     before = _peak_bytes()
     print("ready", flush=True)
     for _ in sys.stdin:
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         step()
-        print(time.perf_counter() - started, _peak_bytes() - before, flush=True)
+        seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+        print(seconds, cpu_seconds, _peak_bytes() - before, flush=True)
 
 
 class _Worker:
@@ -213,14 +219,16 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.peak_bytes = 0
 
     def step(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
-        seconds, peak = self.read().split()
+        seconds, cpu_seconds, peak = self.read().split()
         self.seconds.append(float(seconds))
+        self.cpu_seconds.append(float(cpu_seconds))
         self.peak_bytes = int(peak)
 
     def stop(self) -> None:
@@ -256,7 +264,11 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
         for worker in workers:
             worker.stop()
     return {
-        worker.method: Measurement(statistics.median(worker.seconds), worker.peak_bytes)
+        worker.method: Measurement(
+            statistics.median(worker.seconds),
+            statistics.median(worker.cpu_seconds),
+            worker.peak_bytes,
+        )
         for worker in workers
     }
 
@@ -264,11 +276,14 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
 def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float]:
     """What the fused loss is to the dense one and to the limit; ``head`` "_frozen" or trained."""
     dense, linear = measured["dense"], measured[f"linear{head}"]
-    limit = min(measured[f"matmuls{head}"].seconds, measured[f"matmuls{head}_chunked"].seconds)
+    bare = [measured[f"matmuls{head}"], measured[f"matmuls{head}_chunked"]]
+    limit = min(one.seconds for one in bare)
+    cpu_limit = min(one.cpu_seconds for one in bare)
     prefix = head.removeprefix("_") + "_" if head else ""
     return {
         f"{prefix}speedup_vs_dense": round(dense.seconds / linear.seconds, 3),
         f"{prefix}time_over_matmuls": round(linear.seconds / limit, 3),
+        f"{prefix}cpu_time_over_matmuls": round(linear.cpu_seconds / cpu_limit, 3),
         f"{prefix}memory_over_dense": round(linear.peak_bytes / dense.peak_bytes, 4),
         f"{prefix}linear_seconds": round(linear.seconds, 3),
         f"{prefix}matmuls_seconds": round(limit, 3),
@@ -281,29 +296,37 @@ def extra_bytes(one: Measurement, sizes: Sizes) -> int:
     return max(0, one.peak_bytes - gradients)
 
 
-def growth(sizes: Sizes, rows: tuple[int, int], repeats: int) -> dict[str, float]:
-    """Extra memory of the fused loss at few and at many rows: it must not grow with N·V."""
-    found: dict[str, float] = {}
-    for count in rows:
-        these = replace(sizes, rows=count)
-        one = measure(these, ["linear"], repeats)["linear"]
-        found[f"linear_extra_mib_at_{count}_rows"] = round(extra_bytes(one, these) / 2**20)
-    return found
+def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, float]:
+    """Time over bare matmuls and memory at many rows, named by vocabulary and rows."""
+    linear, limit = measured["linear"], measured["matmuls_chunked"]
+    prefix = f"v{sizes.vocab_size}_n{sizes.rows}"
+    return {
+        f"{prefix}_time_over_matmuls": round(linear.seconds / limit.seconds, 3),
+        f"{prefix}_cpu_time_over_matmuls": round(linear.cpu_seconds / limit.cpu_seconds, 3),
+        f"{prefix}_linear_extra_mib": round(extra_bytes(linear, sizes) / 2**20),
+    }
 
 
 def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | float]]:
-    """The table's rows of one vocabulary size."""
-    dense = measured["dense"]
+    """The table's rows of one size; a dash where the dense method was left out."""
+    dense = measured.get("dense")
     return [
         [
-            f"V={sizes.vocab_size:,}: {METHODS[name]}",
+            f"V={sizes.vocab_size:,} N={sizes.rows:,}: {METHODS[name]}",
             one.seconds,
+            one.cpu_seconds,
             round(one.peak_bytes / 2**20),
-            one.seconds / dense.seconds,
-            one.peak_bytes / dense.peak_bytes,
+            one.seconds / dense.seconds if dense else "–",
+            one.peak_bytes / dense.peak_bytes if dense else "–",
         ]
         for name, one in measured.items()
     ]
+
+
+def large(sizes: Sizes) -> dict[str, Measurement]:
+    """One step each of what fits at many rows."""
+    fits = 4 * sizes.rows * sizes.vocab_size <= DENSE_BYTES
+    return measure(sizes, ["dense", *LARGE_METHODS] if fits else LARGE_METHODS, 1)
 
 
 def main() -> None:
@@ -321,6 +344,13 @@ def main() -> None:
         nargs="*",
         default=[32_000, 256_000],
         help="measured too, at half the rows; not with --quick",
+    )
+    parser.add_argument(
+        "--more_rows",
+        type=int,
+        nargs="*",
+        default=[4096, 16384],
+        help="measured too, once, at every vocabulary size; not with --quick",
     )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--top_k", type=int, default=64)
@@ -346,14 +376,17 @@ def main() -> None:
             for head in ("", "_frozen"):
                 found = figures(more, head)
                 numbers |= {f"v{vocab_size}_{name}": value for name, value in found.items()}
-        small = replace(sizes, vocab_size=min([sizes.vocab_size, *arguments.more_vocab_sizes]))
-        many = GROWTH_CHUNKS * CHUNK_BYTES // (4 * small.vocab_size)
-        numbers |= growth(small, (many // 4, many), 1)
+        for vocab_size in (sizes.vocab_size, *arguments.more_vocab_sizes):
+            for rows in arguments.more_rows:
+                other = replace(sizes, vocab_size=vocab_size, rows=rows)
+                once = large(other)
+                table += report(other, once)
+                numbers |= large_figures(once, other)
     dense = measured["dense"]
     print_report(
         f"Loss, forward and backward: N={sizes.rows:,}, d={sizes.hidden_size}, "
         f"k={sizes.top_k}, float32, {sizes.threads} threads, median of {repeats}",
-        ["method", "seconds", "memory MiB", "time / dense", "memory / dense"],
+        ["method", "seconds", "CPU seconds", "memory MiB", "time / dense", "memory / dense"],
         table,
         {
             "benchmark": "loss",

@@ -8,11 +8,14 @@ The fused loss goes round the model's own forward, so whatever that does there m
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from student_trainer.losses.fused import CHUNK_BYTES
 
@@ -33,6 +36,23 @@ class OutputHead:
     layer: nn.Linear
     scale: float
     softcap: float | None
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """The whole weight is at hand, gathered once however many chunks use it.
+
+        FSDP2 has gathered what it shards together with the model. A layer that is sharded on its
+        own is gathered by its own forward, which the loss goes round. FSDP2 shards it again when
+        the backward pass has reduced its gradient.
+        """
+        layer = self.layer
+        if not isinstance(layer, FSDPModule):
+            yield
+            return
+        layer.unshard()
+        yield
+        if not torch.is_grad_enabled():
+            layer.reshard()
 
     def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states that meet the bare weight: scaling [N, d] spares scaling [N, V].
@@ -68,9 +88,9 @@ def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:
 
     Told from the config, and by trying: eight tokens through both ways. There is none for layers
     that are more than linear: adapters on the head (LoRA, whose low-rank part would need the full
-    weight gradient anyway), quantised weights, or weights that are not all here (ZeRO-3 gathers
-    them only inside the layer's own forward). The loss is right there too, but the logits of all
-    positions exist.
+    weight gradient anyway), quantised weights, or weights that ZeRO-3 has sharded (it gathers them
+    only inside the layer's own forward). The loss is right there too, but the logits of all
+    positions exist. Call it before FSDP shards the model; see `OutputHead.gathered`.
 
     Args:
         causal_lm: not yet wrapped for distribution or compiled.

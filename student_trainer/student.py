@@ -119,7 +119,8 @@ def install_sparse_loss(model: Any) -> None:
 
 def _top_ids(head: OutputHead | None, states: torch.Tensor, wanted: TopTokens) -> torch.Tensor:
     if head is not None:
-        return head.top_ids(states, wanted.count, wanted.vocab_size)
+        with head.gathered():
+            return head.top_ids(states, wanted.count, wanted.vocab_size)
     return states[:, : wanted.vocab_size].topk(wanted.count, dim=-1).indices
 
 
@@ -128,22 +129,23 @@ def _top_ids(head: OutputHead | None, states: torch.Tensor, wanted: TopTokens) -
 def _loss_of_hidden(
     head: OutputHead, hidden: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
-    loss, statistics = linear_sparse_jsd(
-        head.scaled(hidden),  # [N, d]
-        head.layer.weight,
-        targets.teacher,
-        bias=head.layer.bias,
-        softcap=head.softcap,
-        beta=targets.beta,
-        temperature=targets.temperature,
-        normalizer=targets.normalizer,
-        vocab_size=targets.vocab_size,
-        tail=targets.tail,
-        weights=targets.weights,
-        labels=targets.labels,
-        kernel=targets.kernel,
-        return_statistics=True,
-    )
+    with head.gathered():
+        loss, statistics = linear_sparse_jsd(
+            head.scaled(hidden),  # [N, d]
+            head.layer.weight,
+            targets.teacher,
+            bias=head.layer.bias,
+            softcap=head.softcap,
+            beta=targets.beta,
+            temperature=targets.temperature,
+            normalizer=targets.normalizer,
+            vocab_size=targets.vocab_size,
+            tail=targets.tail,
+            weights=targets.weights,
+            labels=targets.labels,
+            kernel=targets.kernel,
+            return_statistics=True,
+        )
     return {"loss": loss, "statistics": statistics}
 
 

@@ -24,9 +24,12 @@ from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
 from teacher_server.backends.base import Backend
 from teacher_server.metrics import Metrics
+from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
 
 logger = logging.getLogger("teacher_server")
+
+end_with_parent()  # both commands' main modules import this one
 
 _EPILOG = """\
 vLLM's engine flags
@@ -37,8 +40,9 @@ vLLM's engine flags
 
 Memory for scoring
   Full-vocabulary logits are the one thing vLLM does not plan for: 8,192 rows x 152,000 tokens x
-  4 bytes are 4.98 GB. They are made 128 MiB at a time (220 such rows), so scoring takes about
-  0.5 GiB of what --gpu-memory-utilization leaves free, whatever the batch.
+  4 bytes are 4.98 GB. They are made --score-chunk-mib at a time (128 MiB are 220 such rows), so
+  scoring takes about 4 times that, 0.5 GiB, of what --gpu-memory-utilization leaves free, whatever
+  the batch.
 """
 
 
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-request-tokens", "tokens of one request", type=int)
     add("--max-request-bytes", "size of a request's body", type=int)
     add("--max-top-k", "largest top_k of a request", type=int)
+    add("--score-chunk-mib", "MiB of float32 logits that scoring makes at once", type=int)
     add("--request-timeout", "seconds until a request is answered 504", type=float)
     add("--drain-timeout", "seconds that running requests get at shutdown", type=float)
     serve.add_argument(

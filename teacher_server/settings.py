@@ -37,6 +37,7 @@ class Settings:
     max_request_tokens: int = 262_144
     max_request_bytes: int = 64 << 20
     max_top_k: int = 1024
+    score_chunk_mib: int = 128
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
     # vLLM's own, as given: ("--tensor-parallel-size", "2", …)
@@ -49,6 +50,7 @@ class Settings:
             "max_request_tokens",
             "max_request_bytes",
             "max_top_k",
+            "score_chunk_mib",
             "request_timeout",
             "drain_timeout",
         ):

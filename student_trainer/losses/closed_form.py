@@ -17,6 +17,8 @@ from student_trainer.losses.distribution import HardLabels, SparseDistribution
 
 Tail = Literal["bucket", "renormalize"]
 
+CACHE_BYTES = 2 << 20  # logits that stay in a core's own cache from one pass to the next
+
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     """What logits of ``dtype`` are computed in and replaced by."""
@@ -88,7 +90,7 @@ def divergence_and_gradient(
         slopes = torch.div(logits, softcap).tanh_()
         torch.mul(slopes, softcap, out=logits)
         slopes.square_().neg_().add_(1.0)
-    lowest = torch.finfo(logits.dtype).min / 4  # in place of −inf, so that 0·log 0 is 0
+    lowest = _lowest(logits.dtype)
     valid = teacher.token_ids >= 0  # [N, K]
     # A teacher's mass that underflows counts as the smallest number: no infinite log.
     floor = math.log(torch.finfo(logits.dtype).tiny)
@@ -103,12 +105,8 @@ def divergence_and_gradient(
     # Student: tail and support each relative to their own maximum, so neither can underflow.
     on_support = logits.gather(1, ids)  # [N, K]
     _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
-    tail_maximum = logits.amax(dim=-1, keepdim=True).clamp_min_(lowest)  # [N, 1]
-    exponentials = logits.sub_(tail_maximum)
-    if temperature != 1.0:
-        exponentials.div_(temperature)
-    exponentials.exp_()  # [N, V] of the tail, in place
-    tail_sum = exponentials.sum(dim=-1)  # [N], at least 1 where there is a tail
+    tail_maximum, tail_sum = _exponentiate(logits, temperature)  # [N, 1], [N]
+    exponentials = logits  # [N, V] of the tail; their sum is at least 1 where there is one
 
     # Both are then taken relative to the row's maximum: large logits would cost digits.
     on_support.masked_fill_(~valid, -math.inf)
@@ -175,6 +173,31 @@ def divergence_and_gradient(
     return objective.to(logits.dtype), SparseStatistics(
         *(c.to(torch.float32, copy=True) for c in columns)
     )
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """In place of −inf, so that 0·log 0 is 0."""
+    return torch.finfo(dtype).min / 4
+
+
+def _exponentiate(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place exp((z − maximum)/T); the maximum [N, 1] and the sum [N] of each row.
+
+    These are four passes over [N, V]. A CPU takes them a few rows at a time: then only the first
+    reads from memory, and only the last write goes there.
+    """
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = CACHE_BYTES // (logits.shape[1] * logits.element_size())
+    maxima, sums = logits.new_empty((len(logits), 1)), logits.new_empty(len(logits))
+    blocks = (tensor.split(max(1, rows)) for tensor in (logits, maxima, sums))
+    for block, maximum, total in zip(*blocks, strict=True):
+        torch.amax(block, dim=-1, keepdim=True, out=maximum).clamp_min_(_lowest(logits.dtype))
+        block.sub_(maximum)
+        if temperature != 1.0:
+            block.div_(temperature)
+        torch.sum(block.exp_(), dim=-1, out=total)
+    return maxima, sums
 
 
 def _gap_bound(

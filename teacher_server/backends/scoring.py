@@ -10,32 +10,39 @@ import torch
 from shared.errors import InternalError
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import ScoreJob
+from teacher_server.settings import Settings
 
-# Logits of one chunk in float32, of no more rows than a matrix product needs to be fast; their
-# softmax comes on top.
-CHUNK_BYTES = 128 << 20
+# Logits in float32 that are made at once (--score-chunk-mib), and the rows beyond which no matrix
+# product gets faster.
+CHUNK_BYTES = Settings.score_chunk_mib << 20
 CHUNK_ROWS = 256
 # On a CPU a chunk is scored in slices that stay near the caches.
-SLICE_BYTES = 16 << 20
-# Neighbouring tokens that are ranked as one before the winners are ranked alone.
-BLOCK = 32
-# A tail's log-mass below which a sum of float32 probabilities is too coarse, or has gone to zero.
-FAINT = -60.0
+SLICE_BYTES = 4 << 20
+# Tokens that are ranked as one before the winners are ranked alone.
+BLOCK = 16
+# A tail's mass, relative to the most probable token's, below which a sum of float32 exponentials is
+# too coarse, or has gone to zero.
+FAINT = 1e-26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
 def score_rows(
-    hidden: torch.Tensor, head: Head, jobs: Sequence[ScoreJob], vocab_size: int
+    hidden: torch.Tensor,
+    head: Head,
+    jobs: Sequence[ScoreJob],
+    vocab_size: int,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> list[SparseLogprobs]:
     """Score the completion rows of all jobs, chunk by chunk.
 
     Args:
         hidden: [N, d], the rows of the jobs one after another: row t of a job is the state that
             predicts its token at ``completion_start + t``.
-        head: projects [n, d] to logits [n, V].
+        head: projects [n, d] to logits [n, V], which may be overwritten.
         jobs: with any mixture of top_k, temperature, requested ids and dtypes.
+        chunk_bytes: of logits in float32 that are made at once; one row at least.
 
     Raises:
         InternalError: the model answered NaN or infinity for one of the jobs.
@@ -50,7 +57,8 @@ def score_rows(
     for members in alike.values():
         rows = np.concatenate([np.arange(first_row[i], first_row[i + 1]) for i in members])
         states = hidden[torch.from_numpy(rows).to(hidden.device)]
-        arrays = _score_alike(states, head, [jobs[i] for i in members], vocab_size)
+        alike_jobs = [jobs[i] for i in members]
+        arrays = _score_alike(states, head, alike_jobs, vocab_size, chunk_bytes)
         last = 0
         for index in members:
             first, last = last, last + jobs[index].rows
@@ -59,7 +67,11 @@ def score_rows(
 
 
 def _score_alike(
-    hidden: torch.Tensor, head: Head, jobs: Sequence[ScoreJob], vocab_size: int
+    hidden: torch.Tensor,
+    head: Head,
+    jobs: Sequence[ScoreJob],
+    vocab_size: int,
+    chunk_bytes: int,
 ) -> list[np.ndarray]:
     """What `_score_chunk` returns, for all rows of jobs that share k and m."""
     device = hidden.device
@@ -69,7 +81,7 @@ def _score_alike(
         [job.temperature for job in jobs for _ in range(job.rows)], device=device
     )[:, None]  # [N, 1]
     plain = all(job.temperature == 1.0 for job in jobs)
-    size = min(max(1, CHUNK_BYTES // (4 * vocab_size)), CHUNK_ROWS)
+    size = min(max(1, chunk_bytes // (4 * vocab_size)), CHUNK_ROWS)
     slice_size = size if device.type != "cpu" else max(1, SLICE_BYTES // (4 * vocab_size))
     parts: list[tuple[torch.Tensor, ...]] = []
     for i in range(0, hidden.shape[0], size):
@@ -86,28 +98,36 @@ def _score_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(top ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n]).
 
-    One pass of exponentials serves the normaliser and the tail. The tail is summed over what no
-    column names, never taken as 1 − p.
+    Overwrites ``logits``. One pass of exponentials, over what no column names, is the tail: it is
+    never taken as 1 − p. With what the columns name, each token once, it is the normaliser.
     """
     values, ids = top_k(logits, k)  # [n, k], most probable first
-    largest = values[:, :1]  # [n, 1]
-    mass = logits.softmax(dim=-1)  # [n, V]
-    first = mass.gather(1, ids[:, :1]).log()  # [n, 1], log-prob of the most probable token
     named = logits.gather(1, extra)  # [n, 1 + m]
-    tail = mass.scatter_(1, ids, 0.0).scatter_(1, extra, 0.0).sum(dim=-1).log()  # [n]
-    faint = tail < FAINT
+    largest = values[:, :1].clone()  # [n, 1]
+    values -= largest
+    named -= largest
+    logits.scatter_(1, ids, -torch.inf)
+    ordered = extra.sort(dim=1).values
+    beside = logits.gather(1, ordered) - largest  # [n, 1 + m], −inf for one of the top k
+    again = ordered[:, 1:] == ordered[:, :-1]  # named twice, counted once
+    beside[:, 1:].masked_fill_(again, -torch.inf)
+    logits.scatter_(1, extra, -torch.inf)
+    rest = (logits - largest).exp_().sum(dim=-1)  # [n]
+    total = rest + values.exp().sum(dim=-1) + beside.exp().sum(dim=-1)
+    normalizer = total.log()
+    tail = rest.log() - normalizer
+    faint = rest < FAINT
     if faint.any():  # also a tail that is empty: the log-sum-exp of nothing is −inf
-        rest = logits[faint].scatter_(1, ids[faint], -torch.inf)
-        rest = rest.scatter_(1, extra[faint], -torch.inf).logsumexp(dim=-1)
-        tail[faint] = rest - largest[faint, 0] + first[faint, 0]
-    return ids, values - largest + first, named - largest + first, tail
+        tail[faint] = logits[faint].logsumexp(dim=-1) - largest[faint, 0] - normalizer[faint]
+    return ids, values - normalizer[:, None], named - normalizer[:, None], tail
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(values, ids), both [n, k], largest first: `torch.topk` of [n, V], in less time for small k.
 
     The k largest of a row lie in the k blocks whose own largest are largest, so only those are
-    searched. Equal logits may stand in another order than torch's.
+    searched. A block is every (V / BLOCK)-th token: maxima over blocks are then taken of whole
+    stretches of memory at a time. Equal logits may stand in another order than torch's.
     """
     rows, vocab_size = logits.shape
     blocks = vocab_size // BLOCK
@@ -115,16 +135,15 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if 2 * k > blocks:
         values, ids = logits.topk(k, dim=-1)
         return values, ids
-    whole = logits[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))  # [n, V / B, B]
-    best = whole.amax(dim=-1).topk(k, dim=-1, sorted=False).indices  # [n, k]
-    row = torch.arange(rows, device=logits.device)[:, None]
-    candidates = whole[row, best].flatten(1)  # [n, k · B]
+    whole = logits[:, : blocks * BLOCK].unflatten(1, (BLOCK, blocks))  # [n, B, V / B]
+    best = whole.amax(dim=1).topk(k, dim=-1, sorted=False).indices  # [n, k]
+    steps = torch.arange(0, blocks * BLOCK, blocks, device=logits.device)
+    candidates = (best[:, :, None] + steps).flatten(1)  # [n, k · B] token ids
     if left:
-        candidates = torch.cat([candidates, logits[:, -left:]], dim=1)
-    values, places = candidates.topk(k, dim=-1)
-    inside = best.gather(1, (places // BLOCK).clamp_(max=k - 1)) * BLOCK + places % BLOCK
-    ids = torch.where(places < k * BLOCK, inside, places - k * BLOCK + blocks * BLOCK)
-    return values, ids
+        last = torch.arange(blocks * BLOCK, vocab_size, device=logits.device)
+        candidates = torch.cat([candidates, last.expand(rows, left)], dim=1)
+    values, places = logits.gather(1, candidates).topk(k, dim=-1)
+    return values, candidates.gather(1, places)
 
 
 def _extra_ids(jobs: Sequence[ScoreJob]) -> np.ndarray:

@@ -54,6 +54,7 @@ class TransformersBackend:
         self.facts = _facts(settings, self._model, tokenizer)
         pad = tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else (*self.facts.eos_token_ids, 0)[0])
+        self._chunk_bytes = settings.score_chunk_mib << 20
         self._split_head = _head_is_separable(self._model)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._scores: Batcher[ScoreJob, SparseLogprobs] = Batcher(
@@ -111,9 +112,11 @@ class TransformersBackend:
         if self._split_head:
             decoder = self._model.get_decoder()
             hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
-            return score_rows(hidden.flatten(0, 1)[index], self._project, jobs, vocab_size)
+            rows = hidden.flatten(0, 1)[index]
+            return score_rows(rows, self._project, jobs, vocab_size, self._chunk_bytes)
         logits = self._model(input_ids=input_ids, use_cache=False).logits  # [B, L, V]
-        return score_rows(logits.flatten(0, 1)[index], torch.clone, jobs, vocab_size)
+        rows = logits.flatten(0, 1)[index]
+        return score_rows(rows, torch.clone, jobs, vocab_size, self._chunk_bytes)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return project(self._model, hidden)

@@ -11,11 +11,9 @@ vllm is imported in this file only, and only when a backend is made.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import itertools
 import logging
 import os
-import tempfile
 from collections.abc import Coroutine
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -70,9 +68,6 @@ class VllmBackend:
         self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
     ) -> None:
         arguments = engine_arguments(settings)
-        # Its lock goes with this process, however that ends. Unlike flock, not shared by a fork.
-        self._alive = tempfile.NamedTemporaryFile(prefix="teacher-server-")  # noqa: SIM115
-        fcntl.lockf(self._alive, fcntl.LOCK_EX)
         self._engine = _start_engine(settings, arguments)
         self._ids = itertools.count()
         self._running: set[asyncio.Task[Any]] = set()
@@ -80,6 +75,7 @@ class VllmBackend:
         metrics.engine_registry = REGISTRY  # where vLLM puts its own
         self._tokens = metrics.batch_tokens
         self._in_worker = True
+        self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config
         self._vocab_size = int(config.get_vocab_size())
         try:
@@ -139,7 +135,6 @@ class VllmBackend:
                              return_exceptions=True)  # fmt: skip
         await asyncio.to_thread(self._engine.shutdown)
         del self._engine
-        self._alive.close()
 
     async def _score_in_worker(self, job: ScoreJob) -> SparseLogprobs:
         output = await self._run(
@@ -212,7 +207,7 @@ class VllmBackend:
         """Whether the workers score as they should; if not, says why in the log."""
         try:
             runners = await self._engine.collective_rpc(
-                "install_scoring", args=(self._vocab_size, self._alive.name)
+                "install_scoring", args=(self._vocab_size, self._chunk_bytes)
             )
             difference = await self._largest_difference(max_model_len)
         except Exception as error:
@@ -284,6 +279,8 @@ def engine_arguments(settings: Settings) -> Any:
         ConfigurationError: a flag that vLLM does not know, or refuses.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # As `vllm serve` does; and `teacher_server.orphans` needs processes that import anew.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -312,6 +309,10 @@ def engine_arguments(settings: Settings) -> Any:
         # on CPU is for trying things out.
         flags += ["--enforce-eager"]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Scoring makes 128 MiB of logits again and again. By default glibc hands them back each
+        # time, and the engine spends as long on page faults as on all of the arithmetic after them.
+        os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
     for flag in settings.engine_flags:
         if flag.split("=")[0].replace("_", "-") in ("--worker-extension-cls", "--model"):
             raise ConfigurationError(f"{flag} is set by this server; leave it out")

@@ -8,23 +8,19 @@ bytes through a field that vLLM ships as an array from the worker to `RequestOut
 
 Memory: logits for scoring are outside what vLLM measures when it sizes its KV cache, and a full
 batch of 8,192 rows over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32. So
-rows are projected in chunks of `scoring.CHUNK_BYTES` (128 MiB of float32 logits, 220 rows at 152k),
-and each chunk of a prefill is scored in the step that computed it, so no hidden states are kept.
-With the logits in the model's own dtype, their softmax and the top-k's work space a step needs
-about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
+rows are projected in chunks of ``--score-chunk-mib`` (128 MiB of float32 logits are 220 rows at
+152k), and each chunk of a prefill is scored in the step that computed it, so no hidden states are
+kept. With the logits in the model's own dtype, their exponentials and the top-k's work space a step
+needs about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
 ``--gpu-memory-utilization`` leaves free.
 """
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import math
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +29,7 @@ from numpy.typing import NDArray
 
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import Head, score_rows
+from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_rows
 
 # The key of ``SamplingParams.extra_args`` under which a job travels to the workers.
 JOB = "teacher_score"
@@ -159,11 +155,13 @@ class StepScorer:
     Args:
         head: projects hidden states [n, d] to logits [n, V], on every tensor-parallel rank.
         vocab_size: V.
+        chunk_bytes: of float32 logits made at once.
     """
 
-    def __init__(self, head: Head, vocab_size: int) -> None:
+    def __init__(self, head: Head, vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._head = head
         self._vocab_size = vocab_size
+        self._chunk_bytes = chunk_bytes
         self._requests: dict[str, _Request] = {}
 
     def add(self, request_id: str, sampling_params: Any) -> None:
@@ -220,7 +218,8 @@ class StepScorer:
             return
         rows = torch.cat([hidden[where] for _, _, where in work])
         try:
-            scored = score_rows(rows, self._head, [job for _, job, _ in work], self._vocab_size)
+            jobs = [job for _, job, _ in work]
+            scored = score_rows(rows, self._head, jobs, self._vocab_size, self._chunk_bytes)
         except Exception as error:  # nothing a sequence causes may end the engine
             if len(work) > 1:
                 for item in work:
@@ -249,19 +248,18 @@ def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
 class ScoringExtension:
     """Mixed into vLLM's worker by ``--worker-extension-cls``; called by ``collective_rpc``."""
 
-    def install_scoring(self, vocab_size: int, server: str) -> str:
+    def install_scoring(self, vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> str:
         """Hook the model runner; returns which runner it is.
 
         Args:
             vocab_size: rows of the output layer.
-            server: a file that the server holds a lock on; this process ends when it lets go.
+            chunk_bytes: of float32 logits made at once.
 
         Raises:
             RuntimeError: this vLLM's runner is not built as the hooks expect.
         """
-        _end_with(server)
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        scorer = StepScorer(runner.model.compute_logits, vocab_size)
+        scorer = StepScorer(runner.model.compute_logits, vocab_size, chunk_bytes)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             _hook_v1(runner, scorer)
             return "V1"
@@ -358,22 +356,3 @@ def _method(owner: Any, name: str, *parameters: str) -> Callable[..., Any]:
 
 def _missing(owner: Any, name: str) -> Callable[..., Any]:
     raise RuntimeError(f"{type(owner).__name__} has no {name}")
-
-
-def _end_with(server: str) -> None:
-    """End this process, and with it the engine, when the server has gone without saying so.
-
-    Args:
-        server: path of a file that the server holds a lock on while it lives.
-    """
-
-    def wait() -> None:
-        try:
-            file = Path(server).open("r+")  # noqa: SIM115
-        except FileNotFoundError:  # a worker on another machine, which ends with its connection
-            return
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        Path(server).unlink(missing_ok=True)
-        os._exit(1)
-
-    threading.Thread(target=wait, name="end-with-server", daemon=True).start()

@@ -6,6 +6,7 @@ import json
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from shared import wire
 from shared.protocol import GenerateEnd, GenerateRequest, GenerateResponse, Problem
@@ -53,13 +54,22 @@ def test_a_stream_holds_what_the_plain_answer_holds(teacher, media_type):
 
 
 def one_that_ends_and_one_that_does_not(strict):
-    """A request whose first prompt stops within 40 tokens, and its second only after seconds."""
+    """A request whose first prompt stops at once, and its second not within its first 500 tokens.
+
+    With it, the first one's completion.
+    """
+
+    def greedy(prompt, length):
+        options = {"max_new_tokens": length, "do_sample": False, "pad_token_id": 0}
+        return strict.model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
     prompts = [[5, 6, 7], [9, 4]]
-    greedy = {"prompts": prompts, "max_new_tokens": 200, "temperature": 0.0}
-    answer = httpx.post(f"{strict.url}/v1/generate", json=greedy, timeout=60).json()
-    short, long = (completion["token_ids"] for [completion] in answer["completions"])
-    stop = next(token for token in short[:40] if token not in long)
-    asked = {**greedy, "max_new_tokens": 3_900, "stop_token_ids": [stop], "top_k": 3}
+    short, long = greedy(prompts[0], 10), greedy(prompts[1], 500)
+    stop = next(token for token in short if token not in long)
+    asked = {
+        "prompts": prompts, "max_new_tokens": 3_900, "temperature": 0.0, "stop_token_ids": [stop],
+        "top_k": 3,
+    }  # fmt: skip
     return asked, short[: short.index(stop) + 1]
 
 

@@ -158,6 +158,19 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
 
 
 @pytest.mark.parametrize(
+    "how", [["--gradient_checkpointing"], ["--torch_compile", "--torch_compile_backend=aot_eager"]],
+    ids=["gradient checkpointing", "compiled"],
+)  # fmt: skip
+def test_how_the_forward_pass_is_run_changes_no_weights(world, tmp_path, how):
+    options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
+    assert distill(world, tmp_path / "plain", **options) == 0
+    words = flags(world, tmp_path / "other", teacher_url=world.url, top_k_logprobs=16, **options)
+    # In a process of its own: accelerate keeps what it compiles with until the process ends.
+    launch(["student_trainer", "distill", *words, *how])
+    assert_same_weights(tmp_path / "plain", tmp_path / "other", tolerance=2e-5)
+
+
+@pytest.mark.parametrize(
     "method",
     [
         {"lmbda": 0},

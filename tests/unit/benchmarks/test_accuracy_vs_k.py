@@ -16,7 +16,7 @@ from benchmarks.accuracy_vs_k import (
     truncated,
 )
 from benchmarks.svg import write_chart
-from student_trainer.losses import generalized_jsd
+from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
 
 V = 60
 
@@ -68,6 +68,39 @@ def test_own_favourites_hold_half_of_the_students_mass():
     moved = plain.student != own.student
     held = (own.student.softmax(-1) * moved).sum(-1)
     assert ((held - 0.5).abs() < 0.05).all()
+
+
+def test_naming_one_of_several_favourites_turns_the_gradient_yet_brings_it_nearer():
+    """Reverse KL in numbers; docs/sparse-divergence.md quotes them."""
+    tokens, favourites = 1000, slice(1, 5)
+    p, q = torch.full((2, tokens), 0.1 / (tokens - 5), dtype=torch.float64)
+    p[0], p[favourites] = 0.9 - 4e-6, 1e-6
+    q[0], q[favourites] = 0.5, 0.1
+    logits = q.log().repeat(tokens, 1).requires_grad_()  # a row for each next token
+    case = Case("", logits.detach(), p.log().expand(tokens, -1), torch.arange(tokens))
+
+    def gradient(divergence):
+        return torch.autograd.grad(divergence.sum(), logits)[0]
+
+    dense = gradient(generalized_jsd(logits, case.teacher, beta=1.0))[0]
+    unnamed, named = (
+        gradient(sparse_generalized_jsd(logits, support_of(case, 1, support), beta=1.0))
+        for support in ("top-k", "default")
+    )
+
+    def cosine_and_distance(one):
+        distance = (one - dense).norm() / dense.norm()
+        return [float(torch.cosine_similarity(one, dense, 0)), float(distance)]
+
+    # Unnamed all four are pushed alike, much too weakly.
+    assert cosine_and_distance(unnamed[0]) == pytest.approx([0.989, 0.795], abs=1e-3)
+    assert unnamed[0, favourites].tolist() == pytest.approx([0.110] * 4, abs=1e-3)
+    # One named takes the whole push: another direction, but not as far off.
+    assert cosine_and_distance(named[1]) == pytest.approx([0.785, 0.682], abs=1e-3)
+    assert named[1, favourites].tolist() == pytest.approx([1.010] + [-0.003] * 3, abs=1e-3)
+    assert dense[favourites].tolist() == pytest.approx([0.720] * 4, abs=1e-3)
+    # Each is named as often as it is sampled: the mean is nearer in both.
+    assert cosine_and_distance(q @ named) == pytest.approx([0.995, 0.720], abs=1e-3)
 
 
 def test_charts_are_svg_with_a_line_for_each_series(tmp_path):

@@ -60,7 +60,7 @@ def test_staleness_is_of_the_students_completions_alone():
     window = filled()
     window.drain(lambda values: values, with_teacher=True)
     window.add_step([sample(6)], step=7, on_policy=False)
-    window.add_inputs(positions=6, tokens=6)
+    window.add_inputs(positions=8, tokens=7)
     window.add_statistics(statistics(0.2))
     assert "staleness" not in window.drain(lambda values: values, with_teacher=True)
 

@@ -75,8 +75,8 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
         sizes.append(len(rows))
         return head(rows)
 
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * V * 4)
-    for a, b in zip(whole, score_rows(hidden, watched, jobs, V), strict=True):
+    chunked = score_rows(hidden, watched, jobs, V, 4 * V * 4)
+    for a, b in zip(whole, chunked, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
         np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)

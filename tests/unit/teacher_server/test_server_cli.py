@@ -105,6 +105,7 @@ def test_help_names_every_flag_and_loads_no_model_library():
     assert "LOADED []" in shown.stdout
     for flag in ("--host", "--port", "--backend", "--dtype", "--device", "--max-model-len",
                  "--max-batch-tokens", "--max-queued-tokens", "--request-timeout", "--max-top-k",
+                 "--score-chunk-mib",
                  "--trust-remote-code", "--served-model-name", "--drain-timeout",
                  "--tensor-parallel-size", "4.98 GB"):  # fmt: skip
         assert flag in shown.stdout

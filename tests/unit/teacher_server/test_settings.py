@@ -27,6 +27,7 @@ def test_the_defaults_are_consistent(folder):
         ({"max_model_len": 1}, "--max-model-len 1 must be at least 2"),
         ({"max_batch_tokens": 0}, "--max-batch-tokens 0 must be above 0"),
         ({"max_top_k": -3}, "--max-top-k -3 must be above 0"),
+        ({"score_chunk_mib": 0}, "--score-chunk-mib 0 must be above 0"),
         ({"request_timeout": 0.0}, r"--request-timeout 0\.0 must be above 0"),
         ({"request_timeout": float("nan")}, "--request-timeout nan must be above 0"),
         ({"drain_timeout": float("inf")}, "--drain-timeout inf must be above 0 and finite"),

@@ -115,6 +115,17 @@ def test_only_completion_rows_meet_the_head(llama_folder):
     assert sum(rows) == 15
 
 
+def test_no_more_logits_are_made_at_once_than_was_said(llama_folder):
+    """1 MiB of float32 logits over 260 tokens would be 1,008 rows; 256 are enough for any head."""
+    served = backend(llama_folder, score_chunk_mib=1)
+    assert served._chunk_bytes == 1 << 20
+    served._chunk_bytes = 3 * 4 * 260
+    rows = []
+    served._model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    served.score_batch([ScoreJob(np.arange(50, dtype=np.uint32), 42, top_k=2)])
+    assert rows == [3, 3, 2]
+
+
 def test_learned_positions_never_run_past_the_context(tmp_path):
     save_tokenizer(tmp_path)
     save_model(tmp_path, family="gpt2", max_position_embeddings=16)

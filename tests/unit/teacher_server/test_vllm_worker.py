@@ -159,10 +159,6 @@ def extension(runner):
     return worker
 
 
-def lock(tmp_path):
-    return str(tmp_path / "no-lock")  # the thread that would wait for it ends at once
-
-
 class Runner:
     """What of vLLM's V1 runner the hook touches, with two requests in a step of 9 + 19 rows."""
 
@@ -186,11 +182,11 @@ class Runner:
         return SimpleNamespace(prompt_token_id_logprobs_dict={})
 
 
-def test_the_v1_runner_gets_scores_into_its_output(tmp_path):
+def test_the_v1_runner_gets_scores_into_its_output():
     rng = np.random.default_rng(5)
     one, hidden = job(rng), hidden_states(rng, 28)
     runner = Runner(one)
-    assert extension(runner).install_scoring(V, lock(tmp_path)) == "V1"
+    assert extension(runner).install_scoring(V) == "V1"
     output = runner.sample_tokens(hidden)
     assert runner.original_calls == [{"plain": 9, "scored": 19}]
     answers = output.prompt_token_id_logprobs_dict
@@ -199,16 +195,27 @@ def test_the_v1_runner_gets_scores_into_its_output(tmp_path):
     assert runner.sample_tokens(hidden).prompt_token_id_logprobs_dict == {}  # once
 
 
-def test_a_runner_that_has_moved_is_refused(tmp_path):
+def test_no_more_logits_are_made_at_once_than_was_said():
+    rng = np.random.default_rng(7)
+    one, hidden = job(rng), hidden_states(rng, 28)
+    runner, rows = Runner(one), []
+    runner.model.compute_logits = lambda states: rows.append(len(states)) or head(states)
+    extension(runner).install_scoring(V, 5 * 4 * V)  # bytes of five rows in float32
+    answers = runner.sample_tokens(hidden).prompt_token_id_logprobs_dict
+    assert rows == [5, 5, 3]
+    assert_same(unpack_scores(answers["scored"].numpy(), one), expected(one, hidden[9:]))
+
+
+def test_a_runner_that_has_moved_is_refused():
     class Moved(Runner):
         def _get_prompt_logprobs_dict(self, hidden_states, scheduler_output):
             return {}
 
     with pytest.raises(RuntimeError, match=r"_get_prompt_logprobs_dict takes .*scheduler_output"):
-        extension(Moved(job(np.random.default_rng(5)))).install_scoring(V, lock(tmp_path))
+        extension(Moved(job(np.random.default_rng(5)))).install_scoring(V)
     other = SimpleNamespace(model=SimpleNamespace(compute_logits=head))
     with pytest.raises(RuntimeError, match="unknown model runner SimpleNamespace"):
-        extension(other).install_scoring(V, lock(tmp_path))
+        extension(other).install_scoring(V)
 
 
 class TestV2Runner:
@@ -216,7 +223,7 @@ class TestV2Runner:
 
     pytestmark = VLLM
 
-    def test_gets_scores_beside_its_own(self, tmp_path):
+    def test_gets_scores_beside_its_own(self):
         from vllm import SamplingParams
         from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
 
@@ -226,7 +233,7 @@ class TestV2Runner:
         runner = SimpleNamespace(
             model=SimpleNamespace(compute_logits=head), prompt_logprobs_worker=worker
         )
-        assert extension(runner).install_scoring(V, lock(tmp_path)) == "V2"
+        assert extension(runner).install_scoring(V) == "V2"
         worker.add_request("plain", 0, SamplingParams())
         worker.add_request("scored", 1, SamplingParams(extra_args=pack_job(one)))
         batch = SimpleNamespace(

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.losses import SparseDistribution, generalized_jsd, sparse_generalized_jsd
+from student_trainer.losses import (
+    SparseDistribution,
+    closed_form,
+    generalized_jsd,
+    sparse_generalized_jsd,
+)
 from tests.support.losses import (
     BETAS,
     TAILS,
@@ -226,3 +231,19 @@ def test_only_the_tail_bucket_leaves_the_right_mass_on_the_support(function, kep
     mass = student.softmax(dim=-1)[0, :2].sum().item()
     assert mass == pytest.approx(kept, abs=5e-4)
     assert (value.item() < -0.1) == (function is truncated_reverse_kl)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_vocabulary_that_fills_the_cache_is_read_a_few_rows_at_a_time(
+    monkeypatch, rows, temperature
+):
+    torch.manual_seed(0)
+    student, teacher = 4 * torch.randn(2, 5, 9, dtype=torch.float64)
+    support = top_k(teacher, 3, temperature)
+    monkeypatch.setattr(closed_form, "CACHE_BYTES", rows * 9 * student.element_size())
+    arguments = {"beta": 0.5, "temperature": temperature}
+    value, gradient = value_and_gradient(student, support, **arguments)
+    expected, expected_gradient = value_and_gradient(student, support, plain, **arguments)
+    assert_close(value, expected)
+    assert_close(gradient, expected_gradient)
