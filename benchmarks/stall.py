@@ -126,7 +126,10 @@ def train(run: Run) -> None:
         max_new_tokens=COMPLETION, seed=0, stop_ids=(1,),
     )  # fmt: skip
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, TeacherClient(run.urls) as teacher:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        TeacherClient(run.urls, logprob_dtype="float16") as teacher,
+    ):
         teacher.connect()
         tokenizer = save_tokenizer(Path(folder))
         save_model(Path(folder), hidden_size=16)

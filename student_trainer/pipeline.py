@@ -304,7 +304,10 @@ class Pipeline:
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
         # As they are trained, so that what the first micro-batch waits for is asked first.
-        order = longest_first([len(batch.samples[i].token_ids) for i in indices])
+        lengths = [len(batch.samples[i].token_ids) for i in indices]
+        order = longest_first(lengths)
+        if batch.on_policy:
+            order = sorted(range(len(indices)), key=lengths.__getitem__)
         indices = [indices[place] for place in order]
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]

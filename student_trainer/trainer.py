@@ -208,9 +208,14 @@ class DistillationTrainer(Trainer):
         self.window.add_step(samples, step=step, on_policy=batch.on_policy)
         tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
+        sizes = [len(group) for group in groups]
+        if batch.on_policy:  # the shortest first: they were written, and so scored, first
+            backwards = self._grouped(samples[::-1], sizes)
+            members = [[len(samples) - 1 - i for i in group] for group in reversed(backwards)]
+        else:
+            members = self._grouped(samples, sizes)
         micro_batches: list[MicroBatch] = [
-            {"pending": _Pending(batch, indices, float(total))}
-            for indices in self._grouped(samples, [len(group) for group in groups])
+            {"pending": _Pending(batch, indices, float(total))} for indices in members
         ]
         return over_substeps(micro_batches, len(groups)), total
 

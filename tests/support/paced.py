@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import wire
-from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse, ScoreSequence
+from shared.protocol import InfoResponse, LogprobDtype, ScoreRequest, ScoreResponse, ScoreSequence
 from shared.sparse import SparseLogprobs
 from tests.support import stub
 
@@ -28,7 +28,9 @@ def _distributions(vocab_size: int, k: int) -> tuple[NDArray[np.float32], NDArra
     return logprobs.astype(np.float32), top
 
 
-def scores_of(sequence: ScoreSequence, vocab_size: int, k: int) -> SparseLogprobs:
+def scores_of(
+    sequence: ScoreSequence, vocab_size: int, k: int, dtype: LogprobDtype = "float32"
+) -> SparseLogprobs:
     """One distribution for each completion row, chosen by the tokens up to there."""
     logprobs, top = _distributions(vocab_size, k)
     start, ids = sequence.completion_start, sequence.token_ids.astype(np.int64)
@@ -41,10 +43,10 @@ def scores_of(sequence: ScoreSequence, vocab_size: int, k: int) -> SparseLogprob
     np.put_along_axis(rest, np.concatenate(named, axis=1), -np.inf, axis=1)
     return SparseLogprobs(
         token_ids=named[0].astype(np.uint32),
-        logprobs=values[0],
+        logprobs=values[0].astype(dtype),
         next_token_logprob=values[1][:, 0],
         tail_logprob=np.log(np.exp(rest).sum(axis=1)),
-        requested_logprobs=values[2] if len(values) > 2 else None,
+        requested_logprobs=values[2].astype(dtype) if len(values) > 2 else None,
     )
 
 
@@ -78,7 +80,7 @@ class PacedTeacher:
             time.sleep(seconds)
         answer = ScoreResponse(
             sequences=[
-                scores_of(sequence, self.info.vocab_size, request.top_k)
+                scores_of(sequence, self.info.vocab_size, request.top_k, request.logprob_dtype)
                 for sequence in request.sequences
             ],
             teacher=self.info.teacher,

@@ -161,6 +161,22 @@ def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
     assert {item.sample.weight_version for item in scored} == {7}
 
 
+def test_rollouts_finished_together_are_asked_for_shortest_first():
+    """As they are trained: rollouts are written, and so scored, in about that order."""
+
+    class Together:
+        def generate(self, requests):
+            yield [(i, Rollout(ids(*[9] * length), False)) for i, length in enumerate((3, 1, 2, 1))]
+
+    teacher = RecordingTeacher()
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), teacher, Together(), request_size=2,
+        batches=[[example(i, completion=None) for i in range(4)]],
+    )  # fmt: skip
+    collect(pipeline, 0)
+    assert [[ids[1] - 10 for ids in request] for request in teacher.scored] == [[1, 3], [2, 0]]
+
+
 def test_a_micro_batch_waits_for_its_own_scores_alone():
     teacher = RecordingTeacher(at_once=False)
     pipeline = pipeline_of(
