@@ -1,9 +1,10 @@
 """Which samples of an optimizer step share a micro-batch: told by their lengths alone.
 
 Samples of like lengths stand together, so that padding is little. The step's gradient is normalised
-by all its tokens, so how they are grouped changes it by rounding only. Longest first: a step that
-does not fit the memory fails in its first pass, and ranks meet micro-batches of about their own
-size.
+by all its tokens, so how they are grouped changes it by rounding only. Longest first, so that a
+step that does not fit the memory fails in its first pass; or, where the student wrote them,
+shortest first: they were written first, and so scored first. Either way ranks meet micro-batches
+of about their own size.
 """
 
 from __future__ import annotations
@@ -14,19 +15,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def longest_first(lengths: Sequence[int]) -> list[int]:
+def by_length(lengths: Sequence[int], *, shortest_first: bool = False) -> list[int]:
     """Indices of the samples; those of equal length as they come."""
-    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    sign = 1 if shortest_first else -1
+    return sorted(range(len(lengths)), key=lambda index: sign * lengths[index])
 
 
-def of_sizes(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+def of_sizes(
+    lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool = False
+) -> list[list[int]]:
     """Indices of the samples, as many in each micro-batch as ``sizes`` says."""
-    order = longest_first(lengths)
+    order = by_length(lengths, shortest_first=shortest_first)
     ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def within_budget(lengths: Sequence[int], budget: int, *, packed: bool) -> list[list[int]]:
+def within_budget(
+    lengths: Sequence[int], budget: int, *, packed: bool, shortest_first: bool = False
+) -> list[list[int]]:
     """Indices of the samples, in the fewest micro-batches of at most ``budget`` tokens.
 
     Neighbours in length stand together; among equally few micro-batches, those with the least
@@ -35,16 +41,16 @@ def within_budget(lengths: Sequence[int], budget: int, *, packed: bool) -> list[
     Args:
         packed: a micro-batch counts its own tokens; else rows times the longest.
     """
-    order = longest_first(lengths)
+    order = by_length(lengths, shortest_first=shortest_first)
     # For the first n of the order: (micro-batches, tokens, where the last of them begins).
     best = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
         choices: list[tuple[int, int, int]] = []
         own = 0
         for start in range(end - 1, -1, -1):
-            length = lengths[order[start]]  # the longest from here to the end
-            own += length
-            tokens = own if packed else length * (end - start)
+            own += lengths[order[start]]
+            longest = max(lengths[order[start]], lengths[order[end - 1]])
+            tokens = own if packed else longest * (end - start)
             if tokens > budget and choices:
                 break
             choices.append((best[start][0] + 1, best[start][1] + tokens, start))

@@ -25,7 +25,7 @@ from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from student_trainer.ahead import AheadBatch
 from student_trainer.data import Example, Sample, completed
-from student_trainer.grouping import longest_first
+from student_trainer.grouping import by_length
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import Teacher
@@ -305,9 +305,7 @@ class Pipeline:
         assert self.teacher is not None
         # As they are trained, so that what the first micro-batch waits for is asked first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
-        order = longest_first(lengths)
-        if batch.on_policy:
-            order = sorted(range(len(indices)), key=lengths.__getitem__)
+        order = by_length(lengths, shortest_first=batch.on_policy)
         indices = [indices[place] for place in order]
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
-from student_trainer.grouping import longest_first
+from student_trainer.grouping import by_length
 from student_trainer.student import TopTokens
 
 
@@ -58,7 +58,7 @@ class TopTokenProposals:
         training = self.model.training
         self.model.eval()
         proposed: dict[int, NDArray[np.uint32]] = {}
-        order = longest_first([len(sample.token_ids) for sample in samples])
+        order = by_length([len(sample.token_ids) for sample in samples])
         try:
             for first in range(0, len(order), self.batch_size):
                 group = order[first : first + self.batch_size]

@@ -208,23 +208,22 @@ class DistillationTrainer(Trainer):
         self.window.add_step(samples, step=step, on_policy=batch.on_policy)
         tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
-        sizes = [len(group) for group in groups]
-        if batch.on_policy:  # the shortest first: they were written, and so scored, first
-            backwards = self._grouped(samples[::-1], sizes)
-            members = [[len(samples) - 1 - i for i in group] for group in reversed(backwards)]
-        else:
-            members = self._grouped(samples, sizes)
+        lengths, sizes = [len(s.token_ids) for s in samples], [len(group) for group in groups]
         micro_batches: list[MicroBatch] = [
-            {"pending": _Pending(batch, indices, float(total))} for indices in members
+            {"pending": _Pending(batch, indices, float(total))}
+            for indices in self._grouped(lengths, sizes, shortest_first=batch.on_policy)
         ]
         return over_substeps(micro_batches, len(groups)), total
 
-    def _grouped(self, samples: Sequence[Sample], sizes: Sequence[int]) -> list[list[int]]:
+    def _grouped(
+        self, lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool
+    ) -> list[list[int]]:
         """Indices of the samples of each micro-batch; equally many micro-batches on every rank."""
-        lengths = [len(sample.token_ids) for sample in samples]
         if self.max_tokens_per_batch is None:
-            return of_sizes(lengths, sizes)
-        groups = within_budget(lengths, self.max_tokens_per_batch, packed=self.packed)
+            return of_sizes(lengths, sizes, shortest_first=shortest_first)
+        groups = within_budget(
+            lengths, self.max_tokens_per_batch, packed=self.packed, shortest_first=shortest_first
+        )
         counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.args.device))
         return split_into(groups, int(counts.max()))
 

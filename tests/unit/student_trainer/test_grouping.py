@@ -34,10 +34,20 @@ def test_unequal_sizes_are_kept_longest_samples_first():
     assert of_sizes([3, 9, 5, 9, 1], [2, 2, 1]) == [[1, 3], [2, 0], [4]]
 
 
+def test_shortest_first_keeps_those_of_equal_length_as_they_come():
+    lengths = [3, 9, 5, 9, 1]
+    assert of_sizes(lengths, [2, 2, 1], shortest_first=True) == [[4, 0], [2, 1], [3]]
+    groups = within_budget(lengths, 18, packed=False, shortest_first=True)
+    assert groups == [[4, 0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("shortest_first", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @given(lengths=LENGTHS, budget=st.integers(1, 200))
-def test_micro_batches_are_within_the_budget_or_of_one_long_sample(packed, lengths, budget):
-    groups = within_budget(lengths, budget, packed=packed)
+def test_micro_batches_are_within_the_budget_or_of_one_long_sample(
+    packed, shortest_first, lengths, budget
+):
+    groups = within_budget(lengths, budget, packed=packed, shortest_first=shortest_first)
     assert_each_once(groups, lengths)
     for group in groups:
         tokens = sum(lengths[i] for i in group) if packed else area(lengths, group)

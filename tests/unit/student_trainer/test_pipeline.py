@@ -138,10 +138,14 @@ def test_sft_asks_no_teacher():
 
 def test_rollouts_take_the_weights_of_their_step():
     rollouts = CountingRollouts()
-    pipeline = Pipeline(replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts)
-    for step in (7, 8):
-        pipeline.collect(pipeline.submit(step, [example(0, completion=None)]))
-    assert rollouts.versions == [7, 8]
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts, staleness=1,
+        batches=[[example(i, completion=None)] for i in range(4)],
+    )  # fmt: skip
+    for step in (0, 1, 2):
+        collect(pipeline, step, last=3)
+    # Of step 0 and, ahead of it, of step 1; then always of the next one.
+    assert rollouts.versions == [0, 0, 1, 2]
 
 
 def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
@@ -164,7 +168,7 @@ def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
 def test_rollouts_finished_together_are_asked_for_shortest_first():
     """As they are trained: rollouts are written, and so scored, in about that order."""
 
-    class Together:
+    class Together(CountingRollouts):
         def generate(self, requests):
             yield [(i, Rollout(ids(*[9] * length), False)) for i, length in enumerate((3, 1, 2, 1))]
 
@@ -390,5 +394,6 @@ def test_waiting_for_the_teacher_is_told_only_where_it_was_waited_for():
         if not at_once:
             threading.Timer(0.05, teacher.unanswered[0]).start()
         pipeline.scored(batch, [0])
-        assert set(seconds) == ({"generating"} if at_once else {"generating", "teacher"})
+        own = {"generating", "syncing"}
+        assert set(seconds) == (own if at_once else {*own, "teacher"})
         assert at_once or seconds["teacher"] > 0.01
