@@ -7,24 +7,37 @@ import sys
 import threading
 import time
 
+_SERVER = "TEACHER_SERVER_PID"
 _POLL_SECONDS = 0.2
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing has spawned: end it when its parent has gone.
+    """In a process that multiprocessing has spawned: end it when its parent or the server has gone.
 
     Called where the server's main module is imported. A spawned process imports that again before
     anything else, so vLLM's engine and workers, each the parent of the next, are watched from the
     beginning. vLLM's own watch begins when a worker has loaded, and there is none for an engine.
     """
-    if "__mp_main__" in sys.modules:  # how multiprocessing calls the main module there
-        watch = threading.Thread(
-            target=_end_after, args=(os.getppid(),), name="end-with-parent", daemon=True
-        )
-        watch.start()
+    # How multiprocessing calls the main module of the parent there; here it is the same module.
+    if sys.modules.get("__mp_main__", sys.modules["__main__"]) is sys.modules["__main__"]:
+        os.environ[_SERVER] = str(os.getpid())
+        return
+    watch = threading.Thread(
+        target=_end_after, args=(os.getppid(), int(os.environ[_SERVER])), daemon=True
+    )
+    watch.start()
 
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:  # an orphan gets another parent
+def _end_after(parent: int, server: int) -> None:
+    # An orphan gets another parent; one that was orphaned before this began misses the server.
+    while os.getppid() == parent and _exists(server):
         time.sleep(_POLL_SECONDS)
     os._exit(1)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
