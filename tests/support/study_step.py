@@ -1,4 +1,4 @@
-"""A cell of a study for tests: `python -m tests.support.study_step`, with flags that say what to do.
+"""A cell of a study for tests, whose flags say what to do.
 
 Writes ``value.txt``, the sum of ``--add`` and of what its ``--inputs`` hold, and ``results.json``;
 appends a line to ``--journal``.

@@ -1,4 +1,4 @@
-"""The command itself, on cells of trivial Python: what runs, what is skipped, what is left behind."""
+"""The command itself, on trivial cells: what runs, what is skipped, what is left behind."""
 
 import json
 import os
