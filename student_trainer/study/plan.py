@@ -82,7 +82,7 @@ def select(study: Study, plan: Plan, only: Sequence[str]) -> list[Job]:
             names |= matching
         names |= {cell.name for cell in study.cells.values() if cell.measures in names}
     wanted = {folder for (name, _), folder in plan.folder_of.items() if name in names}
-    for folder, job in reversed(plan.jobs.items()):  # users come before their inputs
+    for folder, job in reversed(list(plan.jobs.items())):  # users come before their inputs
         if folder in wanted:
             wanted.update(job.inputs)
     return [job for folder, job in plan.jobs.items() if folder in wanted]

@@ -88,7 +88,7 @@ def _section(study: Study, table: Table, values: Values) -> str:
     if differences:
         lines += ["", "| difference | mean | seeds | differs |", "| --- | --- | --- | --- |"]
         for cell, base, found in differences:
-            verdict = "no" if found.covers_zero() else "yes"
+            verdict = "unknown" if found.margin is None else "no" if found.covers_zero() else "yes"
             lines.append(f"| {cell} − {base} | {_plus_minus(found)} | {found.n} | {verdict} |")
     return "\n".join(lines)
 

@@ -1,13 +1,13 @@
 """The command itself, on trivial cells: what runs, what is skipped, what is left behind."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 
+import psutil
 import pytest
 import yaml
 
@@ -190,7 +190,6 @@ def wait_until(condition):
 
 def alive(pid):
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from shared.errors import ConfigurationError
+from student_trainer.config import COMMANDS
 from student_trainer.study.flags import check_flags
 from student_trainer.study.plan import make_plan, select
-from student_trainer.study.spec import load_study
+from student_trainer.study.spec import TRAINER_COMMANDS, load_study
 
 STEP = "tests.support.study_step"
 EXAMPLE = Path(__file__).parents[4] / "examples/mini_humaneval/study.yaml"
@@ -93,6 +94,10 @@ def test_a_bad_flag_is_found_before_anything_runs(tmp_path, flags, message):
     with pytest.raises(ConfigurationError) as caught:
         check_flags(load_study(path))
     assert str(caught.value).startswith(f"{path}: {message}")
+
+
+def test_every_command_with_flags_can_be_a_cell():
+    assert set(TRAINER_COMMANDS) == set(COMMANDS)
 
 
 def test_a_missing_file_is_named(tmp_path):
