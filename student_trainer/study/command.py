@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared.errors import ConfigurationError
@@ -33,8 +34,9 @@ def study(argv: Sequence[str]) -> None:
         check_flags(found)
     seeds = _seeds(arguments.seeds) if arguments.seeds else found.seeds
     folder = arguments.output_dir or Path("runs") / arguments.file.stem
-    plan = make_plan(found, seeds)
-    jobs = select(found, plan, arguments.only)
+    # Of all seeds, since the report tells of those that were made earlier, too.
+    plan = make_plan(found, sorted({*found.seeds, *seeds}))
+    jobs = select(found, plan, seeds, arguments.only)
     runner = Runner(folder, words_of(found.serve), _say)
     if arguments.dry_run:
         for job in jobs:
@@ -43,10 +45,8 @@ def study(argv: Sequence[str]) -> None:
         _say(f"{count} of {len(jobs)} are done")
         return
     if not arguments.report:
-        # Else these would end us and leave the cell and the server running.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-        runner.run(jobs)
+        with _signals_as_exits():
+            runner.run(jobs)
     values = _measured(found, plan, runner)
     if arguments.report and not values:
         raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")
@@ -54,16 +54,32 @@ def study(argv: Sequence[str]) -> None:
         _say(f"wrote {path}")
 
 
-def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int, float]]:
-    """The metric of each cell that is measured, by seed; what is not done is left out.
+@contextlib.contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """Else they would end us at once, and leave the cell and the server running."""
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | None, float]]:
+    """The metric of each cell that is measured, by seed (None: one for all seeds).
+
+    What is not done is left out.
 
     Raises:
         ConfigurationError: the measuring command does not write that metric.
     """
-    values: dict[str, dict[int, float]] = {}
-    for (name, seed), folder in plan.folder_of.items():
-        measures = found.cells[name].measures
-        if measures is None or runner.state(plan.jobs[folder]) != "done":
+    values: dict[str, dict[int | None, float]] = {}
+    for (name, _), folder in plan.folder_of.items():
+        measures, job = found.cells[name].measures, plan.jobs[folder]
+        if measures is None or runner.state(job) != "done":
             continue
         path = runner.folder / folder / "results.json"
         results = json.loads(path.read_text())
@@ -72,7 +88,7 @@ def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int, f
                 f"{found.path}: measure.metric: {path} has no {found.metric!r}; "
                 f"there is {', '.join(results)}"
             )
-        values.setdefault(measures, {})[seed] = float(results[found.metric])
+        values.setdefault(measures, {})[job.seed] = float(results[found.metric])
     return values
 
 

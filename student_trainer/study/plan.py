@@ -63,8 +63,9 @@ def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
     return Plan(jobs, folder_of)
 
 
-def select(study: Study, plan: Plan, only: Sequence[str]) -> list[Job]:
-    """The jobs of cells that match a pattern (all without one), their measures and their inputs.
+def select(study: Study, plan: Plan, seeds: Sequence[int], only: Sequence[str]) -> list[Job]:
+    """The jobs of some seeds, of cells that match a pattern (all without one), with their measures
+    and their inputs.
 
     Raises:
         ConfigurationError: a pattern that matches no cell.
@@ -81,7 +82,9 @@ def select(study: Study, plan: Plan, only: Sequence[str]) -> list[Job]:
                 )
             names |= matching
         names |= {cell.name for cell in study.cells.values() if cell.measures in names}
-    wanted = {folder for (name, _), folder in plan.folder_of.items() if name in names}
+    wanted = {
+        folder for (name, seed), folder in plan.folder_of.items() if name in names and seed in seeds
+    }
     for folder, job in reversed(list(plan.jobs.items())):  # users come before their inputs
         if folder in wanted:
             wanted.update(job.inputs)

@@ -11,7 +11,8 @@ from student_trainer.study.spec import Study, Table
 from student_trainer.study.statistics import Estimate, estimate, paired_difference
 from student_trainer.svg import Interval, write_interval_chart, write_interval_rows
 
-Values = Mapping[str, Mapping[int, float]]  # cell -> seed -> metric
+# Cell -> seed -> metric; the seed is None for what is made once for all.
+Values = Mapping[str, Mapping[int | None, float]]
 
 
 def write_report(study: Study, values: Values, folder: Path) -> list[Path]:
@@ -49,7 +50,7 @@ def _results(study: Study, values: Values) -> dict[str, Any]:
         "title": study.title,
         "metric": study.metric,
         "cells": {
-            name: {"values": {str(seed): value for seed, value in seeds.items()}}
+            name: {"values": {"all" if seed is None else str(seed): v for seed, v in seeds.items()}}
             | _numbers(estimate(list(seeds.values())))
             for name, seeds in values.items()
         },

@@ -55,10 +55,17 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n), n)
 
 
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate | None:
+def paired_difference(
+    values: Mapping[int | None, float], base: Mapping[int | None, float]
+) -> Estimate | None:
     """The mean over the common seeds of value − base, by seed; None where they share none.
 
-    Both share data and teacher at a seed, so their difference varies less than either.
+    Both share data and teacher at a seed, so their difference varies less than either. What was
+    made once for all seeds (its key is None) is held against the other at each of them.
     """
-    common = sorted(values.keys() & base.keys())
+    if None in values and base:
+        values = dict.fromkeys(base, values[None])
+    elif None in base and values:
+        base = dict.fromkeys(values, base[None])
+    common = [seed for seed in values if seed in base]
     return estimate([values[s] - base[s] for s in common]) if common else None

@@ -121,6 +121,20 @@ def test_a_report_is_written_of_what_is_there(world, capsys):
     assert "holds no measured cell" in capsys.readouterr().err
 
 
+def test_what_is_made_once_counts_once(world):
+    world.cells["data"]["flags"]["seed"] = 5
+    assert world.run() == (0, ["shared/data", "shared/a", "shared/b"])
+    cell = json.loads((world.output / "results.json").read_text())["cells"]["a"]
+    assert cell == {"values": {"all": 6.5}, "mean": 6.5, "interval": None, "n": 1}
+
+
+def test_seeds_of_earlier_runs_stay_in_the_report(world):
+    world.run("--seeds", "0")
+    world.run("--seeds", "1")
+    cells = json.loads((world.output / "results.json").read_text())["cells"]
+    assert cells["b"]["values"] == {"0": 1.25, "1": 2.25}
+
+
 def test_a_failed_cell_stops_the_run_with_its_log_and_loses_nothing(world, capsys):
     world.cells["b"]["flags"]["add"] = "much"
     code, ran = world.run("--seeds", "0")

@@ -143,10 +143,10 @@ def test_a_selected_cell_brings_its_inputs_and_its_measure(tmp_path):
     }
     study = load_study(write(tmp_path, content))
     plan = make_plan(study, (0,))
-    chosen = [job.cell.name for job in select(study, plan, ["b"])]
+    chosen = [job.cell.name for job in select(study, plan, (0,), ["b"])]
     assert chosen == ["a", "b", f"b.{STEP}"]
     with pytest.raises(ConfigurationError, match=r"--only d matches no cell of .*study\.yaml"):
-        select(study, plan, ["d"])
+        select(study, plan, (0,), ["d"])
 
 
 def test_a_change_reaches_descendants_and_nobody_else(tmp_path):

@@ -36,6 +36,17 @@ def test_differences_are_paired_by_seed():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
+def test_what_is_made_once_is_held_against_every_seed():
+    found = paired_difference({0: 0.5, 1: 0.7}, {None: 0.4})
+    assert found is not None
+    assert (found.mean, found.n) == (pytest.approx(0.2), 2)
+    other_way = paired_difference({None: 0.4}, {0: 0.5, 1: 0.7})
+    assert other_way is not None
+    assert other_way.mean == pytest.approx(-0.2)
+    assert paired_difference({None: 0.4}, {None: 0.1}) == Estimate(pytest.approx(0.3), None, 1)
+    assert paired_difference({None: 0.4}, {}) is None
+
+
 def test_an_interval_that_holds_zero_is_no_difference():
     assert estimate([-1.0, 0.0, 1.5]).covers_zero()
     assert not estimate([1.0, 1.1, 0.9]).covers_zero()
