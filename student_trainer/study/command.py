@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="GLOB",
-        help="only cells of this name, with their inputs and measures; may be repeated",
+        help="only cells of this name or of this table, with inputs and measures; may be repeated",
     )
     parser.add_argument("--dry_run", action="store_true", help="list what would run, and stop")
     parser.add_argument(

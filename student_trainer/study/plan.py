@@ -64,21 +64,25 @@ def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
 
 
 def select(study: Study, plan: Plan, seeds: Sequence[int], only: Sequence[str]) -> list[Job]:
-    """The jobs of some seeds, of cells that match a pattern (all without one), with their measures
-    and their inputs.
+    """The jobs of some seeds, with their measures and inputs: of the cells that a pattern names, or
+    that a table of that name compares; of all without a pattern.
 
     Raises:
-        ConfigurationError: a pattern that matches no cell.
+        ConfigurationError: a pattern that matches no cell and no table.
     """
     names = set(study.cells)
     if only:
         names = set()
         for pattern in only:
             matching = {name for name in study.cells if fnmatchcase(name, pattern)}
+            for table in study.tables:
+                if fnmatchcase(table.name, pattern):
+                    matching.update(table.cells)
             if not matching:
-                hint = nearest(study.cells, pattern)
+                known = [*(table.name for table in study.tables), *study.cells]
                 raise ConfigurationError(
-                    f"--only {pattern} matches no cell of {study.path}; {hint}"
+                    f"--only {pattern} matches no table and no cell of {study.path}; "
+                    f"{nearest(known, pattern)}"
                 )
             names |= matching
         names |= {cell.name for cell in study.cells.values() if cell.measures in names}

@@ -145,7 +145,10 @@ def test_a_selected_cell_brings_its_inputs_and_its_measure(tmp_path):
     plan = make_plan(study, (0,))
     chosen = [job.cell.name for job in select(study, plan, (0,), ["b"])]
     assert chosen == ["a", "b", f"b.{STEP}"]
-    with pytest.raises(ConfigurationError, match=r"--only d matches no cell of .*study\.yaml"):
+    chosen = [job.cell.name for job in select(study, plan, (0,), ["t"])]  # a table's name
+    assert {"a", "b", "c"} < set(chosen)
+    message = r"--only d matches no table and no cell of .*study\.yaml; there is t, a, b"
+    with pytest.raises(ConfigurationError, match=message):
         select(study, plan, (0,), ["d"])
 
 
