@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import print_report
-from benchmarks.svg import write_chart
 from student_trainer.config import DataArguments, ModelArguments
 from student_trainer.data import load_rows, tokenize_rows
 from student_trainer.loading import load_model, load_stop_ids, load_tokenizer
@@ -37,6 +36,7 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.svg import write_chart
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

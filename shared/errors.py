@@ -18,6 +18,7 @@ SparseGKDError
 │   ├── TeacherChangedError
 │   └── TokenizerMismatchError
 ├── ConfigurationError        flags and settings, before any model loads
+├── CellFailedError           a command of a study
 └── DatasetError              names the file and line, or the row
     └── RowTooLongError
 """
@@ -174,6 +175,10 @@ class RolloutError(SparseGKDError):
 
 class ConfigurationError(SparseGKDError):
     """A flag or setting that cannot work, found before any model loads."""
+
+
+class CellFailedError(SparseGKDError):
+    """A command of a study failed; the message ends with its log."""
 
 
 class DatasetError(SparseGKDError):

@@ -1,4 +1,4 @@
-"""`student-trainer sft | distill | evaluate | merge`, also as `python -m student_trainer`.
+"""`student-trainer sft | distill | evaluate | merge | study`, also as `python -m student_trainer`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags or data.
 """
@@ -19,6 +19,7 @@ commands:
   distill    learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture
   evaluate   generate, check the completions, and score them
   merge      LoRA adapters into their base model, for serving or distilling further
+  study      a file of such commands over several seeds: run once each, then compared
 
 student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names."""
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in ("sft", "distill", "evaluate", "merge"):
+    if words[0] not in ("sft", "distill", "evaluate", "merge", "study"):
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
         _command(words[0])(words[1:])
@@ -55,6 +56,10 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from student_trainer.loading import merge
 
         return merge
+    if name == "study":
+        from student_trainer.study.command import study
+
+        return study
     from student_trainer.train import distill, sft
 
     return {"sft": sft, "distill": distill}[name]

@@ -292,6 +292,22 @@ class MergeArguments:
     trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
 
 
+_RECIPE = (
+    ModelArguments,
+    AdapterArguments,
+    DatasetArguments,
+    DataArguments,
+    GenerationArguments,
+)
+# What each command is told, in the order in which `parse` returns it.
+COMMANDS: dict[str, tuple[type[Any], ...]] = {
+    "sft": (*_RECIPE, SFTArguments),
+    "distill": (*_RECIPE, TeacherArguments, DistillArguments),
+    "evaluate": (ModelArguments, DatasetArguments, GenerationArguments, EvaluateArguments),
+    "merge": (MergeArguments,),
+}
+
+
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
 

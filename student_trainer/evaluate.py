@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.config import (
+    COMMANDS,
     DataArguments,
-    DatasetArguments,
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
@@ -47,10 +47,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     """
     model_arguments, dataset, generation, args = parse(
         argv,
-        ModelArguments,
-        DatasetArguments,
-        GenerationArguments,
-        EvaluateArguments,
+        *COMMANDS["evaluate"],
         prog="student-trainer evaluate",
         description=(evaluate.__doc__ or "").split("\n")[0],
     )

@@ -22,8 +22,8 @@ from transformers import (
 
 from shared.errors import ConfigurationError
 from student_trainer.config import (
+    COMMANDS,
     AdapterArguments,
-    MergeArguments,
     ModelArguments,
     check_merge,
     holds_adapters,
@@ -35,7 +35,7 @@ from student_trainer.data import stop_token_ids
 def merge(argv: Sequence[str]) -> None:
     """Merge LoRA adapters into their base model, so that it can be served or distilled further."""
     (args,) = parse(
-        argv, MergeArguments, prog="student-trainer merge", description=merge.__doc__ or ""
+        argv, *COMMANDS["merge"], prog="student-trainer merge", description=merge.__doc__ or ""
     )
     check_merge(args)
     model = ModelArguments(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from student_trainer.svg import ticks
+
 Point = tuple[float, float]
 
 
@@ -113,13 +115,13 @@ def _chart(chart: Chart) -> str:
         return _LEFT + across, _HEIGHT - _BOTTOM - up
 
     parts = []
-    for tick in _ticks(y_low, y_high):
+    for tick in ticks(y_low, y_high):
         y = place(x_low, tick)[1]
         parts.append(
             f"<line class=grid x1={_LEFT} x2={_WIDTH - _RIGHT} y1={y:.1f} y2={y:.1f} />"
             f"<text x={_LEFT - 6} y={y + 4:.1f} text-anchor=end>{tick:g}</text>"
         )
-    for tick in _ticks(x_low, x_high):
+    for tick in ticks(x_low, x_high):
         x = place(tick, y_low)[0]
         parts.append(f"<text x={x:.1f} y={_HEIGHT - 8} text-anchor=middle>{tick:g}</text>")
     for number, line in enumerate(chart.series.values()):
@@ -139,15 +141,6 @@ def _range(values: Sequence[float]) -> Point:
     if low == high:
         return low - 0.5, high + 0.5
     return low, high
-
-
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between low and high: multiples of 1, 2 or 5 × 10^n."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first = math.ceil(low / step)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatch
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
 from student_trainer.config import (
+    COMMANDS,
     AdapterArguments,
     CommonTrainingArguments,
     DataArguments,
@@ -23,7 +24,6 @@ from student_trainer.config import (
     DistillArguments,
     GenerationArguments,
     ModelArguments,
-    SFTArguments,
     TeacherArguments,
     check_common,
     check_distill,
@@ -51,15 +51,6 @@ from student_trainer.vllm_teacher import VllmTeacher
 logger = logging.getLogger(__name__)
 
 
-_RECIPE = (
-    ModelArguments,
-    AdapterArguments,
-    DatasetArguments,
-    DataArguments,
-    GenerationArguments,
-)
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
@@ -74,7 +65,7 @@ class Recipe:
 def sft(argv: Sequence[str]) -> None:
     """Supervised fine-tuning on the dataset's completions."""
     *parts, args = parse(
-        argv, *_RECIPE, SFTArguments, prog="student-trainer sft", description=sft.__doc__ or ""
+        argv, *COMMANDS["sft"], prog="student-trainer sft", description=sft.__doc__ or ""
     )
     recipe = Recipe(*parts)
     check_recipe(recipe, args)
@@ -86,9 +77,7 @@ def distill(argv: Sequence[str]) -> None:
     """Distillation from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
     *parts, teacher, args = parse(
         argv,
-        *_RECIPE,
-        TeacherArguments,
-        DistillArguments,
+        *COMMANDS["distill"],
         prog="student-trainer distill",
         description=distill.__doc__ or "",
     )

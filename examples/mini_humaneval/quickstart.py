@@ -5,7 +5,8 @@
 makes tokenizer, models and data; pretrains a teacher and fine-tunes it on the few labels; trains
 one student by SFT on the same labels, and one by distillation from the teacher, which runs as a
 separate server process; evaluates all of them; and writes results.json and report.html. Every
-stage is a call of the public command line, printed before it runs.
+stage is a cell of study.yaml at one seed: a call of the public command line, printed before it
+runs.
 """
 
 from __future__ import annotations
@@ -16,22 +17,21 @@ import json
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from examples.mini_humaneval import prepare
-from examples.mini_humaneval.settings import SETTINGS, Stage
+from shared.errors import SparseGKDError
 from student_trainer import cli
 from student_trainer.report import Chart, Report, SideBySide, Table, render
+from student_trainer.study.served import served
+from student_trainer.study.spec import Cell, load_study, substituted, words_of
 
+STUDY = Path(__file__).with_name("study.yaml")
 MODELS = {
     "Teacher, raw": "teacher_raw",
     "Teacher after SFT": "teacher_sft",
@@ -39,7 +39,8 @@ MODELS = {
     "Student, SFT": "student_sft",
     "Student, distilled": "student_distilled",
 }
-
+# Cells of the study by the folder of their output; the data lie beside the models.
+CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
 
 MARKER = ".quickstart"
 
@@ -59,7 +60,10 @@ def main() -> int:
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):  # else they would end us and leave the server
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    return Quickstart(arguments.output_dir, arguments.seed).run()
+    try:
+        return Quickstart(arguments.output_dir, arguments.seed).run()
+    except SparseGKDError as error:
+        raise SystemExit(str(error)) from error
 
 
 class Quickstart:
@@ -68,6 +72,7 @@ class Quickstart:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.seed = seed
+        self.study = load_study(STUDY)
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
 
@@ -76,12 +81,10 @@ class Quickstart:
         self._empty_folder()
         with self._timed("prepare"):
             prepare.prepare(self.folder, seed=self.seed)
-        self._sft("teacher_raw", "teacher_init", "teacher_pretrain", SETTINGS.teacher_pretrain)
-        self._sft("teacher_sft", "teacher_raw", "labelled", SETTINGS.teacher_sft)
-        self._sft("student_before", "student_init", "student_warmup", SETTINGS.student_warmup)
-        self._sft("student_sft", "student_before", "labelled", SETTINGS.student_sft)
+        for output in ("teacher_raw", "teacher_sft", "student_before", "student_sft"):
+            self._train(output)
         with self._served("teacher_sft") as url:
-            self._distill("student_distilled", "student_before", url, SETTINGS.student_distill)
+            self._train("student_distilled", f"--teacher_url={url}")
         evaluated = {name: self._evaluate(folder) for name, folder in MODELS.items()}
         total = time.perf_counter() - since
         self._write(evaluated, total)
@@ -100,58 +103,20 @@ class Quickstart:
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
 
-    def _sft(self, output: str, model: str, data: str, stage: Stage) -> None:
-        self._trainer("sft", output, model, data, stage, [])
+    def _train(self, output: str, *more: str) -> None:
+        cell = self.study.cells[CELLS[output]]
+        self._run(output, [*self._words(cell, self.folder / output), *more])
 
-    def _distill(self, output: str, model: str, url: str, stage: Stage) -> None:
-        method = [
-            f"--teacher_url={url}",
-            f"--lmbda={SETTINGS.lmbda}",
-            f"--beta={SETTINGS.beta}",
-            f"--temperature={SETTINGS.temperature}",
-            f"--rollout_temperature={SETTINGS.rollout_temperature}",
-            f"--top_k_logprobs={SETTINGS.top_k_logprobs}",
-            f"--max_new_tokens={SETTINGS.max_new_tokens}",
-        ]
-        self._trainer("distill", output, model, "prompts", stage, method)
-
-    def _trainer(
-        self, command: str, output: str, model: str, data: str, stage: Stage, more: list[str]
-    ) -> None:
-        self._run(
-            output,
-            [
-                command,
-                f"--model_name_or_path={self.folder / model}",
-                f"--dataset_name={self.folder / f'{data}.jsonl'}",
-                f"--output_dir={self.folder / output}",
-                f"--max_steps={stage.updates}",
-                f"--per_device_train_batch_size={stage.batch_size}",
-                f"--learning_rate={stage.learning_rate}",
-                f"--weight_decay={stage.weight_decay}",
-                f"--lr_scheduler_type={stage.lr_scheduler_type}",
-                f"--warmup_steps={stage.warmup_steps}",
-                f"--seed={self.seed}",
-                f"--logging_steps={max(stage.updates // 40, 1)}",
-                "--save_strategy=no",
-                "--report_to=none",
-                *more,
-            ],
-        )
+    def _words(self, cell: Cell, output: Path) -> list[str]:
+        folders = {cell: str(self.folder / folder) for folder, cell in CELLS.items()}
+        by = {**folders, "data": str(self.folder), "seed": str(self.seed)}
+        flags = {key: substituted(value, by) for key, value in cell.flags.items()}
+        return [cell.command, *words_of(flags), f"--output_dir={output}"]
 
     def _evaluate(self, model: str) -> Evaluated:
         output = self.folder / "evaluation" / model
-        self._run(
-            f"evaluate {model}",
-            [
-                "evaluate",
-                f"--model_name_or_path={self.folder / model}",
-                f"--dataset_name={self.folder / 'held_out.jsonl'}",
-                f"--max_new_tokens={SETTINGS.max_new_tokens}",
-                f"--generation_batch_size={SETTINGS.evaluation_batch_size}",
-                f"--output_dir={output}",
-            ],
-        )
+        cell = self.study.cells[f"{CELLS[model]}.evaluate"]
+        self._run(f"evaluate {model}", self._words(cell, output))
         results = json.loads((output / "results.json").read_text())
         samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
         return Evaluated(results["pass@1"], {sample["task_id"]: sample for sample in samples})
@@ -167,30 +132,14 @@ class Quickstart:
 
     @contextlib.contextmanager
     def _served(self, model: str) -> Iterator[str]:
-        """The teacher in its own process on a free port; stopped whatever happens."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        words = ["serve", str(self.folder / model), "--port", str(port), "--backend=transformers"]
-        self.commands.append(shlex.join(["teacher-server", *words]))
-        print(f"\n$ {self.commands[-1]} &", flush=True)
-        log = (self.folder / "teacher-server.log").open("w")
-        server = subprocess.Popen(
-            [sys.executable, "-m", "teacher_server", *words], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            with self._timed("teacher server start"):
-                url = f"http://127.0.0.1:{port}"
-                _wait_until_ready(server, url, Path(log.name))
+        """The teacher, in a process of its own."""
+        since = time.perf_counter()
+        log = self.folder / "teacher-server.log"
+        with served(self.folder / model, words_of(self.study.serve), log) as (url, command):
+            self.seconds["teacher server start"] = time.perf_counter() - since
+            self.commands.append(command)
+            print(f"\n$ {command} &", flush=True)
             yield url
-        finally:
-            server.terminate()
-            try:
-                server.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-            log.close()
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -204,7 +153,7 @@ class Quickstart:
         results = {
             "pass@1": scores,
             "held_out_tasks": tasks,
-            "student_updates": SETTINGS.student_distill.updates,
+            "student_updates": self._distillation()["max_steps"],
             "seed": self.seed,
             "seconds": {name: round(s, 1) for name, s in self.seconds.items()},
             "seconds_total": round(total, 1),
@@ -216,10 +165,13 @@ class Quickstart:
             print(f"  {name:<20} {model.pass_at_1:.3f}")
         print(f"Report: {self.folder / 'report.html'}")
 
+    def _distillation(self) -> Mapping[str, Any]:
+        return self.study.cells[CELLS["student_distilled"]].flags
+
     def _report(self, evaluated: dict[str, Evaluated], tasks: int, total: float) -> str:
         sft = _history(self.folder / MODELS["Student, SFT"])
         distilled = _history(self.folder / MODELS["Student, distilled"])
-        steps = SETTINGS.student_distill.updates
+        flags = self._distillation()
         rows = [
             (name, f"{model.pass_at_1:.3f}", f"{self.seconds.get(MODELS[name], 0.0):.0f} s")
             for name, model in evaluated.items()
@@ -227,8 +179,9 @@ class Quickstart:
         return render(
             Report(
                 title="mini-HumanEval: a served teacher distils a student",
-                lead=f"pass@1 on {tasks} held-out compositions; both students had {steps} updates "
-                f"of {SETTINGS.student_distill.batch_size} sequences. Seed {self.seed}, "
+                lead=f"pass@1 on {tasks} held-out compositions; both students had "
+                f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
+                f"sequences. Seed {self.seed}, "
                 f"{total:.0f} s in all.",
                 table=Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1),
                 charts=[
@@ -309,18 +262,6 @@ class Quickstart:
             )
             for row in sorted(rows, key=verdicts, reverse=True)[:6]
         ]
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    while True:
-        if server.poll() is not None:
-            raise SystemExit(
-                f"the teacher server ended with {server.returncode}:\n{log.read_text()}"
-            )
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
-                return
-        time.sleep(0.2)
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

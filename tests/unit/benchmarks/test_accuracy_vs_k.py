@@ -15,8 +15,8 @@ from benchmarks.accuracy_vs_k import (
     synthetic,
     truncated,
 )
-from benchmarks.svg import write_chart
 from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
+from student_trainer.svg import write_chart
 
 V = 60
 

@@ -8,16 +8,19 @@ import time
 
 import httpx
 import pytest
+import yaml
 
+from examples.mini_humaneval import quickstart
 from examples.mini_humaneval.quickstart import Quickstart
+from shared.errors import TeacherUnreachableError
 from tests.support.models import save_model, save_tokenizer
 
 
 def test_the_server_is_stopped_whatever_happens(tmp_path):
     save_tokenizer(tmp_path / "teacher")
     save_model(tmp_path / "teacher")
-    quickstart = Quickstart(tmp_path, seed=0)
-    with pytest.raises(KeyboardInterrupt), quickstart._served("teacher") as url:  # noqa: PT012
+    run = Quickstart(tmp_path, seed=0)
+    with pytest.raises(KeyboardInterrupt), run._served("teacher") as url:  # noqa: PT012
         assert httpx.get(f"{url}/ready").status_code == 200
         raise KeyboardInterrupt
     with pytest.raises(httpx.ConnectError):
@@ -28,7 +31,7 @@ def test_a_teacher_that_does_not_start_is_shown_with_its_log(tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "config.json").write_text("{}")
     with (
-        pytest.raises(SystemExit, match=r"(?s)ended with 2:.*does not load"),
+        pytest.raises(TeacherUnreachableError, match=r"(?s)ended with 2:.*does not load"),
         Quickstart(tmp_path, seed=0)._served("teacher"),
     ):
         pass
@@ -43,16 +46,20 @@ def test_files_of_others_are_never_deleted(tmp_path):
 
 def test_a_terminated_run_leaves_no_server_behind(tmp_path):
     """Through the command itself, whose stages are shortened to one update each."""
+    study = yaml.safe_load(quickstart.STUDY.read_text())
+    for cell in study["cells"].values():
+        if cell["command"] == "sft":
+            cell["flags"] |= {"max_steps": 1, "warmup_steps": 0}
+    study["defaults"]["distill"]["max_steps"] = 100_000
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     shorten = (
         "import sys\n"
         "from dataclasses import replace\n"
+        "from pathlib import Path\n"
         "from examples.mini_humaneval import settings, quickstart, prepare\n"
-        "short = settings.Stage(1, 4, 1e-3, 0)\n"
-        "tiny = replace(settings.SETTINGS, pretrain_rows=64, warmup_rows=32, prompt_rows=64,\n"
-        "    teacher_pretrain=short, teacher_sft=short, student_warmup=short, student_sft=short,\n"
-        "    student_distill=replace(short, updates=100000))\n"
-        "quickstart.SETTINGS = tiny\n"
+        "tiny = replace(settings.SETTINGS, pretrain_rows=64, warmup_rows=32, prompt_rows=64)\n"
         "prepare.prepare.__kwdefaults__['settings'] = tiny\n"
+        f"quickstart.STUDY = Path({str(tmp_path / 'study.yaml')!r})\n"
         "sys.exit(quickstart.main())\n"
     )
     output = tmp_path / "run"
@@ -83,9 +90,9 @@ def test_a_terminated_run_leaves_no_server_behind(tmp_path):
 
 
 def test_the_stages_add_up_to_the_whole(tmp_path):
-    quickstart = Quickstart(tmp_path, seed=0)
-    quickstart.seconds = {"prepare": 1.0, "teacher_raw": 2.0, "teacher_sft": 3.0,
+    run = Quickstart(tmp_path, seed=0)
+    run.seconds = {"prepare": 1.0, "teacher_raw": 2.0, "teacher_sft": 3.0,
                           "student_sft": 4.0, "evaluate a": 5.0, "evaluate b": 6.0}  # fmt: skip
-    stages = quickstart._stages()
+    stages = run._stages()
     assert sum(stages.values()) == 21.0
     assert stages["evaluation"] == 11.0

@@ -1,0 +1,133 @@
+"""`student-trainer study`: the flags, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shared.errors import ConfigurationError
+from student_trainer.study.plan import Plan, make_plan, select
+from student_trainer.study.report import write_report
+from student_trainer.study.runner import Runner
+from student_trainer.study.spec import TRAINER_COMMANDS, Study, load_study, words_of
+
+
+def study(argv: Sequence[str]) -> None:
+    """Run the cells of a study that are not done yet, and compare them over seeds.
+
+    Raises:
+        ConfigurationError: a mistake in the file or the flags, before anything runs.
+        CellFailedError, TeacherUnreachableError: a cell failed; what is finished stays.
+    """
+    arguments = _parser().parse_args(list(argv))
+    found = load_study(arguments.file)
+    if any(cell.command in TRAINER_COMMANDS for cell in found.cells.values()):
+        # Imported here, so that a study of other programs does not wait for torch.
+        from student_trainer.study.flags import check_flags
+
+        check_flags(found)
+    seeds = _seeds(arguments.seeds) if arguments.seeds else found.seeds
+    folder = arguments.output_dir or Path("runs") / arguments.file.stem
+    # Of all seeds, since the report tells of those that were made earlier, too.
+    plan = make_plan(found, sorted({*found.seeds, *seeds}))
+    jobs = select(found, plan, seeds, arguments.only)
+    runner = Runner(folder, words_of(found.serve), _say)
+    if arguments.dry_run:
+        for job in jobs:
+            _say(f"{runner.state(job):<8} {job.folder}\n         $ {runner.command(job)}")
+        count = sum(runner.state(job) == "done" for job in jobs)
+        _say(f"{count} of {len(jobs)} are done")
+        return
+    if not arguments.report:
+        with _signals_as_exits():
+            runner.run(jobs)
+    values = _measured(found, plan, runner)
+    if arguments.report and not values:
+        raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")
+    for path in write_report(found, values, folder) if values else []:
+        _say(f"wrote {path}")
+
+
+@contextlib.contextmanager
+def _signals_as_exits() -> Iterator[None]:
+    """Else they would end us at once, and leave the cell and the server running."""
+    before = {
+        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | None, float]]:
+    """The metric of each cell that is measured, by seed (None: one for all seeds).
+
+    What is not done is left out.
+
+    Raises:
+        ConfigurationError: the measuring command does not write that metric.
+    """
+    values: dict[str, dict[int | None, float]] = {}
+    for (name, _), folder in plan.folder_of.items():
+        measures, job = found.cells[name].measures, plan.jobs[folder]
+        if measures is None or runner.state(job) != "done":
+            continue
+        path = runner.folder / folder / "results.json"
+        results = json.loads(path.read_text())
+        if found.metric not in results:
+            raise ConfigurationError(
+                f"{found.path}: measure.metric: {path} has no {found.metric!r}; "
+                f"there is {', '.join(results)}"
+            )
+        values.setdefault(measures, {})[job.seed] = float(results[found.metric])
+    return values
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="student-trainer study",
+        description="Run the cells of a study that are not done yet, and compare them over seeds.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.yaml")
+    parser.add_argument("--output_dir", type=Path, help="default: runs/ and the file's name")
+    parser.add_argument("--seeds", help="such as 0..4 or 0,3; default: those of the file")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="only cells of this name or of this table, with inputs and measures; may be repeated",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="list what would run, and stop")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing; write the report of what is done"
+    )
+    return parser
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """Raises `ConfigurationError` for what is neither ``FROM..TO`` nor a list."""
+    if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
+        seeds = tuple(range(int(found[1]), int(found[2]) + 1))
+    elif re.fullmatch(r"\d+(,\d+)*", text):
+        seeds = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    else:
+        seeds = ()
+    if not seeds:
+        raise ConfigurationError(f"--seeds {text} is neither FROM..TO nor a list such as 0,3")
+    return seeds
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,129 @@
+"""From the cells of a study to the jobs that they take.
+
+A *job* is a cell at one seed. Cells into which no ``{seed}`` flows, by a flag or through an input,
+are made once for all seeds; cells with equal commands and inputs are one job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from shared import __version__
+from shared.errors import ConfigurationError
+from student_trainer.study.spec import Cell, Study, nearest, references, substituted, words_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell at one seed.
+
+    Attributes:
+        seed: None where it is made once for all.
+        folder: of its output, relative to the study's; also its identity.
+        words: flags; ``{FOLDER}`` stands for another job's output folder.
+        inputs, teacher: folders of other jobs.
+        digest: of command, flags and everything that flows in.
+    """
+
+    cell: Cell
+    seed: int | None
+    folder: str
+    words: tuple[str, ...]
+    inputs: tuple[str, ...]
+    teacher: str | None
+    digest: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs by folder, in the order of seeds, then of cells; and which job a cell is."""
+
+    jobs: Mapping[str, Job]
+    folder_of: Mapping[tuple[str, int], str]
+
+
+def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
+    """The jobs of all cells at the given seeds."""
+    jobs: dict[str, Job] = {}
+    folder_of: dict[tuple[str, int], str] = {}
+    same: dict[str, str] = {}  # digest -> folder
+    for seed in seeds:
+        for cell in study.cells.values():
+            inputs = {name: jobs[folder_of[name, seed]] for name in cell.inputs()}
+            job = _job(cell, seed, inputs, study.serve)
+            folder = same.setdefault(job.digest, job.folder)
+            jobs.setdefault(folder, job)
+            folder_of[cell.name, seed] = folder
+    return Plan(jobs, folder_of)
+
+
+def select(study: Study, plan: Plan, seeds: Sequence[int], only: Sequence[str]) -> list[Job]:
+    """The jobs of some seeds, with their measures and inputs: of the cells that a pattern names, or
+    that a table of that name compares; of all without a pattern.
+
+    Raises:
+        ConfigurationError: a pattern that matches no cell and no table.
+    """
+    names = set(study.cells)
+    if only:
+        names = set()
+        for pattern in only:
+            matching = {name for name in study.cells if fnmatchcase(name, pattern)}
+            for table in study.tables:
+                if fnmatchcase(table.name, pattern):
+                    matching.update(table.cells)
+            if not matching:
+                known = [*(table.name for table in study.tables), *study.cells]
+                raise ConfigurationError(
+                    f"--only {pattern} matches no table and no cell of {study.path}; "
+                    f"{nearest(known, pattern)}"
+                )
+            names |= matching
+        names |= {cell.name for cell in study.cells.values() if cell.measures in names}
+    wanted = {
+        folder for (name, seed), folder in plan.folder_of.items() if name in names and seed in seeds
+    }
+    for folder, job in reversed(list(plan.jobs.items())):  # users come before their inputs
+        if folder in wanted:
+            wanted.update(job.inputs)
+    return [job for folder, job in plan.jobs.items() if folder in wanted]
+
+
+def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, Any]) -> Job:
+    seeded = any("seed" in references(value) for value in cell.flags.values())
+    seeded = seeded or any(job.seed is not None for job in inputs.values())
+
+    def words(stand_ins: Mapping[str, str]) -> list[str]:
+        by = {**stand_ins, "seed": str(seed)}
+        return words_of({key: substituted(value, by) for key, value in cell.flags.items()})
+
+    teacher = inputs[cell.teacher] if cell.teacher else None
+    everything = [
+        __version__,
+        cell.command,
+        sorted(words({name: job.digest for name, job in inputs.items()})),
+        [teacher.digest, words_of(serve)] if teacher else None,
+        sorted(filter(None, map(_file_digest, cell.flags.values()))),
+    ]
+    return Job(
+        cell=cell,
+        seed=seed if seeded else None,
+        folder=f"seed-{seed}/{cell.name}" if seeded else f"shared/{cell.name}",
+        words=tuple(words({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
+        inputs=tuple(job.folder for job in inputs.values()),
+        teacher=teacher.folder if teacher else None,
+        digest=hashlib.sha256(json.dumps(everything).encode()).hexdigest(),
+    )
+
+
+def _file_digest(value: Any) -> str | None:
+    """Of a data file outside the study that a flag names: its content flows in, too."""
+    if not isinstance(value, str) or not Path(value).is_file():
+        return None
+    return hashlib.sha256(Path(value).read_bytes()).hexdigest()

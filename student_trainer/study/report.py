@@ -1,0 +1,117 @@
+"""What a study found: results.json, results.md, and a plot for each comparison."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from student_trainer.study.spec import Study, Table
+from student_trainer.study.statistics import Estimate, estimate, paired_difference
+from student_trainer.svg import Interval, write_interval_chart, write_interval_rows
+
+# Cell -> seed -> metric; the seed is None for what is made once for all.
+Values = Mapping[str, Mapping[int | None, float]]
+
+
+def write_report(study: Study, values: Values, folder: Path) -> list[Path]:
+    """Everything that can be said of what is measured so far.
+
+    Args:
+        values: cell -> seed -> metric; cells and seeds that are not done are left out.
+
+    Returns:
+        The files written.
+    """
+    results, text = folder / "results.json", folder / "results.md"
+    results.write_text(json.dumps(_results(study, values), indent=2) + "\n")
+    sections = [f"# {study.title}\n", _NOTE.format(metric=study.metric)]
+    plots = []
+    for table in study.tables:
+        if any(name in values for name in table.cells):
+            plot = folder / f"{table.name}.svg"
+            _plot(study, table, values, plot)
+            plots.append(plot)
+            sections += [_section(study, table, values), f"\n![{table.title}]({plot.name})\n"]
+    text.write_text("\n".join(sections))
+    return [results, text, *plots]
+
+
+_NOTE = """\
+{metric}: mean over seeds ± half the 95 % interval (Student's t). Differences are taken seed by
+seed; "no" says that the interval holds 0. Each interval is of one comparison: among twenty, one is
+expected to miss.
+"""
+
+
+def _results(study: Study, values: Values) -> dict[str, Any]:
+    return {
+        "title": study.title,
+        "metric": study.metric,
+        "cells": {
+            name: {"values": {"all" if seed is None else str(seed): v for seed, v in seeds.items()}}
+            | _numbers(estimate(list(seeds.values())))
+            for name, seeds in values.items()
+        },
+        "differences": {
+            table.name: [
+                {"cell": cell, "base": base, **_numbers(found)}
+                for cell, base, found in _differences(table, values)
+            ]
+            for table in study.tables
+        },
+    }
+
+
+def _numbers(found: Estimate) -> dict[str, Any]:
+    interval = None
+    if found.margin is not None:
+        interval = [round(found.mean - found.margin, 6), round(found.mean + found.margin, 6)]
+    return {"mean": round(found.mean, 6), "interval": interval, "n": found.n}
+
+
+def _differences(table: Table, values: Values) -> list[tuple[str, str, Estimate]]:
+    return [
+        (cell, base, found)
+        for cell, base in table.differences
+        if (found := paired_difference(values.get(cell, {}), values.get(base, {}))) is not None
+    ]
+
+
+def _section(study: Study, table: Table, values: Values) -> str:
+    lines = [f"## {table.title}\n", f"| cell | {study.metric} | seeds |", "| --- | --- | --- |"]
+    for name in table.cells:
+        if name in values:
+            found = estimate(list(values[name].values()))
+            lines.append(f"| {name} | {_plus_minus(found)} | {found.n} |")
+    differences = _differences(table, values)
+    if differences:
+        lines += ["", "| difference | mean | seeds | differs |", "| --- | --- | --- | --- |"]
+        for cell, base, found in differences:
+            verdict = "unknown" if found.margin is None else "no" if found.covers_zero() else "yes"
+            lines.append(f"| {cell} − {base} | {_plus_minus(found)} | {found.n} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _plus_minus(found: Estimate) -> str:
+    return f"{found.mean:.3f}" + ("" if found.margin is None else f" ± {found.margin:.3f}")
+
+
+def _plot(study: Study, table: Table, values: Values, path: Path) -> None:
+    title = f"{table.title}: {study.metric}, mean and 95 % interval over seeds"
+
+    def point(name: str, label: str) -> Interval:
+        found = estimate(list(values[name].values()))
+        return label, found.mean, found.margin
+
+    measured = [name for name in table.cells if name in values]
+    if table.x is None:
+        write_interval_rows(path, title, [point(name, name) for name in measured])
+        return
+    series: dict[str, list[Interval]] = {}
+    for name in measured:
+        where = study.cells[name].coordinates
+        line = str(where[table.series]) if table.series else study.metric
+        series.setdefault(line, []).append(point(name, str(where[table.x])))
+    write_interval_chart(path, title, table.x, series)

@@ -1,0 +1,263 @@
+"""Runs the jobs of a study; a finished one leaves a marker, and is skipped from then on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.errors import CellFailedError, ConfigurationError
+from student_trainer.study.plan import Job
+from student_trainer.study.served import served
+from student_trainer.study.spec import TRAINER_COMMANDS
+
+MARKER = ".study"
+# All cells are forked from one process, which has imported torch and transformers once: that takes
+# seconds, as long as some cells.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_PRELOAD = ["student_trainer.train", "student_trainer.evaluate", "student_trainer.loading"]
+_FOLDER = re.compile(r"\{([^{}]*)\}")
+
+
+class Runner:
+    """Jobs in order, with at most one served teacher at a time."""
+
+    def __init__(self, folder: Path, serve: Sequence[str], say: Callable[[str], None]) -> None:
+        """
+        Args:
+            folder: everything is written below it.
+            serve: flags of `teacher-server serve`.
+            say: takes a line of progress.
+        """
+        self.folder = folder
+        self._serve = serve
+        self._say = say
+        self._server = contextlib.ExitStack()
+        self._served: str | None = None
+        self._url = ""
+
+    def state(self, job: Job) -> str:
+        """`done`, `changed` (made by another command or from other inputs) or `to do`."""
+        made = self._marker(job)
+        if made is None or not self._output(job.folder).exists():
+            return "to do"
+        return "done" if made["digest"] == job.digest else "changed"
+
+    def seconds(self, job: Job) -> float | None:
+        """How long the job took when it was made."""
+        made = self._marker(job)
+        return None if made is None else float(made["seconds"])
+
+    def command(self, job: Job) -> str:
+        """As one would type it; a teacher's address is not known before it is served."""
+        return _typed(job, self._words(job, "http://TEACHER"))
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run what is not done.
+
+        Raises:
+            ConfigurationError: the folder holds files of others, or another study runs in it.
+            CellFailedError: a command failed, or did not write what the next one needs.
+            TeacherUnreachableError: a teacher did not start.
+        """
+        with self._locked(jobs):
+            left = [job for job in jobs if self.state(job) != "done"]
+            progress = _Progress(len(left), self._say)
+            for job in jobs:
+                if job not in left and (seconds := self.seconds(job)) is not None:
+                    progress.learn(job, seconds)
+            if any(job.cell.command in TRAINER_COMMANDS for job in left):
+                _CONTEXT.set_forkserver_preload(_PRELOAD)
+            try:
+                while left:
+                    job = self._next(left)
+                    left.remove(job)
+                    needed = {other.teacher for other in [job, *left]}
+                    if self._served not in needed:
+                        self._stop_serving()
+                    seconds = self._run(job)
+                    progress.done(job, seconds, left)
+            finally:
+                self._stop_serving()
+
+    def _next(self, left: Sequence[Job]) -> Job:
+        """The first whose inputs are there; of those who ask a teacher, the served one's first."""
+        waiting = {job.folder for job in left}
+        ready = [job for job in left if not waiting.intersection(job.inputs)]
+        seed = ready[0].seed
+        for job in ready:
+            if job.seed == seed and job.teacher in (None, self._served):
+                return job
+        return ready[0]
+
+    def _run(self, job: Job) -> float:
+        output = self._output(job.folder)
+        self._marker_path(job).unlink(missing_ok=True)
+        if output.exists():  # of an interrupted or an outdated run
+            shutil.rmtree(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        since = time.perf_counter()
+        if job.teacher is not None:
+            self._keep_serving(job.teacher)
+        words = self._words(job, self._url)
+        log = output.with_name(output.name + ".log")
+        code = _in_a_process(job.cell.command, words, log)
+        if code != 0:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise CellFailedError(
+                f"{job.folder} ended with {code}:\n$ {_typed(job, words)}\n{tail}\n"
+                f"The whole log is {log}"
+            )
+        if not output.exists():
+            raise CellFailedError(
+                f"{job.folder} wrote nothing into its --output_dir {output}; the log is {log}"
+            )
+        seconds = time.perf_counter() - since
+        made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, words)}
+        marker = self._marker_path(job)
+        unfinished = marker.with_name(marker.name + ".new")
+        unfinished.write_text(json.dumps(made, indent=2) + "\n")
+        unfinished.replace(marker)
+        return seconds
+
+    def _words(self, job: Job, url: str) -> list[str]:
+        words = [_FOLDER.sub(lambda f: str(self._output(f[1])), word) for word in job.words]
+        if job.teacher is not None:
+            words.append(f"--teacher_url={url}")
+        return [*words, f"--output_dir={self._output(job.folder)}"]
+
+    def _keep_serving(self, teacher: str) -> None:
+        if self._served == teacher:
+            return
+        self._stop_serving()
+        model = self._output(teacher)
+        log = model.with_name(model.name + ".server.log")
+        self._url, command = self._server.enter_context(served(model, self._serve, log))
+        self._served = teacher
+        self._say(f"$ {command}")
+
+    def _stop_serving(self) -> None:
+        self._served = None
+        self._server.close()
+
+    @contextlib.contextmanager
+    def _locked(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Two studies may share a folder, but not a seed: they would overwrite each other."""
+        used = self.folder.exists() and any(self.folder.iterdir())
+        if used and not (self.folder / MARKER).exists():
+            raise ConfigurationError(
+                f"--output_dir {self.folder} holds files that are not of a study; "
+                "give an empty or new folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MARKER).touch()
+        with contextlib.ExitStack() as locks:
+            for part in sorted({job.folder.split("/")[0] for job in jobs}):
+                file = locks.enter_context((self.folder / f".{part}.lock").open("w"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ConfigurationError(
+                        f"--output_dir {self.folder}: another study runs {part} there"
+                    ) from error
+            yield
+
+    def _output(self, folder: str) -> Path:
+        return self.folder / folder
+
+    def _marker_path(self, job: Job) -> Path:
+        output = self._output(job.folder)
+        return output.with_name(output.name + ".done.json")
+
+    def _marker(self, job: Job) -> dict[str, Any] | None:
+        path = self._marker_path(job)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+class _Progress:
+    """One line a cell; what is left is estimated from cells of the same command."""
+
+    def __init__(self, count: int, say: Callable[[str], None]) -> None:
+        self._count = count
+        self._say = say
+        self._since = time.perf_counter()
+        self._finished = 0
+        self._seconds: dict[str, list[float]] = {}
+
+    def learn(self, job: Job, seconds: float) -> None:
+        self._seconds.setdefault(job.cell.command, []).append(seconds)
+
+    def done(self, job: Job, seconds: float, left: Sequence[Job]) -> None:
+        self.learn(job, seconds)
+        self._finished += 1
+        elapsed = time.perf_counter() - self._since
+        self._say(
+            f"[{self._finished}/{self._count}] {job.folder}: {seconds:.0f} s; "
+            f"{_duration(elapsed)} elapsed, about {_duration(self._remaining(left))} left"
+        )
+
+    def _remaining(self, left: Sequence[Job]) -> float:
+        known = {name: sum(s) / len(s) for name, s in self._seconds.items()}
+        usual = sum(known.values()) / len(known)
+        return sum(known.get(job.cell.command, usual) for job in left)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _typed(job: Job, words: Sequence[str]) -> str:
+    command = job.cell.command
+    program = ["student-trainer"] if command in TRAINER_COMMANDS else ["python", "-m"]
+    return shlex.join([*program, command, *words])
+
+
+def _in_a_process(command: str, words: Sequence[str], log: Path) -> int:
+    """The exit code of a command in a process of its own, which does not outlive this one."""
+    process = _CONTEXT.Process(target=_execute, args=(command, list(words), str(log)))
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():
+            process.terminate()
+            process.join(20)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _execute(command: str, words: list[str], log: str) -> None:
+    """In the new process: standard output and errors go to the log."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if command in TRAINER_COMMANDS:
+        from student_trainer import cli
+
+        sys.exit(cli.main([command, *words]))
+    sys.argv = [command, *words]
+    runpy.run_module(command, run_name="__main__", alter_sys=True)
+
+
+def _end_with_parent() -> None:
+    """A study that is killed leaves no cell behind to write into its folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

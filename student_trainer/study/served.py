@@ -1,0 +1,58 @@
+"""A teacher server as a process of its own, for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+
+from shared.errors import TeacherUnreachableError
+
+
+@contextlib.contextmanager
+def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, str]]:
+    """(address, command) of a ready `teacher-server` on a free port; stopped whatever happens.
+
+    Raises:
+        TeacherUnreachableError: it ended instead of becoming ready, with its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["serve", str(model), "--port", str(port), *flags]
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "teacher_server", *words],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_until_ready(server, url, log)
+            yield url, shlex.join(["teacher-server", *words])
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    while True:
+        if server.poll() is not None:
+            raise TeacherUnreachableError(
+                f"the teacher server ended with {server.returncode}:\n{log.read_text()}"
+            )
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+                return
+        time.sleep(0.2)

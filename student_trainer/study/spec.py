@@ -1,0 +1,321 @@
+"""A study's YAML file, read and checked: its cells, and the tables that compare them.
+
+A *cell* is one command with its flags. A value may name another cell in braces: that cell's output
+folder, of the same seed; ``{seed}`` is the seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.errors import ConfigurationError
+
+TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
+_REFERENCE = re.compile(r"\{([^{}]*)\}")
+_NAME = re.compile(r"[\w.=-]+")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command.
+
+    Attributes:
+        command: of `student-trainer`, or a Python module (which takes ``--output_dir`` too).
+        source: the key in the file, for errors.
+        teacher: the cell whose model is served while this one runs.
+        coordinates: what a grid set in it, by key.
+        measures: the cell whose model it measures.
+    """
+
+    name: str
+    command: str
+    flags: Mapping[str, Any]
+    source: str
+    teacher: str | None = None
+    coordinates: Mapping[str, Any] = field(default_factory=dict)
+    measures: str | None = None
+
+    def inputs(self) -> list[str]:
+        """The cells that its flags and its teacher name, each once."""
+        named = [n for value in self.flags.values() for n in references(value) if n != "seed"]
+        return list(dict.fromkeys([*named, *([self.teacher] if self.teacher else [])]))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that are compared: ``x`` and ``series`` are grid keys, ``differences`` are pairs."""
+
+    name: str
+    title: str
+    cells: tuple[str, ...]
+    x: str | None
+    series: str | None
+    differences: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole file.
+
+    Attributes:
+        cells: by name, inputs before those who use them; a measuring cell follows each that a
+            table compares.
+        metric: the key of ``results.json`` that a measuring cell writes.
+        serve: flags of `teacher-server serve`.
+    """
+
+    path: Path
+    title: str
+    seeds: tuple[int, ...]
+    cells: Mapping[str, Cell]
+    metric: str
+    serve: Mapping[str, Any]
+    tables: tuple[Table, ...]
+
+
+def load_study(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ConfigurationError: what is wrong, with the file and the key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"{path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    try:
+        return _study(path, content)
+    except _ContentError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def references(value: Any) -> list[str]:
+    """The names in braces in a flag's value."""
+    if isinstance(value, list):
+        return [name for item in value for name in references(item)]
+    return _REFERENCE.findall(value) if isinstance(value, str) else []
+
+
+def substituted(value: Any, by: Mapping[str, str]) -> Any:
+    """A flag's value with what ``by`` says for names in braces; others stay."""
+    if isinstance(value, list):
+        return [substituted(item, by) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _REFERENCE.sub(lambda found: by.get(found[1], found[0]), value)
+
+
+def words_of(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as they stand on a command line; those that are null are left out."""
+    words = []
+    for key, value in flags.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *(str(item) for item in value)]
+        elif value is not None:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
+def nearest(names: Iterable[str], name: str) -> str:
+    """A hint for an unknown name."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {near[0]}?" if near else f"there is {', '.join(names)}"
+
+
+class _ContentError(Exception):
+    """Something about the file's content; `load_study` adds the file's name."""
+
+
+def _study(path: Path, content: Any) -> Study:
+    keys = ("title", "seeds", "defaults", "serve", "cells", "measure", "tables")
+    top = _mapping(content, "the file", keys)
+    seeds = top.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise _ContentError(f"seeds: {seeds!r} must be a list of whole numbers")
+    defaults = _mapping(top.get("defaults", {}), "defaults")
+    cells: dict[str, Cell] = {}
+    for name, entry in _mapping(top.get("cells"), "cells").items():
+        for cell in _expand(name, entry, defaults):
+            if cell.name in cells:
+                raise _ContentError(f"{cell.source}: a second cell named {cell.name}")
+            cells[cell.name] = cell
+    tables = tuple(
+        _table(name, entry, cells)
+        for name, entry in _mapping(top.get("tables", {}), "tables").items()
+    )
+    metric = ""
+    if tables:
+        measure = _mapping(top.get("measure"), "measure", ("command", "flags", "metric"))
+        metric = str(measure.get("metric", "pass@1"))
+        for name in dict.fromkeys(name for table in tables for name in table.cells):
+            cell = _measure(name, measure, defaults)
+            if cell.name in cells:
+                raise _ContentError(f"cells.{cell.name}: the measure of {name} has this name")
+            cells[cell.name] = cell
+    for cell in cells.values():
+        _check_inputs(cell, cells)
+    return Study(
+        path=path,
+        title=str(top.get("title", path.stem)),
+        seeds=tuple(dict.fromkeys(seeds)),
+        cells=_sorted(cells),
+        metric=metric,
+        serve=_mapping(top.get("serve", {}), "serve"),
+        tables=tables,
+    )
+
+
+def _expand(name: str, entry: Any, defaults: Mapping[str, Any]) -> Iterator[Cell]:
+    """The cell, or one for each combination of its grids, named after the values of their lists."""
+    source = f"cells.{name}"
+    if not _NAME.fullmatch(name) or name in ("seed", "model"):
+        raise _ContentError(f"{source}: a name has letters, digits and _ . = - only, and is not "
+                            "`seed` or `model`")  # fmt: skip
+    entry = _mapping(entry, source, ("command", "flags", "teacher", "grid"))
+    cell = _cell(name, entry, source, defaults)
+    grids = entry.get("grid")
+    if grids is None:
+        yield cell
+        return
+    for grid in grids if isinstance(grids, list) else [grids]:
+        axes = _mapping(grid, f"{source}.grid")
+        named = [key for key, values in axes.items() if isinstance(values, list)]
+        for values in itertools.product(*(axes[key] for key in named)):
+            coordinates = {**axes, **dict(zip(named, values, strict=True))}
+            flags = {key: value for key, value in coordinates.items() if key != "teacher"}
+            yield replace(
+                cell,
+                name=".".join([name, *(str(value) for value in values)]),
+                flags={**cell.flags, **flags},
+                teacher=coordinates.get("teacher", cell.teacher),
+                coordinates=coordinates,
+            )
+
+
+def _cell(name: str, entry: Mapping[str, Any], source: str, defaults: Mapping[str, Any]) -> Cell:
+    command = entry.get("command")
+    if not isinstance(command, str) or not (command in TRAINER_COMMANDS or "." in command):
+        raise _ContentError(
+            f"{source}.command: {command!r} is none of {', '.join(TRAINER_COMMANDS)}, "
+            "nor a module such as package.module"
+        )
+    flags = {
+        **_mapping(defaults.get(command, {}), f"defaults.{command}"),
+        **_mapping(entry.get("flags", {}), f"{source}.flags"),
+    }
+    for key in ("output_dir", "teacher_url"):
+        if key in flags:
+            raise _ContentError(f"{source}.flags.{key}: the study sets it; drop it")
+    return Cell(name, command, flags, source, entry.get("teacher"))
+
+
+def _measure(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> Cell:
+    """The cell that measures the model of cell ``name``."""
+    cell = _cell("measure", entry, "measure", defaults)
+    if not any("model" in references(value) for value in cell.flags.values()):
+        raise _ContentError("measure.flags: none has {model}, the model to measure")
+    flags = {k: substituted(value, {"model": f"{{{name}}}"}) for k, value in cell.flags.items()}
+    return replace(cell, name=f"{name}.{cell.command}", flags=flags, measures=name)
+
+
+def _table(name: str, entry: Any, cells: Mapping[str, Cell]) -> Table:
+    source = f"tables.{name}"
+    entry = _mapping(entry, source, ("title", "cells", "x", "series", "differences"))
+    chosen = dict.fromkeys(
+        cell
+        for pattern in entry.get("cells", [])
+        for cell in _matching(pattern, cells, f"{source}.cells")
+    )
+    pairs: list[tuple[str, str]] = []
+    for pair in entry.get("differences", []):
+        key = f"{source}.differences"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise _ContentError(f"{key}: {pair!r} must be [cell, the cell it is held against]")
+        base = _matching(pair[1], chosen, key)[0]
+        pairs += [(cell, base) for cell in _matching(pair[0], chosen, key) if cell != base]
+    axes = {key: entry[key] for key in ("x", "series") if key in entry}
+    for key, axis in axes.items():
+        for cell in chosen:
+            if axis not in cells[cell].coordinates:
+                raise _ContentError(f"{source}.{key}: the grid of {cell} has no {axis!r}")
+    if "series" in axes and "x" not in axes:
+        raise _ContentError(f"{source}.series: lines need an x")
+    return Table(
+        name,
+        str(entry.get("title", name)),
+        tuple(chosen),
+        axes.get("x"),
+        axes.get("series"),
+        tuple(pairs),
+    )
+
+
+def _matching(pattern: Any, names: Iterable[str], source: str) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, str(pattern))]
+    if not found:
+        raise _ContentError(
+            f"{source}: {pattern!r} matches no cell; {nearest(names, str(pattern))}"
+        )
+    return found
+
+
+def _check_inputs(cell: Cell, cells: Mapping[str, Cell]) -> None:
+    if cell.teacher is not None and cell.command != "distill":
+        raise _ContentError(f"{cell.source}.teacher: only distill asks one; drop it")
+    if cell.command == "distill" and cell.teacher is None:
+        raise _ContentError(
+            f"{cell.source}.teacher is missing: name the cell whose model is served"
+        )
+    named = {"teacher": [cell.teacher] if cell.teacher else []}
+    named |= {f"flags.{key}": references(value) for key, value in cell.flags.items()}
+    for key, names in named.items():
+        for name in names:
+            if name != "seed" and name not in cells:
+                hint = nearest(cells, name)
+                raise _ContentError(f"{cell.source}.{key}: unknown cell {name!r}; {hint}")
+
+
+def _sorted(cells: Mapping[str, Cell]) -> dict[str, Cell]:
+    """Inputs before their users, else in the order of the file.
+
+    A measure comes right behind what it measures, so that a run that is cut has whole results.
+    """
+    found: dict[str, Cell] = {}
+    measure_of = {cell.measures: cell.name for cell in cells.values() if cell.measures}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = " → ".join([*path[path.index(name) :], name])
+            raise _ContentError(f"{cells[name].source}: a cycle, {circle}")
+        if name not in found:
+            for other in cells[name].inputs():
+                visit(other, (*path, name))
+            found[name] = cells[name]
+
+    for name in cells:
+        visit(name, ())
+        if name in measure_of:
+            visit(measure_of[name], ())
+    return found
+
+
+def _mapping(value: Any, source: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _ContentError(f"{source} must hold `name: value` lines, not {value!r}")
+    for key in value:
+        if known is not None and key not in known:
+            where = "" if source == "the file" else f"{source}."
+            raise _ContentError(f"{where}{key}: unknown key; {nearest(known, str(key))}")
+    return {str(key): item for key, item in value.items()}

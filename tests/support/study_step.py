@@ -1,0 +1,32 @@
+"""A cell of a study for tests, whose flags say what to do.
+
+Writes ``value.txt``, the sum of ``--add`` and of what its ``--inputs`` hold, and ``results.json``;
+appends a line to ``--journal``.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--output_dir", type=Path, required=True)
+parser.add_argument("--inputs", type=Path, nargs="*", default=[])
+parser.add_argument("--add", type=float, default=0.0)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--journal", type=Path)
+parser.add_argument("--wait_for", type=Path)
+arguments = parser.parse_args()
+
+if arguments.journal:
+    with arguments.journal.open("a") as file:
+        file.write(f"{arguments.output_dir.parent.name}/{arguments.output_dir.name}\n")
+arguments.output_dir.mkdir(parents=True)
+(arguments.output_dir / "pid").write_text(str(os.getpid()))
+while arguments.wait_for and not arguments.wait_for.exists():
+    time.sleep(0.02)
+read = sum(float((folder / "value.txt").read_text()) for folder in arguments.inputs)
+value = read + arguments.add + arguments.seed
+(arguments.output_dir / "value.txt").write_text(str(value))
+(arguments.output_dir / "results.json").write_text(json.dumps({"pass@1": value}))
