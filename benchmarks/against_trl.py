@@ -57,7 +57,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "teacher": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1024},
     "student": {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 768},
 }
-PRETRAINING = {"teacher": 120, "student": 40}  # steps
+PRETRAINING = {"teacher": 60, "student": 20}  # steps
 PRETRAINING_ROWS, PRETRAINING_TARGETS = 4, 128  # of a step; targets are tokens learned from
 ARGUMENTS: dict[str, Any] = {  # of both trainers, under the same names
     "per_device_train_batch_size": BATCH,
@@ -268,10 +268,12 @@ def watched(
     """
     processes = [psutil.Process(process.pid) for process in (trainer, *others)]
     ends, cpu = [], []
-    for line in trainer.stdout or ():
-        if re.match(rb"\{'loss'", line):
-            ends.append(time.perf_counter())
-            cpu.append(sum(sum(process.cpu_times()[:2]) for process in processes))
+    with (student / "steps.log").open("wb") as steps:
+        for line in trainer.stdout or ():
+            steps.write(line)
+            if re.match(rb"\{'loss'", line):
+                ends.append(time.perf_counter())
+                cpu.append(sum(sum(process.cpu_times()[:2]) for process in processes))
     memory = [ended(process) for process in (trainer, *others)]
     if trainer.returncode or len(ends) != len(coins):
         raise RuntimeError(f"exit code {trainer.returncode} after {len(ends)} steps")
@@ -403,7 +405,7 @@ def pretrain(
     """
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     for step in range(steps):
         first = step * PRETRAINING_ROWS % len(rows)
