@@ -305,21 +305,14 @@ def trl_environment(folder: Path) -> Path:
     if not ready.exists():
         print(f"installing TRL in {folder}", file=sys.stderr)
         venv.create(folder, with_pip=True)
-        install: list[Any] = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-        ]
+        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         # torch alone and first, as in the Makefile: it takes a CPU build where there is one.
         torch_version = torch.__version__.split("+")[0]
         subprocess.run([*install, f"torch=={torch_version}"], check=True)
-        constraints = REPOSITORY / "constraints.txt"
+        constraints = str(REPOSITORY / "constraints.txt")
         subprocess.run([*install, "-c", constraints, "trl", "transformers"], check=True)
         ready.touch()
-    return python.absolute()  # not resolved: the link is what makes it this environment's
+    return python
 
 
 # Models and rows.
@@ -333,8 +326,8 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
     rows = gsm8k_rows(gsm8k) if gsm8k else synthetic_rows(rng, vocab_size)
     held_out, train, pretraining = rows[:HELD_OUT], rows[HELD_OUT:512], rows[512:]
     tokenizer = word_tokenizer(rows, vocab_size)
-    for name, rows_ in (("held_out", held_out), ("train", train)):
-        lines = (json.dumps({"messages": messages(row)}) for row in rows_)
+    for name, part in (("held_out", held_out), ("train", train)):
+        lines = (json.dumps({"messages": messages(row)}) for row in part)
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     for name, shape in SHAPES.items():
         save_model(
@@ -375,10 +368,8 @@ def gsm8k_rows(path: Path) -> list[Row]:
 
 
 def messages(row: Row) -> list[dict[str, str]]:
-    return [
-        {"role": role, "content": text}
-        for role, text in zip(("user", "assistant"), row, strict=True)
-    ]
+    prompt, completion = row
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
 def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerFast:
