@@ -331,10 +331,15 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     for name, shape in SHAPES.items():
         save_model(
-            folder / name, family="qwen2", vocab_size=vocab_size, tie_word_embeddings=True,
+            folder / name, family="llama", vocab_size=vocab_size, tie_word_embeddings=True,
             initializer_range=0.02, max_position_embeddings=512, **shape,
         )  # fmt: skip
         tokenizer.save_pretrained(folder / name)
+        # For some families transformers loads another kind of tokenizer than was saved.
+        loaded = AutoTokenizer.from_pretrained(folder / name)
+        wanted, found = (token_ids(t, messages(rows[0]))[0].tolist() for t in (tokenizer, loaded))
+        if wanted != found:
+            raise RuntimeError(f"the saved tokenizer reads {len(wanted)} tokens as {len(found)}")
         pretrain(folder / name, tokenizer, pretraining, PRETRAINING[name])
     (folder / "ready").touch()
 
