@@ -308,9 +308,10 @@ def trl_environment(folder: Path) -> Path:
         install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         # torch alone and first, as in the Makefile: it takes a CPU build where there is one.
         torch_version = torch.__version__.split("+")[0]
-        subprocess.run([*install, f"torch=={torch_version}"], check=True)
+        subprocess.run([*install, f"torch=={torch_version}"], check=True, stdout=sys.stderr)
         constraints = str(REPOSITORY / "constraints.txt")
-        subprocess.run([*install, "-c", constraints, "trl", "transformers"], check=True)
+        wanted = ["-c", constraints, "trl", "transformers"]
+        subprocess.run([*install, *wanted], check=True, stdout=sys.stderr)
         ready.touch()
     return python
 
