@@ -460,7 +460,10 @@ def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:
-    """The checkpoint folder to resume from; ``true`` is the last one in ``--output_dir``.
+    """The checkpoint folder to resume from.
+
+    ``true`` is the last one in ``--output_dir``; ``auto`` as well, or none where there is none yet:
+    for services that start again by the same command.
 
     Raises:
         ConfigurationError: there is no such checkpoint.
@@ -468,10 +471,10 @@ def checkpoint_of(args: CommonTrainingArguments) -> str | None:
     given = args.resume_from_checkpoint
     if given is None or given.lower() == "false":
         return None
-    if given.lower() == "true":
+    if given.lower() in ("true", "auto"):
         folder = Path(args.output_dir or "")
         last: str | None = get_last_checkpoint(folder) if folder.is_dir() else None
-        if last is None:
+        if last is None and given.lower() == "true":
             raise ConfigurationError(
                 f"--resume_from_checkpoint {given}: {folder} holds no checkpoint to resume from"
             )

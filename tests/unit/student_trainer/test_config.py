@@ -282,6 +282,8 @@ def test_the_checkpoint_is_the_one_given_or_the_last(model_folder, tmp_path):
         (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     last, first = (str(tmp_path / "out" / f"checkpoint-{step}") for step in (10, 2))
     assert checkpoint(tmp_path / "out", "true") == last
+    assert checkpoint(tmp_path / "out", "auto") == last
+    assert checkpoint(tmp_path / "none", "auto") is None
     assert checkpoint(tmp_path / "out", first) == first
     assert checkpoint(tmp_path / "out", "false") is None
     with pytest.raises(ConfigurationError, match="holds no checkpoint to resume from"):
