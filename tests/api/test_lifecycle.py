@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from functools import partial
 
 import httpx
 import psutil
@@ -177,33 +178,22 @@ def test_a_server_whose_engine_died_is_not_ready(long_folder, backend, tmp_path)
         assert server.wait(30) == 0, log.read_text()
 
 
-def family(mark):
-    """Processes whose environment holds ``mark``, whoever their parents are by now."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TEACHER_TEST_MARK") == mark:
-                found.append(process)
-    return found
-
-
 @only("vllm")
 @pytest.mark.parametrize("moment", ["an engine process is there", "its model loads", "ready"])
-def test_an_engine_does_not_outlive_a_server_that_is_killed(
-    long_folder, backend, tmp_path, monkeypatch, moment
-):
-    monkeypatch.setenv("TEACHER_TEST_MARK", str(tmp_path))
+def test_an_engine_does_not_outlive_a_server_that_is_killed(long_folder, backend, tmp_path, moment):
     with server_process(long_folder, tmp_path, "--backend", backend) as (server, url, log):
+        children = partial(psutil.Process(server.pid).children, recursive=True)
         if moment == "an engine process is there":
-            until(lambda: len(family(str(tmp_path))) >= 3, 120)
+            until(lambda: len(children()) >= 2, 120)  # and multiprocessing's own
         elif moment == "its model loads":
             until(lambda: "Starting to load model" in log.read_text(), 120)
         else:
             wait_until_ready(server, url, log)
-        assert len(family(str(tmp_path))) >= 3  # the server, multiprocessing's own, the engine
+        family = children()
+        assert len(family) >= 2
         server.kill()
         server.wait()
-        until(lambda: family(str(tmp_path)) == [], 30)
+        assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
 def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_folder, tmp_path):
