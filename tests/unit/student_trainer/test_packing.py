@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shared.errors import ConfigurationError
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
-from student_trainer.packing import decide_packing, keeps_packed_sequences_apart
+from student_trainer.packing import decide_packing
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.student import SparseTargets, install_sparse_loss
 from tests.support.losses import top_k
@@ -64,7 +64,7 @@ def loss(model, *, packed):
 def test_a_packed_row_gives_the_loss_and_gradients_of_padded_ones(family, attention):
     model = tiny(family, attn_implementation=attention, **PACKED[family]).float()
     install_sparse_loss(model)
-    assert keeps_packed_sequences_apart(model)
+    assert decide_packing(model, "on")
     padded, packed = loss(model, packed=False), loss(model, packed=True)
     assert packed.item() == pytest.approx(padded.item(), rel=1e-6)
     expected = gradients(padded, model)
