@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from itertools import count
 
 import numpy as np
 import pytest
@@ -25,11 +24,10 @@ def paced(unserved_world):
     tokenizer = tokenizer_identity(AutoTokenizer.from_pretrained(unserved_world.student))
 
     def serving(delays=None):
-        numbers, lock, rng = count(), threading.Lock(), np.random.default_rng(delays)
+        lock, rng = threading.Lock(), np.random.default_rng(delays)
 
         def seconds_for(tokens):
             with lock:
-                next(numbers)
                 return 0.0 if delays is None else float(rng.exponential(0.03))
 
         info = stub.info(tokenizer=tokenizer, vocab_size=260, max_model_len=256)
