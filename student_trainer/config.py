@@ -106,7 +106,7 @@ class GenerationArguments:
 
     max_new_tokens: int = _flag(128, "Longest completion that is generated, in tokens.")
     generation_batch_size: int | None = _flag(
-        None, "Prompts generated at once; default all of the step."
+        None, "Prompts generated at once; default as many as a step has (`evaluate`: 32)."
     )
 
 
@@ -456,7 +456,7 @@ def _check_fsdp(args: TrainingArguments) -> None:
     if int(version) != 2:
         raise ConfigurationError(
             f"--fsdp: version {version} is not supported, whose wrappers rollouts go round; set "
-            '--fsdp_config \'{"version": 2}\', or fsdp_version: 2 for accelerate'
+            "--fsdp_config '{\"version\": 2}', or fsdp_version: 2 for accelerate"
         )
 
 

@@ -57,9 +57,13 @@ def test_no_weights_stay_in_shared_memory_when_a_transfer_is_terminated(engine):
     def weights():
         return list(Path(engine._folder.name).glob("*.safetensors"))
 
-    with pytest.raises(SystemExit), engine._exported():
-        assert weights()
-        os.kill(os.getpid(), signal.SIGTERM)
+    def terminated_transfer():
+        with engine._exported():
+            assert weights()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        terminated_transfer()
     assert not weights()
 
 
