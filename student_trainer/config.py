@@ -587,28 +587,7 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
         raise ConfigurationError(
             f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
         )
-    for name in ("rollout_staleness", "teacher_prefetch_steps"):
-        if getattr(args, name) < 0:
-            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    proposes = args.request_student_top_m > 0 and not args.seq_kd
-    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
-        raise ConfigurationError(
-            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
-            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
-        )
-    if args.lmbda == 1.0 and (
-        args.teacher_prefetch_steps != DistillArguments.teacher_prefetch_steps
-    ):
-        raise ConfigurationError(
-            f"--teacher_prefetch_steps {args.teacher_prefetch_steps} has no effect with --lmbda 1: "
-            "every step is on-policy. Drop it; --rollout_staleness is for rollouts"
-        )
-    if proposes and args.teacher_prefetch_steps != DistillArguments.teacher_prefetch_steps:
-        raise ConfigurationError(
-            f"--teacher_prefetch_steps {args.teacher_prefetch_steps} has no effect with "
-            f"--request_student_top_m {args.request_student_top_m}: the student proposes ids for "
-            "every step. Drop it; --rollout_staleness is for what depends on the student's weights"
-        )
+    _check_ahead(args)
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(
             "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
@@ -622,6 +601,33 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
         )
     check_teacher(teacher)
+
+
+def _check_ahead(args: DistillArguments) -> None:
+    """What runs ahead of the steps that learn from it."""
+    for name in ("rollout_staleness", "teacher_prefetch_steps"):
+        if getattr(args, name) < 0:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
+    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
+        raise ConfigurationError(
+            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
+            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
+        )
+    prefetch = args.teacher_prefetch_steps
+    if prefetch == DistillArguments.teacher_prefetch_steps:
+        return
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --lmbda 1: every step is "
+            "on-policy. Drop it; --rollout_staleness is for rollouts"
+        )
+    if proposes:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
+            f"{args.request_student_top_m}: the student proposes ids for every step. Drop it; "
+            "--rollout_staleness is for what depends on the student's weights"
+        )
 
 
 def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:

@@ -28,8 +28,7 @@ def decide_packing(model: Any, packing: Packing) -> bool:
     """Whether micro-batches are packed; ``auto`` packs for flash attention.
 
     Args:
-        model: causal language model, or a peft model around one; on its device, not yet wrapped
-            for distribution.
+        model: causal language model, or a peft model around one; not yet wrapped for distribution.
 
     Raises:
         ConfigurationError: ``on``, and packed sequences do not get the logits of padded ones.
