@@ -364,6 +364,7 @@ class TeacherClient(Teacher):
 
         Raises:
             TeacherAnswerError: not such an answer, or not what was asked for.
+            TeacherChangedError: another teacher's; none of its completions was accepted.
             ProtocolError, httpx.TransportError: no completion came; `Replicas.call` tries again.
         """
         path = "/v1/generate"
@@ -371,8 +372,8 @@ class TeacherClient(Teacher):
         try:
             with self._replicas.stream(url, "POST", path, body) as chunks:
                 for message in _messages(url + path, chunks):
+                    self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
-                        self._check_identity(url, message.teacher)
                         if message.problem is not None:
                             problem = message.problem
                             raise error_from_problem(problem.status, problem.model_dump())

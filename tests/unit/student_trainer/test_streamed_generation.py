@@ -15,6 +15,7 @@ from tests.support.stub import (
     StubTeacher,
     end,
     event,
+    info,
     packed,
     problem,
     score_response,
@@ -148,11 +149,35 @@ def test_a_refusal_at_the_end_is_raised(stub, client):
     assert len(stub.requests) == 1
 
 
-def test_another_teacher_at_the_end_stops_the_run(stub, client):
-    other = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
-    stub.script = [lambda r: streamed([*(event(r, p) for p in range(4)), end(other)])]
+OTHER = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
+
+
+def test_no_completion_of_another_teacher_is_taken_even_from_an_answer_that_breaks(stub, client):
+    """The rest of a broken answer comes from a server that was restarted with other weights."""
+
+    def others(request):
+        yield event(request, 0, OTHER)
+        raise BrokenError
+
+    stub.script = [broken_after(3, 1), lambda request: streamed(others(request))]
+    told = []
     with pytest.raises(TeacherChangedError):
-        client.generate(PROMPTS, **OPTIONS)
+        client.generate(
+            PROMPTS, **OPTIONS, on_completion=lambda index, completion: told.append(index)
+        )
+    assert told == [3, 1]
+    assert len(stub.requests) == 2
+
+
+def test_another_teacher_is_accepted_within_an_answer_when_told_so(stub, caplog):
+    stub.script = [broken_after(3, 1)]
+    with TeacherClient([stub.url], timeout=10.0, accept_change=True) as client:
+        client.connect()
+        stub.info = info(OTHER)
+        with caplog.at_level(logging.WARNING):
+            assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert client.info.teacher == OTHER
+    assert caplog.text.count("is another teacher now") == 1
 
 
 def spoilt(**changes):
