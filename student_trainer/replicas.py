@@ -157,13 +157,22 @@ class Replicas:
 
         Raises:
             ProtocolError: what the refusal stands for.
+            DeadlineExceededError: nothing came for a share of ``timeout``, though it is ready.
             httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
-        with self._http.stream(method, url + path, content=body) as response:
-            if response.status_code != 200:
-                response.read()
-                raise _refusal(response)
-            yield self._counted(response.iter_bytes())
+        try:
+            with self._http.stream(method, url + path, content=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                yield self._counted(response.iter_bytes())
+        except httpx.ReadTimeout as error:
+            if self._problem(url):
+                raise
+            # As good as the server's own 504, which comes too late where its deadline is later.
+            raise DeadlineExceededError(
+                f"{url} is ready, but sent nothing for {self._share:g} s"
+            ) from error
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -179,7 +188,7 @@ class Replicas:
         """
         try:
             return call(url)
-        except _PASSING as error:
+        except FAILURES as error:
             raise TeacherUnreachableError(
                 f"the teacher at {url} was ready and is gone again: {error}"
             ) from error

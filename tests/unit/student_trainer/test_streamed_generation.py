@@ -142,6 +142,25 @@ def test_halves_do_not_ask_again_for_what_came(stub, client):
     assert [len(request.prompts) for request in stub.requests] == [4, 3, 2, 1, 1, 1]
 
 
+def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
+    over = threading.Event()
+
+    def pieces(request):
+        yield from (event(request, prompt) for prompt in (2, 0))
+        over.wait(20)
+
+    stub.script = [lambda request: streamed(pieces(request))]
+    with (
+        caplog.at_level(logging.WARNING),
+        TeacherClient([stub.url], timeout=1.0) as client,
+    ):
+        client.connect()
+        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        over.set()
+    assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
+    assert "sent nothing for 1 s); 2 of its 4 completions are asked for again" in caplog.text
+
+
 def test_a_refusal_at_the_end_is_raised(stub, client):
     stub.script = [refused_after(0, 1, status=422)]
     with pytest.raises(InvalidRequestError, match="no more"):
