@@ -38,6 +38,7 @@ R = TypeVar("R")
 _CONNECTIONS = 8
 _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
+_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
 # The same request may succeed later, at the same place.
 _PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
@@ -207,7 +208,7 @@ class Replicas:
         retrying = Retrying(
             retry=retry_if_exception_type(_PASSING),
             stop=stop_after_delay(self.timeout),
-            wait=_wait,
+            wait=self._pause,
             before_sleep=self._log_retry,
             reraise=True,
         )
@@ -218,6 +219,13 @@ class Replicas:
                 f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
                 f"Check that `{self._start}` runs there, or raise --teacher_timeout"
             ) from error
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds to the next try: never past ``timeout``, whatever a Retry-After asks for."""
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, ProtocolError) else None
+        left = self.timeout - (state.seconds_since_start or 0.0)
+        return max(0.0, min(left, max(asked or 0.0, _backoff(state))))
 
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -347,12 +355,3 @@ def _refusal(response: httpx.Response) -> ProtocolError:
     if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
-
-
-_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, ProtocolError) else None
-    return max(asked or 0.0, _backoff(state))

@@ -246,6 +246,12 @@ def test_retry_after_is_honoured(stub):
     assert time.monotonic() - since >= 1.0
 
 
+def test_a_retry_after_beyond_the_timeout_is_cut_to_it(stub):
+    stub.script = [lambda request: problem(429, "full", **{"Retry-After": "3600"})]
+    with connected(stub, timeout=1.0) as client:
+        assert len(client.score(sequences((6, 2)), top_k=3)) == 1
+
+
 def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):
     stub.script = [lambda request: problem(503, "still loading")] * 100
     with (
