@@ -185,13 +185,13 @@ class Replicas:
         """``call`` of one replica that has just been ready.
 
         Raises:
-            TeacherUnreachableError: it is gone again.
+            TeacherUnreachableError: it does not answer any more.
         """
         try:
             return call(url)
-        except FAILURES as error:
+        except (*_PASSING, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
-                f"the teacher at {url} was ready and is gone again: {error}"
+                f"the teacher at {url} was ready and does not answer now: {error}"
             ) from error
 
     def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
