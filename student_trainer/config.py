@@ -128,7 +128,8 @@ class TeacherArguments:
     teacher_timeout: float = _flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
-        "at most an equal share of it for each replica.",
+        "at most an equal share of it for each replica, and is then asked in halves if the teacher "
+        "is ready.",
     )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
     teacher_logprob_dtype: Literal["float16", "float32"] = _flag(
