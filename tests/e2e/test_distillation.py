@@ -125,7 +125,7 @@ def test_logs_tell_what_happened(world, tmp_path):
     parts = [entry[f"seconds_{name}"] for name in ("generating", "forward_backward", "optimizer")]
     assert min(parts) > 0
     assert sum(parts) + entry["seconds_teacher"] <= entry["seconds_step"]
-    assert entry["seconds_syncing"] == 0
+    assert entry["seconds_syncing"] < 1e-3  # the student writes by itself
     assert 0 <= entry["stall_fraction"] < 1
     assert entry["teacher_tokens_per_second"] > 0
     assert entry["staleness"] == entry["staleness_max"] == 0
