@@ -156,6 +156,7 @@ class GenerateEvent(Message):
     prompt: _Index
     sample: _Index
     completion: Completion
+    teacher: TeacherIdentity
 
 
 class GenerateEnd(Message):

@@ -106,7 +106,7 @@ class GenerationArguments:
 
     max_new_tokens: int = _flag(128, "Longest completion that is generated, in tokens.")
     generation_batch_size: int | None = _flag(
-        None, "Prompts generated at once; default all of the step."
+        None, "Prompts generated at once; default as many as a step has (`evaluate`: 32)."
     )
 
 
@@ -128,7 +128,8 @@ class TeacherArguments:
     teacher_timeout: float = _flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
-        "at most an equal share of it for each replica.",
+        "at most an equal share of it for each replica, and is then asked in halves if the teacher "
+        "is ready.",
     )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
     teacher_logprob_dtype: Literal["float16", "float32"] = _flag(
@@ -220,8 +221,9 @@ class DistillArguments(CommonTrainingArguments):
         0,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
         "them to the support. What the student likes and the teacher does not is where reverse KL "
-        "and JSD are decided. Costs one forward pass without gradient; with --seq_kd the teacher "
-        "scores its completions in a second call.",
+        "and JSD are decided. Costs one forward pass without gradient, with weights as old as "
+        "--rollout_staleness says; with --seq_kd the teacher scores its completions in a second "
+        "call.",
     )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
@@ -230,13 +232,14 @@ class DistillArguments(CommonTrainingArguments):
     rollout_temperature: float = _flag(1.0, "Sampling temperature of the student's rollouts.")
     rollout_staleness: int = _flag(
         0,
-        "Steps by which rollouts run ahead of the weights that learn from them. 0 is strictly "
-        "on-policy; at 1 the teacher scores the next step's rollouts while this step trains.",
+        "Steps by which rollouts, and ids that the student proposes, run ahead of the weights that "
+        "learn from them. 0 is strictly on-policy; at 1 the teacher scores the next step's "
+        "completions while this step trains.",
     )
     teacher_prefetch_steps: int = _flag(
         2,
-        "Steps by which off-policy completions are scored ahead, at least --rollout_staleness; "
-        "their scores are held in memory meanwhile.",
+        "Steps by which completions that do not depend on the student's weights are scored ahead, "
+        "at least --rollout_staleness; their scores are held in memory meanwhile.",
     )
     rollout_engine: Literal["transformers", "vllm"] = _flag(
         "transformers",
@@ -276,6 +279,8 @@ _UNSUPPORTED = {
     "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
     "dataloader_num_workers": "has no effect: rows are token ids in memory; drop it",
     "ignore_data_skip": "would learn rows twice after a checkpoint; drop it",
+    "bf16_full_eval": "has no effect: evaluation computes as training does; use --bf16",
+    "fp16_full_eval": "has no effect: evaluation computes as training does; use --fp16",
     "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
 }
 
@@ -434,8 +439,26 @@ def check_common(
             raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
+    _check_fsdp(args)
+
+
+def _check_fsdp(args: TrainingArguments) -> None:
     if args.fsdp and args.world_size == 1:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if args.world_size == 1 or not (args.fsdp or launched):
+        return
+    if args.use_cpu:
+        raise ConfigurationError(
+            "--fsdp needs GPUs: on CPUs accelerate leaves each process the whole model; drop it"
+        )
+    # The defaults of transformers and of accelerate.
+    version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
+    if int(version) != 2:
+        raise ConfigurationError(
+            f"--fsdp: version {version} is not supported, whose wrappers rollouts go round; set "
+            "--fsdp_config '{\"version\": 2}', or fsdp_version: 2 for accelerate"
+        )
 
 
 def _uses_deepspeed(args: TrainingArguments) -> bool:
@@ -565,22 +588,7 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
         raise ConfigurationError(
             f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
         )
-    for name in ("rollout_staleness", "teacher_prefetch_steps"):
-        if getattr(args, name) < 0:
-            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    proposes = args.request_student_top_m > 0 and not args.seq_kd
-    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
-        raise ConfigurationError(
-            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
-            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
-        )
-    if args.lmbda == 1.0 and (
-        args.teacher_prefetch_steps != DistillArguments.teacher_prefetch_steps
-    ):
-        raise ConfigurationError(
-            f"--teacher_prefetch_steps {args.teacher_prefetch_steps} has no effect with --lmbda 1: "
-            "every step is on-policy. Drop it; --rollout_staleness is for rollouts"
-        )
+    _check_ahead(args)
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(
             "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
@@ -594,6 +602,33 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
         )
     check_teacher(teacher)
+
+
+def _check_ahead(args: DistillArguments) -> None:
+    """What runs ahead of the steps that learn from it."""
+    for name in ("rollout_staleness", "teacher_prefetch_steps"):
+        if getattr(args, name) < 0:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
+    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
+        raise ConfigurationError(
+            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
+            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
+        )
+    prefetch = args.teacher_prefetch_steps
+    if prefetch == DistillArguments.teacher_prefetch_steps:
+        return
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --lmbda 1: every step is "
+            "on-policy. Drop it; --rollout_staleness is for rollouts"
+        )
+    if proposes:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
+            f"{args.request_student_top_m}: the student proposes ids for every step. Drop it; "
+            "--rollout_staleness is for what depends on the student's weights"
+        )
 
 
 def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from student_trainer.losses.fused import CHUNK_BYTES
+from student_trainer.trial import passes
 
 logger = logging.getLogger(__name__)
 
@@ -110,30 +111,26 @@ def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
     head = OutputHead(layer, float(scale), float(cap) if cap else None)
-    if _gives_the_logits(head, causal_lm, forward):
+    known, error = passes(causal_lm, lambda: _gives_the_logits(head, causal_lm, forward))
+    if known:
         return head
+    name = type(causal_lm).__name__
+    reason = f"{name} does more to its logits than is known here"
+    if error:
+        reason = f"what {name} does to its logits could not be tried ({error})"
     logger.warning(
-        "%s does more to its logits than is known here: the loss uses the model's own logits of "
-        "all positions, and needs memory for them",
-        type(causal_lm).__name__,
+        "%s: the loss uses the model's own logits of all positions, and needs memory for them",
+        reason,
     )
     return None
 
 
-@torch.no_grad()
 def _gives_the_logits(head: OutputHead, causal_lm: Any, forward: Any) -> bool:
     weight = head.layer.weight
     input_ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]  # [1, 8]
-    training = causal_lm.training
-    causal_lm.eval()
-    try:
-        hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        ours = head.logits(hidden).float()
-        theirs = forward(input_ids=input_ids, use_cache=False).logits.float()
-    except (AttributeError, TypeError, RuntimeError):  # no decoder of the usual shape
-        return False
-    finally:
-        causal_lm.train(training)
-    tolerance = 1e-4 if weight.dtype == torch.float32 else 3e-2
+    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+    ours = head.logits(hidden).float()
+    theirs = forward(input_ids=input_ids, use_cache=False).logits.float()
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
     scale = float(theirs.abs().max().clamp_min(1.0))
     return ours.shape == theirs.shape and float((ours - theirs).abs().max()) <= tolerance * scale

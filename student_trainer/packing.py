@@ -17,6 +17,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from shared.errors import ConfigurationError
 from student_trainer.batch import model_inputs
 from student_trainer.data import Sample
+from student_trainer.trial import passes
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +28,27 @@ def decide_packing(model: Any, packing: Packing) -> bool:
     """Whether micro-batches are packed; ``auto`` packs for flash attention.
 
     Args:
-        model: causal language model, or a peft model around one; on its device, not yet wrapped
-            for distribution.
+        model: causal language model, or a peft model around one; not yet wrapped for distribution.
 
     Raises:
         ConfigurationError: ``on``, and packed sequences do not get the logits of padded ones.
     """
     if packing == "off" or (packing == "auto" and not is_flash_attention_requested(model.config)):
         return False
-    if keeps_packed_sequences_apart(model):
+    apart, error = passes(model, lambda: _keeps_packed_sequences_apart(model))
+    if apart:
         return True
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    reason = f"{name} does not give packed sequences the logits of padded ones"
+    if error:
+        reason = f"{name} could not be tried with packed sequences ({error})"
     if packing == "on":
-        raise ConfigurationError(
-            f"--packing on: {name} does not give packed sequences the logits of padded ones; "
-            "use off"
-        )
-    logger.warning("%s does not give packed sequences the logits of padded ones: padding", name)
+        raise ConfigurationError(f"--packing on: {reason}; use off")
+    logger.warning("%s: padding", reason)
     return False
 
 
-@torch.no_grad()
-def keeps_packed_sequences_apart(model: Any) -> bool:
+def _keeps_packed_sequences_apart(model: Any) -> bool:
     """Whether three short sequences get the same logits packed and padded, told by trying.
 
     State-space and convolutional layers, positions counted from the attention mask, and ALiBi do
@@ -65,19 +65,12 @@ def keeps_packed_sequences_apart(model: Any) -> bool:
         Sample(part, 1, np.ones(len(part) - 1, bool), "dataset")
         for part in np.split(ids, np.cumsum(lengths)[:-1])
     ]
-    training = model.training
-    model.eval()
-    try:
-        padded, packed = (
-            model(
-                **{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False
-            ).logits
-            for inputs in (model_inputs(samples, 0, packed=packed) for packed in (False, True))
-        )
-    except (TypeError, ValueError, RuntimeError):  # takes no position ids, or not such ones
-        return False
-    finally:
-        model.train(training)
+    padded, packed = (
+        model(
+            **{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False
+        ).logits
+        for inputs in (model_inputs(samples, 0, packed=packed) for packed in (False, True))
+    )
     expected = torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
     found = packed[0]  # [28, V]
     tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2

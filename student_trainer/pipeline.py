@@ -147,6 +147,7 @@ class Pipeline:
                 if completion.scores is not None:
                     batch.scores[index] = completion.scores
                 new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
+        batch.completions.clear()  # they hold the scores, which go with their micro-batches
         if self._scores_late(batch):
             self._score(batch, list(range(len(batch.examples))))
         if self.method.seq_kd and not batch.on_policy:

@@ -23,7 +23,7 @@ class TopTokenProposals:
     """Forward passes without gradient; the head is applied to completion rows in chunks.
 
     The support may be any set of tokens, so the divergence stays exact however old the weights are
-    that proposed it: off-policy batches are proposed for one step ahead.
+    that proposed it, off-policy too: they are as old as the pipeline's ``staleness`` says.
 
     Args:
         model: the student, after `install_sparse_loss`.

@@ -38,6 +38,7 @@ R = TypeVar("R")
 _CONNECTIONS = 8
 _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
+_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
 # The same request may succeed later, at the same place.
 _PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
@@ -157,13 +158,22 @@ class Replicas:
 
         Raises:
             ProtocolError: what the refusal stands for.
+            DeadlineExceededError: nothing came for a share of ``timeout``, though it is ready.
             httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
-        with self._http.stream(method, url + path, content=body) as response:
-            if response.status_code != 200:
-                response.read()
-                raise _refusal(response)
-            yield self._counted(response.iter_bytes())
+        try:
+            with self._http.stream(method, url + path, content=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                yield self._counted(response.iter_bytes())
+        except httpx.ReadTimeout as error:
+            if self._problem(url):
+                raise
+            # As good as the server's own 504, which comes too late where its deadline is later.
+            raise DeadlineExceededError(
+                f"{url} is ready, but sent nothing for {self._share:g} s"
+            ) from error
 
     def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -175,13 +185,13 @@ class Replicas:
         """``call`` of one replica that has just been ready.
 
         Raises:
-            TeacherUnreachableError: it is gone again.
+            TeacherUnreachableError: it does not answer any more.
         """
         try:
             return call(url)
-        except _PASSING as error:
+        except (*_PASSING, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
-                f"the teacher at {url} was ready and is gone again: {error}"
+                f"the teacher at {url} was ready and does not answer now: {error}"
             ) from error
 
     def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
@@ -198,7 +208,7 @@ class Replicas:
         retrying = Retrying(
             retry=retry_if_exception_type(_PASSING),
             stop=stop_after_delay(self.timeout),
-            wait=_wait,
+            wait=self._pause,
             before_sleep=self._log_retry,
             reraise=True,
         )
@@ -209,6 +219,13 @@ class Replicas:
                 f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
                 f"Check that `{self._start}` runs there, or raise --teacher_timeout"
             ) from error
+
+    def _pause(self, state: RetryCallState) -> float:
+        """Seconds to the next try: never past ``timeout``, whatever a Retry-After asks for."""
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, ProtocolError) else None
+        left = self.timeout - (state.seconds_since_start or 0.0)
+        return max(0.0, min(left, max(asked or 0.0, _backoff(state))))
 
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -338,12 +355,3 @@ def _refusal(response: httpx.Response) -> ProtocolError:
     if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
-
-
-_backoff = wait_random_exponential(multiplier=0.25, max=30.0)
-
-
-def _wait(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, ProtocolError) else None
-    return max(asked or 0.0, _backoff(state))

@@ -116,12 +116,14 @@ def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDA
 
     Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4: a divergence near zero
     would be off by as much, and negative as often as not. All of a row are moved by one amount, by
-    no more than rounding can have caused; what is left of the error is of second order.
+    no more than rounding can have moved their sum; what is left of the error is of second order.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         mass = np.log(-np.expm1(np.minimum(rest.astype(np.float64), 0.0)))  # [n]
-        found = np.log(np.exp(logprobs.astype(np.float64)).sum(axis=1))  # [n]
-        most = 2.0**-11 * np.abs(np.where(np.isfinite(logprobs), logprobs, 0.0)).max(axis=1)
+        values = logprobs.astype(np.float64)
+        found = np.log(np.exp(values).sum(axis=1))  # [n]
+        share = np.exp(values - found[:, None])  # [n, k], of what the row names beside ``rest``
+        most = 2.0**-11 * np.nansum(share * np.abs(values), axis=1)  # [n], 0 · ∞ counts nothing
         shift = np.clip(np.nan_to_num(mass - found), -most, most)
     return logprobs + shift[:, None].astype(np.float32)
 

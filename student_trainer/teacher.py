@@ -364,6 +364,7 @@ class TeacherClient(Teacher):
 
         Raises:
             TeacherAnswerError: not such an answer, or not what was asked for.
+            TeacherChangedError: another teacher's; none of its completions was accepted.
             ProtocolError, httpx.TransportError: no completion came; `Replicas.call` tries again.
         """
         path = "/v1/generate"
@@ -371,8 +372,8 @@ class TeacherClient(Teacher):
         try:
             with self._replicas.stream(url, "POST", path, body) as chunks:
                 for message in _messages(url + path, chunks):
+                    self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
-                        self._check_identity(url, message.teacher)
                         if message.problem is not None:
                             problem = message.problem
                             raise error_from_problem(problem.status, problem.model_dump())
@@ -483,7 +484,8 @@ def in_parts(
 ) -> list[R]:
     """Answers for all sequences, in order, from requests that the teacher can take.
 
-    A request that is still too large (413) or not answered in time (504) is asked in halves.
+    A request that is still too large (413) or not answered in time (504, or the client's own
+    timeout while the teacher is ready) is asked in halves.
 
     Args:
         costs: of each sequence, in several units; the second is tokens.
@@ -504,8 +506,8 @@ def in_parts(
                 raise type(error)(
                     f"sequence {first}, of {costs[first][1]} tokens, is too much alone: "
                     f"{error.detail}. Lower --max_length, --max_new_tokens or --top_k_logprobs, or "
-                    "raise --request-timeout (504) or --max-request-bytes (413) of the server, or "
-                    "the limits of a gateway before it"
+                    "raise --teacher_timeout, --request-timeout (504) or --max-request-bytes (413) "
+                    "of the server, or the limits of a gateway before it"
                 ) from error
             middle = (first + last) // 2
             logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)

@@ -180,8 +180,8 @@ def _train(
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
-    longest = max(len(example.prompt_ids) for example in [*train, *(held_out or [])])
-    with open_engine(student, recipe, distill, longest + method.max_new_tokens) as engine:
+    longest = longest_rollout(train, held_out, method)
+    with open_engine(student, recipe, distill, longest) as engine:
         trainer = DistillationTrainer(
             student,
             args=args,
@@ -215,6 +215,17 @@ def _train(
     # Together: a process that ends while the others' group still runs is aborted now and then.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def longest_rollout(
+    train: Sequence[Example], held_out: Sequence[Example] | None, method: Method
+) -> int:
+    """Tokens of the longest prompt that the student is asked, and a whole completion.
+
+    Of held-out rows those with a checker: others may fill the context.
+    """
+    asked = [*train, *(example for example in held_out or [] if example.checker is not None)]
+    return max(len(example.prompt_ids) for example in asked) + method.max_new_tokens
 
 
 def open_engine(

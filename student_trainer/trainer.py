@@ -61,7 +61,7 @@ class DistillationTrainer(Trainer):
         kernel: who computes the loss.
         student_top_m: the student's own most probable tokens that the teacher scores in each row
             of a training step; held-out rows keep one support, so that they can be compared.
-        generation_batch_size: prompts generated at once; None for all of a step.
+        generation_batch_size: prompts generated at once; None for as many as a step has.
         max_tokens_per_batch: regroups a step's samples into micro-batches of at most so many
             tokens, padding included; None for those of the data loader's size.
         packing: whether a micro-batch is one row of sequences instead of padded ones.
@@ -131,7 +131,8 @@ class DistillationTrainer(Trainer):
             propose=self._proposals(student_top_m),
             timeline=self.timeline,
         )
-        self._greedy = self._rollout_engine(0.0, generation_batch_size)
+        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        self._greedy = self._rollout_engine(0.0, generation_batch_size or step)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
         self.add_callback(_StepEnd(self))
 

@@ -103,9 +103,9 @@ class VllmTeacher(Teacher):
         super().connect()
         urls = self._replicas.urls
         for url in urls:
-            self._check_tokenizer(url)
-            self._check_top_k(url)
-        vocab_size = self._count_token_ids(urls[0])
+            self._replicas.ask(url, self._check_tokenizer)
+            self._replicas.ask(url, self._check_top_k)
+        vocab_size = self._replicas.ask(urls[0], self._count_token_ids)
         self._info = self.info.model_copy(update={"vocab_size": vocab_size})
         logger.warning(
             "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "

@@ -210,7 +210,7 @@ class TeacherApp:
         """
         backend, info = self._loaded()
         media_type = wire.STREAM_MEDIA_TYPES[_accepted(request)]
-        finished = self._as_they_finish(request, backend, jobs, n)
+        finished = self._as_they_finish(request, backend, info, jobs, n)
         first = await anext(finished)
 
         async def items() -> AsyncGenerator[bytes, None]:
@@ -235,7 +235,12 @@ class TeacherApp:
         return stream
 
     async def _as_they_finish(
-        self, request: Request, backend: Backend, jobs: list[GenerateJob], n: int
+        self,
+        request: Request,
+        backend: Backend,
+        info: InfoResponse,
+        jobs: list[GenerateJob],
+        n: int,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Completions in the order they finish; then raises what kept the others from it.
 
@@ -248,7 +253,10 @@ class TeacherApp:
             self._count_generated([job], [completion])
             finished.put_nowait(
                 GenerateEvent.model_construct(
-                    prompt=index // n, sample=index % n, completion=completion
+                    prompt=index // n,
+                    sample=index % n,
+                    completion=completion,
+                    teacher=info.teacher,
                 )
             )
 

@@ -111,6 +111,7 @@ class Batcher(Generic[J, A]):
                 self._arrived.clear()
             if self._running:
                 await self._answer(self._running)
+                self._running = []  # answers may be large, and the next batch far off
 
     def _take(self) -> list[_Waiting[J, A]]:
         """The next batch, by the rule above; removes it from the queue."""

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-request-tokens", "tokens of one request", type=int)
     add("--max-request-bytes", "size of a request's body", type=int)
     add("--max-top-k", "largest top_k of a request", type=int)
-    add("--score-chunk-mib", "MiB of float32 logits that scoring makes at once", type=int)
+    add("--score-chunk-mib", "MiB of float32 logits made at once, for 256 rows at most", type=int)
     add("--request-timeout", "seconds until a request is answered 504", type=float)
     add("--drain-timeout", "seconds that running requests get at shutdown", type=float)
     serve.add_argument(

@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
 from student_trainer.rollouts.base import Rollout, RolloutRequest
+from student_trainer.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
 # Mean difference in log-prob between trainer and engine that is rounding, not other weights.
@@ -74,8 +75,7 @@ class VllmEngine:
             prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
         )
         try:
-            self._export()
-            with _alone():
+            with self._exported(), _alone():
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(
                         model=self._folder.name,
@@ -90,7 +90,6 @@ class VllmEngine:
                         disable_log_stats=True,
                     )
                 )
-            self._forget_export()
         except Exception as error:  # whatever an architecture or too little memory can cause
             self._folder.cleanup()
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -120,9 +119,9 @@ class VllmEngine:
         """
         if weight_version == self._version:
             return
-        self._export()
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_path": self._folder.name})
-        self._forget_export()
+        with self._exported():
+            place = {"weights_path": self._folder.name}
+            self._engine.collective_rpc("reload_weights", kwargs=place)
         if not self._engine.reset_prefix_cache():  # keys and values of the old weights
             raise RolloutError("vLLM did not drop its prefix cache after new weights")
         self.drift = self._measure_drift()
@@ -176,6 +175,20 @@ class VllmEngine:
         ours = _logprobs(self.model, [*prompt, *ids.tolist()])[length - 1 : -1]  # [T, V]
         return float((ours.gather(1, ids[:, None])[:, 0] - theirs).abs().mean())
 
+    @contextmanager
+    def _exported(self) -> Iterator[None]:
+        """The weights in the folder, for as long as they are read.
+
+        They are shared memory, as large as the model: a signal must not leave them behind.
+        """
+        with signals_as_exits():
+            try:
+                self._export()
+                yield
+            finally:
+                for file in Path(self._folder.name).glob("*.safetensors*"):
+                    file.unlink()
+
     def _export(self) -> None:
         """The weights as a checkpoint, under the names that transformers saves them by.
 
@@ -187,10 +200,6 @@ class VllmEngine:
         config.save_pretrained(self._folder.name)
         weights = revert_weight_conversion(causal_lm, weights)
         save_torch_state_dict(weights, self._folder.name, max_shard_size="2GB")
-
-    def _forget_export(self) -> None:
-        for file in Path(self._folder.name).glob("*.safetensors*"):
-            file.unlink()  # it is shared memory, and as large as the model
 
 
 class VllmRollouts:
@@ -297,8 +306,12 @@ def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
 
 
 def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
-    """Shared memory where the weights fit (containers often have 64 MB); None for the default."""
-    needed = 1.1 * dtype.itemsize * sum(p.numel() for p in model.parameters())
+    """Shared memory where the weights fit (containers often have 64 MB); None for the default.
+
+    Once for each rank of this machine: they are all sent at the same time.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = 1.1 * ranks * dtype.itemsize * sum(p.numel() for p in model.parameters())
     if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > needed:
         return _SHARED_MEMORY
     return None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import ConfigurationError
+from student_trainer.signals import signals_as_exits
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner
@@ -45,27 +44,13 @@ def study(argv: Sequence[str]) -> None:
         _say(f"{count} of {len(jobs)} are done")
         return
     if not arguments.report:
-        with _signals_as_exits():
+        with signals_as_exits():  # which end the running cell and the server too
             runner.run(jobs)
     values = _measured(found, plan, runner)
     if arguments.report and not values:
         raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")
     for path in write_report(found, values, folder) if values else []:
         _say(f"wrote {path}")
-
-
-@contextlib.contextmanager
-def _signals_as_exits() -> Iterator[None]:
-    """Else they would end us at once, and leave the cell and the server running."""
-    before = {
-        number: signal.signal(number, lambda number, frame: sys.exit(128 + number))
-        for number in (signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | None, float]]:

@@ -41,6 +41,7 @@ def test_a_stream_holds_what_the_plain_answer_holds(teacher, media_type):
     assert end == GenerateEnd(teacher=plain.teacher, request_id=end.request_id)
     places = [(event.prompt, event.sample) for event in events]
     assert sorted(places) == [(prompt, sample) for prompt in range(3) for sample in range(2)]
+    assert {event.teacher for event in events} == {plain.teacher}
     for event in events:
         expected = plain.completions[event.prompt][event.sample]
         found = event.completion

@@ -15,14 +15,15 @@ from tests.support.reference import load_model as load_plainly
 @pytest.fixture(scope="module")
 def adapters(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    lora = {"use_peft": "true", "lora_r": 4, "learning_rate": 0.05}
+    lora = {"use_peft": "true", "lora_r": 4, "learning_rate": 0.02}
     assert main(["sft", *flags(world, folder, max_steps=5, **lora)]) == 0
     return folder
 
 
 def logits(model):
+    # In double precision: merging rounds the weights, and the sums of a forward pass add to that.
     with torch.no_grad():
-        return model.eval()(torch.arange(20)[None]).logits
+        return model.double().eval()(torch.arange(20)[None]).logits
 
 
 def test_a_folder_of_adapters_loads_as_the_adapted_model(world, adapters):

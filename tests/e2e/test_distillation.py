@@ -125,7 +125,7 @@ def test_logs_tell_what_happened(world, tmp_path):
     parts = [entry[f"seconds_{name}"] for name in ("generating", "forward_backward", "optimizer")]
     assert min(parts) > 0
     assert sum(parts) + entry["seconds_teacher"] <= entry["seconds_step"]
-    assert entry["seconds_syncing"] == 0
+    assert entry["seconds_syncing"] < 1e-3  # the student writes by itself
     assert 0 <= entry["stall_fraction"] < 1
     assert entry["teacher_tokens_per_second"] > 0
     assert entry["staleness"] == entry["staleness_max"] == 0
@@ -190,6 +190,28 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_
     (output / "model.safetensors").unlink()
     assert distill(world, output, **plain, resume_from_checkpoint="true") == 0  # from step 4
     assert_same_weights(tmp_path / "whole", output, tolerance=0)
+
+
+def test_epochs_end_where_the_trainer_counts_them(unserved_world, tmp_path):
+    """48 rows are 7 batches, and those 2 steps, the second one of 3; an epoch and a half is 3."""
+    options = {
+        "per_device_train_batch_size": 7, "gradient_accumulation_steps": 4,
+        "num_train_epochs": 1.5, "eval_dataset_name": unserved_world.held_out,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1,
+        "load_best_model_at_end": "true",
+    }  # fmt: skip
+    assert main(["sft", *flags(unserved_world, tmp_path, **options)]) == 0
+    entries = history(tmp_path)
+    epochs = [round(entry["epoch"] * 7) for entry in entries if "loss" in entry]
+    assert epochs == [4, 7, 11]
+    evaluated = [entry for entry in entries if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 3]
+    best = min(evaluated, key=lambda entry: entry["eval_loss"])
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [
+        f"checkpoint-{best['step']}"
+    ]
+    kept = load_file(tmp_path / f"checkpoint-{best['step']}" / "model.safetensors")
+    assert all(value.equal(kept[name]) for name, value in weights(tmp_path).items())
 
 
 def test_checkers_of_held_out_rows_are_asked_while_training(world, tmp_path):

@@ -78,14 +78,16 @@ def packed(message: Any) -> Answer:
     return 200, {"Content-Type": wire.MSGPACK_MEDIA_TYPE}, body
 
 
-def event(request: GenerateRequest, prompt: int) -> GenerateEvent:
+def event(
+    request: GenerateRequest, prompt: int, teacher: TeacherIdentity = IDENTITY
+) -> GenerateEvent:
     """The completion of a prompt: its first token, then the end."""
     done = Completion(
         token_ids=np.array([request.prompts[prompt][0], 1], np.uint32),
         finish_reason="stop",
         scores=None if request.top_k is None else scores(2, request.top_k),
     )
-    return GenerateEvent(prompt=prompt, sample=0, completion=done)
+    return GenerateEvent(prompt=prompt, sample=0, completion=done, teacher=teacher)
 
 
 def end(teacher: TeacherIdentity = IDENTITY, **more: Any) -> GenerateEnd:
@@ -138,8 +140,9 @@ class StubTeacher:
             return self.script.pop(0)(request)
         if isinstance(request, ScoreRequest):
             return packed(score_response(request, self.info.teacher))
-        events = [event(request, prompt) for prompt in range(len(request.prompts))]
-        return streamed([*events, end(self.info.teacher)])
+        teacher = self.info.teacher
+        events = [event(request, prompt, teacher) for prompt in range(len(request.prompts))]
+        return streamed([*events, end(teacher)])
 
     @contextlib.contextmanager
     def serving(self, port: int = 0) -> Iterator[StubTeacher]:

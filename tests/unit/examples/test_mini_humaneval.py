@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.mini_humaneval.prepare import Dataset, make_dataset, prepare
+from examples.mini_humaneval.quickstart import STUDY
 from examples.mini_humaneval.settings import SETTINGS
 from examples.mini_humaneval.tasks import (
     OPERATIONS,
@@ -169,6 +171,7 @@ def test_another_seed_gives_another_split(data):
 
 def test_generation_mask_covers_exactly_the_body_and_its_end(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "student_init")
+    longest = yaml.safe_load(STUDY.read_text())["defaults"]["distill"]["max_new_tokens"]
     for line in (folder / "labelled.jsonl").read_text().splitlines():
         row = json.loads(line)
         rendered = tokenizer.apply_chat_template(
@@ -181,7 +184,7 @@ def test_generation_mask_covers_exactly_the_body_and_its_end(folder):
         ]
         assert tokenizer.decode(learned) == label(row) + tokenizer.eos_token
         assert learned[-1] == tokenizer.eos_token_id
-        assert len(learned) <= SMALL.max_new_tokens
+        assert len(learned) <= longest
 
 
 def test_prompt_and_completion_tokens_add_up_to_the_whole_conversation(folder, data):

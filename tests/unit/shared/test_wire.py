@@ -188,7 +188,7 @@ def event(prompt, sample, ids):
         tail_logprob=np.full(len(ids), -np.inf, np.float32),
     )
     completion = Completion(token_ids=ids, finish_reason="stop", scores=scores)
-    return GenerateEvent(prompt=prompt, sample=sample, completion=completion)
+    return GenerateEvent(prompt=prompt, sample=sample, completion=completion, teacher=TEACHER)
 
 
 def stream(*items, media_type):
@@ -215,6 +215,7 @@ def test_a_stream_survives_being_cut_anywhere(media_type, data):
     assert first.completion.token_ids.tolist() == [10, 1]
     assert second.completion.scores.token_ids.tolist() == [[10]] * 3
     assert second.completion.scores.tail_logprob.tolist() == [-np.inf] * 3
+    assert first.teacher == second.teacher == TEACHER
     assert end == END
 
 

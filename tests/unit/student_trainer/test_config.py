@@ -102,6 +102,11 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         ),
         (["--teacher_prefetch_steps", "-1"], "--teacher_prefetch_steps -1 must be 0 or above"),
         (["--teacher_prefetch_steps", "3", "--lmbda", "1"], "no effect with --lmbda 1"),
+        (
+            ["--teacher_prefetch_steps", "3", "--request_student_top_m", "4"],
+            "--teacher_prefetch_steps 3 has no effect with --request_student_top_m 4",
+        ),
+        (["--bf16_full_eval"], "--bf16_full_eval True has no effect: evaluation computes as"),
         (["--trace_steps", "0"], "--trace_steps 0 must be a step from 1"),
         (["--trace_steps", "5-4"], "--trace_steps 5-4 must be a step from 1"),
         (["--trace_steps", "all"], "or a range such as 10-12"),
@@ -210,6 +215,35 @@ def test_float16_without_a_gpu_is_refused(model_folder):
     line = [word for word in words(model_folder, "--fp16") if word != "--bf16"]
     with pytest.raises(ConfigurationError, match="--fp16 needs a GPU"):
         read(line)
+
+
+@pytest.mark.parametrize(
+    ("more", "environment", "use_cpu", "message"),
+    [
+        (["--fsdp"], {}, True, "--fsdp needs GPUs"),
+        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "--fsdp needs GPUs"),
+        (["--fsdp", "--fsdp_config", '{"version": 1}'], {}, False, "--fsdp: version 1 is not"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, False, "--fsdp: version 1 is not supported"),
+        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, None),
+        (["--fsdp"], {}, False, None),
+        ([], {}, True, None),
+    ],
+)
+def test_sharding_needs_gpus_and_the_second_fsdp(
+    model_folder, monkeypatch, more, environment, use_cpu, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = words(model_folder, *more)
+    *parts, _, args = parse(given, *TYPES, prog="student-trainer distill", description="")
+    monkeypatch.setattr(type(args), "world_size", 2)
+    args.use_cpu = use_cpu
+    if message is None:
+        check_recipe(Recipe(*parts), args)
+        return
+    with pytest.raises(ConfigurationError) as caught:
+        check_recipe(Recipe(*parts), args)
+    assert message in str(caught.value)
 
 
 def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):

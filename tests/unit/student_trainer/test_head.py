@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from student_trainer.config import AdapterArguments, ModelArguments
 from student_trainer.head import find_head
@@ -208,6 +209,29 @@ def test_an_unknown_head_is_told_by_trying_and_uses_the_models_own_logits(caplog
     install_sparse_loss(model)
     loss = model(**inputs, sparse_targets=targets)["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert model.training
+
+
+def refusing(*args, **kwargs):
+    """As flash attention does on a CPU, where weights that FSDP will shard still are."""
+    raise NotImplementedError("not on this device")
+
+
+def test_a_head_is_found_though_the_attention_does_not_run_yet(monkeypatch, caplog):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "refusing", refusing)
+    model = tiny("gemma2", attn_implementation="refusing")
+    with pytest.raises(NotImplementedError):
+        model(input_ids=torch.arange(3)[None])
+    assert find_head(model, model.forward).softcap == 2.0
+    assert not caplog.text
+    assert model.config._attn_implementation == "refusing"
+
+
+def test_a_head_that_cannot_be_tried_is_told_with_the_reason(monkeypatch, caplog):
+    model = tiny("llama")
+    monkeypatch.setattr(model.model, "forward", refusing)
+    assert find_head(model, model.forward) is None
+    assert "could not be tried (NotImplementedError: not on this device)" in caplog.text
     assert model.training
 
 

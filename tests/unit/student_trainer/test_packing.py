@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared.errors import ConfigurationError
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
-from student_trainer.packing import decide_packing, keeps_packed_sequences_apart
+from student_trainer.packing import decide_packing
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.student import SparseTargets, install_sparse_loss
 from tests.support.losses import top_k
-from tests.unit.student_trainer.test_head import SHARED, assert_same, gradients, tiny
+from tests.unit.student_trainer.test_head import SHARED, assert_same, gradients, refusing, tiny
 
 # Windows shorter than the row, so that a wrong distance would show.
 PACKED = {
@@ -64,7 +65,7 @@ def loss(model, *, packed):
 def test_a_packed_row_gives_the_loss_and_gradients_of_padded_ones(family, attention):
     model = tiny(family, attn_implementation=attention, **PACKED[family]).float()
     install_sparse_loss(model)
-    assert keeps_packed_sequences_apart(model)
+    assert decide_packing(model, "on")
     padded, packed = loss(model, packed=False), loss(model, packed=True)
     assert packed.item() == pytest.approx(padded.item(), rel=1e-6)
     expected = gradients(padded, model)
@@ -111,3 +112,10 @@ def test_auto_packs_for_flash_attention_alone(monkeypatch):
     monkeypatch.setattr("student_trainer.packing.is_flash_attention_requested", lambda _: True)
     assert decide_packing(model, "auto")
     assert model.training
+
+
+def test_packing_is_tried_though_the_attention_does_not_run_yet(monkeypatch):
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "refusing", refusing)
+    model = tiny("llama", attn_implementation="refusing")
+    assert decide_packing(model, "on")
+    assert model.config._attn_implementation == "refusing"

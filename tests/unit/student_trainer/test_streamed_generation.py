@@ -15,6 +15,7 @@ from tests.support.stub import (
     StubTeacher,
     end,
     event,
+    info,
     packed,
     problem,
     score_response,
@@ -141,6 +142,25 @@ def test_halves_do_not_ask_again_for_what_came(stub, client):
     assert [len(request.prompts) for request in stub.requests] == [4, 3, 2, 1, 1, 1]
 
 
+def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
+    over = threading.Event()
+
+    def pieces(request):
+        yield from (event(request, prompt) for prompt in (2, 0))
+        over.wait(20)
+
+    stub.script = [lambda request: streamed(pieces(request))]
+    with (
+        caplog.at_level(logging.WARNING),
+        TeacherClient([stub.url], timeout=1.0) as client,
+    ):
+        client.connect()
+        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        over.set()
+    assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
+    assert "sent nothing for 1 s); 2 of its 4 completions are asked for again" in caplog.text
+
+
 def test_a_refusal_at_the_end_is_raised(stub, client):
     stub.script = [refused_after(0, 1, status=422)]
     with pytest.raises(InvalidRequestError, match="no more"):
@@ -148,11 +168,35 @@ def test_a_refusal_at_the_end_is_raised(stub, client):
     assert len(stub.requests) == 1
 
 
-def test_another_teacher_at_the_end_stops_the_run(stub, client):
-    other = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
-    stub.script = [lambda r: streamed([*(event(r, p) for p in range(4)), end(other)])]
+OTHER = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
+
+
+def test_no_completion_of_another_teacher_is_taken_even_from_an_answer_that_breaks(stub, client):
+    """The rest of a broken answer comes from a server that was restarted with other weights."""
+
+    def others(request):
+        yield event(request, 0, OTHER)
+        raise BrokenError
+
+    stub.script = [broken_after(3, 1), lambda request: streamed(others(request))]
+    told = []
     with pytest.raises(TeacherChangedError):
-        client.generate(PROMPTS, **OPTIONS)
+        client.generate(
+            PROMPTS, **OPTIONS, on_completion=lambda index, completion: told.append(index)
+        )
+    assert told == [3, 1]
+    assert len(stub.requests) == 2
+
+
+def test_another_teacher_is_accepted_within_an_answer_when_told_so(stub, caplog):
+    stub.script = [broken_after(3, 1)]
+    with TeacherClient([stub.url], timeout=10.0, accept_change=True) as client:
+        client.connect()
+        stub.info = info(OTHER)
+        with caplog.at_level(logging.WARNING):
+            assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert client.info.teacher == OTHER
+    assert caplog.text.count("is another teacher now") == 1
 
 
 def spoilt(**changes):

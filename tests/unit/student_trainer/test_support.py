@@ -203,6 +203,19 @@ def test_log_probs_rounded_to_float16_still_make_a_distribution(with_requested):
     assert rounded.logprobs[:, 0].tolist() == original.logprobs[:, 0].tolist()
 
 
+def test_a_far_log_prob_does_not_let_the_others_of_its_row_move_far():
+    """The next token is certain, so float32 cannot tell what is left for the others: e⁻¹⁸."""
+    scores = SparseLogprobs(
+        token_ids=np.array([[1, 2, 3]], np.uint32),
+        logprobs=np.array([[0.0, -18.0, -65504.0]], np.float16),
+        next_token_logprob=np.array([0.0], np.float32),
+        tail_logprob=np.array([-np.inf], np.float32),
+    )
+    found = sparse_distribution([ScoredSample(sample([1]), scores)], 5)
+    assert found.token_ids.tolist() == [[1, -1, 2, 3]]
+    assert found.logprobs[0, 2].item() == pytest.approx(-18.0, rel=2.0**-11)
+
+
 def test_float16_rows_without_a_rest_keep_their_values_in_bounds():
     """A tail of all mass, no tail, and a top-k that float16 rounds to certainty."""
     scores = SparseLogprobs(

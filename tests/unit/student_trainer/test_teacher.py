@@ -153,6 +153,35 @@ def test_what_is_too_much_is_asked_in_halves(stub, status, most, caplog):
     assert "A request of 7 is asked in halves: too much" in caplog.text
 
 
+def test_what_a_ready_teacher_does_not_answer_in_time_is_asked_in_halves(stub, caplog):
+    """The server's own deadline may be later than the client's patience."""
+    over = threading.Event()
+
+    def answer(request):
+        if len(request.sequences) > 1:
+            over.wait(20)
+        return packed(score_response(request))
+
+    stub.script = [answer] * 3
+    with caplog.at_level(logging.WARNING), connected(stub, timeout=1.0) as client:
+        answers = client.score(sequences((6, 2), (9, 2)), top_k=3)
+        over.set()
+    assert [len(scores) for scores in answers] == [4, 7]
+    assert "in halves: " in caplog.text
+    assert "is ready, but sent nothing for 1 s" in caplog.text
+
+
+def test_a_teacher_that_hangs_and_is_not_ready_is_not_asked_in_halves(stub):
+    over = threading.Event()
+    with connected(stub, timeout=1.0) as client:
+        stub.not_ready = 10**6
+        stub.script = [lambda request: (over.wait(20), problem(503, "too late"))[1]] * 9
+        with pytest.raises(TeacherUnreachableError, match="within 1 s: timed out"):
+            client.score(sequences((6, 2), (9, 2)), top_k=3)
+        over.set()
+    assert len(stub.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
@@ -215,6 +244,12 @@ def test_retry_after_is_honoured(stub):
     with connected(stub) as client:
         client.score(sequences((6, 2)), top_k=3)
     assert time.monotonic() - since >= 1.0
+
+
+def test_a_retry_after_beyond_the_timeout_is_cut_to_it(stub):
+    stub.script = [lambda request: problem(429, "full", **{"Retry-After": "3600"})]
+    with connected(stub, timeout=1.0) as client:
+        assert len(client.score(sequences((6, 2)), top_k=3)) == 1
 
 
 def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):

@@ -2,13 +2,21 @@
 
 import logging
 
+import numpy as np
 import pytest
 
 from shared.errors import ConfigurationError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
 from student_trainer.config import DistillArguments, ModelArguments, TeacherArguments
-from student_trainer.train import check_request, check_vocabulary, open_teacher
+from student_trainer.data import Example
+from student_trainer.pipeline import Method
+from student_trainer.train import (
+    check_request,
+    check_vocabulary,
+    longest_rollout,
+    open_teacher,
+)
 from tests.support.stub import info
 
 
@@ -72,3 +80,14 @@ def test_what_the_teacher_cannot_do_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="--seq_kd: this teacher does not generate"):
         check_request(teacher, arguments(tmp_path, seq_kd=True), few)
     check_request(teacher, arguments(tmp_path), few)
+
+
+def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
+    def example(length, checker=None):
+        return Example(0, "row", np.zeros(length, np.uint32), None, checker, "text")
+
+    method = Method(1.0, False, 0.0, 1.0, 2, max_new_tokens=8, seed=0, stop_ids=(1,))
+    held_out = [example(20, {"kind": "exact_match"}), example(30)]
+    assert longest_rollout([example(10)], held_out, method) == 28
+    assert longest_rollout([example(25)], held_out, method) == 33
+    assert longest_rollout([example(10)], None, method) == 18

@@ -14,6 +14,7 @@ from shared.errors import (
     MalformedRequestError,
     TeacherAnswerError,
     TeacherChangedError,
+    TeacherUnreachableError,
     TokenizerMismatchError,
 )
 from student_trainer.vllm_teacher import VllmTeacher
@@ -116,6 +117,12 @@ def test_more_log_probs_than_vllm_serves_are_refused_with_the_flag_that_raises_i
     assert "--top_k_logprobs 64" in str(caught.value)
     assert "greater than max allowed: 20" in str(caught.value)
     assert "vllm serve stub --max-logprobs 64" in str(caught.value)
+
+
+def test_a_teacher_that_goes_while_it_is_checked_is_named(stub):
+    stub.script = [lambda request: (503, {}, b"")]
+    with pytest.raises(TeacherUnreachableError, match=f"{stub.url} was ready and does not answer"):
+        VllmTeacher([stub.url], tokenizer=stub.tokenizer, rows=260, top_k=4).connect()
 
 
 def test_another_tokenization_is_refused_with_the_place(stub):

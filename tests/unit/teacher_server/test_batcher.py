@@ -170,6 +170,29 @@ def test_a_failed_batch_frees_what_it_held_before_its_halves_run():
     assert alive == [0] * 7
 
 
+def test_an_idle_batcher_holds_no_answers():
+    class Scores:
+        pass
+
+    held = []
+
+    def run(jobs, callers):
+        scores = Scores()
+        held.append(weakref.ref(scores))
+        callers.answer(0, scores)
+
+    model = Model()
+    model.run = run
+
+    async def work(batcher):
+        await batcher.submit(Job(0, 1))
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return held[0]() is None
+
+    assert serve(work, model)
+
+
 def test_a_cancelled_job_is_dropped_unrun():
     model = Model()
     model.gate.clear()

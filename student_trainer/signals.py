@@ -1,0 +1,30 @@
+"""Being told to end, as an exception that clears up on its way out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def signals_as_exits() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit where they would end the process at once.
+
+    What is ignored (nohup) or handled stays so. In the main thread alone, which hears signals.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if main and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
