@@ -6,7 +6,11 @@ makes tokenizer, models and data; pretrains a teacher and fine-tunes it on the f
 one student by SFT on the same labels, and one by distillation from the teacher, which runs as a
 separate server process; evaluates all of them; and writes results.json and report.html. Every
 stage is a cell of study.yaml at one seed: a call of the public command line, printed before it
-runs.
+runs. On two machines, or in two containers, over one folder:
+
+    python -m examples.mini_humaneval.quickstart --output_dir DIR --only teacher
+    teacher-server serve DIR/teacher_sft --host 0.0.0.0
+    python -m examples.mini_humaneval.quickstart --output_dir DIR --teacher_url http://HOST:8000
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +62,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["teacher"], help="make data and teacher, and stop")
+    parser.add_argument("--teacher_url", help="where a teacher made with --only is served already")
     arguments = parser.parse_args()
+    if arguments.only and arguments.teacher_url:
+        parser.error("--only teacher makes one, --teacher_url uses one: give one of them")
     for number in (signal.SIGTERM, signal.SIGHUP):  # else they would end us and leave the server
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        return Quickstart(arguments.output_dir, arguments.seed).run()
+        quickstart = Quickstart(arguments.output_dir, arguments.seed)
+        if arguments.only:
+            quickstart.make_teacher(again=False)
+        else:
+            quickstart.run(arguments.teacher_url)
+        return 0
     except SparseGKDError as error:
         raise SystemExit(str(error)) from error
 
@@ -76,31 +90,63 @@ class Quickstart:
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
 
-    def run(self) -> int:
+    def run(self, teacher_url: str | None) -> None:
+        """All stages, or those of the student with a teacher that is served elsewhere."""
         since = time.perf_counter()
-        self._empty_folder()
-        with self._timed("prepare"):
-            prepare.prepare(self.folder, seed=self.seed)
-        for output in ("teacher_raw", "teacher_sft", "student_before", "student_sft"):
+        if teacher_url is None:
+            self.make_teacher(again=True)
+        else:
+            self._take_teacher()
+        for output in ("student_before", "student_sft"):
             self._train(output)
-        with self._served("teacher_sft") as url:
+        with (
+            self._served("teacher_sft") if teacher_url is None else nullcontext(teacher_url) as url
+        ):
             self._train("student_distilled", f"--teacher_url={url}")
         evaluated = {name: self._evaluate(folder) for name, folder in MODELS.items()}
         total = time.perf_counter() - since
         self._write(evaluated, total)
-        return 0
+
+    def make_teacher(self, *, again: bool) -> None:
+        """Data and teacher, in an empty folder; or, unless ``again``, what is there already."""
+        marker = self.folder / MARKER
+        if not again and marker.exists() and marker.read_text():
+            print(f"{self.folder} has its teacher")
+            return
+        self._empty_folder()
+        with self._timed("prepare"):
+            prepare.prepare(self.folder, seed=self.seed)
+        for output in ("teacher_raw", "teacher_sft"):
+            self._train(output)
+        marker.write_text(json.dumps({"seconds": self.seconds, "commands": self.commands}))
+
+    def _take_teacher(self) -> None:
+        marker = self.folder / MARKER
+        if not (marker.exists() and marker.read_text()):
+            raise SystemExit(
+                f"--teacher_url: {self.folder} has no teacher yet; make it with --only teacher"
+            )
+        made = json.loads(marker.read_text())
+        self.seconds, self.commands = made["seconds"], made["commands"]
 
     def _empty_folder(self) -> None:
-        """Begin anew, but never at the cost of files that are not ours."""
+        """Begin anew, but never at the cost of files that are not ours.
+
+        What is in the folder goes, and the folder stays: it may be a mount.
+        """
         marker = self.folder / MARKER
-        if self.folder.exists() and any(self.folder.iterdir()):
-            if not marker.exists():
-                raise SystemExit(
-                    f"--output_dir {self.folder} holds files that are not of an earlier "
-                    "quickstart; give an empty or new folder"
-                )
-            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        there = list(self.folder.iterdir())
+        if there and not marker.exists():
+            raise SystemExit(
+                f"--output_dir {self.folder} holds files that are not of an earlier "
+                "quickstart; give an empty or new folder"
+            )
+        for path in there:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         marker.touch()
 
     def _train(self, output: str, *more: str) -> None:

@@ -40,8 +40,35 @@ def test_a_teacher_that_does_not_start_is_shown_with_its_log(tmp_path):
 def test_files_of_others_are_never_deleted(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(SystemExit, match="holds files that are not of an earlier quickstart"):
-        Quickstart(tmp_path, seed=0).run()
+        Quickstart(tmp_path, seed=0).run(None)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_teacher_is_made_once_and_taken_over(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(quickstart.prepare, "prepare", lambda folder, seed: None)
+    monkeypatch.setattr(quickstart.cli, "main", lambda words: commands.append(words[0]) or 0)
+    with pytest.raises(SystemExit, match="has no teacher yet; make it with --only teacher"):
+        Quickstart(tmp_path, seed=0).run("http://127.0.0.1:1")
+    Quickstart(tmp_path, seed=0).make_teacher(again=False)
+    assert commands == ["sft", "sft"]
+    Quickstart(tmp_path, seed=0).make_teacher(again=False)
+    assert commands == ["sft", "sft"]
+    student = Quickstart(tmp_path, seed=0)
+    student._take_teacher()
+    assert set(student.seconds) == {"prepare", "teacher_raw", "teacher_sft"}
+    assert len(student.commands) == 2
+
+
+def test_an_unfinished_teacher_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart.prepare, "prepare", lambda folder, seed: None)
+    monkeypatch.setattr(quickstart.cli, "main", lambda words: 1)
+    with pytest.raises(SystemExit):
+        Quickstart(tmp_path, seed=0).make_teacher(again=False)
+    monkeypatch.setattr(quickstart.cli, "main", lambda words: 0)
+    (tmp_path / "left").mkdir()
+    Quickstart(tmp_path, seed=0).make_teacher(again=False)
+    assert not (tmp_path / "left").exists()
 
 
 def test_a_terminated_run_leaves_no_server_behind(tmp_path):
