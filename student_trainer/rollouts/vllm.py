@@ -23,6 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
+from shared.vllm_sampling import SeededSampling
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.signals import signals_as_exits
 
@@ -30,6 +31,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 # Mean difference in log-prob between trainer and engine that is rounding, not other weights.
 DRIFT_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 _PROBE_TOKENS = 8
+_EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
 
 
 class VllmEngine:
@@ -85,11 +87,13 @@ class VllmEngine:
                         generation_config="vllm",  # nothing of the checkpoint's own
                         gpu_memory_utilization=gpu_memory_utilization,
                         max_num_seqs=max_num_seqs,
+                        worker_extension_cls=_EXTENSION,
                         enforce_eager=current_platform.is_cpu(),  # compiling takes minutes there
                         use_tqdm_on_load=False,
                         disable_log_stats=True,
                     )
                 )
+                self._engine.collective_rpc("spare_generators")
         except Exception as error:  # whatever an architecture or too little memory can cause
             self._folder.cleanup()
             reason = " ".join(str(error).split()) or type(error).__name__

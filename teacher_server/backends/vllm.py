@@ -206,6 +206,7 @@ class VllmBackend:
     async def _hooks_work(self, max_model_len: int) -> bool:
         """Whether the workers score as they should; if not, says why in the log."""
         try:
+            await self._engine.collective_rpc("spare_generators")
             runners = await self._engine.collective_rpc(
                 "install_scoring", args=(self._vocab_size, self._chunk_bytes)
             )

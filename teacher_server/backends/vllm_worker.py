@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.sparse import SparseLogprobs
+from shared.vllm_sampling import SeededSampling
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_rows
 
@@ -245,7 +246,7 @@ def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
     )
 
 
-class ScoringExtension:
+class ScoringExtension(SeededSampling):
     """Mixed into vLLM's worker by ``--worker-extension-cls``; called by ``collective_rpc``."""
 
     def install_scoring(self, vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> str:

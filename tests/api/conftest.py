@@ -80,10 +80,10 @@ def long_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def strict(long_folder, backend):
-    """A teacher that takes little and waits briefly."""
+    """A teacher that takes little, waits briefly and computes 2,048 tokens at once."""
     with running_server(
         long_folder, "--backend", backend,
         "--max-queued-tokens", "8000", "--max-request-tokens", "8000", "--request-timeout", "1.5",
-        "--max-top-k", "50", "--max-request-bytes", "100000",
+        "--max-top-k", "50", "--max-request-bytes", "100000", "--max-batch-tokens", "2048",
     ) as url:  # fmt: skip
         yield Served(long_folder, load_model(long_folder), url, backend)

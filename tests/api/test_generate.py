@@ -49,6 +49,14 @@ def test_a_completion_does_not_depend_on_its_company(teacher):
             assert row == ids(generate(teacher, seed=seed, prompts=[prompt]))[0]
 
 
+def test_a_seed_holds_for_a_prompt_that_is_prefilled_in_pieces(strict):
+    """In company the pieces are cut elsewhere; the engine draws and discards after each."""
+    prompts = [[5 + i % 200 for i in range(length)] for length in (3000, 1500, 20)]
+    options = {"seed": 3, "max_new_tokens": 4}
+    together = ids(generate(strict, prompts=prompts, **options))
+    assert together == [ids(generate(strict, prompts=[p], **options))[0] for p in prompts]
+
+
 @only("transformers")
 def test_generations_of_many_clients_are_joined(teacher):
     size, count = (f'teacher_batch_size_{x}{{kind="generate"}}' for x in ("sum", "count"))
