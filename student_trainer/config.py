@@ -332,14 +332,23 @@ def _config_path(words: list[str]) -> str | None:
     return None
 
 
+def read_yaml(path: Path, name: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is no YAML; it is called ``name`` there.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigurationError(f"{name}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{name} is not valid YAML: {error}") from error
+
+
 def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[str]:
     """The file as flags; keys that the command line gives again are left out."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"--config {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"--config {path} is not valid YAML: {error}") from error
+    content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} must hold `name: value` lines")
     given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in overrides if w.startswith("--")}
