@@ -53,7 +53,6 @@ M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R")
 
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
-OnCompletion = Callable[[int, Completion], None]  # told (prompt's number, completion)
 
 _MAX_ANSWER_BYTES = 1 << 30
 
@@ -203,14 +202,8 @@ class Teacher(Protocol):
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores when ``top_k`` is given.
-
-        Args:
-            on_completion: is told each completion once, as it arrives, with its prompt's number.
-                The answer waits for it: it should only hand the completion on.
-        """
+        """One completion of each prompt [P], with its scores when ``top_k`` is given."""
         ...
 
     def submit_generate(
@@ -223,14 +216,12 @@ class Teacher(Protocol):
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
     ) -> Future[list[Completion]]:
-        """`generate` in the background; ``on_completion`` is called there."""
+        """`generate` in the background."""
         return self._replicas.submit(
             self.generate, prompts,
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
             stop_token_ids=stop_token_ids, top_k=top_k, score_temperature=score_temperature,
-            on_completion=on_completion,
         )  # fmt: skip
 
 
@@ -312,7 +303,6 @@ class TeacherClient(Teacher):
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
         envelope = GenerateRequest(
             prompts=[],
@@ -334,8 +324,6 @@ class TeacherClient(Teacher):
         def accept(index: int, completion: Completion) -> None:
             self._check_completion(index, prompts[index], completion, max_new_tokens, top_k)
             finished[index] = completion
-            if on_completion is not None:
-                on_completion(index, completion)
 
         def missing(first: int, last: int) -> list[int]:
             return [index for index in range(first, last) if index not in finished]
@@ -355,7 +343,12 @@ class TeacherClient(Teacher):
         return in_parts(costs, _room(self.info.limits, envelope), ask)
 
     def _receive(
-        self, url: str, *, body: bytes, indices: Sequence[int], accept: OnCompletion
+        self,
+        url: str,
+        *,
+        body: bytes,
+        indices: Sequence[int],
+        accept: Callable[[int, Completion], None],
     ) -> None:
         """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
 

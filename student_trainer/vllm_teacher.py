@@ -34,7 +34,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import OnCompletion, Sequences, Teacher, in_parts
+from student_trainer.teacher import Sequences, Teacher, in_parts
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +167,8 @@ class VllmTeacher(Teacher):
         stop_token_ids: Sequence[int],
         top_k: int | None = None,
         score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
     ) -> list[Completion]:
-        """As `Teacher`, scored in a second pass; all completions arrive at once."""
+        """As `Teacher`, scored in a second pass."""
         costs = [(1, len(ids) + max_new_tokens, 0) for ids in prompts]
 
         def ask(first: int, last: int) -> list[Completion]:
@@ -197,9 +196,6 @@ class VllmTeacher(Teacher):
                 completion.model_copy(update={"scores": score})
                 for completion, score in zip(completions, scores, strict=True)
             ]
-        if on_completion is not None:
-            for index, completion in enumerate(completions):
-                on_completion(index, completion)
         return completions
 
     def _complete(

@@ -226,15 +226,11 @@ def test_token_ids_outside_the_teachers_vocabulary_are_refused(stub):
 def test_completions_are_scored_in_a_second_pass(stub):
     prompts = [np.array([3, 4], np.uint32), np.array([7], np.uint32)]
     with connected(stub) as teacher:
-        told = []
-        with_scores = teacher.generate(
-            prompts, top_k=4, on_completion=lambda *one: told.append(one), **OPTIONS
-        )
+        with_scores = teacher.generate(prompts, top_k=4, **OPTIONS)
         without = teacher.submit_generate(prompts, **OPTIONS).result()
     assert [c.token_ids.tolist() for c in with_scores + without] == [[5, 1]] * 4
     assert [c.scores.token_ids.shape for c in with_scores] == [(2, 4)] * 2
     assert [c.scores for c in without] == [None, None]
-    assert told == list(enumerate(with_scores))
     sampled, scored, _ = stub.requests
     assert scored["prompt"] == [[3, 4, 5, 1], [7, 5, 1]]
     asked = {"seed": 7, "temperature": 0.5, "stop_token_ids": [1, 9], "max_tokens": 8}
