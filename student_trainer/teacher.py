@@ -11,9 +11,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from operator import add, gt
-from typing import Protocol, Self, TypeVar
+from typing import ParamSpec, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,11 +51,33 @@ from student_trainer.replicas import FAILURES, Replicas
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
 R = TypeVar("R")
 
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
 
 _MAX_ANSWER_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher writes completions.
+
+    Attributes:
+        max_new_tokens: of each completion, at most.
+        temperature: of the sampling; 0 is greedy.
+        seed: a completion is a function of it and of the prompt.
+        stop_token_ids: each ends a completion, as its last token.
+        top_k: the completions are scored too, with so many log-probs for each row; None: not.
+        score_temperature: at which the logits of these scores are normalised.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: Sequence[int]
+    top_k: int | None = None
+    score_temperature: float = 1.0
 
 
 class Teacher(Protocol):
@@ -179,50 +202,17 @@ class Teacher(Protocol):
         """
         ...
 
-    def submit_score(
-        self,
-        sequences: Sequences,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        requested: Sequence[NDArray[np.uint32]] | None = None,
-    ) -> Future[list[SparseLogprobs]]:
-        """`score` in the background."""
-        return self._replicas.submit(
-            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
-        )
-
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores when ``top_k`` is given."""
+        """One completion of each prompt [P], with its scores where ``sampling`` asks for them."""
         ...
 
-    def submit_generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-    ) -> Future[list[Completion]]:
-        """`generate` in the background."""
-        return self._replicas.submit(
-            self.generate, prompts,
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            stop_token_ids=stop_token_ids, top_k=top_k, score_temperature=score_temperature,
-        )  # fmt: skip
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        """``call``, which is this teacher's `score` or `generate`, in the background."""
+        return self._replicas.submit(call, *arguments, **options)
 
 
 class TeacherClient(Teacher):
@@ -294,35 +284,25 @@ class TeacherClient(Teacher):
         return in_parts(costs, _room(self.info.limits, envelope), ask)
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
         envelope = GenerateRequest(
             prompts=[],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_token_ids=np.asarray(stop_token_ids, dtype=np.uint32),
-            top_k=top_k,
-            score_temperature=score_temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop_token_ids=np.asarray(sampling.stop_token_ids, dtype=np.uint32),
+            top_k=sampling.top_k,
+            score_temperature=sampling.score_temperature,
             logprob_dtype=self.logprob_dtype,
             stream=True,
         )
-        costs = [
-            (1, len(ids) + max_new_tokens, max_new_tokens * (top_k or 0), len(codec.encode(ids)))
-            for ids in prompts
-        ]
+        rows, top_k = sampling.max_new_tokens, sampling.top_k or 0
+        costs = [(1, len(ids) + rows, rows * top_k, len(codec.encode(ids))) for ids in prompts]
         finished: dict[int, Completion] = {}
 
         def accept(index: int, completion: Completion) -> None:
-            self._check_completion(index, prompts[index], completion, max_new_tokens, top_k)
+            self._check_completion(index, prompts[index], completion, sampling)
             finished[index] = completion
 
         def missing(first: int, last: int) -> list[int]:
@@ -393,25 +373,20 @@ class TeacherClient(Teacher):
                 )
 
     def _check_completion(
-        self,
-        index: int,
-        prompt: NDArray[np.uint32],
-        completion: Completion,
-        max_new_tokens: int,
-        top_k: int | None,
+        self, index: int, prompt: NDArray[np.uint32], completion: Completion, sampling: Sampling
     ) -> None:
-        ids = completion.token_ids
-        if not 1 <= len(ids) <= max_new_tokens or int(ids.max()) >= self.info.vocab_size:
+        ids, longest = completion.token_ids, sampling.max_new_tokens
+        if not 1 <= len(ids) <= longest or int(ids.max()) >= self.info.vocab_size:
             raise TeacherAnswerError(
                 f"completion {index} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; "
-                f"asked for were 1 to {max_new_tokens} of a vocabulary of {self.info.vocab_size}"
+                f"asked for were 1 to {longest} of a vocabulary of {self.info.vocab_size}"
             )
-        if top_k is None:
+        if sampling.top_k is None:
             return
         if completion.scores is None:
             raise TeacherAnswerError(f"completion {index} came without the scores asked for")
         sequence = (np.append(prompt, ids), len(prompt))
-        self._check([completion.scores], [sequence], top_k, offset=index)
+        self._check([completion.scores], [sequence], sampling.top_k, offset=index)
 
     def _call(
         self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None
