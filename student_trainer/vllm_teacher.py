@@ -33,8 +33,9 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import Sampling, Sequences, Teacher, in_parts
+from student_trainer.teacher import Sampling, Sequences, Teacher
 
 logger = logging.getLogger(__name__)
 

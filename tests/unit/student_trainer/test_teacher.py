@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shared import wire
 from shared.errors import (
@@ -23,7 +21,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.protocol import Limits, ScoreResponse
-from student_trainer.teacher import Sampling, TeacherClient, split
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.stub import (
     IDENTITY,
     StubTeacher,
@@ -115,24 +113,6 @@ def with_requested(response, request):
             ]
         }
     )
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))),
-    st.tuples(st.integers(1, 20), st.integers(1, 20)),
-)
-def test_parts_are_as_long_as_they_can_be(costs, room):
-    parts = split(costs, room)
-    assert [index for first, last in parts for index in range(first, last)] == list(
-        range(len(costs))
-    )
-
-    def fits(first, last):
-        return all(sum(cost[unit] for cost in costs[first:last]) <= room[unit] for unit in range(2))
-
-    for first, last in parts:
-        assert last - first == 1 or fits(first, last)
-        assert last == len(costs) or not fits(first, last + 1)
 
 
 @pytest.mark.parametrize("status", [413, 504])
