@@ -19,6 +19,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from teacher_server.app import TeacherApp
+from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import BackendFacts
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
@@ -86,7 +87,7 @@ def app(tmp_path):
         str(tmp_path), max_request_bytes=4096, request_timeout=0.3, max_queued_tokens=200,
         max_request_tokens=200,
     )  # fmt: skip
-    made = TeacherApp(settings, Metrics())
+    made = TeacherApp(settings, Metrics(), ApiKeys(()))
     made.ready(Engine())
     return made
 
@@ -414,7 +415,7 @@ def test_the_documentation_shows_requests_answers_and_problems(app):
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m"])
 def test_openai_routes_refuse_with_openais_error(tmp_path, path):
     (tmp_path / "config.json").write_text("{}")
-    loading = TeacherApp(Settings(str(tmp_path)), Metrics())
+    loading = TeacherApp(Settings(str(tmp_path)), Metrics(), ApiKeys(()))
     response = call(loading, "GET", path)
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
