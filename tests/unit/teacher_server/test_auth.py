@@ -76,7 +76,9 @@ def test_neither_the_object_nor_the_environment_keeps_a_key(loaded, environment)
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.0.0.7", "teacher"])
 def test_an_address_for_other_machines_needs_a_key(loaded, host):
-    with pytest.raises(ConfigurationError, match=r"--host .*--api-key-file or TEACHER_API_KEYS, or"):
+    with pytest.raises(
+        ConfigurationError, match=r"--host .*--api-key-file or TEACHER_API_KEYS, or"
+    ):
         loaded(host=host)
     assert loaded(FIRST, host=host)
     assert not loaded(host=host, allow_unauthenticated=True)
