@@ -163,7 +163,8 @@ class Answers(Protocol):
 def serving(stub: Answers, port: int = 0, key: str | None = None) -> Iterator[str]:
     """The stub's URL, at ``port`` or a free one.
 
-    With a ``key``, what comes without it to a route below /v1 is refused as vLLM refuses it. At the end open connections break, as when a process is killed.
+    With a ``key``, what comes without it to a route below /v1 is refused as vLLM refuses it. At the
+    end open connections break, as when a process is killed.
     """
     connections: list[socket.socket] = []
 
