@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
 from student_trainer.config import (
     AdapterArguments,
@@ -326,8 +327,14 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "such as --teacher_url http://localhost:8000"
         )
     for url in teacher.teacher_url:
+        if "@" in url:  # and is not shown
+            raise ConfigurationError(
+                "--teacher_url holds a user or a password, which every log would show; give a key "
+                "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
+            )
         if not _is_address(url):
             raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
+    api_key_of(teacher)
     if teacher.top_k_logprobs < 1:
         raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
     dtype = teacher.teacher_logprob_dtype
@@ -338,6 +345,26 @@ def check_teacher(teacher: TeacherArguments) -> None:
         )
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+
+
+def api_key_of(teacher: TeacherArguments) -> str | None:
+    """The key for the teacher, of ``--teacher_api_key_file`` or else of the environment.
+
+    It is in no argument, so that nothing that saves or logs arguments can hold it.
+
+    Raises:
+        ConfigurationError: a file without a key or with several, or a key that is none.
+    """
+    path = teacher.teacher_api_key_file
+    if path is None:
+        key = os.environ.get("TEACHER_API_KEY")
+        return check_key(key, "TEACHER_API_KEY") if key else None
+    first, *others = read_keys(path, "--teacher_api_key_file")
+    if others:
+        raise ConfigurationError(
+            f"--teacher_api_key_file {path} holds {1 + len(others)} keys; the trainer sends one"
+        )
+    return first
 
 
 def _is_address(url: str) -> bool:

@@ -1,6 +1,6 @@
 """`student-trainer sft | distill | evaluate | merge | study`, also as `python -m student_trainer`.
 
-Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags or data.
+Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data.
 """
 
 from __future__ import annotations
@@ -9,7 +9,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from shared import __version__
-from shared.errors import ConfigurationError, DatasetError, SparseGKDError, TokenizerMismatchError
+from shared.errors import (
+    ConfigurationError,
+    DatasetError,
+    SparseGKDError,
+    TeacherUnauthorizedError,
+    TokenizerMismatchError,
+)
 
 USAGE = """\
 usage: student-trainer COMMAND [flags]
@@ -37,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
         _command(words[0])(words[1:])
-    except (ConfigurationError, DatasetError, TokenizerMismatchError) as error:
+    except (
+        ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
+    ) as error:  # fmt: skip
         return _fail(str(error), 2)
     except SparseGKDError as error:
         return _fail(str(error), 1)

@@ -123,6 +123,10 @@ class TeacherArguments:
         "vllm: the addresses are of a stock `vllm serve`; slower, at --temperature 1 only, and "
         "weights and vocabulary are not proved to be the right ones.",
     )
+    teacher_api_key_file: str | None = _flag(
+        None,
+        "File that holds the teacher's API key; default: the environment variable TEACHER_API_KEY.",
+    )
     teacher_timeout: float = _flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
@@ -312,7 +316,7 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
         hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help."
-        raise ConfigurationError(f"unknown argument {unknown[0]!r}.{hint}")
+        raise ConfigurationError(f"unknown argument {flag!r}.{hint}")
     values = vars(namespace)
     try:
         return tuple(

@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
-from student_trainer.checks import check_common, check_distill, check_generation, check_rollouts
+from student_trainer.checks import (
+    api_key_of,
+    check_common,
+    check_distill,
+    check_generation,
+    check_rollouts,
+)
 from student_trainer.config import (
     COMMANDS,
     AdapterArguments,
@@ -100,12 +106,14 @@ def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
             top_k=teacher.top_k_logprobs,
             timeout=teacher.teacher_timeout,
             accept_change=teacher.accept_teacher_change,
+            api_key=api_key_of(teacher),
         )
     return TeacherClient(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
         logprob_dtype=teacher.teacher_logprob_dtype,
+        api_key=api_key_of(teacher),
     )
 
 
