@@ -202,9 +202,9 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
             f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
         )
-    if args.request_student_top_m < 0:
+    if args.student_top_m < 0:
         raise ConfigurationError(
-            f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
+            f"--request_student_top_m {args.student_top_m} must be 0 (none) or above"
         )
     _check_ahead(args)
     if args.seq_kd and args.lmbda == 1.0:
@@ -227,7 +227,7 @@ def _check_ahead(args: DistillArguments) -> None:
     for name in ("rollout_staleness", "teacher_prefetch_steps"):
         if getattr(args, name) < 0:
             raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    proposes = args.student_top_m > 0 and not args.seq_kd
     if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
         raise ConfigurationError(
             f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
@@ -244,7 +244,7 @@ def _check_ahead(args: DistillArguments) -> None:
     if proposes:
         raise ConfigurationError(
             f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
-            f"{args.request_student_top_m}: the student proposes ids for every step. Drop it; "
+            f"{args.student_top_m}: the student proposes ids for every step. Drop it; "
             "--rollout_staleness is for what depends on the student's weights"
         )
 

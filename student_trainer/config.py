@@ -219,13 +219,14 @@ class DistillArguments(CommonTrainingArguments):
         "dataset or the teacher (not on the student's own). Holds the student to known good "
         "completions where the teacher is unsure or wrong.",
     )
-    request_student_top_m: int = _flag(
-        0,
+    request_student_top_m: int | None = _flag(
+        None,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
         "them to the support. What the student likes and the teacher does not is where reverse KL "
         "and JSD are decided. Costs one forward pass without gradient, with weights as old as "
         "--rollout_staleness says; with --seq_kd the teacher scores its completions in a second "
-        "call.",
+        "call. Default: 16 for --beta 1, which is far from the dense gradient without, otherwise "
+        "none.",
     )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
@@ -251,6 +252,13 @@ class DistillArguments(CommonTrainingArguments):
     vllm_gpu_memory_utilization: float = _flag(
         0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
     )
+
+    @property
+    def student_top_m(self) -> int:
+        """``request_student_top_m``, or its default for this beta."""
+        if self.request_student_top_m is None:
+            return 16 if self.beta == 1.0 else 0
+        return self.request_student_top_m
 
 
 @dataclass

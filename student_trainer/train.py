@@ -168,9 +168,9 @@ def _train(
         check_vocabulary(tokenizer, vocab_size, teacher.info)
         vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    if distill is not None and distill.request_student_top_m > vocab_size:
+    if distill is not None and distill.student_top_m > vocab_size:
         raise ConfigurationError(
-            f"--request_student_top_m {distill.request_student_top_m} is over the shared "
+            f"--request_student_top_m {distill.student_top_m} is over the shared "
             f"vocabulary of {vocab_size}"
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
@@ -197,7 +197,7 @@ def _train(
             tail="bucket" if distill is None else distill.tail,
             sft_weight=0.0 if distill is None else distill.sft_weight,
             kernel=args.loss_kernel,
-            student_top_m=0 if distill is None else distill.request_student_top_m,
+            student_top_m=0 if distill is None else distill.student_top_m,
             rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
             generation_batch_size=recipe.generation.generation_batch_size,
             vllm=engine,
@@ -263,11 +263,12 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
             f"--temperature {args.temperature}: the teacher's backend ({info.teacher.backend}) "
             "cannot apply a temperature; use 1.0"
         )
-    wanted, most = args.request_student_top_m, info.limits.max_requested_token_ids
+    wanted, most = args.student_top_m, info.limits.max_requested_token_ids
+    default = ", the default for --beta 1" if args.request_student_top_m is None else ""
     if wanted and not info.capabilities.requested_token_ids:
         raise ConfigurationError(
-            f"--request_student_top_m {wanted}: the teacher's backend ({info.teacher.backend}) "
-            "cannot score requested ids; use 0"
+            f"--request_student_top_m {wanted}{default}: the teacher's backend "
+            f"({info.teacher.backend}) cannot score requested ids; give 0"
         )
     if wanted > most:
         raise ConfigurationError(
