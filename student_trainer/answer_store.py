@@ -117,7 +117,7 @@ class AnswerStore:
         wanted = sum(_size(record) for record in records.values())
         if wanted > self._limit // _ATTEMPTS:
             logger.warning(
-                "%d answers of %d bytes are not stored: --teacher_cache_max_gb is too small for them",
+                "%d answers of %d bytes are not stored: --teacher_cache_max_gb is too small",
                 len(records), wanted,
             )  # fmt: skip
             return dict(records)
