@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
+from student_trainer.checks import check_common, check_distill, check_generation, check_rollouts
 from student_trainer.config import (
     COMMANDS,
     AdapterArguments,
@@ -25,10 +26,6 @@ from student_trainer.config import (
     GenerationArguments,
     ModelArguments,
     TeacherArguments,
-    check_common,
-    check_distill,
-    check_generation,
-    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,

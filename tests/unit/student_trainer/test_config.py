@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigurationError
+from student_trainer.checks import check_distill, check_merge, check_rollouts
 from student_trainer.config import (
     AdapterArguments,
     DataArguments,
@@ -16,9 +17,6 @@ from student_trainer.config import (
     MergeArguments,
     ModelArguments,
     TeacherArguments,
-    check_distill,
-    check_merge,
-    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,
