@@ -94,11 +94,13 @@ class AnswerStore:
                     stored = txn.get(key, db=self._records)
                 except (lmdb.CorruptedError, lmdb.PageNotFoundError):
                     stored = b""
-                record = None if stored is None else _checked(key, stored)
-                self.corrupt += stored is not None and record is None
+                record = None if stored is None else _checked(key, bytes(stored))
                 found.append(record)
                 if record is not None:
                     self._used[key] = None
+                elif stored is not None:
+                    self.corrupt += 1
+                    logger.warning("A corrupt answer in the teacher cache is asked for anew")
         if len(self._used) >= _USES_AT_ONCE:
             self._note_uses()
         return found
@@ -150,7 +152,7 @@ class AnswerStore:
         with self._transaction(write=True) as txn:
             for key, record in records.items():
                 stored = txn.get(key, db=self._records)
-                before = None if stored is None else _checked(key, stored)
+                before = None if stored is None else _checked(key, bytes(stored))
                 if before is None:
                     txn.put(key, _checksum(key, record) + record, db=self._records)
                 standing[key] = record if before is None else before
@@ -179,9 +181,10 @@ class AnswerStore:
 
     def _size(self, txn: lmdb.Transaction) -> int:
         """Bytes of the pages that hold something."""
-        kinds = ("branch_pages", "leaf_pages", "overflow_pages")
         stats = [txn.stat(db) for db in (self._records, self._order, self._numbers)]
-        return PAGESIZE * sum(stat[kind] for stat in stats for kind in kinds)
+        return PAGESIZE * sum(
+            stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats
+        )
 
     def _note_uses(self) -> None:
         if not self._used:

@@ -207,6 +207,9 @@ class CachedTeacher(Teacher):
         ]
         return self.count_scores(sequences, top_k=top_k, temperature=score_temperature)
 
+    def _get_info(self, url: str) -> InfoResponse:
+        return self._teacher._get_info(url)
+
     def _known(self) -> InfoResponse | None:
         """What the teacher at these addresses was; of any, if the store knows only one."""
         notes = self._store.notes()
@@ -256,7 +259,9 @@ class CachedTeacher(Teacher):
         requested: NDArray[np.uint32] | None = None,
     ) -> bytes:
         ids, start = np.asarray(sequence[0], np.uint32), int(sequence[1])
-        return self._key("score", ids, start, int(top_k), float(temperature), requested, self._dtype)
+        return self._key(
+            "score", ids, start, int(top_k), float(temperature), requested, self._dtype
+        )
 
     def _completion_key(self, prompt: NDArray[np.uint32], sampling: Mapping[str, Any]) -> bytes:
         ids = np.asarray(prompt, np.uint32)

@@ -38,8 +38,9 @@ class WindowMetrics:
     ``padding_fraction`` (share of padding among the positions of the training passes),
     ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
     of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
-    ``teacher_tokens_per_second`` (scored, of all ranks), ``teacher_cache_hits`` (share of the answers
-    looked up in the cache) and ``teacher_cache_corrupt`` (how many were wrong there, and asked for).
+    ``teacher_tokens_per_second`` (scored, of all ranks), ``teacher_cache_hits`` (share of the
+    answers looked up that the cache held) and ``teacher_cache_corrupt`` (how many were wrong there,
+    and were asked for).
 
     Of a step and rank, in seconds that add up to ``seconds_step``: ``seconds_teacher`` (waiting for
     it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),

@@ -441,7 +441,6 @@ class DistillationTrainer(Trainer):
                     temperature=self.method.temperature,
                 )
                 self.teacher.take_traffic()  # not part of a training step
-                self.teacher.take_lookups()
             self._eval_scored[key] = [
                 ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
             ]
