@@ -22,7 +22,7 @@ from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.answer_store import AnswerStore
-from student_trainer.teacher import Sequences, Teacher
+from student_trainer.teacher import Sampling, Sequences, Teacher
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -143,17 +143,9 @@ class CachedTeacher(Teacher):
         return [_load(SparseLogprobs, records[key]) for key in keys]
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        sampling = _sampling(max_new_tokens, temperature, seed, stop_token_ids)
+        top_k = sampling.top_k
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         records = self._look_up(keys, {})
         missing = _first_places(keys, records)
@@ -162,13 +154,13 @@ class CachedTeacher(Teacher):
             asked = [prompts[i] for i in missing]
             completions = self._reached(
                 f"{len(missing)} of {len(keys)} completions are missing"
-            ).generate(asked, top_k=top_k, score_temperature=score_temperature, **sampling)
+            ).generate(asked, sampling)
             new: dict[bytes, bytes] = {}
             for i, completion in zip(missing, completions, strict=True):
                 new[keys[i]] = _dump(completion.model_copy(update={"scores": None}))
                 if completion.scores is not None and top_k is not None:
                     sequence = _sequence(prompts[i], completion)
-                    key = self._score_key(sequence, top_k, score_temperature)
+                    key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key] = _dump(completion.scores)
             fresh = self._store.add(fresh)
             records |= self._store.add(new)
@@ -176,7 +168,7 @@ class CachedTeacher(Teacher):
         if top_k is None:
             return written
         sequences = [_sequence(p, c) for p, c in zip(prompts, written, strict=True)]
-        scores = self._scores(sequences, top_k, score_temperature, None, fresh)
+        scores = self._scores(sequences, top_k, sampling.score_temperature, None, fresh)
         return [
             completion.model_copy(update={"scores": score})
             for completion, score in zip(written, scores, strict=True)
@@ -186,26 +178,19 @@ class CachedTeacher(Teacher):
         """How many of the sequences `score` needs no teacher for."""
         return self._store.count([self._score_key(s, top_k, temperature) for s in sequences])
 
-    def count_completions(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int,
-        score_temperature: float,
-    ) -> int:
+    def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
         """How many of the prompts `generate` needs no teacher for."""
-        sampling = _sampling(max_new_tokens, temperature, seed, stop_token_ids)
         records = self._store.get([self._completion_key(p, sampling) for p in prompts])
         sequences = [
             _sequence(prompt, _load(Completion, record))
             for prompt, record in zip(prompts, records, strict=True)
             if record is not None
         ]
-        return self.count_scores(sequences, top_k=top_k, temperature=score_temperature)
+        if sampling.top_k is None:
+            return len(sequences)
+        return self.count_scores(
+            sequences, top_k=sampling.top_k, temperature=sampling.score_temperature
+        )
 
     def _get_info(self, url: str) -> InfoResponse:
         return self._teacher._get_info(url)
@@ -263,24 +248,20 @@ class CachedTeacher(Teacher):
             "score", ids, start, int(top_k), float(temperature), requested, self._dtype
         )
 
-    def _completion_key(self, prompt: NDArray[np.uint32], sampling: Mapping[str, Any]) -> bytes:
-        ids = np.asarray(prompt, np.uint32)
-        return self._key("completion", ids, dict(sampling), self.info.eos_token_ids)
+    def _completion_key(self, prompt: NDArray[np.uint32], sampling: Sampling) -> bytes:
+        return self._key(
+            "completion",
+            np.asarray(prompt, np.uint32),
+            int(sampling.max_new_tokens),
+            float(sampling.temperature),
+            int(sampling.seed),
+            sorted({int(i) for i in sampling.stop_token_ids}),
+            self.info.eos_token_ids,
+        )
 
     def _key(self, *question: Any) -> bytes:
         asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *question])
         return hashlib.sha256(asked).digest()
-
-
-def _sampling(
-    max_new_tokens: int, temperature: float, seed: int, stop_token_ids: Sequence[int]
-) -> dict[str, Any]:
-    return {
-        "max_new_tokens": int(max_new_tokens),
-        "temperature": float(temperature),
-        "seed": int(seed),
-        "stop_token_ids": sorted({int(i) for i in stop_token_ids}),
-    }
 
 
 def _sequence(prompt: NDArray[np.uint32], completion: Completion) -> tuple[NDArray[np.uint32], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.data import Example
 from student_trainer.pipeline import Method
-from student_trainer.teacher import Sequences, Teacher
+from student_trainer.teacher import Sampling, Sequences, Teacher
 
 _IN_FLIGHT = 16
 
@@ -40,15 +40,15 @@ class Questions:
     def score_options(self) -> dict[str, Any]:
         return {"top_k": self.method.top_k, "temperature": self.method.temperature}
 
-    def generate_options(self, temperature: float) -> dict[str, Any]:
-        return {
-            "max_new_tokens": self.method.max_new_tokens,
-            "temperature": temperature,
-            "seed": self.method.seed,
-            "stop_token_ids": self.method.stop_ids,
-            "top_k": self.method.top_k,
-            "score_temperature": self.method.temperature,
-        }
+    def sampling(self, temperature: float) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.method.max_new_tokens,
+            temperature=temperature,
+            seed=self.method.seed,
+            stop_token_ids=self.method.stop_ids,
+            top_k=self.method.top_k,
+            score_temperature=self.method.temperature,
+        )
 
 
 def questions(
@@ -70,34 +70,34 @@ def count_missing(teacher: CachedTeacher, asked: Questions) -> tuple[int, int]:
     """How many of the questions only the teacher itself can answer, and how many there are."""
     found = teacher.count_scores(asked.sequences, **asked.score_options)
     temperature = asked.method.seq_kd_temperature
-    for prompts, sampling in ((asked.prompts, temperature), (asked.bare, 0.0)):
-        found += teacher.count_completions(prompts, **asked.generate_options(sampling))
+    found += teacher.count_completions(asked.prompts, asked.sampling(temperature))
+    found += teacher.count_completions(asked.bare, asked.sampling(0.0))
     return len(asked) - found, len(asked)
 
 
 def ask_all(teacher: Teacher, asked: Questions, *, size: int) -> Iterator[int]:
     """Ask everything, ``size`` in a request; yields how many answers have come, as they come."""
     under_way: deque[tuple[Future[Any], int]] = deque()
-    for submit, part, options in _requests(teacher, asked, size):
-        under_way.append((submit(part, **options), len(part)))
+    for answer, count in _submitted(teacher, asked, size):
+        under_way.append((answer, count))
         if len(under_way) == _IN_FLIGHT:
             yield _finished(*under_way.popleft())
     for answer, count in under_way:
         yield _finished(answer, count)
 
 
-def _requests(
-    teacher: Teacher, asked: Questions, size: int
-) -> Iterator[tuple[Callable[..., Future[Any]], Sequence[Any], dict[str, Any]]]:
+def _submitted(teacher: Teacher, asked: Questions, size: int) -> Iterator[tuple[Future[Any], int]]:
+    for first in range(0, len(asked.sequences), size):
+        sequences = asked.sequences[first : first + size]
+        yield teacher.submit(teacher.score, sequences, **asked.score_options), len(sequences)
     temperature = asked.method.seq_kd_temperature
-    work: list[tuple[Callable[..., Future[Any]], Sequence[Any], dict[str, Any]]] = [
-        (teacher.submit_score, asked.sequences, asked.score_options),
-        (teacher.submit_generate, asked.prompts, asked.generate_options(temperature)),
-        (teacher.submit_generate, asked.bare, asked.generate_options(0.0)),
-    ]
-    for submit, everything, options in work:
+    for everything, sampling in (
+        (asked.prompts, asked.sampling(temperature)),
+        (asked.bare, asked.sampling(0.0)),
+    ):
         for first in range(0, len(everything), size):
-            yield submit, everything[first : first + size], options
+            prompts = everything[first : first + size]
+            yield teacher.submit(teacher.generate, prompts, sampling), len(prompts)
 
 
 def _finished(answer: Future[Any], count: int) -> int:

@@ -1,6 +1,7 @@
 """A teacher behind a store, against a teacher on a real socket that counts what it is asked."""
 
 import contextlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from shared import wire
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.cache import corrupt_one_record
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, score_response, scores
 
@@ -49,9 +50,9 @@ def asked(stub):
 
 
 A, B, C = (ids(5, 6, 7), 1), (ids(5, 6, 8), 1), (ids(9, 6, 8), 1)
-SAMPLING = {
-    "max_new_tokens": 8, "temperature": 0.0, "seed": 0, "stop_token_ids": [1], "top_k": K,
-}  # fmt: skip
+SAMPLING = Sampling(
+    max_new_tokens=8, temperature=0.0, seed=0, stop_token_ids=[1], top_k=K, score_temperature=1.0
+)
 
 
 def test_only_what_is_missing_of_a_request_is_asked(stub, tmp_path):
@@ -109,13 +110,13 @@ def test_requested_ids_are_part_of_the_question(stub, tmp_path):
 
 def test_a_completion_is_written_once_for_its_prompt_seed_and_sampling(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
-        first = teacher.generate([ids(5, 6), ids(7)], **SAMPLING)
-        again = teacher.generate([ids(8), ids(7), ids(5, 6)], **SAMPLING)
+        first = teacher.generate([ids(5, 6), ids(7)], SAMPLING)
+        again = teacher.generate([ids(8), ids(7), ids(5, 6)], SAMPLING)
         assert asked(stub) == [[(5, 6), (7,)], [(8,)]]
         for change in (
             {"seed": 1}, {"temperature": 0.5}, {"stop_token_ids": [1, 2]}, {"max_new_tokens": 4},
         ):  # fmt: skip
-            teacher.generate([ids(7)], **{**SAMPLING, **change})
+            teacher.generate([ids(7)], replace(SAMPLING, **change))
             assert asked(stub)[-1] == [(7,)]
         assert len(stub.requests) == 6
     assert [c.token_ids.tolist() for c in again] == [[8, 1], [7, 1], [5, 1]]
@@ -124,14 +125,14 @@ def test_a_completion_is_written_once_for_its_prompt_seed_and_sampling(stub, tmp
 
 def test_scores_that_came_with_a_completion_serve_the_sequence_too(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
-        teacher.generate([ids(5, 6)], **SAMPLING)
+        teacher.generate([ids(5, 6)], SAMPLING)
         teacher.score([(ids(5, 6, 5, 1), 2)], top_k=K)
         assert len(stub.requests) == 1
         # At another k the completion is known, and its scores alone are asked for.
-        (completion,) = teacher.generate([ids(5, 6)], **{**SAMPLING, "top_k": K + 1})
+        (completion,) = teacher.generate([ids(5, 6)], replace(SAMPLING, top_k=K + 1))
         assert completion.scores.token_ids.shape == (2, K + 1)
         assert asked(stub)[1:] == [[(5, 6, 5, 1)]]
-        assert teacher.generate([ids(5, 6)], **{**SAMPLING, "top_k": None})[0].scores is None
+        assert teacher.generate([ids(5, 6)], replace(SAMPLING, top_k=None))[0].scores is None
         assert len(stub.requests) == 2
 
 
@@ -164,10 +165,10 @@ def test_without_a_teacher_the_answers_of_then_are_given(tmp_path, caplog):
             scores = teacher.score([A], top_k=K)
     with cached(tmp_path, url, starts_alone=True) as teacher:
         assert teacher.info.max_model_len == 48
-        (stored,) = teacher.submit_score([A], top_k=K).result(10)
+        (stored,) = teacher.submit(teacher.score, [A], top_k=K).result(10)
         np.testing.assert_array_equal(stored.logprobs, scores[0].logprobs)
         with pytest.raises(TeacherUnreachableError) as error:
-            teacher.submit_score([A, B, C], top_k=K).result(30)
+            teacher.submit(teacher.score, [A, B, C], top_k=K).result(30)
         assert "2 of 3 scores are missing in --teacher_cache" in str(error.value)
         assert "`student-trainer precompute`" in str(error.value)
         with pytest.raises(TeacherUnreachableError, match="7 of 9 answers that this run needs"):
@@ -208,16 +209,20 @@ def test_a_teacher_that_comes_back_for_what_is_missing_must_be_the_same(tmp_path
     with StubTeacher().serving() as stub, cached(tmp_path, stub.url) as teacher:
         teacher.score([A], top_k=K)
     port = int(stub.url.rsplit(":", 1)[1])
-    with cached(tmp_path, stub.url, starts_alone=True) as teacher:
-        with StubTeacher().serving(port) as same:
-            teacher.score([A, B], top_k=K)
-            assert asked(same) == [[(5, 6, 8)]]
+    with (
+        cached(tmp_path, stub.url, starts_alone=True) as teacher,
+        StubTeacher().serving(port) as same,
+    ):
+        teacher.score([A, B], top_k=K)
+        assert asked(same) == [[(5, 6, 8)]]
     other = info(IDENTITY.model_copy(update={"fingerprint": "2" * 64}))
-    with cached(tmp_path, stub.url, starts_alone=True) as teacher:
-        with StubTeacher(info=other).serving(port) as changed:
-            with pytest.raises(TeacherChangedError, match="is another one now"):
-                teacher.score([C], top_k=K)
-            assert changed.requests == []
+    with (
+        cached(tmp_path, stub.url, starts_alone=True) as teacher,
+        StubTeacher(info=other).serving(port) as changed,
+    ):
+        with pytest.raises(TeacherChangedError, match="is another one now"):
+            teacher.score([C], top_k=K)
+        assert changed.requests == []
 
 
 def test_two_who_ask_at_once_learn_from_the_first_answer(stub, tmp_path):
