@@ -345,6 +345,46 @@ def check_teacher(teacher: TeacherArguments) -> None:
         )
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+    _check_cache(teacher)
+
+
+def _check_cache(teacher: TeacherArguments) -> None:
+    if teacher.teacher_cache is None:
+        if teacher.teacher_cache_max_gb != TeacherArguments.teacher_cache_max_gb:
+            raise ConfigurationError(
+                "--teacher_cache_max_gb has no effect without --teacher_cache; drop it"
+            )
+        return
+    if not 0 < teacher.teacher_cache_max_gb < float("inf"):
+        raise ConfigurationError(
+            f"--teacher_cache_max_gb {teacher.teacher_cache_max_gb} must be above 0"
+        )
+    if teacher.teacher_protocol == "vllm":
+        raise ConfigurationError(
+            "--teacher_cache needs a teacher that tells which weights it has: a stock vLLM does "
+            "not. Use `teacher-server serve`, or drop it"
+        )
+    if teacher.accept_teacher_change:
+        raise ConfigurationError(
+            "--teacher_cache keeps answers of one teacher apart from another's; drop it, or "
+            "--accept_teacher_change"
+        )
+
+
+def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """Raises `ConfigurationError` where nothing can be asked before there is a student."""
+    if teacher.teacher_cache is None:
+        raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            "--lmbda 1: every step is on-policy, and what the student writes is not known before "
+            "it trains; there is nothing to precompute"
+        )
+    if args.student_top_m:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m}: the ids depend on the "
+            "student's weights, and cannot be asked for before it trains; use 0"
+        )
 
 
 def api_key_of(teacher: TeacherArguments) -> str | None:

@@ -142,6 +142,15 @@ class TeacherArguments:
     accept_teacher_change: bool = _flag(
         False, "Go on when another teacher answers at the same address in the middle of a run."
     )
+    teacher_cache: str | None = _flag(
+        None,
+        "Folder, on a local disk, that keeps the teacher's answers for later epochs, other ranks "
+        "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
+        "a teacher. What depends on the student's weights is not kept.",
+    )
+    teacher_cache_max_gb: float = _flag(
+        10.0, "Size of --teacher_cache; what was used longest ago makes room for new answers."
+    )
 
 
 @dataclass

@@ -162,6 +162,14 @@ class Replicas:
         for url in self.urls:
             self._wait_for(url, deadline)
 
+    def ready(self) -> bool:
+        """Whether every replica is ready now.
+
+        Raises:
+            TeacherAnswerError: something else than a teacher listens there.
+        """
+        return not any(self._problem(url) for url in self.urls)
+
     def request(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of the answer of one replica, asked once.
 

@@ -115,6 +115,15 @@ class Teacher(Protocol):
         """(bytes received, completion tokens scored) since the last call."""
         return self._replicas.take_traffic()
 
+    @property
+    def live(self) -> Teacher:
+        """The teacher for what is asked once and never again: past a cache, if there is one."""
+        return self
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """(answers looked up in a cache, found there, found corrupt) since the last call."""
+        return 0, 0, 0
+
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and read what the teacher is.
 
