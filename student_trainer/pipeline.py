@@ -305,6 +305,8 @@ class Pipeline:
 
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
+        # What depends on the student's weights is never asked again, so no cache keeps it.
+        teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
         # As they are trained, so that what the first micro-batch waits for is asked first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
         order = by_length(lengths, shortest_first=batch.on_policy)
@@ -312,8 +314,8 @@ class Pipeline:
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
             samples = [batch.samples[i] for i in part]
-            answer = self.teacher.submit(
-                self.teacher.score,
+            answer = teacher.submit(
+                teacher.score,
                 [(s.token_ids, s.completion_start) for s in samples],
                 top_k=self.method.top_k,
                 temperature=self.method.temperature,

@@ -86,6 +86,7 @@ class Teacher(Protocol):
         InvalidRequestError: the teacher cannot do this; names the field and the limit.
         PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much; names it.
         TeacherUnreachableError: no answer within the timeout.
+        TeacherUnauthorizedError: the teacher wants a key, or another one.
         TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
         TeacherChangedError: another teacher answered.
     """
@@ -113,6 +114,15 @@ class Teacher(Protocol):
     def take_traffic(self) -> tuple[int, int]:
         """(bytes received, completion tokens scored) since the last call."""
         return self._replicas.take_traffic()
+
+    @property
+    def live(self) -> Teacher:
+        """The teacher for what is asked once and never again: past a cache, if there is one."""
+        return self
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """(answers looked up in a cache, found there, found corrupt) since the last call."""
+        return 0, 0, 0
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and read what the teacher is.
@@ -222,6 +232,7 @@ class TeacherClient(Teacher):
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when the teacher's identity changes in the middle of a run.
         logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
+        api_key: the teacher's, sent as ``Authorization: Bearer``.
     """
 
     def __init__(
@@ -231,6 +242,7 @@ class TeacherClient(Teacher):
         timeout: float = 600.0,
         accept_change: bool = False,
         logprob_dtype: LogprobDtype = "float32",
+        api_key: str | None = None,
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
@@ -243,6 +255,7 @@ class TeacherClient(Teacher):
             ready="/ready",
             rejoins=self._rejoins,
             start="teacher-server serve MODEL",
+            api_key=api_key,
         )
 
     def score(

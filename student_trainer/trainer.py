@@ -366,6 +366,9 @@ class DistillationTrainer(Trainer):
         received, scored = self.teacher.take_traffic()
         self.window.add("bytes", received)
         self.window.add("scored_tokens", scored)
+        names = ("looked_up", "found", "corrupt")
+        for name, count in zip(names, self.teacher.take_lookups(), strict=True):
+            self.window.add(name, count)
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         summed = self.accelerator.reduce(values.to(self.args.device), "sum")

@@ -61,6 +61,7 @@ class VllmTeacher(Teacher):
         top_k: log-probs that will be asked for.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when a replica comes back under another version of vLLM.
+        api_key: one of vLLM's ``--api-key``.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class VllmTeacher(Teacher):
         top_k: int,
         timeout: float = 600.0,
         accept_change: bool = False,
+        api_key: str | None = None,
     ) -> None:
         self.accept_change = accept_change
         self._tokenizer = tokenizer
@@ -85,6 +87,7 @@ class VllmTeacher(Teacher):
             ready="/health",
             rejoins=self._rejoins,
             start="vllm serve MODEL",
+            api_key=api_key,
         )
 
     def connect(self) -> InfoResponse:

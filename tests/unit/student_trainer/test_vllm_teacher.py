@@ -15,6 +15,7 @@ from shared.errors import (
     MalformedRequestError,
     TeacherAnswerError,
     TeacherChangedError,
+    TeacherUnauthorizedError,
     TeacherUnreachableError,
     TokenizerMismatchError,
 )
@@ -315,3 +316,12 @@ def test_answers_that_are_no_json_are_refused(stub):
             stub.script = [lambda request, body=body: (200, {}, body)]
             with pytest.raises(TeacherAnswerError, match="/v1/completions answered"):
                 teacher.score(SEQUENCES, top_k=4)
+
+
+def test_the_key_is_sent_to_vllm_too(tokenizer):
+    with StubVllm(tokenizer, steep(), key="k" * 12).serving() as stub:
+        with connected(stub, api_key="k" * 12) as teacher:
+            assert len(teacher.score(SEQUENCES, top_k=4)) == 2
+        for wrong in (None, "x" * 12):
+            with pytest.raises(TeacherUnauthorizedError, match="answers 401"):
+                connected(stub, api_key=wrong, timeout=1000.0).__enter__()
