@@ -169,6 +169,7 @@ class Teacher(Protocol):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
@@ -176,6 +177,7 @@ class Teacher(Protocol):
             top_k: log-probs for each row.
             temperature: at which the teacher's logits are normalised.
             requested: for each sequence, ids [T, m] that its rows are scored at too.
+            sample_seed: the ids are ``top_k`` draws, as in `shared.protocol.ScoreRequest`.
         """
         ...
 
@@ -186,11 +188,13 @@ class Teacher(Protocol):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> Future[list[SparseLogprobs]]:
         """`score` in the background."""
         return self._replicas.submit(
-            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
-        )
+            self.score, sequences,
+            top_k=top_k, temperature=temperature, requested=requested, sample_seed=sample_seed,
+        )  # fmt: skip
 
     def generate(
         self,
@@ -263,6 +267,7 @@ class TeacherClient(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         asked = [None] * len(sequences) if requested is None else list(requested)
         items = [
@@ -271,7 +276,11 @@ class TeacherClient(Teacher):
         ]
         widths = [_width(more) for more in asked]
         envelope = ScoreRequest(
-            sequences=[], top_k=top_k, temperature=temperature, logprob_dtype=self.logprob_dtype
+            sequences=[],
+            top_k=top_k,
+            temperature=temperature,
+            logprob_dtype=self.logprob_dtype,
+            sample_seed=sample_seed,
         )
         costs = [
             (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))

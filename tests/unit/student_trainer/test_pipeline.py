@@ -49,11 +49,12 @@ class RecordingTeacher:
     """Remembers what it was asked; answers at once, or when told to."""
 
     def __init__(self, *, at_once=True):
-        self.scored, self.prompts, self.requested = [], [], []
+        self.scored, self.prompts, self.requested, self.seeds = [], [], [], []
         self.at_once = at_once
         self.unanswered = []
 
-    def submit_score(self, sequences, *, top_k, temperature, requested):
+    def submit_score(self, sequences, *, top_k, temperature, requested, sample_seed):
+        self.seeds.append(sample_seed)
         self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
         self.requested.append(requested)
         future = Future()
