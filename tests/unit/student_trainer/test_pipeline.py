@@ -376,6 +376,21 @@ def test_seq_kd_with_proposals_scores_the_whole_batch_after_it_is_written():
     assert teacher.scored[0] == [(5, 10, 30, 1), (5, 11, 31, 1)]
 
 
+@pytest.mark.parametrize("seq_kd", [False, True])
+def test_a_drawn_support_is_drawn_anew_in_each_step_and_the_same_in_each_of_its_requests(seq_kd):
+    teacher = RecordingTeacher()
+    method = replace(METHOD, sampled=True, seq_kd=seq_kd)
+    batches = [[example(0), example(1)], [example(0), example(1)]]
+    pipeline = pipeline_of(method, teacher, batches=batches, request_size=1)
+    scored = [item for step in (0, 1) for item in collect(pipeline, step)]
+    assert all(item.sampled and item.scores is not None for item in scored)
+    first, again, second, _ = teacher.seeds
+    assert first == again != second
+    other = replace(method, seed=4)
+    assert other.sample_seed(0) != first == method.sample_seed(0)
+    assert METHOD.sample_seed(0) is None
+
+
 def test_a_bare_prompt_off_policy_is_refused_by_name():
     pipeline = pipeline_of(METHOD, RecordingTeacher(), batches=[[example(4, completion=None)]])
     with pytest.raises(DatasetError, match="row 4: no completion to learn from"):
