@@ -252,21 +252,25 @@ def _masses(logits: torch.Tensor, teacher: SparseDistribution) -> tuple[float, f
 
 
 def figures(results: Sequence[Result]) -> dict[str, float]:
-    """Worst of all betas at k = 64, tail as a bucket: the default support of the trained pair, then
-    the other rows and supports with a prefix."""
+    """Worst of all betas at k = 64, tail as a bucket: the trained pair on the support that training
+    takes by default at each beta, then rows and supports with a prefix."""
+    trained = [name for name in STUDENTS if name != "untrained"]
     groups = {
-        "": ("default", [name for name in STUDENTS if name != "untrained"]),
+        "": (None, trained),
+        "unrequested_": ("default", trained),
         "untrained_": ("default", ["untrained"]),
         "synthetic_": ("default", ["synthetic"]),
         "own_favourites_": ("default", ["synthetic, own favourites"]),
-        "requested_": ("requested", [name for name in STUDENTS if name != "untrained"]),
+        "requested_": ("requested", trained),
     }
     found: dict[str, float] = {}
     for prefix, (support, cases) in groups.items():
         kept = [
             r
             for r in results
-            if (r.k, r.support, r.tail) == (64, support, "bucket") and r.case in cases
+            if (r.k, r.tail) == (64, "bucket")
+            and r.support == (support or ("requested" if r.beta == 1.0 else "default"))
+            and r.case in cases
         ]
         found[f"{prefix}min_gradient_cosine_at_64"] = min(r.gradient_cosine for r in kept)
         found[f"{prefix}max_relative_error_at_64"] = max(r.relative_error for r in kept)

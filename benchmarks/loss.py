@@ -250,6 +250,7 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
 
     The dense method takes part in every other round only, because it takes the longest.
     """
+    started = time.perf_counter()
     workers: list[_Worker] = []
     try:
         for method in methods:
@@ -263,6 +264,8 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
     finally:
         for worker in workers:
             worker.stop()
+    took = time.perf_counter() - started
+    print(f"V={sizes.vocab_size:,} N={sizes.rows:,}: {took:.0f} s", file=sys.stderr, flush=True)
     return {
         worker.method: Measurement(
             statistics.median(worker.seconds),
@@ -334,7 +337,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="half the rows, 2 repeats instead of 5, one vocabulary, no frozen output layer",
+        help="half the rows, 2 repeats instead of 3, one vocabulary, no frozen output layer",
     )
     parser.add_argument("--rows", type=int, help="default 1024, with --quick 512")
     parser.add_argument("--vocab_size", type=int, default=151_936)
@@ -363,7 +366,7 @@ def main() -> None:
     if arguments.worker:
         _work(arguments.worker, sizes)
         return
-    repeats = 2 if arguments.quick else 5
+    repeats = 2 if arguments.quick else 3
     measured = measure(sizes, QUICK_METHODS if arguments.quick else list(METHODS), repeats)
     table = report(sizes, measured)
     numbers = figures(measured)

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
 from student_trainer.config import (
     AdapterArguments,
@@ -201,9 +202,9 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
             f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
         )
-    if args.request_student_top_m < 0:
+    if args.student_top_m < 0:
         raise ConfigurationError(
-            f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
+            f"--request_student_top_m {args.student_top_m} must be 0 (none) or above"
         )
     _check_support(args, teacher)
     _check_ahead(args)
@@ -236,10 +237,15 @@ def _check_support(args: DistillArguments, teacher: TeacherArguments) -> None:
             f"--tail {args.tail} has no effect with --teacher_support sampled, which has no tail; "
             "drop it"
         )
-    if args.request_student_top_m:
+    if args.student_top_m:
         raise ConfigurationError(
-            f"--request_student_top_m {args.request_student_top_m} would bias --teacher_support "
+            f"--request_student_top_m {args.student_top_m} would bias --teacher_support "
             "sampled: drop it, or use --teacher_support top_k"
+        )
+    if teacher.teacher_cache is not None:
+        raise ConfigurationError(
+            f"--teacher_cache {teacher.teacher_cache} keeps nothing of --teacher_support sampled, "
+            "which is drawn anew in each step: drop it, or use --teacher_support top_k"
         )
     if teacher.teacher_protocol == "vllm":
         raise ConfigurationError(
@@ -253,7 +259,7 @@ def _check_ahead(args: DistillArguments) -> None:
     for name in ("rollout_staleness", "teacher_prefetch_steps"):
         if getattr(args, name) < 0:
             raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    proposes = args.request_student_top_m > 0 and not args.seq_kd
+    proposes = args.student_top_m > 0 and not args.seq_kd
     if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
         raise ConfigurationError(
             f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
@@ -270,7 +276,7 @@ def _check_ahead(args: DistillArguments) -> None:
     if proposes:
         raise ConfigurationError(
             f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
-            f"{args.request_student_top_m}: the student proposes ids for every step. Drop it; "
+            f"{args.student_top_m}: the student proposes ids for every step. Drop it; "
             "--rollout_staleness is for what depends on the student's weights"
         )
 
@@ -353,8 +359,14 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "such as --teacher_url http://localhost:8000"
         )
     for url in teacher.teacher_url:
+        if "@" in url:  # and is not shown
+            raise ConfigurationError(
+                "--teacher_url holds a user or a password, which every log would show; give a key "
+                "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
+            )
         if not _is_address(url):
             raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
+    api_key_of(teacher)
     if teacher.top_k_logprobs < 1:
         raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
     dtype = teacher.teacher_logprob_dtype
@@ -365,6 +377,66 @@ def check_teacher(teacher: TeacherArguments) -> None:
         )
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+    _check_cache(teacher)
+
+
+def _check_cache(teacher: TeacherArguments) -> None:
+    if teacher.teacher_cache is None:
+        if teacher.teacher_cache_max_gb != TeacherArguments.teacher_cache_max_gb:
+            raise ConfigurationError(
+                "--teacher_cache_max_gb has no effect without --teacher_cache; drop it"
+            )
+        return
+    if not 0 < teacher.teacher_cache_max_gb < float("inf"):
+        raise ConfigurationError(
+            f"--teacher_cache_max_gb {teacher.teacher_cache_max_gb} must be above 0"
+        )
+    if teacher.teacher_protocol == "vllm":
+        raise ConfigurationError(
+            "--teacher_cache needs a teacher that tells which weights it has: a stock vLLM does "
+            "not. Use `teacher-server serve`, or drop it"
+        )
+    if teacher.accept_teacher_change:
+        raise ConfigurationError(
+            "--teacher_cache keeps answers of one teacher apart from another's; drop it, or "
+            "--accept_teacher_change"
+        )
+
+
+def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """Raises `ConfigurationError` where nothing can be asked before there is a student."""
+    if teacher.teacher_cache is None:
+        raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            "--lmbda 1: every step is on-policy, and what the student writes is not known before "
+            "it trains; there is nothing to precompute"
+        )
+    if args.student_top_m:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m}: the ids depend on the "
+            "student's weights, and cannot be asked for before it trains; use 0"
+        )
+
+
+def api_key_of(teacher: TeacherArguments) -> str | None:
+    """The key for the teacher, of ``--teacher_api_key_file`` or else of the environment.
+
+    It is in no argument, so that nothing that saves or logs arguments can hold it.
+
+    Raises:
+        ConfigurationError: a file without a key or with several, or a key that is none.
+    """
+    path = teacher.teacher_api_key_file
+    if path is None:
+        key = os.environ.get("TEACHER_API_KEY")
+        return check_key(key, "TEACHER_API_KEY") if key else None
+    first, *others = read_keys(path, "--teacher_api_key_file")
+    if others:
+        raise ConfigurationError(
+            f"--teacher_api_key_file {path} holds {1 + len(others)} keys; the trainer sends one"
+        )
+    return first
 
 
 def _is_address(url: str) -> bool:

@@ -123,6 +123,10 @@ class TeacherArguments:
         "vllm: the addresses are of a stock `vllm serve`; slower, at --temperature 1 only, and "
         "weights and vocabulary are not proved to be the right ones.",
     )
+    teacher_api_key_file: str | None = _flag(
+        None,
+        "File that holds the teacher's API key; default: the environment variable TEACHER_API_KEY.",
+    )
     teacher_timeout: float = _flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
@@ -137,6 +141,15 @@ class TeacherArguments:
     )
     accept_teacher_change: bool = _flag(
         False, "Go on when another teacher answers at the same address in the middle of a run."
+    )
+    teacher_cache: str | None = _flag(
+        None,
+        "Folder, on a local disk, that keeps the teacher's answers for later epochs, other ranks "
+        "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
+        "a teacher. What depends on the student's weights is not kept.",
+    )
+    teacher_cache_max_gb: float = _flag(
+        10.0, "Size of --teacher_cache; what was used longest ago makes room for new answers."
     )
 
 
@@ -221,13 +234,14 @@ class DistillArguments(CommonTrainingArguments):
         "dataset or the teacher (not on the student's own). Holds the student to known good "
         "completions where the teacher is unsure or wrong.",
     )
-    request_student_top_m: int = _flag(
-        0,
+    request_student_top_m: int | None = _flag(
+        None,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
         "them to the support. What the student likes and the teacher does not is where reverse KL "
         "and JSD are decided. Costs one forward pass without gradient, with weights as old as "
         "--rollout_staleness says; with --seq_kd the teacher scores its completions in a second "
-        "call.",
+        "call. Default: 16 for --beta 1, which is far from the dense gradient without, otherwise "
+        "none.",
     )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
@@ -253,6 +267,13 @@ class DistillArguments(CommonTrainingArguments):
     vllm_gpu_memory_utilization: float = _flag(
         0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
     )
+
+    @property
+    def student_top_m(self) -> int:
+        """``request_student_top_m``, or its default for this beta."""
+        if self.request_student_top_m is None:
+            return 16 if self.beta == 1.0 else 0
+        return self.request_student_top_m
 
 
 @dataclass
@@ -318,7 +339,7 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
         hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help."
-        raise ConfigurationError(f"unknown argument {unknown[0]!r}.{hint}")
+        raise ConfigurationError(f"unknown argument {flag!r}.{hint}")
     values = vars(namespace)
     try:
         return tuple(

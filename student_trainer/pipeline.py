@@ -28,7 +28,7 @@ from student_trainer.data import Example, Sample, completed
 from student_trainer.grouping import by_length
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
-from student_trainer.teacher import Teacher
+from student_trainer.teacher import Sampling, Teacher
 from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
@@ -295,8 +295,7 @@ class Pipeline:
         if not late:
             self._score(batch, list(batch.samples))
         if unwritten:
-            future = self.teacher.submit_generate(
-                [batch.examples[i].prompt_ids for i in unwritten],
+            sampling = Sampling(
                 max_new_tokens=self.method.max_new_tokens,
                 temperature=self.method.seq_kd_temperature,
                 seed=self.method.seed,
@@ -304,6 +303,8 @@ class Pipeline:
                 top_k=None if late else self.method.top_k,
                 score_temperature=self.method.temperature,
             )
+            prompts = [batch.examples[i].prompt_ids for i in unwritten]
+            future = self.teacher.submit(self.teacher.generate, prompts, sampling)
             self._timeline.request(future, prompts=len(unwritten))
             batch.completions.append((unwritten, future))
 
@@ -319,6 +320,8 @@ class Pipeline:
 
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
+        # What depends on the student's weights is never asked again, so no cache keeps it.
+        teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
         # As they are trained, so that what the first micro-batch waits for is asked first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
         order = by_length(lengths, shortest_first=batch.on_policy)
@@ -326,7 +329,8 @@ class Pipeline:
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
             samples = [batch.samples[i] for i in part]
-            answer = self.teacher.submit_score(
+            answer = teacher.submit(
+                teacher.score,
                 [(s.token_ids, s.completion_start) for s in samples],
                 top_k=self.method.top_k,
                 temperature=self.method.temperature,

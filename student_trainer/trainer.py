@@ -40,7 +40,7 @@ from student_trainer.rollouts import (
 )
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
-from student_trainer.teacher import Teacher
+from student_trainer.teacher import Sampling, Teacher
 from student_trainer.timeline import Timeline, Trace
 
 MicroBatch = dict[str, Any]
@@ -366,6 +366,9 @@ class DistillationTrainer(Trainer):
         received, scored = self.teacher.take_traffic()
         self.window.add("bytes", received)
         self.window.add("scored_tokens", scored)
+        names = ("looked_up", "found", "corrupt")
+        for name, count in zip(names, self.teacher.take_lookups(), strict=True):
+            self.window.add(name, count)
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         summed = self.accelerator.reduce(values.to(self.args.device), "sum")
@@ -449,10 +452,12 @@ class DistillationTrainer(Trainer):
             return []
         completions = self.teacher.generate(
             [e.prompt_ids for e in bare],
-            max_new_tokens=self.method.max_new_tokens,
-            temperature=0.0,
-            seed=self.method.seed,
-            stop_token_ids=self.method.stop_ids,
+            Sampling(
+                max_new_tokens=self.method.max_new_tokens,
+                temperature=0.0,
+                seed=self.method.seed,
+                stop_token_ids=self.method.stop_ids,
+            ),
         )
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")

@@ -33,8 +33,9 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import Sequences, Teacher, in_parts
+from student_trainer.teacher import Sampling, Sequences, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class VllmTeacher(Teacher):
         top_k: log-probs that will be asked for.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when a replica comes back under another version of vLLM.
+        api_key: one of vLLM's ``--api-key``.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class VllmTeacher(Teacher):
         top_k: int,
         timeout: float = 600.0,
         accept_change: bool = False,
+        api_key: str | None = None,
     ) -> None:
         self.accept_change = accept_change
         self._tokenizer = tokenizer
@@ -84,6 +87,7 @@ class VllmTeacher(Teacher):
             ready="/health",
             rejoins=self._rejoins,
             start="vllm serve MODEL",
+            api_key=api_key,
         )
 
     def connect(self) -> InfoResponse:
@@ -164,39 +168,31 @@ class VllmTeacher(Teacher):
         return in_parts(costs, _ROOM, ask)
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
         """As `Teacher`, scored in a second pass."""
-        costs = [(1, len(ids) + max_new_tokens, 0) for ids in prompts]
+        costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
         def ask(first: int, last: int) -> list[Completion]:
             choices = self._complete(
                 prompts[first:last],
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_token_ids=[int(i) for i in stop_token_ids],
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                stop_token_ids=[int(i) for i in sampling.stop_token_ids],
                 return_token_ids=True,
             )
             return [_read_completion(choice) for choice in choices]
 
         completions = in_parts(costs, _ROOM, ask)
-        if top_k is not None:
+        if sampling.top_k is not None:
             scores = self.score(
                 [
                     (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
                     for prompt, completion in zip(prompts, completions, strict=True)
                 ],
-                top_k=top_k,
-                temperature=score_temperature,
+                top_k=sampling.top_k,
+                temperature=sampling.score_temperature,
             )
             completions = [
                 completion.model_copy(update={"scores": score})

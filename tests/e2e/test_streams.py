@@ -6,7 +6,7 @@ import numpy as np
 
 from shared import wire
 from shared.protocol import GenerateRequest, GenerateResponse
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.http import metric, post
 from tests.support.server import free_port, start_server, wait_until_ready
 
@@ -33,7 +33,7 @@ def assert_same(found, expected):
 def test_streamed_completions_are_those_of_the_plain_answer(world):
     with TeacherClient([world.url], timeout=60) as client:
         client.connect()
-        streamed = client.generate(PROMPTS, stop_token_ids=[], **OPTIONS)
+        streamed = client.generate(PROMPTS, Sampling(stop_token_ids=[], **OPTIONS))
     assert_same(streamed, plain(world.url))
 
 
@@ -48,7 +48,7 @@ def test_a_server_killed_within_its_answer_is_replaced_for_the_rest(world, tmp_p
         before = metric(world.url, WRITTEN)
         with TeacherClient([url, world.url], timeout=60) as client:
             client.connect()
-            answer = client.submit_generate(PROMPTS, stop_token_ids=[], **OPTIONS)
+            answer = client.submit(client.generate, PROMPTS, Sampling(stop_token_ids=[], **OPTIONS))
             while not client.take_traffic()[1]:
                 assert not answer.done(), "it came at once"
                 time.sleep(0.001)

@@ -52,30 +52,32 @@ class RecordingTeacher:
         self.scored, self.prompts, self.requested, self.seeds = [], [], [], []
         self.at_once = at_once
         self.unanswered = []
+        self.live = self  # there is no cache before it
 
-    def submit_score(self, sequences, *, top_k, temperature, requested, sample_seed):
-        self.seeds.append(sample_seed)
-        self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
-        self.requested.append(requested)
+    def submit(self, call, *arguments, **options):
         future = Future()
-        answer = [scores_for(ids, start) for ids, start in sequences]
+        answer = call(*arguments, **options)
         self.unanswered.append(lambda: future.set_result(answer))
         if self.at_once:
             self.unanswered.pop()()
         return future
 
-    def submit_generate(self, prompts, **options):
+    def score(self, sequences, *, top_k, temperature, requested, sample_seed):
+        self.seeds.append(sample_seed)
+        self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
+        self.requested.append(requested)
+        return [scores_for(ids, start) for ids, start in sequences]
+
+    def generate(self, prompts, sampling):
         self.prompts += [tuple(p.tolist()) for p in prompts]
-        future = Future()
         completions = []
         for prompt in prompts:
             written = ids(int(prompt[1]) + 20, 1)
             scores = None
-            if options["top_k"] is not None:
+            if sampling.top_k is not None:
                 scores = scores_for(np.append(prompt, written), len(prompt))
             completions.append(Completion(token_ids=written, finish_reason="stop", scores=scores))
-        future.set_result(completions)
-        return future
+        return completions
 
 
 class CountingRollouts:

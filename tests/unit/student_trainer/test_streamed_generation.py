@@ -3,13 +3,14 @@
 import logging
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from shared.errors import InvalidRequestError, TeacherAnswerError, TeacherChangedError
 from shared.protocol import Problem
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.stub import (
     IDENTITY,
     BrokenError,
@@ -26,7 +27,8 @@ from tests.support.stub import (
 PROMPTS = [
     np.full(count, first, np.uint32) for count, first in ((2, 10), (5, 11), (3, 12), (1, 13))
 ]
-OPTIONS = {"max_new_tokens": 8, "temperature": 0.5, "seed": 5, "stop_token_ids": [1, 9]}
+SAMPLING = Sampling(max_new_tokens=8, temperature=0.5, seed=5, stop_token_ids=[1, 9])
+SCORED = replace(SAMPLING, top_k=4)
 
 
 @pytest.fixture
@@ -85,14 +87,14 @@ def test_each_completion_is_taken_before_the_next_is_written(stub, client):
         yield end()
 
     stub.script = [lambda request: streamed(pieces(request))]
-    completions = client.generate(PROMPTS, **OPTIONS, top_k=4)
+    completions = client.generate(PROMPTS, SCORED)
     assert taken == [2, 0, 3, 1]
     assert firsts(completions) == [10, 11, 12, 13]
 
 
 def test_scores_are_counted_and_checked_as_they_arrive(client):
     client.take_traffic()
-    completions = client.submit_generate(PROMPTS, **OPTIONS, top_k=4).result()
+    completions = client.submit(client.generate, PROMPTS, SCORED).result()
     received, scored = client.take_traffic()
     assert [completion.scores.token_ids.shape for completion in completions] == [(2, 4)] * 4
     assert scored == 8
@@ -107,7 +109,7 @@ def test_scores_are_counted_and_checked_as_they_arrive(client):
 def test_only_what_did_not_come_is_asked_for_again(stub, client, broken, caplog):
     stub.script = [broken, broken_after(1)]
     with caplog.at_level(logging.WARNING):
-        completions = client.generate(PROMPTS, **OPTIONS, top_k=4)
+        completions = client.generate(PROMPTS, SCORED)
     assert firsts(completions) == [10, 11, 12, 13]
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests] == [
         [10, 11, 12, 13],
@@ -122,7 +124,7 @@ def test_only_what_did_not_come_is_asked_for_again(stub, client, broken, caplog)
 def test_an_answer_that_breaks_before_its_first_completion_is_tried_again(stub, client, caplog):
     stub.script = [broken_after()]
     with caplog.at_level(logging.WARNING):
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
     assert [len(request.prompts) for request in stub.requests] == [4, 4]
     assert "Teacher call failed" in caplog.text
 
@@ -136,7 +138,7 @@ def test_halves_do_not_ask_again_for_what_came(stub, client):
         return streamed([event(request, 0), end()])
 
     stub.script = [refused_after(2, status=504)] + [answer] * 10
-    assert firsts(client.generate(PROMPTS, **OPTIONS, top_k=4)) == [10, 11, 12, 13]
+    assert firsts(client.generate(PROMPTS, SCORED)) == [10, 11, 12, 13]
     assert client.take_traffic()[1] == 8  # each of the four once
     assert [len(request.prompts) for request in stub.requests] == [4, 3, 2, 1, 1, 1]
 
@@ -154,7 +156,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
         TeacherClient([stub.url], timeout=1.0) as client,
     ):
         client.connect()
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
         over.set()
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
     assert "sent nothing for 1 s); 2 of its 4 completions are asked for again" in caplog.text
@@ -163,7 +165,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
 def test_a_refusal_at_the_end_is_raised(stub, client):
     stub.script = [refused_after(0, 1, status=422)]
     with pytest.raises(InvalidRequestError, match="no more"):
-        client.generate(PROMPTS, **OPTIONS)
+        client.generate(PROMPTS, SAMPLING)
     assert len(stub.requests) == 1
 
 
@@ -179,7 +181,7 @@ def test_no_completion_of_another_teacher_is_taken_even_from_an_answer_that_brea
 
     stub.script = [broken_after(3, 1), lambda request: streamed(others(request))]
     with pytest.raises(TeacherChangedError):
-        client.generate(PROMPTS, **OPTIONS, top_k=4)
+        client.generate(PROMPTS, SCORED)
     assert client.take_traffic()[1] == 4  # of the two before
     assert len(stub.requests) == 2
 
@@ -190,7 +192,7 @@ def test_another_teacher_is_accepted_within_an_answer_when_told_so(stub, caplog)
         client.connect()
         stub.info = info(OTHER)
         with caplog.at_level(logging.WARNING):
-            assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+            assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
         assert client.info.teacher == OTHER
     assert caplog.text.count("is another teacher now") == 1
 
@@ -233,7 +235,7 @@ def spoilt(**changes):
 def test_an_answer_that_cannot_be_used_stops_the_run(stub, client, answer, message):
     stub.script = [answer]
     with pytest.raises(TeacherAnswerError, match=message):
-        client.generate(PROMPTS, **OPTIONS, top_k=4)
+        client.generate(PROMPTS, SCORED)
     assert len(stub.requests) == 1
 
 
@@ -245,7 +247,7 @@ def test_the_rest_goes_to_another_replica(stub):
         client.connect()
         gone = problem(503, "shutting down")
         stub.script = [broken_after(3, 1)] + [lambda request: gone] * 100
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
     assert [[int(ids[0]) for ids in request.prompts] for request in other.requests] == [[10, 12]]
 
 
@@ -274,6 +276,6 @@ def test_completions_that_came_no_longer_count_as_outstanding(stub):
 
         stub.script = [lambda request: streamed(pieces(request))]
         other.script = [meanwhile]
-        client.generate(PROMPTS, **OPTIONS, top_k=4)
+        client.generate(PROMPTS, SCORED)
     assert [len(request.sequences[0].token_ids) for request in stub.requests[1:]] == [6]
     assert [len(request.sequences[0].token_ids) for request in other.requests] == [24]
