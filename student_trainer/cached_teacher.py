@@ -112,7 +112,16 @@ class CachedTeacher(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
+        if sample_seed is not None:  # new in each step, so never asked again
+            return self.live.score(
+                sequences,
+                top_k=top_k,
+                temperature=temperature,
+                requested=requested,
+                sample_seed=sample_seed,
+            )
         return self._scores(sequences, top_k, temperature, requested, {})
 
     def _scores(

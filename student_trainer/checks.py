@@ -206,6 +206,7 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
         raise ConfigurationError(
             f"--request_student_top_m {args.student_top_m} must be 0 (none) or above"
         )
+    _check_support(args, teacher)
     _check_ahead(args)
     if args.seq_kd and args.lmbda == 1.0:
         raise ConfigurationError(
@@ -220,6 +221,37 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
         )
     check_teacher(teacher)
+
+
+def _check_support(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """What a support that is drawn cannot be combined with."""
+    if args.teacher_support != "sampled":
+        return
+    if args.beta != 0.0:
+        raise ConfigurationError(
+            f"--teacher_support sampled estimates forward KL alone, and --beta is {args.beta}: set "
+            "--beta 0, or use --teacher_support top_k"
+        )
+    if args.tail != "bucket":
+        raise ConfigurationError(
+            f"--tail {args.tail} has no effect with --teacher_support sampled, which has no tail; "
+            "drop it"
+        )
+    if args.student_top_m:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m} would bias --teacher_support "
+            "sampled: drop it, or use --teacher_support top_k"
+        )
+    if teacher.teacher_cache is not None:
+        raise ConfigurationError(
+            f"--teacher_cache {teacher.teacher_cache} keeps nothing of --teacher_support sampled, "
+            "which is drawn anew in each step: drop it, or use --teacher_support top_k"
+        )
+    if teacher.teacher_protocol == "vllm":
+        raise ConfigurationError(
+            "--teacher_support sampled: a stock vLLM draws no support, so --teacher_protocol vllm "
+            "takes top_k only; use `teacher-server serve`"
+        )
 
 
 def _check_ahead(args: DistillArguments) -> None:

@@ -216,6 +216,12 @@ class DistillArguments(CommonTrainingArguments):
         "0.9 is about 12 times weaker than 1.",
     )
     temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    teacher_support: Literal["top_k", "sampled"] = _flag(
+        "top_k",
+        "Which tokens the teacher's log-probs are of. top_k: its --top_k_logprobs most probable "
+        "ones. sampled: so many draws from its whole distribution, new in each step: a gradient "
+        "that is right in the mean at any number of them, but noisy; only for --beta 0.",
+    )
     tail: Literal["bucket", "renormalize"] = _flag(
         "bucket",
         "What becomes of the probability off the support. bucket: one more outcome, so the value "

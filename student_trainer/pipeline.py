@@ -39,6 +39,7 @@ class Method:
     """Which completions are learned from, and how the teacher scores them.
 
     SFT is no teacher at all; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1.
+    With ``sampled`` the rows are scored at ``top_k`` draws from the teacher, not at its top-k.
     """
 
     lmbda: float
@@ -49,10 +50,15 @@ class Method:
     max_new_tokens: int
     seed: int
     stop_ids: tuple[int, ...]
+    sampled: bool = False
 
     def on_policy(self, step: int) -> bool:
         """The coin of a step: depends on seed and step alone, so it is the same on every rank."""
         return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)
+
+    def sample_seed(self, step: int) -> int | None:
+        """Of the draws of a step, new in each: a sequence that comes again is drawn anew."""
+        return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
 
 
 @dataclass
@@ -60,11 +66,13 @@ class PendingBatch:
     """A generation batch on its way: samples as far as known, answers still in flight.
 
     Attributes:
+        step: that learns it.
         weight_version: optimizer steps behind the weights that it was begun with.
         answers: for each sample, the request that scores it and its place in that.
         scores: what came without a request of its own.
     """
 
+    step: int
     examples: list[Example]
     on_policy: bool
     weight_version: int
@@ -161,7 +169,12 @@ class Pipeline:
                 answer, place = batch.answers.pop(index)
                 batch.scores[index] = self._wait(answer)[place]
         return [
-            ScoredSample(batch.samples[i], batch.scores.pop(i, None), batch.requested.get(i))
+            ScoredSample(
+                batch.samples[i],
+                batch.scores.pop(i, None),
+                batch.requested.get(i),
+                sampled=self.method.sampled,
+            )
             for i in indices
         ]
 
@@ -200,7 +213,7 @@ class Pipeline:
                     f"after step {saved.weight_version}: resume with --rollout_staleness "
                     f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
                 )
-            batch = PendingBatch(examples, saved.on_policy, saved.weight_version)
+            batch = PendingBatch(saved.step, examples, saved.on_policy, saved.weight_version)
             batch.samples.update(enumerate(saved.samples))
             batch.requested.update(enumerate(saved.requested))
             self._submit(batch, list(batch.samples))
@@ -221,7 +234,7 @@ class Pipeline:
     def _begin(self, step: int, weight_version: int) -> PendingBatch:
         """Start a generation batch: student completions are sampled here and now."""
         on_policy = self.teacher is not None and self.method.on_policy(step)
-        batch = PendingBatch(self._upcoming(step), on_policy, weight_version)
+        batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
@@ -243,9 +256,11 @@ class Pipeline:
 
         The teacher generates and scores in one call, when the student has not seen the completion
         yet. Where the student proposes ids, SeqKD therefore scores in a second call; all samples
-        of the batch at once, because how many were written before differs between ranks.
+        of the batch at once, because how many were written before differs between ranks. So it does
+        where the support is drawn, which that one call cannot.
         """
-        return self._propose is not None and self.method.seq_kd and not batch.on_policy
+        late = self._propose is not None or self.method.sampled
+        return late and self.method.seq_kd and not batch.on_policy
 
     def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
         assert self.rollouts is not None
@@ -320,6 +335,7 @@ class Pipeline:
                 top_k=self.method.top_k,
                 temperature=self.method.temperature,
                 requested=[batch.requested[i] for i in part] if batch.requested else None,
+                sample_seed=self.method.sample_seed(batch.step),
             )
             rows = sum(len(sample.completion_mask) for sample in samples)
             self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)

@@ -201,6 +201,7 @@ class Teacher(Protocol):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
@@ -208,6 +209,7 @@ class Teacher(Protocol):
             top_k: log-probs for each row.
             temperature: at which the teacher's logits are normalised.
             requested: for each sequence, ids [T, m] that its rows are scored at too.
+            sample_seed: the ids are ``top_k`` draws, as in `shared.protocol.ScoreRequest`.
         """
         ...
 
@@ -265,6 +267,7 @@ class TeacherClient(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         asked = [None] * len(sequences) if requested is None else list(requested)
         items = [
@@ -273,7 +276,11 @@ class TeacherClient(Teacher):
         ]
         widths = [_width(more) for more in asked]
         envelope = ScoreRequest(
-            sequences=[], top_k=top_k, temperature=temperature, logprob_dtype=self.logprob_dtype
+            sequences=[],
+            top_k=top_k,
+            temperature=temperature,
+            logprob_dtype=self.logprob_dtype,
+            sample_seed=sample_seed,
         )
         costs = [
             (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))

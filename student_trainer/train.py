@@ -331,6 +331,11 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
         raise ConfigurationError(
             f"--request_student_top_m {wanted} is over the teacher's limit of {most}"
         )
+    if args.teacher_support == "sampled" and not info.capabilities.sample_seed:
+        raise ConfigurationError(
+            f"--teacher_support sampled: the teacher's backend ({info.teacher.backend}) draws no "
+            "support; use top_k"
+        )
     if args.seq_kd and not info.capabilities.generate:
         raise ConfigurationError("--seq_kd: this teacher does not generate")
 
@@ -474,4 +479,5 @@ def _method(
         max_new_tokens=generation.max_new_tokens,
         seed=args.seed,
         stop_ids=tuple(stop_ids),
+        sampled=distill is not None and distill.teacher_support == "sampled",
     )

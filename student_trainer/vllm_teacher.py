@@ -128,16 +128,22 @@ class VllmTeacher(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
         Raises: as `Teacher`; `InvalidRequestError` for requested ids, which vLLM does not score,
-            and for a temperature other than 1, which it never applies to log-probs of a prompt.
+            for a support that is drawn, and for a temperature other than 1, which it never applies
+            to log-probs of a prompt.
         """
         if requested is not None:
             raise InvalidRequestError(
                 "vLLM scores no requested ids; use `teacher-server serve`",
                 field="requested_token_ids",
+            )
+        if sample_seed is not None:
+            raise InvalidRequestError(
+                "vLLM draws no support; use `teacher-server serve`", field="sample_seed"
             )
         if temperature != 1.0:
             raise InvalidRequestError(

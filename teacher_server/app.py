@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ from shared.protocol import (
     Problem,
     ScoreRequest,
     ScoreResponse,
+    ScoreSequence,
 )
 from shared.sparse import SparseLogprobs
 from shared.validation import check_generate_request, check_score_request
@@ -450,9 +452,16 @@ def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
             asked.temperature,
             sequence.requested_token_ids,
             asked.logprob_dtype,
+            None if asked.sample_seed is None else _draw_key(asked.sample_seed, sequence),
         )
         for sequence in asked.sequences
     ]
+
+
+def _draw_key(seed: int, sequence: ScoreSequence) -> bytes:
+    """Of the content, so that a sequence meets the same draws in whatever request it comes."""
+    content = seed.to_bytes(8, "little") + sequence.token_ids.astype("<u4").tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:

@@ -100,6 +100,23 @@ def test_renormalize_drops_the_tail(world, tmp_path):
     assert abs(losses[1] - losses[0]) > 0.05
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_from_the_teacher_lower_the_divergence_on_held_out_prompts(world, tmp_path, method):
+    code = distill(
+        world, tmp_path, beta=0, teacher_support="sampled", max_steps=30,
+        eval_dataset_name=world.held_out, eval_strategy="steps", eval_steps=30,
+        eval_on_start="true", **METHODS[method],
+    )  # fmt: skip
+    assert code == 0
+    entries = history(tmp_path)
+    divergences = [e["eval_divergence"] for e in entries if "eval_divergence" in e]
+    assert divergences[1] < 0.8 * divergences[0]
+    steps = [e for e in entries if "divergence" in e]
+    assert all(e["divergence"] == pytest.approx(e["loss"], rel=1e-4) for e in steps)
+    unknown = {"teacher_top_k_mass", "teacher_entropy", "top1_agreement", "divergence_gap_bound"}
+    assert not unknown & steps[0].keys()
+
+
 def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
     options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
     for kernel in ("torch", "triton"):
@@ -178,6 +195,7 @@ def test_how_the_forward_pass_is_run_changes_no_weights(world, tmp_path, how):
         {"lmbda": 1},
         {"lmbda": 0, "request_student_top_m": 4},
         {"lmbda": 0, "seq_kd": "true", "request_student_top_m": 4},
+        {"lmbda": 0.5, "beta": 0, "teacher_support": "sampled"},
     ],
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, method):

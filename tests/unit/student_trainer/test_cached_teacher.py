@@ -90,6 +90,13 @@ def test_whatever_changes_the_answer_is_another_question(stub, tmp_path):
         assert len(stub.requests) == 6
 
 
+def test_draws_are_asked_for_again_and_never_mistaken_for_a_top_k(stub, tmp_path):
+    with cached(tmp_path, stub.url) as teacher:
+        for seed in (7, 7, None):
+            teacher.score([A], top_k=K, sample_seed=seed)
+    assert [request.sample_seed for request in stub.requests] == [7, 7, None]
+
+
 def test_requested_ids_are_part_of_the_question(stub, tmp_path):
     def answer(request):
         response = score_response(request)

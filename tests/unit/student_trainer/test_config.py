@@ -81,6 +81,23 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--seq_kd_temperature", "0.7"], "no effect without --seq_kd"),
         (["--top_k_logprobs", "0"], "--top_k_logprobs 0 must be at least 1"),
         (["--request_student_top_m", "-1"], "--request_student_top_m -1 must be 0 (none) or above"),
+        (["--teacher_support", "sampled"], "forward KL alone, and --beta is 0.5: set --beta 0"),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--tail", "renormalize"],
+            "--tail renormalize has no effect with --teacher_support sampled",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--request_student_top_m", "4"],
+            "--request_student_top_m 4 would bias --teacher_support sampled",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--teacher_protocol", "vllm"],
+            "so --teacher_protocol vllm takes top_k only; use `teacher-server serve`",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--teacher_cache", "answers"],
+            "--teacher_cache answers keeps nothing of --teacher_support sampled",
+        ),
         (["--sft_weight", "1"], "--sft_weight 1.0 must be 0 or above and below 1"),
         (["--sft_weight", "0.2", "--lmbda", "1"], "no effect with --lmbda 1"),
         (["--sft_weight", "0.2", "--temperature", "2"], "needs --temperature 1"),
