@@ -43,8 +43,8 @@ class CachedTeacher(Teacher):
         teacher: not yet connected.
         store: closed with this teacher.
         logprob_dtype: that ``teacher`` asks for.
-        starts_alone: `connect` goes on without a teacher that is not ready, if the store knows what
-            it was. It is waited for once something is missing.
+        starts_alone: `connect` goes on without a teacher that is switched off, if the store knows
+            what it was. It is waited for once something is missing.
     """
 
     def __init__(
@@ -72,10 +72,11 @@ class CachedTeacher(Teacher):
 
     def connect(self) -> InfoResponse:
         known = self._known() if self._starts_alone else None
-        if known is not None and not self._replicas.ready():
+        if known is not None and self._replicas.switched_off():
             logger.warning(
-                "The teacher at %s is not ready: its answers come from --teacher_cache, and it is "
-                "waited for only if one is missing", ", ".join(self._replicas.urls),
+                "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
+                "and it is waited for only if one is missing",
+                ", ".join(self._replicas.urls), known.teacher,
             )  # fmt: skip
             self._info = known
             return known

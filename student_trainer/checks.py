@@ -276,8 +276,8 @@ def _check_ahead(args: DistillArguments) -> None:
     if proposes:
         raise ConfigurationError(
             f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
-            f"{args.student_top_m}: the student proposes ids for every step. Drop it; "
-            "--rollout_staleness is for what depends on the student's weights"
+            f"{args.student_top_m} (16 for --beta 1, if not given): the student proposes ids for "
+            "every step. Drop it; --rollout_staleness is for what depends on the student's weights"
         )
 
 
@@ -414,8 +414,8 @@ def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
         )
     if args.student_top_m:
         raise ConfigurationError(
-            f"--request_student_top_m {args.student_top_m}: the ids depend on the "
-            "student's weights, and cannot be asked for before it trains; use 0"
+            f"--request_student_top_m {args.student_top_m} (16 for --beta 1, if not given): the "
+            "ids depend on the student's weights, and cannot be asked for before it trains; give 0"
         )
 
 

@@ -162,13 +162,14 @@ class Replicas:
         for url in self.urls:
             self._wait_for(url, deadline)
 
-    def ready(self) -> bool:
-        """Whether every replica is ready now.
+    def switched_off(self) -> bool:
+        """Whether nothing listens at any address; one that loads its model does, and says 503.
 
         Raises:
-            TeacherAnswerError: something else than a teacher listens there.
+            TeacherUnreachableError: a certificate is not trusted.
         """
-        return not any(self._problem(url) for url in self.urls)
+        nobody = (httpx.ConnectError, httpx.ConnectTimeout)
+        return all(isinstance(self._answer(url), nobody) for url in self.urls)
 
     def request(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of the answer of one replica, asked once.
@@ -334,17 +335,23 @@ class Replicas:
             logger.warning("The teacher at %s is back", url)
             return
 
-    def _problem(self, url: str) -> str:
-        """What keeps the replica from taking requests; empty when nothing does."""
+    def _answer(self, url: str) -> httpx.Response | httpx.TransportError:
+        """What the replica says of being ready, or why it says nothing."""
         try:
-            response = self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
+            return self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
         except httpx.TransportError as error:
             if _is_distrust(error):
                 raise TeacherUnreachableError(
                     f"the certificate of {url} is not trusted: {error}. Name the certificate of "
                     "its authority by the environment variable SSL_CERT_FILE"
                 ) from error
-            return f"is not reachable ({error})"
+            return error
+
+    def _problem(self, url: str) -> str:
+        """What keeps the replica from taking requests; empty when nothing does."""
+        response = self._answer(url)
+        if isinstance(response, httpx.TransportError):
+            return f"is not reachable ({response})"
         _check_authorized(url, response)
         if response.status_code == 200:
             return ""

@@ -217,7 +217,8 @@ def _train(
         )
         if isinstance(teacher, CachedTeacher):
             learned = [train[i] for i in rows_of_run(args, trainer.order)]
-            teacher.require(*count_missing(teacher, questions(method, learned, held_out)))
+            measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
+            teacher.require(*count_missing(teacher, questions(method, learned, measured)))
         result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)

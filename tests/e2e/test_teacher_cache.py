@@ -15,7 +15,7 @@ METHODS = {"supervised KD": {}, "SeqKD": {"seq_kd": "true"}}
 def run(world, output, cache, command="distill", **options):
     options = {
         "teacher_url": world.url, "top_k_logprobs": 16, "lmbda": 0, "num_train_epochs": 2,
-        "teacher_cache": cache, "teacher_timeout": 3, **options,
+        "teacher_cache": cache, "teacher_timeout": 60, **options,
     }  # fmt: skip
     return main([command, *flags(world, output, **options)])
 
@@ -57,11 +57,11 @@ def test_a_run_without_its_answers_says_how_many_are_missing_and_what_to_do(
 
     assert run(world, tmp_path / "again", cache, max_steps=2) == 0  # what it needs is there
     capsys.readouterr()
-    assert run(world, tmp_path / "more", cache) == 1
+    assert run(world, tmp_path / "more", cache, teacher_timeout=3) == 1
     error = capsys.readouterr().err
     assert "32 of 48 answers that this run needs are missing in --teacher_cache" in error
     assert "`student-trainer precompute` with the same flags fills the cache" in error
-    assert run(world, tmp_path / "on-policy", cache, lmbda=1, max_steps=1) == 1
+    assert run(world, tmp_path / "on-policy", cache, lmbda=1, max_steps=1, teacher_timeout=3) == 1
     assert "Start it with" in capsys.readouterr().err
 
 

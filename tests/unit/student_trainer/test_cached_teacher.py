@@ -181,10 +181,20 @@ def test_without_a_teacher_the_answers_of_then_are_given(tmp_path, caplog):
         with pytest.raises(TeacherUnreachableError, match="7 of 9 answers that this run needs"):
             teacher.require(7, 9)
         teacher.require(0, 9)
-    assert "is not ready: its answers come from --teacher_cache" in caplog.text
+    assert "is switched off: the answers of" in caplog.text
     # Where the run will need it in any case, it is waited for at once.
     with cached(tmp_path, url, connect=False) as teacher, pytest.raises(TeacherUnreachableError):
         teacher.connect()
+
+
+def test_a_teacher_that_still_loads_is_waited_for_though_the_store_knows_one(tmp_path):
+    with StubTeacher().serving() as stub, cached(tmp_path, stub.url):
+        pass
+    with (
+        StubTeacher(info=info(max_model_len=48), not_ready=2).serving() as stub,
+        cached(tmp_path, stub.url, starts_alone=True) as teacher,
+    ):
+        assert teacher.info.max_model_len == 48
 
 
 def test_a_store_that_does_not_know_the_teacher_waits_for_it(tmp_path):
