@@ -224,7 +224,7 @@ def test_a_writer_killed_at_any_moment_leaves_all_that_it_had_stored(tmp_path):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path), str(first)], stdout=subprocess.PIPE
         )
-        seen = [writer.stdout.readline() for _ in range(rng.randint(1, 12))]
+        seen = [writer.stdout.readline() for _ in range(rng.randint(5, 12))]
         time.sleep(rng.uniform(0.0, 0.01))
         os.kill(writer.pid, signal.SIGKILL)
         told = b"".join([*seen, writer.stdout.read()]).split()
