@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from student_trainer.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -357,20 +357,6 @@ def _config_path(words: list[str]) -> str | None:
         if word.startswith("--config="):
             return word.removeprefix("--config=")
     return None
-
-
-def read_yaml(path: Path, name: str) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        ConfigurationError: it cannot be read, or is no YAML; it is called ``name`` there.
-    """
-    try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"{name}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{name} is not valid YAML: {error}") from error
 
 
 def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[str]:
