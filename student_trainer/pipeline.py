@@ -60,6 +60,17 @@ class Method:
         """Of the draws of a step, new in each: a sequence that comes again is drawn anew."""
         return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
 
+    def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
+        """How the teacher writes a completion; ``scored``: and scores it in the same call."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=self.seed,
+            stop_token_ids=self.stop_ids,
+            top_k=self.top_k if scored else None,
+            score_temperature=self.temperature,
+        )
+
 
 @dataclass
 class PendingBatch:
@@ -295,14 +306,7 @@ class Pipeline:
         if not late:
             self._score(batch, list(batch.samples))
         if unwritten:
-            sampling = Sampling(
-                max_new_tokens=self.method.max_new_tokens,
-                temperature=self.method.seq_kd_temperature,
-                seed=self.method.seed,
-                stop_token_ids=self.method.stop_ids,
-                top_k=None if late else self.method.top_k,
-                score_temperature=self.method.temperature,
-            )
+            sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
             prompts = [batch.examples[i].prompt_ids for i in unwritten]
             future = self.teacher.submit(self.teacher.generate, prompts, sampling)
             self._timeline.request(future, prompts=len(unwritten))

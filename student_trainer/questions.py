@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.data import Example
 from student_trainer.pipeline import Method
-from student_trainer.teacher import Sampling, Sequences, Teacher
+from student_trainer.teacher import Sequences, Teacher
 
 _IN_FLIGHT = 16
 
@@ -40,16 +40,6 @@ class Questions:
     def score_options(self) -> dict[str, Any]:
         return {"top_k": self.method.top_k, "temperature": self.method.temperature}
 
-    def sampling(self, temperature: float) -> Sampling:
-        return Sampling(
-            max_new_tokens=self.method.max_new_tokens,
-            temperature=temperature,
-            seed=self.method.seed,
-            stop_token_ids=self.method.stop_ids,
-            top_k=self.method.top_k,
-            score_temperature=self.method.temperature,
-        )
-
 
 def questions(
     method: Method, train: Sequence[Example], held_out: Sequence[Example] | None
@@ -70,8 +60,8 @@ def count_missing(teacher: CachedTeacher, asked: Questions) -> tuple[int, int]:
     """How many of the questions only the teacher itself can answer, and how many there are."""
     found = teacher.count_scores(asked.sequences, **asked.score_options)
     temperature = asked.method.seq_kd_temperature
-    found += teacher.count_completions(asked.prompts, asked.sampling(temperature))
-    found += teacher.count_completions(asked.bare, asked.sampling(0.0))
+    found += teacher.count_completions(asked.prompts, asked.method.sampling(temperature))
+    found += teacher.count_completions(asked.bare, asked.method.sampling(0.0))
     return len(asked) - found, len(asked)
 
 
@@ -92,8 +82,8 @@ def _submitted(teacher: Teacher, asked: Questions, size: int) -> Iterator[tuple[
         yield teacher.submit(teacher.score, sequences, **asked.score_options), len(sequences)
     temperature = asked.method.seq_kd_temperature
     for everything, sampling in (
-        (asked.prompts, asked.sampling(temperature)),
-        (asked.bare, asked.sampling(0.0)),
+        (asked.prompts, asked.method.sampling(temperature)),
+        (asked.bare, asked.method.sampling(0.0)),
     ):
         for first in range(0, len(everything), size):
             prompts = everything[first : first + size]

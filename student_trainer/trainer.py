@@ -40,7 +40,7 @@ from student_trainer.rollouts import (
 )
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
-from student_trainer.teacher import Sampling, Teacher
+from student_trainer.teacher import Teacher
 from student_trainer.timeline import Timeline, Trace
 
 MicroBatch = dict[str, Any]
@@ -451,13 +451,7 @@ class DistillationTrainer(Trainer):
         if not bare or self.teacher is None:
             return []
         completions = self.teacher.generate(
-            [e.prompt_ids for e in bare],
-            Sampling(
-                max_new_tokens=self.method.max_new_tokens,
-                temperature=0.0,
-                seed=self.method.seed,
-                stop_token_ids=self.method.stop_ids,
-            ),
+            [e.prompt_ids for e in bare], self.method.sampling(0.0, scored=False)
         )
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
