@@ -22,7 +22,7 @@ from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.answer_store import AnswerStore
-from student_trainer.teacher import Sampling, Sequences, Teacher
+from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -169,7 +169,7 @@ class CachedTeacher(Teacher):
             for i, completion in zip(missing, completions, strict=True):
                 new[keys[i]] = _dump(completion.model_copy(update={"scores": None}))
                 if completion.scores is not None and top_k is not None:
-                    sequence = _sequence(prompts[i], completion)
+                    sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key] = _dump(completion.scores)
             fresh = self._store.add(fresh)
@@ -177,12 +177,9 @@ class CachedTeacher(Teacher):
         written = [_load(Completion, records[key]) for key in keys]
         if top_k is None:
             return written
-        sequences = [_sequence(p, c) for p, c in zip(prompts, written, strict=True)]
+        sequences = [sequence_of(p, c) for p, c in zip(prompts, written, strict=True)]
         scores = self._scores(sequences, top_k, sampling.score_temperature, None, fresh)
-        return [
-            completion.model_copy(update={"scores": score})
-            for completion, score in zip(written, scores, strict=True)
-        ]
+        return with_scores(written, scores)
 
     def count_scores(self, sequences: Sequences, *, top_k: int, temperature: float) -> int:
         """How many of the sequences `score` needs no teacher for."""
@@ -192,7 +189,7 @@ class CachedTeacher(Teacher):
         """How many of the prompts `generate` needs no teacher for."""
         records = self._store.get([self._completion_key(p, sampling) for p in prompts])
         sequences = [
-            _sequence(prompt, _load(Completion, record))
+            sequence_of(prompt, _load(Completion, record))
             for prompt, record in zip(prompts, records, strict=True)
             if record is not None
         ]
@@ -272,10 +269,6 @@ class CachedTeacher(Teacher):
     def _key(self, *question: Any) -> bytes:
         asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *question])
         return hashlib.sha256(asked).digest()
-
-
-def _sequence(prompt: NDArray[np.uint32], completion: Completion) -> tuple[NDArray[np.uint32], int]:
-    return np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt)
 
 
 def _first_places(keys: Sequence[bytes], records: Mapping[bytes, bytes]) -> list[int]:

@@ -79,6 +79,23 @@ class Sampling:
     score_temperature: float = 1.0
 
 
+def sequence_of(
+    prompt: NDArray[np.uint32], completion: Completion
+) -> tuple[NDArray[np.uint32], int]:
+    """(token_ids [L], completion_start), as `Teacher.score` takes them."""
+    return np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt)
+
+
+def with_scores(
+    completions: Sequence[Completion], scores: Sequence[SparseLogprobs]
+) -> list[Completion]:
+    """The completions, each with its own scores."""
+    return [
+        completion.model_copy(update={"scores": score})
+        for completion, score in zip(completions, scores, strict=True)
+    ]
+
+
 class Teacher(Protocol):
     """A served teacher, whatever it speaks; safe to use from several threads.
 
@@ -404,8 +421,8 @@ class TeacherClient(Teacher):
             return
         if completion.scores is None:
             raise TeacherAnswerError(f"completion {index} came without the scores asked for")
-        sequence = (np.append(prompt, ids), len(prompt))
-        self._check([completion.scores], [sequence], sampling.top_k, offset=index)
+        sequences = [sequence_of(prompt, completion)]
+        self._check([completion.scores], sequences, sampling.top_k, offset=index)
 
     def _call(
         self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None

@@ -35,7 +35,7 @@ from shared.protocol import (
 from shared.sparse import SparseLogprobs
 from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import Sampling, Sequences, Teacher
+from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
 
 logger = logging.getLogger(__name__)
 
@@ -187,17 +187,11 @@ class VllmTeacher(Teacher):
         completions = in_parts(costs, _ROOM, ask)
         if sampling.top_k is not None:
             scores = self.score(
-                [
-                    (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
-                    for prompt, completion in zip(prompts, completions, strict=True)
-                ],
+                [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
                 top_k=sampling.top_k,
                 temperature=sampling.score_temperature,
             )
-            completions = [
-                completion.model_copy(update={"scores": score})
-                for completion, score in zip(completions, scores, strict=True)
-            ]
+            completions = with_scores(completions, scores)
         return completions
 
     def _complete(
