@@ -54,15 +54,17 @@ def precompute(argv: Sequence[str]) -> None:
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
         )
         asked = questions(prepared.method, prepared.train, prepared.held_out)
-        client.require(*count_missing(client, asked))
+        missing, wanted = count_missing(client, asked)
+        client.require(missing, wanted)
+        known = wanted - missing
         with tqdm(total=len(asked), desc="Asking the teacher", disable=args.disable_tqdm) as bar:
             for count in ask_all(client, asked, size=_REQUEST_SIZE):
                 bar.update(count)
         missing, wanted = count_missing(client, asked)
-        _, found, corrupt = client.take_lookups()
+        _, _, corrupt = client.take_lookups()
     logger.warning(
         "%d of %d answers are in --teacher_cache %s; %d were there before, %d were corrupt",
-        wanted - missing, wanted, teacher.teacher_cache, found, corrupt,
+        wanted - missing, wanted, teacher.teacher_cache, known, corrupt,
     )  # fmt: skip
     if missing:
         raise ConfigurationError(
