@@ -78,7 +78,8 @@ def sft(argv: Sequence[str]) -> None:
     recipe = Recipe(*parts)
     check_recipe(recipe, args)
     rows = read_rows(recipe)
-    _train(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    _train(recipe, prepared, args, teacher=None, distill=None)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -97,8 +98,10 @@ def distill(argv: Sequence[str]) -> None:
     alone = args.lmbda == 0 and not args.student_top_m
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
-        top_k = teacher.top_k_logprobs
-        _train(recipe, rows, args, teacher=client, distill=args, top_k=top_k)
+        prepared = prepare(
+            recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+        )
+        _train(recipe, prepared, args, teacher=client, distill=args)
 
 
 def open_teacher(
@@ -170,16 +173,14 @@ def read_rows(recipe: Recipe) -> Rows:
 
 def _train(
     recipe: Recipe,
-    rows: Rows,
+    prepared: Prepared,
     args: CommonTrainingArguments,
     *,
     teacher: Teacher | None,
     distill: DistillArguments | None,
-    top_k: int,
 ) -> None:
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
-    prepared = prepare(recipe, rows, args, teacher=teacher, distill=distill, top_k=top_k)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
