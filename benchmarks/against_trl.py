@@ -11,6 +11,7 @@ TRL and pretrains the models, in the work folder.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -125,7 +126,7 @@ def main() -> None:
     rows: list[list[Cell]] = []
     figures: dict[str, Any] = {"benchmark": "against_trl", "quick": args.quick}
     for vocab_size in args.vocab_size:
-        folder = work / f"{'gsm8k' if args.gsm8k else 'synthetic'}-{vocab_size}"
+        folder = work / f"{'gsm8k' if args.gsm8k else 'synthetic'}-{vocab_size}-{_recipe()}"
         if not (folder / "ready").exists():
             apart(prepare, folder, vocab_size, args.gsm8k)
         runs: dict[str, list[Run]] = {TRL: [], OURS: []}
@@ -351,6 +352,12 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
             raise RuntimeError(f"the saved tokenizer reads {len(wanted)} tokens as {len(found)}")
         pretrain(folder / name, tokenizer, pretraining, PRETRAINING[name])
     (folder / "ready").touch()
+
+
+def _recipe() -> str:
+    """Of the models in a folder: others are made anew."""
+    recipe = (SHAPES, KNOWN_WORDS, PRETRAINING, PRETRAINING_ROWS, PRETRAINING_TARGETS)
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:

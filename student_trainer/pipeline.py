@@ -162,7 +162,9 @@ class Pipeline:
 
         Called once for each batch, on every rank.
         """
-        self._finish(batch)
+        if batch.writing is not None:
+            with self._timeline.during("generating"):
+                _finish(batch)
         new: dict[bytes, Completion] = {}
         for indices, generated in batch.completions:
             for index, completion in zip(indices, self._wait(generated), strict=True):
@@ -197,7 +199,7 @@ class Pipeline:
     def finish_writing(self) -> None:
         """Wait until the rollout engine has written all that it was asked for."""
         for batch in self._begun.values():
-            self._finish(batch)
+            _finish(batch)
 
     def ahead(self) -> list[AheadBatch]:
         """What was begun ahead and cannot be begun again: the weights it came from are gone."""
@@ -254,7 +256,11 @@ class Pipeline:
         return not (self.method.on_policy(step) or proposed)
 
     def _begin(self, step: int, weight_version: int) -> PendingBatch:
-        """Start a generation batch: student completions are sampled here and now."""
+        """Start a generation batch.
+
+        The student's completions are sampled here and now; only what runs ahead, and by an engine
+        elsewhere, is left to a thread.
+        """
         on_policy = self.teacher is not None and self.method.on_policy(step)
         batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
         if batch.on_policy:
@@ -290,10 +296,12 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
-        self.finish_writing()  # with the weights that the engine has still
+        with self._timeline.during("generating"):
+            self.finish_writing()  # with the weights that the engine has still
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
-        if self.rollouts.elsewhere and self._propose is None:
+        ahead = step > batch.weight_version
+        if ahead and self.rollouts.elsewhere and self._propose is None:
             batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
         else:
             with self._timeline.during("generating", step=step + 1):
@@ -312,13 +320,6 @@ class Pipeline:
                     weight_version=batch.weight_version,
                 )
             self._score(batch, sorted(index for index, _ in group))
-
-    def _finish(self, batch: PendingBatch) -> None:
-        """Wait for the batch's thread."""
-        if batch.writing is not None:
-            with self._timeline.during("generating", step=batch.step + 1):
-                batch.writing.result()
-            batch.writing = None
 
     def _ask_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None
@@ -371,6 +372,13 @@ class Pipeline:
             rows = sum(len(sample.completion_mask) for sample in samples)
             self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)
             batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
+
+
+def _finish(batch: PendingBatch) -> None:
+    """Wait for the batch's thread."""
+    if batch.writing is not None:
+        batch.writing.result()
+        batch.writing = None
 
 
 def dataset_sample(example: Example) -> Sample:

@@ -38,7 +38,7 @@ class RolloutEngine(Protocol):
 
     Attributes:
         elsewhere: in other processes, with weights of its own: `generate` may run in a thread while
-            the student trains. `sync` must wait for its end.
+            the student trains. It must have ended before the next `sync` or `generate`.
     """
 
     elsewhere: bool

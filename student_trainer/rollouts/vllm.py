@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +31,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 # Mean difference in log-prob between trainer and engine that is rounding, not other weights.
 DRIFT_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 _PROBE_TOKENS = 8
+_LONGEST_STEP = 10.0  # seconds until a thread has left the engine; a dead one it never leaves
+_WATCH_SECONDS = 1.0
 _EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
 
 
@@ -75,7 +77,7 @@ class VllmEngine:
         self.drift: float | None = None
         self._version: int | None = None
         self._requests = 0
-        self._closed = False
+        self._closed = threading.Event()
         self._lock = threading.Lock()  # of the engine, which is for one thread at a time
         self._folder = tempfile.TemporaryDirectory(
             prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
@@ -98,6 +100,7 @@ class VllmEngine:
                     )
                 )
                 self._engine.collective_rpc("spare_generators")
+            threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
         except Exception as error:  # whatever an architecture or too little memory can cause
             self._folder.cleanup()
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -113,9 +116,13 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
-        with self._lock:
-            self._closed = True
+        self._closed.set()  # what is being written ends before its next token
+        idle = self._lock.acquire(timeout=_LONGEST_STEP)
+        try:
             self._engine.engine_core.shutdown()
+        finally:
+            if idle:
+                self._lock.release()
         self._folder.cleanup()
 
     def sync(self, weight_version: int) -> None:
@@ -124,15 +131,16 @@ class VllmEngine:
         Sets ``drift``: the mean difference in log-prob of a few tokens between engine and trainer.
 
         Raises:
-            RolloutError: it is more than rounding, so the engine does not have these weights.
+            RolloutError: it is more than rounding, so the engine does not have these weights; or
+                the engine is dead.
         """
         if weight_version == self._version:
             return
-        with self._exported():
+        with self._exported(), self._open():
             place = {"weights_path": self._folder.name}
             self._engine.collective_rpc("reload_weights", kwargs=place)
-        if not self._engine.reset_prefix_cache():  # keys and values of the old weights
-            raise RolloutError("vLLM did not drop its prefix cache after new weights")
+            if not self._engine.reset_prefix_cache():  # keys and values of the old weights
+                raise RolloutError("vLLM did not drop its prefix cache after new weights")
         self.drift = self._measure_drift()
         if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
             raise RolloutError(
@@ -148,30 +156,50 @@ class VllmEngine:
             RolloutError: the engine is dead, or was closed meanwhile.
         """
         from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         running: dict[str, int] = {}
         try:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = f"rollout-{self._requests}"
                 self._requests += 1
-                self._engine.add_request(name, tokens_input(prompt), param)
+                with self._open():
+                    self._engine.add_request(name, tokens_input(prompt), param)
                 running[name] = index
             while running:
-                with self._lock:
-                    if self._closed:
-                        running.clear()
-                        raise RolloutError("vLLM was closed before its completions were written")
+                with self._open():
                     outputs = self._engine.step()
                 for output in outputs:
                     if output.finished:
                         yield running.pop(output.request_id), output.outputs[0]
-        except EngineDeadError as error:
-            running.clear()
-            raise RolloutError("vLLM's engine is dead; its log is above") from error
-        finally:
-            if running:  # the caller went away
+        except GeneratorExit:  # the caller went away
+            with suppress(RolloutError), self._open():
                 self._engine.abort_request(list(running))
+            raise
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """The engine, for one thread at a time; raises `RolloutError` if it is closed or dead."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        with self._lock:
+            if self._closed.is_set():
+                raise RolloutError("vLLM was closed before its completions were written")
+            try:
+                yield
+            except EngineDeadError as error:
+                raise RolloutError("vLLM's engine is dead; its log is above") from error
+
+    def _watch(self) -> None:
+        """Wake who waits for an engine that died: vLLM's own client goes on waiting."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        core: Any = self._engine.engine_core
+        while not self._closed.wait(_WATCH_SECONDS):
+            if core.resources.engine_dead:
+                core.outputs_queue.put_nowait(EngineDeadError())
+                for answer in list(core.utility_results.values()):
+                    answer.set_exception(EngineDeadError())
+                return
 
     def _measure_drift(self) -> float:
         from vllm import SamplingParams
