@@ -28,3 +28,26 @@ def signals_as_exits() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def first_signal_asks() -> Iterator[threading.Event]:
+    """The event that the first SIGTERM sets; a second one does what it did before.
+
+    What is ignored stays so. In the main thread alone, which hears signals.
+    """
+    asked = threading.Event()
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

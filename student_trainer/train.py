@@ -206,6 +206,16 @@ def _train(
             processing_class=tokenizer,
         )
         result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped:
+        logger.warning(
+            "told to end: saved after step %d of %d; the same command with "
+            "--resume_from_checkpoint auto goes on",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+        )
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        return
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

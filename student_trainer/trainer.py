@@ -8,6 +8,7 @@ runs through it too, as forward KL to the data's one-hot distribution.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from shared.protocol import Completion
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
+from student_trainer.checkpoints import (
+    keep_latest,
+    publish,
+    remove_unfinished,
+    unfinished,
+    write_error,
+)
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
@@ -38,6 +47,7 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
+from student_trainer.signals import first_signal_asks
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
@@ -134,6 +144,8 @@ class DistillationTrainer(Trainer):
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self._greedy = self._rollout_engine(0.0, generation_batch_size or step)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
+        self.stopped = False  # by SIGTERM, before the last step
+        self._writing_checkpoint = False
         self.add_callback(_StepEnd(self))
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
@@ -322,11 +334,53 @@ class DistillationTrainer(Trainer):
             save_ahead(self._ahead_file(output_dir), ahead)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
+        if self.args.should_save:
+            remove_unfinished(Path(self.args.output_dir or ""))
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is not None:
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_ahead(file))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with first_signal_asks() as asked:
+            self.add_callback(_StopWhenAsked(self, asked))
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return str(unfinished(Path(folder))) if self._writing_checkpoint else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process."""
+        output = Path(self.args.output_dir or "")
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            self._writing_checkpoint = True
+            super()._save_checkpoint(model, trial)
+            self._writing_checkpoint = False
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(output / name)
+                if self.args.should_save:  # the file says where it was written
+                    self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            if self.args.should_save:
+                publish(output, name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_of_writing(error):
+                raise
+            remove_unfinished(output)
+            raise write_error(output, self.state.global_step, error) from error
+        finally:
+            self._writing_checkpoint = False
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep_latest(output, self.args.save_total_limit, newest=name, best=best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Waits for the folder to have its name: the upload goes on in the background."""
 
     def _ahead_file(self, folder: str) -> Path:
         return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
@@ -501,6 +555,27 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()
         self.trainer._count_traffic()
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and stops after the step in which any rank was told to end; all ranks at the same."""
+
+    def __init__(self, trainer: DistillationTrainer, asked: threading.Event) -> None:
+        self.trainer = trainer
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = torch.tensor(float(self.asked.is_set()), device=args.device)
+        if float(self.trainer.accelerator.reduce(asked, "sum")) == 0:
+            return
+        control.should_save = control.should_training_stop = True
+        self.trainer.stopped = state.global_step < state.max_steps
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """torch.save tells of a full disk by a RuntimeError, as everything else is told."""
+    texts = ("PytorchStreamWriter", "unexpected pos", "file write")
+    return not isinstance(error, RuntimeError) or any(text in str(error) for text in texts)
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:

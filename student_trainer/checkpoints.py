@@ -1,0 +1,88 @@
+"""Checkpoints that are there whole or not at all.
+
+They are written in a folder beside, which no search for checkpoints looks into, and appear by a
+rename; they go by a rename too, for a deletion cut short would leave half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+
+from shared.errors import SparseGKDError
+
+UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
+
+
+class CheckpointError(SparseGKDError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
+def unfinished(output: Path) -> Path:
+    """Where checkpoints of ``output`` are before they are finished, and while they are deleted."""
+    return output / UNFINISHED
+
+
+def remove_unfinished(output: Path) -> None:
+    """What a killed run left half-written or half-deleted."""
+    shutil.rmtree(unfinished(output), ignore_errors=True)
+
+
+def publish(output: Path, name: str) -> None:
+    """Make the checkpoint in `unfinished` durable, then let it appear in ``output``.
+
+    An earlier one of that name gives way: the run was resumed from before it.
+
+    Raises:
+        OSError: the disk would not take it.
+    """
+    written, final = unfinished(output) / name, output / name
+    for folder, _, files in os.walk(written):
+        for file in files:
+            _sync(Path(folder) / file)
+        _sync(Path(folder))
+    if final.exists():
+        _delete(output, final)
+    written.rename(final)
+    _sync(output)
+
+
+def keep_latest(output: Path, limit: int | None, *, newest: str, best: str | None) -> None:
+    """Delete the oldest checkpoints over ``limit``, but never the newest or the best one."""
+    if limit is None or limit <= 0:
+        return
+    kept = {str(output / newest)} | ({str(Path(best))} if best else set())
+    found = sort_checkpoints(str(output), PREFIX_CHECKPOINT_DIR, use_mtime=True)
+    spare = [path for path in found if path not in kept]
+    for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
+        _delete(output, Path(path))
+
+
+def write_error(output: Path, step: int, error: Exception) -> CheckpointError:
+    """What to tell when the checkpoint after ``step`` could not be written."""
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    free = f"{shutil.disk_usage(output).free / 2**20:.0f} MiB are free there"
+    return CheckpointError(
+        f"the checkpoint after step {step} could not be written in {output} ({free}): {error}. "
+        "Make room there or lower --save_total_limit, then give the same command with "
+        f"--resume_from_checkpoint auto; the last good checkpoint is {last or 'none yet'}"
+    )
+
+
+def _delete(output: Path, checkpoint: Path) -> None:
+    aside = unfinished(output) / f"deleted-{checkpoint.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
