@@ -120,7 +120,9 @@ def test_two_processes_told_to_end_save_the_same_step(world, tmp_path):
                 process.wait(60)  # torchrun tells of the signal, whatever its processes return
             assert f"checkpoint-{STEPS}" not in checkpoints(tmp_path / name)
             for checkpoint in (tmp_path / name).glob("checkpoint-*"):
-                assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= set(os.listdir(checkpoint))
+                assert {f"rng_state_{rank}.pth" for rank in (0, 1)} <= {
+                    file.name for file in checkpoint.iterdir()
+                }
         with started(words, launcher=TWO) as process:
             assert process.wait(120) == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", tolerance=0)
