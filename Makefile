@@ -5,12 +5,13 @@ export HF_HUB_OFFLINE ?= 1
 # VLLM=0 leaves vLLM and its tests out.
 VLLM ?= 1
 
-.PHONY: help quickstart test check format clean
+.PHONY: help quickstart test check audit format clean
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make check        lint, format and types"
+	@echo "make audit        known vulnerabilities of the pinned versions; asks PyPI"
 	@echo "make clean        remove .venv, runs and caches"
 
 # torch alone and first: an exact version takes a CPU build from a wheel folder where pip has one.
@@ -43,10 +44,17 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In an environment of its own: what it needs is no part of ours. Strict: what PyPI does not know, or
+# cannot be asked, is a failure and not a pass.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-audit runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

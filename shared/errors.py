@@ -3,6 +3,7 @@
 SparseGKDError
 ├── ProtocolError             travels over HTTP as an RFC 9457 problem document
 │   ├── MalformedRequestError     400
+│   ├── UnauthorizedError         401
 │   ├── NotFoundError             404
 │   ├── MethodNotAllowedError     405
 │   ├── PayloadTooLargeError      413
@@ -14,6 +15,7 @@ SparseGKDError
 │   └── DeadlineExceededError     504
 ├── TeacherError              what the trainer can find wrong with a teacher
 │   ├── TeacherUnreachableError
+│   ├── TeacherUnauthorizedError
 │   ├── TeacherAnswerError
 │   ├── TeacherChangedError
 │   └── TokenizerMismatchError
@@ -82,6 +84,10 @@ class MalformedRequestError(ProtocolError):
     status, title = 400, "Malformed request"
 
 
+class UnauthorizedError(ProtocolError):
+    status, title = 401, "Unauthorized"
+
+
 class NotFoundError(ProtocolError):
     status, title = 404, "Not found"
 
@@ -122,6 +128,7 @@ _BY_STATUS: dict[int, type[ProtocolError]] = {
     error.status: error
     for error in (
         MalformedRequestError,
+        UnauthorizedError,
         NotFoundError,
         MethodNotAllowedError,
         PayloadTooLargeError,
@@ -155,6 +162,10 @@ class TeacherError(SparseGKDError):
 
 class TeacherUnreachableError(TeacherError):
     """No teacher answered within the time allowed."""
+
+
+class TeacherUnauthorizedError(TeacherError):
+    """The teacher takes no requests from this trainer: no key, or another one than its own."""
 
 
 class TeacherAnswerError(TeacherError):

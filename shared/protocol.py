@@ -21,6 +21,7 @@ FinishReason = Literal["stop", "length"]
 _Int = Annotated[int, Field(strict=True)]
 _Index = Annotated[int, Field(strict=True, ge=0)]
 _Positive = Annotated[int, Field(strict=True, ge=1)]
+_Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Temperature = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=False)]
 
 
@@ -80,12 +81,22 @@ class ScoreSequence(Message):
 
 
 class ScoreRequest(Message):
-    """`POST /v1/score`: a pure function of (teacher, request), so safe to retry and to cache."""
+    """`POST /v1/score`: a pure function of (teacher, request), so safe to retry and to cache.
+
+    Attributes:
+        top_k: ids in each row of the answer.
+        temperature: at which the teacher's logits are normalised.
+        logprob_dtype: of the answer's arrays, next token and tail excepted.
+        sample_seed: when set, the ids of a row are not the most probable ones but ``top_k`` draws
+            from the teacher's distribution, with replacement. They are fixed by the seed, the
+            sequence and the row, whatever is scored along with it.
+    """
 
     sequences: list[ScoreSequence]
     top_k: _Positive
     temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
+    sample_seed: _Seed | None = None
 
 
 class ScoreResponse(Message):
@@ -121,7 +132,7 @@ class GenerateRequest(Message):
     temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
     sampling_top_k: Annotated[int, Field(strict=True, ge=0)] = 0
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    seed: _Seed | None = None
     stop_token_ids: TokenIds1D | None = None
     top_k: _Positive | None = None
     score_temperature: _Temperature = 1.0
@@ -197,6 +208,7 @@ class Capabilities(Message):
     temperature: bool
     requested_token_ids: bool
     generate: bool
+    sample_seed: bool = False
 
 
 class InfoResponse(Message):

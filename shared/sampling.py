@@ -18,9 +18,24 @@ def uniforms(*key: int | bytes | str, count: int) -> NDArray[np.float64]:
     A longer stream begins with the shorter one. Source: Philox 4x64 (Salmon et al., SC 2011),
     keyed by SHA-256 of the key's parts, each preceded by its length.
     """
+    return np.random.Generator(_philox(*key)).random(count)
+
+
+def uniform_rows(*key: int | bytes | str, first: int, rows: int, width: int) -> NDArray[np.float64]:
+    """Rows ``first`` and following of an endless table of uniforms, float64 [rows, width].
+
+    A row depends on ``key``, its number and ``width`` alone, and costs nothing for those before it.
+    """
+    counts = -(-width // 4)  # the generator makes four numbers of each count
+    bits = _philox(*key)
+    bits.advance(first * counts)
+    return np.random.Generator(bits).random((rows, 4 * counts))[:, :width]
+
+
+def _philox(*key: int | bytes | str) -> np.random.Philox:
     digest = hashlib.sha256()
     for part in key:
         data = part if isinstance(part, bytes) else str(part).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     words = np.frombuffer(digest.digest()[:16], dtype="<u8")
-    return np.random.Generator(np.random.Philox(key=words)).random(count)
+    return np.random.Philox(key=words)

@@ -16,7 +16,8 @@ class SparseLogprobs(BaseModel):
     the teacher's full vocabulary at the temperature of the request.
 
     Attributes:
-        token_ids: [T, k] uint32, the k most probable tokens, most probable first.
+        token_ids: [T, k] uint32, the k most probable tokens, most probable first; or, for a request
+            with ``sample_seed``, k draws from the distribution, in which a token may repeat.
         logprobs: [T, k] float32 or float16; in float16 whatever is below −65504 stands as that.
         next_token_logprob: [T] float32, of the token that really came next.
         tail_logprob: [T] float32, log of the mass on every token that the row does not name:

@@ -19,6 +19,8 @@ def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
     _check_count("sequences", len(request.sequences), limits.max_sequences)
     _check_top_k(request.top_k, info)
     _check_temperature("temperature", request.temperature, info.capabilities)
+    if request.sample_seed is not None and not info.capabilities.sample_seed:
+        raise InvalidRequestError("this teacher draws no samples", field="sample_seed")
     tokens = entries = 0
     for index, sequence in enumerate(request.sequences):
         rows, width = _check_sequence(f"sequences.{index}", sequence, info)

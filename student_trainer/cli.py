@@ -1,6 +1,8 @@
-"""`student-trainer sft | distill | evaluate | merge | study`, also as `python -m student_trainer`.
+"""`student-trainer sft | distill | precompute | evaluate | merge | study`.
 
-Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags or data.
+Also as `python -m student_trainer`.
+
+Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data.
 """
 
 from __future__ import annotations
@@ -9,7 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from shared import __version__
-from shared.errors import ConfigurationError, DatasetError, SparseGKDError, TokenizerMismatchError
+from shared.errors import (
+    ConfigurationError,
+    DatasetError,
+    SparseGKDError,
+    TeacherUnauthorizedError,
+    TokenizerMismatchError,
+)
 
 USAGE = """\
 usage: student-trainer COMMAND [flags]
@@ -17,6 +25,7 @@ usage: student-trainer COMMAND [flags]
 commands:
   sft        fine-tune on the dataset's completions (the student, or the teacher before serving it)
   distill    learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture
+  precompute ask the teacher all that `distill` will, and keep it in --teacher_cache
   evaluate   generate, check the completions, and score them
   merge      LoRA adapters into their base model, for serving or distilling further
   study      a file of such commands over several seeds: run once each, then compared
@@ -33,11 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in ("sft", "distill", "evaluate", "merge", "study"):
+    if words[0] not in ("sft", "distill", "precompute", "evaluate", "merge", "study"):
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
         _command(words[0])(words[1:])
-    except (ConfigurationError, DatasetError, TokenizerMismatchError) as error:
+    except (
+        ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
+    ) as error:  # fmt: skip
         return _fail(str(error), 2)
     except SparseGKDError as error:
         return _fail(str(error), 1)
@@ -60,6 +71,10 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from student_trainer.study.command import study
 
         return study
+    if name == "precompute":
+        from student_trainer.precompute import precompute
+
+        return precompute
     from student_trainer.train import distill, sft
 
     return {"sft": sft, "distill": distill}[name]

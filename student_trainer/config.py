@@ -1,8 +1,8 @@
-"""Every flag of the trainer, and what cannot be combined.
+"""Every flag of the trainer, and how flags are read.
 
 `sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below. A YAML
-file given by ``--config`` holds the same names; the command line overrides it. Whatever can be
-known to be wrong is refused here, before any model loads.
+file given by ``--config`` holds the same names; the command line overrides it. What flags may not
+say, alone or together, stands in `student_trainer.checks`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from student_trainer.yaml_file import read_yaml
 
 T = TypeVar("T")
 
@@ -125,6 +123,10 @@ class TeacherArguments:
         "vllm: the addresses are of a stock `vllm serve`; slower, at --temperature 1 only, and "
         "weights and vocabulary are not proved to be the right ones.",
     )
+    teacher_api_key_file: str | None = _flag(
+        None,
+        "File that holds the teacher's API key; default: the environment variable TEACHER_API_KEY.",
+    )
     teacher_timeout: float = _flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
@@ -139,6 +141,15 @@ class TeacherArguments:
     )
     accept_teacher_change: bool = _flag(
         False, "Go on when another teacher answers at the same address in the middle of a run."
+    )
+    teacher_cache: str | None = _flag(
+        None,
+        "Folder, on a local disk, that keeps the teacher's answers for later epochs, other ranks "
+        "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
+        "a teacher. What depends on the student's weights is not kept.",
+    )
+    teacher_cache_max_gb: float = _flag(
+        10.0, "Size of --teacher_cache; what was used longest ago makes room for new answers."
     )
 
 
@@ -178,7 +189,7 @@ class CommonTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
-        if _uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
+        if uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
@@ -205,6 +216,12 @@ class DistillArguments(CommonTrainingArguments):
         "0.9 is about 12 times weaker than 1.",
     )
     temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
+    teacher_support: Literal["top_k", "sampled"] = _flag(
+        "top_k",
+        "Which tokens the teacher's log-probs are of. top_k: its --top_k_logprobs most probable "
+        "ones. sampled: so many draws from its whole distribution, new in each step: a gradient "
+        "that is right in the mean at any number of them, but noisy; only for --beta 0.",
+    )
     tail: Literal["bucket", "renormalize"] = _flag(
         "bucket",
         "What becomes of the probability off the support. bucket: one more outcome, so the value "
@@ -217,13 +234,14 @@ class DistillArguments(CommonTrainingArguments):
         "dataset or the teacher (not on the student's own). Holds the student to known good "
         "completions where the teacher is unsure or wrong.",
     )
-    request_student_top_m: int = _flag(
-        0,
+    request_student_top_m: int | None = _flag(
+        None,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
         "them to the support. What the student likes and the teacher does not is where reverse KL "
         "and JSD are decided. Costs one forward pass without gradient, with weights as old as "
         "--rollout_staleness says; with --seq_kd the teacher scores its completions in a second "
-        "call.",
+        "call. Default: 16 for --beta 1, which is far from the dense gradient without, otherwise "
+        "none.",
     )
     seq_kd: bool = _flag(
         False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
@@ -250,6 +268,13 @@ class DistillArguments(CommonTrainingArguments):
         0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
     )
 
+    @property
+    def student_top_m(self) -> int:
+        """``request_student_top_m``, or its default for this beta."""
+        if self.request_student_top_m is None:
+            return 16 if self.beta == 1.0 else 0
+        return self.request_student_top_m
+
 
 @dataclass
 class EvaluateArguments:
@@ -264,25 +289,6 @@ class EvaluateArguments:
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
-
-
-_COUNTS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
-_METRICS = ("loss", "divergence", "pass@1", "exact_match")
-# TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
-_UNSUPPORTED = {
-    "label_smoothing_factor": "has no effect on a divergence; drop it",
-    "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
-    "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
-    "dataloader_num_workers": "has no effect: rows are token ids in memory; drop it",
-    "ignore_data_skip": "would learn rows twice after a checkpoint; drop it",
-    "bf16_full_eval": "has no effect: evaluation computes as training does; use --bf16",
-    "fp16_full_eval": "has no effect: evaluation computes as training does; use --fp16",
-    "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
-}
 
 
 @dataclass
@@ -333,7 +339,7 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
         hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help."
-        raise ConfigurationError(f"unknown argument {unknown[0]!r}.{hint}")
+        raise ConfigurationError(f"unknown argument {flag!r}.{hint}")
     values = vars(namespace)
     try:
         return tuple(
@@ -355,12 +361,7 @@ def _config_path(words: list[str]) -> str | None:
 
 def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[str]:
     """The file as flags; keys that the command line gives again are left out."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"--config {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"--config {path} is not valid YAML: {error}") from error
+    content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} must hold `name: value` lines")
     given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in overrides if w.startswith("--")}
@@ -379,90 +380,6 @@ def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[st
 
 def _to_word(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def check_common(
-    model: ModelArguments,
-    adapters: AdapterArguments,
-    dataset: DatasetArguments,
-    data: DataArguments,
-    args: CommonTrainingArguments,
-) -> None:
-    """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
-    check_model(model)
-    check_adapters(adapters)
-    _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
-    if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
-        raise ConfigurationError(
-            f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
-        )
-    if data.max_length is not None and data.max_length < 2:
-        raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
-    for name in _COUNTS:
-        if getattr(args, name) < 1:
-            raise ConfigurationError(f"--{name} {getattr(args, name)} must be at least 1")
-    budget = args.max_tokens_per_batch
-    if budget is not None and budget < 1:
-        raise ConfigurationError(f"--max_tokens_per_batch {budget} must be at least 1")
-    if budget is not None and _uses_deepspeed(args):
-        raise ConfigurationError(
-            f"--max_tokens_per_batch {budget}: DeepSpeed counts micro-batches by itself and would "
-            "step between them; drop it"
-        )
-    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    if best not in _METRICS:
-        raise ConfigurationError(
-            f"--metric_for_best_model {args.metric_for_best_model} is not one of "
-            f"{', '.join(_METRICS)}"
-        )
-    for name, remedy in _UNSUPPORTED.items():
-        value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
-        if value != default.default:
-            raise ConfigurationError(f"--{name} {value} {remedy}")
-    loader: Any = args.accelerator_config
-    if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
-        raise ConfigurationError(
-            "--accelerator_config: split_batches, dispatch_batches and even_batches have no "
-            "effect here; drop them"
-        )
-    traced_steps(args)
-    if args.fp16 and not torch.accelerator.is_available():
-        raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
-    available = get_available_reporting_integrations()
-    for name in args.report_to:
-        if name not in available:
-            raise ConfigurationError(
-                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
-            )
-    if args.loss_kernel == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
-    _check_fsdp(args)
-
-
-def _check_fsdp(args: TrainingArguments) -> None:
-    if args.fsdp and args.world_size == 1:
-        raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
-    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if args.world_size == 1 or not (args.fsdp or launched):
-        return
-    if args.use_cpu:
-        raise ConfigurationError(
-            "--fsdp needs GPUs: on CPUs accelerate leaves each process the whole model; drop it"
-        )
-    # The defaults of transformers and of accelerate.
-    version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
-    if int(version) != 2:
-        raise ConfigurationError(
-            f"--fsdp: version {version} is not supported, whose wrappers rollouts go round; set "
-            "--fsdp_config '{\"version\": 2}', or fsdp_version: 2 for accelerate"
-        )
-
-
-def _uses_deepspeed(args: TrainingArguments) -> bool:
-    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
@@ -510,228 +427,6 @@ def checkpoint_of(args: CommonTrainingArguments) -> str | None:
     return given
 
 
-def check_model(model: ModelArguments) -> None:
-    _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
-    name = model.model_name_or_path
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists() and not holds_adapters(name):
-            raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
-
-
-def holds_adapters(folder: str) -> bool:
-    """Whether a model folder holds LoRA adapters alone, without their base model."""
-    path = Path(folder)
-    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
-
-
-def check_adapters(adapters: AdapterArguments) -> None:
-    if adapters.load_in_4bit:
-        if not adapters.use_peft:
-            raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
-        if not torch.cuda.is_available():
-            raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    defaults = AdapterArguments()
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        if not adapters.use_peft and getattr(adapters, name) != getattr(defaults, name):
-            raise ConfigurationError(f"--{name} has no effect without --use_peft")
-    if adapters.lora_r < 1:
-        raise ConfigurationError(f"--lora_r {adapters.lora_r} must be at least 1")
-
-
-def check_merge(args: MergeArguments) -> None:
-    """Raises `ConfigurationError` where there is nothing to merge, or no place for it."""
-    _require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
-    _require(args.output_dir, "--output_dir", "a new folder for the merged model")
-    if not holds_adapters(args.model_name_or_path):
-        raise ConfigurationError(
-            f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"
-        )
-    output = Path(args.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigurationError(f"--output_dir {output} exists already; give a new folder")
-
-
-def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
-    """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
-    for name in ("lmbda", "beta"):
-        value = getattr(args, name)
-        if not 0.0 <= value <= 1.0:
-            raise ConfigurationError(f"--{name} {value} must be from 0 to 1")
-    if not 0 < args.temperature < float("inf"):
-        raise ConfigurationError(f"--temperature {args.temperature} must be above 0")
-    if not 0 < args.rollout_temperature < float("inf"):
-        raise ConfigurationError(
-            f"--rollout_temperature {args.rollout_temperature} must be above 0"
-        )
-    if not 0 <= args.seq_kd_temperature < float("inf"):
-        raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
-    if not 0.0 <= args.sft_weight < 1.0:
-        raise ConfigurationError(
-            f"--sft_weight {args.sft_weight} must be 0 or above and below 1; without a teacher's "
-            "share there is `student-trainer sft`"
-        )
-    if args.sft_weight > 0 and args.lmbda == 1.0:
-        raise ConfigurationError(
-            f"--sft_weight {args.sft_weight} has no effect with --lmbda 1: the student's own "
-            "completions are no labels. Drop it, or lower --lmbda"
-        )
-    if args.sft_weight > 0 and args.temperature != 1.0:
-        raise ConfigurationError(
-            f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
-            f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
-        )
-    if args.request_student_top_m < 0:
-        raise ConfigurationError(
-            f"--request_student_top_m {args.request_student_top_m} must be 0 (none) or above"
-        )
-    _check_ahead(args)
-    if args.seq_kd and args.lmbda == 1.0:
-        raise ConfigurationError(
-            "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
-            "Drop --seq_kd, or lower --lmbda"
-        )
-    if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
-        raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
-    if teacher.teacher_protocol == "vllm" and args.temperature != 1.0:
-        raise ConfigurationError(
-            f"--temperature {args.temperature}: vLLM never applies a temperature to the log-probs "
-            "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
-        )
-    check_teacher(teacher)
-
-
-def _check_ahead(args: DistillArguments) -> None:
-    """What runs ahead of the steps that learn from it."""
-    for name in ("rollout_staleness", "teacher_prefetch_steps"):
-        if getattr(args, name) < 0:
-            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
-    proposes = args.request_student_top_m > 0 and not args.seq_kd
-    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
-        raise ConfigurationError(
-            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
-            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
-        )
-    prefetch = args.teacher_prefetch_steps
-    if prefetch == DistillArguments.teacher_prefetch_steps:
-        return
-    if args.lmbda == 1.0:
-        raise ConfigurationError(
-            f"--teacher_prefetch_steps {prefetch} has no effect with --lmbda 1: every step is "
-            "on-policy. Drop it; --rollout_staleness is for rollouts"
-        )
-    if proposes:
-        raise ConfigurationError(
-            f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
-            f"{args.request_student_top_m}: the student proposes ids for every step. Drop it; "
-            "--rollout_staleness is for what depends on the student's weights"
-        )
-
-
-def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
-    """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
-    if args.rollout_engine != "vllm":
-        share = DistillArguments.vllm_gpu_memory_utilization
-        if args.vllm_gpu_memory_utilization != share:
-            raise ConfigurationError(
-                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
-            )
-        return
-    if args.lmbda == 0:
-        raise ConfigurationError(
-            "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
-        )
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
-    if not 0 < args.vllm_gpu_memory_utilization < 1:
-        raise ConfigurationError(
-            f"--vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} must be between 0 "
-            "and 1"
-        )
-    if not 0.01 <= args.rollout_temperature <= 2:
-        raise ConfigurationError(
-            f"--rollout_temperature {args.rollout_temperature}: vLLM samples from 0.01 to 2; use "
-            "--rollout_engine transformers"
-        )
-    if adapters.load_in_4bit:
-        raise ConfigurationError(
-            "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
-        )
-    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fsdp or args.deepspeed or any(os.environ.get(n) == "true" for n in sharded):
-        raise ConfigurationError(
-            "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
-            "or use transformers"
-        )
-
-
-def check_evaluate(
-    model: ModelArguments,
-    dataset: DatasetArguments,
-    generation: GenerationArguments,
-    args: EvaluateArguments,
-) -> None:
-    """Raises `ConfigurationError` for an evaluation that cannot run."""
-    check_model(model)
-    check_generation(generation)
-    _require(
-        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
-    )
-    _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
-    if not 0 <= args.temperature < float("inf"):
-        raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")
-    if args.n < 1 or (args.limit is not None and args.limit < 1):
-        raise ConfigurationError(f"--n {args.n} and --limit {args.limit} must be at least 1")
-    if args.n > 1 and args.temperature == 0:
-        raise ConfigurationError(
-            f"--n {args.n} greedy completions are all the same; add --temperature"
-        )
-    if not args.check_timeout > 0:
-        raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
-
-
-def check_generation(generation: GenerationArguments) -> None:
-    if generation.max_new_tokens < 1:
-        raise ConfigurationError(f"--max_new_tokens {generation.max_new_tokens} must be at least 1")
-    if generation.generation_batch_size is not None and generation.generation_batch_size < 1:
-        raise ConfigurationError(
-            f"--generation_batch_size {generation.generation_batch_size} must be at least 1"
-        )
-
-
-def check_teacher(teacher: TeacherArguments) -> None:
-    if not teacher.teacher_url:
-        raise ConfigurationError(
-            "--teacher_url is missing: start `teacher-server serve MODEL` and give its address, "
-            "such as --teacher_url http://localhost:8000"
-        )
-    for url in teacher.teacher_url:
-        if not _is_address(url):
-            raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
-    if teacher.top_k_logprobs < 1:
-        raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
-    dtype = teacher.teacher_logprob_dtype
-    if teacher.teacher_protocol == "vllm" and dtype != TeacherArguments.teacher_logprob_dtype:
-        raise ConfigurationError(
-            f"--teacher_logprob_dtype {dtype} has no effect with --teacher_protocol vllm, which "
-            "sends decimal numbers; drop it"
-        )
-    if not teacher.teacher_timeout > 0:
-        raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for what is no port
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
-
-
-def _require(value: str | None, flag: str, what: str) -> None:
-    if not value:
-        raise ConfigurationError(f"{flag} is missing: give {what}")
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Whether it was asked for by ``--deepspeed`` or by accelerate's launcher."""
+    return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

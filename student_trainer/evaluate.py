@@ -14,13 +14,13 @@ import torch
 from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
+from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
     DataArguments,
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
-    check_evaluate,
     parse,
 )
 from student_trainer.data import load_rows, tokenize_rows

@@ -38,7 +38,9 @@ class WindowMetrics:
     ``padding_fraction`` (share of padding among the positions of the training passes),
     ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
     of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
-    ``teacher_tokens_per_second`` (scored, of all ranks).
+    ``teacher_tokens_per_second`` (scored, of all ranks), ``teacher_cache_hits`` (share of the
+    answers looked up that the cache held) and ``teacher_cache_corrupt`` (how many were wrong there,
+    and were asked for).
 
     Of a step and rank, in seconds that add up to ``seconds_step``: ``seconds_teacher`` (waiting for
     it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),
@@ -59,6 +61,9 @@ class WindowMetrics:
         *(f"seconds_{name}" for name in ACTIVITIES),
         "bytes",
         "scored_tokens",
+        "looked_up",
+        "found",
+        "corrupt",
         "positions",
         "padding",
     )
@@ -131,6 +136,9 @@ class WindowMetrics:
                 logs["staleness_max"] = staleness_max
             if total["scored_tokens"]:
                 logs["bytes_per_token"] = total["bytes"] / total["scored_tokens"]
+            if total["looked_up"]:
+                logs["teacher_cache_hits"] = total["found"] / total["looked_up"]
+                logs["teacher_cache_corrupt"] = total["corrupt"]
             if whole:
                 elapsed = whole * total["steps"] / ranks
                 logs["teacher_tokens_per_second"] = total["scored_tokens"] / elapsed

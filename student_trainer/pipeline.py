@@ -28,7 +28,7 @@ from student_trainer.data import Example, Sample, completed
 from student_trainer.grouping import by_length
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
-from student_trainer.teacher import Teacher
+from student_trainer.teacher import Sampling, Teacher
 from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
@@ -39,6 +39,7 @@ class Method:
     """Which completions are learned from, and how the teacher scores them.
 
     SFT is no teacher at all; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1.
+    With ``sampled`` the rows are scored at ``top_k`` draws from the teacher, not at its top-k.
     """
 
     lmbda: float
@@ -49,10 +50,26 @@ class Method:
     max_new_tokens: int
     seed: int
     stop_ids: tuple[int, ...]
+    sampled: bool = False
 
     def on_policy(self, step: int) -> bool:
         """The coin of a step: depends on seed and step alone, so it is the same on every rank."""
         return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)
+
+    def sample_seed(self, step: int) -> int | None:
+        """Of the draws of a step, new in each: a sequence that comes again is drawn anew."""
+        return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
+
+    def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
+        """How the teacher writes a completion; ``scored``: and scores it in the same call."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=self.seed,
+            stop_token_ids=self.stop_ids,
+            top_k=self.top_k if scored else None,
+            score_temperature=self.temperature,
+        )
 
 
 @dataclass
@@ -60,11 +77,13 @@ class PendingBatch:
     """A generation batch on its way: samples as far as known, answers still in flight.
 
     Attributes:
+        step: that learns it.
         weight_version: optimizer steps behind the weights that it was begun with.
         answers: for each sample, the request that scores it and its place in that.
         scores: what came without a request of its own.
     """
 
+    step: int
     examples: list[Example]
     on_policy: bool
     weight_version: int
@@ -161,7 +180,12 @@ class Pipeline:
                 answer, place = batch.answers.pop(index)
                 batch.scores[index] = self._wait(answer)[place]
         return [
-            ScoredSample(batch.samples[i], batch.scores.pop(i, None), batch.requested.get(i))
+            ScoredSample(
+                batch.samples[i],
+                batch.scores.pop(i, None),
+                batch.requested.get(i),
+                sampled=self.method.sampled,
+            )
             for i in indices
         ]
 
@@ -200,7 +224,7 @@ class Pipeline:
                     f"after step {saved.weight_version}: resume with --rollout_staleness "
                     f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
                 )
-            batch = PendingBatch(examples, saved.on_policy, saved.weight_version)
+            batch = PendingBatch(saved.step, examples, saved.on_policy, saved.weight_version)
             batch.samples.update(enumerate(saved.samples))
             batch.requested.update(enumerate(saved.requested))
             self._submit(batch, list(batch.samples))
@@ -221,7 +245,7 @@ class Pipeline:
     def _begin(self, step: int, weight_version: int) -> PendingBatch:
         """Start a generation batch: student completions are sampled here and now."""
         on_policy = self.teacher is not None and self.method.on_policy(step)
-        batch = PendingBatch(self._upcoming(step), on_policy, weight_version)
+        batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
@@ -243,9 +267,11 @@ class Pipeline:
 
         The teacher generates and scores in one call, when the student has not seen the completion
         yet. Where the student proposes ids, SeqKD therefore scores in a second call; all samples
-        of the batch at once, because how many were written before differs between ranks.
+        of the batch at once, because how many were written before differs between ranks. So it does
+        where the support is drawn, which that one call cannot.
         """
-        return self._propose is not None and self.method.seq_kd and not batch.on_policy
+        late = self._propose is not None or self.method.sampled
+        return late and self.method.seq_kd and not batch.on_policy
 
     def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
         assert self.rollouts is not None
@@ -280,15 +306,9 @@ class Pipeline:
         if not late:
             self._score(batch, list(batch.samples))
         if unwritten:
-            future = self.teacher.submit_generate(
-                [batch.examples[i].prompt_ids for i in unwritten],
-                max_new_tokens=self.method.max_new_tokens,
-                temperature=self.method.seq_kd_temperature,
-                seed=self.method.seed,
-                stop_token_ids=self.method.stop_ids,
-                top_k=None if late else self.method.top_k,
-                score_temperature=self.method.temperature,
-            )
+            sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
+            prompts = [batch.examples[i].prompt_ids for i in unwritten]
+            future = self.teacher.submit(self.teacher.generate, prompts, sampling)
             self._timeline.request(future, prompts=len(unwritten))
             batch.completions.append((unwritten, future))
 
@@ -304,6 +324,8 @@ class Pipeline:
 
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
+        # What depends on the student's weights is never asked again, so no cache keeps it.
+        teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
         # As they are trained, so that what the first micro-batch waits for is asked first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
         order = by_length(lengths, shortest_first=batch.on_policy)
@@ -311,11 +333,13 @@ class Pipeline:
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
             samples = [batch.samples[i] for i in part]
-            answer = self.teacher.submit_score(
+            answer = teacher.submit(
+                teacher.score,
                 [(s.token_ids, s.completion_start) for s in samples],
                 top_k=self.method.top_k,
                 temperature=self.method.temperature,
                 requested=[batch.requested[i] for i in part] if batch.requested else None,
+                sample_seed=self.method.sample_seed(batch.step),
             )
             rows = sum(len(sample.completion_mask) for sample in samples)
             self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,14 @@ from tenacity import (
 )
 
 from shared.errors import (
+    ConfigurationError,
     DeadlineExceededError,
     InternalError,
     OverloadedError,
     ProtocolError,
     TeacherAnswerError,
     TeacherError,
+    TeacherUnauthorizedError,
     TeacherUnreachableError,
     UnavailableError,
     error_from_problem,
@@ -64,6 +68,10 @@ class Replicas:
         rejoins: whether the replica at a URL, ready again, is still the teacher that the others
             are. A `TeacherError` that it raises ends the run: the next request raises it.
         start: the command that starts such a server, for messages.
+        api_key: sent with every request, to these addresses alone.
+
+    Raises:
+        ConfigurationError: the certificates that SSL_CERT_FILE names cannot be read.
     """
 
     def __init__(
@@ -75,6 +83,7 @@ class Replicas:
         ready: str,
         rejoins: Callable[[str], bool],
         start: str,
+        api_key: str | None,
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout = timeout
@@ -90,10 +99,19 @@ class Replicas:
         self._tokens_scored = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._http = httpx.Client(
-            headers={"Accept": media_type, "Content-Type": media_type},
-            timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
-        )
+        headers = {"Accept": media_type, "Content-Type": media_type}
+        if api_key is not None:
+            headers["Authorization"] = f"Bearer {api_key}"
+        try:
+            self._http = httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
+            )
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigurationError(
+                f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {error.strerror or error}; give "
+                "a PEM file of the certificates to trust"
+            ) from error
         self._slots = threading.Semaphore(_CONNECTIONS)
         self._turn = 0
 
@@ -136,11 +154,22 @@ class Replicas:
 
         Raises:
             TeacherAnswerError: something else than a teacher listens there.
-            TeacherUnreachableError: one is not within ``timeout`` seconds.
+            TeacherUnauthorizedError: a gateway before it wants a key, or another one.
+            TeacherUnreachableError: one is not within ``timeout`` seconds, or its certificate is
+                not trusted.
         """
         deadline = time.monotonic() + self.timeout
         for url in self.urls:
             self._wait_for(url, deadline)
+
+    def switched_off(self) -> bool:
+        """Whether nothing listens at any address; one that loads its model does, and says 503.
+
+        Raises:
+            TeacherUnreachableError: a certificate is not trusted.
+        """
+        nobody = (httpx.ConnectError, httpx.ConnectTimeout)
+        return all(isinstance(self._answer(url), nobody) for url in self.urls)
 
     def request(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of the answer of one replica, asked once.
@@ -157,7 +186,8 @@ class Replicas:
         """The body of the answer of one replica, asked once, as it arrives.
 
         Raises:
-            ProtocolError: what the refusal stands for.
+            TeacherUnauthorizedError: it wants a key, or another one.
+            ProtocolError: what any other refusal stands for.
             DeadlineExceededError: nothing came for a share of ``timeout``, though it is ready.
             httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
@@ -165,6 +195,7 @@ class Replicas:
             with self._http.stream(method, url + path, content=body) as response:
                 if response.status_code != 200:
                     response.read()
+                    _check_authorized(url, response)
                     raise _refusal(response)
                 yield self._counted(response.iter_bytes())
         except httpx.ReadTimeout as error:
@@ -304,12 +335,24 @@ class Replicas:
             logger.warning("The teacher at %s is back", url)
             return
 
+    def _answer(self, url: str) -> httpx.Response | httpx.TransportError:
+        """What the replica says of being ready, or why it says nothing."""
+        try:
+            return self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
+        except httpx.TransportError as error:
+            if _is_distrust(error):
+                raise TeacherUnreachableError(
+                    f"the certificate of {url} is not trusted: {error}. Name the certificate of "
+                    "its authority by the environment variable SSL_CERT_FILE"
+                ) from error
+            return error
+
     def _problem(self, url: str) -> str:
         """What keeps the replica from taking requests; empty when nothing does."""
-        try:
-            response = self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
-        except httpx.TransportError as error:
-            return f"is not reachable ({error})"
+        response = self._answer(url)
+        if isinstance(response, httpx.TransportError):
+            return f"is not reachable ({response})"
+        _check_authorized(url, response)
         if response.status_code == 200:
             return ""
         if response.status_code == 404:
@@ -334,6 +377,25 @@ class Replicas:
                     "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
                 )
             time.sleep(min(0.5, left))
+
+
+def _check_authorized(url: str, response: httpx.Response) -> None:
+    """Raises `TeacherUnauthorizedError` where the same request will never be answered."""
+    if response.status_code not in (401, 403):
+        return
+    sent = "Authorization" in response.request.headers
+    raise TeacherUnauthorizedError(
+        f"{url} answers {response.status_code}: it does not take "
+        f"{'the key that was sent' if sent else 'requests without a key'}. Give its key by the "
+        "environment variable TEACHER_API_KEY or by --teacher_api_key_file"
+    )
+
+
+def _is_distrust(error: BaseException | None) -> bool:
+    """Whether ``error`` comes from a certificate that no known authority signed."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _refusal(response: httpx.Response) -> ProtocolError:

@@ -22,11 +22,13 @@ class ScoredSample:
         sample: token ids and which of them are learned.
         scores: None is the data itself (SFT).
         requested: [T, m] ids whose log-probs stand in ``scores.requested_logprobs``, or None.
+        sampled: the ids of ``scores`` are draws from the teacher, not its top-k.
     """
 
     sample: Sample
     scores: SparseLogprobs | None
     requested: NDArray[np.uint32] | None = None
+    sampled: bool = False
 
 
 def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:
@@ -37,6 +39,9 @@ def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> Spar
     id out, so the union's masses and the tail sum to one. Teacher mass on ids outside the shared
     vocabulary goes to the tail. Where a sample has no scores its rows are one-hot at the next
     token: forward KL to them is the cross-entropy of SFT.
+
+    Samples that are drawn, all of them or none, give an estimate without bias instead: each drawn
+    token has the share of the draws that fell on it, and the tail is empty. See `_estimate`.
     """
     parts = [_support(item, vocab_size) for item in scored]
     width = max(ids.shape[1] for ids, _, _ in parts)
@@ -50,8 +55,12 @@ def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> Spar
         logprobs[first:last, : ids.shape[1]] = values
         first = last
     tails = np.concatenate([tail for _, _, tail in parts])
+    offset = None
+    if scored[0].sampled:
+        shares = np.concatenate([logprobs, tails[:, None]], axis=1)
+        offset = torch.from_numpy(_offsets(scored, shares))
     return SparseDistribution(
-        torch.from_numpy(token_ids), torch.from_numpy(logprobs), torch.from_numpy(tails)
+        torch.from_numpy(token_ids), torch.from_numpy(logprobs), torch.from_numpy(tails), offset
     )
 
 
@@ -90,6 +99,8 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
     if item.scores is None:
         one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
         return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
+    if item.sampled:
+        return _estimate(item.scores, learned, vocab_size)
     scores = item.scores
     ids = [scores.token_ids[learned].astype(np.int64)]
     values = [scores.logprobs[learned]]
@@ -109,6 +120,45 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
     return _within(
         token_ids, np.concatenate([next_logprob[:, None], logprobs], axis=1), tail, vocab_size
     )
+
+
+def _estimate(scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: int) -> _Support:
+    """The drawn tokens and the log of each one's share of the draws; nothing is left for the tail.
+
+    Forward KL to the shares c/n has the gradient Σ (c/n)·(q − onehot) / T, in the mean that of the
+    dense divergence: the draws come from the teacher itself, so its own p weigh nothing further.
+
+    Source: Random Sampling KD, arXiv 2503.16870, at a sampling temperature of 1.
+    """
+    ids = np.sort(scores.token_ids[learned].astype(np.int64), axis=1)  # [n, k]
+    new = np.ones(ids.shape, dtype=bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    starts = np.flatnonzero(new)  # of runs of one token, none of which goes over a row's end
+    log_shares = np.full(ids.size, -np.inf, dtype=np.float32)
+    log_shares[starts] = np.log(np.diff(starts, append=ids.size) / ids.shape[1])
+    tail = np.full(len(ids), -np.inf, dtype=np.float32)
+    return _within(np.where(new, ids, -1), log_shares.reshape(ids.shape), tail, vocab_size)
+
+
+def _offsets(
+    scored: Sequence[ScoredSample], log_shares: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """[N] nats from KL(shares‖Q) to Σ (c/n)·(log P − log Q), whose mean is KL(P‖Q).
+
+    Shares that were drawn have less entropy than what they were drawn from, so the first is too
+    high. Both are the same function of the student, up to this number.
+
+    Args:
+        log_shares: [N, K + 1], those of the tail in the last column.
+    """
+    drawn = [
+        item.scores.logprobs[item.sample.completion_mask].astype(np.float64).mean(axis=1)
+        for item in scored
+        if item.scores is not None
+    ]
+    shares = np.exp(log_shares)
+    own = (shares * np.where(shares > 0, log_shares, 0.0)).sum(axis=1)
+    return (np.concatenate(drawn) - own).astype(np.float32)
 
 
 def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:

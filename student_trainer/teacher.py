@@ -11,9 +11,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
-from operator import add, gt
-from typing import Protocol, Self, TypeVar
+from typing import ParamSpec, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from pydantic import BaseModel
 
 from shared import codec, wire
 from shared.errors import (
-    DeadlineExceededError,
     InvalidRequestError,
     MalformedRequestError,
     PayloadTooLargeError,
@@ -45,17 +44,56 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from student_trainer.parts import in_parts
 from student_trainer.replicas import FAILURES, Replicas
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
 R = TypeVar("R")
 
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
-OnCompletion = Callable[[int, Completion], None]  # told (prompt's number, completion)
 
 _MAX_ANSWER_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher writes completions.
+
+    Attributes:
+        max_new_tokens: of each completion, at most.
+        temperature: of the sampling; 0 is greedy.
+        seed: a completion is a function of it and of the prompt.
+        stop_token_ids: each ends a completion, as its last token.
+        top_k: the completions are scored too, with so many log-probs for each row; None: not.
+        score_temperature: at which the logits of these scores are normalised.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: Sequence[int]
+    top_k: int | None = None
+    score_temperature: float = 1.0
+
+
+def sequence_of(
+    prompt: NDArray[np.uint32], completion: Completion
+) -> tuple[NDArray[np.uint32], int]:
+    """(token_ids [L], completion_start), as `Teacher.score` takes them."""
+    return np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt)
+
+
+def with_scores(
+    completions: Sequence[Completion], scores: Sequence[SparseLogprobs]
+) -> list[Completion]:
+    """The completions, each with its own scores."""
+    return [
+        completion.model_copy(update={"scores": score})
+        for completion, score in zip(completions, scores, strict=True)
+    ]
 
 
 class Teacher(Protocol):
@@ -65,6 +103,7 @@ class Teacher(Protocol):
         InvalidRequestError: the teacher cannot do this; names the field and the limit.
         PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much; names it.
         TeacherUnreachableError: no answer within the timeout.
+        TeacherUnauthorizedError: the teacher wants a key, or another one.
         TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
         TeacherChangedError: another teacher answered.
     """
@@ -92,6 +131,15 @@ class Teacher(Protocol):
     def take_traffic(self) -> tuple[int, int]:
         """(bytes received, completion tokens scored) since the last call."""
         return self._replicas.take_traffic()
+
+    @property
+    def live(self) -> Teacher:
+        """The teacher for what is asked once and never again: past a cache, if there is one."""
+        return self
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """(answers looked up in a cache, found there, found corrupt) since the last call."""
+        return 0, 0, 0
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and read what the teacher is.
@@ -170,6 +218,7 @@ class Teacher(Protocol):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
@@ -177,61 +226,21 @@ class Teacher(Protocol):
             top_k: log-probs for each row.
             temperature: at which the teacher's logits are normalised.
             requested: for each sequence, ids [T, m] that its rows are scored at too.
+            sample_seed: the ids are ``top_k`` draws, as in `shared.protocol.ScoreRequest`.
         """
         ...
-
-    def submit_score(
-        self,
-        sequences: Sequences,
-        *,
-        top_k: int,
-        temperature: float = 1.0,
-        requested: Sequence[NDArray[np.uint32]] | None = None,
-    ) -> Future[list[SparseLogprobs]]:
-        """`score` in the background."""
-        return self._replicas.submit(
-            self.score, sequences, top_k=top_k, temperature=temperature, requested=requested
-        )
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores when ``top_k`` is given.
-
-        Args:
-            on_completion: is told each completion once, as it arrives, with its prompt's number.
-                The answer waits for it: it should only hand the completion on.
-        """
+        """One completion of each prompt [P], with its scores where ``sampling`` asks for them."""
         ...
 
-    def submit_generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
-    ) -> Future[list[Completion]]:
-        """`generate` in the background; ``on_completion`` is called there."""
-        return self._replicas.submit(
-            self.generate, prompts,
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            stop_token_ids=stop_token_ids, top_k=top_k, score_temperature=score_temperature,
-            on_completion=on_completion,
-        )  # fmt: skip
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        """``call``, which is this teacher's `score` or `generate`, in the background."""
+        return self._replicas.submit(call, *arguments, **options)
 
 
 class TeacherClient(Teacher):
@@ -242,6 +251,7 @@ class TeacherClient(Teacher):
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when the teacher's identity changes in the middle of a run.
         logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
+        api_key: the teacher's, sent as ``Authorization: Bearer``.
     """
 
     def __init__(
@@ -251,6 +261,7 @@ class TeacherClient(Teacher):
         timeout: float = 600.0,
         accept_change: bool = False,
         logprob_dtype: LogprobDtype = "float32",
+        api_key: str | None = None,
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
@@ -263,6 +274,7 @@ class TeacherClient(Teacher):
             ready="/ready",
             rejoins=self._rejoins,
             start="teacher-server serve MODEL",
+            api_key=api_key,
         )
 
     def score(
@@ -272,6 +284,7 @@ class TeacherClient(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         asked = [None] * len(sequences) if requested is None else list(requested)
         items = [
@@ -280,7 +293,11 @@ class TeacherClient(Teacher):
         ]
         widths = [_width(more) for more in asked]
         envelope = ScoreRequest(
-            sequences=[], top_k=top_k, temperature=temperature, logprob_dtype=self.logprob_dtype
+            sequences=[],
+            top_k=top_k,
+            temperature=temperature,
+            logprob_dtype=self.logprob_dtype,
+            sample_seed=sample_seed,
         )
         costs = [
             (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))
@@ -303,39 +320,26 @@ class TeacherClient(Teacher):
         return in_parts(costs, _room(self.info.limits, envelope), ask)
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
         envelope = GenerateRequest(
             prompts=[],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop_token_ids=np.asarray(stop_token_ids, dtype=np.uint32),
-            top_k=top_k,
-            score_temperature=score_temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop_token_ids=np.asarray(sampling.stop_token_ids, dtype=np.uint32),
+            top_k=sampling.top_k,
+            score_temperature=sampling.score_temperature,
             logprob_dtype=self.logprob_dtype,
             stream=True,
         )
-        costs = [
-            (1, len(ids) + max_new_tokens, max_new_tokens * (top_k or 0), len(codec.encode(ids)))
-            for ids in prompts
-        ]
+        rows, top_k = sampling.max_new_tokens, sampling.top_k or 0
+        costs = [(1, len(ids) + rows, rows * top_k, len(codec.encode(ids))) for ids in prompts]
         finished: dict[int, Completion] = {}
 
         def accept(index: int, completion: Completion) -> None:
-            self._check_completion(index, prompts[index], completion, max_new_tokens, top_k)
+            self._check_completion(index, prompts[index], completion, sampling)
             finished[index] = completion
-            if on_completion is not None:
-                on_completion(index, completion)
 
         def missing(first: int, last: int) -> list[int]:
             return [index for index in range(first, last) if index not in finished]
@@ -355,7 +359,12 @@ class TeacherClient(Teacher):
         return in_parts(costs, _room(self.info.limits, envelope), ask)
 
     def _receive(
-        self, url: str, *, body: bytes, indices: Sequence[int], accept: OnCompletion
+        self,
+        url: str,
+        *,
+        body: bytes,
+        indices: Sequence[int],
+        accept: Callable[[int, Completion], None],
     ) -> None:
         """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
 
@@ -400,25 +409,20 @@ class TeacherClient(Teacher):
                 )
 
     def _check_completion(
-        self,
-        index: int,
-        prompt: NDArray[np.uint32],
-        completion: Completion,
-        max_new_tokens: int,
-        top_k: int | None,
+        self, index: int, prompt: NDArray[np.uint32], completion: Completion, sampling: Sampling
     ) -> None:
-        ids = completion.token_ids
-        if not 1 <= len(ids) <= max_new_tokens or int(ids.max()) >= self.info.vocab_size:
+        ids, longest = completion.token_ids, sampling.max_new_tokens
+        if not 1 <= len(ids) <= longest or int(ids.max()) >= self.info.vocab_size:
             raise TeacherAnswerError(
                 f"completion {index} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; "
-                f"asked for were 1 to {max_new_tokens} of a vocabulary of {self.info.vocab_size}"
+                f"asked for were 1 to {longest} of a vocabulary of {self.info.vocab_size}"
             )
-        if top_k is None:
+        if sampling.top_k is None:
             return
         if completion.scores is None:
             raise TeacherAnswerError(f"completion {index} came without the scores asked for")
-        sequence = (np.append(prompt, ids), len(prompt))
-        self._check([completion.scores], [sequence], top_k, offset=index)
+        sequences = [sequence_of(prompt, completion)]
+        self._check([completion.scores], sequences, sampling.top_k, offset=index)
 
     def _call(
         self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None
@@ -475,58 +479,6 @@ class TeacherClient(Teacher):
                 f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
             )
         return info
-
-
-def in_parts(
-    costs: Sequence[tuple[int, ...]],
-    room: tuple[int, ...],
-    ask: Callable[[int, int], list[R]],
-) -> list[R]:
-    """Answers for all sequences, in order, from requests that the teacher can take.
-
-    A request that is still too large (413) or not answered in time (504, or the client's own
-    timeout while the teacher is ready) is asked in halves.
-
-    Args:
-        costs: of each sequence, in several units; the second is tokens.
-        room: what they may sum to in one request.
-        ask: answers for the sequences from ``first`` up to, without, ``last``.
-
-    Raises:
-        PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much.
-    """
-    answers: list[R] = []
-    parts = split(costs, room)[::-1]  # the next one last
-    while parts:
-        first, last = parts.pop()
-        try:
-            answers += ask(first, last)
-        except (PayloadTooLargeError, DeadlineExceededError) as error:
-            if last - first == 1:
-                raise type(error)(
-                    f"sequence {first}, of {costs[first][1]} tokens, is too much alone: "
-                    f"{error.detail}. Lower --max_length, --max_new_tokens or --top_k_logprobs, or "
-                    "raise --teacher_timeout, --request-timeout (504) or --max-request-bytes (413) "
-                    "of the server, or the limits of a gateway before it"
-                ) from error
-            middle = (first + last) // 2
-            logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)
-            parts += [(middle, last), (first, middle)]
-    return answers
-
-
-def split(costs: Sequence[tuple[int, ...]], room: tuple[int, ...]) -> list[tuple[int, int]]:
-    """[first, last) ranges whose summed costs keep within ``room``, or of a single sequence."""
-    ranges: list[tuple[int, int]] = []
-    first, total = 0, (0,) * len(room)
-    for index, cost in enumerate(costs):
-        total = tuple(map(add, total, cost))
-        if index > first and any(map(gt, total, room)):
-            ranges.append((first, index))
-            first, total = index, cost
-    if costs:
-        ranges.append((first, len(costs)))
-    return ranges
 
 
 def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:

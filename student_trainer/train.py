@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
+from student_trainer.answer_store import AnswerStore
+from student_trainer.cached_teacher import CachedTeacher
+from student_trainer.checks import (
+    api_key_of,
+    check_common,
+    check_distill,
+    check_generation,
+    check_rollouts,
+)
 from student_trainer.config import (
     COMMANDS,
     AdapterArguments,
@@ -25,10 +35,6 @@ from student_trainer.config import (
     GenerationArguments,
     ModelArguments,
     TeacherArguments,
-    check_common,
-    check_distill,
-    check_generation,
-    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,
@@ -42,7 +48,9 @@ from student_trainer.loading import (
     load_student,
     load_tokenizer,
 )
+from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method, dataset_sample
+from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine
 from student_trainer.teacher import Teacher, TeacherClient
 from student_trainer.trainer import DistillationTrainer
@@ -70,7 +78,8 @@ def sft(argv: Sequence[str]) -> None:
     recipe = Recipe(*parts)
     check_recipe(recipe, args)
     rows = read_rows(recipe)
-    _train(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    _train(recipe, prepared, args, teacher=None, distill=None)
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -86,14 +95,23 @@ def distill(argv: Sequence[str]) -> None:
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
     rows = read_rows(recipe)  # a missing file is told before a teacher is waited for
-    with open_teacher(teacher, recipe.model) as client:
+    alone = args.lmbda == 0 and not args.student_top_m
+    with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
-        top_k = teacher.top_k_logprobs
-        _train(recipe, rows, args, teacher=client, distill=args, top_k=top_k)
+        prepared = prepare(
+            recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+        )
+        _train(recipe, prepared, args, teacher=client, distill=args)
 
 
-def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
-    """The client that ``--teacher_protocol`` names, not yet connected."""
+def open_teacher(
+    teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
+) -> Teacher:
+    """The client that ``--teacher_protocol`` names, not yet connected; behind ``--teacher_cache``.
+
+    Args:
+        starts_alone: a cache that knows the teacher does not wait for it.
+    """
     assert teacher.teacher_url is not None  # checked with the flags
     if teacher.teacher_protocol == "vllm":
         return VllmTeacher(
@@ -103,12 +121,21 @@ def open_teacher(teacher: TeacherArguments, model: ModelArguments) -> Teacher:
             top_k=teacher.top_k_logprobs,
             timeout=teacher.teacher_timeout,
             accept_change=teacher.accept_teacher_change,
+            api_key=api_key_of(teacher),
         )
-    return TeacherClient(
+    client = TeacherClient(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
         logprob_dtype=teacher.teacher_logprob_dtype,
+        api_key=api_key_of(teacher),
+    )
+    if teacher.teacher_cache is None:
+        return client
+    size = int(teacher.teacher_cache_max_gb * 1e9)
+    store = AnswerStore(teacher.teacher_cache, max_bytes=size)
+    return CachedTeacher(
+        client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
     )
 
 
@@ -146,31 +173,15 @@ def read_rows(recipe: Recipe) -> Rows:
 
 def _train(
     recipe: Recipe,
-    rows: Rows,
+    prepared: Prepared,
     args: CommonTrainingArguments,
     *,
     teacher: Teacher | None,
     distill: DistillArguments | None,
-    top_k: int,
 ) -> None:
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
-    tokenizer = load_tokenizer(recipe.model)
-    config = load_config(recipe.model)
-    vocab_size = int(config.get_text_config().vocab_size)
-    context = context_length(config)
-    if teacher is not None:
-        check_vocabulary(tokenizer, vocab_size, teacher.info)
-        vocab_size = min(vocab_size, teacher.info.vocab_size)
-        context = min(context, teacher.info.max_model_len)
-    if distill is not None and distill.request_student_top_m > vocab_size:
-        raise ConfigurationError(
-            f"--request_student_top_m {distill.request_student_top_m} is over the shared "
-            f"vocabulary of {vocab_size}"
-        )
-    stop_ids = load_stop_ids(recipe.model, tokenizer)
-    method = _method(args, distill, recipe.generation, top_k, stop_ids)
-    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    method, train, held_out = prepared.method, prepared.train, prepared.held_out
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(
@@ -188,11 +199,11 @@ def _train(
             method=method,
             beta=0.0 if distill is None else distill.beta,
             teacher=teacher,
-            vocab_size=vocab_size,
+            vocab_size=prepared.vocab_size,
             tail="bucket" if distill is None else distill.tail,
             sft_weight=0.0 if distill is None else distill.sft_weight,
             kernel=args.loss_kernel,
-            student_top_m=0 if distill is None else distill.request_student_top_m,
+            student_top_m=0 if distill is None else distill.student_top_m,
             rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
             generation_batch_size=recipe.generation.generation_batch_size,
             vllm=engine,
@@ -203,8 +214,12 @@ def _train(
             trace_steps=traced_steps(args),
             train_dataset=train,
             eval_dataset=held_out,
-            processing_class=tokenizer,
+            processing_class=prepared.tokenizer,
         )
+        if isinstance(teacher, CachedTeacher):
+            learned = [train[i] for i in rows_of_run(args, trainer.order)]
+            measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
+            teacher.require(*count_missing(teacher, questions(method, learned, measured)))
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         logger.warning(
@@ -225,6 +240,55 @@ def _train(
     # Together: a process that ends while the others' group still runs is aborted now and then.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `distill` and `precompute` make of rows and flags, before there is a student."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    method: Method
+    train: list[Example]
+    held_out: list[Example] | None
+
+
+def prepare(
+    recipe: Recipe,
+    rows: Rows,
+    args: CommonTrainingArguments,
+    *,
+    teacher: Teacher | None,
+    distill: DistillArguments | None,
+    top_k: int,
+) -> Prepared:
+    """Raises `DatasetError` and `ConfigurationError` for rows and flags that cannot be learned."""
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
+    vocab_size = int(config.get_text_config().vocab_size)
+    context = context_length(config)
+    if teacher is not None:
+        check_vocabulary(tokenizer, vocab_size, teacher.info)
+        vocab_size = min(vocab_size, teacher.info.vocab_size)
+        context = min(context, teacher.info.max_model_len)
+    if distill is not None and distill.student_top_m > vocab_size:
+        raise ConfigurationError(
+            f"--request_student_top_m {distill.student_top_m} is over the shared "
+            f"vocabulary of {vocab_size}"
+        )
+    stop_ids = load_stop_ids(recipe.model, tokenizer)
+    method = _method(args, distill, recipe.generation, top_k, stop_ids)
+    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    return Prepared(tokenizer, vocab_size, method, train, held_out)
+
+
+def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:
+    """Numbers of the rows that this rank learns."""
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * order.steps_per_epoch)
+    taken = (order.micro_batches(step) for step in range(min(steps, order.steps_per_epoch)))
+    return sorted({row for micro_batches in taken for rows in micro_batches for row in rows})
 
 
 def longest_rollout(
@@ -268,15 +332,21 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
             f"--temperature {args.temperature}: the teacher's backend ({info.teacher.backend}) "
             "cannot apply a temperature; use 1.0"
         )
-    wanted, most = args.request_student_top_m, info.limits.max_requested_token_ids
+    wanted, most = args.student_top_m, info.limits.max_requested_token_ids
+    default = ", the default for --beta 1" if args.request_student_top_m is None else ""
     if wanted and not info.capabilities.requested_token_ids:
         raise ConfigurationError(
-            f"--request_student_top_m {wanted}: the teacher's backend ({info.teacher.backend}) "
-            "cannot score requested ids; use 0"
+            f"--request_student_top_m {wanted}{default}: the teacher's backend "
+            f"({info.teacher.backend}) cannot score requested ids; give 0"
         )
     if wanted > most:
         raise ConfigurationError(
             f"--request_student_top_m {wanted} is over the teacher's limit of {most}"
+        )
+    if args.teacher_support == "sampled" and not info.capabilities.sample_seed:
+        raise ConfigurationError(
+            f"--teacher_support sampled: the teacher's backend ({info.teacher.backend}) draws no "
+            "support; use top_k"
         )
     if args.seq_kd and not info.capabilities.generate:
         raise ConfigurationError("--seq_kd: this teacher does not generate")
@@ -421,4 +491,5 @@ def _method(
         max_new_tokens=generation.max_new_tokens,
         seed=args.seed,
         stop_ids=tuple(stop_ids),
+        sampled=distill is not None and distill.teacher_support == "sampled",
     )

@@ -420,6 +420,9 @@ class DistillationTrainer(Trainer):
         received, scored = self.teacher.take_traffic()
         self.window.add("bytes", received)
         self.window.add("scored_tokens", scored)
+        names = ("looked_up", "found", "corrupt")
+        for name, count in zip(names, self.teacher.take_lookups(), strict=True):
+            self.window.add(name, count)
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         summed = self.accelerator.reduce(values.to(self.args.device), "sum")
@@ -502,11 +505,7 @@ class DistillationTrainer(Trainer):
         if not bare or self.teacher is None:
             return []
         completions = self.teacher.generate(
-            [e.prompt_ids for e in bare],
-            max_new_tokens=self.method.max_new_tokens,
-            temperature=0.0,
-            seed=self.method.seed,
-            stop_token_ids=self.method.stop_ids,
+            [e.prompt_ids for e in bare], self.method.sampling(0.0, scored=False)
         )
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")

@@ -33,8 +33,9 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas
-from student_trainer.teacher import OnCompletion, Sequences, Teacher, in_parts
+from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class VllmTeacher(Teacher):
         top_k: log-probs that will be asked for.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when a replica comes back under another version of vLLM.
+        api_key: one of vLLM's ``--api-key``.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class VllmTeacher(Teacher):
         top_k: int,
         timeout: float = 600.0,
         accept_change: bool = False,
+        api_key: str | None = None,
     ) -> None:
         self.accept_change = accept_change
         self._tokenizer = tokenizer
@@ -84,6 +87,7 @@ class VllmTeacher(Teacher):
             ready="/health",
             rejoins=self._rejoins,
             start="vllm serve MODEL",
+            api_key=api_key,
         )
 
     def connect(self) -> InfoResponse:
@@ -124,16 +128,22 @@ class VllmTeacher(Teacher):
         top_k: int,
         temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Teacher distributions of every completion row, in the order given.
 
         Raises: as `Teacher`; `InvalidRequestError` for requested ids, which vLLM does not score,
-            and for a temperature other than 1, which it never applies to log-probs of a prompt.
+            for a support that is drawn, and for a temperature other than 1, which it never applies
+            to log-probs of a prompt.
         """
         if requested is not None:
             raise InvalidRequestError(
                 "vLLM scores no requested ids; use `teacher-server serve`",
                 field="requested_token_ids",
+            )
+        if sample_seed is not None:
+            raise InvalidRequestError(
+                "vLLM draws no support; use `teacher-server serve`", field="sample_seed"
             )
         if temperature != 1.0:
             raise InvalidRequestError(
@@ -158,48 +168,30 @@ class VllmTeacher(Teacher):
         return in_parts(costs, _ROOM, ask)
 
     def generate(
-        self,
-        prompts: Sequence[NDArray[np.uint32]],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_token_ids: Sequence[int],
-        top_k: int | None = None,
-        score_temperature: float = 1.0,
-        on_completion: OnCompletion | None = None,
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        """As `Teacher`, scored in a second pass; all completions arrive at once."""
-        costs = [(1, len(ids) + max_new_tokens, 0) for ids in prompts]
+        """As `Teacher`, scored in a second pass."""
+        costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
         def ask(first: int, last: int) -> list[Completion]:
             choices = self._complete(
                 prompts[first:last],
-                max_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_token_ids=[int(i) for i in stop_token_ids],
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                stop_token_ids=[int(i) for i in sampling.stop_token_ids],
                 return_token_ids=True,
             )
             return [_read_completion(choice) for choice in choices]
 
         completions = in_parts(costs, _ROOM, ask)
-        if top_k is not None:
+        if sampling.top_k is not None:
             scores = self.score(
-                [
-                    (np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt))
-                    for prompt, completion in zip(prompts, completions, strict=True)
-                ],
-                top_k=top_k,
-                temperature=score_temperature,
+                [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
+                top_k=sampling.top_k,
+                temperature=sampling.score_temperature,
             )
-            completions = [
-                completion.model_copy(update={"scores": score})
-                for completion, score in zip(completions, scores, strict=True)
-            ]
-        if on_completion is not None:
-            for index, completion in enumerate(completions):
-                on_completion(index, completion)
+            completions = with_scores(completions, scores)
         return completions
 
     def _complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ from shared.errors import (
     NotFoundError,
     PayloadTooLargeError,
     ProtocolError,
+    UnauthorizedError,
     UnavailableError,
     UnsupportedMediaTypeError,
 )
@@ -45,11 +47,13 @@ from shared.protocol import (
     Problem,
     ScoreRequest,
     ScoreResponse,
+    ScoreSequence,
 )
 from shared.sparse import SparseLogprobs
 from shared.validation import check_generate_request, check_score_request
 from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError
+from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
@@ -65,14 +69,17 @@ Refusal = Callable[[ProtocolError, str], Response]
 _MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
 _REQUEST_ID = "X-Request-Id"
 _CLIENT_GONE = 499
+# What a load balancer asks, which has no key. Every other route of ours wants one.
+_OPEN = ("/health", "/ready")
 
 
 class TeacherApp:
     """The application and its state: no backend while the model loads."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, keys: ApiKeys) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.keys = keys
         self.admission = Admission(settings.max_queued_tokens, settings.request_timeout, metrics)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
@@ -138,6 +145,8 @@ class TeacherApp:
                 self.metrics.latency.labels(path).observe(time.perf_counter() - since)
 
             try:
+                if path not in _OPEN:
+                    self._check_key(request)
                 response = await handler(request, request_id)
                 response.headers[_REQUEST_ID] = request_id
             except (ClientGoneError, ClientDisconnect):
@@ -154,6 +163,14 @@ class TeacherApp:
             return response
 
         return endpoint
+
+    def _check_key(self, request: Request) -> None:
+        """Raises `UnauthorizedError`, before a byte of the body is read."""
+        try:
+            self.keys.check(request.headers.get("authorization"))
+        except UnauthorizedError:
+            request.state.hang_up = True
+            raise
 
     def _shown(self, error: Exception, request_id: str) -> ProtocolError:
         """What the caller is told of ``error``; the log keeps what was not meant for it."""
@@ -435,9 +452,16 @@ def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
             asked.temperature,
             sequence.requested_token_ids,
             asked.logprob_dtype,
+            None if asked.sample_seed is None else _draw_key(asked.sample_seed, sequence),
         )
         for sequence in asked.sequences
     ]
+
+
+def _draw_key(seed: int, sequence: ScoreSequence) -> bytes:
+    """Of the content, so that a sequence meets the same draws in whatever request it comes."""
+    content = seed.to_bytes(8, "little") + sequence.token_ids.astype("<u4").tobytes()
+    return hashlib.sha256(content).digest()
 
 
 def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
@@ -539,6 +563,8 @@ def _openai_error(error: ProtocolError, request_id: str) -> Response:
 
 def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str) -> Response:
     headers = {_REQUEST_ID: request_id}
+    if isinstance(error, UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
     return Response(body, status_code=error.status, media_type=media_type, headers=headers)
@@ -610,6 +636,10 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
             [(model, "validation") for model in models],
             ref_template="#/components/schemas/{model}",
         )
-        schema["components"] = {"schemas": definitions["$defs"]}
+        bearer = {"type": "http", "scheme": "bearer"}
+        schema["components"] = {
+            "schemas": definitions["$defs"], "securitySchemes": {"bearer": bearer},
+        }  # fmt: skip
+        schema["security"] = [{"bearer": []}, {}]  # {}: a server without keys
         api.openapi_schema = schema
     return api.openapi_schema

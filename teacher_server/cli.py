@@ -22,6 +22,7 @@ import uvicorn
 from shared import __version__
 from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
+from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
 from teacher_server.metrics import Metrics
 from teacher_server.orphans import end_with_parent
@@ -55,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         settings = Settings(**arguments)
+        keys = load_keys(settings)
         listener = _listen(settings)
     except ConfigurationError as error:
         return _fail(error, 2)
     with listener:
-        return asyncio.run(_serve(settings, listener))
+        return asyncio.run(_serve(settings, keys, listener))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,8 +83,18 @@ def _parser() -> argparse.ArgumentParser:
         serve.add_argument(flag, help=f"{help} (default: {default})", default=default, **options)
 
     serve.add_argument("model", help="model folder or Hugging Face Hub id")
-    add("--host", "address to listen on; 0.0.0.0 for other machines")
+    add("--host", "address to listen on; 0.0.0.0 for other machines, which needs a key")
     add("--port", "port to listen on; 0 takes a free one", type=int)
+    add(
+        "--api-key-file",
+        f"keys of callers, one a line; # begins a comment. {ENVIRONMENT} holds more, with commas",
+    )
+    serve.add_argument(
+        "--allow-unauthenticated", action="store_true",
+        help="let everyone ask who reaches --host, if that is no loopback address",
+    )  # fmt: skip
+    add("--ssl-certfile", "PEM certificate, with its chain, for https")
+    add("--ssl-keyfile", "PEM private key; None where --ssl-certfile holds it")
     add("--backend", "engine; auto is vllm where installed", choices=get_args(BackendName))
     add("--dtype", "of the weights; auto takes the checkpoint's", choices=get_args(DtypeName))
     add("--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
@@ -151,19 +163,26 @@ class _Server(uvicorn.Server):
         self.handle_exit(number, None)
 
 
-async def _serve(settings: Settings, listener: socket.socket) -> int:
-    app = TeacherApp(settings, Metrics())
+async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+    app = TeacherApp(settings, Metrics(), keys)
     server = _Server(
         uvicorn.Config(
             app.api,
             log_level="warning",
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             lifespan="off",
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
         ),
         app,
     )
     host, port = listener.getsockname()[:2]
-    logger.info("Listening on http://%s:%d; loading %s", host, port, settings.model)
+    scheme = "https" if settings.ssl_certfile else "http"
+    logger.info("Listening on %s://%s:%d; loading %s", scheme, host, port, settings.model)
+    if not settings.loopback and not keys:
+        logger.warning("--allow-unauthenticated: everyone who reaches this port may use it")
+    if not settings.loopback and scheme == "http":
+        logger.warning("Keys and tokens travel unencrypted; --ssl-certfile encrypts them")
     loading = asyncio.create_task(_load(app, settings, server))
     await server.serve(sockets=[listener])
     if app.backend is not None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import ssl
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +22,17 @@ class Settings:
     """Flags of `serve`; times in seconds, sizes in tokens unless said otherwise.
 
     Raises:
-        ConfigurationError: a value that cannot work, or a model folder that is none.
+        ConfigurationError: a value that cannot work, a certificate that does not load, or a model
+            folder that is none.
     """
 
     model: str
     host: str = "127.0.0.1"
     port: int = 8000
+    api_key_file: str | None = None
+    allow_unauthenticated: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     backend: BackendName = "auto"
     dtype: DtypeName = "auto"
     device: DeviceName = "auto"
@@ -67,8 +74,17 @@ class Settings:
                 f"--max-request-tokens {self.max_request_tokens} is over --max-queued-tokens "
                 f"{self.max_queued_tokens}: such a request could never be admitted"
             )
+        self._check_tls()
         self._check_backend()
         self._check_model()
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only processes of this machine reach ``host``."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def engine(self) -> Literal["transformers", "vllm"]:
@@ -77,7 +93,29 @@ class Settings:
             return self.backend
         return "vllm" if find_spec("vllm") is not None else "transformers"
 
+    def _check_tls(self) -> None:
+        if self.ssl_certfile is None:
+            if self.ssl_keyfile is not None:
+                raise ConfigurationError(f"--ssl-keyfile {self.ssl_keyfile} needs --ssl-certfile")
+            return
+        given = f"--ssl-certfile {self.ssl_certfile}"
+        if self.ssl_keyfile is not None:
+            given += f" --ssl-keyfile {self.ssl_keyfile}"
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:  # without a password, OpenSSL would ask for one at the terminal
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password="")
+        except OSError as error:  # ssl.SSLError is one
+            raise ConfigurationError(
+                f"{given}: {error.strerror or error}; give PEM files of a certificate, its chain "
+                "included, and of its private key, without a password"
+            ) from error
+
     def _check_backend(self) -> None:
+        if any(flag.split("=")[0] == "--api-key" for flag in self.engine_flags):
+            raise ConfigurationError(
+                "--api-key: what stands in a command line is seen by every user of the machine; "
+                "use --api-key-file, or TEACHER_API_KEYS"
+            )
         if self.backend == "vllm" and find_spec("vllm") is None:
             raise ConfigurationError(
                 "--backend vllm: vllm is not installed here; pip install 'sparse-gkd[vllm]', or "

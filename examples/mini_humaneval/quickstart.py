@@ -9,7 +9,8 @@ stage is a cell of study.yaml at one seed: a call of the public command line, pr
 runs. On two machines, or in two containers, over one folder:
 
     python -m examples.mini_humaneval.quickstart --output_dir DIR --only teacher
-    teacher-server serve DIR/teacher_sft --host 0.0.0.0
+    teacher-server serve DIR/teacher_sft --host 0.0.0.0 --api-key-file KEY
+    export TEACHER_API_KEY=$(cat KEY)
     python -m examples.mini_humaneval.quickstart --output_dir DIR --teacher_url http://HOST:8000
 """
 

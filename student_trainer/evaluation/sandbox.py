@@ -25,8 +25,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 from tqdm.auto import tqdm
 
@@ -100,15 +99,10 @@ class Sandbox:
                 f"the sandbox cannot run programs here: {probe.outcome} {probe.detail}"
             )
 
-    def __enter__(self) -> Sandbox:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

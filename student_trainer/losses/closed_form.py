@@ -29,6 +29,8 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
 class SparseStatistics:
     """What the same pass tells about each row; all [N] float32, detached.
 
+    Of a teacher estimated from draws, its mass, its entropy and the agreement are NaN.
+
     Attributes:
         divergence: nats.
         teacher_support_mass, student_support_mass: probability on the support.

@@ -15,6 +15,8 @@ class SparseDistribution:
         token_ids: [N, K] int64, no id twice in a row; −1 pads.
         logprobs: [N, K] floating, normalised over the full vocabulary; ignored at pads.
         tail_logprob: [N] floating, log of the mass on all other tokens; −inf when there is none.
+        offset: [N] floating for distributions that are estimates from draws, or None: nats to add
+            to each row's divergence, without effect on the gradient, so that its mean is right.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
@@ -23,6 +25,7 @@ class SparseDistribution:
     token_ids: torch.Tensor
     logprobs: torch.Tensor
     tail_logprob: torch.Tensor
+    offset: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         ids = self.token_ids
@@ -47,12 +50,18 @@ class SparseDistribution:
 
     def __getitem__(self, rows: slice) -> SparseDistribution:
         return SparseDistribution(
-            self.token_ids[rows], self.logprobs[rows], self.tail_logprob[rows]
+            self.token_ids[rows],
+            self.logprobs[rows],
+            self.tail_logprob[rows],
+            None if self.offset is None else self.offset[rows],
         )
 
     def to(self, device: torch.device | str) -> SparseDistribution:
         return SparseDistribution(
-            self.token_ids.to(device), self.logprobs.to(device), self.tail_logprob.to(device)
+            self.token_ids.to(device),
+            self.logprobs.to(device),
+            self.tail_logprob.to(device),
+            None if self.offset is None else self.offset.to(device),
         )
 
 

@@ -17,7 +17,7 @@ from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.kernels import Kernel, choose
 from student_trainer.losses.reference import check_parameters, compute_dtype
-from student_trainer.losses.sparse import check_teacher, check_weights
+from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
 
 # Each chunk reads and writes the whole weight gradient, so a chunk wants some hundreds of rows:
 # at V = 152k, d = 512 on 2 cores, 165 rows (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
@@ -198,14 +198,17 @@ class _LinearSparseJSD(torch.autograd.Function):
             chunk = slice(first, min(first + chunk_size, rows))
             part = hidden[chunk]  # [n, d]
             logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
+            targets = teacher[chunk]
+            counts = None if weights is None else weights[chunk]
             objective, statistics = step.divergence_and_gradient(
-                logits, teacher[chunk], beta, temperature, tail,
+                logits, targets, beta, temperature, tail,
                 scale=early_scale,
-                weights=None if weights is None else weights[chunk],
+                weights=counts,
                 labels=None if labels is None else labels[chunk],
                 softcap=softcap,
                 with_gradient=any(wanted),
             )  # fmt: skip
+            objective, statistics = with_offset(objective, statistics, targets, counts)
             loss += objective.sum() * scale
             parts.append(statistics)
             gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree

@@ -5,6 +5,8 @@ The mathematics is in `closed_form`: here it meets whole logits, in `fused` a ch
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -96,6 +98,30 @@ def sparse_generalized_jsd(
     return (objective, SparseStatistics(*columns)) if return_statistics else objective
 
 
+def with_offset(
+    objective: torch.Tensor,
+    statistics: SparseStatistics,
+    teacher: SparseDistribution,
+    weights: torch.Tensor | None,
+) -> tuple[torch.Tensor, SparseStatistics]:
+    """What a kernel found, made right in the mean where the teacher is an estimate from draws.
+
+    What draws tell nothing true about becomes NaN, and the gap bound +inf.
+    """
+    if teacher.offset is None:
+        return objective, statistics
+    offset = teacher.offset.to(objective.dtype)
+    unknown = torch.full_like(statistics.divergence, math.nan)
+    return objective + (offset if weights is None else offset * weights), replace(
+        statistics,
+        divergence=statistics.divergence + teacher.offset.float(),
+        teacher_support_mass=unknown,
+        teacher_entropy=unknown,
+        top1_agreement=unknown,
+        gap_bound=torch.full_like(unknown, math.inf),
+    )
+
+
 def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
     """Raises ValueError for what the arithmetic cannot use; waits for the device once."""
     if tail not in ("bucket", "renormalize"):
@@ -181,6 +207,7 @@ class _SparseJSD(torch.autograd.Function):
             labels=labels,
             with_gradient=with_gradient,
         )
+        objective, statistics = with_offset(objective, statistics, teacher, weights)
         if with_gradient:
             ctx.save_for_backward(logits)
             ctx.dtype = student_logits.dtype

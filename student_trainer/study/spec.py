@@ -16,9 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shared.errors import ConfigurationError
+from student_trainer.yaml_file import read_yaml
 
 TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -89,12 +88,7 @@ def load_study(path: Path) -> Study:
     Raises:
         ConfigurationError: what is wrong, with the file and the key.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    content = read_yaml(path, str(path))
     try:
         return _study(path, content)
     except _ContentError as error:

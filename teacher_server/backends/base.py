@@ -32,6 +32,7 @@ class ScoreJob:
     temperature: float = 1.0
     requested_token_ids: NDArray[np.uint32] | None = None  # [T, m]
     logprob_dtype: LogprobDtype = "float32"
+    draw_key: bytes | None = None  # names the randomness of a support that is drawn
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from shared.errors import InternalError
+from shared.sampling import uniform_rows
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import ScoreJob
 from teacher_server.settings import Settings
@@ -41,16 +42,16 @@ def score_rows(
         hidden: [N, d], the rows of the jobs one after another: row t of a job is the state that
             predicts its token at ``completion_start + t``.
         head: projects [n, d] to logits [n, V], which may be overwritten.
-        jobs: with any mixture of top_k, temperature, requested ids and dtypes.
+        jobs: with any mixture of top_k, temperature, requested ids, dtypes and draws.
         chunk_bytes: of logits in float32 that are made at once; one row at least.
 
     Raises:
         InternalError: the model answered NaN or infinity for one of the jobs.
     """
     first_row = np.cumsum([0, *(job.rows for job in jobs)])  # of each job in ``hidden``
-    alike: dict[tuple[int, int], list[int]] = {}
+    alike: dict[tuple[int, int, bool], list[int]] = {}
     for index, job in enumerate(jobs):
-        alike.setdefault((job.top_k, _width(job)), []).append(index)
+        alike.setdefault((job.top_k, _width(job), job.draw_key is None), []).append(index)
     answers: dict[int, SparseLogprobs] = {}
     # Jobs of one k go together: a row is never ranked deeper than was asked, so neither the answer
     # (which of two equal tokens ranks first may depend on k) nor the memory depends on its company.
@@ -73,13 +74,14 @@ def _score_alike(
     vocab_size: int,
     chunk_bytes: int,
 ) -> list[np.ndarray]:
-    """What `_score_chunk` returns, for all rows of jobs that share k and m."""
+    """What `_score_chunk` returns, for all rows of jobs that share k and m, all drawn or none."""
     device = hidden.device
     k = jobs[0].top_k
     extra = torch.from_numpy(_extra_ids(jobs)).to(device)  # [N, 1 + m]: next token, requested
     temperature = torch.tensor(
         [job.temperature for job in jobs for _ in range(job.rows)], device=device
     )[:, None]  # [N, 1]
+    points = torch.from_numpy(_points(jobs)).to(device)  # [N, n], n = 0 where nothing is drawn
     plain = all(job.temperature == 1.0 for job in jobs)
     size = min(max(1, chunk_bytes // (4 * vocab_size)), CHUNK_ROWS)
     slice_size = size if device.type != "cpu" else max(1, SLICE_BYTES // (4 * vocab_size))
@@ -88,27 +90,39 @@ def _score_alike(
         logits = head(hidden[i : i + size]).float()
         if not plain:
             logits /= temperature[i : i + size]
-        slices = zip(logits.split(slice_size), extra[i : i + size].split(slice_size), strict=True)
-        parts.extend(_score_chunk(*one, k) for one in slices)
+        columns = (logits, extra[i : i + size], points[i : i + size])
+        slices = zip(*(column.split(slice_size) for column in columns), strict=True)
+        parts.extend(
+            _score_chunk(some_logits, some_extra, some_points, k)
+            for some_logits, some_extra, some_points in slices
+        )
     return [torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True)]
 
 
 def _score_chunk(
-    logits: torch.Tensor, extra: torch.Tensor, k: int
+    logits: torch.Tensor, extra: torch.Tensor, points: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(top ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n]).
+    """(ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n]).
 
+    The ids are the most probable ones, or with ``points`` [n, k] the draws at those points.
     Overwrites ``logits``. One pass of exponentials, over what no column names, is the tail: it is
     never taken as 1 − p. With what the columns name, each token once, it is the normaliser.
     """
-    values, ids = top_k(logits, k)  # [n, k], most probable first
-    named = logits.gather(1, extra)  # [n, 1 + m]
-    largest = values[:, :1].clone()  # [n, 1]
+    widths = [extra.shape[1], points.shape[1]]
+    if points.shape[1]:  # draws may repeat, so they are named as requested ids are; none is ranked
+        drawn = draw(logits, points)
+        extra = torch.cat([extra, drawn], dim=1)
+        values, ids = logits.new_empty((len(logits), 0)), drawn[:, :0]
+        largest = logits.amax(dim=1, keepdim=True)  # [n, 1]
+    else:
+        values, ids = top_k(logits, k)  # [n, k], most probable first
+        largest = values[:, :1].clone()  # [n, 1]
+    named = logits.gather(1, extra)  # [n, 1 + m], and the draws
     values -= largest
     named -= largest
     logits.scatter_(1, ids, -torch.inf)
     ordered = extra.sort(dim=1).values
-    beside = logits.gather(1, ordered) - largest  # [n, 1 + m], −inf for one of the top k
+    beside = logits.gather(1, ordered) - largest  # like named; −inf for one of the top k
     again = ordered[:, 1:] == ordered[:, :-1]  # named twice, counted once
     beside[:, 1:].masked_fill_(again, -torch.inf)
     logits.scatter_(1, extra, -torch.inf)
@@ -119,7 +133,24 @@ def _score_chunk(
     faint = rest < FAINT
     if faint.any():  # also a tail that is empty: the log-sum-exp of nothing is −inf
         tail[faint] = logits[faint].logsumexp(dim=-1) - largest[faint, 0] - normalizer[faint]
-    return ids, values - normalizer[:, None], named - normalizer[:, None], tail
+    logprobs = values - normalizer[:, None]
+    named -= normalizer[:, None]
+    if points.shape[1]:
+        ids = drawn
+        named, logprobs = named.split(widths, dim=1)
+    return ids, logprobs, named, tail
+
+
+def draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """[n, k] ids: draws from softmax(``logits`` [n, V]) at ``points`` [n, k] from 0 to 1.
+
+    The inverse of the cumulative distribution, in float64: in float32 it would have steps of 6e-8,
+    and improbable tokens would be drawn too often or never.
+    """
+    weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+    cumulative = weights.cumsum(dim=1, dtype=torch.float64)
+    ids = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
+    return ids.clamp_max_(logits.shape[1] - 1)  # beyond only where logits are not finite
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,6 +185,19 @@ def _extra_ids(jobs: Sequence[ScoreJob]) -> np.ndarray:
         if job.requested_token_ids is not None:
             ids = np.concatenate([ids, job.requested_token_ids.astype(np.int64)], axis=1)
         parts.append(ids)
+    return np.concatenate(parts)
+
+
+def _points(jobs: Sequence[ScoreJob]) -> np.ndarray:
+    """[N, k] float64, where the draws of each row are taken; [N, 0] for jobs that rank."""
+    if jobs[0].draw_key is None:
+        return np.empty((sum(job.rows for job in jobs), 0))
+    parts = []
+    for job in jobs:
+        assert job.draw_key is not None
+        # By place in the sequence: rows that vLLM scores in several steps meet the same points.
+        first, rows = job.completion_start, job.rows
+        parts.append(uniform_rows(job.draw_key, first=first, rows=rows, width=job.top_k))
     return np.concatenate(parts)
 
 

@@ -269,5 +269,7 @@ def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         max_model_len=limit,
         eos_token_ids=eos_token_ids(model.generation_config, tokenizer),
-        capabilities=Capabilities(temperature=True, requested_token_ids=True, generate=True),
+        capabilities=Capabilities(
+            temperature=True, requested_token_ids=True, generate=True, sample_seed=True
+        ),
     )

@@ -379,6 +379,9 @@ def _facts(
         max_model_len=int(config.max_model_len),
         eos_token_ids=eos_token_ids(generation, tokenizer),
         capabilities=Capabilities(
-            temperature=in_worker, requested_token_ids=in_worker, generate=True
+            temperature=in_worker,
+            requested_token_ids=in_worker,
+            generate=True,
+            sample_seed=in_worker,
         ),
     )

@@ -53,6 +53,7 @@ def pack_job(job: ScoreJob) -> dict[str, Any]:
             "width": None if requested is None else int(requested.shape[1]),
             "requested": None if requested is None else requested.astype("<u4").tobytes(),
             "dtype": job.logprob_dtype,
+            "draw_key": job.draw_key,
         }
     }
 
@@ -71,6 +72,7 @@ def unpack_job(packed: Mapping[str, Any]) -> ScoreJob:
         temperature=packed["temperature"],
         requested_token_ids=requested,
         logprob_dtype=packed["dtype"],
+        draw_key=packed["draw_key"],
     )
 
 
@@ -243,6 +245,7 @@ def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
         temperature=job.temperature,
         requested_token_ids=None if requested is None else requested[row : row + count],
         logprob_dtype=job.logprob_dtype,
+        draw_key=job.draw_key,
     )
 
 

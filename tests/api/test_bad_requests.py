@@ -152,7 +152,7 @@ def test_the_info_states_every_limit(teacher, strict):
     assert info.teacher.backend == teacher.backend
     assert len(info.teacher.fingerprint) == 64
     assert info.capabilities == Capabilities(
-        temperature=True, requested_token_ids=True, generate=True
+        temperature=True, requested_token_ids=True, generate=True, sample_seed=True
     )
     limits = InfoResponse.model_validate(httpx.get(f"{strict.url}/v1/info").json()).limits
     assert (limits.max_top_k, limits.max_tokens, limits.max_body_bytes) == (50, 8000, 100_000)

@@ -129,6 +129,37 @@ def test_half_precision_rounds_and_keeps_the_exact_tail(teacher):
         assert rounded.tail_logprob.dtype == exact.tail_logprob.dtype == np.float32
 
 
+def test_draws_are_the_same_in_any_company_and_come_from_the_whole_distribution(teacher):
+    asked = request(9, 6, 32, 1.5, longest=60, sample_seed=11)
+
+    def drawn(sequences, **changes):
+        part = asked.model_copy(update={"sequences": sequences, **changes})
+        media_type = wire.MSGPACK_MEDIA_TYPE
+        return post(f"{teacher.url}/v1/score", part, ScoreResponse, media_type).sequences
+
+    together = drawn(asked.sequences)
+    halves = drawn(asked.sequences[:2]) + drawn(asked.sequences[2:])
+    differ = rows = 0
+    deviations = []
+    for one, scores, again in zip(asked.sequences, together, halves, strict=True):
+        dense = dense_logprobs(teacher.model, one.token_ids, one.completion_start, 1.5)
+        ids = scores.token_ids.astype(int)
+        expected = np.take_along_axis(dense, ids, 1)
+        np.testing.assert_allclose(scores.logprobs, expected, atol=teacher.tolerance)
+        # A batch rounds otherwise than a part of it: a draw at the edge of a token may fall beside.
+        differ += (scores.token_ids != again.token_ids).sum()
+        rows += len(ids)
+        p = np.exp(dense)
+        own = -(p * dense).sum(1)  # what −log p of a draw is in the mean
+        variance = (p * dense**2).sum(1) - own**2
+        deviations += list((-expected.mean(1) - own) / np.sqrt(variance / 32))
+    assert differ <= 32 * rows * 1e-3
+    assert abs(np.mean(deviations)) < 4.5 / np.sqrt(rows)
+    assert abs(np.std(deviations) - 1) < 0.3  # independent draws, and rows
+    [other] = drawn(asked.sequences[:1], sample_seed=12)
+    assert (other.token_ids != together[0].token_ids).mean() > 0.5
+
+
 def test_scoring_again_gives_the_same_bytes(teacher):
     asked = wire.dump(request(5, 4, 8, 1.3), wire.MSGPACK_MEDIA_TYPE)
     headers = {"content-type": wire.MSGPACK_MEDIA_TYPE, "x-request-id": "same"}

@@ -59,9 +59,11 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
 def test_divergence_on_held_out_prompts_falls(world, tmp_path, method, beta):
+    # Trained on the support that held-out divergences are measured on.
     code = distill(
-        world, tmp_path, beta=beta, max_steps=30, eval_dataset_name=world.held_out,
-        eval_strategy="steps", eval_steps=30, eval_on_start="true", **METHODS[method],
+        world, tmp_path, beta=beta, request_student_top_m=0, max_steps=30,
+        eval_dataset_name=world.held_out, eval_strategy="steps", eval_steps=30,
+        eval_on_start="true", **METHODS[method],
     )  # fmt: skip
     assert code == 0
     divergences = [e["eval_divergence"] for e in history(tmp_path) if "eval_divergence" in e]
@@ -92,12 +94,29 @@ def test_sft_weight_mixes_the_cross_entropy_of_the_data_into_the_loss(world, tmp
 
 
 def test_renormalize_drops_the_tail(world, tmp_path):
-    options = {"lmbda": 0, "beta": 1, "max_steps": 1}
+    options = {"lmbda": 0, "beta": 1, "max_steps": 1, "request_student_top_m": 0}
     losses = []
     for tail in ("bucket", "renormalize"):
         assert distill(world, tmp_path / tail, tail=tail, **options) == 0
         losses.append(history(tmp_path / tail)[0]["loss"])
     assert abs(losses[1] - losses[0]) > 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_draws_from_the_teacher_lower_the_divergence_on_held_out_prompts(world, tmp_path, method):
+    code = distill(
+        world, tmp_path, beta=0, teacher_support="sampled", max_steps=30,
+        eval_dataset_name=world.held_out, eval_strategy="steps", eval_steps=30,
+        eval_on_start="true", **METHODS[method],
+    )  # fmt: skip
+    assert code == 0
+    entries = history(tmp_path)
+    divergences = [e["eval_divergence"] for e in entries if "eval_divergence" in e]
+    assert divergences[1] < 0.8 * divergences[0]
+    steps = [e for e in entries if "divergence" in e]
+    assert all(e["divergence"] == pytest.approx(e["loss"], rel=1e-4) for e in steps)
+    unknown = {"teacher_top_k_mass", "teacher_entropy", "top1_agreement", "divergence_gap_bound"}
+    assert not unknown & steps[0].keys()
 
 
 def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
@@ -178,6 +197,7 @@ def test_how_the_forward_pass_is_run_changes_no_weights(world, tmp_path, how):
         {"lmbda": 1},
         {"lmbda": 0, "request_student_top_m": 4},
         {"lmbda": 0, "seq_kd": "true", "request_student_top_m": 4},
+        {"lmbda": 0.5, "beta": 0, "teacher_support": "sampled"},
     ],
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, method):

@@ -1,6 +1,7 @@
 """The trainer with vLLM's own server as teacher: the same loss as with ours, on the same model."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 
 from shared.protocol import ScoreSequence
 from student_trainer.cli import main
+from student_trainer.teacher import Sampling
 from student_trainer.vllm_teacher import VllmTeacher
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import dense_logprobs, largest_error, load_model
@@ -73,14 +75,14 @@ def test_scores_are_those_of_a_plain_forward_pass(stock, folder, tokenizer, k):
 def test_completions_are_greedy_or_repeat_with_their_seed(stock, folder, tokenizer):
     model = load_model(folder)
     prompts = [np.array([5, 6, 7], np.uint32), np.array([90], np.uint32)]
-    options = {"max_new_tokens": 12, "seed": 3, "stop_token_ids": [1]}
+    cold = Sampling(max_new_tokens=12, temperature=0.0, seed=3, stop_token_ids=[1])
+    warm = replace(cold, temperature=1.0)
     with VllmTeacher([stock], tokenizer=tokenizer, rows=260, top_k=1, timeout=60) as teacher:
         teacher.connect()
-        greedy = teacher.generate(prompts, temperature=0.0, **options)
-        sampled, again = (teacher.generate(prompts, temperature=1.0, **options) for _ in range(2))
+        greedy = teacher.generate(prompts, cold)
+        sampled, again = (teacher.generate(prompts, warm) for _ in range(2))
         stop = int(greedy[0].token_ids[4])
-        options["stop_token_ids"] = [1, stop]
-        (stopped,) = teacher.generate(prompts[:1], temperature=0.0, **options)
+        (stopped,) = teacher.generate(prompts[:1], replace(cold, stop_token_ids=[1, stop]))
     for prompt, completion in zip(prompts, greedy, strict=True):
         whole = np.append(prompt, completion.token_ids)
         best = dense_logprobs(model, whole, len(prompt), 1.0).argmax(axis=1)
@@ -114,7 +116,7 @@ def losses(world, output, **options):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
 def test_the_loss_is_that_of_our_own_server(world, stock, ours, tmp_path, method, beta):
-    options = {"beta": beta, **METHODS[method]}
+    options = {"beta": beta, "request_student_top_m": 0, **METHODS[method]}
     theirs = losses(world, tmp_path / "vllm", teacher_url=stock, teacher_protocol="vllm", **options)
     own = losses(world, tmp_path / "own", teacher_url=ours, **options)
     assert len(theirs) == 4

@@ -105,12 +105,16 @@ def test_training_with_the_students_own_tokens_lowers_the_divergence(world, tmp_
 
 
 def test_the_students_own_tokens_hold_more_of_its_mass(world, tmp_path):
+    """They are the default for reverse KL alone."""
     masses = []
-    for count in (0, 16):
-        output = tmp_path / str(count)
-        assert distill(world, output, lmbda=1, request_student_top_m=count, max_steps=1) == 0
+    for options in ({}, {"beta": 1, "request_student_top_m": 0}, {"beta": 1},
+                    {"request_student_top_m": 16}):  # fmt: skip
+        output = tmp_path / str(len(masses))
+        assert distill(world, output, lmbda=1, max_steps=1, **options) == 0
         masses.append(history(output)[0]["student_top_k_mass"])
-    assert masses[1] > masses[0] + 0.1
+    assert masses[0] == pytest.approx(masses[1], abs=1e-6)
+    assert masses[2] == pytest.approx(masses[3], abs=1e-6)
+    assert masses[2] > masses[0] + 0.1
 
 
 @pytest.mark.parametrize("method", ["SeqKD", "on-policy GKD"])

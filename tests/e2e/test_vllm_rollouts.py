@@ -117,7 +117,7 @@ class TestEngine:
             assert stops == ([] if rollout.truncated else [len(rollout.token_ids) - 1])
             assert not rollout.truncated or len(rollout.token_ids) == LONGEST
 
-    @pytest.mark.parametrize("count, length", [(8, 6), (60, 200)], ids=["whole", "in pieces"])
+    @pytest.mark.parametrize(("count", "length"), [(8, 6), (60, 200)], ids=["whole", "in pieces"])
     def test_the_same_key_gives_the_same_completion_whatever_the_batch(self, vllm, count, length):
         asked = requests(count, length)
         together = run(rollouts(vllm), asked)

@@ -21,12 +21,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_server(model: Path, *arguments: str, port: int, log: Path) -> subprocess.Popen[bytes]:
+def start_server(
+    model: Path, *arguments: str, port: int, log: Path, **environment: str
+) -> subprocess.Popen[bytes]:
     """The process, its output going to ``log``; it may not be ready yet.
 
     On the transformers backend unless the arguments choose another.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "teacher_server", "serve", str(model), "--port", str(port),

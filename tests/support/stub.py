@@ -120,6 +120,7 @@ class StubTeacher:
     requests: list[Any] = field(default_factory=list)
     not_ready: int = 0  # so many calls of /ready are answered 503
     ready_calls: int = 0
+    key: str | None = None
     url: str = ""
 
     def get(self, path: str) -> Answer:
@@ -146,7 +147,7 @@ class StubTeacher:
 
     @contextlib.contextmanager
     def serving(self, port: int = 0) -> Iterator[StubTeacher]:
-        with serving(self, port) as self.url:
+        with serving(self, port, self.key) as self.url:
             yield self
 
 
@@ -159,10 +160,11 @@ class Answers(Protocol):
 
 
 @contextlib.contextmanager
-def serving(stub: Answers, port: int = 0) -> Iterator[str]:
+def serving(stub: Answers, port: int = 0, key: str | None = None) -> Iterator[str]:
     """The stub's URL, at ``port`` or a free one.
 
-    At the end open connections break, as when a process is killed.
+    With a ``key``, what comes without it to a route below /v1 is refused as vLLM refuses it. At the
+    end open connections break, as when a process is killed.
     """
     connections: list[socket.socket] = []
 
@@ -174,12 +176,18 @@ def serving(stub: Answers, port: int = 0) -> Iterator[str]:
             connections.append(self.connection)
 
         def do_GET(self) -> None:
-            self._answer(stub.get(self.path))
+            self._answer(self._refused() or stub.get(self.path))
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             with contextlib.suppress(OSError):  # the client did not wait
-                self._answer(stub.post(self.path, body))
+                self._answer(self._refused() or stub.post(self.path, body))
+
+        def _refused(self) -> Answer | None:
+            sent = self.headers["Authorization"]
+            if key is None or not self.path.startswith("/v1") or sent == f"Bearer {key}":
+                return None
+            return 401, {"Content-Type": "application/json"}, b'{"error":"Unauthorized"}'
 
         def _answer(self, answer: Answer) -> None:
             status, headers, body = answer

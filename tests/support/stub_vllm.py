@@ -37,6 +37,7 @@ class StubVllm:
     max_model_len: int = 64
     script: list[Callable[[dict[str, Any]], Answer]] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    key: str | None = None
     url: str = ""
 
     def get(self, path: str) -> Answer:
@@ -88,5 +89,5 @@ class StubVllm:
 
     @contextlib.contextmanager
     def serving(self, port: int = 0) -> Iterator[StubVllm]:
-        with serving(self, port) as self.url:
+        with serving(self, port, self.key) as self.url:
             yield self

@@ -22,7 +22,7 @@ def test_an_error_survives_the_round_trip(kind):
 
 
 def test_every_kind_has_a_status_and_a_type_of_its_own():
-    assert len(KINDS) == 10
+    assert len(KINDS) == 11
     assert len({kind.status for kind in KINDS}) == len(KINDS)
     assert len({kind.slug() for kind in KINDS}) == len(KINDS)
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.sampling import uniforms
+from shared.sampling import uniform_rows, uniforms
 
 PUBLISHED = [0.7576293691490729, 0.5643749060814042, 0.14220310647506018]
 
@@ -21,6 +21,19 @@ def test_a_longer_stream_begins_with_the_shorter_one(key, count, more):
 def test_the_stream_never_changes_between_versions():
     got = uniforms("generate", 7, b"\x01\x00\x00\x00", 0, count=3)
     np.testing.assert_allclose(got, PUBLISHED, rtol=0, atol=1e-15)
+
+
+@given(st.integers(0, 50), st.integers(0, 9), st.integers(0, 9), st.integers(1, 11))
+def test_a_row_does_not_depend_on_the_rows_asked_for_with_it(first, before, after, width):
+    whole = uniform_rows("key", first=first, rows=before + 1 + after, width=width)
+    alone = uniform_rows("key", first=first + before, rows=1, width=width)
+    np.testing.assert_array_equal(whole[before : before + 1], alone)
+    assert len(np.unique(whole)) == whole.size  # no number stands in two rows
+
+
+def test_the_rows_begin_with_the_keys_own_stream():
+    rows = uniform_rows("a", 1, first=0, rows=3, width=4)
+    np.testing.assert_array_equal(rows.ravel(), uniforms("a", 1, count=12))
 
 
 def test_other_keys_give_other_streams():

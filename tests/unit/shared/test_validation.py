@@ -56,6 +56,13 @@ def test_what_is_within_every_limit_is_accepted():
     check_generate_request(generate(max_new_tokens=14, top_k=50, stop_token_ids=[99]), info())
 
 
+def test_draws_are_refused_where_the_teacher_makes_none():
+    check_score_request(score(sample_seed=7), info(sample_seed=True))
+    with pytest.raises(InvalidRequestError, match="draws no samples") as caught:
+        check_score_request(score(sample_seed=7), info())
+    assert caught.value.field == "sample_seed"
+
+
 SMALL = {"max_sequences": 2, "max_tokens": 20, "max_logprobs": 30}
 TWO = [{"token_ids": [1] * 11, "completion_start": 10}] * 2
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigurationError
+from student_trainer.checks import check_distill, check_merge, check_rollouts
 from student_trainer.config import (
     AdapterArguments,
     DataArguments,
@@ -16,9 +17,6 @@ from student_trainer.config import (
     MergeArguments,
     ModelArguments,
     TeacherArguments,
-    check_distill,
-    check_merge,
-    check_rollouts,
     checkpoint_of,
     parse,
     traced_steps,
@@ -83,6 +81,23 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--seq_kd_temperature", "0.7"], "no effect without --seq_kd"),
         (["--top_k_logprobs", "0"], "--top_k_logprobs 0 must be at least 1"),
         (["--request_student_top_m", "-1"], "--request_student_top_m -1 must be 0 (none) or above"),
+        (["--teacher_support", "sampled"], "forward KL alone, and --beta is 0.5: set --beta 0"),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--tail", "renormalize"],
+            "--tail renormalize has no effect with --teacher_support sampled",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--request_student_top_m", "4"],
+            "--request_student_top_m 4 would bias --teacher_support sampled",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--teacher_protocol", "vllm"],
+            "so --teacher_protocol vllm takes top_k only; use `teacher-server serve`",
+        ),
+        (
+            ["--teacher_support", "sampled", "--beta", "0", "--teacher_cache", "answers"],
+            "--teacher_cache answers keeps nothing of --teacher_support sampled",
+        ),
         (["--sft_weight", "1"], "--sft_weight 1.0 must be 0 or above and below 1"),
         (["--sft_weight", "0.2", "--lmbda", "1"], "no effect with --lmbda 1"),
         (["--sft_weight", "0.2", "--temperature", "2"], "needs --temperature 1"),
@@ -116,6 +131,9 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
+        (["--teacher_url", "https://me:s3cret@host"], "--teacher_url holds a user or a password"),
+        (["--teacher_api_key_file", "/no/key"], "--teacher_api_key_file /no/key: No such file"),
+        (["--teacher_api_key=s3cret"], "unknown argument '--teacher_api_key'. Did you mean"),
         (
             ["--teacher_protocol", "vllm", "--temperature", "0.5"],
             "--temperature 0.5: vLLM never applies a temperature",

@@ -49,32 +49,35 @@ class RecordingTeacher:
     """Remembers what it was asked; answers at once, or when told to."""
 
     def __init__(self, *, at_once=True):
-        self.scored, self.prompts, self.requested = [], [], []
+        self.scored, self.prompts, self.requested, self.seeds = [], [], [], []
         self.at_once = at_once
         self.unanswered = []
+        self.live = self  # there is no cache before it
 
-    def submit_score(self, sequences, *, top_k, temperature, requested):
-        self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
-        self.requested.append(requested)
+    def submit(self, call, *arguments, **options):
         future = Future()
-        answer = [scores_for(ids, start) for ids, start in sequences]
+        answer = call(*arguments, **options)
         self.unanswered.append(lambda: future.set_result(answer))
         if self.at_once:
             self.unanswered.pop()()
         return future
 
-    def submit_generate(self, prompts, **options):
+    def score(self, sequences, *, top_k, temperature, requested, sample_seed):
+        self.seeds.append(sample_seed)
+        self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
+        self.requested.append(requested)
+        return [scores_for(ids, start) for ids, start in sequences]
+
+    def generate(self, prompts, sampling):
         self.prompts += [tuple(p.tolist()) for p in prompts]
-        future = Future()
         completions = []
         for prompt in prompts:
             written = ids(int(prompt[1]) + 20, 1)
             scores = None
-            if options["top_k"] is not None:
+            if sampling.top_k is not None:
                 scores = scores_for(np.append(prompt, written), len(prompt))
             completions.append(Completion(token_ids=written, finish_reason="stop", scores=scores))
-        future.set_result(completions)
-        return future
+        return completions
 
 
 class CountingRollouts:
@@ -373,6 +376,21 @@ def test_seq_kd_with_proposals_scores_the_whole_batch_after_it_is_written():
     assert calls == [2, 2, 2]
     assert teacher.prompts == [(5, 10), (5, 11), (5, 12)]
     assert teacher.scored[0] == [(5, 10, 30, 1), (5, 11, 31, 1)]
+
+
+@pytest.mark.parametrize("seq_kd", [False, True])
+def test_a_drawn_support_is_drawn_anew_in_each_step_and_the_same_in_each_of_its_requests(seq_kd):
+    teacher = RecordingTeacher()
+    method = replace(METHOD, sampled=True, seq_kd=seq_kd)
+    batches = [[example(0), example(1)], [example(0), example(1)]]
+    pipeline = pipeline_of(method, teacher, batches=batches, request_size=1)
+    scored = [item for step in (0, 1) for item in collect(pipeline, step)]
+    assert all(item.sampled and item.scores is not None for item in scored)
+    first, again, second, _ = teacher.seeds
+    assert first == again != second
+    other = replace(method, seed=4)
+    assert other.sample_seed(0) != first == method.sample_seed(0)
+    assert METHOD.sample_seed(0) is None
 
 
 def test_a_bare_prompt_off_policy_is_refused_by_name():

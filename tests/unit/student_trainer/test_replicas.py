@@ -9,7 +9,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from shared.errors import InternalError, TeacherChangedError, TeacherUnreachableError
+from shared.errors import (
+    ConfigurationError,
+    InternalError,
+    TeacherChangedError,
+    TeacherUnauthorizedError,
+    TeacherUnreachableError,
+)
 from student_trainer.teacher import TeacherClient
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
 
@@ -175,3 +181,34 @@ def test_an_accepted_change_takes_over_only_when_no_replica_of_the_first_teacher
         score(client)
         assert client.info.teacher == OTHER
         assert len(first.requests) == 2
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_refused_in_the_middle_of_a_run_ends_it_at_once(pair, status):
+    first, second = pair
+    first.script = [lambda request: problem(status, "no such key")]
+    with (
+        connected(first, second, api_key="k" * 32, timeout=1000.0) as client,
+        pytest.raises(TeacherUnauthorizedError, match=f"{first.url} answers {status}") as caught,
+    ):
+        score(client)
+    assert "the key that was sent" in str(caught.value)
+    assert "k" * 32 not in str(caught.value)
+    assert second.requests == []
+
+
+def test_a_replica_that_comes_back_with_another_key_ends_the_run(pair):
+    first, second = pair
+    with connected(first, second, timeout=1000.0) as client:
+        first.script = [lambda request: problem(503, "draining")]
+        score(client)
+        first.get = lambda path: (200, {}, b"") if path == "/ready" else problem(401, "key")
+        eventually(lambda: client._replicas._fatal is not None, "the replica was not asked")
+        with pytest.raises(TeacherUnauthorizedError, match="TEACHER_API_KEY"):
+            score(client)
+
+
+def test_a_file_of_authorities_that_cannot_be_read_is_named(monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
+    with pytest.raises(ConfigurationError, match=r"SSL_CERT_FILE /no/ca\.pem: No such file"):
+        TeacherClient(["https://127.0.0.1:1"])

@@ -79,13 +79,14 @@ def test_log_probs_that_were_not_requested_are_refused():
     ("capabilities", "count", "message"),
     [
         ({"requested_token_ids": False}, 1, "cannot score requested ids"),
+        ({"requested_token_ids": False}, None, "16, the default for --beta 1: .* give 0"),
         ({}, 5, "--request_student_top_m 5 is over the teacher's limit of 4"),
     ],
 )
 def test_what_the_teacher_cannot_score_is_refused_at_connect(
     tmp_path, capabilities, count, message
 ):
-    arguments = DistillArguments(output_dir=str(tmp_path), request_student_top_m=count)
+    arguments = DistillArguments(output_dir=str(tmp_path), beta=1.0, request_student_top_m=count)
     teacher = TeacherArguments(["http://teacher"], top_k_logprobs=8)
     with pytest.raises(ConfigurationError, match=message):
         check_request(info(**capabilities), arguments, teacher)

@@ -6,29 +6,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from shared.errors import RolloutError
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from student_trainer.rollouts.sampling import sample_tokens
+from tests.support.models import small_model
 
 STOP = 1
 MANY_STOPS = range(1, 9)  # completions of very different lengths
-
-
-def small_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 @pytest.fixture(scope="module")

@@ -6,18 +6,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
-
-
-def student():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+from tests.support.models import small_model
 
 
 def engine(model, one_group):
@@ -45,7 +36,7 @@ def written(engine, requests):
 def rank_of_two(rank, store, one_group, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = student()
+    model = small_model()
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -67,4 +58,4 @@ def test_ranks_of_a_sharded_model_write_what_a_whole_one_writes_in_step(tmp_path
     assert ranks[0][1] == ranks[1][1]  # as many forward passes, though one had less to do
     assert [groups == 1 for groups, _, _ in ranks] == [one_group, one_group]
     for rank, (_, _, completions) in enumerate(ranks):
-        assert completions == written(engine(student(), False), asked_of(rank))[1]
+        assert completions == written(engine(small_model(), False), asked_of(rank))[1]

@@ -2,13 +2,15 @@
 
 import logging
 import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from shared.errors import InvalidRequestError, TeacherAnswerError, TeacherChangedError
 from shared.protocol import Problem
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.stub import (
     IDENTITY,
     BrokenError,
@@ -25,7 +27,8 @@ from tests.support.stub import (
 PROMPTS = [
     np.full(count, first, np.uint32) for count, first in ((2, 10), (5, 11), (3, 12), (1, 13))
 ]
-OPTIONS = {"max_new_tokens": 8, "temperature": 0.5, "seed": 5, "stop_token_ids": [1, 9]}
+SAMPLING = Sampling(max_new_tokens=8, temperature=0.5, seed=5, stop_token_ids=[1, 9])
+SCORED = replace(SAMPLING, top_k=4)
 
 
 @pytest.fixture
@@ -43,6 +46,15 @@ def client(stub):
 
 def firsts(completions):
     return [int(completion.token_ids[0]) for completion in completions]
+
+
+def await_rows(client, count):
+    """Returns when the client has taken scores of so many rows more."""
+    deadline = time.monotonic() + 10
+    while count > 0:
+        assert time.monotonic() < deadline, "completions are held back"
+        count -= client.take_traffic()[1]
+        time.sleep(0.01)
 
 
 def broken_after(*prompts):
@@ -64,29 +76,25 @@ def refused_after(*prompts, status):
     return answer
 
 
-def test_a_completion_arrives_before_the_rest_is_written(stub, client):
-    arrived = threading.Event()
-    told = []
+def test_each_completion_is_taken_before_the_next_is_written(stub, client):
+    taken = []
 
     def pieces(request):
-        yield event(request, 2)
-        assert arrived.wait(10), "the first completion is held back"
-        yield from (event(request, prompt) for prompt in (0, 3, 1))
+        for prompt in (2, 0, 3, 1):
+            yield event(request, prompt)
+            await_rows(client, 2)
+            taken.append(prompt)
         yield end()
 
-    def on_completion(index, completion):
-        told.append((index, *firsts([completion])))
-        arrived.set()
-
     stub.script = [lambda request: streamed(pieces(request))]
-    completions = client.generate(PROMPTS, **OPTIONS, on_completion=on_completion)
-    assert told == [(2, 12), (0, 10), (3, 13), (1, 11)]
+    completions = client.generate(PROMPTS, SCORED)
+    assert taken == [2, 0, 3, 1]
     assert firsts(completions) == [10, 11, 12, 13]
 
 
 def test_scores_are_counted_and_checked_as_they_arrive(client):
     client.take_traffic()
-    completions = client.submit_generate(PROMPTS, **OPTIONS, top_k=4).result()
+    completions = client.submit(client.generate, PROMPTS, SCORED).result()
     received, scored = client.take_traffic()
     assert [completion.scores.token_ids.shape for completion in completions] == [(2, 4)] * 4
     assert scored == 8
@@ -100,11 +108,8 @@ def test_scores_are_counted_and_checked_as_they_arrive(client):
 )
 def test_only_what_did_not_come_is_asked_for_again(stub, client, broken, caplog):
     stub.script = [broken, broken_after(1)]
-    told = []
     with caplog.at_level(logging.WARNING):
-        completions = client.generate(
-            PROMPTS, **OPTIONS, on_completion=lambda index, completion: told.append(index)
-        )
+        completions = client.generate(PROMPTS, SCORED)
     assert firsts(completions) == [10, 11, 12, 13]
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests] == [
         [10, 11, 12, 13],
@@ -112,14 +117,14 @@ def test_only_what_did_not_come_is_asked_for_again(stub, client, broken, caplog)
         [10],
     ]
     assert {request.seed for request in stub.requests} == {5}
-    assert told == [3, 1, 2, 0]
+    assert client.take_traffic()[1] == 8  # each of the four once
     assert "2 of its 4 completions are asked for again" in caplog.text
 
 
 def test_an_answer_that_breaks_before_its_first_completion_is_tried_again(stub, client, caplog):
     stub.script = [broken_after()]
     with caplog.at_level(logging.WARNING):
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
     assert [len(request.prompts) for request in stub.requests] == [4, 4]
     assert "Teacher call failed" in caplog.text
 
@@ -133,12 +138,8 @@ def test_halves_do_not_ask_again_for_what_came(stub, client):
         return streamed([event(request, 0), end()])
 
     stub.script = [refused_after(2, status=504)] + [answer] * 10
-    told = []
-    completions = client.generate(
-        PROMPTS, **OPTIONS, on_completion=lambda index, completion: told.append(index)
-    )
-    assert firsts(completions) == [10, 11, 12, 13]
-    assert sorted(told) == [0, 1, 2, 3]
+    assert firsts(client.generate(PROMPTS, SCORED)) == [10, 11, 12, 13]
+    assert client.take_traffic()[1] == 8  # each of the four once
     assert [len(request.prompts) for request in stub.requests] == [4, 3, 2, 1, 1, 1]
 
 
@@ -155,7 +156,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
         TeacherClient([stub.url], timeout=1.0) as client,
     ):
         client.connect()
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
         over.set()
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
     assert "sent nothing for 1 s); 2 of its 4 completions are asked for again" in caplog.text
@@ -164,7 +165,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
 def test_a_refusal_at_the_end_is_raised(stub, client):
     stub.script = [refused_after(0, 1, status=422)]
     with pytest.raises(InvalidRequestError, match="no more"):
-        client.generate(PROMPTS, **OPTIONS)
+        client.generate(PROMPTS, SAMPLING)
     assert len(stub.requests) == 1
 
 
@@ -179,12 +180,9 @@ def test_no_completion_of_another_teacher_is_taken_even_from_an_answer_that_brea
         raise BrokenError
 
     stub.script = [broken_after(3, 1), lambda request: streamed(others(request))]
-    told = []
     with pytest.raises(TeacherChangedError):
-        client.generate(
-            PROMPTS, **OPTIONS, on_completion=lambda index, completion: told.append(index)
-        )
-    assert told == [3, 1]
+        client.generate(PROMPTS, SCORED)
+    assert client.take_traffic()[1] == 4  # of the two before
     assert len(stub.requests) == 2
 
 
@@ -194,7 +192,7 @@ def test_another_teacher_is_accepted_within_an_answer_when_told_so(stub, caplog)
         client.connect()
         stub.info = info(OTHER)
         with caplog.at_level(logging.WARNING):
-            assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+            assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
         assert client.info.teacher == OTHER
     assert caplog.text.count("is another teacher now") == 1
 
@@ -237,16 +235,8 @@ def spoilt(**changes):
 def test_an_answer_that_cannot_be_used_stops_the_run(stub, client, answer, message):
     stub.script = [answer]
     with pytest.raises(TeacherAnswerError, match=message):
-        client.generate(PROMPTS, **OPTIONS, top_k=4)
+        client.generate(PROMPTS, SCORED)
     assert len(stub.requests) == 1
-
-
-def test_what_the_callers_own_callback_raises_is_raised(client):
-    def on_completion(index, completion):
-        raise InvalidRequestError("my own")
-
-    with pytest.raises(InvalidRequestError, match="my own"):
-        client.generate(PROMPTS, **OPTIONS, on_completion=on_completion)
 
 
 def test_the_rest_goes_to_another_replica(stub):
@@ -257,18 +247,17 @@ def test_the_rest_goes_to_another_replica(stub):
         client.connect()
         gone = problem(503, "shutting down")
         stub.script = [broken_after(3, 1)] + [lambda request: gone] * 100
-        assert firsts(client.generate(PROMPTS, **OPTIONS)) == [10, 11, 12, 13]
+        assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
     assert [[int(ids[0]) for ids in request.prompts] for request in other.requests] == [[10, 12]]
 
 
 def test_completions_that_came_no_longer_count_as_outstanding(stub):
-    """Three of four have come: the 9 tokens of the last count for less than the 20 elsewhere."""
+    """Of 43 tokens at most 20 are still to come when the third is read: less than 24 elsewhere."""
     with (
         StubTeacher().serving() as other,
         TeacherClient([stub.url, other.url], timeout=10.0) as client,
     ):
         client.connect()
-        came = threading.Semaphore(0)
 
         def score(length):
             client.score([(np.arange(length, dtype=np.uint32), 2)], top_k=3)
@@ -276,8 +265,8 @@ def test_completions_that_came_no_longer_count_as_outstanding(stub):
         def pieces(request):
             for prompt in (0, 1, 2):
                 yield event(request, prompt)
-                assert came.acquire(timeout=10)
-            score(20)  # goes to the other one, which has nothing to do
+                await_rows(client, 2)
+            score(24)  # goes to the other one, which has nothing to do
             yield event(request, 3)
             yield end()
 
@@ -287,6 +276,6 @@ def test_completions_that_came_no_longer_count_as_outstanding(stub):
 
         stub.script = [lambda request: streamed(pieces(request))]
         other.script = [meanwhile]
-        client.generate(PROMPTS, **OPTIONS, on_completion=lambda index, completion: came.release())
+        client.generate(PROMPTS, SCORED)
     assert [len(request.sequences[0].token_ids) for request in stub.requests[1:]] == [6]
-    assert [len(request.sequences[0].token_ids) for request in other.requests] == [20]
+    assert [len(request.sequences[0].token_ids) for request in other.requests] == [24]

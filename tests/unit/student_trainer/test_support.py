@@ -8,7 +8,11 @@ import torch
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data import Sample
-from student_trainer.losses import sparse_generalized_jsd
+from student_trainer.losses import (
+    generalized_jsd,
+    linear_sparse_jsd,
+    sparse_generalized_jsd,
+)
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 
 
@@ -231,3 +235,107 @@ def test_float16_rows_without_a_rest_keep_their_values_in_bounds():
         atol=0.02,
     )  # fmt: skip
     assert np.isfinite(found[found != -np.inf]).all()
+
+
+def drawn_sample(log_p, k, seed, learned=None):
+    """What a teacher of log-probs [T, V] answers to a request for draws."""
+    draws = torch.multinomial(
+        torch.from_numpy(np.exp(log_p)), k, replacement=True,
+        generator=torch.Generator().manual_seed(seed),
+    ).numpy()  # fmt: skip
+    rows = len(log_p)
+    scores = SparseLogprobs(
+        token_ids=draws.astype(np.uint32),
+        logprobs=np.take_along_axis(log_p, draws, 1).astype(np.float32),
+        next_token_logprob=np.zeros(rows, np.float32),
+        tail_logprob=np.zeros(rows, np.float32),
+    )
+    return ScoredSample(sample([0] * rows, learned), scores, sampled=True), draws
+
+
+def test_draws_become_each_tokens_share_of_them_once():
+    log_p = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).log_softmax(1).numpy()
+    item, draws = drawn_sample(log_p, 16, seed=0, learned=[1, 0, 1, 1])
+    teacher = sparse_distribution([item], 9)
+    for row, drawn in enumerate(draws[[0, 2, 3]]):
+        named = teacher.token_ids[row] >= 0
+        shares = dict(
+            zip(
+                teacher.token_ids[row][named].tolist(),
+                teacher.logprobs[row][named].exp().tolist(),
+                strict=True,
+            )
+        )
+        wanted = dict(zip(*np.unique(drawn, return_counts=True), strict=True))
+        assert shares == pytest.approx({int(i): n / 16 for i, n in wanted.items()})
+    assert teacher.tail_logprob.isneginf().all()
+
+
+def test_draws_outside_the_shared_vocabulary_go_to_the_tail():
+    log_p = torch.zeros(2, 8).log_softmax(1).numpy()
+    item, draws = drawn_sample(log_p, 32, seed=1)
+    teacher = sparse_distribution([item], 5)
+    assert int(teacher.token_ids.max()) == 4
+    outside = (draws >= 5).mean(axis=1)
+    np.testing.assert_allclose(teacher.tail_logprob.exp().numpy(), outside, rtol=1e-5)
+
+
+def test_the_mean_over_draws_is_the_dense_divergence_and_its_gradient():
+    """Within its own standard error, which renormalising the same number of ids is not."""
+    generator = torch.Generator().manual_seed(2)
+    student, target = torch.randn(2, 3, 40, generator=generator)
+    log_p = target.log_softmax(1)
+    weights = torch.tensor([1.0, 0.5, 2.0])
+    logits = student.requires_grad_()
+
+    def numbers(rows):
+        (gradient,) = torch.autograd.grad(rows.sum(), logits)
+        return torch.cat([rows.detach(), gradient.flatten()]).double()
+
+    dense = numbers(weights * generalized_jsd(logits, target, beta=0.0))
+    found = []
+    for seed in range(1500):
+        teacher = sparse_distribution([drawn_sample(log_p.numpy(), 4, seed)[0]], 40)
+        found.append(numbers(sparse_generalized_jsd(logits, teacher, beta=0.0, weights=weights)))
+    found = torch.stack(found)
+    error = found.std(0) / 1500**0.5
+
+    def worst(mean):
+        return float(((mean - dense).abs() / error).max())
+
+    assert worst(found.mean(0)) < 4.5  # of 123 numbers
+    top = scores_of(log_p.exp().numpy(), 4, [0, 0, 0])
+    support = sparse_distribution([ScoredSample(sample([0, 0, 0]), top)], 40)
+    renormalized = sparse_generalized_jsd(
+        logits, support, beta=0.0, tail="renormalize", weights=weights
+    )
+    assert worst(numbers(renormalized)) > 20
+
+
+def test_logits_that_never_exist_give_the_same_estimate():
+    """Fused against whole logits, value, gradient and statistics."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(n, 6, generator=generator) for n in (5, 30))
+    log_p = torch.randn(5, 30, generator=generator).log_softmax(1).numpy()
+    teacher = sparse_distribution([drawn_sample(log_p, 7, 0)[0]], 30)
+    weights = torch.rand(5, generator=generator)
+    results = []
+    for fused in (False, True):
+        states = hidden.clone().requires_grad_()
+        if fused:
+            loss, statistics = linear_sparse_jsd(
+                states, weight, teacher, normalizer=1.0, beta=0.0, chunk_size=2, weights=weights,
+                return_statistics=True,
+            )  # fmt: skip
+        else:
+            rows, statistics = sparse_generalized_jsd(
+                states @ weight.T, teacher, beta=0.0, weights=weights, return_statistics=True
+            )
+            loss = rows.sum()
+        loss.backward()
+        results.append((loss.detach(), states.grad, statistics.divergence))
+        assert statistics.teacher_entropy.isnan().all()
+        assert statistics.gap_bound.isposinf().all()
+        assert (statistics.student_support_mass < 1).all()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

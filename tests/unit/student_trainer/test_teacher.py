@@ -5,11 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shared import wire
 from shared.errors import (
@@ -22,7 +21,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.protocol import Limits, ScoreResponse
-from student_trainer.teacher import TeacherClient, split
+from student_trainer.teacher import Sampling, TeacherClient
 from tests.support.stub import (
     IDENTITY,
     StubTeacher,
@@ -116,24 +115,6 @@ def with_requested(response, request):
     )
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))),
-    st.tuples(st.integers(1, 20), st.integers(1, 20)),
-)
-def test_parts_are_as_long_as_they_can_be(costs, room):
-    parts = split(costs, room)
-    assert [index for first, last in parts for index in range(first, last)] == list(
-        range(len(costs))
-    )
-
-    def fits(first, last):
-        return all(sum(cost[unit] for cost in costs[first:last]) <= room[unit] for unit in range(2))
-
-    for first, last in parts:
-        assert last - first == 1 or fits(first, last)
-        assert last == len(costs) or not fits(first, last + 1)
-
-
 @pytest.mark.parametrize("status", [413, 504])
 @pytest.mark.parametrize("most", [1, 2, 3, 6])
 def test_what_is_too_much_is_asked_in_halves(stub, status, most, caplog):
@@ -207,10 +188,8 @@ def test_log_probs_travel_in_the_type_asked_for(stub):
     for dtype in ("float16", "float32"):
         with connected(stub, logprob_dtype=dtype) as client:
             client.score(sequences((6, 2)), top_k=3)
-            client.generate(
-                [np.array([3], np.uint32)],
-                max_new_tokens=2, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4,
-            )  # fmt: skip
+            sampling = Sampling(2, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4)
+            client.generate([np.array([3], np.uint32)], sampling)
         assert [request.logprob_dtype for request in stub.requests[-2:]] == [dtype] * 2
 
 
@@ -350,7 +329,8 @@ def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
         "from student_trainer.teacher import TeacherClient\n"
         "client = TeacherClient([sys.argv[1]], timeout=60)\n"
         "client.connect()\n"
-        "client.submit_score([(np.arange(6, dtype=np.uint32), 2)], top_k=3)\n"
+        "sequence = np.arange(6, dtype=np.uint32), 2\n"
+        "client.submit(client.score, [sequence], top_k=3)\n"
         "time.sleep(0.5)\n"
         "sys.exit(3)\n"
     )
@@ -415,10 +395,10 @@ def test_requests_go_to_the_replica_with_fewer_tokens_outstanding(stub):
 
 def test_completions_come_with_their_scores(stub):
     prompts = [np.array([3, 4], np.uint32), np.array([7], np.uint32)]
-    options = {"max_new_tokens": 8, "temperature": 0.0, "seed": 5, "stop_token_ids": [1, 9]}
+    sampling = Sampling(max_new_tokens=8, temperature=0.0, seed=5, stop_token_ids=[1, 9])
     with connected(stub) as client:
-        completions = client.generate(prompts, top_k=4, **options)
-        client.generate(prompts, **options)
+        completions = client.generate(prompts, replace(sampling, top_k=4))
+        client.generate(prompts, sampling)
     assert [c.token_ids.tolist() for c in completions] == [[3, 1], [7, 1]]
     assert completions[0].scores.token_ids.shape == (2, 4)
     with_scores, without = stub.requests

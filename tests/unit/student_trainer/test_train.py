@@ -79,6 +79,8 @@ def test_what_the_teacher_cannot_do_is_refused(tmp_path):
         check_request(teacher, arguments(tmp_path, temperature=0.5), few)
     with pytest.raises(ConfigurationError, match="--seq_kd: this teacher does not generate"):
         check_request(teacher, arguments(tmp_path, seq_kd=True), few)
+    with pytest.raises(ConfigurationError, match=r"--teacher_support sampled.*\(stub\) draws no"):
+        check_request(teacher, arguments(tmp_path, teacher_support="sampled"), few)
     check_request(teacher, arguments(tmp_path), few)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,15 +15,17 @@ from shared.errors import (
     MalformedRequestError,
     TeacherAnswerError,
     TeacherChangedError,
+    TeacherUnauthorizedError,
     TeacherUnreachableError,
     TokenizerMismatchError,
 )
+from student_trainer.teacher import Sampling
 from student_trainer.vllm_teacher import VllmTeacher
 from tests.support.stub_vllm import StubVllm, as_json
 
 ROWS = 272
 SEQUENCES = [(np.array([9, 8, 7, 6, 5], np.uint32), 2), (np.array([4, 250], np.uint32), 1)]
-OPTIONS = {"max_new_tokens": 8, "temperature": 0.5, "seed": 7, "stop_token_ids": [1, 9]}
+SAMPLING = Sampling(max_new_tokens=8, temperature=0.5, seed=7, stop_token_ids=[1, 9])
 
 
 def steep(rows=ROWS):
@@ -209,8 +212,9 @@ def test_a_temperature_is_refused_as_vllm_would_ignore_it(stub):
         assert not teacher.info.capabilities.requested_token_ids
         with pytest.raises(InvalidRequestError, match=r"temperature 0\.7: vLLM never applies"):
             teacher.score(SEQUENCES, top_k=4, temperature=0.7)
+        hotter = replace(SAMPLING, top_k=4, score_temperature=2.0)
         with pytest.raises(InvalidRequestError, match="temperature 2"):
-            teacher.generate([SEQUENCES[0][0]], top_k=4, score_temperature=2.0, **OPTIONS)
+            teacher.generate([SEQUENCES[0][0]], hotter)
     assert stub.requests[0]["temperature"] == 0.5  # of the sampling, which vLLM does apply
 
 
@@ -226,15 +230,11 @@ def test_token_ids_outside_the_teachers_vocabulary_are_refused(stub):
 def test_completions_are_scored_in_a_second_pass(stub):
     prompts = [np.array([3, 4], np.uint32), np.array([7], np.uint32)]
     with connected(stub) as teacher:
-        told = []
-        with_scores = teacher.generate(
-            prompts, top_k=4, on_completion=lambda *one: told.append(one), **OPTIONS
-        )
-        without = teacher.submit_generate(prompts, **OPTIONS).result()
+        with_scores = teacher.generate(prompts, replace(SAMPLING, top_k=4))
+        without = teacher.submit(teacher.generate, prompts, SAMPLING).result()
     assert [c.token_ids.tolist() for c in with_scores + without] == [[5, 1]] * 4
     assert [c.scores.token_ids.shape for c in with_scores] == [(2, 4)] * 2
     assert [c.scores for c in without] == [None, None]
-    assert told == list(enumerate(with_scores))
     sampled, scored, _ = stub.requests
     assert scored["prompt"] == [[3, 4, 5, 1], [7, 5, 1]]
     asked = {"seed": 7, "temperature": 0.5, "stop_token_ids": [1, 9], "max_tokens": 8}
@@ -316,3 +316,12 @@ def test_answers_that_are_no_json_are_refused(stub):
             stub.script = [lambda request, body=body: (200, {}, body)]
             with pytest.raises(TeacherAnswerError, match="/v1/completions answered"):
                 teacher.score(SEQUENCES, top_k=4)
+
+
+def test_the_key_is_sent_to_vllm_too(tokenizer):
+    with StubVllm(tokenizer, steep(), key="k" * 12).serving() as stub:
+        with connected(stub, api_key="k" * 12) as teacher:
+            assert len(teacher.score(SEQUENCES, top_k=4)) == 2
+        for wrong in (None, "x" * 12):
+            with pytest.raises(TeacherUnauthorizedError, match="answers 401"):
+                connected(stub, api_key=wrong, timeout=1000.0).__enter__()

@@ -19,6 +19,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from teacher_server.app import TeacherApp
+from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import BackendFacts
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
@@ -86,7 +87,7 @@ def app(tmp_path):
         str(tmp_path), max_request_bytes=4096, request_timeout=0.3, max_queued_tokens=200,
         max_request_tokens=200,
     )  # fmt: skip
-    made = TeacherApp(settings, Metrics())
+    made = TeacherApp(settings, Metrics(), ApiKeys(()))
     made.ready(Engine())
     return made
 
@@ -414,7 +415,7 @@ def test_the_documentation_shows_requests_answers_and_problems(app):
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/m"])
 def test_openai_routes_refuse_with_openais_error(tmp_path, path):
     (tmp_path / "config.json").write_text("{}")
-    loading = TeacherApp(Settings(str(tmp_path)), Metrics())
+    loading = TeacherApp(Settings(str(tmp_path)), Metrics(), ApiKeys(()))
     response = call(loading, "GET", path)
     assert response.status_code == 503
     assert response.headers["retry-after"] == "1"
@@ -431,3 +432,57 @@ def test_openai_routes_hide_what_went_wrong_inside(app):
     assert response.status_code == 500
     assert "division" not in response.text
     assert response.json()["error"]["type"] == "internal-error"
+
+
+KEY = "k" * 32
+
+
+@pytest.fixture
+def locked(app):
+    app.keys = ApiKeys([KEY])
+    return app
+
+
+def test_without_a_key_every_route_but_the_probes_is_closed(locked):
+    for route in locked.api.routes:
+        if route.path in ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"):
+            continue  # what this server is in general; nothing of what it serves
+        (method,) = route.methods - {"HEAD"}
+        for headers in ({}, {"authorization": "Bearer " + "x" * 32}):
+            response = call(locked, method, route.path, headers=headers, json=body(1))
+            if route.path in ("/health", "/ready"):
+                assert response.status_code == 200
+                continue
+            assert response.status_code == 401, route.path
+            assert response.headers["www-authenticate"] == "Bearer"
+            if "model" in route.path or "completions" in route.path:
+                error = response.json()["error"]
+                assert (error["type"], error["code"]) == ("unauthorized", 401)
+            else:
+                assert problem(response, 401).type == "urn:sparse-gkd:problem:unauthorized"
+        response = call(
+            locked, method, route.path, headers={"authorization": f"Bearer {KEY}"}, json=body(1)
+        )
+        assert response.status_code != 401, route.path
+
+
+def test_a_body_without_a_key_is_not_read(locked):
+    class Unread(httpx.AsyncByteStream):
+        async def __aiter__(self):
+            raise AssertionError("the body was read")
+            yield b""
+
+    headers = {"content-type": wire.JSON_MEDIA_TYPE, "content-length": "4000"}
+    response = call(locked, "POST", "/v1/score", content=Unread(), headers=headers)
+    problem(response, 401)
+    assert response.headers["connection"] == "close"
+
+
+def test_refused_callers_are_counted_and_keys_are_not_in_the_metrics(locked):
+    call(locked, "GET", "/v1/info", headers={"authorization": "Bearer " + "x" * 32})
+    headers = {"authorization": f"Bearer {KEY}"}
+    shown = call(locked, "GET", "/metrics", headers=headers).text
+    assert 'teacher_requests_total{route="/v1/info",status="401"} 1.0' in shown
+    assert 'teacher_rejected_total{reason="unauthorized"} 1.0' in shown
+    assert KEY not in shown
+    assert "x" * 32 not in shown

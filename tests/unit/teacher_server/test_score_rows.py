@@ -1,5 +1,7 @@
 """Rows of hidden states become sparse log-probs with an exact tail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,73 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     for a, b in zip(whole, score_rows(hidden, head, jobs, V), strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
+
+
+def draws(logits, key, k):
+    rows = len(logits)
+    one = ScoreJob(np.zeros(rows + 1, np.uint32), 1, top_k=k, draw_key=key)
+    return score_rows(logits.clone(), torch.clone, [one], V)[0]
+
+
+def test_draws_come_as_often_as_they_are_probable_with_exact_log_probs():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 2, (3, V)).astype(np.float32))
+    logits[:, 5] = -torch.inf  # never drawn, wherever a point falls
+    dense = logits.double().log_softmax(dim=1).numpy()
+    answers = [draws(logits, bytes([i]), 500) for i in range(40)]
+    ids = np.concatenate([answer.token_ids for answer in answers], axis=1).astype(int)
+    found = np.concatenate([answer.logprobs for answer in answers], axis=1)
+    np.testing.assert_allclose(found, np.take_along_axis(dense, ids, 1), atol=1e-5)
+    for row in range(3):
+        p = np.exp(dense[row])
+        counts = np.bincount(ids[row], minlength=V)
+        assert (abs(counts - 20_000 * p) <= 4.5 * np.sqrt(20_000 * p * (1 - p))).all()
+
+
+def test_an_improbable_token_is_drawn_as_often_as_it_is_probable():
+    """A cumulative distribution in float32 has no steps as small as these."""
+    logits = torch.zeros(1, 1 << 16)
+    logits[0, 0] = np.log(2.0**30)  # the others: 2⁻³⁰ each, 6e-5 together
+    points = torch.linspace(1 - 6e-5, 1 - 1e-9, 1000, dtype=torch.float64)[None]
+    ids = scoring.draw(logits, points)[0]
+    assert len(set(ids.tolist())) == 1000
+    assert (ids[1:] > ids[:-1]).all()
+
+
+def test_the_tail_beside_draws_holds_all_that_is_not_named_once():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(0, 1, (6, V)).astype(np.float32))
+    one = job(
+        rng,
+        6,
+        top_k=9,
+        draw_key=b"k",
+        requested_token_ids=rng.integers(0, V, (6, 2)),
+        temperature=2.0,
+    )
+    [answer] = score_rows(logits.clone(), torch.clone, [one], V)
+    [dense] = reference(logits, [one])
+    following = one.token_ids[one.completion_start :, None]
+    named = np.concatenate([answer.token_ids, following, one.requested_token_ids], axis=1)
+    for row in range(6):
+        rest = np.exp(np.delete(dense[row], np.unique(named[row].astype(int)))).sum()
+        assert np.exp(answer.tail_logprob[row]) == pytest.approx(rest, abs=1e-6)
+    wanted = np.take_along_axis(dense, one.requested_token_ids.astype(int), 1)
+    np.testing.assert_allclose(answer.requested_logprobs, wanted, atol=1e-5)
+
+
+def test_draws_do_not_depend_on_the_company_nor_on_how_rows_are_cut():
+    rng = np.random.default_rng(0)
+    jobs = [job(rng, rows, top_k=5, draw_key=key) for rows, key in ((7, b"a"), (4, b"b"))]
+    jobs.insert(1, job(rng, 3, top_k=5))
+    logits = torch.from_numpy(rng.normal(0, 2, (14, V)).astype(np.float32))
+    whole = score_rows(logits.clone(), torch.clone, jobs, V, 4 * V * 4)
+    for answer, item, rows in zip(whole, jobs, logits.split([7, 3, 4]), strict=True):
+        [alone] = score_rows(rows.clone(), torch.clone, [item], V)
+        np.testing.assert_array_equal(alone.token_ids, answer.token_ids)
+    later = replace(jobs[0], completion_start=jobs[0].completion_start + 2)
+    [rest] = score_rows(logits[2:7].clone(), torch.clone, [later], V)
+    np.testing.assert_array_equal(rest.token_ids, whole[0].token_ids[2:])
 
 
 def test_the_order_of_equal_tokens_does_not_depend_on_the_company():

@@ -58,7 +58,8 @@ def test_a_port_in_use_is_refused_before_the_model_loads(capsys, llama_folder):
 
 
 def test_an_address_of_another_machine_is_refused(capsys, llama_folder):
-    error = refused(capsys, str(llama_folder), "--host", "192.0.2.1", "--port", "0")
+    flags = ["--host", "192.0.2.1", "--port", "0", "--allow-unauthenticated"]
+    error = refused(capsys, str(llama_folder), *flags)
     assert "cannot listen on 192.0.2.1" in error
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from shared.errors import ConfigurationError
 from teacher_server.settings import Settings
+from tests.support.certificates import make_authority, openssl
 
 
 @pytest.fixture
@@ -24,6 +25,9 @@ def test_the_defaults_are_consistent(folder):
     [
         ({"port": -1}, "--port -1 must be from 0 to 65535"),
         ({"port": 65_536}, "--port 65536 must be from 0 to 65535"),
+        ({"ssl_keyfile": "key.pem"}, r"--ssl-keyfile key\.pem needs --ssl-certfile"),
+        ({"ssl_certfile": "/no/cert.pem"}, r"--ssl-certfile /no/cert\.pem: No such file"),
+        ({"engine_flags": ("--api-key", "s3cret")}, "use --api-key-file, or TEACHER_API_KEYS"),
         ({"max_model_len": 1}, "--max-model-len 1 must be at least 2"),
         ({"max_batch_tokens": 0}, "--max-batch-tokens 0 must be above 0"),
         ({"max_top_k": -3}, "--max-top-k -3 must be above 0"),
@@ -70,3 +74,35 @@ def test_auto_is_vllm_where_it_is_installed(folder, monkeypatch, installed, engi
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: found)
     assert Settings(folder).engine == engine
     assert Settings(folder, backend="transformers").engine == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        ("10.0.0.7", False),
+        ("teacher", False),
+        ("127.0.0.1.example.org", False),
+    ],
+)
+def test_only_addresses_of_this_machine_are_loopback(folder, host, loopback):
+    assert Settings(folder, host=host).loopback is loopback
+
+
+def test_a_certificate_and_a_key_that_do_not_fit_are_refused(folder, tmp_path):
+    ours, theirs = (make_authority(tmp_path / name) for name in ("ours", "theirs"))
+    Settings(folder, ssl_certfile=str(ours.certificate), ssl_keyfile=str(ours.key))
+    with pytest.raises(ConfigurationError, match="give PEM files of a certificate"):
+        Settings(folder, ssl_certfile=str(ours.certificate), ssl_keyfile=str(theirs.key))
+    with pytest.raises(ConfigurationError, match="give PEM files of a certificate"):
+        Settings(folder, ssl_certfile=str(ours.certificate))  # holds no private key
+    locked = tmp_path / "locked.pem"
+    openssl("rsa", "-aes256", "-passout", "pass:word", "-in", ours.key, "-out", locked)
+    with pytest.raises(ConfigurationError, match="without a password"):
+        Settings(folder, ssl_certfile=str(ours.certificate), ssl_keyfile=str(locked))

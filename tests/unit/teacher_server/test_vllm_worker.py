@@ -75,6 +75,19 @@ def test_jobs_and_scores_travel_as_bytes(width, dtype):
     assert_same(unpack_scores(pack_scores([wanted]).numpy(), again), wanted)
 
 
+def test_a_job_that_is_drawn_in_several_steps_meets_the_draws_of_one():
+    rng = np.random.default_rng(3)
+    one = job(rng, draw_key=b"key")
+    hidden = hidden_states(rng, 19)
+    scorer = StepScorer(head, V)
+    scorer.add("a", params(one))
+    assert scorer.score(hidden[:11], [Span("a", 0, 0, 11)]) == {}
+    [answer] = scorer.score(hidden[11:], [Span("a", 0, 11, 8)]).values()
+    found, wanted = unpack_scores(answer.numpy(), one), expected(one, hidden)
+    np.testing.assert_array_equal(found.token_ids, wanted.token_ids)
+    assert_same(found, wanted)
+
+
 def test_a_failure_travels_as_its_message():
     one = job(np.random.default_rng(1))
     with pytest.raises(RuntimeError, match="out of memory"):

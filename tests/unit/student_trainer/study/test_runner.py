@@ -207,3 +207,10 @@ def alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_what_every_process_of_a_study_imports_is_light():
+    """A study starts a process for each cell: seconds of imports would be paid each time."""
+    code = "import sys, student_trainer.study.runner; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"

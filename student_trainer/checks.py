@@ -1,0 +1,453 @@
+"""What flags may not say, alone or together: refused before any model loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from shared.api_keys import check_key, read_keys
+from shared.errors import ConfigurationError
+from student_trainer.config import (
+    AdapterArguments,
+    CommonTrainingArguments,
+    DataArguments,
+    DatasetArguments,
+    DistillArguments,
+    EvaluateArguments,
+    GenerationArguments,
+    MergeArguments,
+    ModelArguments,
+    TeacherArguments,
+    traced_steps,
+    uses_deepspeed,
+)
+
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
+_METRICS = ("loss", "divergence", "pass@1", "exact_match")
+# TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
+_UNSUPPORTED = {
+    "label_smoothing_factor": "has no effect on a divergence; drop it",
+    "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
+    "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
+    "dataloader_num_workers": "has no effect: rows are token ids in memory; drop it",
+    "ignore_data_skip": "would learn rows twice after a checkpoint; drop it",
+    "bf16_full_eval": "has no effect: evaluation computes as training does; use --bf16",
+    "fp16_full_eval": "has no effect: evaluation computes as training does; use --fp16",
+    "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
+}
+
+
+def check_common(
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    dataset: DatasetArguments,
+    data: DataArguments,
+    args: CommonTrainingArguments,
+) -> None:
+    """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
+    check_model(model)
+    check_adapters(adapters)
+    _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
+        raise ConfigurationError(
+            f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
+        )
+    if data.max_length is not None and data.max_length < 2:
+        raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
+    for name in _COUNTS:
+        if getattr(args, name) < 1:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be at least 1")
+    budget = args.max_tokens_per_batch
+    if budget is not None and budget < 1:
+        raise ConfigurationError(f"--max_tokens_per_batch {budget} must be at least 1")
+    if budget is not None and uses_deepspeed(args):
+        raise ConfigurationError(
+            f"--max_tokens_per_batch {budget}: DeepSpeed counts micro-batches by itself and would "
+            "step between them; drop it"
+        )
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if best not in _METRICS:
+        raise ConfigurationError(
+            f"--metric_for_best_model {args.metric_for_best_model} is not one of "
+            f"{', '.join(_METRICS)}"
+        )
+    for name, remedy in _UNSUPPORTED.items():
+        value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
+        if value != default.default:
+            raise ConfigurationError(f"--{name} {value} {remedy}")
+    loader: Any = args.accelerator_config
+    if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
+        raise ConfigurationError(
+            "--accelerator_config: split_batches, dispatch_batches and even_batches have no "
+            "effect here; drop them"
+        )
+    traced_steps(args)
+    if args.fp16 and not torch.accelerator.is_available():
+        raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise ConfigurationError(
+                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
+            )
+    if args.loss_kernel == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
+    _check_fsdp(args)
+
+
+def _check_fsdp(args: TrainingArguments) -> None:
+    if args.fsdp and args.world_size == 1:
+        raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if args.world_size == 1 or not (args.fsdp or launched):
+        return
+    if args.use_cpu:
+        raise ConfigurationError(
+            "--fsdp needs GPUs: on CPUs accelerate leaves each process the whole model; drop it"
+        )
+    # The defaults of transformers and of accelerate.
+    version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
+    if int(version) != 2:
+        raise ConfigurationError(
+            f"--fsdp: version {version} is not supported, whose wrappers rollouts go round; set "
+            "--fsdp_config '{\"version\": 2}', or fsdp_version: 2 for accelerate"
+        )
+
+
+def check_model(model: ModelArguments) -> None:
+    _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
+    name = model.model_name_or_path
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists() and not holds_adapters(name):
+            raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
+
+
+def holds_adapters(folder: str) -> bool:
+    """Whether a model folder holds LoRA adapters alone, without their base model."""
+    path = Path(folder)
+    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+
+
+def check_adapters(adapters: AdapterArguments) -> None:
+    if adapters.load_in_4bit:
+        if not adapters.use_peft:
+            raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
+        if not torch.cuda.is_available():
+            raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
+    defaults = AdapterArguments()
+    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
+        if not adapters.use_peft and getattr(adapters, name) != getattr(defaults, name):
+            raise ConfigurationError(f"--{name} has no effect without --use_peft")
+    if adapters.lora_r < 1:
+        raise ConfigurationError(f"--lora_r {adapters.lora_r} must be at least 1")
+
+
+def check_merge(args: MergeArguments) -> None:
+    """Raises `ConfigurationError` where there is nothing to merge, or no place for it."""
+    _require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
+    _require(args.output_dir, "--output_dir", "a new folder for the merged model")
+    if not holds_adapters(args.model_name_or_path):
+        raise ConfigurationError(
+            f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"
+        )
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigurationError(f"--output_dir {output} exists already; give a new folder")
+
+
+def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
+    for name in ("lmbda", "beta"):
+        value = getattr(args, name)
+        if not 0.0 <= value <= 1.0:
+            raise ConfigurationError(f"--{name} {value} must be from 0 to 1")
+    if not 0 < args.temperature < float("inf"):
+        raise ConfigurationError(f"--temperature {args.temperature} must be above 0")
+    if not 0 < args.rollout_temperature < float("inf"):
+        raise ConfigurationError(
+            f"--rollout_temperature {args.rollout_temperature} must be above 0"
+        )
+    if not 0 <= args.seq_kd_temperature < float("inf"):
+        raise ConfigurationError(f"--seq_kd_temperature {args.seq_kd_temperature} is below 0")
+    if not 0.0 <= args.sft_weight < 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} must be 0 or above and below 1; without a teacher's "
+            "share there is `student-trainer sft`"
+        )
+    if args.sft_weight > 0 and args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} has no effect with --lmbda 1: the student's own "
+            "completions are no labels. Drop it, or lower --lmbda"
+        )
+    if args.sft_weight > 0 and args.temperature != 1.0:
+        raise ConfigurationError(
+            f"--sft_weight {args.sft_weight} needs --temperature 1: the cross-entropy shares the "
+            f"divergence's softmax, and at {args.temperature} it is not the data's likelihood"
+        )
+    if args.student_top_m < 0:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m} must be 0 (none) or above"
+        )
+    _check_support(args, teacher)
+    _check_ahead(args)
+    if args.seq_kd and args.lmbda == 1.0:
+        raise ConfigurationError(
+            "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
+            "Drop --seq_kd, or lower --lmbda"
+        )
+    if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
+        raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
+    if teacher.teacher_protocol == "vllm" and args.temperature != 1.0:
+        raise ConfigurationError(
+            f"--temperature {args.temperature}: vLLM never applies a temperature to the log-probs "
+            "of a prompt, so --teacher_protocol vllm takes 1.0 only; use `teacher-server serve`"
+        )
+    check_teacher(teacher)
+
+
+def _check_support(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """What a support that is drawn cannot be combined with."""
+    if args.teacher_support != "sampled":
+        return
+    if args.beta != 0.0:
+        raise ConfigurationError(
+            f"--teacher_support sampled estimates forward KL alone, and --beta is {args.beta}: set "
+            "--beta 0, or use --teacher_support top_k"
+        )
+    if args.tail != "bucket":
+        raise ConfigurationError(
+            f"--tail {args.tail} has no effect with --teacher_support sampled, which has no tail; "
+            "drop it"
+        )
+    if args.student_top_m:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m} would bias --teacher_support "
+            "sampled: drop it, or use --teacher_support top_k"
+        )
+    if teacher.teacher_cache is not None:
+        raise ConfigurationError(
+            f"--teacher_cache {teacher.teacher_cache} keeps nothing of --teacher_support sampled, "
+            "which is drawn anew in each step: drop it, or use --teacher_support top_k"
+        )
+    if teacher.teacher_protocol == "vllm":
+        raise ConfigurationError(
+            "--teacher_support sampled: a stock vLLM draws no support, so --teacher_protocol vllm "
+            "takes top_k only; use `teacher-server serve`"
+        )
+
+
+def _check_ahead(args: DistillArguments) -> None:
+    """What runs ahead of the steps that learn from it."""
+    for name in ("rollout_staleness", "teacher_prefetch_steps"):
+        if getattr(args, name) < 0:
+            raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
+    proposes = args.student_top_m > 0 and not args.seq_kd
+    if args.rollout_staleness and args.lmbda == 0.0 and not proposes:
+        raise ConfigurationError(
+            f"--rollout_staleness {args.rollout_staleness} has no effect with --lmbda 0: there are "
+            "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
+        )
+    prefetch = args.teacher_prefetch_steps
+    if prefetch == DistillArguments.teacher_prefetch_steps:
+        return
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --lmbda 1: every step is "
+            "on-policy. Drop it; --rollout_staleness is for rollouts"
+        )
+    if proposes:
+        raise ConfigurationError(
+            f"--teacher_prefetch_steps {prefetch} has no effect with --request_student_top_m "
+            f"{args.student_top_m} (16 for --beta 1, if not given): the student proposes ids for "
+            "every step. Drop it; --rollout_staleness is for what depends on the student's weights"
+        )
+
+
+def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
+    """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
+    if args.rollout_engine != "vllm":
+        share = DistillArguments.vllm_gpu_memory_utilization
+        if args.vllm_gpu_memory_utilization != share:
+            raise ConfigurationError(
+                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
+            )
+        return
+    if args.lmbda == 0:
+        raise ConfigurationError(
+            "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
+    if not 0 < args.vllm_gpu_memory_utilization < 1:
+        raise ConfigurationError(
+            f"--vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} must be between 0 "
+            "and 1"
+        )
+    if not 0.01 <= args.rollout_temperature <= 2:
+        raise ConfigurationError(
+            f"--rollout_temperature {args.rollout_temperature}: vLLM samples from 0.01 to 2; use "
+            "--rollout_engine transformers"
+        )
+    if adapters.load_in_4bit:
+        raise ConfigurationError(
+            "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
+        )
+    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    if args.fsdp or args.deepspeed or any(os.environ.get(n) == "true" for n in sharded):
+        raise ConfigurationError(
+            "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
+            "or use transformers"
+        )
+
+
+def check_evaluate(
+    model: ModelArguments,
+    dataset: DatasetArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> None:
+    """Raises `ConfigurationError` for an evaluation that cannot run."""
+    check_model(model)
+    check_generation(generation)
+    _require(
+        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
+    )
+    _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
+    if not 0 <= args.temperature < float("inf"):
+        raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")
+    if args.n < 1 or (args.limit is not None and args.limit < 1):
+        raise ConfigurationError(f"--n {args.n} and --limit {args.limit} must be at least 1")
+    if args.n > 1 and args.temperature == 0:
+        raise ConfigurationError(
+            f"--n {args.n} greedy completions are all the same; add --temperature"
+        )
+    if not args.check_timeout > 0:
+        raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
+
+
+def check_generation(generation: GenerationArguments) -> None:
+    if generation.max_new_tokens < 1:
+        raise ConfigurationError(f"--max_new_tokens {generation.max_new_tokens} must be at least 1")
+    if generation.generation_batch_size is not None and generation.generation_batch_size < 1:
+        raise ConfigurationError(
+            f"--generation_batch_size {generation.generation_batch_size} must be at least 1"
+        )
+
+
+def check_teacher(teacher: TeacherArguments) -> None:
+    if not teacher.teacher_url:
+        raise ConfigurationError(
+            "--teacher_url is missing: start `teacher-server serve MODEL` and give its address, "
+            "such as --teacher_url http://localhost:8000"
+        )
+    for url in teacher.teacher_url:
+        if "@" in url:  # and is not shown
+            raise ConfigurationError(
+                "--teacher_url holds a user or a password, which every log would show; give a key "
+                "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
+            )
+        if not _is_address(url):
+            raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
+    api_key_of(teacher)
+    if teacher.top_k_logprobs < 1:
+        raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
+    dtype = teacher.teacher_logprob_dtype
+    if teacher.teacher_protocol == "vllm" and dtype != TeacherArguments.teacher_logprob_dtype:
+        raise ConfigurationError(
+            f"--teacher_logprob_dtype {dtype} has no effect with --teacher_protocol vllm, which "
+            "sends decimal numbers; drop it"
+        )
+    if not teacher.teacher_timeout > 0:
+        raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+    _check_cache(teacher)
+
+
+def _check_cache(teacher: TeacherArguments) -> None:
+    if teacher.teacher_cache is None:
+        if teacher.teacher_cache_max_gb != TeacherArguments.teacher_cache_max_gb:
+            raise ConfigurationError(
+                "--teacher_cache_max_gb has no effect without --teacher_cache; drop it"
+            )
+        return
+    if not 0 < teacher.teacher_cache_max_gb < float("inf"):
+        raise ConfigurationError(
+            f"--teacher_cache_max_gb {teacher.teacher_cache_max_gb} must be above 0"
+        )
+    if teacher.teacher_protocol == "vllm":
+        raise ConfigurationError(
+            "--teacher_cache needs a teacher that tells which weights it has: a stock vLLM does "
+            "not. Use `teacher-server serve`, or drop it"
+        )
+    if teacher.accept_teacher_change:
+        raise ConfigurationError(
+            "--teacher_cache keeps answers of one teacher apart from another's; drop it, or "
+            "--accept_teacher_change"
+        )
+
+
+def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
+    """Raises `ConfigurationError` where nothing can be asked before there is a student."""
+    if teacher.teacher_cache is None:
+        raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
+    if args.lmbda == 1.0:
+        raise ConfigurationError(
+            "--lmbda 1: every step is on-policy, and what the student writes is not known before "
+            "it trains; there is nothing to precompute"
+        )
+    if args.student_top_m:
+        raise ConfigurationError(
+            f"--request_student_top_m {args.student_top_m} (16 for --beta 1, if not given): the "
+            "ids depend on the student's weights, and cannot be asked for before it trains; give 0"
+        )
+
+
+def api_key_of(teacher: TeacherArguments) -> str | None:
+    """The key for the teacher, of ``--teacher_api_key_file`` or else of the environment.
+
+    It is in no argument, so that nothing that saves or logs arguments can hold it.
+
+    Raises:
+        ConfigurationError: a file without a key or with several, or a key that is none.
+    """
+    path = teacher.teacher_api_key_file
+    if path is None:
+        key = os.environ.get("TEACHER_API_KEY")
+        return check_key(key, "TEACHER_API_KEY") if key else None
+    first, *others = read_keys(path, "--teacher_api_key_file")
+    if others:
+        raise ConfigurationError(
+            f"--teacher_api_key_file {path} holds {1 + len(others)} keys; the trainer sends one"
+        )
+    return first
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for what is no port
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
+
+
+def _require(value: str | None, flag: str, what: str) -> None:
+    if not value:
+        raise ConfigurationError(f"{flag} is missing: give {what}")

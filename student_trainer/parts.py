@@ -1,0 +1,66 @@
+"""Much work for a teacher, asked in requests that it can take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from operator import add, gt
+from typing import TypeVar
+
+from shared.errors import DeadlineExceededError, PayloadTooLargeError
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+
+def in_parts(
+    costs: Sequence[tuple[int, ...]],
+    room: tuple[int, ...],
+    ask: Callable[[int, int], list[R]],
+) -> list[R]:
+    """Answers for all sequences, in order, from requests that the teacher can take.
+
+    A request that is still too large (413) or not answered in time (504, or the client's own
+    timeout while the teacher is ready) is asked in halves.
+
+    Args:
+        costs: of each sequence, in several units; the second is tokens.
+        room: what they may sum to in one request.
+        ask: answers for the sequences from ``first`` up to, without, ``last``.
+
+    Raises:
+        PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much.
+    """
+    answers: list[R] = []
+    parts = split(costs, room)[::-1]  # the next one last
+    while parts:
+        first, last = parts.pop()
+        try:
+            answers += ask(first, last)
+        except (PayloadTooLargeError, DeadlineExceededError) as error:
+            if last - first == 1:
+                raise type(error)(
+                    f"sequence {first}, of {costs[first][1]} tokens, is too much alone: "
+                    f"{error.detail}. Lower --max_length, --max_new_tokens or --top_k_logprobs, or "
+                    "raise --teacher_timeout, --request-timeout (504) or --max-request-bytes (413) "
+                    "of the server, or the limits of a gateway before it"
+                ) from error
+            middle = (first + last) // 2
+            logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)
+            parts += [(middle, last), (first, middle)]
+    return answers
+
+
+def split(costs: Sequence[tuple[int, ...]], room: tuple[int, ...]) -> list[tuple[int, int]]:
+    """[first, last) ranges whose summed costs keep within ``room``, or of a single sequence."""
+    ranges: list[tuple[int, int]] = []
+    first, total = 0, (0,) * len(room)
+    for index, cost in enumerate(costs):
+        total = tuple(map(add, total, cost))
+        if index > first and any(map(gt, total, room)):
+            ranges.append((first, index))
+            first, total = index, cost
+    if costs:
+        ranges.append((first, len(costs)))
+    return ranges

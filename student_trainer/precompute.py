@@ -1,0 +1,73 @@
+"""`precompute`: everything that a run will ask off-policy, asked beforehand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from shared.errors import ConfigurationError
+from student_trainer.cached_teacher import CachedTeacher
+from student_trainer.checks import check_distill, check_precompute
+from student_trainer.config import COMMANDS, parse
+from student_trainer.questions import ask_all, count_missing, questions
+from student_trainer.train import (
+    Recipe,
+    check_recipe,
+    check_request,
+    open_teacher,
+    prepare,
+    read_rows,
+)
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_SIZE = 16
+
+
+def precompute(argv: Sequence[str]) -> None:
+    """Fill --teacher_cache with what `distill` with the same flags asks off-policy, untrained.
+
+    Every row is asked, whatever --max_steps says, in one process. What is there already is not
+    asked again, so an interrupted run goes on where it was.
+    """
+    *parts, teacher, args = parse(
+        argv,
+        *COMMANDS["distill"],
+        prog="student-trainer precompute",
+        description=precompute.__doc__ or "",
+    )
+    recipe = Recipe(*parts)
+    check_distill(args, teacher)
+    check_precompute(args, teacher)
+    check_recipe(recipe, args)
+    if args.world_size > 1:
+        raise ConfigurationError(
+            f"precompute runs in one process, not in {args.world_size}: start it without a launcher"
+        )
+    rows = read_rows(recipe)
+    with open_teacher(teacher, recipe.model, starts_alone=True) as client:
+        assert isinstance(client, CachedTeacher)  # --teacher_cache is there
+        check_request(client.connect(), args, teacher)
+        prepared = prepare(
+            recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+        )
+        asked = questions(prepared.method, prepared.train, prepared.held_out)
+        missing, wanted = count_missing(client, asked)
+        client.require(missing, wanted)
+        known = wanted - missing
+        with tqdm(total=len(asked), desc="Asking the teacher", disable=args.disable_tqdm) as bar:
+            for count in ask_all(client, asked, size=_REQUEST_SIZE):
+                bar.update(count)
+        missing, wanted = count_missing(client, asked)
+        _, _, corrupt = client.take_lookups()
+    logger.warning(
+        "%d of %d answers are in --teacher_cache %s; %d were there before, %d were corrupt",
+        wanted - missing, wanted, teacher.teacher_cache, known, corrupt,
+    )  # fmt: skip
+    if missing:
+        raise ConfigurationError(
+            f"{missing} of {wanted} answers did not fit: raise --teacher_cache_max_gb "
+            f"{teacher.teacher_cache_max_gb:g}"
+        )

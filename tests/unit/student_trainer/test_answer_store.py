@@ -1,0 +1,239 @@
+"""The store on its own: what it keeps, what it throws out, and what it survives."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import lmdb
+import pytest
+
+from shared.errors import ConfigurationError, TeacherUnreachableError
+from student_trainer.answer_store import AnswerStore
+
+MIB = 1 << 20
+
+
+def key(name):
+    return hashlib.sha256(str(name).encode()).digest()
+
+
+def record(name, size=3000):
+    """Bytes that the name alone decides."""
+    return random.Random(str(name)).randbytes(size)
+
+
+def opened(folder, max_bytes=8 * MIB):
+    return AnswerStore(folder, max_bytes=max_bytes)
+
+
+def fill(store, names, size=3000):
+    for name in names:
+        store.add({key(name): record(name, size)})
+
+
+def kept(store, names, size=3000):
+    """The names whose record is there; each of them must be the one that was written."""
+    found = dict(zip(names, store.get([key(name) for name in names]), strict=True))
+    for name, value in found.items():
+        assert value in (None, record(name, size))
+    return [name for name, value in found.items() if value is not None]
+
+
+def test_records_are_there_when_the_store_is_opened_again(tmp_path):
+    store = opened(tmp_path / "new" / "folder")
+    fill(store, range(5), size=100)
+    store.note("a", b"1")
+    store.close()
+    store = opened(tmp_path / "new" / "folder")
+    assert kept(store, range(6), size=100) == [0, 1, 2, 3, 4]
+    assert store.count([key(0), key("other")]) == 1
+    assert store.notes() == {"a": b"1"}
+    store.close()
+
+
+def test_the_first_record_under_a_key_stands_and_is_told(tmp_path):
+    store = opened(tmp_path)
+    assert store.add({key(1): b"first"}) == {key(1): b"first"}
+    assert store.add({key(1): b"second", key(2): b"new"}) == {key(1): b"first", key(2): b"new"}
+    assert store.get([key(1)]) == [b"first"]
+    store.close()
+
+
+@pytest.mark.parametrize("size", [200, 30_000])
+def test_a_record_with_flipped_bytes_in_the_file_is_missing_and_counted_and_replaced(
+    tmp_path, size
+):
+    store = opened(tmp_path)
+    fill(store, range(3), size)
+    store.close()
+    file = tmp_path / "data.mdb"
+    data = bytearray(file.read_bytes())
+    places = [data.find(record(1, size)[-50:])]
+    while (more := data.find(record(1, size)[-50:], places[-1] + 1)) >= 0:
+        places.append(more)  # pages that were written anew leave older copies behind
+    for place in places:
+        data[place + 10] ^= 0x01
+    file.write_bytes(data)
+
+    store = opened(tmp_path)
+    assert kept(store, range(3), size) == [0, 2]
+    assert store.corrupt == 1
+    assert store.add({key(1): record(1, size)}) == {key(1): record(1, size)}
+    assert kept(store, range(3), size) == [0, 1, 2]
+    assert store.corrupt == 1
+    store.close()
+
+
+def test_a_record_under_another_ones_key_is_corrupt(tmp_path):
+    store = opened(tmp_path)
+    fill(store, range(2))
+    store.close()
+    with lmdb.open(str(tmp_path), max_dbs=4) as env:
+        records = env.open_db(b"records")
+        with env.begin(write=True) as txn:
+            txn.put(key(0), txn.get(key(1), db=records), db=records)
+    store = opened(tmp_path)
+    assert store.get([key(0)]) == [None]
+    assert store.corrupt == 1
+    store.close()
+
+
+def test_the_file_stays_within_its_bound_whatever_the_sizes(tmp_path):
+    store = opened(tmp_path, 4 * MIB)
+    rng = random.Random(0)
+    for number in range(300):
+        sizes = [rng.choice([300, 3_000, 20_000, 90_000]) for _ in range(4)]
+        new = {key((number, i)): record((number, i), size) for i, size in enumerate(sizes)}
+        assert store.add(new) == new
+        assert store.get(list(new)) == list(new.values())  # the last ones are always there
+    assert 2 * MIB < (tmp_path / "data.mdb").stat().st_size <= 4 * MIB
+    store.close()
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path, caplog):
+    store = opened(tmp_path, 2 * MIB)
+    fill(store, range(40), 20_000)
+    assert kept(store, [0, 1, 2], 20_000) == [0, 1, 2]  # used again
+    store.close()  # remembered over runs
+    store = opened(tmp_path, 2 * MIB)
+    fill(store, range(40, 80), 20_000)
+    remaining = kept(store, range(80), 20_000)
+    assert remaining[:3] == [0, 1, 2]
+    assert remaining[3:] == list(range(80 - len(remaining) + 3, 80))
+    assert 40 < len(remaining) < 79
+    assert caplog.text.count("is full") == 1
+    store.close()
+
+
+def test_a_smaller_bound_is_kept_by_the_next_run(tmp_path):
+    store = opened(tmp_path, 8 * MIB)
+    fill(store, range(200), 20_000)
+    assert len(kept(store, range(200), 20_000)) == 200
+    store.close()
+    store = opened(tmp_path, 2 * MIB)
+    fill(store, ["new"], 20_000)
+    remaining = kept(store, range(200), 20_000)
+    assert 0 < len(remaining) <= 2 * MIB // 20_000
+    assert remaining[-1] == 199
+    assert kept(store, ["new"], 20_000) == ["new"]
+    store.close()
+
+
+def test_what_is_larger_than_the_bound_allows_is_not_stored_and_throws_nothing_out(
+    tmp_path, caplog
+):
+    store = opened(tmp_path, 2 * MIB)
+    fill(store, range(10))
+    large = {key("large"): record("large", MIB)}
+    assert store.add(large) == large
+    assert "--teacher_cache_max_gb is too small" in caplog.text
+    assert kept(store, [*range(10), "large"]) == list(range(10))
+    store.close()
+
+
+def test_a_closed_store_says_so(tmp_path):
+    store = opened(tmp_path)
+    store.close()
+    with pytest.raises(TeacherUnreachableError, match="closed"):
+        store.get([key(1)])
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "data.mdb").write_bytes(b"something else" * 1000)
+    with pytest.raises(ConfigurationError, match=r"--teacher_cache .* cannot be used"):
+        opened(tmp_path)
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        opened(tmp_path / "data.mdb")
+
+
+def _write(folder, names, max_bytes, size=3000):
+    store = opened(folder, max_bytes)
+    for first in range(0, len(names), 4):
+        store.add({key(name): record(name, size) for name in names[first : first + 4]})
+        assert kept(store, names[first : first + 4], size) == names[first : first + 4]
+    store.close()
+
+
+def in_processes(*calls):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write, args=arguments) for arguments in calls]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
+
+
+def test_two_processes_write_at_once(tmp_path):
+    store = opened(tmp_path)
+    in_processes(*((tmp_path, list(range(first, first + 600)), 8 * MIB) for first in (0, 300)))
+    assert kept(store, range(900)) == list(range(900))
+    assert store.corrupt == 0
+    store.close()
+
+
+def test_a_process_that_may_store_more_does_not_disturb_this_one(tmp_path):
+    store = opened(tmp_path, 2 * MIB)
+    in_processes((tmp_path, list(range(400)), 32 * MIB, 20_000))
+    assert (tmp_path / "data.mdb").stat().st_size > 8 * MIB  # beyond what this one has mapped
+    assert kept(store, range(400), 20_000) == list(range(400))
+    store.close()
+
+
+WRITER = textwrap.dedent("""
+    import itertools, sys
+    from tests.unit.student_trainer.test_answer_store import MIB, fill, opened
+
+    store = opened(sys.argv[1], 4 * MIB)  # small, so that it throws out too
+    for number in itertools.count(int(sys.argv[2])):
+        fill(store, [number], 3000 + number % 7 * 10_000)
+        print(number, flush=True)
+""")
+
+
+def test_a_writer_killed_at_any_moment_leaves_all_that_it_had_stored(tmp_path):
+    rng = random.Random(1)
+    first = 0
+    for _ in range(12):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(first)], stdout=subprocess.PIPE
+        )
+        seen = [writer.stdout.readline() for _ in range(rng.randint(5, 12))]
+        time.sleep(rng.uniform(0.0, 0.01))
+        os.kill(writer.pid, signal.SIGKILL)
+        told = b"".join([*seen, writer.stdout.read()]).split()
+        writer.wait()
+        last = int(told[-1])
+        store = opened(tmp_path, 4 * MIB)
+        for number in range(max(first, last - 10), last + 1):
+            assert kept(store, [number], 3000 + number % 7 * 10_000) == [number]
+        assert store.corrupt == 0
+        store.close()
+        first = last + 1
+    assert first > 50  # wrote something in between
