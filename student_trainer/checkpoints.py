@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
-from shared.errors import SparseGKDError
+from shared.errors import CheckpointError
 
-UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
-
-
-class CheckpointError(SparseGKDError):
-    """A checkpoint could not be written; those before it are untouched."""
+_UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
+# How torch.save tells that a disk is full: by a RuntimeError, as everything else is told.
+_NOT_WRITTEN = ("PytorchStreamWriter", "unexpected pos", "file write")
 
 
 def unfinished(output: Path) -> Path:
     """Where checkpoints of ``output`` are before they are finished, and while they are deleted."""
-    return output / UNFINISHED
+    return output / _UNFINISHED
 
 
 def remove_unfinished(output: Path) -> None:
@@ -35,9 +36,6 @@ def publish(output: Path, name: str) -> None:
     """Make the checkpoint in `unfinished` durable, then let it appear in ``output``.
 
     An earlier one of that name gives way: the run was resumed from before it.
-
-    Raises:
-        OSError: the disk would not take it.
     """
     written, final = unfinished(output) / name, output / name
     for folder, _, files in os.walk(written):
@@ -61,15 +59,27 @@ def keep_latest(output: Path, limit: int | None, *, newest: str, best: str | Non
         _delete(output, Path(path))
 
 
-def write_error(output: Path, step: int, error: Exception) -> CheckpointError:
-    """What to tell when the checkpoint after ``step`` could not be written."""
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    free = f"{shutil.disk_usage(output).free / 2**20:.0f} MiB are free there"
-    return CheckpointError(
-        f"the checkpoint after step {step} could not be written in {output} ({free}): {error}. "
-        "Make room there or lower --save_total_limit, then give the same command with "
-        f"--resume_from_checkpoint auto; the last good checkpoint is {last or 'none yet'}"
-    )
+@contextmanager
+def writing(what: str, output: Path) -> Iterator[None]:
+    """Whatever is written inside, a full disk is told plainly.
+
+    Raises:
+        CheckpointError: with the room left in ``output``, and where to go on from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = any(text in str(error) for text in _NOT_WRITTEN)
+        if isinstance(error, RuntimeError) and not told:
+            raise
+        remove_unfinished(output)
+        last = get_last_checkpoint(output) if output.is_dir() else None
+        free = shutil.disk_usage(output).free / 2**20 if output.is_dir() else 0.0
+        raise CheckpointError(
+            f"{what} could not be written in {output} ({free:.1f} MiB are free there): {error}. "
+            "Make room or lower --save_total_limit, then give the same command with "
+            f"--resume_from_checkpoint auto; the last good checkpoint is {last or 'none yet'}"
+        ) from error
 
 
 def _delete(output: Path, checkpoint: Path) -> None:

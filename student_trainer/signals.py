@@ -32,22 +32,22 @@ def signals_as_exits() -> Iterator[None]:
 
 @contextmanager
 def first_signal_asks() -> Iterator[threading.Event]:
-    """The event that the first SIGTERM sets; a second one does what it did before.
+    """The event that the first SIGTERM sets, where it would end the process; a second one does.
 
-    What is ignored stays so. In the main thread alone, which hears signals.
+    What is ignored or handled stays so. In the main thread alone, which hears signals.
     """
     asked = threading.Event()
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield asked
         return
 
     def ask(number: int, frame: object) -> None:
         asked.set()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGTERM, ask)
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

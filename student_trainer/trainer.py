@@ -8,6 +8,8 @@ runs through it too, as forward KL to the data's one-hot distribution.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from shared.errors import NonFiniteError
 from shared.protocol import Completion
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
@@ -29,13 +32,14 @@ from student_trainer.checkpoints import (
     publish,
     remove_unfinished,
     unfinished,
-    write_error,
+    writing,
 )
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
+from student_trainer.nonfinite import save_batch
 from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
@@ -52,6 +56,8 @@ from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
 from student_trainer.timeline import Timeline, Trace
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, Any]
 
@@ -146,12 +152,14 @@ class DistillationTrainer(Trainer):
         self._eval_scored: dict[int, list[ScoredSample]] = {}
         self.stopped = False  # by SIGTERM, before the last step
         self._writing_checkpoint = False
+        self._step_loss = torch.zeros(())
+        self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
         self.add_callback(_StepEnd(self))
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
         if steps is None or not self.is_world_process_zero():
             return None
-        return Trace(Path(self.args.output_dir or "") / "trace.json", steps)
+        return Trace(self._output / "trace.json", steps)
 
     def _training_order(self) -> TrainingOrder:
         seed = self.args.data_seed
@@ -211,6 +219,7 @@ class DistillationTrainer(Trainer):
         """
         step = self.state.global_step
         self.timeline.begin_step(step + 1)
+        self._step_loss, self._step_batch = torch.zeros((), device=device), []
         groups = self._groups(step)
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
@@ -257,6 +266,7 @@ class DistillationTrainer(Trainer):
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 one, inputs[place] = self._learn(model, pending["pending"], num_items_in_batch)
             loss += one
+        self._step_loss += loss
         if self.accelerator.sync_gradients:
             self.timeline.begin("optimizer")  # until the step's end
         return loss
@@ -267,6 +277,7 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
         with self.timeline.during("forward_backward", sequences=len(pending.indices)):
             scored = self.pipeline.scored(pending.batch, pending.indices)
+            self._step_batch.append(scored)
             micro_batch = self._micro_batch(
                 scored,
                 normalizer=pending.normalizer,
@@ -280,6 +291,41 @@ class DistillationTrainer(Trainer):
             if self.args.logging_nan_inf_filter:
                 loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
         return loss, inputs
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the Trainer's, which asks for it last before the optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._require_finite(model, norm)
+        return norm
+
+    def _require_finite(self, model: Any, grad_norm: Any) -> None:
+        """Stop or skip a step with a loss or gradient that is not finite, on all ranks alike.
+
+        With --fp16 the gradient is left to the loss scaler, which tries scales that are too large.
+
+        Raises:
+            NonFiniteError: names the file that keeps this rank's batch.
+        """
+        loss, norm = float(self._step_loss), 0.0
+        if grad_norm is not None and not self.args.fp16:
+            norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not self._sum_over_ranks(torch.tensor(float(not finite))):
+            return
+        step, rank = self.state.global_step + 1, self.accelerator.process_index
+        found = f"step {step}: the loss is {loss} and the norm of the gradient {norm} (rank {rank})"
+        if self.args.nonfinite == "skip":
+            logger.warning("%s; the step is skipped", found)
+            model.zero_grad()  # to None, of which no optimizer learns
+            self.window.skip_step()
+            return
+        file = self._output / f"nonfinite-step{step}-rank{rank}.npz"
+        save_batch(file, self._step_batch)
+        raise NonFiniteError(
+            f"{found}. Its batch is in {file}, for student_trainer.nonfinite.load_batch; no "
+            "checkpoint was written after it. Look for rows that are unlike the others, or lower "
+            "--learning_rate; --nonfinite skip with --resume_from_checkpoint auto leaves it out"
+        )
 
     @property
     def _syncs_each_batch(self) -> bool:
@@ -336,8 +382,7 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
         if self.args.should_save:
-            remove_unfinished(Path(self.args.output_dir or ""))
-        self.accelerator.wait_for_everyone()
+            remove_unfinished(self._output)
         if resume_from_checkpoint is not None:
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
@@ -346,32 +391,35 @@ class DistillationTrainer(Trainer):
             self.add_callback(_StopWhenAsked(self, asked))
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, **arguments: Any) -> None:
+        """As the Trainer's, which would go one step too far after the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
     def _get_output_dir(self, trial: Any) -> str:
-        folder: str = super()._get_output_dir(trial)
-        return str(unfinished(Path(folder))) if self._writing_checkpoint else folder
+        return str(unfinished(self._output) if self._writing_checkpoint else self._output)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process."""
-        output = Path(self.args.output_dir or "")
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
+        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process.
+
+        Raises:
+            CheckpointError: the disk takes no more.
+        """
+        output, step = self._output, self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with writing(f"the checkpoint after step {step}", output):
             self._writing_checkpoint = True
             super()._save_checkpoint(model, trial)
             self._writing_checkpoint = False
-            self.accelerator.wait_for_everyone()
-            if self.state.best_global_step == self.state.global_step:
+            if self.state.best_global_step == step:
                 self.state.best_model_checkpoint = str(output / name)
                 if self.args.should_save:  # the file says where it was written
                     self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(output, name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_of_writing(error):
-                raise
-            remove_unfinished(output)
-            raise write_error(output, self.state.global_step, error) from error
-        finally:
-            self._writing_checkpoint = False
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             keep_latest(output, self.args.save_total_limit, newest=name, best=best)
@@ -381,6 +429,17 @@ class DistillationTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Waits for the folder to have its name: the upload goes on in the background."""
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer does so too, but a deletion of its own can be cut short.
+            keep_latest(self._output, 1, newest=Path(best).name, best=best)
+        return super()._finalize_training(*arguments)
+
+    @property
+    def _output(self) -> Path:
+        return Path(self.args.output_dir or "")
 
     def _ahead_file(self, folder: str) -> Path:
         return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
@@ -564,17 +623,14 @@ class _StopWhenAsked(TrainerCallback):
         self.asked = asked
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        asked = torch.tensor(float(self.asked.is_set()), device=args.device)
-        if float(self.trainer.accelerator.reduce(asked, "sum")) == 0:
-            return
-        control.should_save = control.should_training_stop = True
-        self.trainer.stopped = state.global_step < state.max_steps
+        if self.trainer._sum_over_ranks(torch.tensor(float(self.asked.is_set()))):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            self.trainer.stopped = state.global_step < state.max_steps
 
-
-def _is_of_writing(error: Exception) -> bool:
-    """torch.save tells of a full disk by a RuntimeError, as everything else is told."""
-    texts = ("PytorchStreamWriter", "unexpected pos", "file write")
-    return not isinstance(error, RuntimeError) or any(text in str(error) for text in texts)
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped:  # in its middle
+            control.should_save = control.should_evaluate = False
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:
