@@ -28,9 +28,10 @@ def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> N
         "sampled": [item.sampled for item in scored],
     }
     for name in _SCORES:
-        values = [None if item.scores is None else getattr(item.scores, name) for item in scored]
-        if all(value is not None for value in values):
-            arrays[f"teacher_{name}"] = np.concatenate(values)
+        values = [getattr(item.scores, name, None) for item in scored]
+        present = [value for value in values if value is not None]  # of all or of none
+        if present:
+            arrays[f"teacher_{name}"] = np.concatenate(present)
     requested = [item.requested for item in scored if item.requested is not None]
     if requested:
         arrays["requested_token_ids"] = np.concatenate(requested)

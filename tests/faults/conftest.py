@@ -50,6 +50,7 @@ def command(unserved_world):
             "dataset_name": unserved_world.rows,
             "output_dir": output,
             "teacher_url": url,
+            "teacher_timeout": 20,
             "top_k_logprobs": 16,
             "max_new_tokens": 12,
             "lmbda": 1,

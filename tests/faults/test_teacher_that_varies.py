@@ -17,7 +17,7 @@ class Varying:
     """Noise in each answer, as of dropout that was left on."""
 
     info: InfoResponse
-    noise: float  # share of a next token's probability that goes to the tail, at most
+    noise: float  # share of a next token's probability that is lost, at most
     asked: int = 0
 
     def get(self, path):
@@ -30,17 +30,9 @@ class Varying:
         sequences = []
         for sequence in request.sequences:
             exact = scores_of(sequence, self.info.vocab_size, request.top_k)
-            lost = rng.uniform(0, self.noise, len(exact))
-            given = exact.next_token_logprob + np.log1p(-lost)
-            moved = np.exp(exact.next_token_logprob) * lost
-            sequences.append(
-                exact.model_copy(
-                    update={
-                        "next_token_logprob": given.astype(np.float32),
-                        "tail_logprob": np.logaddexp(exact.tail_logprob, np.log(moved + 1e-30)),
-                    }
-                )
-            )
+            share = rng.uniform(0, self.noise, len(exact)).astype(np.float32)
+            given = exact.next_token_logprob + np.log1p(-share)
+            sequences.append(exact.model_copy(update={"next_token_logprob": given}))
         return stub.packed(
             ScoreResponse(sequences=sequences, teacher=self.info.teacher, request_id="r")
         )

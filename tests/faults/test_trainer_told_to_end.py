@@ -1,8 +1,13 @@
 """SIGTERM: the step under way is finished, a checkpoint is written, and the exit code is 0."""
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
+
+import pytest
+import yaml
 
 from student_trainer.cli import main
 from tests.support.trainer_process import assert_same_weights, checkpoints, running, two_ranks
@@ -40,6 +45,7 @@ def test_a_second_sigterm_ends_at_once(command, serving, whole, tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.slow_fault
 def test_all_ranks_save_the_same_step_when_one_is_told(command, serving, whole, tmp_path):
     def in_two(url, output):
         words = command(url, output, per_device_train_batch_size=4, **ONLY_THEN)
@@ -64,3 +70,31 @@ def test_all_ranks_save_the_same_step_when_one_is_told(command, serving, whole, 
         assert {"rng_state_0.pth", "rng_state_1.pth", "ahead-0.npz", "ahead-1.npz"} <= files
         in_two(url, tmp_path / "parts")
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_cell_that_is_told_to_end_is_not_done(unserved_world, tmp_path, capsys):
+    def tell():
+        while not checkpoints(output / "seed-0/tuned"):
+            time.sleep(0.01)
+        [cell] = multiprocessing.active_children()
+        os.kill(cell.pid, signal.SIGTERM)
+
+    flags = {
+        "model_name_or_path": str(unserved_world.student),
+        "dataset_name": str(unserved_world.rows),
+        "max_steps": 10_000,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 1,
+        "report_to": "none",
+    }
+    file, output = tmp_path / "study.yaml", tmp_path / "study"
+    cells = {"tuned": {"command": "sft", "flags": flags}}
+    file.write_text(yaml.safe_dump({"seeds": [0], "cells": cells}))
+    words = ["study", str(file), f"--output_dir={output}"]
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    assert main(words) == 1
+    assert "seed-0/tuned ended with 143" in capsys.readouterr().err
+    assert main([*words, "--dry_run"]) == 0
+    assert "0 of 1 are done" in capsys.readouterr().out
