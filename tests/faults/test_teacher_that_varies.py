@@ -17,7 +17,7 @@ class Varying:
     """Noise in each answer, as of dropout that was left on."""
 
     info: InfoResponse
-    noise: float  # share of a next token's probability that is lost, at most
+    noise: float  # share of the named tokens' probability that is lost, at most
     asked: int = 0
 
     def get(self, path):
@@ -30,9 +30,12 @@ class Varying:
         sequences = []
         for sequence in request.sequences:
             exact = scores_of(sequence, self.info.vocab_size, request.top_k)
-            share = rng.uniform(0, self.noise, len(exact)).astype(np.float32)
-            given = exact.next_token_logprob + np.log1p(-share)
-            sequences.append(exact.model_copy(update={"next_token_logprob": given}))
+            lost = np.log1p(-rng.uniform(0, self.noise, len(exact))).astype(np.float32)
+            given = {
+                "next_token_logprob": exact.next_token_logprob + lost,
+                "logprobs": exact.logprobs + lost[:, None],
+            }
+            sequences.append(exact.model_copy(update=given))
         return stub.packed(
             ScoreResponse(sequences=sequences, teacher=self.info.teacher, request_id="r")
         )
@@ -48,7 +51,8 @@ def test_it_is_refused_before_training_with_both_numbers(command, varying, tmp_p
     with stub.serving(teacher) as url:
         assert main(command(url, tmp_path / "out", max_steps=1)) == 1
         said = capsys.readouterr().err
-        assert "the teacher was asked twice about rows.jsonl:" in said
+        assert "the teacher was asked twice about " in said
+        assert "the probability 0." in said
         assert "--teacher_repeat_tolerance is 0.05" in said
         assert teacher.asked == 2
         assert not (tmp_path / "out").exists()
