@@ -20,6 +20,8 @@ SparseGKDError
 │   ├── TeacherChangedError
 │   └── TokenizerMismatchError
 ├── ConfigurationError        flags and settings, before any model loads
+├── CheckpointError           the disk takes no more
+├── NonFiniteError            names the step and the file that keeps its batch
 ├── CellFailedError           a command of a study
 └── DatasetError              names the file and line, or the row
     └── RowTooLongError
@@ -186,6 +188,14 @@ class RolloutError(SparseGKDError):
 
 class ConfigurationError(SparseGKDError):
     """A flag or setting that cannot work, found before any model loads."""
+
+
+class CheckpointError(SparseGKDError):
+    """A checkpoint or the trained model could not be written; earlier ones are untouched."""
+
+
+class NonFiniteError(SparseGKDError):
+    """A training step whose loss or gradient is NaN or infinite; it changed no weights."""
 
 
 class CellFailedError(SparseGKDError):

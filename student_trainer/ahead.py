@@ -3,7 +3,7 @@ keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,16 @@ def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
         "on_policy": [batch.on_policy for batch in batches],
         "count": [len(batch.samples) for batch in batches],
         "example": [index for batch in batches for index in batch.examples],
+        **samples_to_arrays(samples),
+    }
+    if requested:
+        arrays["requested"] = np.concatenate(requested)  # [sum of T, m]
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def samples_to_arrays(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Plain arrays of samples laid end to end; `samples_from_arrays` takes them apart again."""
+    return {
         "length": [len(sample.token_ids) for sample in samples],
         "completion_start": [sample.completion_start for sample in samples],
         "source": [sample.source for sample in samples],
@@ -53,27 +63,30 @@ def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
         "token_ids": np.concatenate([sample.token_ids for sample in samples]),
         "completion_mask": np.concatenate([sample.completion_mask for sample in samples]),
     }
-    if requested:
-        arrays["requested"] = np.concatenate(requested)  # [sum of T, m]
-    np.savez(path, allow_pickle=False, **arrays)
 
 
-def load_ahead(path: Path) -> list[AheadBatch]:
-    """What `save_ahead` wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+def samples_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Sample]:
+    """What `samples_to_arrays` laid end to end."""
     lengths, starts = arrays["length"], arrays["completion_start"]
-    ids = _parts(arrays["token_ids"], lengths)
-    masks = _parts(arrays["completion_mask"], lengths - starts)
+    ids = split_rows(arrays["token_ids"], lengths)
+    masks = split_rows(arrays["completion_mask"], lengths - starts)
     versions = arrays["sample_version"].tolist()
-    samples = [
+    return [
         Sample(
             ids[i], int(starts[i]), masks[i], str(arrays["source"][i]),  # type: ignore[arg-type]
             bool(arrays["truncated"][i]), None if versions[i] < 0 else versions[i],
         )
         for i in range(len(ids))
     ]  # fmt: skip
-    requested = _parts(arrays["requested"], lengths - starts) if "requested" in arrays else []
+
+
+def load_ahead(path: Path) -> list[AheadBatch]:
+    """What `save_ahead` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    samples = samples_from_arrays(arrays)
+    rows = arrays["length"] - arrays["completion_start"]
+    requested = split_rows(arrays["requested"], rows) if "requested" in arrays else []
     batches, first = [], 0
     for step, version, on_policy, count in zip(
         *(arrays[name].tolist() for name in ("step", "weight_version", "on_policy", "count")),
@@ -90,5 +103,6 @@ def load_ahead(path: Path) -> list[AheadBatch]:
     return batches
 
 
-def _parts(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+def split_rows(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Rows that were laid end to end, ``lengths[i]`` of them in part i."""
     return np.split(rows, np.cumsum(lengths)[:-1])

@@ -87,6 +87,10 @@ class CachedTeacher(Teacher):
         return self._info
 
     @property
+    def connected(self) -> bool:
+        return self._connected
+
+    @property
     def live(self) -> Teacher:
         return self._reached("this question is not cached")
 

@@ -41,6 +41,7 @@ _UNSUPPORTED = {
     "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
     "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
     "dataloader_num_workers": "has no effect: rows are token ids in memory; drop it",
+    "enable_jit_checkpoint": "is not needed: SIGTERM saves a checkpoint anyway; drop it",
     "ignore_data_skip": "would learn rows twice after a checkpoint; drop it",
     "bf16_full_eval": "has no effect: evaluation computes as training does; use --bf16",
     "fp16_full_eval": "has no effect: evaluation computes as training does; use --fp16",
@@ -95,6 +96,11 @@ def check_common(
     traced_steps(args)
     if args.fp16 and not torch.accelerator.is_available():
         raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
+    if args.nonfinite == "skip" and (args.fp16 or uses_deepspeed(args)):
+        raise ConfigurationError(
+            "--nonfinite skip: the loss scaler of --fp16 skips steps by itself, and so does "
+            "DeepSpeed; drop it"
+        )
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in available:
@@ -390,6 +396,10 @@ def check_teacher(teacher: TeacherArguments) -> None:
         )
     if not teacher.teacher_timeout > 0:
         raise ConfigurationError(f"--teacher_timeout {teacher.teacher_timeout} must be above 0")
+    if not teacher.teacher_repeat_tolerance >= 0:
+        raise ConfigurationError(
+            f"--teacher_repeat_tolerance {teacher.teacher_repeat_tolerance} must be 0 or above"
+        )
     _check_cache(teacher)
 
 

@@ -139,6 +139,11 @@ class TeacherArguments:
         "Of the top-k on the wire; the next token and the tail are float32 always, and the rounded "
         "top-k is made to sum to one with them. float32 takes a third more bytes.",
     )
+    teacher_repeat_tolerance: float = _flag(
+        0.05,
+        "Probability by which the teacher's answers to two rows may differ when it is asked twice, "
+        "before training; at more it is refused.",
+    )
     accept_teacher_change: bool = _flag(
         False, "Go on when another teacher answers at the same address in the middle of a run."
     )
@@ -176,6 +181,12 @@ class CommonTrainingArguments(TrainingArguments):
         "Sequences of a micro-batch end to end in one row, without padding, where the model is "
         "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
         "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
+    )
+    nonfinite: Literal["stop", "skip"] = _flag(
+        "stop",
+        "What becomes of a step whose loss or gradient is NaN or infinite. stop: the run ends "
+        "before the optimizer's step, with the batch in --output_dir. skip: the weights stay as "
+        "they are, and the log counts skipped_steps.",
     )
     trace_steps: str | None = _flag(
         None,

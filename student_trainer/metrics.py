@@ -39,8 +39,8 @@ class WindowMetrics:
     ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
     of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
     ``teacher_tokens_per_second`` (scored, of all ranks), ``teacher_cache_hits`` (share of the
-    answers looked up that the cache held) and ``teacher_cache_corrupt`` (how many were wrong there,
-    and were asked for).
+    answers looked up that the cache held), ``teacher_cache_corrupt`` (how many were wrong there,
+    and were asked for) and ``skipped_steps`` (how many were not finite; where there are any).
 
     Of a step and rank, in seconds that add up to ``seconds_step``: ``seconds_teacher`` (waiting for
     it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),
@@ -75,6 +75,7 @@ class WindowMetrics:
     def reset(self) -> None:
         self._sums = dict.fromkeys(self._SUMS, 0.0)
         self._staleness_max = 0  # the same on all ranks
+        self._skipped = 0  # the same on all ranks
 
     def add(self, name: str, amount: float | torch.Tensor) -> None:
         self._sums[name] = self._sums[name] + amount
@@ -101,6 +102,10 @@ class WindowMetrics:
         self.add("staleness", sum(stale))
         self._staleness_max = max([self._staleness_max, *stale])
 
+    def skip_step(self) -> None:
+        """The step changes no weights: its loss or gradient is not finite."""
+        self._skipped += 1
+
     def add_inputs(self, positions: int, tokens: int) -> None:
         """A micro-batch that computes ``positions`` hidden states for ``tokens`` real tokens."""
         self.add("positions", positions)
@@ -111,7 +116,7 @@ class WindowMetrics:
     ) -> dict[str, float]:
         """Averages of the window, which begins anew; empty when no step was taken in it."""
         values = torch.tensor([float(self._sums[name]) for name in self._SUMS], dtype=torch.float64)
-        staleness_max = self._staleness_max
+        staleness_max, skipped = self._staleness_max, self._skipped
         self.reset()
         ranks = float(sum_over_ranks(torch.ones(1)))
         total = dict(zip(self._SUMS, sum_over_ranks(values).tolist(), strict=True))
@@ -121,6 +126,8 @@ class WindowMetrics:
         logs["completion_length"] = total["completion_tokens"] / total["completions"]
         logs["truncated"] = total["truncated"] / total["completions"]
         logs["padding_fraction"] = total["padding"] / total["positions"]
+        if skipped:
+            logs["skipped_steps"] = skipped
         # Activities exclude one another, "step" being the rest, so their sum is the whole step.
         seconds = {name: total[f"seconds_{name}"] / total["steps"] for name in ACTIVITIES}
         whole = seconds["step"] = sum(seconds.values())

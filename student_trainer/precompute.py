@@ -12,6 +12,7 @@ from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checks import check_distill, check_precompute
 from student_trainer.config import COMMANDS, parse
 from student_trainer.questions import ask_all, count_missing, questions
+from student_trainer.self_check import check_repeats
 from student_trainer.train import (
     Recipe,
     check_recipe,
@@ -52,6 +53,9 @@ def precompute(argv: Sequence[str]) -> None:
         check_request(client.connect(), args, teacher)
         prepared = prepare(
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+        )
+        check_repeats(
+            client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
         asked = questions(prepared.method, prepared.train, prepared.held_out)
         missing, wanted = count_missing(client, asked)

@@ -28,3 +28,26 @@ def signals_as_exits() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def first_signal_asks() -> Iterator[threading.Event]:
+    """The event that the first SIGTERM sets, where it would end the process; a second one does.
+
+    What is ignored or handled stays so. In the main thread alone, which hears signals.
+    """
+    asked = threading.Event()
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield asked
+        return
+
+    def ask(number: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -128,6 +128,11 @@ class Teacher(Protocol):
             raise RuntimeError("call connect() first")
         return self._info
 
+    @property
+    def connected(self) -> bool:
+        """Whether the teacher itself was met, and not only a cache that knows it."""
+        return self._info is not None
+
     def take_traffic(self) -> tuple[int, int]:
         """(bytes received, completion tokens scored) since the last call."""
         return self._replicas.take_traffic()

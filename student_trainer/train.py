@@ -18,6 +18,7 @@ from shared.identity import tokenizer_identity
 from shared.protocol import InfoResponse
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
+from student_trainer.checkpoints import writing
 from student_trainer.checks import (
     api_key_of,
     check_common,
@@ -52,6 +53,7 @@ from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine
+from student_trainer.self_check import check_repeats
 from student_trainer.teacher import Teacher, TeacherClient
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
@@ -100,6 +102,9 @@ def distill(argv: Sequence[str]) -> None:
         check_request(client.connect(), args, teacher)
         prepared = prepare(
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+        )
+        check_repeats(
+            client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
         _train(recipe, prepared, args, teacher=client, distill=args)
 
@@ -221,13 +226,27 @@ def _train(
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
             teacher.require(*count_missing(teacher, questions(method, learned, measured)))
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    if trainer.stopped:
+        logger.warning(
+            "told to end: saved after step %d of %d; the same command with "
+            "--resume_from_checkpoint auto goes on",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+        )
+        _end(trainer)
+        return
+    with writing("the trained model", Path(args.output_dir or "")):
+        trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if args.push_to_hub:
         trainer.push_to_hub()
-    # Together: a process that ends while the others' group still runs is aborted now and then.
+    _end(trainer)
+
+
+def _end(trainer: DistillationTrainer) -> None:
+    """Together: a process that ends while the others' group still runs is aborted now and then."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

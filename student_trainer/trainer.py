@@ -8,6 +8,9 @@ runs through it too, as forward KL to the data's one-hot distribution.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +19,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from shared.errors import NonFiniteError
 from shared.protocol import Completion
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
+from student_trainer.checkpoints import (
+    keep_latest,
+    publish,
+    remove_unfinished,
+    unfinished,
+    writing,
+)
 from student_trainer.data import Example, Sample, completed
 from student_trainer.evaluation.checkers import check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
+from student_trainer.nonfinite import save_batch
 from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
@@ -38,10 +51,13 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
+from student_trainer.signals import first_signal_asks
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
 from student_trainer.timeline import Timeline, Trace
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, Any]
 
@@ -134,12 +150,16 @@ class DistillationTrainer(Trainer):
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self._greedy = self._rollout_engine(0.0, generation_batch_size or step)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
+        self.stopped = False  # by SIGTERM, before the last step
+        self._writing_checkpoint = False
+        self._step_loss = torch.zeros(())
+        self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
         self.add_callback(_StepEnd(self))
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
         if steps is None or not self.is_world_process_zero():
             return None
-        return Trace(Path(self.args.output_dir or "") / "trace.json", steps)
+        return Trace(self._output / "trace.json", steps)
 
     def _training_order(self) -> TrainingOrder:
         seed = self.args.data_seed
@@ -199,6 +219,7 @@ class DistillationTrainer(Trainer):
         """
         step = self.state.global_step
         self.timeline.begin_step(step + 1)
+        self._step_loss, self._step_batch = torch.zeros((), device=device), []
         groups = self._groups(step)
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
@@ -245,6 +266,7 @@ class DistillationTrainer(Trainer):
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 one, inputs[place] = self._learn(model, pending["pending"], num_items_in_batch)
             loss += one
+        self._step_loss += loss
         if self.accelerator.sync_gradients:
             self.timeline.begin("optimizer")  # until the step's end
         return loss
@@ -255,6 +277,7 @@ class DistillationTrainer(Trainer):
         """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
         with self.timeline.during("forward_backward", sequences=len(pending.indices)):
             scored = self.pipeline.scored(pending.batch, pending.indices)
+            self._step_batch.append(scored)
             micro_batch = self._micro_batch(
                 scored,
                 normalizer=pending.normalizer,
@@ -268,6 +291,41 @@ class DistillationTrainer(Trainer):
             if self.args.logging_nan_inf_filter:
                 loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
         return loss, inputs
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As the Trainer's, which asks for it last before the optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._require_finite(model, norm)
+        return norm
+
+    def _require_finite(self, model: Any, grad_norm: Any) -> None:
+        """Stop or skip a step with a loss or gradient that is not finite, on all ranks alike.
+
+        With --fp16 the gradient is left to the loss scaler, which tries scales that are too large.
+
+        Raises:
+            NonFiniteError: names the file that keeps this rank's batch.
+        """
+        loss, norm = float(self._step_loss), 0.0
+        if grad_norm is not None and not self.args.fp16:
+            norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not self._sum_over_ranks(torch.tensor(float(not finite))):
+            return
+        step, rank = self.state.global_step + 1, self.accelerator.process_index
+        found = f"step {step}: the loss is {loss} and the norm of the gradient {norm} (rank {rank})"
+        if self.args.nonfinite == "skip":
+            logger.warning("%s; the step is skipped", found)
+            model.zero_grad()  # to None, of which no optimizer learns
+            self.window.skip_step()
+            return
+        file = self._output / f"nonfinite-step{step}-rank{rank}.npz"
+        save_batch(file, self._step_batch)
+        raise NonFiniteError(
+            f"{found}. Its batch is in {file}, for student_trainer.nonfinite.load_batch; no "
+            "checkpoint was written after it. Look for rows that are unlike the others, or lower "
+            "--learning_rate; --nonfinite skip with --resume_from_checkpoint auto leaves it out"
+        )
 
     @property
     def _syncs_each_batch(self) -> bool:
@@ -322,11 +380,66 @@ class DistillationTrainer(Trainer):
             save_ahead(self._ahead_file(output_dir), ahead)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
+        if self.args.should_save:
+            remove_unfinished(self._output)
         if resume_from_checkpoint is not None:
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_ahead(file))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with first_signal_asks() as asked:
+            self.add_callback(_StopWhenAsked(self, asked))
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """As the Trainer's, which would go one step too far after the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(unfinished(self._output) if self._writing_checkpoint else self._output)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process.
+
+        Raises:
+            CheckpointError: the disk takes no more.
+        """
+        output, step = self._output, self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with writing(f"the checkpoint after step {step}", output):
+            self._writing_checkpoint = True
+            super()._save_checkpoint(model, trial)
+            self._writing_checkpoint = False
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(output / name)
+                if self.args.should_save:  # the file says where it was written
+                    self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(output, name)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep_latest(output, self.args.save_total_limit, newest=name, best=best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Waits for the folder to have its name: the upload goes on in the background."""
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer does so too, but a deletion of its own can be cut short.
+            keep_latest(self._output, 1, newest=Path(best).name, best=best)
+        return super()._finalize_training(*arguments)
+
+    @property
+    def _output(self) -> Path:
+        return Path(self.args.output_dir or "")
 
     def _ahead_file(self, folder: str) -> Path:
         return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
@@ -501,6 +614,24 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()
         self.trainer._count_traffic()
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and stops after the step in which any rank was told to end; all ranks at the same."""
+
+    def __init__(self, trainer: DistillationTrainer, asked: threading.Event) -> None:
+        self.trainer = trainer
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._sum_over_ranks(torch.tensor(float(self.asked.is_set()))):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            self.trainer.stopped = state.global_step < state.max_steps
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped:  # in its middle
+            control.should_save = control.should_evaluate = False
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CellFailedError, ConfigurationError
+from student_trainer.signals import signals_as_exits
 from student_trainer.study.plan import Job
 from student_trainer.study.served import served
 from student_trainer.study.spec import TRAINER_COMMANDS
@@ -250,7 +251,8 @@ def _execute(command: str, words: list[str], log: str) -> None:
     if command in TRAINER_COMMANDS:
         from student_trainer import cli
 
-        sys.exit(cli.main([command, *words]))
+        with signals_as_exits():  # a cell that is told to end has failed: it begins anew
+            sys.exit(cli.main([command, *words]))
     sys.argv = [command, *words]
     runpy.run_module(command, run_name="__main__", alter_sys=True)
 

@@ -131,6 +131,8 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--accelerator_config", '{"split_batches": true}'], "no effect here"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0 must be at least 1"),
         (["--teacher_timeout", "0"], "--teacher_timeout 0.0 must be above 0"),
+        (["--teacher_repeat_tolerance", "-1"], "--teacher_repeat_tolerance -1.0 must be 0 or"),
+        (["--enable_jit_checkpoint"], "SIGTERM saves a checkpoint anyway"),
         (["--teacher_url", "host:8000"], "must look like http://host:8000"),
         (["--teacher_url", "https://me:s3cret@host"], "--teacher_url holds a user or a password"),
         (["--teacher_api_key_file", "/no/key"], "--teacher_api_key_file /no/key: No such file"),
@@ -265,12 +267,19 @@ def test_sharding_needs_gpus_and_the_second_fsdp(
     assert message in str(caught.value)
 
 
-def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("max_tokens_per_batch", 512, "--max_tokens_per_batch 512: DeepSpeed counts"),
+        ("nonfinite", "skip", "--nonfinite skip: the loss scaler of --fp16 skips steps by itself"),
+    ],
+)
+def test_what_deepspeed_does_by_itself_is_refused(model_folder, monkeypatch, flag, value, message):
     model, adapters, dataset, data, generation, _, args = read(words(model_folder))
-    args.max_tokens_per_batch = 512
+    setattr(args, flag, value)
     check_recipe(Recipe(model, adapters, dataset, data, generation), args)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
+    with pytest.raises(ConfigurationError, match=message):
         check_recipe(Recipe(model, adapters, dataset, data, generation), args)
 
 

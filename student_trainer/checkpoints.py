@@ -1,0 +1,98 @@
+"""Checkpoints that are there whole or not at all.
+
+They are written in a folder beside, which no search for checkpoints looks into, and appear by a
+rename; they go by a rename too, for a deletion cut short would leave half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+
+from shared.errors import CheckpointError
+
+_UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
+# How torch.save tells that a disk is full: by a RuntimeError, as everything else is told.
+_NOT_WRITTEN = ("PytorchStreamWriter", "unexpected pos", "file write")
+
+
+def unfinished(output: Path) -> Path:
+    """Where checkpoints of ``output`` are before they are finished, and while they are deleted."""
+    return output / _UNFINISHED
+
+
+def remove_unfinished(output: Path) -> None:
+    """What a killed run left half-written or half-deleted."""
+    shutil.rmtree(unfinished(output), ignore_errors=True)
+
+
+def publish(output: Path, name: str) -> None:
+    """Make the checkpoint in `unfinished` durable, then let it appear in ``output``.
+
+    An earlier one of that name gives way: the run was resumed from before it.
+    """
+    written, final = unfinished(output) / name, output / name
+    for folder, _, files in os.walk(written):
+        for file in files:
+            _sync(Path(folder) / file)
+        _sync(Path(folder))
+    if final.exists():
+        _delete(output, final)
+    written.rename(final)
+    _sync(output)
+
+
+def keep_latest(output: Path, limit: int | None, *, newest: str, best: str | None) -> None:
+    """Delete the oldest checkpoints over ``limit``, but never the newest or the best one."""
+    if limit is None or limit <= 0:
+        return
+    kept = {str(output / newest)} | ({str(Path(best))} if best else set())
+    found = sort_checkpoints(str(output), PREFIX_CHECKPOINT_DIR, use_mtime=True)
+    spare = [path for path in found if path not in kept]
+    for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
+        _delete(output, Path(path))
+
+
+@contextmanager
+def writing(what: str, output: Path) -> Iterator[None]:
+    """Whatever is written inside, a full disk is told plainly.
+
+    Raises:
+        CheckpointError: with the room left in ``output``, and where to go on from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = any(text in str(error) for text in _NOT_WRITTEN)
+        if isinstance(error, RuntimeError) and not told:
+            raise
+        remove_unfinished(output)
+        last = get_last_checkpoint(output) if output.is_dir() else None
+        free = shutil.disk_usage(output).free / 2**20 if output.is_dir() else 0.0
+        raise CheckpointError(
+            f"{what} could not be written in {output} ({free:.1f} MiB are free there): {error}. "
+            "Make room or lower --save_total_limit, then give the same command with "
+            f"--resume_from_checkpoint auto; the last good checkpoint is {last or 'none yet'}"
+        ) from error
+
+
+def _delete(output: Path, checkpoint: Path) -> None:
+    aside = unfinished(output) / f"deleted-{checkpoint.name}"
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,79 @@
+"""A trainer in a process of its own, so that it can be killed at a moment that is chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from student_trainer.cli import main
+from tests.support.server import free_port
+
+# All are forked from one process that has imported torch: that takes longer than a run.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["student_trainer.train"])
+
+Moment = tuple[str, str]  # an event of Python's audit, and how its first argument ends
+
+
+@contextlib.contextmanager
+def running(
+    words: Sequence[str], *, killed_at: Moment | None = None, **environment: str
+) -> Iterator[BaseProcess]:
+    """``student-trainer`` with these words; at the end it is killed, if it still runs.
+
+    Args:
+        killed_at: it kills itself, by SIGKILL, just before that.
+    """
+    process = _CONTEXT.Process(target=_run, args=(list(words), killed_at, environment))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(words: list[str], killed_at: Moment | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    if killed_at is not None:
+        event, ending = killed_at
+
+        def hook(name: str, arguments: tuple[object, ...]) -> None:
+            if name == event and str(arguments[0]).endswith(ending):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+    sys.exit(main(words))
+
+
+def checkpoints(output: Path) -> list[int]:
+    """Steps of the checkpoints there, in order."""
+    return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """To the last bit, which that of a NaN is too."""
+    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value.view(torch.uint8), two[name].view(torch.uint8)), name
+
+
+@contextlib.contextmanager
+def two_ranks(words: Sequence[str]) -> Iterator[tuple[BaseProcess, BaseProcess]]:
+    """Two processes that train together, as a launcher would start them."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with (
+        running(words, RANK="0", LOCAL_RANK="0", **shared) as first,
+        running(words, RANK="1", LOCAL_RANK="1", **shared) as second,
+    ):
+        yield first, second
