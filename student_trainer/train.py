@@ -122,6 +122,7 @@ def open_teacher(
             timeout=teacher.teacher_timeout,
             accept_change=teacher.accept_teacher_change,
             api_key=api_key_of(teacher),
+            unreachable=teacher.teacher_unreachable,
         )
     client = TeacherClient(
         teacher.teacher_url,
@@ -129,6 +130,7 @@ def open_teacher(
         accept_change=teacher.accept_teacher_change,
         logprob_dtype=teacher.teacher_logprob_dtype,
         api_key=api_key_of(teacher),
+        unreachable=teacher.teacher_unreachable,
     )
     if teacher.teacher_cache is None:
         return client
