@@ -108,6 +108,7 @@ class Pipeline:
         request_size: sequences in a request.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once whichever rank meets it next.
+        together: waits for the teacher on every rank, and fails on all where it fails on one.
         propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
             student's own most probable ones. Called equally often on every rank.
         timeline: is told what goes on: "generating" (proposals included), waiting for the
@@ -125,6 +126,7 @@ class Pipeline:
         prefetch_steps: int = 0,
         request_size: int = 8,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
+        together: Callable[[Callable[[], R]], R] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
@@ -136,9 +138,10 @@ class Pipeline:
         self._prefetch_steps = prefetch_steps
         self._request_size = request_size
         self._share = share
+        self._together = together
         self._propose = propose
         self._timeline = timeline or Timeline()
-        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, before the step
+        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
         self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
 
     def take(self, step: int, last: int) -> PendingBatch:
@@ -151,7 +154,9 @@ class Pipeline:
         for ahead in range(step, min(furthest, max(step, last)) + 1):
             if ahead not in self._begun and ahead - step <= self._lead(ahead):
                 self._begun[ahead] = self._begin(ahead, weight_version=step)
-        return self._begun.pop(step)
+        for learned in [begun for begun in self._begun if begun < step]:
+            del self._begun[learned]
+        return self._begun[step]
 
     def samples(self, batch: PendingBatch) -> list[Sample]:
         """All samples of the batch, in the order of the examples, once they are written.
@@ -159,8 +164,11 @@ class Pipeline:
         Called once for each batch, on every rank.
         """
         new: dict[bytes, Completion] = {}
-        for indices, generated in batch.completions:
-            for index, completion in zip(indices, self._wait(generated), strict=True):
+        written: list[list[Completion]] = []
+        if self.method.seq_kd and not batch.on_policy:
+            written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
+        for (indices, _), completions in zip(batch.completions, written, strict=True):
+            for index, completion in zip(indices, completions, strict=True):
                 example = batch.examples[index]
                 batch.samples[index] = _teacher_sample(example, completion)
                 if completion.scores is not None:
@@ -189,19 +197,20 @@ class Pipeline:
             for i in indices
         ]
 
-    def ahead(self) -> list[AheadBatch]:
-        """What was begun ahead and cannot be begun again: the weights it came from are gone."""
+    def ahead(self, step: int) -> list[AheadBatch]:
+        """What was begun for ``step`` and later ones, and cannot be begun again: the weights that
+        it came from are gone, or are those that a checkpoint keeps."""
         return [
             AheadBatch(
-                step,
+                batch.step,
                 batch.weight_version,
                 batch.on_policy,
                 [example.index for example in batch.examples],
                 [batch.samples[index] for index in range(len(batch.examples))],
                 [batch.requested[index] for index in range(len(batch.requested))],
             )
-            for step, batch in self._begun.items()
-            if not self._independent_of_weights(step)
+            for batch in self._begun.values()
+            if batch.step >= step and not self._independent_of_weights(batch.step)
         ]
 
     def resume(self, ahead: Sequence[AheadBatch]) -> None:
