@@ -1,7 +1,4 @@
-"""A teacher without a model in a process of its own, which can be killed, stopped and restarted.
-
-``python -m tests.support.stub_process PORT INFO SECONDS``: INFO is a file with an `InfoResponse`.
-"""
+"""A teacher without a model in a process of its own, which can be killed, stopped and restarted."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,31 +17,48 @@ from tests.support import stub
 from tests.support.http import until
 from tests.support.paced import PacedTeacher
 
+LOCAL = "127.0.0.1"
 
-def start(port: int, info: InfoResponse, folder: Path, seconds: float = 0.0) -> subprocess.Popen[bytes]:
+
+def start(
+    port: int,
+    info: InfoResponse,
+    folder: Path,
+    seconds: float = 0.0,
+    *,
+    host: str = LOCAL,
+    launcher: Sequence[str] = (),
+) -> subprocess.Popen[bytes]:
     """A process that answers at ``port``, each request after ``seconds``; not yet ready.
 
     Scores depend on the tokens alone, so that those of another process are the same.
     """
     file = folder / f"info-{port}.json"
     file.write_bytes(wire.dump(info, wire.JSON_MEDIA_TYPE))
-    return subprocess.Popen([sys.executable, "-m", __name__, str(port), str(file), str(seconds)])
+    told = [host, str(port), str(file), str(seconds)]
+    return subprocess.Popen([*launcher, sys.executable, "-m", __name__, *told])
 
 
-def answers(port: int) -> bool:
+def answers(port: int, host: str = LOCAL) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+        return httpx.get(f"http://{host}:{port}/ready", timeout=1.0).status_code == 200
     return False
 
 
 @contextlib.contextmanager
 def running(
-    port: int, info: InfoResponse, folder: Path, seconds: float = 0.0
+    port: int,
+    info: InfoResponse,
+    folder: Path,
+    seconds: float = 0.0,
+    *,
+    host: str = LOCAL,
+    launcher: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is ready; killed at the end."""
-    process = start(port, info, folder, seconds)
+    process = start(port, info, folder, seconds, host=host, launcher=launcher)
     try:
-        until(lambda: answers(port), 30)
+        until(lambda: answers(port, host), 60)
         yield process
     finally:
         process.kill()
@@ -52,7 +66,8 @@ def running(
 
 
 if __name__ == "__main__":
-    port, file, seconds = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    host, port, file, seconds = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
     told = wire.load(InfoResponse, file.read_bytes(), wire.JSON_MEDIA_TYPE, max_bytes=1 << 20)
-    with stub.serving(PacedTeacher(told, lambda tokens: seconds, one_at_a_time=False), port):
+    paced = PacedTeacher(told, lambda tokens: seconds, one_at_a_time=False)
+    with stub.serving(paced, port, host=host):
         threading.Event().wait()
