@@ -580,5 +580,7 @@ def _seconds(retry_after: str) -> float | None:
         return max(0.0, float(retry_after))
     with contextlib.suppress(ValueError):
         date = parsedate_to_datetime(retry_after)
-        return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+        return max(
+            0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        )
     return None

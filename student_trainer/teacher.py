@@ -445,9 +445,7 @@ class TeacherClient(Teacher):
         if sampling.top_k is None:
             return
         if completion.scores is None:
-            raise TeacherAnswerError(
-                f"{url}: completion {index} came without the scores asked for"
-            )
+            raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
         sequences = [sequence_of(prompt, completion)]
         self._check([completion.scores], sequences, sampling.top_k, url=url, offset=index)
 

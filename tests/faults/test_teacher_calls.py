@@ -248,9 +248,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("broken", "said"), UNUSABLE.values(), ids=UNUSABLE.keys())
-def test_what_cannot_be_used_ends_the_run_and_names_teacher_and_cause(
-    proxy, teacher, broken, said
-):
+def test_what_cannot_be_used_ends_the_run_and_names_teacher_and_cause(proxy, teacher, broken, said):
     """At once, though there is another replica: whatever answers so may have answered before."""
     with (
         FaultProxy(teacher).serving() as other,

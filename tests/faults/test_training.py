@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
+from shared import wire
 from shared.identity import tokenizer_identity
+from shared.protocol import ScoreResponse
 from student_trainer.cli import main
 from tests.e2e.test_overlap import assert_same_to_the_last_bit, words
 from tests.support import fault_proxy as fault
@@ -180,13 +182,20 @@ def test_an_answer_that_cannot_be_used_ends_a_run_with_a_checkpoint_and_no_step_
 def test_a_teacher_lost_while_held_out_rows_are_scored_leaves_a_checkpoint(
     world, whole, teacher, proxy, tmp_path, capsys
 ):
-    """The first evaluation is after the fourth step, of 4 requests each."""
+    """All of them in one request, after the fourth step; a step asks for a few at a time."""
     measured = {
         **METHODS["on-policy"], "eval_dataset_name": world.held_out, "eval_strategy": "steps",
         "eval_steps": 4,
     }  # fmt: skip
-    proxy.faults = [fault.passed_on] * 16 + [answered(422, b"no")]
+
+    def refuse_many(exchange):
+        answer = wire.load(ScoreResponse, exchange.body, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 28)
+        few = len(answer.sequences) < 16
+        (fault.passed_on if few else answered(422, b"no"))(exchange)
+
+    proxy.always = refuse_many
     assert main(words(world, proxy.url, tmp_path, **measured)) == 1
+    assert f"{proxy.url} answered 422" in capsys.readouterr().err
     assert checkpoints(tmp_path) == ["checkpoint-4"]
     assert resumed(world, teacher, tmp_path, **METHODS["on-policy"]) == 0
     assert_same_to_the_last_bit(whole / "on-policy", tmp_path)
