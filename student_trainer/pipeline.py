@@ -33,6 +33,8 @@ from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
 
+_Written = list[list[Completion]]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -126,7 +128,7 @@ class Pipeline:
         prefetch_steps: int = 0,
         request_size: int = 8,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
-        together: Callable[[Callable[[], R]], R] = lambda wait: wait(),
+        together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
@@ -164,7 +166,7 @@ class Pipeline:
         Called once for each batch, on every rank.
         """
         new: dict[bytes, Completion] = {}
-        written: list[list[Completion]] = []
+        written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
             written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
         for (indices, _), completions in zip(batch.completions, written, strict=True):

@@ -20,8 +20,6 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
-    stop_after_delay,
-    stop_any,
     wait_random_exponential,
 )
 
@@ -352,7 +350,7 @@ class Replicas:
         """
         retrying = Retrying(
             retry=retry_if_exception_type((*_PASSING, InternalError)),
-            stop=stop_any(stop_after_delay(self.timeout), self._gives_up),
+            stop=self._gives_up,
             wait=self._pause,
             before_sleep=self._log_retry,
             reraise=True,
@@ -370,7 +368,9 @@ class Replicas:
             ) from error
 
     def _gives_up(self, state: RetryCallState) -> bool:
-        """Whether the same request would fail again, or nobody is there and none is waited for."""
+        """Whether time is up, the same would fail again, or nobody is there to be waited for."""
+        if (state.seconds_since_start or 0.0) >= self.timeout:
+            return True
         if isinstance(state.outcome and state.outcome.exception(), InternalError):
             return state.attempt_number >= _ATTEMPTS_AT_A_500
         return self._unreachable == "stop" and all(map(self._problem, self.urls))

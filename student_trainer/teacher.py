@@ -439,8 +439,9 @@ class TeacherClient(Teacher):
         ids, longest = completion.token_ids, sampling.max_new_tokens
         if not 1 <= len(ids) <= longest or int(ids.max()) >= self.info.vocab_size:
             raise TeacherAnswerError(
-                f"{url}: completion {index} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; "
-                f"asked for were 1 to {longest} of a vocabulary of {self.info.vocab_size}"
+                f"{url}: completion {index} has {len(ids)} tokens and ids up to "
+                f"{ids.max(initial=0)}; asked for were 1 to {longest} of a vocabulary of "
+                f"{self.info.vocab_size}"
             )
         if sampling.top_k is None:
             return

@@ -1,7 +1,7 @@
 """Every fault of a call, caused on a socket between the real client and a teacher.
 
 A fault has one of three outcomes: the same answer after another try, the same answer from another
-replica, or an error that names the teacher and what was wrong. Never another answer, and never none.
+replica, or an error that names the teacher and what was wrong.
 """
 
 import contextlib
@@ -178,9 +178,8 @@ def test_what_does_not_pass_is_an_error_after_the_timeout(proxy, broken, caplog)
     assert "s left" in caplog.text  # the countdown
 
 
-def test_nobody_is_waited_for_where_the_run_shall_stop(teacher):
-    with FaultProxy(teacher).serving() as proxy, connected(proxy.url, timeout=1000.0,
-                                                           unreachable="stop") as client:  # fmt: skip
+def test_nobody_is_waited_for_where_the_run_shall_stop(proxy):
+    with connected(proxy.url, timeout=1000.0, unreachable="stop") as client:
         proxy.faults = [fault.reset_in_the_body] * 2  # it is ready: that passes
         assert_right(client.score(SEQUENCES, top_k=K))
         proxy.upstream = "http://127.0.0.1:9"
@@ -253,10 +252,10 @@ def test_what_cannot_be_used_ends_the_run_and_names_teacher_and_cause(proxy, tea
     with (
         FaultProxy(teacher).serving() as other,
         connected(proxy.url, other.url) as client,
-        pytest.raises(TeacherAnswerError, match=said) as caught,
     ):
         proxy.faults = [broken]
-        client.score(SEQUENCES, top_k=K)
+        with pytest.raises(TeacherAnswerError, match=said) as caught:
+            client.score(SEQUENCES, top_k=K)
     assert proxy.url in str(caught.value)
     assert (proxy.asked, other.asked) == (1, 0)
 
@@ -302,14 +301,11 @@ def test_413_is_asked_in_halves_down_to_one_sequence(proxy):
 def test_a_copy_of_an_answer_is_never_taken_for_the_next_one(proxy):
     """On one connection, where it lies before the next request is asked: httpx gives it out."""
     proxy.always = fault.sent_twice
-    with (
-        connected(proxy.url) as client,
-        pytest.raises(TeacherAnswerError, match="of another sequence") as caught,
-    ):
-        for number, one in enumerate(SEQUENCES):
-            (found,) = client.score([one], top_k=K)
-            assert_right([*RIGHT[:number], found, *RIGHT[number + 1 :]])
-    assert proxy.url in str(caught.value)
+    with connected(proxy.url) as client:
+        (first,) = client.score(SEQUENCES[:1], top_k=K)
+        assert_right([first, *RIGHT[1:]])
+        with pytest.raises(TeacherAnswerError, match=f"{proxy.url}.*of another sequence"):
+            client.score(SEQUENCES[1:2], top_k=K)
 
 
 @pytest.mark.parametrize("date", ["Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "1e999"])
@@ -341,8 +337,8 @@ def test_completions_that_did_not_come_are_asked_for_again(writer, broken):
 
 @pytest.mark.parametrize("broken", [fault.scrambled, fault.compressed, fault.of_another_type])
 def test_completions_that_cannot_be_used_end_the_run(writer, broken):
+    writer.faults = [broken]
     with connected(writer.url) as client, pytest.raises(TeacherAnswerError, match=writer.url):
-        writer.faults = [broken]
         client.generate(PROMPTS, Sampling(4, 0.0, seed=1, stop_token_ids=[1]))
 
 

@@ -59,7 +59,7 @@ def test_records_are_there_when_the_store_is_opened_again(tmp_path):
 
 
 def test_a_disk_that_takes_no_more_costs_answers_and_notes_but_not_the_run(tmp_path, caplog):
-    """By the limit of a file's size, which LMDB meets like a full disk: in the middle of a write."""
+    """By the limit of a file's size, which LMDB meets in the middle of a write, as a full disk."""
     store = opened(tmp_path)
     fill(store, range(3))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -158,7 +158,7 @@ def test_a_teacher_that_hangs_and_is_not_ready_is_not_asked_in_halves(stub):
         stub.not_ready = 10**6
         stub.script = [lambda request: (over.wait(20), problem(503, "too late"))[1]] * 9
         with pytest.raises(
-            TeacherUnreachableError, match="within 1 s: (timed out|no head of an answer)"
+            TeacherUnreachableError, match=r"within 1 s: (timed out|no head of an answer)"
         ):
             client.score(sequences((6, 2), (9, 2)), top_k=3)
         over.set()
