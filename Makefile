@@ -4,6 +4,9 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 # VLLM=0 leaves vLLM and its tests out.
 VLLM ?= 1
+# Tests at once. Each is mostly a process or two of one thread.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 .PHONY: help quickstart test test-faults check audit format clean
 
@@ -34,15 +37,15 @@ quickstart: .venv/ready
 
 ifeq ($(VLLM),0)
 test: .venv/ready
-	$(BIN)/python -m pytest -m 'not vllm and not slow_fault'
+	$(PYTEST) -m 'not vllm and not slow_fault'
 else
 test: .venv/vllm
-	$(BIN)/python -m pytest
+	$(PYTEST)
 endif
 
 # Slow ones among them. Those that change the network need root, and skip without.
 test-faults: .venv/ready
-	$(BIN)/python -m pytest tests/faults -m ''
+	$(PYTEST) tests/faults -m ''
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -37,6 +38,7 @@ from shared.errors import (
     UnavailableError,
     error_from_problem,
 )
+from student_trainer.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -183,17 +185,13 @@ class Replicas:
         self._http.close()
 
     def submit(self, work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
-        """``work`` in the background, as many at once as there are connections.
+        """``work`` in the background, as many at once as there are connections."""
 
-        In daemon threads: a process that fails must not wait for answers that nobody needs, while
-        other ranks wait for it. (Those of a `ThreadPoolExecutor` are joined at exit.)
-        """
-
-        def in_turn() -> R:
+        def run() -> R:
             with self._slots:
                 return work(*arguments, **options)
 
-        return _in_background(in_turn)
+        return in_thread(run, name="teacher")
 
     def count_scored(self, tokens: int) -> None:
         with self._lock:
@@ -294,7 +292,7 @@ class Replicas:
         """
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT))
         request = self._http.build_request(method, url, content=body, timeout=timeout)
-        sending = _in_background(self._http.send, request, stream=True)
+        sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
         try:
             response = sending.result(seconds)
         except TimeoutError as error:  # the thread goes on until the connection ends
@@ -532,20 +530,6 @@ def _check_trust(url: str, error: httpx.TransportError) -> None:
             f"the certificate of {url} is not trusted: {error}. Name the certificate of "
             "its authority by the environment variable SSL_CERT_FILE"
         ) from error
-
-
-def _in_background(work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
-    """``work`` in a daemon thread, which a process does not wait for when it ends."""
-    future: Future[R] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments, **options))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="teacher", daemon=True).start()
-    return future
 
 
 def _close_answer(sending: Future[httpx.Response]) -> None:
