@@ -197,7 +197,7 @@ def test_what_an_engine_elsewhere_writes_is_complete_in_a_checkpoint():
     rollouts.let.release()
     collect(pipeline, 0, last=2)
     threading.Timer(0.05, rollouts.let.release).start()
-    [ahead] = pipeline.ahead()
+    [ahead] = pipeline.ahead(1)
     assert [int(sample.token_ids[-2]) for sample in ahead.samples] == [31]
 
 
