@@ -301,12 +301,14 @@ class DistillationTrainer(Trainer):
 
         Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
         """
+        if self.accelerator.num_processes == 1 or self.teacher is None:
+            return wait()
         error: Exception | None = None
         try:
             brought = wait()
         except (TeacherError, ProtocolError) as failure:
             error = failure
-        if self.accelerator.num_processes > 1 and (meets or error is not None):
+        if meets or error is not None:
             failed = torch.tensor(float(error is not None), device=self.args.device)
             if float(self.accelerator.reduce(failed, "sum")) and error is None:
                 error = TeacherUnreachableError(

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -16,6 +18,7 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TeacherUnreachableError,
 )
+from student_trainer.replicas import _seconds
 from student_trainer.teacher import TeacherClient
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
 
@@ -212,3 +215,10 @@ def test_a_file_of_authorities_that_cannot_be_read_is_named(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
     with pytest.raises(ConfigurationError, match=r"SSL_CERT_FILE /no/ca\.pem: No such file"):
         TeacherClient(["https://127.0.0.1:1"])
+
+
+def test_retry_after_is_a_number_of_seconds_or_a_date():
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 50 < _seconds(later) <= 60
+    assert _seconds("2.5") == 2.5
+    assert _seconds("soon") is None
