@@ -8,11 +8,12 @@ VLLM ?= 1
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
-.PHONY: help quickstart test check audit format clean
+.PHONY: help quickstart test test-faults check audit format clean
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
+	@echo "make test-faults  every fault of docs/reliability.md, the slow ones too"
 	@echo "make check        lint, format and types"
 	@echo "make audit        known vulnerabilities of the pinned versions; asks PyPI"
 	@echo "make clean        remove .venv, runs and caches"
@@ -36,11 +37,15 @@ quickstart: .venv/ready
 
 ifeq ($(VLLM),0)
 test: .venv/ready
-	$(PYTEST) -m 'not vllm'
+	$(PYTEST) -m 'not vllm and not slow_fault'
 else
 test: .venv/vllm
 	$(PYTEST)
 endif
+
+# Slow ones among them. Those that change the network need root, and skip without.
+test-faults: .venv/ready
+	$(PYTEST) tests/faults -m ''
 
 check: .venv/ready
 	$(BIN)/ruff check .

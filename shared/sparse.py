@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from shared.arrays import Logprobs1D, Logprobs2D, TokenIds2D
 from shared.errors import TeacherAnswerError
+
+# Float16 moves a log-prob by up to 2⁻¹¹ of itself, and with it a row's mass by less than 0.006.
+_SLACK = 0.01
 
 
 class SparseLogprobs(BaseModel):
@@ -90,3 +94,53 @@ class SparseLogprobs(BaseModel):
                     "its log-probs must be finite. Check the teacher's weights and dtype "
                     "(float16 overflows in some models; try --dtype bfloat16 or float32)"
                 )
+
+    def require_plausible(
+        self, name: str, next_ids: NDArray[np.uint32], *, drawn: bool = False
+    ) -> None:
+        """Refuse what cannot be distributions over the tokens that followed.
+
+        A token's two log-probs in one row must agree, and a next token outside the top-k be less
+        probable than those in it: rows of another sequence, or in another order, are found out.
+
+        Args:
+            name: how the message calls the sequence.
+            next_ids: [T], the tokens that really came next.
+            drawn: ``token_ids`` are draws: a token may repeat, and a less probable one be there.
+
+        Raises:
+            TeacherAnswerError: names the sequence, the field, the row and the value.
+        """
+        for field in ("logprobs", "next_token_logprob", "tail_logprob", "requested_logprobs"):
+            array = getattr(self, field)
+            if array is not None and (array > _SLACK).any():
+                index = tuple(int(i) for i in np.argwhere(array > _SLACK)[0])
+                raise TeacherAnswerError(
+                    f"{name}: the teacher answered {field}{list(index)} = {array[index]}, which is "
+                    "no log-prob: it is above 0"
+                )
+        named = self.token_ids == next_ids[:, None]  # [T, k]
+        again = named.any(axis=1)
+        top = self.logprobs.astype(np.float32)
+        own = np.maximum(self.next_token_logprob, np.finfo(self.logprobs.dtype).min)  # [T]
+        there = np.where(named, top, -np.inf).max(axis=1, initial=-np.inf)
+        with np.errstate(invalid="ignore"):  # −∞ where it is not there
+            wrong = again & (np.abs(there - own) > _SLACK + 2.0**-10 * np.abs(own))
+        if not drawn:
+            wrong |= ~again & (own > top.min(axis=1, initial=np.inf) + _SLACK)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise TeacherAnswerError(
+                f"{name}: the teacher answered next_token_logprob[{row}] = {own[row]}, and its "
+                "top-k contradicts that: the rows are of another sequence, or in another order"
+            )
+        if drawn:
+            return
+        mass = np.exp(top).sum(axis=1) + np.exp(self.tail_logprob)
+        mass += np.where(again, 0.0, np.exp(own))
+        if (mass > 1.0 + _SLACK).any():
+            row = int(np.argmax(mass))
+            raise TeacherAnswerError(
+                f"{name}: the probabilities that the teacher answered in row {row} sum to "
+                f"{mass[row]:.4g}, which is more than 1"
+            )

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -107,8 +107,12 @@ class AnswerStore:
 
     def count(self, keys: Sequence[bytes]) -> int:
         """How many of the keys have a record, unread."""
+        found = 0
         with self._transaction() as txn:
-            return sum(txn.get(key, db=self._records) is not None for key in keys)
+            for key in keys:
+                with suppress(lmdb.CorruptedError, lmdb.PageNotFoundError):  # as good as missing
+                    found += txn.get(key, db=self._records) is not None
+        return found
 
     def add(self, records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
         """Store records; returns what stands under each key from now on.
@@ -138,9 +142,15 @@ class AnswerStore:
         return dict(records)
 
     def note(self, name: str, value: bytes) -> None:
-        """Keep a value that is never thrown out."""
-        with self._transaction(write=True) as txn:
-            txn.put(name.encode(), value, db=self._notes)
+        """Keep a value that is never thrown out, where there is room for it.
+
+        Without it answers are found all the same; only a run without a teacher does not know whose.
+        """
+        try:
+            with self._transaction(write=True) as txn:
+                txn.put(name.encode(), value, db=self._notes)
+        except lmdb.Error as error:
+            logger.warning("The teacher cache could not note which teacher %s is: %s", name, error)
 
     def notes(self) -> dict[str, bytes]:
         with self._transaction() as txn:

@@ -133,6 +133,11 @@ class TeacherArguments:
         "at most an equal share of it for each replica, and is then asked in halves if the teacher "
         "is ready.",
     )
+    teacher_unreachable: Literal["wait", "stop"] = _flag(
+        "wait",
+        "Once a request failed and no teacher is ready any more: wait for one, up to "
+        "--teacher_timeout, or stop at once. Either way a run that ends saves a checkpoint first.",
+    )
     top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
     teacher_logprob_dtype: Literal["float16", "float32"] = _flag(
         "float16",

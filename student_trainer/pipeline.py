@@ -35,6 +35,8 @@ from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
 
+_Written = list[list[Completion]]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -112,6 +114,7 @@ class Pipeline:
         request_size: sequences in a request.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once whichever rank meets it next.
+        together: waits for the teacher on every rank, and fails on all where it fails on one.
         propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
             student's own most probable ones. Called equally often on every rank.
         timeline: is told what goes on: "generating" (proposals included), waiting for the
@@ -129,6 +132,7 @@ class Pipeline:
         prefetch_steps: int = 0,
         request_size: int = 8,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
+        together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
@@ -140,9 +144,10 @@ class Pipeline:
         self._prefetch_steps = prefetch_steps
         self._request_size = request_size
         self._share = share
+        self._together = together
         self._propose = propose
         self._timeline = timeline or Timeline()
-        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, before the step
+        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
         self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
 
     def take(self, step: int, last: int) -> PendingBatch:
@@ -155,7 +160,9 @@ class Pipeline:
         for ahead in range(step, min(furthest, max(step, last)) + 1):
             if ahead not in self._begun and ahead - step <= self._lead(ahead):
                 self._begun[ahead] = self._begin(ahead, weight_version=step)
-        return self._begun.pop(step)
+        for learned in [begun for begun in self._begun if begun < step]:
+            del self._begun[learned]
+        return self._begun[step]
 
     def samples(self, batch: PendingBatch) -> list[Sample]:
         """All samples of the batch, in the order of the examples, once they are written.
@@ -166,8 +173,11 @@ class Pipeline:
             with self._timeline.during("generating"):
                 _finish(batch)
         new: dict[bytes, Completion] = {}
-        for indices, generated in batch.completions:
-            for index, completion in zip(indices, self._wait(generated), strict=True):
+        written: _Written = []
+        if self.method.seq_kd and not batch.on_policy:
+            written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
+        for (indices, _), completions in zip(batch.completions, written, strict=True):
+            for index, completion in zip(indices, completions, strict=True):
                 example = batch.examples[index]
                 batch.samples[index] = _teacher_sample(example, completion)
                 if completion.scores is not None:
@@ -201,20 +211,21 @@ class Pipeline:
         for batch in self._begun.values():
             _finish(batch)
 
-    def ahead(self) -> list[AheadBatch]:
-        """What was begun ahead and cannot be begun again: the weights it came from are gone."""
+    def ahead(self, step: int) -> list[AheadBatch]:
+        """What was begun for ``step`` and later ones, and cannot be begun again: the weights that
+        it came from are gone, or are those that a checkpoint keeps."""
         self.finish_writing()
         return [
             AheadBatch(
-                step,
+                batch.step,
                 batch.weight_version,
                 batch.on_policy,
                 [example.index for example in batch.examples],
                 [batch.samples[index] for index in range(len(batch.examples))],
                 [batch.requested[index] for index in range(len(batch.requested))],
             )
-            for step, batch in self._begun.items()
-            if not self._independent_of_weights(step)
+            for batch in self._begun.values()
+            if batch.step >= step and not self._independent_of_weights(batch.step)
         ]
 
     def resume(self, ahead: Sequence[AheadBatch]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import ssl
@@ -10,17 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import httpx
 from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
-    stop_after_delay,
     wait_random_exponential,
 )
 
+from shared import wire
 from shared.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -40,15 +44,67 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+Unreachable = Literal["wait", "stop"]
+
 _CONNECTIONS = 8
 _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
+_CONNECT_TIMEOUT = 10.0
+_ATTEMPTS_AT_A_500 = 3
+_MAX_ANSWER_BYTES = 1 << 30
+_MAX_REFUSAL_BYTES = 1 << 16
 _backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
 # The same request may succeed later, at the same place.
 _PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
 # The same request may succeed now, at another place.
 FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
+
+
+class Body:
+    """The body of an answer as it arrives, within bounds of bytes and of time.
+
+    httpx's own timeout begins anew with each byte, so that an answer that drips would never end.
+
+    Args:
+        response: its head has come, and no more.
+        most: bytes.
+        seconds: until the whole body has come.
+        count: is told the bytes of each chunk.
+    """
+
+    def __init__(
+        self, response: httpx.Response, most: int, seconds: float, count: Callable[[int], None]
+    ) -> None:
+        self._response = response
+        self._most = most
+        self._seconds = seconds
+        self._count = count
+        self.extend()
+
+    def extend(self) -> None:
+        """Give the rest as long as the whole had: part of it is of use already."""
+        self._deadline = time.monotonic() + self._seconds
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Chunks as they were sent: nothing is unpacked, so that little cannot become much.
+
+        Raises:
+            TeacherAnswerError: more bytes than an answer can have.
+            httpx.TransportError: cut; `httpx.ReadTimeout`, when it takes too long.
+        """
+        size = 0
+        for chunk in self._response.iter_raw():
+            size += len(chunk)
+            self._count(len(chunk))
+            if size > self._most:
+                raise TeacherAnswerError(
+                    f"{self._response.url} answered more than {self._most} bytes, which is more "
+                    "than was asked for"
+                )
+            if time.monotonic() > self._deadline:
+                raise httpx.ReadTimeout(f"{size} bytes in {self._seconds:g} s, and no end")
+            yield chunk
 
 
 class Replicas:
@@ -58,7 +114,8 @@ class Replicas:
     connection, no answer in time, 429, 5xx) is left out at once and the request goes to another.
     What is left out is asked every second, in the background, whether it is ready, and rejoins when
     it is and ``rejoins`` agrees. When none is left they are all tried again, with exponential
-    back-off and full jitter, until ``timeout``. Safe to use from several threads.
+    back-off and full jitter, until ``timeout``; so is a 500, three times. Safe to use from several
+    threads.
 
     Args:
         urls: addresses, such as ``http://host:8000``.
@@ -70,6 +127,8 @@ class Replicas:
             are. A `TeacherError` that it raises ends the run: the next request raises it.
         start: the command that starts such a server, for messages.
         api_key: sent with every request, to these addresses alone.
+        unreachable: what happens once a request failed and no replica is ready: "wait" until
+            ``timeout``, or "stop" at once.
 
     Raises:
         ConfigurationError: the certificates that SSL_CERT_FILE names cannot be read.
@@ -85,12 +144,15 @@ class Replicas:
         rejoins: Callable[[str], bool],
         start: str,
         api_key: str | None,
+        unreachable: Unreachable = "wait",
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout = timeout
         self._ready = ready
         self._rejoins = rejoins
         self._start = start
+        self._unreachable = unreachable
+        self._media_types = (media_type, wire.STREAM_MEDIA_TYPES[media_type])
         self._share = timeout / len(self.urls)
         # For each call under way, what tells the tokens it still waits for.
         self._outstanding: dict[str, list[Callable[[], int]]] = {url: [] for url in self.urls}
@@ -100,14 +162,15 @@ class Replicas:
         self._tokens_scored = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        headers = {"Accept": media_type, "Content-Type": media_type}
+        headers = {
+            "Accept": media_type,
+            "Accept-Encoding": "identity",
+            "Content-Type": media_type,
+        }
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
-            self._http = httpx.Client(
-                headers=headers,
-                timeout=httpx.Timeout(self._share, connect=min(self._share, 10.0)),
-            )
+            self._http = httpx.Client(headers=headers)
         except OSError as error:  # ssl.SSLError is one
             raise ConfigurationError(
                 f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {error.strerror or error}; give "
@@ -163,46 +226,101 @@ class Replicas:
         nobody = (httpx.ConnectError, httpx.ConnectTimeout)
         return all(isinstance(self._answer(url), nobody) for url in self.urls)
 
-    def request(self, url: str, method: str, path: str, body: bytes | None = None) -> bytes:
-        """The body of the answer of one replica, asked once.
+    def request(
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        most: int = _MAX_ANSWER_BYTES,
+    ) -> bytes:
+        """The body of the answer of one replica, asked once; ``most`` bytes of it.
 
         Raises: as `stream`.
         """
-        with self.stream(url, method, path, body) as chunks:
+        with self.stream(url, method, path, body, most=most) as chunks:
             return b"".join(chunks)
 
     @contextlib.contextmanager
     def stream(
-        self, url: str, method: str, path: str, body: bytes | None = None
-    ) -> Iterator[Iterator[bytes]]:
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        most: int = _MAX_ANSWER_BYTES,
+    ) -> Iterator[Body]:
         """The body of the answer of one replica, asked once, as it arrives.
 
         Raises:
             TeacherUnauthorizedError: it wants a key, or another one.
+            TeacherUnreachableError: its certificate is not trusted.
+            TeacherAnswerError: it redirects, or answers in a form that was not asked for.
             ProtocolError: what any other refusal stands for.
-            DeadlineExceededError: nothing came for a share of ``timeout``, though it is ready.
+            DeadlineExceededError: no answer within a share of ``timeout``, though it is ready.
             httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
         try:
-            with self._http.stream(method, url + path, content=body) as response:
+            with self._begun(method, url + path, self._share, body) as response:
                 if response.status_code != 200:
-                    response.read()
+                    _check_redirect(url, response)
                     _check_authorized(url, response)
-                    raise _refusal(response)
-                yield self._counted(response.iter_bytes())
+                    raise self._refusal(url, response)
+                self._check_form(url + path, response)
+                yield Body(response, most, self._share, self._count_bytes)
         except httpx.ReadTimeout as error:
             if self._problem(url):
                 raise
             # As good as the server's own 504, which comes too late where its deadline is later.
             raise DeadlineExceededError(
-                f"{url} is ready, but sent nothing for {self._share:g} s"
+                f"{url} is ready, but has not answered in {self._share:g} s ({error})"
             ) from error
+        except httpx.ConnectError as error:
+            _check_trust(url, error)
+            raise
 
-    def _counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            with self._lock:
-                self._bytes_received += len(chunk)
-            yield chunk
+    @contextlib.contextmanager
+    def _begun(
+        self, method: str, url: str, seconds: float, body: bytes | None = None
+    ) -> Iterator[httpx.Response]:
+        """An answer whose head came within ``seconds``, however slowly it drips.
+
+        Raises:
+            httpx.TransportError: no answer; `httpx.ReadTimeout`, when its head takes too long.
+        """
+        timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT))
+        request = self._http.build_request(method, url, content=body, timeout=timeout)
+        sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
+        try:
+            response = sending.result(seconds)
+        except TimeoutError as error:  # the thread goes on until the connection ends
+            sending.add_done_callback(_close_answer)
+            raise httpx.ReadTimeout(f"no head of an answer in {seconds:g} s") from error
+        with contextlib.closing(response):
+            yield response
+
+    def _check_form(self, where: str, response: httpx.Response) -> None:
+        encoding = response.headers.get("Content-Encoding", "identity")
+        kind = response.headers.get("Content-Type", self._media_types[0])
+        if encoding != "identity" or kind.split(";")[0].strip().lower() not in self._media_types:
+            raise TeacherAnswerError(
+                f"{where} answered {kind} (Content-Encoding: {encoding}); asked for was plain "
+                f"{self._media_types[0]}. Check what stands between: a gateway, or its login page"
+            )
+
+    def _refusal(self, url: str, response: httpx.Response) -> ProtocolError:
+        body = Body(response, _MAX_REFUSAL_BYTES, self._share, self._count_bytes)
+        try:
+            content = b"".join(body)
+        except TeacherAnswerError:  # too long for a problem; the status tells enough
+            content = b""
+        return _refusal(url, response, content)
+
+    def _count_bytes(self, count: int) -> None:
+        with self._lock:
+            self._bytes_received += count
 
     def ask(self, url: str, call: Callable[[str], R]) -> R:
         """``call`` of one replica that has just been ready.
@@ -229,8 +347,8 @@ class Replicas:
             Whatever else ``call`` raises.
         """
         retrying = Retrying(
-            retry=retry_if_exception_type(_PASSING),
-            stop=stop_after_delay(self.timeout),
+            retry=retry_if_exception_type((*_PASSING, InternalError)),
+            stop=self._gives_up,
             wait=self._pause,
             before_sleep=self._log_retry,
             reraise=True,
@@ -238,10 +356,22 @@ class Replicas:
         try:
             return retrying(self._try_each, call, left)
         except _PASSING as error:
+            if self._unreachable == "stop":
+                tried, remedy = "", "give --teacher_unreachable wait"
+            else:
+                tried, remedy = f" within {self.timeout:g} s", "raise --teacher_timeout"
             raise TeacherUnreachableError(
-                f"no answer from {', '.join(self.urls)} within {self.timeout:g} s: {error}. "
-                f"Check that `{self._start}` runs there, or raise --teacher_timeout"
+                f"no answer from {', '.join(self.urls)}{tried}: {error}. "
+                f"Check that `{self._start}` runs there, or {remedy}"
             ) from error
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        """Whether time is up, the same would fail again, or nobody is there to be waited for."""
+        if (state.seconds_since_start or 0.0) >= self.timeout:
+            return True
+        if isinstance(state.outcome and state.outcome.exception(), InternalError):
+            return state.attempt_number >= _ATTEMPTS_AT_A_500
+        return self._unreachable == "stop" and all(map(self._problem, self.urls))
 
     def _pause(self, state: RetryCallState) -> float:
         """Seconds to the next try: never past ``timeout``, whatever a Retry-After asks for."""
@@ -330,13 +460,10 @@ class Replicas:
     def _answer(self, url: str) -> httpx.Response | httpx.TransportError:
         """What the replica says of being ready, or why it says nothing."""
         try:
-            return self._http.get(url + self._ready, timeout=_READY_TIMEOUT)
+            with self._begun("GET", url + self._ready, _READY_TIMEOUT) as response:
+                return response
         except httpx.TransportError as error:
-            if _is_distrust(error):
-                raise TeacherUnreachableError(
-                    f"the certificate of {url} is not trusted: {error}. Name the certificate of "
-                    "its authority by the environment variable SSL_CERT_FILE"
-                ) from error
+            _check_trust(url, error)
             return error
 
     def _problem(self, url: str) -> str:
@@ -344,6 +471,7 @@ class Replicas:
         response = self._answer(url)
         if isinstance(response, httpx.TransportError):
             return f"is not reachable ({response})"
+        _check_redirect(url, response)
         _check_authorized(url, response)
         if response.status_code == 200:
             return ""
@@ -383,29 +511,60 @@ def _check_authorized(url: str, response: httpx.Response) -> None:
     )
 
 
-def _is_distrust(error: BaseException | None) -> bool:
-    """Whether ``error`` comes from a certificate that no known authority signed."""
-    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def _check_redirect(url: str, response: httpx.Response) -> None:
+    """Raises `TeacherAnswerError`: keys and prompts go nowhere but to the addresses given."""
+    if response.is_redirect:
+        raise TeacherAnswerError(
+            f"{url} answers {response.status_code} and points to {response.headers['Location']}: "
+            "give the teacher's own address as --teacher_url"
+        )
 
 
-def _refusal(response: httpx.Response) -> ProtocolError:
+def _check_trust(url: str, error: httpx.TransportError) -> None:
+    """Raises `TeacherUnreachableError` for a certificate that no known authority signed."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        raise TeacherUnreachableError(
+            f"the certificate of {url} is not trusted: {error}. Name the certificate of "
+            "its authority by the environment variable SSL_CERT_FILE"
+        ) from error
+
+
+def _close_answer(sending: Future[httpx.Response]) -> None:
+    if sending.exception() is None:
+        sending.result().close()
+
+
+def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolError:
     """The error that a problem document stands for, or OpenAI's error body."""
     try:
-        problem = response.json()
-    except ValueError:
+        problem = json.loads(content)
+    except (ValueError, RecursionError):
         problem = {}
     if not isinstance(problem, dict):
         problem = {}
     error = problem.get("error")
     if isinstance(error, dict):
         problem = {"detail": error.get("message"), "field": error.get("param")}
-    try:
-        retry_after = float(response.headers.get("Retry-After", ""))
-    except ValueError:
-        retry_after = None
+    retry_after = _seconds(response.headers.get("Retry-After", ""))
+    answered = f"{url} answered {response.status_code}"
     # A gateway's 5xx, without a problem, passes; but its 504 too says that the request took long.
     if response.status_code >= 500 and response.status_code != 504 and not problem:
-        return UnavailableError(f"status {response.status_code}", retry_after=retry_after)
+        return UnavailableError(answered, retry_after=retry_after)
+    detail = problem.get("detail")
+    problem["detail"] = f"{detail} ({answered})" if detail else answered
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Of a Retry-After, which is a number of seconds or a date; None where it is neither."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(retry_after))
+    with contextlib.suppress(ValueError):
+        date = parsedate_to_datetime(retry_after)
+        return max(
+            0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        )
+    return None

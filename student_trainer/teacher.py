@@ -45,7 +45,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from student_trainer.parts import in_parts
-from student_trainer.replicas import FAILURES, Replicas
+from student_trainer.replicas import FAILURES, Replicas, Unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ R = TypeVar("R")
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
 
 _MAX_ANSWER_BYTES = 1 << 30
+_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # of an answer; and once more of each sequence in it
 
 
 @dataclass(frozen=True)
@@ -178,42 +179,49 @@ class Teacher(Protocol):
         top_k: int,
         requested: Sequence[int] | None = None,
         *,
+        url: str,
         offset: int,
+        drawn: bool = False,
     ) -> None:
         """Check that scores fit what was asked, and count their rows.
 
         Args:
             requested: number m of requested ids of each sequence; None for none.
+            url: of the replica that answered, for messages.
             offset: number of the first sequence, for messages.
+            drawn: the supports are draws from the teacher.
 
         Raises:
-            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob.
+            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob, or
+                what cannot be the distributions of these sequences.
         """
         if len(scores) != len(sequences):
             raise TeacherAnswerError(
-                f"{len(sequences)} sequences were sent, the teacher answered {len(scores)}"
+                f"{len(sequences)} sequences were sent, {url} answered {len(scores)}"
             )
         widths = [0] * len(scores) if requested is None else requested
         triples = zip(scores, sequences, widths, strict=True)
         for number, (score, (ids, start), width) in enumerate(triples, offset):
+            name = f"{url}, sequence {number}"
             expected = (len(ids) - start, top_k)
             if score.token_ids.shape != expected:
                 raise TeacherAnswerError(
-                    f"sequence {number}: expected top-k arrays of shape {expected}, "
+                    f"{name}: expected top-k arrays of shape {expected}, "
                     f"got {score.token_ids.shape}"
                 )
             found = score.requested_logprobs
             if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
                 raise TeacherAnswerError(
-                    f"sequence {number}: expected log-probs of {width} requested ids in "
+                    f"{name}: expected log-probs of {width} requested ids in "
                     f"{expected[0]} rows, got {'none' if found is None else found.shape}"
                 )
             if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
                 raise TeacherAnswerError(
-                    f"sequence {number}: token id {int(score.token_ids.max())} is outside "
+                    f"{name}: token id {int(score.token_ids.max())} is outside "
                     f"the teacher's vocabulary of {self.info.vocab_size}"
                 )
-            score.require_finite(f"sequence {number}")
+            score.require_finite(name)
+            score.require_plausible(name, ids[start:], drawn=drawn)
         self._replicas.count_scored(sum(len(score) for score in scores))
 
     def score(
@@ -257,6 +265,7 @@ class TeacherClient(Teacher):
         accept_change: go on when the teacher's identity changes in the middle of a run.
         logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
         api_key: the teacher's, sent as ``Authorization: Bearer``.
+        unreachable: as in `Replicas`.
     """
 
     def __init__(
@@ -267,6 +276,7 @@ class TeacherClient(Teacher):
         accept_change: bool = False,
         logprob_dtype: LogprobDtype = "float32",
         api_key: str | None = None,
+        unreachable: Unreachable = "wait",
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
@@ -280,6 +290,7 @@ class TeacherClient(Teacher):
             rejoins=self._rejoins,
             start="teacher-server serve MODEL",
             api_key=api_key,
+            unreachable=unreachable,
         )
 
     def score(
@@ -313,14 +324,22 @@ class TeacherClient(Teacher):
             request = envelope.model_copy(update={"sequences": items[first:last]})
             tokens = sum(len(ids) for ids, _ in sequences[first:last])
             body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-            answer = self._replicas.call(
-                lambda url: self._call("POST", url, "/v1/score", ScoreResponse, body),
-                lambda: tokens,
-            )
-            self._check(
-                answer.sequences, sequences[first:last], top_k, widths[first:last], offset=first
-            )
-            return answer.sequences
+            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_answer_bytes, costs[first:last]))
+
+            def scored(url: str) -> list[SparseLogprobs]:
+                answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
+                self._check(
+                    answer.sequences,
+                    sequences[first:last],
+                    top_k,
+                    widths[first:last],
+                    url=url,
+                    offset=first,
+                    drawn=sample_seed is not None,
+                )
+                return answer.sequences
+
+            return self._replicas.call(scored, lambda: tokens)
 
         return in_parts(costs, _room(self.info.limits, envelope), ask)
 
@@ -342,8 +361,8 @@ class TeacherClient(Teacher):
         costs = [(1, len(ids) + rows, rows * top_k, len(codec.encode(ids))) for ids in prompts]
         finished: dict[int, Completion] = {}
 
-        def accept(index: int, completion: Completion) -> None:
-            self._check_completion(index, prompts[index], completion, sampling)
+        def accept(url: str, index: int, completion: Completion) -> None:
+            self._check_completion(url, index, prompts[index], completion, sampling)
             finished[index] = completion
 
         def missing(first: int, last: int) -> list[int]:
@@ -369,7 +388,7 @@ class TeacherClient(Teacher):
         *,
         body: bytes,
         indices: Sequence[int],
-        accept: Callable[[int, Completion], None],
+        accept: Callable[[str, int, Completion], None],
     ) -> None:
         """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
 
@@ -398,7 +417,8 @@ class TeacherClient(Teacher):
                             f"{url}{path} answered completion {message.sample} of prompt "
                             f"{message.prompt}, which was not asked for or had come before"
                         )
-                    accept(index, message.completion)
+                    accept(url, index, message.completion)
+                    chunks.extend()
         except FAILURES as error:
             if len(waiting) == len(indices):
                 raise
@@ -414,29 +434,40 @@ class TeacherClient(Teacher):
                 )
 
     def _check_completion(
-        self, index: int, prompt: NDArray[np.uint32], completion: Completion, sampling: Sampling
+        self,
+        url: str,
+        index: int,
+        prompt: NDArray[np.uint32],
+        completion: Completion,
+        sampling: Sampling,
     ) -> None:
         ids, longest = completion.token_ids, sampling.max_new_tokens
         if not 1 <= len(ids) <= longest or int(ids.max()) >= self.info.vocab_size:
             raise TeacherAnswerError(
-                f"completion {index} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; "
-                f"asked for were 1 to {longest} of a vocabulary of {self.info.vocab_size}"
+                f"{url}: completion {index} has {len(ids)} tokens and ids up to "
+                f"{ids.max(initial=0)}; asked for were 1 to {longest} of a vocabulary of "
+                f"{self.info.vocab_size}"
             )
         if sampling.top_k is None:
             return
         if completion.scores is None:
-            raise TeacherAnswerError(f"completion {index} came without the scores asked for")
+            raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
         sequences = [sequence_of(prompt, completion)]
-        self._check([completion.scores], sequences, sampling.top_k, offset=index)
+        self._check([completion.scores], sequences, sampling.top_k, url=url, offset=index)
 
     def _call(
-        self, method: str, url: str, path: str, answer: type[M], body: bytes | None = None
+        self,
+        method: str,
+        url: str,
+        path: str,
+        answer: type[M],
+        body: bytes | None = None,
+        *,
+        most: int = _MAX_ANSWER_BYTES,
     ) -> M:
-        content = self._replicas.request(url, method, path, body)
+        content = self._replicas.request(url, method, path, body, most=most)
         with _readable(url + path):
-            message = wire.load(
-                answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
-            )
+            message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
         if isinstance(message, ScoreResponse):
             self._check_identity(url, message.teacher)
         return message
@@ -496,6 +527,12 @@ def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
 def _size(message: BaseModel) -> int:
     """Bytes in a request's body."""
     return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
+
+
+def _answer_bytes(cost: tuple[int, ...]) -> int:
+    """Most bytes in the answer to one sequence: an id and a float32 for each log-prob."""
+    _, tokens, logprobs, _ = cost
+    return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
 
 
 def _width(requested: NDArray[np.uint32] | None) -> int:

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from shared.errors import ConfigurationError, RowTooLongError, TokenizerMismatchError
+from shared.errors import (
+    ConfigurationError,
+    RowTooLongError,
+    TeacherChangedError,
+    TokenizerMismatchError,
+)
 from shared.identity import tokenizer_identity
-from shared.protocol import InfoResponse
+from shared.protocol import InfoResponse, TeacherIdentity
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checkpoints import writing
@@ -100,6 +106,7 @@ def distill(argv: Sequence[str]) -> None:
     alone = args.lmbda == 0 and not args.student_top_m
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
+        check_one_teacher(client.info.teacher)
         prepared = prepare(
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
         )
@@ -127,6 +134,7 @@ def open_teacher(
             timeout=teacher.teacher_timeout,
             accept_change=teacher.accept_teacher_change,
             api_key=api_key_of(teacher),
+            unreachable=teacher.teacher_unreachable,
         )
     client = TeacherClient(
         teacher.teacher_url,
@@ -134,6 +142,7 @@ def open_teacher(
         accept_change=teacher.accept_teacher_change,
         logprob_dtype=teacher.teacher_logprob_dtype,
         api_key=api_key_of(teacher),
+        unreachable=teacher.teacher_unreachable,
     )
     if teacher.teacher_cache is None:
         return client
@@ -327,6 +336,17 @@ def open_engine(
         gpu_memory_utilization=distill.vllm_gpu_memory_utilization,
         max_num_seqs=recipe.generation.generation_batch_size,
     )
+
+
+def check_one_teacher(identity: TeacherIdentity) -> None:
+    """Raises `TeacherChangedError`, on every rank, where they reached different teachers."""
+    reached = gather_object([identity])
+    for rank, other in enumerate(reached):
+        if other != reached[0]:
+            raise TeacherChangedError(
+                f"the processes of this run reached different teachers: process 0 {reached[0]}, "
+                f"process {rank} {other}. Serve one model at every --teacher_url"
+            )
 
 
 def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherArguments) -> None:

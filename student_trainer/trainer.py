@@ -11,10 +11,11 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from shared.errors import NonFiniteError
+from shared.errors import NonFiniteError, ProtocolError, TeacherError, TeacherUnreachableError
 from shared.protocol import Completion
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
@@ -44,6 +45,7 @@ from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
+from student_trainer.random_state import RandomState
 from student_trainer.rollouts import (
     RolloutEngine,
     RolloutRequest,
@@ -58,6 +60,8 @@ from student_trainer.teacher import Teacher
 from student_trainer.timeline import Timeline, Trace
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 MicroBatch = dict[str, Any]
 
@@ -144,6 +148,7 @@ class DistillationTrainer(Trainer):
             prefetch_steps=prefetch_steps,
             request_size=self.args.per_device_train_batch_size,
             share=_share_over_ranks,
+            together=self._together,
             propose=self._proposals(student_top_m),
             timeline=self.timeline,
         )
@@ -154,6 +159,7 @@ class DistillationTrainer(Trainer):
         self._writing_checkpoint = False
         self._step_loss = torch.zeros(())
         self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
+        self._random_state: RandomState | None = None  # at the end of the last step
         self.add_callback(_StepEnd(self))
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
@@ -262,9 +268,13 @@ class DistillationTrainer(Trainer):
         """
         loss = torch.zeros((), device=self.args.device)
         for place, pending in enumerate(inputs):
-            waits = place + 1 < len(inputs) and not self._syncs_each_batch
+            last = place + 1 == len(inputs)
+            waits = not (last or self._syncs_each_batch)
+            meets = self._is_sharded or (last and self.accelerator.sync_gradients)
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                one, inputs[place] = self._learn(model, pending["pending"], num_items_in_batch)
+                one, inputs[place] = self._learn(
+                    model, pending["pending"], num_items_in_batch, meets=meets
+                )
             loss += one
         self._step_loss += loss
         if self.accelerator.sync_gradients:
@@ -272,11 +282,18 @@ class DistillationTrainer(Trainer):
         return loss
 
     def _learn(
-        self, model: Any, pending: _Pending, num_items_in_batch: torch.Tensor | int | None
+        self,
+        model: Any,
+        pending: _Pending,
+        num_items_in_batch: torch.Tensor | int | None,
+        *,
+        meets: bool,
     ) -> tuple[torch.Tensor, MicroBatch]:
         """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
         with self.timeline.during("forward_backward", sequences=len(pending.indices)):
-            scored = self.pipeline.scored(pending.batch, pending.indices)
+            scored = self._together(
+                lambda: self.pipeline.scored(pending.batch, pending.indices), meets=meets
+            )
             self._step_batch.append(scored)
             micro_batch = self._micro_batch(
                 scored,
@@ -327,6 +344,39 @@ class DistillationTrainer(Trainer):
             "--learning_rate; --nonfinite skip with --resume_from_checkpoint auto leaves it out"
         )
 
+    def _together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
+        """What ``wait`` brings from the teacher; all ranks fail where one does.
+
+        None is left waiting for another's gradients, and all can save a checkpoint.
+
+        Args:
+            meets: the ranks exchange something in what follows. Where they do not, one that fails
+                waits here until the others come to where they do.
+
+        Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
+        """
+        if self.accelerator.num_processes == 1 or self.teacher is None:
+            return wait()
+        error: Exception | None = None
+        try:
+            brought = wait()
+        except (TeacherError, ProtocolError) as failure:
+            error = failure
+        if meets or error is not None:
+            failed = torch.tensor(float(error is not None), device=self.args.device)
+            if float(self.accelerator.reduce(failed, "sum")) and error is None:
+                error = TeacherUnreachableError(
+                    "another process of this run lost its teacher, and says how"
+                )
+        if error is not None:
+            raise error
+        return brought
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ranks exchange weights or gradients in each micro-batch."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or self._syncs_each_batch
+
     @property
     def _syncs_each_batch(self) -> bool:
         """As accelerate's option says: what FSDP needs to keep no unsharded gradients."""
@@ -375,7 +425,7 @@ class DistillationTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        ahead = self.pipeline.ahead()
+        ahead = self.pipeline.ahead(self.state.global_step)
         if ahead:
             save_ahead(self._ahead_file(output_dir), ahead)
 
@@ -389,7 +439,11 @@ class DistillationTrainer(Trainer):
                 self.pipeline.resume(load_ahead(file))
         with first_signal_asks() as asked:
             self.add_callback(_StopWhenAsked(self, asked))
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except (TeacherError, ProtocolError):
+                self._save_what_was_learned()
+                raise
 
     def _run_epoch(self, **arguments: Any) -> None:
         """As the Trainer's, which would go one step too far after the last step's checkpoint."""
@@ -440,6 +494,21 @@ class DistillationTrainer(Trainer):
     @property
     def _output(self) -> Path:
         return Path(self.args.output_dir or "")
+
+    def _save_what_was_learned(self) -> None:
+        """A checkpoint as of the end of the last step, whatever of the next one was done since.
+
+        A run that goes on from it ends as one that was never interrupted.
+        """
+        folder = self._output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self._random_state is None or folder.exists():  # nothing new
+            return
+        self._random_state.restore()
+        self._save_checkpoint(self.model, None)
+        self.accelerator.wait_for_everyone()
+        logger.warning(
+            "Saved %s: the same command with --resume_from_checkpoint auto goes on", folder
+        )
 
     def _ahead_file(self, folder: str) -> Path:
         return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
@@ -549,11 +618,13 @@ class DistillationTrainer(Trainer):
             samples = [next(written) if e.sample is None else e.sample for e in examples]
             scores: Sequence[Any] = [None] * len(samples)
             if self.teacher is not None:
-                scores = self.teacher.score(
+                score = partial(
+                    self.teacher.score,
                     [(s.token_ids, s.completion_start) for s in samples],
                     top_k=self.method.top_k,
                     temperature=self.method.temperature,
                 )
+                scores = self._together(score)
                 self.teacher.take_traffic()  # not part of a training step
             self._eval_scored[key] = [
                 ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
@@ -564,9 +635,9 @@ class DistillationTrainer(Trainer):
         """The teacher's completions of bare prompts."""
         if not bare or self.teacher is None:
             return []
-        completions = self.teacher.generate(
-            [e.prompt_ids for e in bare], self.method.sampling(0.0, scored=False)
-        )
+        sampling = self.method.sampling(0.0, scored=False)
+        write = partial(self.teacher.generate, [e.prompt_ids for e in bare], sampling)
+        completions = self._together(write)
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
             for e, c in zip(bare, completions, strict=True)
@@ -614,6 +685,7 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()
         self.trainer._count_traffic()
+        self.trainer._random_state = RandomState.now()
 
 
 class _StopWhenAsked(TrainerCallback):

@@ -34,7 +34,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from student_trainer.parts import in_parts
-from student_trainer.replicas import Replicas
+from student_trainer.replicas import Replicas, Unreachable
 from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class VllmTeacher(Teacher):
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: go on when a replica comes back under another version of vLLM.
         api_key: one of vLLM's ``--api-key``.
+        unreachable: as in `Replicas`.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class VllmTeacher(Teacher):
         timeout: float = 600.0,
         accept_change: bool = False,
         api_key: str | None = None,
+        unreachable: Unreachable = "wait",
     ) -> None:
         self.accept_change = accept_change
         self._tokenizer = tokenizer
@@ -88,6 +90,7 @@ class VllmTeacher(Teacher):
             rejoins=self._rejoins,
             start="vllm serve MODEL",
             api_key=api_key,
+            unreachable=unreachable,
         )
 
     def connect(self) -> InfoResponse:
@@ -155,14 +158,14 @@ class VllmTeacher(Teacher):
 
         def ask(first: int, last: int) -> list[SparseLogprobs]:
             part = sequences[first:last]
-            choices = self._complete(
+            url, choices = self._complete(
                 [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
             )
             scores = [
                 self._read_scores(choice, ids, start, top_k)
                 for choice, (ids, start) in zip(choices, part, strict=True)
             ]
-            self._check(scores, part, top_k, offset=first)
+            self._check(scores, part, top_k, url=url, offset=first)
             return scores
 
         return in_parts(costs, _ROOM, ask)
@@ -174,7 +177,7 @@ class VllmTeacher(Teacher):
         costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
         def ask(first: int, last: int) -> list[Completion]:
-            choices = self._complete(
+            _, choices = self._complete(
                 prompts[first:last],
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
@@ -196,8 +199,8 @@ class VllmTeacher(Teacher):
 
     def _complete(
         self, prompts: Sequence[NDArray[np.uint32]], *, max_tokens: int, **options: Any
-    ) -> list[dict[str, Any]]:
-        """One choice of `/v1/completions` for each prompt, in order."""
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Who answered, and one choice of `/v1/completions` for each prompt, in order."""
         body = {
             "model": self.info.teacher.model,
             "prompt": [ids.tolist() for ids in prompts],
@@ -210,20 +213,26 @@ class VllmTeacher(Teacher):
             **options,
         }
         tokens = sum(len(ids) + max_tokens for ids in prompts)
-        answer = self._replicas.call(
-            lambda url: self._ask(url, "POST", "/v1/completions", body), lambda: tokens
+        url, answer = self._replicas.call(
+            lambda url: (url, self._ask(url, "POST", "/v1/completions", body)), lambda: tokens
         )
         model, choices = answer.get("model"), answer.get("choices")
         if model != self.info.teacher.model:
             raise TeacherChangedError(
-                f"{self.info.teacher.model} was asked, {model!r} answered; check --teacher_url"
+                f"{self.info.teacher.model} was asked, {url} answered as {model!r}; check "
+                "--teacher_url"
             )
         if not isinstance(choices, list) or len(choices) != len(prompts):
             raise TeacherAnswerError(
-                f"{len(prompts)} prompts were sent, the teacher answered "
+                f"{len(prompts)} prompts were sent, {url} answered "
                 f"{len(choices) if isinstance(choices, list) else choices!r} choices"
             )
-        return sorted(choices, key=lambda choice: int(choice["index"]))
+        by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
+        if by_index.keys() != set(range(len(prompts))):
+            raise TeacherAnswerError(
+                f"{len(prompts)} prompts were sent, {url} answered choices of {list(by_index)}"
+            )
+        return url, [by_index[index] for index in range(len(prompts))]
 
     def _read_scores(
         self, choice: Mapping[str, Any], ids: NDArray[np.uint32], start: int, top_k: int
@@ -379,7 +388,7 @@ class VllmTeacher(Teacher):
         content = self._replicas.request(url, method, path, data)
         try:
             answer = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
         if not isinstance(answer, dict):
             raise TeacherAnswerError(f"{url}{path} answered {type(answer).__name__}, not an object")

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from shared import __version__, wire
+from shared import __version__, codec, wire
 from shared.errors import (
     DeadlineExceededError,
     InternalError,
@@ -55,6 +55,7 @@ from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError
 from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
+from teacher_server.in_flight import InFlight
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 
@@ -81,6 +82,7 @@ class TeacherApp:
         self.metrics = metrics
         self.keys = keys
         self.admission = Admission(settings.max_queued_tokens, settings.request_timeout, metrics)
+        self.scoring = InFlight()
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
         self.speaker = openai.Speaker(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -188,7 +190,7 @@ class TeacherApp:
         jobs = _score_jobs(asked)
         with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
             scored: list[SparseLogprobs] = await self.admission.run(
-                _all([backend.score(job) for job in jobs], "sequences"),
+                _all([self._scored(backend, job) for job in jobs], "sequences"),
                 lambda: _disconnected(request),
             )
             self._count_scored(jobs)
@@ -196,6 +198,11 @@ class TeacherApp:
                 sequences=scored, teacher=info.teacher, request_id=request_id
             )
             return await _answer(request, answer)
+
+    async def _scored(self, backend: Backend, job: ScoreJob) -> SparseLogprobs:
+        """Of an equal job that is under way, or of its own. Scores depend on the job alone."""
+        question = hashlib.sha256(codec.encode(vars(job))).digest()
+        return await self.scoring.ask(question, lambda: backend.score(job))
 
     async def _generate(self, request: Request, request_id: str) -> Response:
         """Completions of prompts, with sparse log-probs when asked."""
@@ -336,7 +343,7 @@ class TeacherApp:
         with self.admission.admit(tokens, len(to_score) + len(to_write)):
             scored, written = await self.admission.run(
                 _both(
-                    _all([backend.score(job) for job in to_score], "prompt"),
+                    _all([self._scored(backend, job) for job in to_score], "prompt"),
                     _all([backend.generate(job) for job in to_write], "prompt", asked.n or 1),
                 ),
                 lambda: _disconnected(request),

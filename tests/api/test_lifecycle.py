@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from shared.protocol import Problem
-from tests.support.http import engine_metric, metric, until
+from tests.support.http import LEFT, engine_metric, metric, until
 from tests.support.server import free_port, running_server, start_server, wait_until_ready
 from tests.support.vllm import only
 
@@ -51,13 +51,13 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(strict):
 
 
 def test_a_client_who_leaves_frees_the_queue_and_the_model(strict):
+    left = metric(strict.url, LEFT)
     with long_generation(strict.url):
         pass
-    assert until(lambda: metric(strict.url, "teacher_queued_tokens") == 0, 5) < 1.0
+    until(lambda: metric(strict.url, LEFT) == left + 1, 5)  # at the deadline it would be a 504
+    assert metric(strict.url, "teacher_queued_tokens") == 0
     # The model thread is free too: behind 7,000 tokens this would take the deadline's 504.
     assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
-    name = 'teacher_requests_total{route="/v1/generate",status="499"}'
-    assert until(lambda: metric(strict.url, name) >= 1, 5) < 1.0
 
 
 @only("vllm")
@@ -72,10 +72,12 @@ def test_a_client_who_leaves_ends_the_engines_request(strict):
         assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
         return running() == 0
 
+    left = metric(strict.url, LEFT)
     with long_generation(strict.url):
         until(lambda: running() == 1, 5)
         assert not idle()
-    assert until(idle, 5) < 2.0
+    until(lambda: metric(strict.url, LEFT) == left + 1, 5)
+    until(idle, 5)
     decoded = engine_metric(strict.url, "generation_tokens_total")
     time.sleep(0.5)
     assert idle()
@@ -83,13 +85,10 @@ def test_a_client_who_leaves_ends_the_engines_request(strict):
 
 
 def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
-    since = time.monotonic()
     response = httpx.post(f"{strict.url}/v1/generate", json=LONG, timeout=20)
     assert "not answered within 1.5 s" in problem(response, 504).detail
-    assert 1.4 < time.monotonic() - since < 4
-    since = time.monotonic()
+    # Behind the rest of its 7,000 tokens this would take the deadline's 504.
     assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
-    assert time.monotonic() - since < 1.0
 
 
 @only("transformers")

@@ -13,6 +13,9 @@ from shared import wire
 
 A = TypeVar("A", bound=BaseModel)
 
+# The metric of generations whose caller left before they were done.
+LEFT = 'teacher_requests_total{route="/v1/generate",status="499"}'
+
 
 def post(url: str, request: BaseModel, answer: type[A], media_type: str) -> A:
     """The answer to ``request``, which goes to the ``url`` of a route."""
@@ -51,8 +54,8 @@ def engine_metric(url: str, name: str, **labels: str) -> float:
     return sum(found)
 
 
-def until(condition: Callable[[], bool], seconds: float) -> float:
-    """Seconds until ``condition`` held.
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until ``condition`` holds.
 
     Raises:
         AssertionError: it did not within ``seconds``.
@@ -61,4 +64,3 @@ def until(condition: Callable[[], bool], seconds: float) -> float:
     while not condition():
         assert time.monotonic() - since < seconds, f"not within {seconds} s"
         time.sleep(0.02)
-    return time.monotonic() - since

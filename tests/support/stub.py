@@ -160,7 +160,9 @@ class Answers(Protocol):
 
 
 @contextlib.contextmanager
-def serving(stub: Answers, port: int = 0, key: str | None = None) -> Iterator[str]:
+def serving(
+    stub: Answers, port: int = 0, key: str | None = None, host: str = "127.0.0.1"
+) -> Iterator[str]:
     """The stub's URL, at ``port`` or a free one.
 
     With a ``key``, what comes without it to a route below /v1 is refused as vLLM refuses it. At the
@@ -211,11 +213,11 @@ def serving(stub: Answers, port: int = 0, key: str | None = None) -> Iterator[st
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer((host, port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://{host}:{server.server_address[1]}"
     finally:
         server.shutdown()
         for connection in connections:

@@ -4,6 +4,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -55,6 +56,25 @@ def test_records_are_there_when_the_store_is_opened_again(tmp_path):
     assert store.count([key(0), key("other")]) == 1
     assert store.notes() == {"a": b"1"}
     store.close()
+
+
+def test_a_disk_that_takes_no_more_costs_answers_and_notes_but_not_the_run(tmp_path, caplog):
+    """By the limit of a file's size, which LMDB meets in the middle of a write, as a full disk."""
+    store = opened(tmp_path)
+    fill(store, range(3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "data.mdb").stat().st_size, limits[1]))
+    try:
+        for name in range(40):
+            store.note(f"http://teacher-{name}", bytes(4000))
+        fill(store, range(3, 60))
+        assert store.count([key(name) for name in range(3)]) == 3
+        assert kept(store, range(3)) == [0, 1, 2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        store.close()
+    assert "could not note which teacher http://teacher-39 is" in caplog.text
+    assert "takes no more" in caplog.text
 
 
 def test_the_first_record_under_a_key_stands_and_is_told(tmp_path):

@@ -159,7 +159,8 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
         assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
         over.set()
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
-    assert "sent nothing for 1 s); 2 of its 4 completions are asked for again" in caplog.text
+    assert "is ready, but has not answered in 1 s" in caplog.text
+    assert "; 2 of its 4 completions are asked for again" in caplog.text
 
 
 def test_a_refusal_at_the_end_is_raised(stub, client):

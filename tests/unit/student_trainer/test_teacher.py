@@ -149,7 +149,7 @@ def test_what_a_ready_teacher_does_not_answer_in_time_is_asked_in_halves(stub, c
         over.set()
     assert [len(scores) for scores in answers] == [4, 7]
     assert "in halves: " in caplog.text
-    assert "is ready, but sent nothing for 1 s" in caplog.text
+    assert "is ready, but has not answered in 1 s" in caplog.text
 
 
 def test_a_teacher_that_hangs_and_is_not_ready_is_not_asked_in_halves(stub):
@@ -157,7 +157,9 @@ def test_a_teacher_that_hangs_and_is_not_ready_is_not_asked_in_halves(stub):
     with connected(stub, timeout=1.0) as client:
         stub.not_ready = 10**6
         stub.script = [lambda request: (over.wait(20), problem(503, "too late"))[1]] * 9
-        with pytest.raises(TeacherUnreachableError, match="within 1 s: timed out"):
+        with pytest.raises(
+            TeacherUnreachableError, match=r"within 1 s: (timed out|no head of an answer)"
+        ):
             client.score(sequences((6, 2), (9, 2)), top_k=3)
         over.set()
     assert len(stub.requests) == 1
@@ -276,7 +278,7 @@ ARRAYS = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob")
         (lambda r: packed(score_response(r.model_copy(update={"top_k": 2}))), "expected top-k"),
         (
             lambda r: packed(score_response(r.model_copy(update={"sequences": r.sequences[:1]}))),
-            "2 sequences were sent, the teacher answered 1",
+            "2 sequences were sent, http.* answered 1",
         ),
         (lambda r: (200, {}, b"<html>"), "answered something else"),
         (lambda r: packed(scores(2, 3)), "answered something else"),

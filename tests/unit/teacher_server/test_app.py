@@ -227,6 +227,32 @@ def test_work_past_the_deadline_is_refused_and_its_place_is_free_again(app):
     assert app.metrics.registry.get_sample_value("teacher_queued_tokens") == 0
 
 
+@pytest.mark.parametrize(
+    ("second", "computed"),
+    [
+        ({}, 1),
+        ({"top_k": 3}, 2),
+        ({"temperature": 0.5}, 2),
+        ({"logprob_dtype": "float16"}, 2),
+        ({"sequences": [{"token_ids": [97, 2, 3], "completion_start": 2}]}, 2),
+    ],
+)
+def test_a_request_sent_again_while_it_is_computed_is_not_computed_beside_itself(
+    app, second, computed
+):
+    begun = []
+    app.backend.score = lambda job: begun.append(job) or asyncio.Event().wait()
+
+    async def both():
+        transport = httpx.ASGITransport(app.api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+            asked = [{**body(97), "temperature": 1.0, **more} for more in ({}, second)]
+            await asyncio.gather(*(client.post("/v1/score", json=one) for one in asked))
+
+    asyncio.run(both())
+    assert len(begun) == computed
+
+
 def test_a_full_queue_says_when_to_come_back(app):
     with app.admission.admit(198, 1):
         response = call(app, "POST", "/v1/score", json=body(1))

@@ -1,0 +1,143 @@
+"""Networks that lose packets, fall apart or are slow: the kernel's own, in a namespace."""
+
+import contextlib
+import logging
+import os
+import subprocess
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from benchmarks.link import link
+from shared.errors import TeacherUnreachableError
+from shared.protocol import ScoreSequence
+from student_trainer.teacher import TeacherClient
+from tests.support import stub, stub_process
+from tests.support.http import until
+from tests.support.paced import PacedTeacher, scores_of
+
+PORT = 8000
+RNG = np.random.default_rng(0)
+SEQUENCES = [(RNG.integers(0, 100, 2000).astype(np.uint32), 4) for _ in range(8)]
+K = 64
+
+
+def assert_right(scores):
+    for (ids, start), found in zip(SEQUENCES, scores, strict=True):
+        expected = scores_of(ScoreSequence(token_ids=ids, completion_start=start), 100, K)
+        np.testing.assert_array_equal(found.logprobs, expected.logprobs)
+        np.testing.assert_array_equal(found.next_token_logprob, expected.next_token_logprob)
+
+
+def command(*words):
+    subprocess.run(words, check=True, capture_output=True, text=True)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A teacher in a network namespace, behind a pair of virtual interfaces."""
+
+    namespace: str
+    url: str
+
+    def filter(self, *rule):
+        """Add a rule of the packet filter to what comes in there, or with ``-F`` drop all."""
+        command("ip", "netns", "exec", self.namespace, "iptables", *rule)
+
+    def loses_packets(self):
+        """One in twelve, by chance."""
+        chance = ("-m", "statistic", "--mode", "random", "--probability", "0.08")
+        self.filter("-A", "INPUT", *chance, "-j", "DROP")
+
+    def falls_apart(self):
+        """Silently: no packet arrives, and nobody is told."""
+        self.filter("-A", "INPUT", "-j", "DROP")
+
+    def heals(self):
+        self.filter("-F", "INPUT")
+
+
+@pytest.fixture
+def wire(tmp_path):
+    namespace, outer, inner = (f"{name}{os.getpid()}" for name in ("gkd", "gkdo", "gkdi"))
+    near, far = "10.213.77.1", "10.213.77.2"
+    with contextlib.ExitStack() as life:
+        try:
+            command("ip", "netns", "add", namespace)
+            life.callback(command, "ip", "netns", "del", namespace)
+            command("ip", "link", "add", outer, "type", "veth", "peer", inner, "netns", namespace)
+            # Of a namespace that is deleted the kernel takes interfaces away a while later.
+            life.callback(command, "ip", "link", "del", outer)
+            command("ip", "address", "add", f"{near}/30", "dev", outer)
+            command("ip", "link", "set", outer, "up")
+            command("ip", "-n", namespace, "address", "add", f"{far}/30", "dev", inner)
+            command("ip", "-n", namespace, "link", "set", inner, "up")
+            chance = ("-m", "statistic", "--mode", "random", "--probability", "0")
+            Wire(namespace, "").filter("-A", "INPUT", *chance, "-j", "DROP")
+            Wire(namespace, "").heals()
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", "") or error
+            pytest.skip(f"network namespaces and packet filters are not permitted here: {said}")
+        launcher = ("ip", "netns", "exec", namespace)
+        life.enter_context(
+            stub_process.running(PORT, stub.info(), tmp_path, host=far, launcher=launcher)
+        )
+        yield Wire(namespace, f"http://{far}:{PORT}")
+
+
+@pytest.mark.slow_fault
+def test_lost_packets_cost_time_only(wire):
+    wire.loses_packets()
+    with TeacherClient([wire.url], timeout=60) as client:
+        client.connect()
+        for _ in range(5):
+            assert_right(client.score(SEQUENCES, top_k=K))
+
+
+@pytest.mark.slow_fault
+def test_a_network_that_falls_apart_and_heals_costs_time_only(wire, caplog):
+    with caplog.at_level(logging.WARNING), TeacherClient([wire.url], timeout=60) as client:
+        client.connect()
+        wire.falls_apart()
+        call = client.submit(client.score, SEQUENCES, top_k=K)
+        with pytest.raises(TimeoutError):
+            call.result(1.5)
+        wire.heals()
+        assert_right(call.result(60))
+
+
+@pytest.mark.slow_fault
+def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
+    with (
+        stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as other,
+        caplog.at_level(logging.WARNING),
+        TeacherClient([wire.url, other], timeout=4) as client,
+    ):
+        client.connect()
+        wire.falls_apart()
+        assert_right(client.score(SEQUENCES, top_k=K))
+        assert f"{wire.url} is left out" in caplog.text
+        wire.heals()
+        until(lambda: f"{wire.url} is back" in caplog.text, 60)
+
+
+@pytest.mark.slow_fault
+def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
+    monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
+    with TeacherClient([wire.url], timeout=1) as client:
+        client.connect()
+        wire.falls_apart()
+        with pytest.raises(TeacherUnreachableError, match=f"{wire.url} within 1 s"):
+            client.score(SEQUENCES, top_k=K)
+
+
+def test_a_long_and_narrow_wire_costs_time_only():
+    """150 ms there and back, 40 Mbit/s, with TCP's slow start; imitated, so without privileges."""
+    with (
+        stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as near,
+        link(near, round_trip=0.15, bits_per_second=4e7) as far,
+        TeacherClient([far], timeout=60) as client,
+    ):
+        client.connect()
+        assert_right(client.score(SEQUENCES[:2], top_k=K) + client.score(SEQUENCES[2:], top_k=K))
