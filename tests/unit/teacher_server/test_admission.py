@@ -11,7 +11,10 @@ from teacher_server.metrics import Metrics
 
 
 def admission(tokens=100, timeout=5.0):
-    return Admission(tokens, timeout, Metrics())
+    metrics = Metrics()
+    door = Admission(tokens, 1000, timeout, metrics)
+    door.metrics = metrics
+    return door
 
 
 async def forever():
@@ -19,32 +22,32 @@ async def forever():
 
 
 def queued(door):
-    value = door._metrics.registry.get_sample_value
+    value = door.metrics.registry.get_sample_value
     return value("teacher_queued_tokens"), value("teacher_queued_jobs")
 
 
 def test_tokens_are_held_while_the_request_runs():
     door = admission()
-    with door.admit(60, 3):
+    with door.admit("a", 60, 3):
         assert queued(door) == (60, 3)
-        with door.admit(40, 1):
+        with door.admit("b", 40, 1):
             assert queued(door) == (100, 4)
     assert queued(door) == (0, 0)
 
 
 def test_a_full_queue_refuses_with_numbers_and_a_time_to_wait():
     door = admission()
-    with door.admit(60, 1):
+    with door.admit("a", 60, 1):
         with pytest.raises(OverloadedError, match=r"60 tokens.*brings 41.*limit is 100") as refusal:
-            door.admit(41, 1).__enter__()
+            door.admit("b", 41, 1).__enter__()
         assert refusal.value.retry_after >= 1
-    with door.admit(41, 1):
+    with door.admit("b", 41, 1):
         assert queued(door) == (41, 1)
 
 
 def test_a_failed_request_gives_its_place_back():
     door = admission()
-    with pytest.raises(KeyError), door.admit(100, 1):
+    with pytest.raises(KeyError), door.admit("a", 100, 1):
         raise KeyError
     assert queued(door) == (0, 0)
 
@@ -53,7 +56,7 @@ def test_a_draining_server_admits_nothing():
     door = admission()
     door.draining = True
     with pytest.raises(UnavailableError, match="shutting down") as refusal:
-        door.admit(1, 1).__enter__()
+        door.admit("a", 1, 1).__enter__()
     assert refusal.value.retry_after >= 1
 
 

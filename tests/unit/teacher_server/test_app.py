@@ -228,7 +228,7 @@ def test_work_past_the_deadline_is_refused_and_its_place_is_free_again(app):
 
 
 def test_a_full_queue_says_when_to_come_back(app):
-    with app.admission.admit(198, 1):
+    with app.admission.admit("another", 198, 1):
         response = call(app, "POST", "/v1/score", json=body(1))
     assert "limit is 200" in problem(response, 429).detail
     assert int(response.headers["retry-after"]) >= 1
@@ -318,7 +318,7 @@ def test_a_streamed_request_that_fails_at_once_is_an_ordinary_refusal(app):
     assert problem(response, 500).field == "prompts.1"
     problem(call(app, "POST", "/v1/generate", json={"prompts": [[97]], **asked}), 504)
     problem(call(app, "POST", "/v1/generate", json={"prompts": [[100]], **asked}), 422)
-    with app.admission.admit(198, 1):
+    with app.admission.admit("another", 198, 1):
         problem(call(app, "POST", "/v1/generate", json={"prompts": [[5]], **asked}), 429)
 
 

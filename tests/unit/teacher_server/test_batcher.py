@@ -20,6 +20,7 @@ from teacher_server.batcher import Batcher
 class Job:
     number: int
     tokens: int
+    client: str = ""
 
 
 class Model:
