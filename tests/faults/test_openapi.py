@@ -14,7 +14,7 @@ from shared import codec, wire
 from tests.support.models import save_model, save_tokenizer
 from tests.support.server import free_port, start_server, wait_until_ready
 
-EXAMPLES = 100
+EXAMPLES = 20
 
 
 @schemathesis.serializer(wire.MSGPACK_MEDIA_TYPE)
