@@ -42,8 +42,21 @@ WORDS = (
     *("logprob_dtype", "sample_seed", "prompts", "max_new_tokens", "stop_token_ids", "stream"),
     *("dtype", "shape", "data", "<u4", "<f2", "<f4", "float16", "prompt", "sample", "completion"),
     *("messages", "role", "content", "chat_template_kwargs", "problem", "teacher", "null", "NaN"),
-    *("\\xdc\\x20\\x00", "\\xdd\\xff\\xff\\xff\\xff", "\\xde\\x01\\x00", "\\xc6\\xff\\xff\\xff\\xff"),
-    *("\\xc4\\x08", "\\xd6\\xff", "\\xc7\\x00", "\\xcb\\x7f\\xf8", "\\xcf\\xff", "[[[[[[[[", "1e999"),
+    *(
+        "\\xdc\\x20\\x00",
+        "\\xdd\\xff\\xff\\xff\\xff",
+        "\\xde\\x01\\x00",
+        "\\xc6\\xff\\xff\\xff\\xff",
+    ),
+    *(
+        "\\xc4\\x08",
+        "\\xd6\\xff",
+        "\\xc7\\x00",
+        "\\xcb\\x7f\\xf8",
+        "\\xcf\\xff",
+        "[[[[[[[[",
+        "1e999",
+    ),
 )
 
 
@@ -105,7 +118,8 @@ def main() -> None:
         if runs % 10_000 == 0:
             sizes.append(process.memory_info().rss)
             settled = sizes[len(sizes) // 10]
-            print(f"runs {runs} memory {sizes[-1] / settled:.4f}", flush=True)
+            sys.stdout.write(f"runs {runs} memory {sizes[-1] / settled:.4f}\n")
+            sys.stdout.flush()
         runs += 1
         read(data)
 

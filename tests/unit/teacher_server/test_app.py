@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 
 from shared import codec, wire
-from shared.errors import InternalError
 from shared.protocol import (
-    Capabilities,
-    Completion,
     Problem,
     ScoreResponse,
-    TeacherIdentity,
-    TokenizerIdentity,
 )
-from shared.sparse import SparseLogprobs
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ApiKeys
-from teacher_server.backends.base import BackendFacts
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.engine import Engine
