@@ -38,8 +38,8 @@ OVERLOAD = 2.0
 WARM_UP = 0.2  # of the time, before which memory is not compared
 REFUSED = (429, 503)
 NOTES = (
-    f"{CLIENTS} clients; a request is four sequences of 64 to {LENGTH} tokens to score, k = 64; one "
-    "in ten is a prompt to continue by 16 tokens. transformers backend, one thread, room for "
+    f"{CLIENTS} clients; a request is four sequences of 64 to {LENGTH} tokens to score, k = 64; "
+    "one in ten is a prompt to continue by 16 tokens. transformers backend, one thread, room for "
     f"{QUEUED_TOKENS} tokens.",
     "memory: resident, median of the last tenth of the time over that of the tenth after the first "
     f"{WARM_UP:.0%}, which are the warm-up.",
