@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import ssl
 import threading
 import time
@@ -99,7 +100,9 @@ class Replicas:
         self._tokens_scored = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        headers = {"Accept": media_type, "Content-Type": media_type}
+        # By the last one a server without keys tells apart who shares an address.
+        client = f"{socket.gethostname()}-{os.getpid()}"
+        headers = {"Accept": media_type, "Content-Type": media_type, "X-Client-Id": client}
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
