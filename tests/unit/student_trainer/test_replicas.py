@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from urllib.parse import urlsplit
@@ -212,3 +213,13 @@ def test_a_file_of_authorities_that_cannot_be_read_is_named(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
     with pytest.raises(ConfigurationError, match=r"SSL_CERT_FILE /no/ca\.pem: No such file"):
         TeacherClient(["https://127.0.0.1:1"])
+
+
+def test_the_clients_of_one_process_are_one_to_the_teacher_and_no_others(pair):
+    """A server without keys shares itself among clients, which may have one address."""
+    names = []
+    for _ in range(2):
+        with connected(pair[0]) as client:
+            names.append(client._replicas._http.headers["X-Client-Id"])
+    assert names[0] == names[1]
+    assert names[0].endswith(f"-{os.getpid()}")
