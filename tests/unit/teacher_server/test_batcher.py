@@ -102,11 +102,10 @@ def test_a_flood_does_not_starve_another_client():
     model.gate.clear()
 
     async def work(batcher):
-        flood = [asyncio.create_task(batcher.submit(Job(n, 25, "flood"))) for n in range(1000)]
+        flood = [asyncio.create_task(batcher.submit(Job(n, 24, "flood"))) for n in range(1000)]
         await entered(model)
-        few = [
-            asyncio.create_task(batcher.submit(Job(n, 25 - n % 5, "few")))
-            for n in range(1000, 1012)
+        few = [  # of lengths that are nearer to the other client's than to one another
+            asyncio.create_task(batcher.submit(Job(1000 + n, 25 - 2 * n, "few"))) for n in range(12)
         ]
         await asyncio.sleep(0.01)
         model.gate.set()
@@ -115,8 +114,8 @@ def test_a_flood_does_not_starve_another_client():
         await asyncio.gather(*flood)
         return batches
 
-    # The running batch, then twelve jobs in fours, and the other client's between them.
-    assert serve(work, model) <= 1 + 2 * 3
+    # The batch that ran, three or four of its own, and the other client's in between.
+    assert serve(work, model) <= 5
     assert sorted(n for batch in model.batches for n in batch) == list(range(1012))
 
 
