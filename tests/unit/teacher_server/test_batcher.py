@@ -109,14 +109,12 @@ def test_a_flood_does_not_starve_another_client():
         ]
         await asyncio.sleep(0.01)
         model.gate.set()
-        await asyncio.gather(*few)
-        batches = len(model.batches)
-        await asyncio.gather(*flood)
-        return batches
+        await asyncio.gather(*few, *flood)
 
-    # The batch that ran, three or four of its own, and the other client's in between.
-    assert serve(work, model) <= 5
-    assert sorted(n for batch in model.batches for n in batch) == list(range(1012))
+    serve(work, model)
+    last = max(i for i, batch in enumerate(model.batches) if max(batch) >= 1000)
+    # Before it the batch that ran, two or three of its own, and one of the other client's.
+    assert last <= 4
 
 
 def test_a_client_is_not_made_to_wait_for_what_it_has_dropped():
