@@ -400,6 +400,7 @@ class DistillationTrainer(Trainer):
                 sums += found
         asked, real = self._share([e for e in examples if e.checker is not None])
         if asked:
+            self.pipeline.finish_writing()  # the engine has one version of the weights
             self._greedy.sync(self.state.global_step)
         checked = check_examples(self._greedy, self.processing_class, asked)[:real]
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
