@@ -425,3 +425,54 @@ def test_refused_callers_are_counted_and_keys_are_not_in_the_metrics(locked):
     assert 'teacher_rejected_total{reason="unauthorized"} 1.0' in shown
     assert KEY not in shown
     assert "x" * 32 not in shown
+
+
+def clients_of(app, *headers):
+    """Whom the jobs of requests with these headers are counted to."""
+    seen, score = [], app.backend.score
+
+    async def scored(job):
+        seen.append(job.client)
+        return await score(job)
+
+    app.backend.score = scored
+    for some in headers:
+        assert call(app, "POST", "/v1/score", json=body(1), headers=some).status_code == 200
+    return seen
+
+
+def test_without_keys_a_client_is_an_address_and_the_name_it_gives_itself(app):
+    named = [{"x-client-id": name} for name in ("a", "b", "b", "x" * 64, "x" * 99)]
+    unnamed, a, b, again, long, longer = clients_of(app, {}, *named)
+    assert unnamed.strip() == "127.0.0.1"
+    assert len({unnamed, a, b, long}) == 4
+    assert (again, longer) == (b, long)
+
+
+def test_with_keys_a_client_is_its_key_whatever_it_calls_itself(app):
+    other = "o" * 32
+    app.keys = ApiKeys([KEY, other])
+    headers = [
+        {"authorization": f"Bearer {key}", "x-client-id": name}
+        for key, name in ((KEY, "a"), (KEY, "b"), (other, "a"))
+    ]
+    first, same, another = clients_of(app, *headers)
+    assert first == same != another
+    assert KEY not in first
+
+
+def test_an_answer_too_large_for_json_is_refused_and_fine_in_msgpack(app, monkeypatch):
+    monkeypatch.setattr("teacher_server.app._MAX_JSON_ARRAYS", 47)  # two rows of k = 2 take 48
+    refused = problem(call(app, "POST", "/v1/score", json=body(1)), 422)
+    assert refused.field == "sequences"
+    assert "48 bytes of arrays; the limit in JSON is 47" in refused.detail
+    accept = {"accept": wire.MSGPACK_MEDIA_TYPE}
+    assert call(app, "POST", "/v1/score", json=body(1), headers=accept).status_code == 200
+    prompt = {"prompts": [[5]], "max_new_tokens": 3, "top_k": 1}
+    assert "60 bytes" in problem(call(app, "POST", "/v1/generate", json=prompt), 422).detail
+
+
+def test_a_dead_engine_is_not_alive(app):
+    assert call(app, "GET", "/health").status_code == 200
+    app.backend.alive = False
+    assert "restart the server" in problem(call(app, "GET", "/health"), 503).detail
