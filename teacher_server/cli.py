@@ -192,6 +192,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
             log_level="warning",
             lifespan="off",
             http="h11",  # httptools reads headers without end
+            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         ),
