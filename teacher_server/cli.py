@@ -192,6 +192,8 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
             log_level="warning",
             lifespan="off",
             http="h11",  # httptools reads headers without end
+            # Longer than clients keep an idle connection: or one is closed as a request enters it.
+            timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
