@@ -19,6 +19,7 @@ from shared.arrays import MAX_NDIM
 from shared.errors import MalformedRequestError, PayloadTooLargeError
 
 MEDIA_TYPE = "application/msgpack"
+MAX_DEPTH = 1_024  # msgpack's own
 # A list's header makes msgpack allocate 8 bytes an element before it reads one, at each of up to
 # 1,024 nesting levels: this bounds what a forged message can take to 64 MiB, untouched.
 MAX_LIST_LENGTH = 8_192
@@ -88,6 +89,8 @@ def decode_stream(chunks: Iterable[bytes], *, max_bytes: int) -> Iterator[Any]:
 
 def _malformed(error: Exception) -> MalformedRequestError:
     reason = str(error) or type(error).__name__
+    if isinstance(error, msgpack.exceptions.StackError):
+        reason = f"nested deeper than {MAX_DEPTH} levels"
     return MalformedRequestError(f"the body is not valid msgpack: {reason}")
 
 

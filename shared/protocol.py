@@ -14,6 +14,8 @@ from shared.arrays import TokenIds1D, TokenIds2D
 from shared.sparse import SparseLogprobs
 
 PROTOCOL_VERSION = 1
+# Below it float32 logits, divided by it, are no longer finite.
+MIN_TEMPERATURE = 1e-6
 
 LogprobDtype = Literal["float32", "float16"]
 FinishReason = Literal["stop", "length"]

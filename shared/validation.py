@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import InvalidRequestError
-from shared.protocol import Capabilities, GenerateRequest, InfoResponse, ScoreRequest, ScoreSequence
+from shared.protocol import (
+    MIN_TEMPERATURE,
+    Capabilities,
+    GenerateRequest,
+    InfoResponse,
+    ScoreRequest,
+    ScoreSequence,
+)
 
 
 def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
@@ -49,6 +56,8 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
             )
         tokens += length * request.n
     _check_total("prompts", "tokens", tokens, limits.max_tokens)
+    if request.temperature:
+        _check_warm("temperature", request.temperature, ", or 0 for greedy decoding")
     if request.stop_token_ids is not None and len(request.stop_token_ids):
         _check_range("stop_token_ids", request.stop_token_ids, info.vocab_size)
     if request.top_k is not None:
@@ -114,7 +123,15 @@ def _check_top_k(top_k: int, info: InfoResponse) -> None:
         )
 
 
+def _check_warm(field: str, temperature: float, alternative: str = "") -> None:
+    if temperature < MIN_TEMPERATURE:
+        raise InvalidRequestError(
+            f"{field} {temperature} is below {MIN_TEMPERATURE}; use that{alternative}", field=field
+        )
+
+
 def _check_temperature(field: str, temperature: float, capabilities: Capabilities) -> None:
+    _check_warm(field, temperature)
     if temperature != 1.0 and not capabilities.temperature:
         raise InvalidRequestError(
             f"{field} {temperature}: this teacher's backend cannot apply a temperature; use 1.0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -24,6 +25,8 @@ STREAM_MEDIA_TYPES = {
 
 # Parsed JSON takes up to 30 times its text; JSON is for people, arrays go in msgpack.
 MAX_JSON_ITEMS = 1 << 22
+# Kinds of pydantic's errors whose message names the value, or that there is none.
+_SAY_ALL = ("array", "value_error", "missing")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -102,9 +105,19 @@ def _validate(model: type[M], value: Any) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequestError(f"{field or 'body'}: {first['msg']}", field=field) from None
+        value = "" if first["type"] in _SAY_ALL else f", not {_shown(first['input'])}"
+        raise InvalidRequestError(
+            f"{field or 'body'}: {first['msg']}{value}", field=field
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, as far as it fits a line; of lists, maps and arrays the type."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return f"{value!r:.60}"
+    return f"a value of type {type(value).__name__}"
 
 
 def _load_json(data: bytes, max_bytes: int) -> Any:
@@ -116,5 +129,9 @@ def _load_json(data: bytes, max_bytes: int) -> Any:
         )
     try:
         return json.loads(data)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise MalformedRequestError(
+            f"the body is not valid JSON: nested deeper than {sys.getrecursionlimit()} levels"
+        ) from error
+    except ValueError as error:
         raise MalformedRequestError(f"the body is not valid JSON: {error}") from error

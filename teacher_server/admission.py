@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
+
+from prometheus_client import Gauge
 
 from shared.errors import DeadlineExceededError, OverloadedError, UnavailableError
 from teacher_server.metrics import Metrics
@@ -19,25 +22,99 @@ class ClientGoneError(Exception):
     """The caller closed the connection; nobody waits for the answer."""
 
 
+class Room:
+    """So much of one thing as all requests may hold together.
+
+    A client that holds some already must leave as much free: one client fills half of the room at
+    most, two fill a third each, so another always finds some. What has no room is refused, never
+    queued.
+
+    Source: Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches,
+    IEEE/ACM Transactions on Networking 6(2), 1998.
+
+    Args:
+        limit: of all clients together.
+        thing: as messages call it.
+        gauge: shows what is held.
+    """
+
+    def __init__(self, limit: int, thing: str, gauge: Gauge) -> None:
+        self.limit = limit
+        self._thing = thing
+        self._gauge = gauge
+        self._held: Counter[str] = Counter()
+
+    def take(self, client: str, amount: int) -> None:
+        """Raises `OverloadedError` where there is no room for ``amount`` more."""
+        total, own = self._held.total(), self._held[client]
+        if total + amount > self.limit:
+            raise OverloadedError(
+                f"{total} {self._thing} are queued and the request brings {amount}; the limit is "
+                f"{self.limit}. Try again later",
+                retry_after=RETRY_AFTER,
+            )
+        if own and own + amount > self.limit - total:
+            raise OverloadedError(
+                f"{own} {self._thing} of this client are queued and the request brings {amount}; "
+                f"a client holds no more than it leaves free, now {self.limit - total} of "
+                f"{self.limit}. Try again later",
+                retry_after=RETRY_AFTER,
+            )
+        self._add(client, amount)
+
+    def give(self, client: str, amount: int) -> None:
+        self._add(client, -amount)
+
+    def _add(self, client: str, amount: int) -> None:
+        self._held[client] += amount
+        if not self._held[client]:
+            del self._held[client]
+        self._gauge.inc(amount)
+
+
+class Held:
+    """The bytes that one request holds: its body, then its answer until it is sent."""
+
+    def __init__(self, room: Room, client: str) -> None:
+        self._room = room
+        self._client = client
+        self._bytes = 0
+
+    def add(self, size: int) -> None:
+        """Raises `OverloadedError` where there is no room for ``size`` bytes more."""
+        self._room.take(self._client, size)
+        self._bytes += size
+
+    def free(self) -> None:
+        self._room.give(self._client, self._bytes)
+        self._bytes = 0
+
+
 class Admission:
-    """Bounds the tokens in the house; over the bound a request is refused, never queued.
+    """Bounds the work in the house, and the bytes.
 
     Args:
         max_queued_tokens: admitted and not yet answered, over all requests.
+        max_held_bytes: of bodies and answers, over all requests.
         request_timeout: seconds a request may take.
         metrics: shows the queue.
     """
 
-    def __init__(self, max_queued_tokens: int, request_timeout: float, metrics: Metrics) -> None:
-        self.max_queued_tokens = max_queued_tokens
+    def __init__(
+        self, max_queued_tokens: int, max_held_bytes: int, request_timeout: float, metrics: Metrics
+    ) -> None:
         self.request_timeout = request_timeout
         self.draining = False
-        self._queued = 0
-        self._metrics = metrics
+        self.tokens = Room(max_queued_tokens, "tokens", metrics.queued_tokens)
+        self.bytes = Room(max_held_bytes, "bytes", metrics.held_bytes)
+        self._jobs = metrics.queued_jobs
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._requests = 0
 
     @contextlib.contextmanager
-    def admit(self, tokens: int, jobs: int) -> Iterator[None]:
-        """Hold a place for ``jobs`` that bring ``tokens``.
+    def admit(self, client: str, tokens: int, jobs: int) -> Iterator[None]:
+        """Hold a place for ``jobs`` of ``client`` that bring ``tokens``.
 
         Raises:
             UnavailableError: the server is draining.
@@ -45,22 +122,23 @@ class Admission:
         """
         if self.draining:
             raise UnavailableError("the server is shutting down", retry_after=RETRY_AFTER)
-        if self._queued + tokens > self.max_queued_tokens:
-            raise OverloadedError(
-                f"{self._queued} tokens are queued and the request brings {tokens}; the limit is "
-                f"{self.max_queued_tokens}. Try again later",
-                retry_after=RETRY_AFTER,
-            )
-        self._add(tokens, jobs)
+        self.tokens.take(client, tokens)
+        self._jobs.inc(jobs)
+        self._requests += 1
+        self._idle.clear()
         try:
             yield
         finally:
-            self._add(-tokens, -jobs)
+            self.tokens.give(client, tokens)
+            self._jobs.dec(jobs)
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
 
-    def _add(self, tokens: int, jobs: int) -> None:
-        self._queued += tokens
-        self._metrics.queued_tokens.inc(tokens)
-        self._metrics.queued_jobs.inc(jobs)
+    async def drain(self) -> None:
+        """Admit nothing from now on, and wait until what was admitted is answered."""
+        self.draining = True
+        await self._idle.wait()
 
     async def run(
         self, work: Coroutine[Any, Any, R], disconnected: Callable[[], Awaitable[None]]

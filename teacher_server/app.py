@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -20,12 +22,13 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from shared import __version__, codec, wire
 from shared.errors import (
     DeadlineExceededError,
     InternalError,
+    InvalidRequestError,
     MalformedRequestError,
     MethodNotAllowedError,
     NotFoundError,
@@ -52,26 +55,105 @@ from shared.protocol import (
 from shared.sparse import SparseLogprobs
 from shared.validation import check_generate_request, check_score_request
 from teacher_server import openai
-from teacher_server.admission import Admission, ClientGoneError
+from teacher_server.admission import Admission, ClientGoneError, Held
 from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.in_flight import InFlight
 from teacher_server.metrics import Metrics
-from teacher_server.settings import Settings
+from teacher_server.settings import LARGEST_ANSWER_BYTES, Settings
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R")
 Q = TypeVar("Q")
-Handler = Callable[[Request, str], Awaitable[Response]]
-Refusal = Callable[[ProtocolError, str], Response]
 
 _MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
 _REQUEST_ID = "X-Request-Id"
+_CLIENT_ID = "X-Client-Id"
+_LONGEST_CLIENT_ID = 64
 _CLIENT_GONE = 499
+_PIECE_BYTES = 64 << 10
+# What an answer takes while it is made, for each byte of its arrays: msgpack packs a copy, JSON
+# makes Python's numbers first, then text.
+_COPIES = {wire.MSGPACK_MEDIA_TYPE: 2, wire.JSON_MEDIA_TYPE: 16}
+_OPENAI_COPIES = 40
+_MAX_JSON_ARRAYS = LARGEST_ANSWER_BYTES // _COPIES[wire.JSON_MEDIA_TYPE]
 # What a load balancer asks, which has no key. Every other route of ours wants one.
 _OPEN = ("/health", "/ready")
+
+
+class _Reply(Response):
+    """Says when it has been sent.
+
+    Attributes:
+        patience: seconds that the caller has to take a piece of it.
+        ended: is told the status, when all is sent or nobody takes it.
+    """
+
+    patience = math.inf
+    ended: Callable[[int], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, _in_pieces(send, self.patience))
+        except TimeoutError:
+            logger.warning("A caller has taken nothing for %g s; hanging up", self.patience)
+        finally:
+            self.ended(self.status_code)
+
+
+class _Stream(StreamingResponse):
+    """Sends items as they come, and says at the end how it went.
+
+    Attributes:
+        outcome: the status that it would have had, had it been known at the beginning.
+        patience, ended: as of `_Reply`, with the outcome as status.
+    """
+
+    body_iterator: AsyncGenerator[bytes, None]
+    patience = math.inf
+    ended: Callable[[int], None]
+
+    def __init__(self, items: AsyncGenerator[bytes, None], media_type: str) -> None:
+        super().__init__(items, media_type=media_type)
+        self.outcome = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The items watch for a caller who leaves; starlette's own watch would do it twice.
+        try:
+            await self.stream_response(_in_pieces(send, self.patience))
+        except TimeoutError:
+            self.outcome = _CLIENT_GONE
+            logger.warning("A caller has taken nothing for %g s; hanging up", self.patience)
+        finally:
+            await self.body_iterator.aclose()
+            self.ended(self.outcome)
+
+
+def _in_pieces(send: Send, patience: float) -> Send:
+    """``send`` that waits for a slow reader after every piece, where the whole would be buffered.
+
+    Raises:
+        TimeoutError: nothing was taken for ``patience`` seconds.
+    """
+
+    async def send_pieces(message: Message) -> None:
+        body = message.get("body", b"")
+        for start in range(0, max(1, len(body)), _PIECE_BYTES):
+            piece, end = message, start + _PIECE_BYTES
+            if end < len(body) or start:
+                more = end < len(body) or message.get("more_body", False)
+                piece = {**message, "body": body[start:end], "more_body": more}
+            async with asyncio.timeout(patience):
+                await send(piece)
+
+    return send_pieces
+
+
+Answer = _Reply | _Stream
+Handler = Callable[[Request, str], Awaitable[Answer]]
+Refusal = Callable[[ProtocolError, str], _Reply]
 
 
 class TeacherApp:
@@ -81,7 +163,12 @@ class TeacherApp:
         self.settings = settings
         self.metrics = metrics
         self.keys = keys
-        self.admission = Admission(settings.max_queued_tokens, settings.request_timeout, metrics)
+        self.admission = Admission(
+            settings.max_queued_tokens, settings.max_held_mib << 20, settings.request_timeout,
+            metrics,
+        )  # fmt: skip
+        # Parsed, JSON is many times its text, and the interpreter parses one body at a time anyway.
+        self._parsing = asyncio.Semaphore(2)
         self.scoring = InFlight()
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
@@ -135,44 +222,53 @@ class TeacherApp:
 
     def _endpoint(
         self, path: str, handler: Handler, refusal: Refusal
-    ) -> Callable[[Request], Awaitable[Response]]:
+    ) -> Callable[[Request], Awaitable[Answer]]:
         """``handler`` with a request id, metrics, and a ``refusal`` for every error."""
 
-        async def endpoint(request: Request) -> Response:
+        async def endpoint(request: Request) -> Answer:
             request_id = _request_id(request)
             since = time.perf_counter()
 
             def ended(status: int) -> None:
                 self.metrics.requests.labels(path, str(status)).inc()
                 self.metrics.latency.labels(path).observe(time.perf_counter() - since)
+                if hasattr(request.state, "held"):
+                    request.state.held.free()
 
             try:
                 if path not in _OPEN:
-                    self._check_key(request)
+                    self._identify(request)
                 response = await handler(request, request_id)
                 response.headers[_REQUEST_ID] = request_id
             except (ClientGoneError, ClientDisconnect):
-                response = Response(status_code=_CLIENT_GONE)
+                response = _Reply(status_code=_CLIENT_GONE)
             except Exception as error:
                 response = refusal(self._shown(error, request_id), request_id)
             if getattr(request.state, "hang_up", False):
                 # Kept open, the connection would go on to receive what nobody will read.
                 response.headers["Connection"] = "close"
-            if isinstance(response, _Stream):
-                response.ended = ended
-            else:
-                ended(response.status_code)
+            response.ended = ended
+            response.patience = self.admission.request_timeout
             return response
 
         return endpoint
 
-    def _check_key(self, request: Request) -> None:
-        """Raises `UnauthorizedError`, before a byte of the body is read."""
+    def _identify(self, request: Request) -> None:
+        """Who asks: a key, or an address and the name given there. Nothing of the body is read.
+
+        Raises:
+            UnauthorizedError: no key, where one is needed.
+        """
         try:
-            self.keys.check(request.headers.get("authorization"))
+            client = self.keys.check(request.headers.get("authorization"))
         except UnauthorizedError:
             request.state.hang_up = True
             raise
+        if not client:
+            host = "" if request.client is None else request.client.host
+            client = f"{host} {request.headers.get(_CLIENT_ID, '')[:_LONGEST_CLIENT_ID]}"
+        request.state.client = client
+        request.state.held = Held(self.admission.bytes, client)
 
     def _shown(self, error: Exception, request_id: str) -> ProtocolError:
         """What the caller is told of ``error``; the log keeps what was not meant for it."""
@@ -182,13 +278,14 @@ class TeacherApp:
         self.metrics.rejected.labels(error.slug()).inc()
         return error
 
-    async def _score(self, request: Request, request_id: str) -> Response:
+    async def _score(self, request: Request, request_id: str) -> Answer:
         """Sparse log-probs of token sequences."""
         backend, info = self._loaded()
         asked = await self._read(request, ScoreRequest)
         check_score_request(asked, info)
-        jobs = _score_jobs(asked)
-        with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
+        jobs = _score_jobs(asked, request.state.client)
+        _hold_answer(request, jobs, "sequences")
+        with self._admit(request, jobs):
             scored: list[SparseLogprobs] = await self.admission.run(
                 _all([self._scored(backend, job) for job in jobs], "sequences"),
                 lambda: _disconnected(request),
@@ -201,18 +298,19 @@ class TeacherApp:
 
     async def _scored(self, backend: Backend, job: ScoreJob) -> SparseLogprobs:
         """Of an equal job that is under way, or of its own. Scores depend on the job alone."""
-        question = hashlib.sha256(codec.encode(vars(job))).digest()
+        question = hashlib.sha256(codec.encode({**vars(job), "client": ""})).digest()
         return await self.scoring.ask(question, lambda: backend.score(job))
 
-    async def _generate(self, request: Request, request_id: str) -> Response:
+    async def _generate(self, request: Request, request_id: str) -> Answer:
         """Completions of prompts, with sparse log-probs when asked."""
         backend, info = self._loaded()
         asked = await self._read(request, GenerateRequest)
         check_generate_request(asked, info)
-        jobs = _generate_jobs(asked)
+        jobs = _generate_jobs(asked, request.state.client)
+        _hold_answer(request, jobs, "prompts")
         if asked.stream:
             return await self._stream(request, request_id, jobs, asked.n)
-        with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
+        with self._admit(request, jobs):
             flat: list[Completion] = await self.admission.run(
                 _all([backend.generate(job) for job in jobs], "prompts", asked.n),
                 lambda: _disconnected(request),
@@ -227,7 +325,7 @@ class TeacherApp:
 
     async def _stream(
         self, request: Request, request_id: str, jobs: list[GenerateJob], n: int
-    ) -> Response:
+    ) -> Answer:
         """Each completion when it is finished.
 
         What fails before the first one is an ordinary refusal, so the response waits for it.
@@ -285,7 +383,7 @@ class TeacherApp:
             )
 
         async def all_of_them() -> None:
-            with self.admission.admit(sum(job.tokens for job in jobs), len(jobs)):
+            with self._admit(request, jobs):
                 await self.admission.run(
                     _all([one(index, job) for index, job in enumerate(jobs)], "prompts", n),
                     lambda: _disconnected(request),
@@ -310,21 +408,21 @@ class TeacherApp:
         self.metrics.tokens.labels("generated").inc(sum(len(c.token_ids) for c in completions))
         self.metrics.tokens.labels("prompt").inc(sum(len(job.prompt) for job in jobs))
 
-    async def _models(self, request: Request, request_id: str) -> Response:
+    async def _models(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style list of the one model."""
         return _json({"object": "list", "data": [openai.model_card(self._loaded()[1])]})
 
-    async def _model(self, request: Request, request_id: str) -> Response:
+    async def _model(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style description of the model."""
         info = self._loaded()[1]
         openai.check_model(request.path_params["name"], info)
         return _json(openai.model_card(info))
 
-    async def _completions(self, request: Request, request_id: str) -> Response:
+    async def _completions(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style completions, with vLLM's prompt_logprobs."""
         return await self._speak(request, request_id, openai.CompletionRequest)
 
-    async def _chat(self, request: Request, request_id: str) -> Response:
+    async def _chat(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style chat completions."""
         return await self._speak(request, request_id, openai.ChatRequest)
 
@@ -333,14 +431,16 @@ class TeacherApp:
         request: Request,
         request_id: str,
         model: type[openai.CompletionRequest] | type[openai.ChatRequest],
-    ) -> Response:
+    ) -> Answer:
         backend, info = self._loaded()
         asked = await self._read(request, model, (wire.JSON_MEDIA_TYPE,))
         work = await asyncio.to_thread(self.speaker.plan, asked, info)
-        to_score = [] if work.score is None else _score_jobs(work.score)
-        to_write = [] if work.generate is None else _generate_jobs(work.generate)
-        tokens = sum(job.tokens for job in to_score) + sum(job.tokens for job in to_write)
-        with self.admission.admit(tokens, len(to_score) + len(to_write)):
+        client = request.state.client
+        to_score = [] if work.score is None else _score_jobs(work.score, client)
+        to_write = [] if work.generate is None else _generate_jobs(work.generate, client)
+        jobs: list[ScoreJob | GenerateJob] = [*to_score, *to_write]
+        request.state.held.add(sum(job.answer_bytes for job in jobs) * _OPENAI_COPIES)
+        with self._admit(request, jobs):
             scored, written = await self.admission.run(
                 _both(
                     _all([self._scored(backend, job) for job in to_score], "prompt"),
@@ -353,33 +453,34 @@ class TeacherApp:
             body = await asyncio.to_thread(
                 self.speaker.answer, work, scored, written, info, request_id
             )
-            return Response(body, media_type=wire.JSON_MEDIA_TYPE)
+            return _Reply(body, media_type=wire.JSON_MEDIA_TYPE)
 
-    async def _get_info(self, request: Request, request_id: str) -> Response:
+    async def _get_info(self, request: Request, request_id: str) -> Answer:
         """What the teacher is, its limits and what it can do."""
         return await _answer(request, self._loaded()[1])
 
-    async def _health(self, request: Request, request_id: str) -> Response:
-        """Alive: the process answers."""
-        return Response('{"status":"ok"}', media_type=wire.JSON_MEDIA_TYPE)
+    async def _health(self, request: Request, request_id: str) -> Answer:
+        """200 while the process answers, however busy; 503 when its engine died: restart it."""
+        self._check_alive()
+        return _Reply('{"status":"ok"}', media_type=wire.JSON_MEDIA_TYPE)
 
-    async def _ready(self, request: Request, request_id: str) -> Response:
+    async def _ready(self, request: Request, request_id: str) -> Answer:
         """200 when requests are taken; 503 while loading or draining, or when the engine died."""
         self._loaded()
-        return Response('{"status":"ready"}', media_type=wire.JSON_MEDIA_TYPE)
+        return _Reply('{"status":"ready"}', media_type=wire.JSON_MEDIA_TYPE)
 
-    async def _metrics(self, request: Request, request_id: str) -> Response:
+    async def _metrics(self, request: Request, request_id: str) -> Answer:
         """Prometheus metrics."""
-        return Response(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return _Reply(self.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
-    async def _unknown_route(self, request: Request, error: Exception) -> Response:
+    async def _unknown_route(self, request: Request, error: Exception) -> Answer:
         assert isinstance(error, HTTPException)
         detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
         refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-        self.metrics.requests.labels("other", str(refusal.status)).inc()
         self.metrics.rejected.labels(refusal.slug()).inc()
         response = _problem(refusal(detail), _request_id(request))
         response.headers.update(error.headers or {})  # Allow, for 405
+        response.ended = lambda status: self.metrics.requests.labels("other", str(status)).inc()
         return response
 
     def _loaded(self) -> tuple[Backend, InfoResponse]:
@@ -387,9 +488,18 @@ class TeacherApp:
             raise UnavailableError("the server is shutting down", retry_after=1.0)
         if self.backend is None or self.info is None:
             raise UnavailableError("the model is loading", retry_after=1.0)
-        if not self.backend.alive:
-            raise UnavailableError("the engine is dead; restart the server")
+        self._check_alive()
         return self.backend, self.info
+
+    def _check_alive(self) -> None:
+        if self.backend is not None and not self.backend.alive:
+            raise UnavailableError("the engine is dead; restart the server")
+
+    def _admit(
+        self, request: Request, jobs: Sequence[ScoreJob | GenerateJob]
+    ) -> AbstractContextManager[None]:
+        tokens = sum(job.tokens for job in jobs)
+        return self.admission.admit(request.state.client, tokens, len(jobs))
 
     async def _read(
         self, request: Request, model: type[M], media_types: tuple[str, ...] = _MEDIA_TYPES
@@ -405,52 +515,37 @@ class TeacherApp:
             raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r} is not supported")
         _accepted(request)  # an answer nobody can read is refused before it is computed
         limit = self.settings.max_request_bytes
-        declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            request.state.hang_up = True
-            raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
+        declared = request.headers.get("content-length", "")
+        expected = int(declared) if declared.isdigit() else 0
         body = bytearray()
         patience = self.settings.request_timeout
         try:
+            if expected > limit:
+                raise PayloadTooLargeError(f"the body has {expected} bytes; the limit is {limit}")
+            request.state.held.add(expected)
             async with asyncio.timeout(patience):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:
-                        request.state.hang_up = True
                         raise PayloadTooLargeError(f"the body has over {limit} bytes, the limit")
+                    if len(body) > expected:  # nothing was declared
+                        request.state.held.add(len(body) - expected)
+                        expected = len(body)
         except TimeoutError as error:
             request.state.hang_up = True
             raise DeadlineExceededError(f"the body did not arrive in {patience:g} s") from error
+        except ProtocolError:
+            request.state.hang_up = True
+            raise
         if not body:
             raise MalformedRequestError("the body is empty")
-        return await asyncio.to_thread(wire.load, model, bytes(body), media_type, max_bytes=limit)
+        async with self._parsing:
+            return await asyncio.to_thread(
+                wire.load, model, bytes(body), media_type, max_bytes=limit
+            )
 
 
-class _Stream(StreamingResponse):
-    """Sends items as they come, and says at the end how it went.
-
-    Attributes:
-        outcome: the status that it would have had, had it been known at the beginning.
-        ended: is told the outcome.
-    """
-
-    body_iterator: AsyncGenerator[bytes, None]
-
-    def __init__(self, items: AsyncGenerator[bytes, None], media_type: str) -> None:
-        super().__init__(items, media_type=media_type)
-        self.outcome = 200
-        self.ended: Callable[[int], None] = lambda status: None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The items watch for a caller who leaves; starlette's own watch would do it twice.
-        try:
-            await self.stream_response(send)
-        finally:
-            await self.body_iterator.aclose()
-            self.ended(self.outcome)
-
-
-def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
+def _score_jobs(asked: ScoreRequest, client: str) -> list[ScoreJob]:
     return [
         ScoreJob(
             sequence.token_ids,
@@ -460,6 +555,7 @@ def _score_jobs(asked: ScoreRequest) -> list[ScoreJob]:
             sequence.requested_token_ids,
             asked.logprob_dtype,
             None if asked.sample_seed is None else _draw_key(asked.sample_seed, sequence),
+            client,
         )
         for sequence in asked.sequences
     ]
@@ -471,7 +567,7 @@ def _draw_key(seed: int, sequence: ScoreSequence) -> bytes:
     return hashlib.sha256(content).digest()
 
 
-def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
+def _generate_jobs(asked: GenerateRequest, client: str) -> list[GenerateJob]:
     seed = int.from_bytes(os.urandom(7)) if asked.seed is None else asked.seed
     stops = () if asked.stop_token_ids is None else tuple(int(i) for i in asked.stop_token_ids)
     score = None
@@ -487,6 +583,7 @@ def _generate_jobs(asked: GenerateRequest) -> list[GenerateJob]:
             key=(seed, prompt.astype("<u4").tobytes(), number),
             stop_token_ids=stops,
             score=score,
+            client=client,
         )
         for prompt in asked.prompts
         for number in range(asked.n)
@@ -499,7 +596,7 @@ async def _all(work: list[Coroutine[Any, Any, R]], field: str, jobs_each: int = 
     async def one(index: int, item: Coroutine[Any, Any, R]) -> R:
         try:
             return await item
-        except InternalError as error:
+        except (InternalError, PayloadTooLargeError) as error:
             error.field = f"{field}.{index // jobs_each}"
             raise
 
@@ -519,6 +616,24 @@ async def _both(first: Coroutine[Any, Any, R], second: Coroutine[Any, Any, Q]) -
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _hold_answer(request: Request, jobs: Sequence[ScoreJob | GenerateJob], field: str) -> None:
+    """Make room for the answer while it is made and sent.
+
+    Raises:
+        OverloadedError: there is none.
+        InvalidRequestError: too large an answer for JSON.
+    """
+    media_type = _accepted(request)
+    size = sum(job.answer_bytes for job in jobs)
+    if media_type == wire.JSON_MEDIA_TYPE and size > _MAX_JSON_ARRAYS:
+        raise InvalidRequestError(
+            f"an answer of {size} bytes of arrays; the limit in JSON is {_MAX_JSON_ARRAYS}. Split "
+            f"the request, or ask for {wire.MSGPACK_MEDIA_TYPE} by Accept",
+            field=field,
+        )
+    request.state.held.add(size * _COPIES[media_type])
 
 
 async def _disconnected(request: Request) -> None:
@@ -546,10 +661,10 @@ def _accepted(request: Request) -> str:
     return own if own in _MEDIA_TYPES else wire.JSON_MEDIA_TYPE
 
 
-async def _answer(request: Request, message: BaseModel) -> Response:
+async def _answer(request: Request, message: BaseModel) -> _Reply:
     media_type = _accepted(request)
     body = await asyncio.to_thread(wire.dump, message, media_type)
-    return Response(body, media_type=media_type)
+    return _Reply(body, media_type=media_type)
 
 
 def _request_id(request: Request) -> str:
@@ -558,27 +673,27 @@ def _request_id(request: Request) -> str:
     return given if printable and len(given) <= 64 else uuid.uuid4().hex
 
 
-def _problem(error: ProtocolError, request_id: str) -> Response:
+def _problem(error: ProtocolError, request_id: str) -> _Reply:
     problem = Problem.model_validate(error.to_problem(request_id))
     body = problem.model_dump_json(exclude_none=True).encode()
     return _refused(error, request_id, body, "application/problem+json")
 
 
-def _openai_error(error: ProtocolError, request_id: str) -> Response:
+def _openai_error(error: ProtocolError, request_id: str) -> _Reply:
     return _refused(error, request_id, openai.error_body(error), wire.JSON_MEDIA_TYPE)
 
 
-def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str) -> Response:
+def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str) -> _Reply:
     headers = {_REQUEST_ID: request_id}
     if isinstance(error, UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         headers["Retry-After"] = f"{max(1, round(error.retry_after))}"
-    return Response(body, status_code=error.status, media_type=media_type, headers=headers)
+    return _Reply(body, status_code=error.status, media_type=media_type, headers=headers)
 
 
-def _json(value: Any) -> Response:
-    return Response(json.dumps(value), media_type=wire.JSON_MEDIA_TYPE)
+def _json(value: Any) -> _Reply:
+    return _Reply(json.dumps(value), media_type=wire.JSON_MEDIA_TYPE)
 
 
 _STREAMED: tuple[type[BaseModel], ...] = (GenerateEvent, GenerateEnd)

@@ -26,8 +26,10 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: str | None) -> None:
-        """Let pass whoever sends ``Authorization: Bearer`` with one of the keys.
+    def check(self, authorization: str | None) -> str:
+        """Let pass whoever sends ``Authorization: Bearer`` with one of the keys; says which one.
+
+        A digest's beginning stands for a key; without keys it is empty.
 
         In constant time: each digest is compared, whether or not one before it is the same.
 
@@ -35,7 +37,7 @@ class ApiKeys:
             UnauthorizedError: no key, or another one.
         """
         if not self._digests:
-            return
+            return ""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             raise UnauthorizedError("a key is needed: send the header Authorization: Bearer KEY")
@@ -43,6 +45,7 @@ class ApiKeys:
         same = [hmac.compare_digest(sent, known) for known in self._digests]
         if not any(same):
             raise UnauthorizedError("the key is none of this server's")
+        return sent.hex()[:16]
 
 
 def load_keys(settings: Settings) -> ApiKeys:

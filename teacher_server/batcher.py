@@ -10,22 +10,27 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
+from teacher_server.fairness import FairClock
 
 logger = logging.getLogger(__name__)
 
 
-class Sized(Protocol):
+class Job(Protocol):
     @property
     def tokens(self) -> int: ...
 
+    @property
+    def client(self) -> str: ...
 
-J = TypeVar("J", bound=Sized)
+
+J = TypeVar("J", bound=Job)
 A = TypeVar("A")
 
 
 @dataclass(frozen=True)
 class _Waiting(Generic[J, A]):
     job: J
+    start: int  # on the clock of `FairClock`
     answer: asyncio.Future[A]
 
     def settle(self, answer: A) -> None:
@@ -52,11 +57,12 @@ class Callers(Generic[A]):
 class Batcher(Generic[J, A]):
     """Joins jobs of all clients into batches for one model.
 
-    A batch takes the job that waited longest, then those nearest to it in length, in order of
-    arrival, as long as the padded batch (longest × count) fits ``max_batch_tokens``; what does not
-    fit waits, and is the oldest soon. A batch that fails is tried again in halves, without the jobs
-    that have an answer, so one bad job fails alone and a batch too large for the memory is split.
-    Jobs whose caller went away are dropped unrun.
+    Clients take turns by `FairClock`. A batch takes the job whose turn it is, then those nearest to
+    it in length, in order of arrival and first of the same client, as long as the padded batch
+    (longest × count) fits ``max_batch_tokens``; what does not fit waits, and its turn comes: of one
+    client, the job that waited longest is always the first. A batch that fails is tried again in
+    halves, without the jobs that have an answer, so one bad job fails alone and a batch too large
+    for the memory is split. Jobs whose caller went away are dropped unrun.
 
     Args:
         run: answers each job of a batch that somebody waits for, as soon as it can; called in
@@ -78,6 +84,7 @@ class Batcher(Generic[J, A]):
         self._executor = executor
         self._max_batch_tokens = max_batch_tokens
         self._observe = observe
+        self._clock = FairClock()
         self._waiting: list[_Waiting[J, A]] = []
         self._running: list[_Waiting[J, A]] = []
         self._arrived = asyncio.Event()
@@ -87,7 +94,8 @@ class Batcher(Generic[J, A]):
         """The answer of one job, or the exception it failed with."""
         if self._task is None:
             self._task = asyncio.create_task(self._serve())
-        waiting: _Waiting[J, A] = _Waiting(job, asyncio.get_running_loop().create_future())
+        start = self._clock.start(job.client, job.tokens)
+        waiting: _Waiting[J, A] = _Waiting(job, start, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()
         return await waiting.answer
@@ -115,17 +123,28 @@ class Batcher(Generic[J, A]):
 
     def _take(self) -> list[_Waiting[J, A]]:
         """The next batch, by the rule above; removes it from the queue."""
-        queue = [waiting for waiting in self._waiting if not waiting.answer.done()]
+        queue: list[_Waiting[J, A]] = []
+        for waiting in self._waiting:
+            if waiting.answer.done():
+                self._clock.dropped(waiting.job.client, waiting.job.tokens)
+            else:
+                queue.append(waiting)
         if not queue:
             self._waiting = []
             return []
-        oldest = queue[0].job.tokens
+        queue.sort(key=lambda waiting: waiting.start)
+        first = queue[0]
+        self._clock.begun(first.start)
         longest = 0
         batch: list[_Waiting[J, A]] = []
         left: list[tuple[int, _Waiting[J, A]]] = []
-        for place, waiting in sorted(
-            enumerate(queue), key=lambda item: (item[0] > 0, abs(item[1].job.tokens - oldest))
-        ):
+
+        def rank(item: tuple[int, _Waiting[J, A]]) -> tuple[bool, bool, int]:
+            place, waiting = item
+            other = waiting.job.client != first.job.client
+            return place > 0, other, abs(waiting.job.tokens - first.job.tokens)
+
+        for place, waiting in sorted(enumerate(queue), key=rank):
             padded = max(longest, waiting.job.tokens)
             if batch and padded * (len(batch) + 1) > self._max_batch_tokens:
                 left.append((place, waiting))

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -108,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         "padded tokens of a model batch; --max-num-batched-tokens of vLLM",
         type=int,
     )
-    add("--max-queued-tokens", "tokens admitted at once; over it 429", type=int)
+    add(
+        "--max-queued-tokens",
+        "tokens admitted at once, of one client half as many; over it 429",
+        type=int,
+    )
+    add("--max-held-mib", "MiB of requests and of answers being sent; over it 429", type=int)
     add("--max-request-tokens", "tokens of one request", type=int)
     add("--max-request-bytes", "size of a request's body", type=int)
     add("--max-top-k", "largest top_k of a request", type=int)
@@ -149,6 +155,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: TeacherApp) -> None:
         super().__init__(config)
         self.teacher_app = app
+        self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -158,8 +165,22 @@ class _Server(uvicorn.Server):
         yield
 
     def _drain(self, number: signal.Signals) -> None:
+        if self._draining is not None:  # told twice: now
+            self.handle_exit(number, None)
+            return
         logger.info("%s: finishing what runs, taking nothing new", number.name)
-        self.teacher_app.admission.draining = True
+        self._draining = asyncio.create_task(self._finish(number))
+
+    async def _finish(self, number: signal.Signals) -> None:
+        """Go on listening until what runs is answered: who asks now is told to go elsewhere."""
+        patience = self.teacher_app.settings.drain_timeout
+        since = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self.teacher_app.admission.drain()
+        # What is left of it is for answers still being sent.
+        left = patience - (time.monotonic() - since)
+        self.config.timeout_graceful_shutdown = max(1, round(left))
         self.handle_exit(number, None)
 
 
@@ -169,8 +190,11 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         uvicorn.Config(
             app.api,
             log_level="warning",
-            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             lifespan="off",
+            http="h11",  # httptools reads headers without end
+            # Longer than clients keep an idle connection: or one is closed as a request enters it.
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,
         ),

@@ -37,6 +37,10 @@ class Metrics:
             "teacher_queued_jobs", "Sequences admitted and not yet answered.",
             registry=self.registry,
         )  # fmt: skip
+        self.held_bytes = Gauge(
+            "teacher_held_bytes", "Of bodies, and of answers until they are sent.",
+            registry=self.registry,
+        )  # fmt: skip
         self.batch_size = Histogram(
             "teacher_batch_size", "Sequences in a model batch.", ["kind"],
             buckets=_SIZES, registry=self.registry,

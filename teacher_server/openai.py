@@ -59,7 +59,7 @@ def _only(*values: Any) -> AfterValidator:
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
-            raise ValueError(f"{value!r} is not supported here; leave it out")
+            raise ValueError(f"{value!r:.60} is not supported here; leave it out")
         return value
 
     return AfterValidator(check)
@@ -400,6 +400,7 @@ class Speaker:
     def _encode(self, prompt: str | Ids, asked: CompletionRequest) -> Ids:
         if not isinstance(prompt, str):
             return prompt
+        _check_text(prompt, "prompt")
         encoded = self.tokenizer(prompt, add_special_tokens=asked.add_special_tokens)
         return np.array(encoded["input_ids"], dtype=np.uint32)
 
@@ -419,8 +420,20 @@ class Speaker:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
+        _check_text(text, "messages")
         encoded = self.tokenizer(text, add_special_tokens=False)
         return np.array(encoded["input_ids"], dtype=np.uint32)
+
+
+def _check_text(text: str, field: str) -> None:
+    """Raises `InvalidRequestError` for what JSON can escape and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"{text[error.start]!r} is half a character: a surrogate without its other half",
+            field=field,
+        ) from None
 
 
 def check_model(name: str, info: InfoResponse) -> None:

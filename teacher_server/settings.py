@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigurationError
+from shared.protocol import Limits
 
 BackendName = Literal["auto", "transformers", "vllm"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+
+# What the largest answer takes while it is made: 8 bytes a log-prob and its id, in two copies.
+LARGEST_ANSWER_BYTES = 16 * Limits().max_logprobs
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Settings:
     max_model_len: int | None = None
     max_batch_tokens: int = 16_384
     max_queued_tokens: int = 1_048_576
+    max_held_mib: int = 2048
     max_request_tokens: int = 262_144
     max_request_bytes: int = 64 << 20
     max_top_k: int = 1024
@@ -54,6 +59,7 @@ class Settings:
         for name in (
             "max_batch_tokens",
             "max_queued_tokens",
+            "max_held_mib",
             "max_request_tokens",
             "max_request_bytes",
             "max_top_k",
@@ -73,6 +79,12 @@ class Settings:
             raise ConfigurationError(
                 f"--max-request-tokens {self.max_request_tokens} is over --max-queued-tokens "
                 f"{self.max_queued_tokens}: such a request could never be admitted"
+            )
+        largest = self.max_request_bytes + LARGEST_ANSWER_BYTES
+        if self.max_held_mib << 20 < largest:
+            raise ConfigurationError(
+                f"--max-held-mib {self.max_held_mib} must be at least {-(-largest >> 20)}: a "
+                f"request of --max-request-bytes {self.max_request_bytes} and its answer take that"
             )
         self._check_tls()
         self._check_backend()

@@ -24,7 +24,10 @@ from shared.sparse import SparseLogprobs
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """One sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`."""
+    """One sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`.
+
+    ``client`` is who asked: clients take turns.
+    """
 
     token_ids: NDArray[np.uint32]  # [L]
     completion_start: int
@@ -33,6 +36,7 @@ class ScoreJob:
     requested_token_ids: NDArray[np.uint32] | None = None  # [T, m]
     logprob_dtype: LogprobDtype = "float32"
     draw_key: bytes | None = None  # names the randomness of a support that is drawn
+    client: str = ""
 
     @property
     def tokens(self) -> int:
@@ -41,6 +45,12 @@ class ScoreJob:
     @property
     def rows(self) -> int:
         return len(self.token_ids) - self.completion_start
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of its arrays in float32."""
+        requested = 0 if self.requested_token_ids is None else int(self.requested_token_ids.size)
+        return self.rows * (8 * self.top_k + 8) + 4 * requested
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,7 @@ class GenerateJob:
     """One completion to generate; ``temperature`` 0 is greedy.
 
     ``key`` names its randomness: equal keys give equal completions, whatever else is in the batch.
+    ``client`` is who asked: clients take turns.
     """
 
     prompt: NDArray[np.uint32]  # [P]
@@ -67,10 +78,17 @@ class GenerateJob:
     key: tuple[int | bytes, ...]
     stop_token_ids: tuple[int, ...] = ()
     score: ScoreOptions | None = None
+    client: str = ""
 
     @property
     def tokens(self) -> int:
         return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of its arrays in float32, if the completion is as long as it may be."""
+        scores = 0 if self.score is None else 8 * self.score.top_k + 8
+        return self.max_new_tokens * (4 + scores)
 
     def score_job(self, completion: NDArray[np.uint32]) -> ScoreJob:
         """What scores the completion [T] that came of this job; ``score`` is not None."""
@@ -81,6 +99,7 @@ class GenerateJob:
             top_k=self.score.top_k,
             temperature=self.score.temperature,
             logprob_dtype=self.score.logprob_dtype,
+            client=self.client,
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, PayloadTooLargeError
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
 from shared.sparse import SparseLogprobs
@@ -142,6 +142,13 @@ class TransformersBackend:
             since = time.perf_counter()
             try:
                 run(jobs, callers)
+            except (MemoryError, RuntimeError) as error:
+                if len(jobs) > 1 or not _is_out_of_memory(error):
+                    raise
+                raise PayloadTooLargeError(
+                    f"{jobs[0].tokens} tokens do not fit the teacher's memory, even alone in a "
+                    "batch; send a shorter sequence"
+                ) from None
             finally:
                 self._metrics.forward_seconds.labels(name).observe(time.perf_counter() - since)
 
@@ -226,6 +233,12 @@ def _head_is_separable(model: Any) -> bool:
     if not same:
         logger.warning("Unknown output layer: scoring from the model's own logits of all positions")
     return same
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch's allocator on CPU has no exception of its own.
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)
 
 
 def _load_model(settings: Settings) -> Any:

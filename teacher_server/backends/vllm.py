@@ -11,10 +11,11 @@ vllm is imported in this file only, and only when a backend is made.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
@@ -34,6 +35,7 @@ from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
+from teacher_server.fairness import FairClock
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
 
@@ -74,6 +76,7 @@ class VllmBackend:
         self._closing = False
         metrics.engine_registry = REGISTRY  # where vLLM puts its own
         self._tokens = metrics.batch_tokens
+        self._clock = FairClock()
         self._in_worker = True
         self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config
@@ -90,8 +93,24 @@ class VllmBackend:
         return self._closing or not self._engine.errored
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
+        with self._turn(job) as priority:
+            return await self._score(job, priority)
+
+    async def _score(self, job: ScoreJob, priority: int) -> SparseLogprobs:
         self._tokens.labels("score").inc(job.tokens)
-        return await (self._score_in_worker(job) if self._in_worker else self._score_publicly(job))
+        score = self._score_in_worker if self._in_worker else self._score_publicly
+        return await score(job, priority)
+
+    @contextlib.contextmanager
+    def _turn(self, job: ScoreJob | GenerateJob) -> Iterator[int]:
+        """What the engine is to order its waiting requests by, the least first."""
+        start = self._clock.start(job.client, job.tokens)
+        try:
+            yield start
+        except asyncio.CancelledError:
+            self._clock.dropped(job.client, job.tokens)
+            raise
+        self._clock.begun(start)  # or rather over; when it began, only the engine knows
 
     async def generate(self, job: GenerateJob) -> Completion:
         if job.temperature and not COLDEST <= job.temperature <= HOTTEST:
@@ -100,9 +119,14 @@ class VllmBackend:
                 "for greedy decoding",
                 field="temperature",
             )
+        with self._turn(job) as priority:
+            return await self._generate(job, priority)
+
+    async def _generate(self, job: GenerateJob, priority: int) -> Completion:
         self._tokens.labels("generate").inc(job.tokens)
         output = await self._run(
             job.prompt.tolist(),
+            priority,
             max_tokens=job.max_new_tokens,
             temperature=job.temperature,
             top_p=job.top_p,
@@ -117,7 +141,7 @@ class VllmBackend:
         ids = np.asarray(generated.token_ids, np.uint32)
         # A prefill of what was decoded: cheap beside the decoding, and exact in tail and
         # temperature, which log-probs kept while decoding would not be.
-        scores = None if job.score is None else await self.score(job.score_job(ids))
+        scores = None if job.score is None else await self._score(job.score_job(ids), priority)
         return Completion(token_ids=ids, finish_reason=generated.finish_reason, scores=scores)
 
     def _padding_bias(self) -> dict[int, float] | None:
@@ -136,9 +160,10 @@ class VllmBackend:
         await asyncio.to_thread(self._engine.shutdown)
         del self._engine
 
-    async def _score_in_worker(self, job: ScoreJob) -> SparseLogprobs:
+    async def _score_in_worker(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
         output = await self._run(
             job.token_ids[:-1].tolist(),
+            priority,
             max_tokens=1,
             temperature=0.0,
             extra_args=pack_job(job),
@@ -152,10 +177,11 @@ class VllmBackend:
         except RuntimeError as error:
             raise InternalError(str(error)) from error
 
-    async def _score_publicly(self, job: ScoreJob) -> SparseLogprobs:
+    async def _score_publicly(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
         """The same through ``prompt_logprobs``; only for T = 1 and without requested ids."""
         output = await self._run(
             job.token_ids.tolist(),
+            priority,
             max_tokens=1,
             temperature=0.0,
             prompt_logprobs=job.top_k,
@@ -168,7 +194,7 @@ class VllmBackend:
         logprobs = np.asarray(flat.logprobs[first:], np.float32).reshape(job.rows, columns)
         return public_scores(ids, logprobs, job, self._vocab_size)
 
-    async def _run(self, prompt: list[int], **params: Any) -> Any:
+    async def _run(self, prompt: list[int], priority: int, **params: Any) -> Any:
         """The final `RequestOutput`; cancelled, it aborts the engine's request.
 
         Raises:
@@ -190,7 +216,7 @@ class VllmBackend:
         self._running.add(task)
         try:
             async for output in self._engine.generate(
-                tokens_input(prompt), sampling, f"teacher-{next(self._ids)}"
+                tokens_input(prompt), sampling, f"teacher-{next(self._ids)}", priority=priority
             ):
                 return output
         except EngineDeadError as error:
@@ -300,6 +326,7 @@ def engine_arguments(settings: Settings) -> Any:
         *("--max-num-batched-tokens", str(settings.max_batch_tokens)),
         *("--max-logprobs", str(settings.max_top_k)),
         "--skip-tokenizer-init",
+        *("--scheduling-policy", "priority"),  # clients take turns
     ]  # fmt: skip
     if settings.max_model_len is not None:
         flags += ["--max-model-len", str(settings.max_model_len)]

@@ -80,9 +80,13 @@ def long_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def strict(long_folder, backend):
-    """A teacher that takes little, waits briefly and computes 2,048 tokens at once."""
+    """A teacher that takes little, waits briefly and computes 2,048 tokens at once.
+
+    vLLM runs two sequences at a time.
+    """
+    engine_flags = ["--max-num-seqs", "2"] if backend == "vllm" else []
     with running_server(
-        long_folder, "--backend", backend,
+        long_folder, "--backend", backend, *engine_flags,
         "--max-queued-tokens", "8000", "--max-request-tokens", "8000", "--request-timeout", "1.5",
         "--max-top-k", "50", "--max-request-bytes", "100000", "--max-batch-tokens", "2048",
     ) as url:  # fmt: skip

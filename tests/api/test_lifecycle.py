@@ -68,8 +68,10 @@ def test_a_client_who_leaves_ends_the_engines_request(strict):
         return engine_metric(strict.url, "num_requests_running")
 
     def idle():
-        # The gauge moves with the engine's steps, so give it one.
-        assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
+        # The gauge moves with the engine's steps, so give it one; from a client with room left.
+        headers = {"x-client-id": "another"}
+        url = f"{strict.url}/v1/score"
+        assert httpx.post(url, json=SHORT, headers=headers, timeout=10).status_code == 200
         return running() == 0
 
     left = metric(strict.url, LEFT)
@@ -114,6 +116,28 @@ def test_scoring_waits_for_one_generation_at_most(long_folder, backend):
     assert finished_before <= 4
 
 
+@only("vllm")
+def test_the_engine_takes_clients_in_turns(strict):
+    """It runs two sequences at a time: the eight of one client do not all come before another's."""
+    asked = {"prompts": [[5, 6, 7]], "max_new_tokens": 40, "temperature": 0.0}
+    done = []
+
+    def generate(client):
+        headers = {"x-client-id": client}
+        answer = httpx.post(f"{strict.url}/v1/generate", json=asked, headers=headers, timeout=20)
+        done.append(client)
+        return answer.status_code
+
+    flood = [threading.Thread(target=generate, args=["flood"]) for _ in range(8)]
+    for client in flood:
+        client.start()
+    until(lambda: metric(strict.url, "teacher_queued_jobs") == 8, 5)
+    assert generate("another") == 200
+    for client in flood:  # on a slow machine the last are late, and refused
+        client.join()
+    assert done.index("another") <= 5
+
+
 @contextlib.contextmanager
 def server_process(folder, tmp_path, *arguments):
     """(process, address, log) of a server that may still be loading."""
@@ -139,6 +163,12 @@ def test_sigterm_finishes_what_runs_and_exits_with_zero(long_folder, backend, tm
         client.start()
         until(lambda: metric(url, "teacher_queued_tokens") == 403, 10)
         server.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503, 5)
+        refused = httpx.post(f"{url}/v1/score", json=SHORT)
+        assert "shutting down" in problem(refused, 503).detail
+        assert int(refused.headers["retry-after"]) >= 1
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert not answers  # what ran goes on all the while
         client.join()
         assert answers[0].status_code == 200
         assert len(answers[0].json()["completions"][0][0]["token_ids"]) == 400
@@ -170,9 +200,9 @@ def test_a_server_whose_engine_died_is_not_ready(long_folder, backend, tmp_path)
             with contextlib.suppress(psutil.NoSuchProcess):
                 engine.kill()
         until(lambda: httpx.get(f"{url}/ready").status_code == 503, 20)
-        for response in (httpx.get(f"{url}/ready"), httpx.post(f"{url}/v1/score", json=SHORT)):
+        probes = [httpx.get(f"{url}/{route}") for route in ("ready", "health")]
+        for response in (*probes, httpx.post(f"{url}/v1/score", json=SHORT)):
             assert "the engine is dead; restart the server" in problem(response, 503).detail
-        assert httpx.get(f"{url}/health").status_code == 200
         server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0, log.read_text()
 

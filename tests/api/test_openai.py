@@ -1,5 +1,6 @@
 """OpenAI-style routes, asked by the official client and by TRL's, against a real server."""
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -279,18 +280,36 @@ def test_a_full_house_is_a_rate_limit_with_retry_after(strict):
     with openai.OpenAI(base_url=f"{strict.url}/v1", api_key="none", max_retries=0) as client:
         name = client.models.list().data[0].id
 
-        def ask():
+        def ask(number):
             return client.completions.create(
-                model=name, prompt=list(range(2, 202)), max_tokens=3700, temperature=0
-            )
+                model=name, prompt=list(range(2, 202)), max_tokens=3700, temperature=0,
+                extra_headers={"x-client-id": f"client {number}"},
+            )  # fmt: skip
 
         with ThreadPoolExecutor(2) as threads:
-            slow = [threads.submit(ask) for _ in range(2)]
+            slow = [threads.submit(ask, number) for number in range(2)]
             while metric(strict.url, "teacher_queued_tokens") < 7800:
                 assert not any(call.done() for call in slow)
             with pytest.raises(openai.RateLimitError, match="7800 tokens are queued") as caught:
-                ask()
+                ask(3)
             assert caught.value.response.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("route", "asked", "param"),
+    [
+        ("completions", {"prompt": "a\ud800"}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\udfff"}]}, "messages"),
+    ],
+)
+def test_half_a_character_is_refused(teacher, name, route, asked, param):
+    body = json.dumps({"model": name, **asked})  # escapes it, as every encoder of JSON can
+    response = httpx.post(
+        f"{teacher.url}/v1/{route}", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 422, response.text
+    assert response.json()["error"]["param"] == param
+    assert "is half a character" in response.json()["error"]["message"]
 
 
 def trl_client(url):

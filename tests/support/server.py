@@ -8,11 +8,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import uvicorn
+
+from teacher_server.app import TeacherApp
 
 
 def free_port() -> int:
@@ -60,6 +64,25 @@ def running_server(model: Path, *arguments: str) -> Iterator[str]:
         server = start_server(model, *arguments, port=port, log=log)
         with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/ready") as url:
             yield url
+
+
+@contextlib.contextmanager
+def serving(app: TeacherApp) -> Iterator[str]:
+    """URL of an application in this process, on a real socket."""
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(app.api, port=port, http="h11", lifespan="off", log_level="critical",
+                       timeout_graceful_shutdown=1)
+    )  # fmt: skip
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Messages in both media types: one schema, the same values, the same refusals."""
 
 import json
+import sys
 import tracemalloc
 
 import numpy as np
@@ -130,6 +131,36 @@ def test_a_wrong_option_is_refused_with_its_field(media_type, changes, field):
     with pytest.raises(InvalidRequestError) as refusal:
         load({**request(), **changes}, media_type)
     assert refusal.value.field == field
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"top_k": 0}, "top_k: Input should be greater than or equal to 1, not 0"),
+        ({"temperature": -0.5}, "temperature: Input should be greater than 0, not -0.5"),
+        ({"logprob_dtype": "x" * 999}, "'float32' or 'float16', not '" + "x" * 59),
+        ({"sequences": {"a": 1}}, "sequences: Input should be a valid list, not a value of type"),
+        ({"extra": None}, "extra: Extra inputs are not permitted, not None"),
+    ],
+)
+def test_a_refusal_names_field_limit_and_value(media_type, changes, told):
+    with pytest.raises(InvalidRequestError) as refusal:
+        load({**request(), **changes}, media_type)
+    assert told in refusal.value.detail
+    assert len(refusal.value.detail) < 200
+
+
+@pytest.mark.parametrize(
+    ("media_type", "body", "limit"),
+    [
+        (wire.JSON_MEDIA_TYPE, b'{"a":' * 100_000, sys.getrecursionlimit()),
+        (wire.MSGPACK_MEDIA_TYPE, b"\x81\xa1a" * 100_000, 1024),
+    ],
+)
+def test_deep_nesting_is_refused_with_the_limit(media_type, body, limit):
+    with pytest.raises(MalformedRequestError, match=f"nested deeper than {limit} levels"):
+        wire.load(ScoreRequest, body, media_type, max_bytes=len(body))
 
 
 @BOTH

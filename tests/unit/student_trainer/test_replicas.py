@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -222,3 +223,13 @@ def test_retry_after_is_a_number_of_seconds_or_a_date():
     assert 50 < _seconds(later) <= 60
     assert _seconds("2.5") == 2.5
     assert _seconds("soon") is None
+
+
+def test_the_clients_of_one_process_are_one_to_the_teacher_and_no_others(pair):
+    """A server without keys shares itself among clients, which may have one address."""
+    names = []
+    for _ in range(2):
+        with connected(pair[0]) as client:
+            names.append(client._replicas._http.headers["X-Client-Id"])
+    assert names[0] == names[1]
+    assert names[0].endswith(f"-{os.getpid()}")

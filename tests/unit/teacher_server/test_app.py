@@ -8,76 +8,15 @@ import numpy as np
 import pytest
 
 from shared import codec, wire
-from shared.errors import InternalError
 from shared.protocol import (
-    Capabilities,
-    Completion,
     Problem,
     ScoreResponse,
-    TeacherIdentity,
-    TokenizerIdentity,
 )
-from shared.sparse import SparseLogprobs
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ApiKeys
-from teacher_server.backends.base import BackendFacts
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
-
-
-class Engine:
-    """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it.
-
-    One that begins with 97 is never done; a completion of 96 is, when ``release`` is set.
-    """
-
-    alive = True
-    cancelled = 0
-
-    def __init__(self):
-        self.release = asyncio.Event()
-
-    facts = BackendFacts(
-        teacher=TeacherIdentity(model="m", fingerprint="f", dtype="d", backend="b", version="v"),
-        tokenizer=TokenizerIdentity(
-            fingerprint="t", vocab_size=100, special_token_ids={}, chat_template=None
-        ),
-        vocab_size=100,
-        max_model_len=64,
-        eos_token_ids=(1,),
-        capabilities=Capabilities(temperature=True, requested_token_ids=True, generate=True),
-    )
-
-    async def score(self, job):
-        if job.token_ids[0] == 99:
-            raise InternalError("not finite")
-        if job.token_ids[0] == 98:
-            raise ZeroDivisionError("secret of the house")
-        if job.token_ids[0] == 97:
-            await asyncio.Event().wait()
-        rows, k = job.rows, job.top_k
-        return SparseLogprobs(
-            token_ids=np.zeros((rows, k), np.uint32),
-            logprobs=np.zeros((rows, k), np.float32),
-            next_token_logprob=np.zeros(rows, np.float32),
-            tail_logprob=np.full(rows, -np.inf, np.float32),
-        )
-
-    async def generate(self, job):
-        if job.prompt[0] == 99:
-            raise InternalError("not finite")
-        try:
-            if job.prompt[0] in (96, 97, 98):
-                await (self.release if job.prompt[0] != 97 else asyncio.Event()).wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        if job.prompt[0] == 98:
-            raise ZeroDivisionError("secret of the house")
-        return Completion(token_ids=np.array([job.key[2], 1], np.uint32), finish_reason="stop")
-
-    async def close(self):
-        pass
+from tests.support.engine import Engine
 
 
 @pytest.fixture
@@ -254,7 +193,7 @@ def test_a_request_sent_again_while_it_is_computed_is_not_computed_beside_itself
 
 
 def test_a_full_queue_says_when_to_come_back(app):
-    with app.admission.admit(198, 1):
+    with app.admission.admit("another", 198, 1):
         response = call(app, "POST", "/v1/score", json=body(1))
     assert "limit is 200" in problem(response, 429).detail
     assert int(response.headers["retry-after"]) >= 1
@@ -344,7 +283,7 @@ def test_a_streamed_request_that_fails_at_once_is_an_ordinary_refusal(app):
     assert problem(response, 500).field == "prompts.1"
     problem(call(app, "POST", "/v1/generate", json={"prompts": [[97]], **asked}), 504)
     problem(call(app, "POST", "/v1/generate", json={"prompts": [[100]], **asked}), 422)
-    with app.admission.admit(198, 1):
+    with app.admission.admit("another", 198, 1):
         problem(call(app, "POST", "/v1/generate", json={"prompts": [[5]], **asked}), 429)
 
 
@@ -512,3 +451,54 @@ def test_refused_callers_are_counted_and_keys_are_not_in_the_metrics(locked):
     assert 'teacher_rejected_total{reason="unauthorized"} 1.0' in shown
     assert KEY not in shown
     assert "x" * 32 not in shown
+
+
+def clients_of(app, *headers):
+    """Whom the jobs of requests with these headers are counted to."""
+    seen, score = [], app.backend.score
+
+    async def scored(job):
+        seen.append(job.client)
+        return await score(job)
+
+    app.backend.score = scored
+    for some in headers:
+        assert call(app, "POST", "/v1/score", json=body(1), headers=some).status_code == 200
+    return seen
+
+
+def test_without_keys_a_client_is_an_address_and_the_name_it_gives_itself(app):
+    named = [{"x-client-id": name} for name in ("a", "b", "b", "x" * 64, "x" * 99)]
+    unnamed, a, b, again, long, longer = clients_of(app, {}, *named)
+    assert unnamed.strip() == "127.0.0.1"
+    assert len({unnamed, a, b, long}) == 4
+    assert (again, longer) == (b, long)
+
+
+def test_with_keys_a_client_is_its_key_whatever_it_calls_itself(app):
+    other = "o" * 32
+    app.keys = ApiKeys([KEY, other])
+    headers = [
+        {"authorization": f"Bearer {key}", "x-client-id": name}
+        for key, name in ((KEY, "a"), (KEY, "b"), (other, "a"))
+    ]
+    first, same, another = clients_of(app, *headers)
+    assert first == same != another
+    assert KEY not in first
+
+
+def test_an_answer_too_large_for_json_is_refused_and_fine_in_msgpack(app, monkeypatch):
+    monkeypatch.setattr("teacher_server.app._MAX_JSON_ARRAYS", 47)  # two rows of k = 2 take 48
+    refused = problem(call(app, "POST", "/v1/score", json=body(1)), 422)
+    assert refused.field == "sequences"
+    assert "48 bytes of arrays; the limit in JSON is 47" in refused.detail
+    accept = {"accept": wire.MSGPACK_MEDIA_TYPE}
+    assert call(app, "POST", "/v1/score", json=body(1), headers=accept).status_code == 200
+    prompt = {"prompts": [[5]], "max_new_tokens": 3, "top_k": 1}
+    assert "60 bytes" in problem(call(app, "POST", "/v1/generate", json=prompt), 422).detail
+
+
+def test_a_dead_engine_is_not_alive(app):
+    assert call(app, "GET", "/health").status_code == 200
+    app.backend.alive = False
+    assert "restart the server" in problem(call(app, "GET", "/health"), 503).detail

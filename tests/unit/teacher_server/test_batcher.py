@@ -20,6 +20,7 @@ from teacher_server.batcher import Batcher
 class Job:
     number: int
     tokens: int
+    client: str = ""
 
 
 class Model:
@@ -93,6 +94,54 @@ def test_every_batch_takes_the_job_that_waited_longest(lengths):
     for batch in model.batches:
         assert batch[0] == left[0]
         left = [number for number in left if number not in batch]
+
+
+def test_a_flood_does_not_starve_another_client():
+    """Both get every other batch while both wait, however late the second one comes."""
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        flood = [asyncio.create_task(batcher.submit(Job(n, 24, "flood"))) for n in range(1000)]
+        await entered(model)
+        few = [  # of lengths that are nearer to the other client's than to one another
+            asyncio.create_task(batcher.submit(Job(1000 + n, 25 - 2 * n, "few"))) for n in range(12)
+        ]
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(*few, *flood)
+
+    serve(work, model)
+    last = max(i for i, batch in enumerate(model.batches) if max(batch) >= 1000)
+    # Before it the batch that ran, two or three of its own, and one of the other client's.
+    assert last <= 4
+
+
+def test_a_client_is_not_made_to_wait_for_what_it_has_dropped():
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        running = asyncio.create_task(batcher.submit(Job(0, 100, "other")))
+        await entered(model)
+        dropped = [asyncio.create_task(batcher.submit(Job(n, 100, "a"))) for n in range(1, 50)]
+        await asyncio.sleep(0.01)
+        for task in dropped:
+            task.cancel()
+        model.gate.set()
+        await running
+        model.gate.clear()
+        model.entered.clear()
+        blocker = asyncio.create_task(batcher.submit(Job(50, 100, "other")))
+        await entered(model)
+        rest = [batcher.submit(Job(n, 100, "other")) for n in range(51, 55)]
+        waits = asyncio.gather(*rest, batcher.submit(Job(99, 100, "a")))
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(blocker, waits)
+
+    serve(work, model)
+    assert [99] in model.batches[:4]
 
 
 def test_jobs_of_similar_length_share_a_batch():

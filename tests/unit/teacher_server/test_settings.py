@@ -36,6 +36,8 @@ def test_the_defaults_are_consistent(folder):
         ({"request_timeout": float("nan")}, "--request-timeout nan must be above 0"),
         ({"drain_timeout": float("inf")}, "--drain-timeout inf must be above 0 and finite"),
         ({"max_request_bytes": 0}, "--max-request-bytes 0 must be above 0"),
+        ({"max_held_mib": 575}, "--max-held-mib 575 must be at least 576"),
+        ({"max_request_bytes": 1 << 31}, "--max-held-mib 2048 must be at least 2560"),
         (
             {"max_request_tokens": 11, "max_queued_tokens": 10},
             "--max-request-tokens 11 is over --max-queued-tokens 10",
