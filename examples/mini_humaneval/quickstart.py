@@ -230,7 +230,7 @@ class Quickstart:
                 f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
                 f"sequences. Seed {self.seed}, "
                 f"{total:.0f} s in all.",
-                table=Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1),
+                tables={"": Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1)},
                 charts=[
                     # Two quantities: one scale would invite a comparison that means nothing.
                     Chart("SFT: cross-entropy", "nats per token", {"SFT": _points(sft, "loss")}),
