@@ -1,6 +1,6 @@
 """A few held-out samples token by token, for `student-trainer report`.
 
-Each evaluation writes ``held_out_samples.json`` into the output folder: the first samples, of each
+Each evaluation writes ``_held_out_samples.json`` into the output folder: the first samples, of each
 the first tokens, how far teacher and student are apart at each, and the few most probable tokens of
 both. The first and the latest evaluation are kept, so that the file stays small.
 """

@@ -163,8 +163,15 @@ def _chart(chart: Chart) -> str:
         f"<figure><figcaption>{escape(chart.title)}</figcaption>"
         f"<svg viewBox='0 0 {width} {height}' role=img "
         f'aria-label="{escape(chart.title)}">{drawn}</svg>'
-        f"{_legend({n: i for i, (n, line) in enumerate(chart.series.items()) if line})}</figure>"
+        f"{_chart_legend(chart)}</figure>"
     )
+
+
+def _chart_legend(chart: Chart) -> str:
+    """None where there is one line that nobody can take for another."""
+    if len(chart.series) == 1:
+        return ""
+    return _legend({name: i for i, (name, line) in enumerate(chart.series.items()) if line})
 
 
 def _legend(numbers: Mapping[str, int]) -> str:

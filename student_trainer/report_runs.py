@@ -42,6 +42,7 @@ _CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     ("Completions cut at the limit", "share", {"cut": "truncated"}),
     ("Same most probable token", "share of tokens", {"agreement": "top1_agreement"}),
 )
+_AUTHORS = {"dataset": "Reference", "teacher": "Teacher's"}
 _SAMPLES = 6
 
 
@@ -228,20 +229,20 @@ def _shaded(runs: Sequence[TrainingRun]) -> list[SideBySide]:
             text = "".join(sample["tokens"])
             shaded, completions = {}, {}
             for evaluation in sample["evaluations"]:
-                name = f"step {evaluation['step']}"
+                when = f"step {evaluation['step']}"
                 if len(runs) > 1:
-                    name = f"{run.name}, {name}"
-                shaded[name] = _tokens(sample, evaluation)
+                    when = f"{run.name}, {when}"
+                shaded[f"{_AUTHORS[sample['source']]} at {when}"] = _tokens(sample, evaluation)
                 if "completion" in evaluation:
-                    completions[f"{name}: own completion"] = (
+                    completions[f"Student's own at {when}"] = (
                         evaluation["completion"],
                         evaluation["passed"],
                     )
             key = sample["prompt"], text
-            earlier = cards.get(key, SideBySide(sample["prompt"], text, {}))
+            earlier = cards.get(key, SideBySide(sample["prompt"], "", {}))
             cards[key] = SideBySide(
                 sample["prompt"],
-                text,
+                "",  # it stands in the shaded text
                 {**earlier.completions, **completions},
                 {**earlier.shaded, **shaded},
             )

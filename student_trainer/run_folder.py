@@ -13,7 +13,8 @@ from shared.errors import ConfigurationError, DatasetError
 
 Point = tuple[float, float]
 
-HELD_OUT_FILE = "held_out_samples.json"  # see `held_out`
+# See `held_out`. With an underscore, transformers' Trainer keeps it off the Hub: it quotes data.
+HELD_OUT_FILE = "_held_out_samples.json"
 
 # What a step's seconds go into, as they are logged, and how it is called.
 _PARTS = {

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from student_trainer.loading import (
     load_student,
     load_tokenizer,
 )
+from student_trainer.model_card import model_card
 from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
@@ -79,7 +81,7 @@ def sft(argv: Sequence[str]) -> None:
     check_recipe(recipe, args)
     rows = read_rows(recipe)
     prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
-    _train(recipe, prepared, args, teacher=None, distill=None)
+    _train(recipe, prepared, args, teacher=None, distill=None, flags=(*parts, args))
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -101,7 +103,8 @@ def distill(argv: Sequence[str]) -> None:
         prepared = prepare(
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
         )
-        _train(recipe, prepared, args, teacher=client, distill=args)
+        flags = (*parts, teacher, args)
+        _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
 
 
 def open_teacher(
@@ -178,6 +181,7 @@ def _train(
     *,
     teacher: Teacher | None,
     distill: DistillArguments | None,
+    flags: Sequence[Any],
 ) -> None:
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
@@ -212,6 +216,12 @@ def _train(
             staleness=0 if distill is None else distill.rollout_staleness,
             prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
             trace_steps=traced_steps(args),
+            card=partial(
+                model_card,
+                arguments=flags,
+                teacher=None if teacher is None else teacher.info.teacher,
+                rows=len(train),
+            ),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
@@ -225,6 +235,7 @@ def _train(
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     # Together: a process that ends while the others' group still runs is aborted now and then.

@@ -8,7 +8,7 @@ runs through it too, as forward KL to the data's one-hot distribution.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class DistillationTrainer(Trainer):
         packing: whether a micro-batch is one row of sequences instead of padded ones.
         rollout_temperature: of the student's sampling.
         staleness, prefetch_steps: see `Pipeline`.
+        card: README.md's text, by the model's name and what was logged; None for the Trainer's.
         trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
             folder; on the main process alone.
         vllm: writes the student's completions in its place.
@@ -94,6 +95,7 @@ class DistillationTrainer(Trainer):
         packing: Packing = "auto",
         staleness: int = 0,
         prefetch_steps: int = 0,
+        card: Callable[[str, list[dict[str, Any]]], str] | None = None,
         trace_steps: tuple[int, int] | None = None,
         vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
@@ -108,6 +110,7 @@ class DistillationTrainer(Trainer):
         self.kernel: Kernel = kernel
         self.teacher = teacher
         self.vocab_size = vocab_size
+        self._card = card
         self.max_tokens_per_batch = max_tokens_per_batch
         with self.accelerator.autocast():  # flash attention takes half precision only
             self.packed = decide_packing(model, packing)
@@ -315,6 +318,15 @@ class DistillationTrainer(Trainer):
         """The examples of each of the step's micro-batches."""
         rows: Any = self.train_dataset
         return [[rows[i] for i in numbers] for numbers in self.order.micro_batches(step)]
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """README.md in the output folder; `push_to_hub` calls it too."""
+        if self._card is None:
+            super().create_model_card(model_name=model_name, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(self.args.output_dir or "")
+            text = self._card(model_name or folder.resolve().name, self.state.log_history)
+            (folder / "README.md").write_text(text, encoding="utf-8")
 
     # Checkpoints keep what was begun ahead, beside the random state: both are a rank's own.
 

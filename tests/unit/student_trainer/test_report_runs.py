@@ -34,7 +34,7 @@ def shown_samples(folder, divergence):
     ]  # fmt: skip
     sample = {"name": "rows:1", "prompt": "what?", "source": "dataset", "tokens": ["a b", "<c>"],
               "evaluations": evaluations}  # fmt: skip
-    (folder / "held_out_samples.json").write_text(json.dumps({"beta": 0.5, "samples": [sample]}))
+    (folder / "_held_out_samples.json").write_text(json.dumps({"beta": 0.5, "samples": [sample]}))
 
 
 def evaluation_run(folder, model, *, score, passed=True):
