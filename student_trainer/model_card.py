@@ -26,9 +26,9 @@ _UNTOLD = {
     "teacher_cache_max_gb", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
     "hub_always_push", "hub_revision", "push_to_hub", "resume_from_checkpoint", "run_name",
     "report_to", "dataloader_pin_memory", "project", "trackio_space_id", "use_cpu",
-    "disable_tqdm", "local_rank", "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config", "trace_steps",
-    "remove_unused_columns", "logging_first_step", "logging_steps", "logging_strategy",
-    "save_steps", "save_strategy", "save_total_limit", "log_level", "log_level_replica",
+    "disable_tqdm", "local_rank", "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config",
+    "trace_steps", "remove_unused_columns", "logging_first_step", "logging_steps",
+    "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level", "log_level_replica",
 }  # fmt: skip
 _NUMBERS = {
     "loss": "training loss",
