@@ -28,7 +28,8 @@ _UNTOLD = {
     "report_to", "dataloader_pin_memory", "project", "trackio_space_id", "use_cpu",
     "disable_tqdm", "local_rank", "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config",
     "trace_steps", "remove_unused_columns", "logging_first_step", "logging_steps",
-    "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level", "log_level_replica",
+    "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level",
+    "log_level_replica",
 }  # fmt: skip
 _NUMBERS = {
     "loss": "training loss",

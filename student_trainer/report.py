@@ -219,7 +219,7 @@ def _key(scale: float) -> str:
     if not scale:
         return ""
     return (
-        "<p class=key>Divergence of student and teacher at each token: 0 <i></i> "
+        "<p class=key>The run's divergence of student and teacher at each token: 0 <i></i> "
         f"{scale:.2g} nats or more. Point at a token, or tap it, for both distributions.</p>"
     )
 
@@ -232,7 +232,7 @@ def _side_by_side(sample: SideBySide, scale: float) -> str:
         mean = sum(t.divergence for t in tokens) / max(len(tokens), 1)
         body = "".join(_token(token, scale) for token in tokens)
         cells += (
-            f"<div><h3>{escape(name)} <em>{mean:.3f} nats a token</em></h3>"
+            f"<div><h3>{escape(name)} <small>{mean:.3f} nats a token</small></h3>"
             f"<pre class=tokens>{body}</pre></div>"
         )
     for name, (text, right) in sample.completions.items():
@@ -317,8 +317,6 @@ font-size:.85rem;color:var(--soft)}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 .legend .dashed{clip-path:polygon(0 0,35% 0,35% 100%,65% 100%,65% 0,100% 0,100% 100%,0 100%)}
 .run small{display:block;color:var(--soft)}
-@media(max-width:600px){th,td{padding:6px 8px}.run{grid-template-columns:1fr}
-.run .legend{grid-column:1}h2{margin-top:28px}.range{min-width:90px}}
 .run{display:grid;grid-template-columns:minmax(90px,160px) 1fr;gap:2px 12px;align-items:center;
 margin-bottom:10px}
 .run .legend{grid-column:2;margin:2px 0 8px}
@@ -328,7 +326,7 @@ article{border:1px solid var(--rule);border-radius:8px;padding:12px;margin-botto
 article p{margin:0 0 10px;font-weight:600;white-space:pre-wrap}
 .cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(290px,100%),1fr));gap:12px}
 h3{font-size:.9rem;margin:0 0 4px;color:var(--soft)}
-h3 em{font-style:normal;font-weight:700}
+h3 em{font-style:normal;margin-left:.4em}h3 small{font-weight:400}
 .passes em{color:var(--good)}.fails em{color:var(--bad)}
 pre{margin:0;padding:10px;background:var(--panel);border-radius:6px;white-space:pre-wrap;
 overflow-wrap:anywhere;font:13px/1.45 ui-monospace,"SF Mono",Consolas,monospace}
@@ -353,4 +351,6 @@ background:linear-gradient(var(--bar),var(--bar)) left/var(--p,0%) 100% no-repea
 .tokens .t{--bar:rgb(var(--teacher)/.45)}.tokens .s{--bar:rgb(var(--student)/.45)}
 .tokens .t:before{content:"teacher ";color:var(--soft)}
 .tokens .s:before{content:"student ";color:var(--soft)}
+@media(max-width:600px){th,td{padding:6px 8px}.run{grid-template-columns:1fr}
+.run .legend{grid-column:1}h2{margin-top:28px}.range{min-width:90px}}
 """
