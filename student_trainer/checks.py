@@ -28,6 +28,7 @@ from student_trainer.config import (
     traced_steps,
     uses_deepspeed,
 )
+from student_trainer.evaluation.suites import HUB
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -327,9 +328,13 @@ def check_evaluate(
     """Raises `ConfigurationError` for an evaluation that cannot run."""
     check_model(model)
     check_generation(generation)
-    _require(
-        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
-    )
+    if args.suite not in HUB:
+        _require(
+            dataset.dataset_name,
+            "--dataset_name",
+            "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, which "
+            "come from the Hub",
+        )
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):
         raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")

@@ -281,7 +281,9 @@ class EvaluateArguments:
     """Score a model on rows that carry a checker."""
 
     suite: Literal["auto", "humaneval", "gsm8k", "rows"] = _flag(
-        "auto", "Published file format, or rows with a checker; auto tells from the fields."
+        "auto",
+        "What --dataset_name holds: a file as published, or rows with a checker; auto tells from "
+        "the fields. humaneval and gsm8k come from the Hub where no --dataset_name is given.",
     )
     temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
     n: int = _flag(1, "Completions for each problem.")

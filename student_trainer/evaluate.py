@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
     DataArguments,
+    DatasetArguments,
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
@@ -26,7 +29,8 @@ from student_trainer.config import (
 from student_trainer.data import load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
-from student_trainer.evaluation.suites import Problem, problems_of
+from student_trainer.evaluation.suites import HUB, Problem, problems_of
+from student_trainer.evaluation.unfinished import Unfinished
 from student_trainer.loading import (
     context_length,
     load_config,
@@ -43,7 +47,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     """Generate for every problem, check the completions, print and save the scores.
 
     Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
-    into ``--output_dir``.
+    into ``--output_dir``. Interrupted, the same command goes on with what it had generated.
     """
     model_arguments, dataset, generation, args = parse(
         argv,
@@ -52,13 +56,16 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
     check_evaluate(model_arguments, dataset, generation, args)
-    rows = load_rows(
-        dataset.dataset_name, config=dataset.dataset_config, split=dataset.dataset_split
-    )
+    name, config, split = where_from(dataset, args.suite)
+    rows = load_rows(name, config=config, split=split)
     problems = problems_of(rows, args.suite)[: args.limit]
     requests = _requests(problems, model_arguments, generation, args)
+    folder = _make_folder(args)
     since = time.perf_counter()
-    completions = _generate(requests, model_arguments, generation, args)
+    of = _told(problems, model_arguments, generation, args)
+    with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
+        _generate(requests, model_arguments, generation, args, unfinished)
+    completions = [unfinished.texts[number] for number in range(len(requests))]
     results = check_completions(
         [problem.checker for problem in problems for _ in range(args.n)],
         completions,
@@ -67,7 +74,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     )
     summary = {
         "model": model_arguments.model_name_or_path,
-        "dataset": dataset.dataset_name,
+        "dataset": name,
         "problems": len(problems),
         "n": args.n,
         "temperature": args.temperature,
@@ -76,9 +83,43 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         **scores(results, args.n),
         "seconds": round(time.perf_counter() - since, 2),
     }
-    _write(Path(args.output_dir), summary, problems, completions, results, args.n)
+    _write(folder, summary, problems, completions, results, args.n)
+    unfinished.finish()
     sys.stdout.write(json.dumps(summary) + "\n")
     return summary
+
+
+def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split: what the flags say, or where the suite is on the Hub."""
+    if dataset.dataset_name:
+        return dataset.dataset_name, dataset.dataset_config, dataset.dataset_split
+    return HUB[suite]
+
+
+def _make_folder(args: EvaluateArguments) -> Path:
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror}") from error
+    return folder
+
+
+def _told(
+    problems: Sequence[Problem],
+    model: ModelArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> dict[str, Any]:
+    """All that a completion depends on; a folder's weights by their files' sizes and times."""
+    files = sorted(Path(model.model_name_or_path).glob("*.*"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    rows = json.dumps([(problem.task_id, problem.row) for problem in problems])
+    return {
+        "model": [*asdict(model).values(), *map(list, stats)],
+        "problems": hashlib.sha256(rows.encode()).hexdigest(),
+        "sampling": [args.n, args.temperature, args.seed, generation.max_new_tokens],
+    }
 
 
 def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
@@ -131,7 +172,16 @@ def _generate(
     model_arguments: ModelArguments,
     generation: GenerationArguments,
     args: EvaluateArguments,
-) -> list[str]:
+    unfinished: Unfinished,
+) -> None:
+    """Fill in what is missing."""
+    missing = [number for number in range(len(requests)) if number not in unfinished.texts]
+    if not missing:
+        return
+    if unfinished.texts:
+        logger.warning(
+            "%d of %d completions are there already", len(unfinished.texts), len(requests)
+        )
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,13 +195,12 @@ def _generate(
         batch_size=generation.generation_batch_size or 32,
         vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
     )
-    texts = [""] * len(requests)
-    with tqdm(total=len(requests), desc="Generating", leave=False) as bar:
-        for group in engine.generate(requests):
+    with tqdm(total=len(missing), desc="Generating", leave=False) as bar:
+        for group in engine.generate([requests[number] for number in missing]):
             for index, rollout in group:
-                texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                text = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                unfinished.add(missing[index], text)
             bar.update(len(group))
-    return texts
 
 
 def _write(
@@ -162,10 +211,6 @@ def _write(
     results: Sequence[CheckResult],
     n: int,
 ) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output_dir {folder}: {error.strerror}") from error
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_samples(
         folder / "samples.jsonl",
@@ -175,7 +220,15 @@ def _write(
                 "completion": completion,
                 "passed": result.passed,
                 "result": result.detail or "passed",
+                # For eyes; the first completion of each problem has it, the others share it.
+                **(_described(problems[i // n]) if i % n == 0 else {}),
             }
             for i, (completion, result) in enumerate(zip(completions, results, strict=True))
         ),
     )
+
+
+def _described(problem: Problem) -> dict[str, str]:
+    row = problem.row
+    prompt = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
+    return {"prompt": str(prompt), "reference": problem.reference}

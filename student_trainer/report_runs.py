@@ -271,8 +271,8 @@ def _completions(evaluations: Sequence[Evaluation]) -> list[SideBySide]:
 
     return [
         SideBySide(
-            prompt=task,
-            reference="",
+            prompt=evaluations[0].samples[task].get("prompt", task),
+            reference=evaluations[0].samples[task].get("reference", ""),
             completions={
                 e.name: (e.samples[task]["completion"], e.samples[task]["passed"])
                 for e in evaluations
