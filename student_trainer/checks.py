@@ -323,11 +323,20 @@ def check_evaluate(
     model: ModelArguments,
     dataset: DatasetArguments,
     generation: GenerationArguments,
+    teacher: TeacherArguments,
     args: EvaluateArguments,
 ) -> None:
     """Raises `ConfigurationError` for an evaluation that cannot run."""
     check_model(model)
     check_generation(generation)
+    if not 0.0 <= args.beta <= 1.0:
+        raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
+    if teacher.teacher_url:
+        check_teacher(teacher)
+    elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
+        raise ConfigurationError(
+            "a teacher's flags and --beta have no effect without --teacher_url"
+        )
     if args.suite not in HUB:
         _require(
             dataset.dataset_name,

@@ -290,6 +290,11 @@ class EvaluateArguments:
     seed: int = _flag(42, "Seed of the sampling.")
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
+    beta: float = _flag(
+        0.0,
+        "Of the divergence to --teacher_url on the references: 0 forward KL, 1 reverse KL, between "
+        "them generalized JSD.",
+    )
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
 
 
@@ -316,7 +321,13 @@ _RECIPE = (
 COMMANDS: dict[str, tuple[type[Any], ...]] = {
     "sft": (*_RECIPE, SFTArguments),
     "distill": (*_RECIPE, TeacherArguments, DistillArguments),
-    "evaluate": (ModelArguments, DatasetArguments, GenerationArguments, EvaluateArguments),
+    "evaluate": (
+        ModelArguments,
+        DatasetArguments,
+        GenerationArguments,
+        TeacherArguments,
+        EvaluateArguments,
+    ),
     "merge": (MergeArguments,),
 }
 

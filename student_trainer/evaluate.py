@@ -16,6 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
+from shared.sparse import SparseLogprobs
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
@@ -24,9 +25,10 @@ from student_trainer.config import (
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
+    TeacherArguments,
     parse,
 )
-from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.data import Sample, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.suites import HUB, Problem, problems_of
@@ -38,7 +40,9 @@ from student_trainer.loading import (
     load_stop_ids,
     load_tokenizer,
 )
+from student_trainer.references import measure
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.train import check_vocabulary, open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +53,26 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
     into ``--output_dir``. Interrupted, the same command goes on with what it had generated.
     """
-    model_arguments, dataset, generation, args = parse(
+    model_arguments, dataset, generation, teacher, args = parse(
         argv,
         *COMMANDS["evaluate"],
         prog="student-trainer evaluate",
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
-    check_evaluate(model_arguments, dataset, generation, args)
+    check_evaluate(model_arguments, dataset, generation, teacher, args)
     name, config, split = where_from(dataset, args.suite)
     rows = load_rows(name, config=config, split=split)
     problems = problems_of(rows, args.suite)[: args.limit]
     requests = _requests(problems, model_arguments, generation, args)
     folder = _make_folder(args)
     since = time.perf_counter()
+    references = _references(problems, model_arguments)
+    scored = _scored(references, model_arguments, teacher) if teacher.teacher_url else None
+    model = load_model(model_arguments)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     of = _told(problems, model_arguments, generation, args)
     with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
-        _generate(requests, model_arguments, generation, args, unfinished)
+        _generate(model, requests, model_arguments, generation, args, unfinished)
     completions = [unfinished.texts[number] for number in range(len(requests))]
     results = check_completions(
         [problem.checker for problem in problems for _ in range(args.n)],
@@ -81,6 +89,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         "seed": args.seed,
         "max_new_tokens": generation.max_new_tokens,
         **scores(results, args.n),
+        **_measured(model, references, scored, args, model_arguments),
         "seconds": round(time.perf_counter() - since, 2),
     }
     _write(folder, summary, problems, completions, results, args.n)
@@ -167,7 +176,63 @@ def _requests(
     ]
 
 
+def _references(problems: Sequence[Problem], model: ModelArguments) -> list[Sample]:
+    """The right answers as samples; those that are too long are cut at the model's context."""
+    rows = []
+    for problem in problems:
+        if problem.reference and "prompt" in problem.row:
+            rows.append((problem.task_id, {**problem.row, "completion": problem.reference}))
+        elif problem.reference:
+            turn = {"role": "assistant", "content": problem.reference}
+            rows.append((problem.task_id, {"messages": [*problem.row["messages"], turn]}))
+    tokenizer = load_tokenizer(model)
+    examples = tokenize_rows(
+        rows,
+        tokenizer,
+        load_stop_ids(model, tokenizer),
+        DataArguments(),
+        max_length=context_length(load_config(model)),
+    )
+    return [example.sample for example in examples if example.sample is not None]
+
+
+def _scored(
+    references: Sequence[Sample], model: ModelArguments, teacher: TeacherArguments
+) -> tuple[list[SparseLogprobs], int]:
+    """What the teacher says of the references, and its vocabulary.
+
+    Raises:
+        ConfigurationError: there is none to score.
+        TokenizerMismatchError: its token ids mean other tokens.
+    """
+    if not references:
+        raise ConfigurationError(
+            "--teacher_url: these rows have no reference to compare the model with its teacher on"
+        )
+    with open_teacher(teacher, model) as client:
+        info = client.connect()
+        rows = int(load_config(model).get_text_config().vocab_size)
+        check_vocabulary(load_tokenizer(model), rows, info)
+        asked = [(sample.token_ids, sample.completion_start) for sample in references]
+        return client.score(asked, top_k=teacher.top_k_logprobs), info.vocab_size
+
+
+def _measured(
+    model: Any,
+    references: Sequence[Sample],
+    scored: tuple[list[SparseLogprobs], int] | None,
+    args: EvaluateArguments,
+    model_arguments: ModelArguments,
+) -> dict[str, float]:
+    if not references:
+        return {}
+    rows = int(load_config(model_arguments).get_text_config().vocab_size)
+    found, vocab_size = (None, rows) if scored is None else scored
+    return measure(model, references, found, beta=args.beta, vocab_size=min(rows, vocab_size))
+
+
 def _generate(
+    model: Any,
     requests: Sequence[RolloutRequest],
     model_arguments: ModelArguments,
     generation: GenerationArguments,
@@ -183,8 +248,6 @@ def _generate(
             "%d of %d completions are there already", len(unfinished.texts), len(requests)
         )
     tokenizer = load_tokenizer(model_arguments)
-    model = load_model(model_arguments)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = load_stop_ids(model_arguments, tokenizer)
     engine = TransformersRollouts(
         model,

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import evaluate as evaluate_module
 from student_trainer.cli import main
@@ -121,3 +123,30 @@ def test_suites_without_a_file_come_from_the_hub(model, tmp_path, capsys):
     assert where_from(given, "gsm8k") == ("rows.jsonl", None, "train")
     assert main(["evaluate", f"--model_name_or_path={model}", f"--output_dir={tmp_path}"]) == 2
     assert "--dataset_name is missing" in capsys.readouterr().err
+
+
+def test_perplexity_is_that_of_the_references(model, rows, tmp_path):
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = torch.tensor(tokenizer([f"{c}x<|end|>" for c in "abcde"])["input_ids"])  # [5, 3]
+    labels = prompts.clone()
+    labels[:, 0] = -100
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        expected = float(plain(input_ids=prompts, labels=labels).loss.exp())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k_logprobs": 8}, "no effect without --teacher_url"),
+        ({"beta": 0.5}, "no effect without --teacher_url"),
+        ({"beta": 2, "teacher_url": "http://host:1"}, "--beta 2.0 must be from 0 to 1"),
+        ({"teacher_url": "host"}, "must look like http://host:8000"),
+    ],
+)
+def test_flags_of_a_teacher_are_checked(model, rows, tmp_path, capsys, options, message):
+    assert main(words(model, rows, tmp_path / "out", **options)) == 2
+    assert message in capsys.readouterr().err
