@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import io
 import json
 import os
-import pickle
 import resource
 import select
 import signal
@@ -25,8 +23,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
-_HOLDS = (list, tuple, set, frozenset)
 # Audit events of what reaches out of the interpreter, by their beginnings.
 _FORBIDDEN = (
     "socket.", "subprocess.", "shutil.", "ctypes.", "pty.", "fcntl.", "ftplib.", "smtplib.",
@@ -258,42 +254,38 @@ def _forbid(report: Callable[[str], object]) -> None:
     sys.addaudithook(hook)
 
 
-# The pipe between the two processes: 8 bytes of length, then a message. What the tests send is
-# trusted, what the program sends is plain data.
-
+# The pipe between the two processes: 8 bytes of length, then JSON.
 
 _LENGTH = struct.Struct("=Q")
 
 
 def _send(
     end: int,
-    message: object,
+    body: bytes,
     # Bound here, out of the program's reach.
-    dumps: Any = pickle.dumps,
     write: Any = os.write,
     pack: Any = _LENGTH.pack,
     size: Any = len,
 ) -> None:
-    body = dumps(message)
     data = memoryview(pack(size(body)) + body)
     while data:
         data = data[write(end, data) :]
 
 
-def _receive(end: int, unpickler: type[pickle.Unpickler]) -> Any:
+def _receive(end: int) -> Any:
     """The next message, or None when the other side is gone.
 
     Raises:
-        UnpicklingError and others: that was none.
+        ValueError: that was none.
     """
     head = _read(end, 8)
     if head is None:
         return None
     (size,) = _LENGTH.unpack(head)
     if size > 1 << 32:  # would be waited for
-        raise pickle.UnpicklingError("this is no message")
+        raise ValueError("this is no message")
     data = _read(end, size)
-    return None if data is None else unpickler(io.BytesIO(data)).load()
+    return None if data is None else json.loads(data)
 
 
 def _read(end: int, size: int) -> bytes | None:
@@ -306,34 +298,52 @@ def _read(end: int, size: int) -> bytes | None:
     return data
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Of data alone: no class, and so nothing that answers for itself when it is compared."""
-
-    def find_class(self, module: str, name: str) -> type[complex]:
-        if (module, name) == ("builtins", "complex"):
-            return complex
-        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    """The same as plain data: a Counter is the dict that it equals.
+def _encoded(value: Any, depth: int = 0) -> Any:
+    """Plain data as JSON; anything else as the plain data that it equals: a Counter is a dict.
 
     Raises:
         TypeError: there is no such data.
     """
-    if type(value) in _PLAIN:
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < 1 << 53 else {"int": hex(value)}
+    for kind in (float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
     if depth < 50:
-        for kind in _HOLDS:
-            if isinstance(value, kind):
-                return kind([_plain(item, depth + 1) for item in value])
+        if isinstance(value, list):
+            return [_encoded(item, depth + 1) for item in value]
+        for holder in (tuple, set, frozenset):
+            if isinstance(value, holder):
+                return {holder.__name__: [_encoded(item, depth + 1) for item in value]}
         if isinstance(value, dict):
-            return {_plain(k, depth + 1): _plain(v, depth + 1) for k, v in value.items()}
-    base: Any
-    for base in (int, float, complex, str, bytes):
-        if isinstance(value, base):
-            return base(value)
+            pairs = value.items()
+            return {"dict": [[_encoded(k, depth + 1), _encoded(v, depth + 1)] for k, v in pairs]}
     raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def _decoded(value: Any) -> Any:
+    """What was `_encoded`: data of exactly these types, none of which answers for itself."""
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, body),) = value.items()
+    if kind == "int":
+        return int(body, 16)
+    if kind == "bytes":
+        return bytes.fromhex(body)
+    if kind in ("complex", "range"):
+        return {"complex": complex, "range": range}[kind](*body)
+    makers: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
+    return makers[kind](map(_decoded, body))
 
 
 # The program's side.
@@ -341,13 +351,13 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 def _answer_calls(calls: int, answers: int) -> None:
     """Run the program, then its function as often as the tests ask."""
-    request = _receive(calls, pickle.Unpickler)
+    request = _receive(calls)
     if request is None:
         return
     _limit(request["timeout"], request["memory_bytes"])
 
-    def tell(event: str, send: Any = _send) -> None:
-        send(answers, ("forbidden", event))
+    def tell(event: str, send: Any = _send, encode: Any = str.encode) -> None:
+        send(answers, encode('["forbidden", "' + event + '"]'))
 
     _forbid(tell)
     try:
@@ -355,18 +365,22 @@ def _answer_calls(calls: int, answers: int) -> None:
         exec(compile(request["code"], "<program>", "exec"), program)
         function = program[request["entry_point"]]
     except BaseException as error:
-        _send(answers, ("raised", type(error).__name__, str(error)[:300]))
+        _tell(answers, "raised", type(error).__name__, str(error)[:300])
         return
-    _send(answers, ("ready",))
-    while (call := _receive(calls, pickle.Unpickler)) is not None:
-        arguments, options = call
+    _tell(answers, "returned", None, [])
+    while (call := _receive(calls)) is not None:
+        arguments, options = map(_decoded, call)
         try:
             result = function(*arguments, **options)
             changeable = [a if isinstance(a, list | dict | set) else None for a in arguments]
-            said = ("returned", _plain(result), _plain(changeable))
+            said = ("returned", _encoded(result), _encoded(changeable))
         except BaseException as error:
             said = ("raised", type(error).__name__, str(error)[:300])
-        _send(answers, said)
+        _tell(answers, *said)
+
+
+def _tell(end: int, *message: object) -> None:
+    _send(end, json.dumps(message).encode())
 
 
 # The tests' side.
@@ -390,7 +404,8 @@ def _run_tests(request: dict[str, Any], call: int, answer: int, report: int) -> 
         exec(compile(request["test"], "<test>", "exec"), test)
 
         def candidate(*arguments: Any, **options: Any) -> Any:
-            result, after = _ask(call, answer, (arguments, options))
+            asked = [_encoded(arguments), _encoded(options)]
+            result, after = map(_decoded, _ask(call, answer, asked))
             for mine, theirs in zip(arguments, after, strict=True):
                 if isinstance(mine, list):
                     mine[:] = theirs
@@ -416,14 +431,14 @@ def _run_tests(request: dict[str, Any], call: int, answer: int, report: int) -> 
 def _ask(call: int, answer: int, message: object) -> Any:
     """What the program answers; what its function raised is raised here."""
     try:
-        _send(call, message)
-        said = _receive(answer, _PlainUnpickler)
+        _send(call, json.dumps(message).encode())
+        said = _receive(answer)
     except BrokenPipeError:
         said = None
     if said is None:
         raise _Ended("crashed", "the process ended")
     kind, *values = said
-    if kind in ("ready", "returned"):
+    if kind == "returned":
         return values
     if kind == "forbidden":
         raise _Ended("forbidden", values[0])

@@ -1,7 +1,7 @@
 """Running model-written Python without trusting it.
 
 A program runs in one process and its tests in another (`_harness.py`), forked from a clean
-interpreter; arguments cross a pipe pickled, results as plain data. The tests' process gives the
+interpreter; arguments and results cross a pipe as plain data. The tests' process gives the
 verdict, and the program's has nothing to forge it with: no secret, no test, no object they touch.
 `os._exit(0)`, patched builtins or modules, forged output and searched memory prove nothing, and an
 object whose `__eq__` is always true is refused where HumanEval's own harness lets it pass. Lists,

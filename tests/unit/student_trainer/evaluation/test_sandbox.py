@@ -62,6 +62,11 @@ HOSTILE = {
             '    except OSError: pass\n'
             'time.sleep(60)'
         ),
+        "message without end": (
+            'import __main__, os\n'
+            '__main__._tell = lambda end, *_: os.write(end, b"\\xff\\0\\0\\0\\0\\0\\0\\0[")\n'
+            'def f(x): return 0'
+        ),
         "list without end": (
             'class Endless(list):\n'
             '    def __iter__(self):\n'
@@ -171,7 +176,7 @@ HOSTILE = {
         ),
         "object smuggled past the harness": (
             'import __main__\n'
-            '__main__._plain = lambda value: value\n'
+            '__main__._encoded = lambda value: value\n'
             'class Any:\n'
             '    def __eq__(self, other): return True\n'
             'def f(x): return Any()'
@@ -249,12 +254,10 @@ HOSTILE = {
             '__main__._run_tests = __main__._ask = __main__.serve = lambda *a: 4\n'
             'def f(x): return 0'
         ),
-        "code smuggled past the harness": (
-            'import __main__, os\n'
-            '__main__._plain = lambda value: value\n'
-            'class Bomb:\n'
-            "    def __reduce__(self): return os.system, ('touch {folder}/new',)\n"
-            'def f(x): return Bomb()'
+        "message smuggled past the harness": (
+            'import __main__\n'
+            '__main__._encoded = lambda value: {"object": ["os.system", "touch {folder}/new"]}\n'
+            'def f(x): return 0'
         ),
         "flood of every descriptor": (
             'import os\n'
