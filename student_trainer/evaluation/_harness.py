@@ -82,29 +82,34 @@ def _judge(
             os._exit(3)
     for end in (call, answer, report):
         os.close(end)
-    said = b""
-    while select.select([readable], [], [], max(since + request["timeout"] - time.monotonic(), 0))[
-        0
-    ]:
-        data = os.read(readable, 4096)
-        if not data:
-            break
-        said += data
-    else:
-        said = json.dumps(["timeout", "not finished in time"]).encode()
+    said = _heard(readable, since + request["timeout"])
     os.close(readable)
     statuses = _end_all(tests, program)
     seconds = time.monotonic() - since
-    try:
+    late = "timeout", "not finished in time"
+    if said is None:
+        outcome, detail = late
+    elif not said:
+        outcome, detail = "crashed", f"the tests' process ended with status {statuses[tests]}"
+    else:
         outcome, detail = json.loads(said)
-    except ValueError:
-        outcome, detail = "crashed", f"the tests' process ended with status {statuses.get(tests)}"
-    if outcome == "crashed" and statuses.get(program) is not None:
         status = statuses[program]
-        detail = f"the process ended with status {status}"
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-            outcome, detail = "timeout", "not finished in time"
+        if outcome == "crashed":
+            detail = f"the process ended with status {status}"
+            if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+                outcome, detail = late
     return {"outcome": outcome, "detail": detail, "seconds": seconds}
+
+
+def _heard(end: int, deadline: float) -> bytes | None:
+    """Everything up to the end of the pipe, or None if that does not come in time."""
+    said = b""
+    while select.select([end], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+        data = os.read(end, 4096)
+        if not data:
+            return said
+        said += data
+    return None
 
 
 def _end_all(*running: int) -> dict[int, int]:
@@ -147,20 +152,20 @@ def _kernel_fence() -> Callable[[], None]:
 
     And, for this process at once: no network, and orphans of its descendants become its children.
     """
+    if sys.platform != "linux":
+        return lambda: None
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
-    with contextlib.suppress(AttributeError):
-        libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        if libc.unshare(0x40000000) != 0:  # CLONE_NEWNET
-            libc.unshare(0x50000000)  # with CLONE_NEWUSER, for those who are not root
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    if libc.unshare(0x40000000) != 0:  # CLONE_NEWNET
+        libc.unshare(0x50000000)  # with CLONE_NEWUSER, for those who are not root
     ruleset = _landlock(libc)
     for name in [n for n in sys.modules if n.split(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]
 
     def enclose() -> None:
-        with contextlib.suppress(AttributeError):
-            libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
         if ruleset >= 0:
             libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
             libc.syscall(446, ruleset, 0)  # landlock_restrict_self

@@ -28,11 +28,14 @@ def test_what_is_pushed_to_the_hub_has_the_card(world, tmp_path, monkeypatch, ad
     class Repository:
         repo_id = "org/student"
 
-    def upload(*, folder_path, ignore_patterns, **options):
-        pushed.append((ModelCard.load(f"{folder_path}/README.md"), ignore_patterns))
+    class Hub:
+        def create_repo(self, *_, **__):
+            return Repository
 
-    monkeypatch.setattr(trainer, "create_repo", lambda *_, **__: Repository)
-    monkeypatch.setattr(trainer, "upload_folder", upload)
+        def upload_folder(self, *, folder_path, ignore_patterns, **options):
+            pushed.append((ModelCard.load(f"{folder_path}/README.md"), ignore_patterns))
+
+    monkeypatch.setattr(trainer, "hf_api", Hub)
     options = {"use_peft": "true"} if adapters else {}
     words = flags(world, tmp_path, max_steps=1, push_to_hub="true", hub_strategy="end", **options)
     assert main(["sft", *words]) == 0
