@@ -284,23 +284,12 @@ def _check_ahead(args: DistillArguments) -> None:
 
 def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
     """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
+    _check_engine(args)
     if args.rollout_engine != "vllm":
-        share = DistillArguments.vllm_gpu_memory_utilization
-        if args.vllm_gpu_memory_utilization != share:
-            raise ConfigurationError(
-                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
-            )
         return
     if args.lmbda == 0:
         raise ConfigurationError(
             "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
-        )
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
-    if not 0 < args.vllm_gpu_memory_utilization < 1:
-        raise ConfigurationError(
-            f"--vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} must be between 0 "
-            "and 1"
         )
     if not 0.01 <= args.rollout_temperature <= 2:
         raise ConfigurationError(
@@ -319,6 +308,20 @@ def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
         )
 
 
+def _check_engine(args: DistillArguments | EvaluateArguments) -> None:
+    share = args.vllm_gpu_memory_utilization
+    if args.rollout_engine != "vllm":
+        if share != type(args).vllm_gpu_memory_utilization:
+            raise ConfigurationError(
+                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
+            )
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
+    if not 0 < share < 1:
+        raise ConfigurationError(f"--vllm_gpu_memory_utilization {share} must be between 0 and 1")
+
+
 def check_evaluate(
     model: ModelArguments,
     dataset: DatasetArguments,
@@ -329,6 +332,14 @@ def check_evaluate(
     """Raises `ConfigurationError` for an evaluation that cannot run."""
     check_model(model)
     check_generation(generation)
+    _check_engine(args)
+    if args.rollout_engine == "vllm" and not (
+        args.temperature == 0 or 0.01 <= args.temperature <= 2
+    ):
+        raise ConfigurationError(
+            f"--temperature {args.temperature}: vLLM samples from 0.01 to 2, or greedily at 0; use "
+            "--rollout_engine transformers"
+        )
     if not 0.0 <= args.beta <= 1.0:
         raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
     if teacher.teacher_url:

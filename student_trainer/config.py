@@ -290,6 +290,12 @@ class EvaluateArguments:
     seed: int = _flag(42, "Seed of the sampling.")
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
+    rollout_engine: Literal["transformers", "vllm"] = _flag(
+        "transformers", "Who writes the completions; vllm is an engine beside the model."
+    )
+    vllm_gpu_memory_utilization: float = _flag(
+        0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
+    )
     beta: float = _flag(
         0.0,
         "Of the divergence to --teacher_url on the references: 0 forward KL, 1 reverse KL, between "

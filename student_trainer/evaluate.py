@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,13 @@ from student_trainer.loading import (
     load_tokenizer,
 )
 from student_trainer.references import measure
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.rollouts import (
+    RolloutEngine,
+    RolloutRequest,
+    TransformersRollouts,
+    VllmEngine,
+    VllmRollouts,
+)
 from student_trainer.train import check_vocabulary, open_teacher
 
 logger = logging.getLogger(__name__)
@@ -128,6 +135,7 @@ def _told(
         "model": [*asdict(model).values(), *map(list, stats)],
         "problems": hashlib.sha256(rows.encode()).hexdigest(),
         "sampling": [args.n, args.temperature, args.seed, generation.max_new_tokens],
+        "engine": args.rollout_engine,
     }
 
 
@@ -249,21 +257,56 @@ def _generate(
         )
     tokenizer = load_tokenizer(model_arguments)
     stop_ids = load_stop_ids(model_arguments, tokenizer)
-    engine = TransformersRollouts(
-        model,
-        stop_ids=stop_ids,
-        pad_token_id=stop_ids[0],
-        max_new_tokens=generation.max_new_tokens,
-        temperature=args.temperature,
-        batch_size=generation.generation_batch_size or 32,
-        vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
-    )
-    with tqdm(total=len(missing), desc="Generating", leave=False) as bar:
+    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    longest = max(len(request.prompt_ids) for request in requests) + generation.max_new_tokens
+    with (
+        _engine(model, generation, args, stop_ids, vocab_size, longest) as engine,
+        tqdm(total=len(missing), desc="Generating", leave=False) as bar,
+    ):
         for group in engine.generate([requests[number] for number in missing]):
             for index, rollout in group:
                 text = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
                 unfinished.add(missing[index], text)
             bar.update(len(group))
+
+
+@contextmanager
+def _engine(
+    model: Any,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    longest: int,
+) -> Iterator[RolloutEngine]:
+    """Who writes the completions, of prompt and completion of up to ``longest`` tokens."""
+    if args.rollout_engine == "transformers":
+        yield TransformersRollouts(
+            model,
+            stop_ids=stop_ids,
+            pad_token_id=stop_ids[0],
+            max_new_tokens=generation.max_new_tokens,
+            temperature=args.temperature,
+            batch_size=generation.generation_batch_size or 32,
+            vocab_size=vocab_size,
+        )
+        return
+    with VllmEngine(
+        model,
+        max_model_len=longest,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_num_seqs=generation.generation_batch_size,
+    ) as engine:
+        rollouts = VllmRollouts(
+            engine,
+            stop_ids=stop_ids,
+            max_new_tokens=generation.max_new_tokens,
+            temperature=args.temperature,
+            vocab_size=vocab_size,
+        )
+        rollouts.sync(0)
+        yield rollouts
 
 
 def _write(

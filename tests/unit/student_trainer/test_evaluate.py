@@ -12,7 +12,7 @@ from student_trainer.config import DatasetArguments
 from student_trainer.evaluate import where_from
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.evaluation.unfinished import Unfinished
-from student_trainer.rollouts import TransformersRollouts
+from student_trainer.rollouts import Rollout, TransformersRollouts
 from tests.support.models import save_model, save_tokenizer
 
 
@@ -144,9 +144,49 @@ def test_perplexity_is_that_of_the_references(model, rows, tmp_path):
         ({"top_k_logprobs": 8}, "no effect without --teacher_url"),
         ({"beta": 0.5}, "no effect without --teacher_url"),
         ({"beta": 2, "teacher_url": "http://host:1"}, "--beta 2.0 must be from 0 to 1"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "no effect without --rollout_engine vllm"),
+        ({"rollout_engine": "vllm", "temperature": 3}, "vLLM samples from 0.01 to 2"),
         ({"teacher_url": "host"}, "must look like http://host:8000"),
     ],
 )
-def test_flags_of_a_teacher_are_checked(model, rows, tmp_path, capsys, options, message):
+def test_flags_of_teacher_and_engine_are_checked(model, rows, tmp_path, capsys, options, message):
     assert main(words(model, rows, tmp_path / "out", **options)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_vllm_writes_the_completions_where_it_is_asked_to(model, rows, tmp_path, monkeypatch):
+    """By a stand-in for the engine; the engine itself is tested with the trainer."""
+    made = []
+
+    class Engine:
+        def __init__(self, student, **options):
+            self.model = student
+            made.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            made.append("closed")
+
+        def sync(self, version):
+            made.append(version)
+
+    class Rollouts(evaluate_module.VllmRollouts):
+        def generate(self, requests):
+            assert made[-1] == 0  # it has the weights
+            for index, request in enumerate(requests):
+                yield [(index, Rollout(request.prompt_ids, truncated=False))]
+
+    monkeypatch.setattr(evaluate_module, "VllmEngine", Engine)
+    monkeypatch.setattr(evaluate_module, "VllmRollouts", Rollouts)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    vllm = {"rollout_engine": "vllm", "vllm_gpu_memory_utilization": 0.5}
+    assert main(words(model, rows, tmp_path / "out", **vllm)) == 0
+    assert made == [
+        {"max_model_len": 7, "dtype": "float32", "gpu_memory_utilization": 0.5, "max_num_seqs": 2},
+        0,
+        "closed",
+    ]
+    samples = read_samples(tmp_path / "out" / "samples.jsonl")
+    assert [sample["completion"] for sample in samples] == list("aabbccddee")
