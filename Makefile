@@ -4,6 +4,9 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 # VLLM=0 leaves vLLM and its tests out.
 VLLM ?= 1
+# Tests at once. Each is mostly a process or two of one thread.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 .PHONY: help quickstart test check audit format clean
 
@@ -33,10 +36,10 @@ quickstart: .venv/ready
 
 ifeq ($(VLLM),0)
 test: .venv/ready
-	$(BIN)/python -m pytest -m 'not vllm'
+	$(PYTEST) -m 'not vllm'
 else
 test: .venv/vllm
-	$(BIN)/python -m pytest
+	$(PYTEST)
 endif
 
 check: .venv/ready

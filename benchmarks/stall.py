@@ -91,6 +91,8 @@ def train(run: Run) -> None:
     class PacedRollouts:
         """Random completions, a group at a time."""
 
+        elsewhere = False
+
         def sync(self, weight_version: int) -> None:
             pass
 

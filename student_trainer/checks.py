@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def check_common(
             f"--max_tokens_per_batch {budget}: DeepSpeed counts micro-batches by itself and would "
             "step between them; drop it"
         )
+    if args.deepspeed:
+        _check_zero3(args.deepspeed)
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if best not in _METRICS:
         raise ConfigurationError(
@@ -320,6 +323,17 @@ def _check_engine(args: DistillArguments | EvaluateArguments) -> None:
         raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
     if not 0 < share < 1:
         raise ConfigurationError(f"--vllm_gpu_memory_utilization {share} must be between 0 and 1")
+
+
+def _check_zero3(deepspeed: str | dict[str, Any]) -> None:
+    """A file's name or its content; transformers has read it already."""
+    config = json.loads(Path(deepspeed).read_text()) if isinstance(deepspeed, str) else deepspeed
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ConfigurationError(
+            "--deepspeed: under ZeRO-3 --output_dir would hold no model but DeepSpeed's own parts; "
+            'set "stage3_gather_16bit_weights_on_model_save": true in "zero_optimization"'
+        )
 
 
 def check_evaluate(

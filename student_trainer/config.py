@@ -194,6 +194,11 @@ class CommonTrainingArguments(TrainingArguments):
         # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+            if uses_deepspeed(self) and "LOCAL_RANK" in os.environ:
+                import deepspeed
+
+                # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
+                deepspeed.init_distributed("gloo")
         super().__post_init__()
 
 

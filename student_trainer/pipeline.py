@@ -4,8 +4,9 @@ Every finished group of completions leaves for the teacher at once, in requests 
 micro-batch, so the teacher scores while the student still generates, and the first micro-batch is
 trained while the last is still being scored. Batches of later steps are begun ahead: those that do
 not depend on the student's weights by up to ``prefetch_steps``, and those that do by up to
-``staleness``, with the weights as they are. How far is counted in steps and never measured in
-time: what is learned is the same however fast the teacher is.
+``staleness``, with the weights as they are; an engine of processes of its own writes them while the
+step before trains. How far is counted in steps and never measured in time: what is learned is the
+same however fast the teacher is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from student_trainer.grouping import by_length
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import Sampling, Teacher
+from student_trainer.threads import in_thread
 from student_trainer.timeline import Timeline
 
 R = TypeVar("R")
@@ -81,6 +83,7 @@ class PendingBatch:
         weight_version: optimizer steps behind the weights that it was begun with.
         answers: for each sample, the request that scores it and its place in that.
         scores: what came without a request of its own.
+        writing: the thread that writes the student's completions, where there is one.
     """
 
     step: int
@@ -92,6 +95,7 @@ class PendingBatch:
     answers: dict[int, tuple[Future[list[SparseLogprobs]], int]] = field(default_factory=dict)
     scores: dict[int, SparseLogprobs] = field(default_factory=dict)
     completions: list[tuple[list[int], Future[list[Completion]]]] = field(default_factory=list)
+    writing: Future[None] | None = None
 
 
 class Pipeline:
@@ -158,6 +162,7 @@ class Pipeline:
 
         Called once for each batch, on every rank.
         """
+        self._finish(batch)
         new: dict[bytes, Completion] = {}
         for indices, generated in batch.completions:
             for index, completion in zip(indices, self._wait(generated), strict=True):
@@ -189,8 +194,14 @@ class Pipeline:
             for i in indices
         ]
 
+    def finish_writing(self) -> None:
+        """Wait until the rollout engine has written all that it was asked for."""
+        for batch in self._begun.values():
+            self._finish(batch)
+
     def ahead(self) -> list[AheadBatch]:
         """What was begun ahead and cannot be begun again: the weights it came from are gone."""
+        self.finish_writing()
         return [
             AheadBatch(
                 step,
@@ -279,19 +290,35 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
+        self.finish_writing()  # with the weights that the engine has still
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
-        with self._timeline.during("generating", step=step + 1):
-            for group in self.rollouts.generate(requests):
-                for index, rollout in group:
-                    batch.samples[index] = completed(
-                        batch.examples[index],
-                        rollout.token_ids,
-                        "student",
-                        truncated=rollout.truncated,
-                        weight_version=batch.weight_version,
-                    )
-                self._score(batch, sorted(index for index, _ in group))
+        if self.rollouts.elsewhere and self._propose is None:
+            batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
+        else:
+            with self._timeline.during("generating", step=step + 1):
+                self._write(batch, requests)
+
+    def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
+        """Completions by the student, each group scored when it is there."""
+        assert self.rollouts is not None
+        for group in self.rollouts.generate(requests):
+            for index, rollout in group:
+                batch.samples[index] = completed(
+                    batch.examples[index],
+                    rollout.token_ids,
+                    "student",
+                    truncated=rollout.truncated,
+                    weight_version=batch.weight_version,
+                )
+            self._score(batch, sorted(index for index, _ in group))
+
+    def _finish(self, batch: PendingBatch) -> None:
+        """Wait for the batch's thread."""
+        if batch.writing is not None:
+            with self._timeline.during("generating", step=batch.step + 1):
+                batch.writing.result()
+            batch.writing = None
 
     def _ask_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None

@@ -34,6 +34,7 @@ from shared.errors import (
     UnavailableError,
     error_from_problem,
 )
+from student_trainer.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -121,22 +122,13 @@ class Replicas:
         self._http.close()
 
     def submit(self, work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
-        """``work`` in the background, as many at once as there are connections.
+        """``work`` in the background, as many at once as there are connections."""
 
-        In daemon threads: a process that fails must not wait for answers that nobody needs, while
-        other ranks wait for it. (Those of a `ThreadPoolExecutor` are joined at exit.)
-        """
-        future: Future[R] = Future()
-
-        def run() -> None:
+        def run() -> R:
             with self._slots:
-                try:
-                    future.set_result(work(*arguments, **options))
-                except BaseException as error:
-                    future.set_exception(error)
+                return work(*arguments, **options)
 
-        threading.Thread(target=run, name="teacher", daemon=True).start()
-        return future
+        return in_thread(run, name="teacher")
 
     def count_scored(self, tokens: int) -> None:
         with self._lock:

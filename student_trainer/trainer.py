@@ -417,6 +417,7 @@ class DistillationTrainer(Trainer):
                 sums += found
         asked, real = self._share([e for e in examples if e.checker is not None])
         if asked:
+            self.pipeline.finish_writing()  # the engine has one version of the weights
             self._greedy.sync(self.state.global_step)
         checked = check_examples(self._greedy, self.processing_class, asked)
         own = {e.index: (text, r.passed) for e, (text, r) in zip(asked, checked, strict=True)}

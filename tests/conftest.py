@@ -1,7 +1,20 @@
-"""Set before anything imports Triton: without a GPU its kernels run in the interpreter."""
+"""What is true of all tests."""
 
 import os
 from pathlib import Path
 
+import pytest
+
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Of several workers one takes all tests of a file, and one all of a backend's API, whose tests
+    share servers."""
+    for item in items:
+        file = item.nodeid.split("::")[0]
+        if file.startswith("tests/api/"):
+            file = f"tests/api {'vllm' if item.get_closest_marker('vllm') else 'transformers'}"
+        item.add_marker(pytest.mark.xdist_group(file))

@@ -34,7 +34,14 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """Generates with the student's weights as of the last `sync`."""
+    """Generates with the student's weights as of the last `sync`.
+
+    Attributes:
+        elsewhere: in other processes, with weights of its own: `generate` may run in a thread while
+            the student trains. `sync` must wait for its end.
+    """
+
+    elsewhere: bool
 
     def sync(self, weight_version: int) -> None:
         """Take the student's present weights; costs nothing when this version is there already."""

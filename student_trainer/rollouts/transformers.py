@@ -45,6 +45,8 @@ class TransformersRollouts:
             model between groups and ranks would do so at different times.
     """
 
+    elsewhere = False
+
     def __init__(
         self,
         model: Any,

@@ -10,6 +10,7 @@ import copy
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ _EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
 
 class VllmEngine:
     """vLLM beside the trainer, on the same device; use it in a ``with`` block.
+
+    `run` may go on in a thread while the student trains; with the block it ends, with an error.
 
     Args:
         model: the unwrapped student (a peft model too: the engine gets merged weights). Not
@@ -72,6 +75,8 @@ class VllmEngine:
         self.drift: float | None = None
         self._version: int | None = None
         self._requests = 0
+        self._closed = False
+        self._lock = threading.Lock()  # of the engine, which is for one thread at a time
         self._folder = tempfile.TemporaryDirectory(
             prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
         )
@@ -104,7 +109,13 @@ class VllmEngine:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._engine.engine_core.shutdown()
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        with self._lock:
+            self._closed = True
+            self._engine.engine_core.shutdown()
         self._folder.cleanup()
 
     def sync(self, weight_version: int) -> None:
@@ -134,7 +145,7 @@ class VllmEngine:
         """(index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
 
         Raises:
-            RolloutError: the engine is dead.
+            RolloutError: the engine is dead, or was closed meanwhile.
         """
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
@@ -147,7 +158,12 @@ class VllmEngine:
                 self._engine.add_request(name, tokens_input(prompt), param)
                 running[name] = index
             while running:
-                for output in self._engine.step():
+                with self._lock:
+                    if self._closed:
+                        running.clear()
+                        raise RolloutError("vLLM was closed before its completions were written")
+                    outputs = self._engine.step()
+                for output in outputs:
                     if output.finished:
                         yield running.pop(output.request_id), output.outputs[0]
         except EngineDeadError as error:
@@ -210,6 +226,8 @@ class VllmRollouts:
         temperature: of the sampling; 0 is greedy.
         vocab_size: ids from here on are not sampled (padding rows of the output layer).
     """
+
+    elsewhere = True
 
     def __init__(
         self,

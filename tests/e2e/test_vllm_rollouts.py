@@ -6,8 +6,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from shared.errors import RolloutError
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts, VllmEngine, VllmRollouts
 from student_trainer.rollouts.vllm import merged_weights
+from student_trainer.threads import in_thread
 from tests.e2e.test_distillation import distill, flags, history, launch
 from tests.support.models import save_model, save_tokenizer
 from tests.support.vllm import VLLM
@@ -143,19 +145,34 @@ class TestEngine:
         written = run(rollouts(vllm, temperature=2.0, vocab_size=40), requests(20))
         assert max(max(ids) for ids in written) in range(30, 40)
 
+    def test_closing_the_engine_ends_what_is_still_being_written(self, vllm):  # so it is the last
+        endless = VllmRollouts(
+            vllm, stop_ids=[], max_new_tokens=240, temperature=1.0, vocab_size=VOCAB_SIZE
+        )
+        writing = in_thread(lambda: run(endless, requests(16)), name="rollouts")
+        vllm.close()
+        with pytest.raises(RolloutError, match="closed before"):
+            writing.result(timeout=60)
+
 
 class TestDistillation:
     pytestmark = VLLM
 
-    @pytest.mark.parametrize("adapters", [{}, {"use_peft": "true", "lora_r": 4}])
-    def test_on_policy_steps_learn_from_vllms_completions(self, world, tmp_path, adapters):
+    @pytest.mark.parametrize(
+        ("staleness", "adapters"), [(0, {}), (1, {"use_peft": "true", "lora_r": 4})]
+    )
+    def test_on_policy_steps_learn_from_vllms_completions(
+        self, world, tmp_path, staleness, adapters
+    ):
         code = distill(
             world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
-            lmbda=1, beta=0, max_steps=30, rollout_engine="vllm", **adapters,
+            lmbda=1, beta=0, max_steps=30, rollout_engine="vllm",
+            rollout_staleness=staleness, **adapters,
         )  # fmt: skip
         assert code == 0
         logged = [entry for entry in history(tmp_path / "out") if "divergence" in entry]
         assert max(entry["rollout_drift"] for entry in logged) < 1e-4
+        assert [entry["staleness"] for entry in logged] == [0, *29 * [staleness]]
         assert logged[0]["divergence"] > 0
         last = np.mean([entry["divergence"] for entry in logged[-5:]])
         assert last < 0.9 * logged[0]["divergence"]

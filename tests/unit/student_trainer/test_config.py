@@ -1,6 +1,7 @@
 """Flags: what is accepted as it stands, and what is refused before a model loads."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,28 @@ def test_a_token_budget_under_deepspeed_is_refused(model_folder, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigurationError, match="--max_tokens_per_batch 512: DeepSpeed counts"):
         check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+
+
+@pytest.mark.parametrize(
+    ("zero", "refused"),
+    [
+        ({"stage": 3}, True),
+        ({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, False),
+        ({"stage": 2}, False),
+    ],
+)
+def test_zero_3_must_save_a_model(model_folder, tmp_path, zero, refused):
+    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    for given in (str(file), {"zero_optimization": zero}):
+        args.deepspeed = given
+        recipe = Recipe(model, adapters, dataset, data, generation)
+        if refused:
+            with pytest.raises(ConfigurationError, match="stage3_gather_16bit_weights_on_model"):
+                check_recipe(recipe, args)
+        else:
+            check_recipe(recipe, args)
 
 
 def test_traced_steps_are_one_or_a_range(model_folder):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.errors import ConfigurationError, DatasetError
+from shared.errors import ConfigurationError, DatasetError, RolloutError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.ahead import load_ahead, save_ahead
@@ -83,6 +83,8 @@ class RecordingTeacher:
 class CountingRollouts:
     """Writes the request's key as completion, two prompts at a time, last ones first."""
 
+    elsewhere = False
+
     def __init__(self):
         self.versions = []
 
@@ -96,6 +98,27 @@ class CountingRollouts:
                 (i, Rollout(ids(requests[i].key[2] + 30, 1), truncated=False))
                 for i in order[first : first + 2]
             ]
+
+
+class PatientRollouts(CountingRollouts):
+    """Writes in processes of its own, one step's completions each time it is let."""
+
+    elsewhere = True
+
+    def __init__(self):
+        super().__init__()
+        self.let = threading.Semaphore(0)
+        self.writing = False
+
+    def sync(self, weight_version):
+        assert not self.writing, "new weights in the middle of a completion"
+        super().sync(weight_version)
+
+    def generate(self, requests):
+        self.writing = True
+        assert self.let.acquire(timeout=30)
+        yield from super().generate(requests)
+        self.writing = False
 
 
 def pipeline_of(method, teacher, rollouts=None, *, batches=(), **options):
@@ -149,6 +172,45 @@ def test_rollouts_take_the_weights_of_their_step():
         collect(pipeline, step, last=3)
     # Of step 0 and, ahead of it, of step 1; then always of the next one.
     assert rollouts.versions == [0, 0, 1, 2]
+
+
+def test_an_engine_elsewhere_writes_the_next_step_while_one_trains():
+    rollouts, teacher = PatientRollouts(), RecordingTeacher()
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), teacher, rollouts, staleness=1,
+        batches=[[example(i, completion=None)] for i in range(3)],
+    )  # fmt: skip
+    for step in range(3):
+        rollouts.let.release()  # the first, and then the one begun a step before
+        scored = collect(pipeline, step, last=2)
+        assert scored[0].sample.token_ids[-2] == step + 30
+        assert len(teacher.scored) == step + 1  # the next is being written, and not waited for
+    assert rollouts.versions == [0, 0, 1]
+
+
+def test_what_an_engine_elsewhere_writes_is_complete_in_a_checkpoint():
+    rollouts = PatientRollouts()
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts, staleness=1,
+        batches=[[example(i, completion=None)] for i in range(3)],
+    )  # fmt: skip
+    rollouts.let.release()
+    collect(pipeline, 0, last=2)
+    threading.Timer(0.05, rollouts.let.release).start()
+    [ahead] = pipeline.ahead()
+    assert [int(sample.token_ids[-2]) for sample in ahead.samples] == [31]
+
+
+def test_a_failure_of_an_engine_elsewhere_stops_the_run():
+    class Dead(PatientRollouts):
+        def generate(self, requests):
+            raise RolloutError("vLLM's engine is dead")
+
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), RecordingTeacher(), Dead(), batches=[[example(0)]]
+    )
+    with pytest.raises(RolloutError, match="is dead"):
+        collect(pipeline, 0)
 
 
 def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
