@@ -107,13 +107,19 @@ def _story(
         return text
     beta = flags["beta"]
     divergence = {0.0: "forward KL", 1.0: "reverse KL"}.get(
-        beta, f"generalized JSD, beta {beta:g},"
+        beta, f"generalized JSD with beta {beta:g}"
     )
+    k = flags["top_k_logprobs"]
+    seen = f"its {k} most probable tokens and an exact tail"
+    if flags["tail"] == "renormalize":
+        seen = f"its {k} most probable tokens, without a tail"
+    if flags["teacher_support"] == "sampled":
+        seen = f"{k} draws from its distribution"
     return (
         f"{text}\n\nThe teacher was `{_public(teacher.model)}` ({teacher.dtype}, {teacher.backend} "
-        f"{teacher.version}; fingerprint `{teacher.fingerprint[:16]}`), served by sparse-gkd with "
-        f"its {flags['top_k_logprobs']} most probable tokens and an exact tail; the loss is the "
-        f"{divergence} at temperature {flags['temperature']:g}, over them and the tail."
+        f"{teacher.version}; fingerprint `{teacher.fingerprint[:16]}`), of which the student saw "
+        f"{seen} at each position. The loss is the {divergence} at temperature "
+        f"{flags['temperature']:g}."
     )
 
 

@@ -37,7 +37,8 @@ def test_what_is_pushed_to_the_hub_has_the_card(world, tmp_path, monkeypatch, ad
 
     monkeypatch.setattr(trainer, "hf_api", Hub)
     options = {"use_peft": "true"} if adapters else {}
-    words = flags(world, tmp_path, max_steps=1, push_to_hub="true", hub_strategy="end", **options)
+    hub = {"push_to_hub": "true", "hub_strategy": "end", "hub_model_id": "org/student"}
+    words = flags(world, tmp_path, max_steps=1, **hub, **options)
     assert main(["sft", *words]) == 0
     card, ignored = pushed[-1]
     assert card.text.strip().startswith("# student\n")

@@ -97,3 +97,16 @@ def test_nothing_of_this_machine_and_no_key_is_on_it(tmp_path, monkeypatch):
 def test_methods_are_called_by_their_names(tmp_path, options, name):
     assert name in method_of(DistillArguments(output_dir=str(tmp_path), **options))
     assert method_of(SFTArguments(output_dir=str(tmp_path))) == "supervised fine-tuning (SFT)"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "its 64 most probable tokens and an exact tail"),
+        ({"tail": "renormalize"}, "its 64 most probable tokens, without a tail"),
+        ({"teacher_support": "sampled", "top_k_logprobs": 8, "beta": 0}, "8 draws from its"),
+        ({"beta": 0.25, "temperature": 2}, "generalized JSD with beta 0.25 at temperature 2."),
+    ],
+)
+def test_what_the_student_saw_of_the_teacher_is_told(options, told):
+    assert told in distilled(**options)
