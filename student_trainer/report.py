@@ -241,7 +241,8 @@ def _side_by_side(sample: SideBySide, scale: float) -> str:
             f'<div class="{mark}"><h3>{escape(name)} <em>{mark}</em></h3>'
             f"<pre>{escape(text)}</pre></div>"
         )
-    return f"<article><p>{escape(sample.prompt)}</p><div class=cells>{cells}</div></article>"
+    pairs = ' class="cells pairs"' if sample.shaded else " class=cells"  # before and after
+    return f"<article><p>{escape(sample.prompt)}</p><div{pairs}>{cells}</div></article>"
 
 
 def _token(token: Token, scale: float) -> str:
@@ -351,6 +352,7 @@ background:linear-gradient(var(--bar),var(--bar)) left/var(--p,0%) 100% no-repea
 .tokens .t{--bar:rgb(var(--teacher)/.45)}.tokens .s{--bar:rgb(var(--student)/.45)}
 .tokens .t:before{content:"teacher ";color:var(--soft)}
 .tokens .s:before{content:"student ";color:var(--soft)}
+@media(min-width:601px){.pairs{grid-template-columns:1fr 1fr}}
 @media(max-width:600px){th,td{padding:6px 8px}.run{grid-template-columns:1fr}
 .run .legend{grid-column:1}h2{margin-top:28px}.range{min-width:90px}}
 """
