@@ -73,7 +73,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     requests = _requests(problems, model_arguments, generation, args)
     folder = _make_folder(args)
     since = time.perf_counter()
-    references = _references(problems, model_arguments)
+    references = _references(problems, model_arguments, required=bool(teacher.teacher_url))
     scored = _scored(references, model_arguments, teacher) if teacher.teacher_url else None
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,8 +184,14 @@ def _requests(
     ]
 
 
-def _references(problems: Sequence[Problem], model: ModelArguments) -> list[Sample]:
-    """The right answers as samples; those that are too long are cut at the model's context."""
+def _references(
+    problems: Sequence[Problem], model: ModelArguments, *, required: bool
+) -> list[Sample]:
+    """The right answers as samples; those that are too long are cut at the model's context.
+
+    Raises:
+        DatasetError: they are ``required``, and one cannot be told from its prompt.
+    """
     rows = []
     for problem in problems:
         if problem.reference and "prompt" in problem.row:
@@ -194,13 +200,19 @@ def _references(problems: Sequence[Problem], model: ModelArguments) -> list[Samp
             turn = {"role": "assistant", "content": problem.reference}
             rows.append((problem.task_id, {"messages": [*problem.row["messages"], turn]}))
     tokenizer = load_tokenizer(model)
-    examples = tokenize_rows(
-        rows,
-        tokenizer,
-        load_stop_ids(model, tokenizer),
-        DataArguments(),
-        max_length=context_length(load_config(model)),
-    )
+    try:
+        examples = tokenize_rows(
+            rows,
+            tokenizer,
+            load_stop_ids(model, tokenizer),
+            DataArguments(),
+            max_length=context_length(load_config(model)),
+        )
+    except DatasetError as error:  # a template that rewrites turns: generating is no matter of it
+        if required:
+            raise
+        logger.warning("No perplexity of the references: %s", error)
+        return []
     return [example.sample for example in examples if example.sample is not None]
 
 

@@ -190,3 +190,15 @@ def test_vllm_writes_the_completions_where_it_is_asked_to(model, rows, tmp_path,
     ]
     samples = read_samples(tmp_path / "out" / "samples.jsonl")
     assert [sample["completion"] for sample in samples] == list("aabbccddee")
+
+
+def test_references_that_a_template_rewrites_have_no_perplexity(model, rows, tmp_path, capsys):
+    (model / "chat_template.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
+    checker = {"kind": "exact_match", "answer": "x"}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
+    rows.write_text(json.dumps({"messages": turns, "checker": checker}) + "\n")
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    assert "perplexity" not in json.loads((tmp_path / "out" / "results.json").read_text())
+    teacher = {"teacher_url": "http://127.0.0.1:1"}  # is not waited for
+    assert main(words(model, rows, tmp_path / "out", **teacher)) == 2
+    assert "does not begin with the prompt" in capsys.readouterr().err
