@@ -22,7 +22,7 @@ def test_a_distilled_folder_loads_and_names_teacher_and_numbers(world, tmp_path)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_what_is_pushed_to_the_hub_has_the_card(world, tmp_path, monkeypatch, adapters):
+def test_what_is_pushed_to_the_hub_has_the_card(unserved_world, tmp_path, monkeypatch, adapters):
     pushed = []
 
     class Repository:
@@ -38,7 +38,7 @@ def test_what_is_pushed_to_the_hub_has_the_card(world, tmp_path, monkeypatch, ad
     monkeypatch.setattr(trainer, "hf_api", Hub)
     options = {"use_peft": "true"} if adapters else {}
     hub = {"push_to_hub": "true", "hub_strategy": "end", "hub_model_id": "org/student"}
-    words = flags(world, tmp_path, max_steps=1, **hub, **options)
+    words = flags(unserved_world, tmp_path, max_steps=1, **hub, **options)
     assert main(["sft", *words]) == 0
     card, ignored = pushed[-1]
     assert card.text.strip().startswith("# student\n")
