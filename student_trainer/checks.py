@@ -28,6 +28,7 @@ from student_trainer.config import (
     traced_steps,
     uses_deepspeed,
 )
+from student_trainer.evaluation.suites import HUB
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -302,23 +303,12 @@ def _check_ahead(args: DistillArguments) -> None:
 
 def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
     """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
+    _check_engine(args)
     if args.rollout_engine != "vllm":
-        share = DistillArguments.vllm_gpu_memory_utilization
-        if args.vllm_gpu_memory_utilization != share:
-            raise ConfigurationError(
-                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
-            )
         return
     if args.lmbda == 0:
         raise ConfigurationError(
             "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
-        )
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
-    if not 0 < args.vllm_gpu_memory_utilization < 1:
-        raise ConfigurationError(
-            f"--vllm_gpu_memory_utilization {args.vllm_gpu_memory_utilization} must be between 0 "
-            "and 1"
         )
     if not 0.01 <= args.rollout_temperature <= 2:
         raise ConfigurationError(
@@ -337,18 +327,53 @@ def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
         )
 
 
+def _check_engine(args: DistillArguments | EvaluateArguments) -> None:
+    share = args.vllm_gpu_memory_utilization
+    if args.rollout_engine != "vllm":
+        if share != type(args).vllm_gpu_memory_utilization:
+            raise ConfigurationError(
+                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
+            )
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
+    if not 0 < share < 1:
+        raise ConfigurationError(f"--vllm_gpu_memory_utilization {share} must be between 0 and 1")
+
+
 def check_evaluate(
     model: ModelArguments,
     dataset: DatasetArguments,
     generation: GenerationArguments,
+    teacher: TeacherArguments,
     args: EvaluateArguments,
 ) -> None:
     """Raises `ConfigurationError` for an evaluation that cannot run."""
     check_model(model)
     check_generation(generation)
-    _require(
-        dataset.dataset_name, "--dataset_name", "HumanEval.jsonl.gz, GSM8K, or rows with checkers"
-    )
+    _check_engine(args)
+    if args.rollout_engine == "vllm" and not (
+        args.temperature == 0 or 0.01 <= args.temperature <= 2
+    ):
+        raise ConfigurationError(
+            f"--temperature {args.temperature}: vLLM samples from 0.01 to 2, or greedily at 0; use "
+            "--rollout_engine transformers"
+        )
+    if not 0.0 <= args.beta <= 1.0:
+        raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
+    if teacher.teacher_url:
+        check_teacher(teacher)
+    elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
+        raise ConfigurationError(
+            "a teacher's flags and --beta have no effect without --teacher_url"
+        )
+    if args.suite not in HUB:
+        _require(
+            dataset.dataset_name,
+            "--dataset_name",
+            "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, which "
+            "come from the Hub",
+        )
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):
         raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")

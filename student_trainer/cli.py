@@ -1,4 +1,4 @@
-"""`student-trainer sft | distill | precompute | evaluate | merge | study`.
+"""`student-trainer sft | distill | precompute | evaluate | merge | study | report`.
 
 Also as `python -m student_trainer`.
 
@@ -29,6 +29,7 @@ commands:
   evaluate   generate, check the completions, and score them
   merge      LoRA adapters into their base model, for serving or distilling further
   study      a file of such commands over several seeds: run once each, then compared
+  report     a page of what runs left in their folders: curves, seconds, scores, samples
 
 student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names."""
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in ("sft", "distill", "precompute", "evaluate", "merge", "study"):
+    if words[0] not in ("sft", "distill", "precompute", "evaluate", "merge", "study", "report"):
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
         _command(words[0])(words[1:])
@@ -71,6 +72,10 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from student_trainer.study.command import study
 
         return study
+    if name == "report":
+        from student_trainer.report_runs import report
+
+        return report
     if name == "precompute":
         from student_trainer.precompute import precompute
 

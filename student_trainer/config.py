@@ -302,13 +302,26 @@ class EvaluateArguments:
     """Score a model on rows that carry a checker."""
 
     suite: Literal["auto", "humaneval", "gsm8k", "rows"] = _flag(
-        "auto", "Published file format, or rows with a checker; auto tells from the fields."
+        "auto",
+        "What --dataset_name holds: a file as published, or rows with a checker; auto tells from "
+        "the fields. humaneval and gsm8k come from the Hub where no --dataset_name is given.",
     )
     temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
     n: int = _flag(1, "Completions for each problem.")
     seed: int = _flag(42, "Seed of the sampling.")
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
+    rollout_engine: Literal["transformers", "vllm"] = _flag(
+        "transformers", "Who writes the completions; vllm is an engine beside the model."
+    )
+    vllm_gpu_memory_utilization: float = _flag(
+        0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
+    )
+    beta: float = _flag(
+        0.0,
+        "Of the divergence to --teacher_url on the references: 0 forward KL, 1 reverse KL, between "
+        "them generalized JSD.",
+    )
     output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
 
 
@@ -335,7 +348,13 @@ _RECIPE = (
 COMMANDS: dict[str, tuple[type[Any], ...]] = {
     "sft": (*_RECIPE, SFTArguments),
     "distill": (*_RECIPE, TeacherArguments, DistillArguments),
-    "evaluate": (ModelArguments, DatasetArguments, GenerationArguments, EvaluateArguments),
+    "evaluate": (
+        ModelArguments,
+        DatasetArguments,
+        GenerationArguments,
+        TeacherArguments,
+        EvaluateArguments,
+    ),
     "merge": (MergeArguments,),
 }
 

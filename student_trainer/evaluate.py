@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,23 @@ import torch
 from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
+from shared.sparse import SparseLogprobs
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
     DataArguments,
+    DatasetArguments,
     EvaluateArguments,
     GenerationArguments,
     ModelArguments,
+    TeacherArguments,
     parse,
 )
-from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.data import Sample, load_rows, tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
-from student_trainer.evaluation.suites import Problem, problems_of
+from student_trainer.evaluation.suites import HUB, Problem, problems_of
+from student_trainer.evaluation.unfinished import Unfinished
 from student_trainer.loading import (
     context_length,
     load_config,
@@ -34,7 +41,15 @@ from student_trainer.loading import (
     load_stop_ids,
     load_tokenizer,
 )
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.references import measure
+from student_trainer.rollouts import (
+    RolloutEngine,
+    RolloutRequest,
+    TransformersRollouts,
+    VllmEngine,
+    VllmRollouts,
+)
+from student_trainer.train import check_vocabulary, open_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +58,29 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     """Generate for every problem, check the completions, print and save the scores.
 
     Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
-    into ``--output_dir``.
+    into ``--output_dir``. Interrupted, the same command goes on with what it had generated.
     """
-    model_arguments, dataset, generation, args = parse(
+    model_arguments, dataset, generation, teacher, args = parse(
         argv,
         *COMMANDS["evaluate"],
         prog="student-trainer evaluate",
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
-    check_evaluate(model_arguments, dataset, generation, args)
-    rows = load_rows(
-        dataset.dataset_name, config=dataset.dataset_config, split=dataset.dataset_split
-    )
+    check_evaluate(model_arguments, dataset, generation, teacher, args)
+    name, config, split = where_from(dataset, args.suite)
+    rows = load_rows(name, config=config, split=split)
     problems = problems_of(rows, args.suite)[: args.limit]
     requests = _requests(problems, model_arguments, generation, args)
+    folder = _make_folder(args)
     since = time.perf_counter()
-    completions = _generate(requests, model_arguments, generation, args)
+    references = _references(problems, model_arguments, required=bool(teacher.teacher_url))
+    scored = _scored(references, model_arguments, teacher) if teacher.teacher_url else None
+    model = load_model(model_arguments)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    of = _told(problems, model_arguments, generation, args)
+    with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
+        _generate(model, requests, model_arguments, generation, args, unfinished)
+    completions = [unfinished.texts[number] for number in range(len(requests))]
     results = check_completions(
         [problem.checker for problem in problems for _ in range(args.n)],
         completions,
@@ -67,18 +89,54 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     )
     summary = {
         "model": model_arguments.model_name_or_path,
-        "dataset": dataset.dataset_name,
+        "dataset": name,
         "problems": len(problems),
         "n": args.n,
         "temperature": args.temperature,
         "seed": args.seed,
         "max_new_tokens": generation.max_new_tokens,
         **scores(results, args.n),
+        **_measured(model, references, scored, args, model_arguments),
         "seconds": round(time.perf_counter() - since, 2),
     }
-    _write(Path(args.output_dir), summary, problems, completions, results, args.n)
+    _write(folder, summary, problems, completions, results, args.n)
+    unfinished.finish()
     sys.stdout.write(json.dumps(summary) + "\n")
     return summary
+
+
+def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split: what the flags say, or where the suite is on the Hub."""
+    if dataset.dataset_name:
+        return dataset.dataset_name, dataset.dataset_config, dataset.dataset_split
+    return HUB[suite]
+
+
+def _make_folder(args: EvaluateArguments) -> Path:
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror}") from error
+    return folder
+
+
+def _told(
+    problems: Sequence[Problem],
+    model: ModelArguments,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+) -> dict[str, Any]:
+    """All that a completion depends on; a folder's weights by their files' sizes and times."""
+    files = sorted(Path(model.model_name_or_path).glob("*.*"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    rows = json.dumps([(problem.task_id, problem.row) for problem in problems])
+    return {
+        "model": [*asdict(model).values(), *map(list, stats)],
+        "problems": hashlib.sha256(rows.encode()).hexdigest(),
+        "sampling": [args.n, args.temperature, args.seed, generation.max_new_tokens],
+        "engine": args.rollout_engine,
+    }
 
 
 def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
@@ -126,32 +184,141 @@ def _requests(
     ]
 
 
+def _references(
+    problems: Sequence[Problem], model: ModelArguments, *, required: bool
+) -> list[Sample]:
+    """The right answers as samples; those that are too long are cut at the model's context.
+
+    Raises:
+        DatasetError: they are ``required``, and one cannot be told from its prompt.
+    """
+    rows = []
+    for problem in problems:
+        if problem.reference and "prompt" in problem.row:
+            rows.append((problem.task_id, {**problem.row, "completion": problem.reference}))
+        elif problem.reference:
+            turn = {"role": "assistant", "content": problem.reference}
+            rows.append((problem.task_id, {"messages": [*problem.row["messages"], turn]}))
+    tokenizer = load_tokenizer(model)
+    try:
+        examples = tokenize_rows(
+            rows,
+            tokenizer,
+            load_stop_ids(model, tokenizer),
+            DataArguments(),
+            max_length=context_length(load_config(model)),
+        )
+    except DatasetError as error:  # a template that rewrites turns: generating is no matter of it
+        if required:
+            raise
+        logger.warning("No perplexity of the references: %s", error)
+        return []
+    return [example.sample for example in examples if example.sample is not None]
+
+
+def _scored(
+    references: Sequence[Sample], model: ModelArguments, teacher: TeacherArguments
+) -> tuple[list[SparseLogprobs], int]:
+    """What the teacher says of the references, and its vocabulary.
+
+    Raises:
+        ConfigurationError: there is none to score.
+        TokenizerMismatchError: its token ids mean other tokens.
+    """
+    if not references:
+        raise ConfigurationError(
+            "--teacher_url: these rows have no reference to compare the model with its teacher on"
+        )
+    with open_teacher(teacher, model) as client:
+        info = client.connect()
+        rows = int(load_config(model).get_text_config().vocab_size)
+        check_vocabulary(load_tokenizer(model), rows, info)
+        asked = [(sample.token_ids, sample.completion_start) for sample in references]
+        return client.score(asked, top_k=teacher.top_k_logprobs), info.vocab_size
+
+
+def _measured(
+    model: Any,
+    references: Sequence[Sample],
+    scored: tuple[list[SparseLogprobs], int] | None,
+    args: EvaluateArguments,
+    model_arguments: ModelArguments,
+) -> dict[str, float]:
+    if not references:
+        return {}
+    rows = int(load_config(model_arguments).get_text_config().vocab_size)
+    found, vocab_size = (None, rows) if scored is None else scored
+    return measure(model, references, found, beta=args.beta, vocab_size=min(rows, vocab_size))
+
+
 def _generate(
+    model: Any,
     requests: Sequence[RolloutRequest],
     model_arguments: ModelArguments,
     generation: GenerationArguments,
     args: EvaluateArguments,
-) -> list[str]:
+    unfinished: Unfinished,
+) -> None:
+    """Fill in what is missing."""
+    missing = [number for number in range(len(requests)) if number not in unfinished.texts]
+    if not missing:
+        return
+    if unfinished.texts:
+        logger.warning(
+            "%d of %d completions are there already", len(unfinished.texts), len(requests)
+        )
     tokenizer = load_tokenizer(model_arguments)
-    model = load_model(model_arguments)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = load_stop_ids(model_arguments, tokenizer)
-    engine = TransformersRollouts(
-        model,
-        stop_ids=stop_ids,
-        pad_token_id=stop_ids[0],
-        max_new_tokens=generation.max_new_tokens,
-        temperature=args.temperature,
-        batch_size=generation.generation_batch_size or 32,
-        vocab_size=min(len(tokenizer), model.get_output_embeddings().weight.shape[0]),
-    )
-    texts = [""] * len(requests)
-    with tqdm(total=len(requests), desc="Generating", leave=False) as bar:
-        for group in engine.generate(requests):
+    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    longest = max(len(request.prompt_ids) for request in requests) + generation.max_new_tokens
+    with (
+        _engine(model, generation, args, stop_ids, vocab_size, longest) as engine,
+        tqdm(total=len(missing), desc="Generating", leave=False) as bar,
+    ):
+        for group in engine.generate([requests[number] for number in missing]):
             for index, rollout in group:
-                texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                text = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+                unfinished.add(missing[index], text)
             bar.update(len(group))
-    return texts
+
+
+@contextmanager
+def _engine(
+    model: Any,
+    generation: GenerationArguments,
+    args: EvaluateArguments,
+    stop_ids: Sequence[int],
+    vocab_size: int,
+    longest: int,
+) -> Iterator[RolloutEngine]:
+    """Who writes the completions, of prompt and completion of up to ``longest`` tokens."""
+    if args.rollout_engine == "transformers":
+        yield TransformersRollouts(
+            model,
+            stop_ids=stop_ids,
+            pad_token_id=stop_ids[0],
+            max_new_tokens=generation.max_new_tokens,
+            temperature=args.temperature,
+            batch_size=generation.generation_batch_size or 32,
+            vocab_size=vocab_size,
+        )
+        return
+    with VllmEngine(
+        model,
+        max_model_len=longest,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_num_seqs=generation.generation_batch_size,
+    ) as engine:
+        rollouts = VllmRollouts(
+            engine,
+            stop_ids=stop_ids,
+            max_new_tokens=generation.max_new_tokens,
+            temperature=args.temperature,
+            vocab_size=vocab_size,
+        )
+        rollouts.sync(0)
+        yield rollouts
 
 
 def _write(
@@ -162,10 +329,6 @@ def _write(
     results: Sequence[CheckResult],
     n: int,
 ) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--output_dir {folder}: {error.strerror}") from error
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     write_samples(
         folder / "samples.jsonl",
@@ -175,7 +338,15 @@ def _write(
                 "completion": completion,
                 "passed": result.passed,
                 "result": result.detail or "passed",
+                # For eyes; the first completion of each problem has it, the others share it.
+                **(_described(problems[i // n]) if i % n == 0 else {}),
             }
             for i, (completion, result) in enumerate(zip(completions, results, strict=True))
         ),
     )
+
+
+def _described(problem: Problem) -> dict[str, str]:
+    row = problem.row
+    prompt = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
+    return {"prompt": str(prompt), "reference": problem.reference}

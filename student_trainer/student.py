@@ -75,13 +75,27 @@ class TopTokens:
     vocab_size: int
 
 
-def install_sparse_loss(model: Any) -> None:
-    """Give ``model.forward`` the arguments ``sparse_targets`` and ``top_tokens``.
+@dataclass(frozen=True)
+class RowLogits:
+    """The logits of a few rows are asked for.
 
-    Both must be computed inside ``forward``: distributed wrappers (DDP, FSDP, autocast) do their
+    Attributes:
+        rows: [N] int64, flat index of hidden states, as in `SparseTargets`.
+        vocab_size: only of ids below it.
+    """
+
+    rows: torch.Tensor
+    vocab_size: int
+
+
+def install_sparse_loss(model: Any) -> None:
+    """Give ``model.forward`` the arguments ``sparse_targets``, ``top_tokens`` and ``row_logits``.
+
+    All must be computed inside ``forward``: distributed wrappers (DDP, FSDP, autocast) do their
     work around it. With ``sparse_targets`` it returns ``{"loss": scalar, "statistics":
-    SparseStatistics}``, with ``top_tokens`` ``{"token_ids": [N, count]}``; either way the logits of
-    all positions never exist. Without, it is unchanged.
+    SparseStatistics}``, with ``top_tokens`` ``{"token_ids": [N, count]}``, with ``row_logits``
+    ``{"logits": [N, vocab_size]}``; the logits of all positions never exist. Without, it is
+    unchanged.
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
@@ -95,9 +109,10 @@ def install_sparse_loss(model: Any) -> None:
         *args: Any,
         sparse_targets: SparseTargets | None = None,
         top_tokens: TopTokens | None = None,
+        row_logits: RowLogits | None = None,
         **kwargs: Any,
     ) -> Any:
-        wanted = top_tokens if sparse_targets is None else sparse_targets
+        wanted = sparse_targets or top_tokens or row_logits
         if wanted is None:
             return original(*args, **kwargs)
         if args:
@@ -110,6 +125,8 @@ def install_sparse_loss(model: Any) -> None:
         states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
         if isinstance(wanted, TopTokens):
             return {"token_ids": _top_ids(head, states, wanted)}
+        if isinstance(wanted, RowLogits):
+            return {"logits": _logits(head, states)[:, : wanted.vocab_size]}
         if head is None:
             return _loss_of_logits(states, wanted)
         return _loss_of_hidden(head, states, wanted)
@@ -122,6 +139,13 @@ def _top_ids(head: OutputHead | None, states: torch.Tensor, wanted: TopTokens) -
         with head.gathered():
             return head.top_ids(states, wanted.count, wanted.vocab_size)
     return states[:, : wanted.vocab_size].topk(wanted.count, dim=-1).indices
+
+
+def _logits(head: OutputHead | None, states: torch.Tensor) -> torch.Tensor:
+    if head is None:
+        return states
+    with head.gathered():
+        return head.logits(states)
 
 
 # The loss computes its own gradient: there is nothing in it for a compiler of the model.

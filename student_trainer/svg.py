@@ -9,6 +9,11 @@ from pathlib import Path
 
 COLOURS = ("#2563c9", "#c8650a", "#1a7f37", "#8a3ffc", "#b3255c", "#0b7285")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 62, 150, 36, 40
+_LOGARITHMIC = 50
+_DASHES = ("", "6 3", "2 3")  # of the lines beyond the number of colours
+LINES_SIZE = (420, 240)
+
+Point = tuple[float, float]
 
 # A label, a mean, and half its interval where there is one.
 Interval = tuple[str, float, float | None]
@@ -92,6 +97,109 @@ def write_interval_rows(path: Path, title: str, rows: Sequence[Interval]) -> Non
         )
         parts += _bar(0, (place(mean - reach), y), (place(mean + reach), y), (place(mean), y))
     _write(path, title, parts, height)
+
+
+def draw_lines(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+    """Lines through (x, y) points, of `LINES_SIZE`; "" where no y is finite.
+
+    y is logarithmic where it is positive and spans more than a factor of `_LOGARITHMIC`. A series
+    without points draws nothing and keeps its colour. Drawn in the classes c0 to c5, grid and
+    line, whose look is the page's or the file's.
+    """
+    points = [p for line in series.values() for p in line if math.isfinite(p[1])]
+    if not points:
+        return ""
+    width, height = LINES_SIZE
+    left, right, top, bottom = 62, 12, 12, 40
+    x_low, x_high = _range([x for x, _ in points])
+    y_low, y_high = _range([y for _, y in points])
+    logarithmic = y_low > 0 and y_high / y_low > _LOGARITHMIC
+    scale = math.log if logarithmic else float
+
+    def place(x: float, y: float) -> Point:
+        across = (x - x_low) / (x_high - x_low) * (width - left - right)
+        share = (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low))
+        return left + across, height - bottom - share * (height - top - bottom)
+
+    parts = []
+    for tick in _powers(y_low, y_high) if logarithmic else ticks(y_low, y_high):
+        y = place(x_low, tick)[1]
+        parts.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+        )
+    for tick in ticks(x_low, x_high):
+        x = place(tick, y_low)[0]
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>'
+        )
+    middle = (top + height - bottom) / 2
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+        f'<text transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
+    )
+    for number, (name, line) in enumerate(series.items()):
+        places = [place(x, y) for x, y in line if math.isfinite(y)]
+        if not places:
+            continue
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
+        style = f' stroke-dasharray="{dash}"' if dash else ""
+        parts.append(
+            f'<polyline class="line c{number % len(COLOURS)}" points="{path}"{style}>'
+            f"<title>{escape(name)}</title></polyline>"
+        )
+        if len(places) == 1:
+            x, y = places[0]
+            colour = number % len(COLOURS)
+            parts.append(f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
+    return "".join(parts)
+
+
+def write_lines(
+    path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]
+) -> None:
+    """`draw_lines` as a file for print, with its title above and its legend below."""
+    width, height = LINES_SIZE
+    look = [".grid{stroke:#d1d9e0}.line{fill:none;stroke-width:1.8;stroke-linejoin:round}"]
+    for number, colour in enumerate(COLOURS):
+        look.append(f".line.c{number}{{stroke:{colour}}}.dot.c{number}{{fill:{colour}}}")
+    legend: list[str] = []
+    for number, (name, line) in enumerate(series.items()):
+        if not line:
+            continue
+        x, y = 62 + 170 * (len(legend) % 2), height + 44 + 16 * (len(legend) // 2)
+        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
+        legend.append(
+            f'<polyline class="line c{number % len(COLOURS)}" stroke-dasharray="{dash or "none"}" '
+            f'points="{x},{y - 4} {x + 20},{y - 4}"/>'
+            f'<text x="{x + 26}" y="{y}">{escape(name)}</text>'
+        )
+    whole = height + 36 + 16 * math.ceil(len(legend) / 2)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" '
+        f'font-family="sans-serif" font-size="11"><style>{"".join(look)}</style>\n'
+        f'<rect width="{width}" height="{whole}" fill="#fff"/>'
+        f'<text x="20" y="20" font-size="13" font-weight="600">{escape(title)}</text>\n'
+        f'<g transform="translate(0 28)">{draw_lines(series, x_label, y_label)}</g>\n'
+        + "\n".join(legend)
+        + "\n</svg>\n"
+    )
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten between low and high."""
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    return [10.0**power for power in range(first, last + 1)]
+
+
+def _range(values: Sequence[float]) -> Point:
+    low, high = min(values), max(values)
+    if low == high:
+        return low - 0.5, high + 0.5
+    return low, high
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

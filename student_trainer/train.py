@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from student_trainer.loading import (
     load_student,
     load_tokenizer,
 )
+from student_trainer.model_card import model_card
 from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
@@ -87,7 +89,7 @@ def sft(argv: Sequence[str]) -> None:
     check_recipe(recipe, args)
     rows = read_rows(recipe)
     prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
-    _train(recipe, prepared, args, teacher=None, distill=None)
+    _train(recipe, prepared, args, teacher=None, distill=None, flags=(*parts, args))
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -113,7 +115,8 @@ def distill(argv: Sequence[str]) -> None:
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
-        _train(recipe, prepared, args, teacher=client, distill=args)
+        flags = (*parts, teacher, args)
+        _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
 
 
 def open_teacher(
@@ -192,6 +195,7 @@ def _train(
     *,
     teacher: Teacher | None,
     distill: DistillArguments | None,
+    flags: Sequence[Any],
 ) -> None:
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
@@ -226,6 +230,12 @@ def _train(
             staleness=0 if distill is None else distill.rollout_staleness,
             prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
             trace_steps=traced_steps(args),
+            card=partial(
+                model_card,
+                arguments=flags,
+                teacher=None if teacher is None else teacher.info.teacher,
+                rows=len(train),
+            ),
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
@@ -249,6 +259,7 @@ def _train(
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)

@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from shared.errors import NonFiniteError, ProtocolError, TeacherError, TeacherUnreachableError
 from shared.protocol import Completion
+from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.checkpoints import (
@@ -36,7 +37,7 @@ from student_trainer.checkpoints import (
     writing,
 )
 from student_trainer.data import Example, Sample, completed
-from student_trainer.evaluation.checkers import check_completions, summarize
+from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
@@ -53,6 +54,7 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
+from student_trainer.run_folder import read_held_out
 from student_trainer.signals import first_signal_asks
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
@@ -87,6 +89,7 @@ class DistillationTrainer(Trainer):
         packing: whether a micro-batch is one row of sequences instead of padded ones.
         rollout_temperature: of the student's sampling.
         staleness, prefetch_steps: see `Pipeline`.
+        card: README.md's text, by the model's name and what was logged; None for the Trainer's.
         trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
             folder; on the main process alone.
         vllm: writes the student's completions in its place.
@@ -112,6 +115,7 @@ class DistillationTrainer(Trainer):
         packing: Packing = "auto",
         staleness: int = 0,
         prefetch_steps: int = 0,
+        card: Callable[[str, list[dict[str, Any]]], str] | None = None,
         trace_steps: tuple[int, int] | None = None,
         vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
@@ -126,6 +130,7 @@ class DistillationTrainer(Trainer):
         self.kernel: Kernel = kernel
         self.teacher = teacher
         self.vocab_size = vocab_size
+        self._card = card
         self.max_tokens_per_batch = max_tokens_per_batch
         with self.accelerator.autocast():  # flash attention takes half precision only
             self.packed = decide_packing(model, packing)
@@ -160,6 +165,7 @@ class DistillationTrainer(Trainer):
         self._step_loss = torch.zeros(())
         self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
         self._random_state: RandomState | None = None  # at the end of the last step
+        self._looked: dict[str, Any] | None = None
         self.add_callback(_StepEnd(self))
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
@@ -421,6 +427,15 @@ class DistillationTrainer(Trainer):
         rows: Any = self.train_dataset
         return [[rows[i] for i in numbers] for numbers in self.order.micro_batches(step)]
 
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """README.md in the output folder; `push_to_hub` calls it too."""
+        if self._card is None:
+            super().create_model_card(model_name=model_name, **kwargs)
+        elif self.is_world_process_zero():
+            folder = Path(self.args.output_dir or "")
+            text = self._card(model_name or folder.resolve().name, self.state.log_history)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+
     # Checkpoints keep what was begun ahead, beside the random state: both are a rank's own.
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -437,6 +452,7 @@ class DistillationTrainer(Trainer):
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_ahead(file))
+            self._looked = read_held_out(self._output)
         with first_signal_asks() as asked:
             self.add_callback(_StopWhenAsked(self, asked))
             try:
@@ -569,7 +585,8 @@ class DistillationTrainer(Trainer):
         """Held-out divergence per completion token, and pass@1 or exact match by the checkers.
 
         The completions compared are the dataset's own; a bare prompt gets the teacher's greedy one,
-        written once. Each rank takes every n-th row; sums are added over ranks.
+        written once. Each rank takes every n-th row; sums are added over ranks. A few samples are
+        shown token by token, see `held_out`.
         """
         examples: list[Example] = list(dataloader.dataset)
         measured, real = self._share([e for e in examples if self._has_completion(e)])
@@ -584,16 +601,53 @@ class DistillationTrainer(Trainer):
         if asked:
             self.pipeline.finish_writing()  # the engine has one version of the weights
             self._greedy.sync(self.state.global_step)
-        checked = check_examples(self._greedy, self.processing_class, asked)[:real]
+        checked = check_examples(self._greedy, self.processing_class, asked)
+        own = {e.index: (text, r.passed) for e, (text, r) in zip(asked, checked, strict=True)}
+        self._show(measured, scored, own)
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
         metrics: dict[str, float] = {}
         if tokens:
             metrics[f"{metric_key_prefix}_loss"] = divergence / tokens
             if self.teacher is not None:
                 metrics[f"{metric_key_prefix}_divergence"] = divergence / tokens
-        for name, value in summarize(gather_object(checked)).items():
+        results = [result for _, result in checked[:real]]
+        for name, value in summarize(gather_object(results)).items():
             metrics[f"{metric_key_prefix}_{name}"] = value
         return EvalLoopOutput(None, None, metrics, len(examples))
+
+    def _show(
+        self,
+        examples: Sequence[Example],
+        scored: Sequence[ScoredSample],
+        own: dict[int, tuple[str, bool]],
+    ) -> None:
+        """Write what `held_out` shows; every rank looks at as many, and the first one writes."""
+        shown = [held_out.cut(item) for item in scored[: held_out.COUNT]]
+        self.model.eval()
+        looks = []
+        for item in shown:
+            inputs = self._prepare_inputs(self._micro_batch([item], normalizer=1.0))
+            inputs["sparse_targets"] = inputs["sparse_targets"].to(self.args.device)
+            with self.compute_loss_context_manager():
+                looks.append(held_out.look(self.model, inputs, self.processing_class))
+        if not shown or not self.is_world_process_zero():
+            return
+        chosen = examples[: len(shown)]
+        content = held_out.write(
+            Path(self.args.output_dir or ""),
+            [
+                held_out.described(item, example.name, example.prompt, self.processing_class)
+                for item, example in zip(shown, chosen, strict=True)
+            ],
+            looks,
+            [own.get(example.index) for example in chosen],
+            step=self.state.global_step,
+            first=self._looked,
+            beta=self.beta,
+            temperature=self.method.temperature,
+            teacher=self.teacher is not None,
+        )
+        self._looked = self._looked or content
 
     def _share(self, examples: list[Example]) -> tuple[list[Example], int]:
         """Every n-th example for this rank, and how many of them are real.
@@ -656,15 +710,15 @@ class DistillationTrainer(Trainer):
 
 def check_examples(
     rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example]
-) -> list[Any]:
-    """Verdicts on the model's own completions of the examples that carry a checker."""
-    checkable = [e for e in examples if e.checker is not None]
-    requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in checkable]
-    texts = [""] * len(checkable)
+) -> list[tuple[str, CheckResult]]:
+    """The model's own completions of examples that carry a checker, and the verdicts on them."""
+    requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in examples]
+    texts = [""] * len(examples)
     for group in rollouts.generate(requests):
         for index, rollout in group:
             texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-    return list(check_completions([e.checker for e in checkable if e.checker], texts))
+    results = check_completions([e.checker for e in examples if e.checker], texts)
+    return list(zip(texts, results, strict=True))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from examples.mini_humaneval import prepare
 from shared.errors import SparseGKDError
 from student_trainer import cli
 from student_trainer.report import Chart, Report, SideBySide, Table, render
+from student_trainer.run_folder import find_runs
 from student_trainer.study.served import served
 from student_trainer.study.spec import Cell, load_study, substituted, words_of
 
@@ -216,8 +217,8 @@ class Quickstart:
         return self.study.cells[CELLS["student_distilled"]].flags
 
     def _report(self, evaluated: dict[str, Evaluated], tasks: int, total: float) -> str:
-        sft = _history(self.folder / MODELS["Student, SFT"])
-        distilled = _history(self.folder / MODELS["Student, distilled"])
+        folders = [self.folder / MODELS[name] for name in ("Student, SFT", "Student, distilled")]
+        sft, distilled = find_runs(folders).training
         flags = self._distillation()
         rows = [
             (name, f"{model.pass_at_1:.3f}", f"{self.seconds.get(MODELS[name], 0.0):.0f} s")
@@ -230,40 +231,40 @@ class Quickstart:
                 f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
                 f"sequences. Seed {self.seed}, "
                 f"{total:.0f} s in all.",
-                table=Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1),
+                tables={"": Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1)},
                 charts=[
                     # Two quantities: one scale would invite a comparison that means nothing.
-                    Chart("SFT: cross-entropy", "nats per token", {"SFT": _points(sft, "loss")}),
+                    Chart("SFT: cross-entropy", "nats per token", {"SFT": sft.points("loss")}),
                     Chart(
                         "Distillation: JSD",
                         "nats per token",
-                        {"distilled": _points(distilled, "divergence")},
+                        {"distilled": distilled.points("divergence")},
                     ),
                     Chart(
                         "Mass on the teacher's top-k",
                         "probability",
                         {
-                            "teacher": _points(distilled, "teacher_top_k_mass"),
-                            "student": _points(distilled, "student_top_k_mass"),
+                            "teacher": distilled.points("teacher_top_k_mass"),
+                            "student": distilled.points("student_top_k_mass"),
                         },
                     ),
                     Chart(
                         "Entropy over top-k and tail",
                         "nats",
                         {
-                            "teacher": _points(distilled, "teacher_entropy"),
-                            "student": _points(distilled, "student_entropy"),
+                            "teacher": distilled.points("teacher_entropy"),
+                            "student": distilled.points("student_entropy"),
                         },
                     ),
                     Chart(
                         "Completion length",
                         "tokens",
-                        {"distilled": _points(distilled, "completion_length")},
+                        {"distilled": distilled.points("completion_length")},
                     ),
                 ],
                 seconds={
                     "whole run": self._stages(),
-                    "distillation": _where(distilled),
+                    "distillation": distilled.seconds(),
                 },
                 samples=self._samples(evaluated),
                 commands=self.commands,
@@ -309,35 +310,6 @@ class Quickstart:
             )
             for row in sorted(rows, key=verdicts, reverse=True)[:6]
         ]
-
-
-def _history(folder: Path) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = json.loads((folder / "trainer_state.json").read_text())[
-        "log_history"
-    ]
-    return history
-
-
-def _points(history: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(float(entry["step"]), float(entry[name])) for entry in history if name in entry]
-
-
-def _where(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of the distillation by what they went into; logged as means over a window."""
-    parts = {
-        "waiting for the teacher": ["seconds_teacher"],
-        "generating": ["seconds_generating"],
-        "training": ["seconds_forward_backward", "seconds_optimizer"],
-    }
-    totals = dict.fromkeys(parts, 0.0)
-    last = 0.0
-    for entry in history:
-        if "seconds_teacher" not in entry:
-            continue
-        window, last = entry["step"] - last, entry["step"]
-        for part, names in parts.items():
-            totals[part] += sum(entry[name] for name in names) * window
-    return totals
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """Running model-written Python without trusting it.
 
-Each program runs in a forked child of a clean interpreter (`_harness.py`), in a session and an
-empty working directory of its own, with an empty environment, without a network where the kernel
-allows that, under limits of CPU time, wall time, memory, open files and written bytes (none). An
-audit hook ends it at the first socket, subprocess, fork, signal or file write. It passes only when
-`check(entry_point)` really returned: the verdict is a random word that only the harness's own
-thread holds, so `os._exit(0)`, `sys.exit()` or forged output prove nothing. The tests run in a
-namespace of their own, with the builtins as they were, on results that must be plain data.
+A program runs in one process and its tests in another (`_harness.py`), forked from a clean
+interpreter; arguments and results cross a pipe as plain data. The tests' process gives the
+verdict, and the program's has nothing to forge it with: no secret, no test, no object they touch.
+`os._exit(0)`, patched builtins or modules, forged output and searched memory prove nothing, and an
+object whose `__eq__` is always true is refused where HumanEval's own harness lets it pass. Lists,
+dicts and sets that are changed in place are changed for the tests too.
+
+Both processes have a session and an empty working directory of their own, an empty environment, and
+limits of CPU time, wall time, memory, open files and written bytes (none). An audit hook ends them
+at the first socket, subprocess, fork, signal, file write, or read outside the standard library.
+Where the kernel has Landlock (Linux 5.13) and network namespaces it holds the same fence below the
+interpreter, and what escapes its session is found and killed.
 
 This protects against what language models write, by accident or by imitation. It is no defence
 against somebody with an exploit for the interpreter or the kernel: use a virtual machine for that.

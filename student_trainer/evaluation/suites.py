@@ -11,6 +11,12 @@ from student_trainer.evaluation.checkers import parse_checker
 
 SuiteName = Literal["auto", "humaneval", "gsm8k", "rows"]
 
+# Name, configuration and split on the Hub of what is published there.
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "humaneval": ("openai/openai_humaneval", None, "test"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+}
+
 _HUMANEVAL = {"task_id", "prompt", "entry_point", "test"}
 _GSM8K = {"question", "answer"}
 

@@ -69,6 +69,13 @@ def test_divergence_on_held_out_prompts_falls(world, tmp_path, method, beta):
     divergences = [e["eval_divergence"] for e in history(tmp_path) if "eval_divergence" in e]
     assert len(divergences) == 2
     assert divergences[1] < 0.8 * divergences[0]
+    samples = json.loads((tmp_path / "_held_out_samples.json").read_text())["samples"]
+    assert len(samples) == 4
+    for sample in samples:
+        before, after = (sum(e["divergence"]) for e in sample["evaluations"])
+        assert [e["step"] for e in sample["evaluations"]] == [0, 30]
+        assert after < before
+        assert sample["tokens"][-1] == "<|end|>"
 
 
 def test_sft_learns_the_data_without_a_teacher(world, tmp_path):

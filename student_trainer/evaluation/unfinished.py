@@ -1,0 +1,56 @@
+"""Completions of an evaluation that is not finished, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class Unfinished:
+    """A file of completions by number, under a first line that says what they are of.
+
+    What is there already is in ``texts``, if it is of the same; otherwise the file begins anew. A
+    last line that was cut is left out and written again. Use as a context manager.
+
+    Args:
+        path: of the file.
+        of: model, problems and sampling, as JSON.
+    """
+
+    def __init__(self, path: Path, of: Mapping[str, Any]) -> None:
+        self.path = path
+        self.texts: dict[int, str] = {}
+        first = json.dumps(of, sort_keys=True)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        if lines[:1] == [first]:
+            self.texts = {int(number): text for number, text in map(json.loads, lines[1:])}
+        else:
+            lines = [first]
+        part = path.with_name(path.name + ".part")
+        part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        part.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, number: int, text: str) -> None:
+        """Keep a completion, at once."""
+        self.texts[number] = text
+        self._file.write(json.dumps([number, text]) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """All is done and written elsewhere."""
+        self.path.unlink()

@@ -1,0 +1,204 @@
+"""An evaluation that is interrupted goes on, and ends as if it had not been."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from student_trainer import evaluate as evaluate_module
+from student_trainer.cli import main
+from student_trainer.config import DatasetArguments
+from student_trainer.evaluate import where_from
+from student_trainer.evaluation.passk import read_samples
+from student_trainer.evaluation.unfinished import Unfinished
+from student_trainer.rollouts import Rollout, TransformersRollouts
+from tests.support.models import save_model, save_tokenizer
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    save_tokenizer(folder)
+    save_model(folder, hidden_size=16)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    checker = {"kind": "exact_match", "answer": "x"}
+    lines = [{"prompt": c, "completion": "x", "checker": checker} for c in "abcde"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def words(model, rows, output, **options):
+    settings = {
+        "model_name_or_path": model, "dataset_name": rows, "output_dir": output, "n": 2,
+        "temperature": 1.0, "max_new_tokens": 6, "generation_batch_size": 2, **options,
+    }  # fmt: skip
+    return ["evaluate", *(f"--{name}={value}" for name, value in settings.items())]
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many completions were asked for; after ``stop_after`` groups it is interrupted."""
+
+    class Engine(TransformersRollouts):
+        requests = []  # noqa: RUF012
+        stop_after = None
+
+        def generate(self, requests):
+            Engine.requests.append(len(requests))
+            for count, group in enumerate(super().generate(requests), start=1):
+                yield group
+                if count == Engine.stop_after:
+                    raise StoppedError
+
+    monkeypatch.setattr(evaluate_module, "TransformersRollouts", Engine)
+    return Engine
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(model, rows, tmp_path, asked):
+    assert main(words(model, rows, tmp_path / "whole")) == 0
+    asked.stop_after = 2
+    with pytest.raises(StoppedError):
+        main(words(model, rows, tmp_path / "cut"))
+    there = len((tmp_path / "cut" / "unfinished.jsonl").read_text().splitlines()) - 1
+    assert 1 <= there < 10
+    asked.stop_after = None
+    assert main(words(model, rows, tmp_path / "cut")) == 0
+    assert asked.requests == [10, 10, 10 - there]
+    whole, cut = (read_samples(tmp_path / name / "samples.jsonl") for name in ("whole", "cut"))
+    assert cut == whole
+    assert len({sample["completion"] for sample in whole}) > 5
+    assert not (tmp_path / "cut" / "unfinished.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", ["temperature", "weights", "rows"])
+def test_what_was_generated_otherwise_is_not_taken_over(model, rows, tmp_path, asked, change):
+    asked.stop_after = 1
+    with pytest.raises(StoppedError):
+        main(words(model, rows, tmp_path / "out"))
+    asked.stop_after = None
+    options = {"temperature": 0.5} if change == "temperature" else {}
+    if change == "weights":
+        save_model(model, hidden_size=16, seed=1)
+    if change == "rows":
+        rows.write_text(rows.read_text().replace('"prompt": "a"', '"prompt": "z"'))
+    assert main(words(model, rows, tmp_path / "out", **options)) == 0
+    assert asked.requests == [10, 10]
+
+
+def test_samples_tell_prompt_and_reference_once_for_each_problem(model, rows, tmp_path):
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    samples = read_samples(tmp_path / "out" / "samples.jsonl")
+    assert [sample.get("prompt") for sample in samples[:4]] == ["a", None, "b", None]
+    assert samples[0]["reference"] == "x"
+
+
+def test_a_line_that_was_cut_is_written_again(tmp_path):
+    path = tmp_path / "unfinished.jsonl"
+    with Unfinished(path, {"n": 1}) as file:
+        file.add(0, "a\nb")
+        file.add(2, "c")
+    path.write_text(path.read_text() + '[1, "half')
+    with Unfinished(path, {"n": 1}) as file:
+        assert file.texts == {0: "a\nb", 2: "c"}
+        file.add(1, "d")
+    with Unfinished(path, {"n": 1}) as file:
+        assert file.texts == {0: "a\nb", 2: "c", 1: "d"}
+    with Unfinished(path, {"n": 2}) as file:
+        assert file.texts == {}
+
+
+def test_suites_without_a_file_come_from_the_hub(model, tmp_path, capsys):
+    assert where_from(DatasetArguments(), "gsm8k") == ("openai/gsm8k", "main", "test")
+    given = DatasetArguments(dataset_name="rows.jsonl")
+    assert where_from(given, "gsm8k") == ("rows.jsonl", None, "train")
+    assert main(["evaluate", f"--model_name_or_path={model}", f"--output_dir={tmp_path}"]) == 2
+    assert "--dataset_name is missing" in capsys.readouterr().err
+
+
+def test_perplexity_is_that_of_the_references(model, rows, tmp_path):
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["perplexity"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = torch.tensor(tokenizer([f"{c}x<|end|>" for c in "abcde"])["input_ids"])  # [5, 3]
+    labels = prompts.clone()
+    labels[:, 0] = -100
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        expected = float(plain(input_ids=prompts, labels=labels).loss.exp())
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k_logprobs": 8}, "no effect without --teacher_url"),
+        ({"beta": 0.5}, "no effect without --teacher_url"),
+        ({"beta": 2, "teacher_url": "http://host:1"}, "--beta 2.0 must be from 0 to 1"),
+        ({"vllm_gpu_memory_utilization": 0.5}, "no effect without --rollout_engine vllm"),
+        ({"rollout_engine": "vllm", "temperature": 3}, "vLLM samples from 0.01 to 2"),
+        ({"teacher_url": "host"}, "must look like http://host:8000"),
+    ],
+)
+def test_flags_of_teacher_and_engine_are_checked(model, rows, tmp_path, capsys, options, message):
+    assert main(words(model, rows, tmp_path / "out", **options)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_vllm_writes_the_completions_where_it_is_asked_to(model, rows, tmp_path, monkeypatch):
+    """By a stand-in for the engine; the engine itself is tested with the trainer."""
+    made = []
+
+    class Engine:
+        def __init__(self, student, **options):
+            self.model = student
+            made.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            made.append("closed")
+
+        def sync(self, version):
+            made.append(version)
+
+    class Rollouts(evaluate_module.VllmRollouts):
+        def generate(self, requests):
+            assert made[-1] == 0  # it has the weights
+            for index, request in enumerate(requests):
+                yield [(index, Rollout(request.prompt_ids, truncated=False))]
+
+    monkeypatch.setattr(evaluate_module, "VllmEngine", Engine)
+    monkeypatch.setattr(evaluate_module, "VllmRollouts", Rollouts)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    vllm = {"rollout_engine": "vllm", "vllm_gpu_memory_utilization": 0.5}
+    assert main(words(model, rows, tmp_path / "out", **vllm)) == 0
+    assert made == [
+        {"max_model_len": 7, "dtype": "float32", "gpu_memory_utilization": 0.5, "max_num_seqs": 2},
+        0,
+        "closed",
+    ]
+    samples = read_samples(tmp_path / "out" / "samples.jsonl")
+    assert [sample["completion"] for sample in samples] == list("aabbccddee")
+
+
+def test_references_that_a_template_rewrites_have_no_perplexity(model, rows, tmp_path, capsys):
+    (model / "chat_template.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
+    checker = {"kind": "exact_match", "answer": "x"}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
+    rows.write_text(json.dumps({"messages": turns, "checker": checker}) + "\n")
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    assert "perplexity" not in json.loads((tmp_path / "out" / "results.json").read_text())
+    teacher = {"teacher_url": "http://127.0.0.1:1"}  # is not waited for
+    assert main(words(model, rows, tmp_path / "out", **teacher)) == 2
+    assert "does not begin with the prompt" in capsys.readouterr().err
