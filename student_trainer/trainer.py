@@ -1,8 +1,9 @@
 """The step: prompts in, gradient out.
 
-`DistillationTrainer` is transformers' Trainer with three rooms rebuilt: what a generation batch
-becomes (`get_batch_samples`), the loss (`compute_loss`) and evaluation (`evaluation_loop`). SFT
-runs through it too, as forward KL to the data's one-hot distribution.
+`DistillationTrainer` is transformers' Trainer, made durable (`DurableTrainer`), with three rooms
+rebuilt: what a generation batch becomes (`get_batch_samples`), the loss (`compute_loss`) and
+evaluation (`evaluation_loop`). SFT runs through it too, as forward KL to the data's one-hot
+distribution.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,22 +21,16 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from shared.errors import NonFiniteError, ProtocolError, TeacherError, TeacherUnreachableError
+from shared.errors import NonFiniteError
 from shared.protocol import Completion
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.checkpoints import (
-    keep_latest,
-    publish,
-    remove_unfinished,
-    unfinished,
-    writing,
-)
 from student_trainer.data import Example, Sample, completed
+from student_trainer.durable import DurableTrainer
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.losses import Kernel, Tail
@@ -46,7 +40,6 @@ from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals
-from student_trainer.random_state import RandomState
 from student_trainer.rollouts import (
     RolloutEngine,
     RolloutRequest,
@@ -55,7 +48,6 @@ from student_trainer.rollouts import (
     VllmRollouts,
 )
 from student_trainer.run_folder import read_held_out
-from student_trainer.signals import first_signal_asks
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.teacher import Teacher
@@ -68,7 +60,7 @@ R = TypeVar("R")
 MicroBatch = dict[str, Any]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(DurableTrainer):
     """Distils a served teacher (or, without one, the data) into ``model``.
 
     Args:
@@ -160,11 +152,8 @@ class DistillationTrainer(Trainer):
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self._greedy = self._rollout_engine(0.0, generation_batch_size or step)
         self._eval_scored: dict[int, list[ScoredSample]] = {}
-        self.stopped = False  # by SIGTERM, before the last step
-        self._writing_checkpoint = False
         self._step_loss = torch.zeros(())
         self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
-        self._random_state: RandomState | None = None  # at the end of the last step
         self._looked: dict[str, Any] | None = None
         self.add_callback(_StepEnd(self))
 
@@ -297,9 +286,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[torch.Tensor, MicroBatch]:
         """The loss of one micro-batch, and its inputs, by which the Trainer counts its work."""
         with self.timeline.during("forward_backward", sequences=len(pending.indices)):
-            scored = self._together(
-                lambda: self.pipeline.scored(pending.batch, pending.indices), meets=meets
-            )
+            scored = self._scored(pending, meets=meets)
             self._step_batch.append(scored)
             micro_batch = self._micro_batch(
                 scored,
@@ -314,6 +301,13 @@ class DistillationTrainer(Trainer):
             if self.args.logging_nan_inf_filter:
                 loss.isfinite().item()  # the Trainer waits for the device here, so it counts here
         return loss, inputs
+
+    def _scored(self, pending: _Pending, *, meets: bool) -> list[ScoredSample]:
+        if self.teacher is None:
+            return self.pipeline.scored(pending.batch, pending.indices)
+        return self._together(
+            lambda: self.pipeline.scored(pending.batch, pending.indices), meets=meets
+        )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """As the Trainer's, which asks for it last before the optimizer."""
@@ -349,34 +343,6 @@ class DistillationTrainer(Trainer):
             "checkpoint was written after it. Look for rows that are unlike the others, or lower "
             "--learning_rate; --nonfinite skip with --resume_from_checkpoint auto leaves it out"
         )
-
-    def _together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
-        """What ``wait`` brings from the teacher; all ranks fail where one does.
-
-        None is left waiting for another's gradients, and all can save a checkpoint.
-
-        Args:
-            meets: the ranks exchange something in what follows. Where they do not, one that fails
-                waits here until the others come to where they do.
-
-        Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
-        """
-        if self.accelerator.num_processes == 1 or self.teacher is None:
-            return wait()
-        error: Exception | None = None
-        try:
-            brought = wait()
-        except (TeacherError, ProtocolError) as failure:
-            error = failure
-        if meets or error is not None:
-            failed = torch.tensor(float(error is not None), device=self.args.device)
-            if float(self.accelerator.reduce(failed, "sum")) and error is None:
-                error = TeacherUnreachableError(
-                    "another process of this run lost its teacher, and says how"
-                )
-        if error is not None:
-            raise error
-        return brought
 
     @property
     def _is_sharded(self) -> bool:
@@ -445,86 +411,12 @@ class DistillationTrainer(Trainer):
             save_ahead(self._ahead_file(output_dir), ahead)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
-        if self.args.should_save:
-            remove_unfinished(self._output)
         if resume_from_checkpoint is not None:
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_ahead(file))
             self._looked = read_held_out(self._output)
-        with first_signal_asks() as asked:
-            self.add_callback(_StopWhenAsked(self, asked))
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            except (TeacherError, ProtocolError):
-                self._save_what_was_learned()
-                raise
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        """As the Trainer's, which would go one step too far after the last step's checkpoint."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**arguments)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(unfinished(self._output) if self._writing_checkpoint else self._output)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process.
-
-        Raises:
-            CheckpointError: the disk takes no more.
-        """
-        output, step = self._output, self.state.global_step
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with writing(f"the checkpoint after step {step}", output):
-            self._writing_checkpoint = True
-            super()._save_checkpoint(model, trial)
-            self._writing_checkpoint = False
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(output / name)
-                if self.args.should_save:  # the file says where it was written
-                    self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(output, name)
-        if self.args.should_save:
-            best = self.state.best_model_checkpoint
-            keep_latest(output, self.args.save_total_limit, newest=name, best=best)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(output / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Waits for the folder to have its name: the upload goes on in the background."""
-
-    def _finalize_training(self, *arguments: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            # The Trainer does so too, but a deletion of its own can be cut short.
-            keep_latest(self._output, 1, newest=Path(best).name, best=best)
-        return super()._finalize_training(*arguments)
-
-    @property
-    def _output(self) -> Path:
-        return Path(self.args.output_dir or "")
-
-    def _save_what_was_learned(self) -> None:
-        """A checkpoint as of the end of the last step, whatever of the next one was done since.
-
-        A run that goes on from it ends as one that was never interrupted.
-        """
-        folder = self._output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._random_state is None or folder.exists():  # nothing new
-            return
-        self._random_state.restore()
-        self._save_checkpoint(self.model, None)
-        self.accelerator.wait_for_everyone()
-        logger.warning(
-            "Saved %s: the same command with --resume_from_checkpoint auto goes on", folder
-        )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _ahead_file(self, folder: str) -> Path:
         return Path(folder) / f"ahead-{self.accelerator.process_index}.npz"
@@ -567,10 +459,6 @@ class DistillationTrainer(Trainer):
         names = ("looked_up", "found", "corrupt")
         for name, count in zip(names, self.teacher.take_lookups(), strict=True):
             self.window.add(name, count)
-
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        summed = self.accelerator.reduce(values.to(self.args.device), "sum")
-        return summed.cpu()
 
     # Evaluation: divergence on held-out completions, and checkers on greedy ones.
 
@@ -739,25 +627,6 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()
         self.trainer._count_traffic()
-        self.trainer._random_state = RandomState.now()
-
-
-class _StopWhenAsked(TrainerCallback):
-    """Saves and stops after the step in which any rank was told to end; all ranks at the same."""
-
-    def __init__(self, trainer: DistillationTrainer, asked: threading.Event) -> None:
-        self.trainer = trainer
-        self.asked = asked
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._sum_over_ranks(torch.tensor(float(self.asked.is_set()))):
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-            self.trainer.stopped = state.global_step < state.max_steps
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped:  # in its middle
-            control.should_save = control.should_evaluate = False
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:
