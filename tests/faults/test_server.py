@@ -24,6 +24,7 @@ from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model
 from tests.support.server import free_port, serving, start_server, wait_until_ready
 
+RANDOM = np.random.default_rng(0)
 BROKEN = 7  # a token whose embedding is not finite
 
 
@@ -65,6 +66,11 @@ def app(tmp_path):
     return made
 
 
+def texts(count, length):
+    """Sequences that nobody asked for before: equal ones that are under way are computed once."""
+    return RANDOM.integers(10, 250, (count, length)).tolist()
+
+
 def score(url, sequences, *, rows=1, top_k=2, client="", **options):
     """Answer to a request that scores the last ``rows`` tokens of each of ``sequences``."""
     asked = [
@@ -101,14 +107,14 @@ def test_a_client_that_floods_neither_fills_the_queue_nor_goes_first(server):
     done, order = threading.Lock(), []
 
     def flood(_):
-        response = score(url, [[5] * 256] * 16, client="flood")
+        response = score(url, texts(16, 256), client="flood")
         with done:
             order.append(response.status_code)
 
     with ThreadPoolExecutor(30) as clients:
         sent = [clients.submit(flood, n) for n in range(30)]
         until(lambda: 429 in order, 20)  # it has all that it is given
-        response = score(url, [[6] * 256] * 16, client="another")
+        response = score(url, texts(16, 256), client="another")
         answered_before = order.count(200)
         for one in sent:
             one.result()
@@ -121,27 +127,27 @@ def test_a_client_that_floods_neither_fills_the_queue_nor_goes_first(server):
 def test_a_batch_that_exceeds_the_memory_is_split_and_answered(server):
     """The process may take 32 MiB more; 8,000 tokens, together or alone, want 125 in a layer."""
     url, process = server
-    score(url, [[5] * 500])
+    score(url, texts(1, 500))
     limit = process.memory_info().vms + (32 << 20)
     batches = metric(url, 'teacher_batch_size_count{kind="score"}')
     runs = metric(url, 'teacher_model_seconds_count{kind="score"}')
     process.rlimit(psutil.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     try:
-        assert score(url, [[5] * 500] * 16).status_code == 200
+        assert score(url, texts(16, 500)).status_code == 200
         assert metric(url, 'teacher_batch_size_count{kind="score"}') == batches + 1
         assert metric(url, 'teacher_model_seconds_count{kind="score"}') >= runs + 3
-        refused = problem(score(url, [[5] * 100, [5] * 8000]), 413)
+        refused = problem(score(url, [*texts(1, 100), *texts(1, 8000)]), 413)
     finally:
         process.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert refused.field == "sequences.1"
     assert "8000 tokens do not fit the teacher's memory" in refused.detail
-    assert score(url, [[5] * 8000]).status_code == 200
+    assert score(url, texts(1, 8000)).status_code == 200
 
 
 def test_a_model_that_fails_on_one_sequence_fails_its_request_alone(server):
     url, _ = server
     with ThreadPoolExecutor(9) as clients:
-        held = clients.submit(score, url, [[5] * 256] * 64)  # while it runs, the others queue up
+        held = clients.submit(score, url, texts(64, 256))  # while it runs, the others queue up
         until(lambda: metric(url, "teacher_queued_jobs") == 64, 20)
         good = [clients.submit(score, url, [[5, 6, n]]) for n in range(10, 17)]
         bad = clients.submit(score, url, [[5, 6, 5], [5, BROKEN, 5]])
@@ -154,7 +160,7 @@ def test_a_model_that_fails_on_one_sequence_fails_its_request_alone(server):
 def test_a_busy_server_is_alive(server):
     url, _ = server
     with ThreadPoolExecutor(20) as clients:
-        busy = [clients.submit(score, url, [[5] * 256] * 16) for _ in range(20)]
+        busy = [clients.submit(score, url, texts(16, 256)) for _ in range(20)]
         until(lambda: metric(url, "teacher_queued_jobs") >= 100, 20)
         for _ in range(20):
             assert httpx.get(f"{url}/health", timeout=5).status_code == 200

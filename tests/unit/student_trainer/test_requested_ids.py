@@ -27,10 +27,10 @@ def client_of(width_answered, **limits):
         sequences = []
         for sequence in asked.sequences:
             rows = len(sequence.token_ids) - sequence.completion_start
-            floats = np.zeros((rows, asked.top_k), np.float32)
+            floats = np.full((rows, asked.top_k), np.log(0.1), np.float32)
             more = None
             if width_answered is not None:
-                more = np.zeros((rows, width_answered), np.float32)
+                more = np.full((rows, width_answered), np.log(0.1), np.float32)
             sequences.append(
                 SparseLogprobs(
                     token_ids=np.zeros((rows, asked.top_k), np.uint32), logprobs=floats,
@@ -39,7 +39,8 @@ def client_of(width_answered, **limits):
                 )
             )  # fmt: skip
         body = ScoreResponse(sequences=sequences, teacher=info().teacher, request_id="r")
-        return httpx.Response(200, content=wire.dump(body, wire.MSGPACK_MEDIA_TYPE))
+        packed = httpx.ByteStream(wire.dump(body, wire.MSGPACK_MEDIA_TYPE))
+        return httpx.Response(200, stream=packed)
 
     client = TeacherClient(["http://teacher"], timeout=5.0)
     client._replicas._http = httpx.Client(transport=httpx.MockTransport(answer))
