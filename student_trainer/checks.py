@@ -195,6 +195,12 @@ def check_merge(args: MergeArguments) -> None:
 
 def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
+    if args.world_size > 1 and teacher.teacher_timeout >= args.ddp_timeout:
+        raise ConfigurationError(
+            f"--teacher_timeout {teacher.teacher_timeout:g}: processes wait {args.ddp_timeout} s "
+            "for one another, and would be ended before one of them gives its teacher up; raise "
+            "--ddp_timeout above it"
+        )
     for name in ("lmbda", "beta"):
         value = getattr(args, name)
         if not 0.0 <= value <= 1.0:

@@ -27,6 +27,8 @@ from student_trainer.checkpoints import (
 from student_trainer.random_state import RandomState
 from student_trainer.signals import first_signal_asks
 
+_PATIENCE = 5.0  # seconds that SIGTERM leaves the teacher; torchrun leaves its processes 30
+
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
@@ -42,6 +44,8 @@ class DurableTrainer(Trainer):
     def __init__(self, model: Any, **trainer_arguments: Any) -> None:
         super().__init__(model, **trainer_arguments)
         self.stopped = False
+        self._waiting = False  # for the teacher
+        self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step
 
@@ -49,13 +53,20 @@ class DurableTrainer(Trainer):
         """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
         if self.args.should_save:
             remove_unfinished(self._output)
-        with first_signal_asks() as asked:
+        with first_signal_asks(_PATIENCE, self._wait_no_longer) as asked:
             self.add_callback(_AfterStep(self, asked))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
-                raise
+                self.stopped = asked.is_set() and self.state.global_step > 0
+                if not self.stopped:
+                    raise
+                return None
+
+    def _wait_no_longer(self) -> None:
+        if self._waiting:
+            raise TeacherUnreachableError("told to end while it waited for the teacher")
 
     def _run_epoch(self, **arguments: Any) -> None:
         """As the Trainer's, which would go one step too far after the last step's checkpoint."""
@@ -86,6 +97,7 @@ class DurableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(output, name)
+        self._saved_step = step
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             keep_latest(output, self.args.save_total_limit, newest=name, best=best)
@@ -112,15 +124,16 @@ class DurableTrainer(Trainer):
 
         A run that goes on from it ends as one that was never interrupted.
         """
-        folder = self._output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self._random_state is None or folder.exists():  # nothing new
+        step = self.state.global_step
+        if self._random_state is None or self._saved_step == step:  # nothing new
             return
         self._random_state.restore()
         self._save_checkpoint(self.model, None)
         self.accelerator.wait_for_everyone()
         logger.warning(
-            "Saved %s: the same command with --resume_from_checkpoint auto goes on", folder
-        )
+            "Saved %s/%s-%d: the same command with --resume_from_checkpoint auto goes on",
+            self._output, PREFIX_CHECKPOINT_DIR, step,
+        )  # fmt: skip
 
     def _together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
         """What ``wait`` brings from the teacher; all ranks fail where one does.
@@ -133,14 +146,15 @@ class DurableTrainer(Trainer):
 
         Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
         """
-        if self.accelerator.num_processes == 1:
-            return wait()
         error: Exception | None = None
         try:
+            self._waiting = True
             brought = wait()
         except (TeacherError, ProtocolError) as failure:
             error = failure
-        if meets or error is not None:
+        finally:
+            self._waiting = False
+        if self.accelerator.num_processes > 1 and (meets or error is not None):
             failed = torch.tensor(float(error is not None), device=self.args.device)
             if float(self.accelerator.reduce(failed, "sum")) and error is None:
                 error = TeacherUnreachableError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -31,10 +31,14 @@ def signals_as_exits() -> Iterator[None]:
 
 
 @contextmanager
-def first_signal_asks() -> Iterator[threading.Event]:
+def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
     """The event that the first SIGTERM sets, where it would end the process; a second one does.
 
     What is ignored or handled stays so. In the main thread alone, which hears signals.
+
+    Args:
+        patience: seconds after which, and then each second, ``remind`` is called in that thread,
+            wherever it is; it may raise.
     """
     asked = threading.Event()
     main = threading.current_thread() is threading.main_thread()
@@ -45,9 +49,14 @@ def first_signal_asks() -> Iterator[threading.Event]:
     def ask(number: int, frame: object) -> None:
         asked.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, lambda number, frame: remind())
+        signal.setitimer(signal.ITIMER_REAL, patience, 1.0)
 
     signal.signal(signal.SIGTERM, ask)
     try:
         yield asked
     finally:
+        if asked.is_set():
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

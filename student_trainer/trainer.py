@@ -575,11 +575,12 @@ class DistillationTrainer(DurableTrainer):
 
     def _written_greedily(self, bare: list[Example]) -> list[Sample]:
         """The teacher's completions of bare prompts."""
-        if not bare or self.teacher is None:
+        if self.teacher is None:
             return []
-        sampling = self.method.sampling(0.0, scored=False)
-        write = partial(self.teacher.generate, [e.prompt_ids for e in bare], sampling)
-        completions = self._together(write)
+        teacher, sampling = self.teacher, self.method.sampling(0.0, scored=False)
+        prompts = [example.prompt_ids for example in bare]
+        # Also of a rank that has none: all meet here.
+        completions = self._together(lambda: teacher.generate(prompts, sampling) if prompts else [])
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
             for e, c in zip(bare, completions, strict=True)

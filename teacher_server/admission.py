@@ -44,19 +44,24 @@ class Room:
         self._gauge = gauge
         self._held: Counter[str] = Counter()
 
-    def take(self, client: str, amount: int) -> None:
-        """Raises `OverloadedError` where there is no room for ``amount`` more."""
-        total, own = self._held.total(), self._held[client]
+    def take(self, client: str, amount: int, *, already: int = 0) -> None:
+        """Room for ``amount`` more, of which the request itself holds some ``already``.
+
+        Raises:
+            OverloadedError: there is none.
+        """
+        total, own = self._held.total(), self._held[client] - already
         if total + amount > self.limit:
             raise OverloadedError(
                 f"{total} {self._thing} are queued and the request brings {amount}; the limit is "
                 f"{self.limit}. Try again later",
                 retry_after=RETRY_AFTER,
             )
-        if own and own + amount > self.limit - total:
+        free = self.limit - total + already
+        if own and own + already + amount > free:
             raise OverloadedError(
-                f"{own} {self._thing} of this client are queued and the request brings {amount}; "
-                f"a client holds no more than it leaves free, now {self.limit - total} of "
+                f"{own} {self._thing} of this client are queued and the request brings "
+                f"{already + amount}; a client holds no more than it leaves free, now {free} of "
                 f"{self.limit}. Try again later",
                 retry_after=RETRY_AFTER,
             )
@@ -82,7 +87,7 @@ class Held:
 
     def add(self, size: int) -> None:
         """Raises `OverloadedError` where there is no room for ``size`` bytes more."""
-        self._room.take(self._client, size)
+        self._room.take(self._client, size, already=self._bytes)
         self._bytes += size
 
     def free(self) -> None:

@@ -297,8 +297,11 @@ class TeacherApp:
             return await _answer(request, answer)
 
     async def _scored(self, backend: Backend, job: ScoreJob) -> SparseLogprobs:
-        """Of an equal job that is under way, or of its own. Scores depend on the job alone."""
-        question = hashlib.sha256(codec.encode({**vars(job), "client": ""})).digest()
+        """Of an equal job of the same client that is under way, or of its own.
+
+        Scores depend on the job alone; but another client's may wait for that client's turn.
+        """
+        question = hashlib.sha256(codec.encode(vars(job))).digest()
         return await self.scoring.ask(question, lambda: backend.score(job))
 
     async def _generate(self, request: Request, request_id: str) -> Answer:
@@ -597,8 +600,8 @@ async def _all(work: list[Coroutine[Any, Any, R]], field: str, jobs_each: int = 
         try:
             return await item
         except (InternalError, PayloadTooLargeError) as error:
-            error.field = f"{field}.{index // jobs_each}"
-            raise
+            # Another than the one caught, which whoever asked for the same is told too.
+            raise type(error)(error.detail, field=f"{field}.{index // jobs_each}") from error
 
     tasks = [asyncio.ensure_future(one(index, item)) for index, item in enumerate(work)]
     try:

@@ -33,6 +33,26 @@ def test_sigterm_saves_and_exits_0(command, serving, whole, tmp_path):
     assert_same_weights(whole[0], tmp_path)
 
 
+def test_sigterm_does_not_wait_for_a_teacher_that_hangs(command, serving, whole, tmp_path):
+    hangs = threading.Event()
+
+    def on_request(number):
+        if number == whole[1] // 2:
+            os.kill(process.pid, signal.SIGTERM)
+            hangs.set()
+        if hangs.is_set():
+            time.sleep(120)
+
+    with serving(on_request) as url, running(command(url, tmp_path, **ONLY_THEN)) as process:
+        process.join(60)
+        assert process.exitcode == 0
+    [step] = checkpoints(tmp_path)
+    assert 0 < step < 10
+    with serving() as url:
+        assert main(command(url, tmp_path, **ONLY_THEN)) == 0
+    assert_same_weights(whole[0], tmp_path)
+
+
 def test_a_second_sigterm_ends_at_once(command, serving, tmp_path):
     """While step 2 waits for its scores, those of request 4; request 5 is of step 3."""
 

@@ -283,6 +283,15 @@ def test_what_deepspeed_does_by_itself_is_refused(model_folder, monkeypatch, fla
         check_recipe(Recipe(model, adapters, dataset, data, generation), args)
 
 
+def test_ranks_wait_longer_for_one_another_than_for_a_teacher(model_folder, monkeypatch):
+    *_, teacher, args = read(words(model_folder, "--teacher_timeout", "1800"))
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ConfigurationError, match="--teacher_timeout 1800: processes wait 1800 s"):
+        check_distill(args, teacher)
+    args.ddp_timeout = 1801
+    check_distill(args, teacher)
+
+
 @pytest.mark.parametrize(
     ("zero", "refused"),
     [
