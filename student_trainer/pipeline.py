@@ -307,8 +307,9 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
-        with self._timeline.during("generating"):
-            self.finish_writing()  # with the weights that the engine has still
+        if any(begun.writing for begun in self._begun.values()):
+            with self._timeline.during("generating"):
+                self.finish_writing()  # with the weights that the engine has still
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
         ahead = step > batch.weight_version

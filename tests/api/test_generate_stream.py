@@ -103,7 +103,10 @@ def test_a_client_who_leaves_a_stream_ends_the_engines_request(strict):
 
     def running():
         # The gauge moves with the engine's steps, so give it one.
-        assert httpx.post(f"{strict.url}/v1/score", json=short, timeout=10).status_code == 200
+        response = httpx.post(
+            f"{strict.url}/v1/score", json=short, headers={"X-Client-Id": "another"}, timeout=10
+        )
+        assert response.status_code == 200
         return engine_metric(strict.url, "num_requests_running")
 
     asked, _ = one_that_ends_and_one_that_does_not(strict)
