@@ -265,7 +265,9 @@ class DistillationTrainer(DurableTrainer):
         for place, pending in enumerate(inputs):
             last = place + 1 == len(inputs)
             waits = not (last or self._syncs_each_batch)
-            meets = self._is_sharded or (last and self.accelerator.sync_gradients)
+            # In a step's first forward pass DDP sends buffers, and in its last backward gradients.
+            meets = self._is_sharded or not self._step_batch
+            meets |= last and self.accelerator.sync_gradients
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 one, inputs[place] = self._learn(
                     model, pending["pending"], num_items_in_batch, meets=meets
