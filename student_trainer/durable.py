@@ -155,8 +155,8 @@ class DurableTrainer(Trainer):
         finally:
             self._waiting = False
         if self.accelerator.num_processes > 1 and (meets or error is not None):
-            failed = torch.tensor(float(error is not None), device=self.args.device)
-            if float(self.accelerator.reduce(failed, "sum")) and error is None:
+            failed = self._sum_over_ranks(torch.tensor(float(error is not None)))
+            if failed and error is None:
                 error = TeacherUnreachableError(
                     "another process of this run lost its teacher, and says how"
                 )

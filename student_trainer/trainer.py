@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +54,6 @@ from student_trainer.teacher import Teacher
 from student_trainer.timeline import Timeline, Trace
 
 logger = logging.getLogger(__name__)
-
-R = TypeVar("R")
 
 MicroBatch = dict[str, Any]
 
@@ -400,9 +398,8 @@ class DistillationTrainer(DurableTrainer):
         if self._card is None:
             super().create_model_card(model_name=model_name, **kwargs)
         elif self.is_world_process_zero():
-            folder = Path(self.args.output_dir or "")
-            text = self._card(model_name or folder.resolve().name, self.state.log_history)
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            text = self._card(model_name or self._output.resolve().name, self.state.log_history)
+            (self._output / "README.md").write_text(text, encoding="utf-8")
 
     # Checkpoints keep what was begun ahead, beside the random state: both are a rank's own.
 
@@ -524,7 +521,7 @@ class DistillationTrainer(DurableTrainer):
             return
         chosen = examples[: len(shown)]
         content = held_out.write(
-            Path(self.args.output_dir or ""),
+            self._output,
             [
                 held_out.described(item, example.name, example.prompt, self.processing_class)
                 for item, example in zip(shown, chosen, strict=True)

@@ -9,10 +9,8 @@ import sys
 from dataclasses import replace
 
 import pytest
-from transformers import AutoTokenizer
 
 from shared import wire
-from shared.identity import tokenizer_identity
 from shared.protocol import ScoreResponse
 from student_trainer.cli import main
 from tests.e2e.test_overlap import assert_same_to_the_last_bit, words
@@ -43,14 +41,8 @@ def world(unserved_world, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def info(world):
-    tokenizer = tokenizer_identity(AutoTokenizer.from_pretrained(world.student))
-    return stub.info(tokenizer=tokenizer, vocab_size=260, max_model_len=256)
-
-
-@pytest.fixture(scope="module")
-def teacher(info):
-    with stub.serving(PacedTeacher(info, lambda tokens: 0.0, one_at_a_time=False)) as url:
+def teacher(teacher_info):
+    with stub.serving(PacedTeacher(teacher_info, lambda tokens: 0.0, one_at_a_time=False)) as url:
         yield url
 
 
@@ -90,16 +82,16 @@ def test_a_run_through_every_passing_fault_learns_the_same(world, whole, proxy, 
 
 
 def test_a_teacher_killed_and_restarted_in_the_middle_of_a_run_changes_nothing(
-    world, whole, info, tmp_path, caplog
+    world, whole, teacher_info, tmp_path, caplog
 ):
     port = free_port()
-    processes = [stub_process.start(port, info, tmp_path)]
+    processes = [stub_process.start(port, teacher_info, tmp_path)]
 
     def kill_and_restart(exchange):
         """The answer is lost with the process; the next one takes a while to be ready."""
         processes[-1].kill()
         processes[-1].wait()
-        processes.append(stub_process.start(port, info, tmp_path))
+        processes.append(stub_process.start(port, teacher_info, tmp_path))
         fault.closed_without_an_answer(exchange)
 
     try:
@@ -146,10 +138,10 @@ def test_a_run_that_loses_its_teacher_saves_and_goes_on_to_the_same_weights(
 
 
 def test_another_teacher_at_the_same_address_ends_a_run_that_goes_on_with_the_first(
-    world, whole, info, teacher, proxy, tmp_path, capsys
+    world, whole, teacher_info, teacher, proxy, tmp_path, capsys
 ):
-    other = info.teacher.model_copy(update={"model": "other", "fingerprint": "f" * 64})
-    replaced = PacedTeacher(info.model_copy(update={"teacher": other}), lambda tokens: 0.0)
+    other = teacher_info.teacher.model_copy(update={"model": "other", "fingerprint": "f" * 64})
+    replaced = PacedTeacher(teacher_info.model_copy(update={"teacher": other}), lambda tokens: 0.0)
     with stub.serving(replaced) as url:
 
         def replace_teacher(exchange):
@@ -159,7 +151,7 @@ def test_another_teacher_at_the_same_address_ends_a_run_that_goes_on_with_the_fi
         proxy.faults = [fault.passed_on] * 14 + [replace_teacher]
         assert main(words(world, proxy.url, tmp_path, **METHODS["stale"])) == 1
     said = capsys.readouterr().err
-    for shown in (proxy.url, str(other), str(info.teacher)):
+    for shown in (proxy.url, str(other), str(teacher_info.teacher)):
         assert shown in said
     assert len(checkpoints(tmp_path)) == 1
     assert resumed(world, teacher, tmp_path, **METHODS["stale"]) == 0
@@ -234,17 +226,17 @@ def test_when_one_of_two_ranks_loses_its_teacher_both_save_and_go_on_to_the_same
 
 
 @pytest.mark.slow_fault
-def test_ranks_that_reach_different_teachers_do_not_begin(world, info, tmp_path):
+def test_ranks_that_reach_different_teachers_do_not_begin(world, teacher_info, tmp_path):
     class Twofold(PacedTeacher):
         """A balancer before two models."""
 
         def get(self, path):
             number = next(numbers) if path == "/v1/info" else 0
-            identity = info.teacher.model_copy(update={"fingerprint": str(number) * 64})
-            return stub.packed(info.model_copy(update={"teacher": identity}))
+            identity = teacher_info.teacher.model_copy(update={"fingerprint": str(number) * 64})
+            return stub.packed(teacher_info.model_copy(update={"teacher": identity}))
 
     numbers = itertools.count(1)
-    with stub.serving(Twofold(info, lambda tokens: 0.0)) as url:
+    with stub.serving(Twofold(teacher_info, lambda tokens: 0.0)) as url:
         done = launch(words(world, url, tmp_path, **METHODS["on-policy"]))
     assert done.returncode != 0
     assert "the processes of this run reached different teachers" in done.stderr
