@@ -62,7 +62,7 @@ from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine
 from student_trainer.self_check import check_repeats
-from student_trainer.teacher import Teacher, TeacherClient
+from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
 
@@ -139,7 +139,7 @@ def open_teacher(
             api_key=api_key_of(teacher),
             unreachable=teacher.teacher_unreachable,
         )
-    client = TeacherClient(
+    client = SparseGkdTeacher(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
