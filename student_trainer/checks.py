@@ -149,6 +149,8 @@ def _check_fsdp(args: TrainingArguments) -> None:
 
 
 def check_model(model: ModelArguments) -> None:
+    if model.loaded is not None:
+        return
     _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
     if Path(name).is_dir():
