@@ -319,10 +319,11 @@ class DistillArguments(CommonTrainingArguments):
 class EvaluateArguments:
     """Score a model on rows that carry a checker."""
 
-    suite: Literal["auto", "humaneval", "gsm8k", "rows"] = _flag(
+    suite: str = _flag(
         "auto",
-        "What --dataset_name holds: a file as published, or rows with a checker; auto tells from "
-        "the fields. humaneval and gsm8k come from the Hub where no --dataset_name is given.",
+        "humaneval or gsm8k, from the Hub; or a JSONL file or folder of HumanEval's or GSM8K's "
+        "rows as published, or of rows with a checker. With --dataset_name: what that holds, "
+        "humaneval, gsm8k, rows, or auto, which tells from the fields.",
     )
     temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
     n: int = _flag(1, "Completions for each problem.")
