@@ -9,35 +9,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.errors import SparseGKDError
     from student_trainer.api import DistillationResult, distill
-    from student_trainer.client import TeacherClient
+    from student_trainer.client import Scored, TeacherClient, teacher_distribution
     from student_trainer.losses import (
         SparseDistribution,
         generalized_jsd,
         linear_sparse_jsd,
         sparse_generalized_jsd,
     )
-    from student_trainer.support import ScoredSample, sparse_distribution
 
 __all__ = [
     "DistillationResult",
-    "ScoredSample",
+    "Scored",
     "SparseDistribution",
     "SparseGKDError",
     "TeacherClient",
     "distill",
     "generalized_jsd",
     "linear_sparse_jsd",
-    "sparse_distribution",
     "sparse_generalized_jsd",
+    "teacher_distribution",
 ]
 
 _MODULES = {
     "DistillationResult": "student_trainer.api",
-    "ScoredSample": "student_trainer.support",
+    "Scored": "student_trainer.client",
     "SparseGKDError": "shared.errors",
     "TeacherClient": "student_trainer.client",
     "distill": "student_trainer.api",
-    "sparse_distribution": "student_trainer.support",
+    "teacher_distribution": "student_trainer.client",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, TypeAlias
 
@@ -12,15 +13,49 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError, InvalidRequestError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
+from shared.sparse import SparseLogprobs
 from student_trainer.checks import api_key_of, check_teacher
 from student_trainer.config import DataArguments, TeacherArguments
 from student_trainer.data import Example, Sample, stop_token_ids, tokenize_rows
-from student_trainer.support import ScoredSample
+from student_trainer.losses import SparseDistribution
+from student_trainer.support import ScoredSample, sparse_distribution
 from student_trainer.teacher import Sampling, SparseGkdTeacher, sequence_of
 from student_trainer.train import check_vocabulary
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sequence, and the teacher's distribution at each of its T completion tokens.
+
+    Attributes:
+        sample: token_ids [L] uint32, completion_start and completion_ids [T], T = L −
+            completion_start; and whether the completion was ``truncated`` by a limit.
+        scores: numpy arrays, in nats: token_ids [T, k] uint32, logprobs [T, k], and in float32
+            next_token_logprob [T], of the token that came next, and tail_logprob [T], of all the
+            mass on tokens that are not named.
+    """
+
+    sample: Sample
+    scores: SparseLogprobs
+
+
+def teacher_distribution(scored: Sequence[Scored], vocab_size: int) -> SparseDistribution:
+    """What the losses compare with: the rows of all completions, one after another.
+
+    Args:
+        scored: of `TeacherClient.score` or `generate`.
+        vocab_size: the smaller of the student's and the teacher's vocabulary; teacher mass outside
+            goes to the tail.
+
+    Returns:
+        N = ΣT rows: token_ids [N, K] int64, logprobs [N, K] and tail_logprob [N] float32, on the
+        CPU. The support is the top-k joined with the token that came next.
+    """
+    samples = [ScoredSample(one.sample, one.scores) for one in scored]
+    return sparse_distribution(samples, vocab_size)
 
 
 class TeacherClient:
@@ -99,7 +134,7 @@ class TeacherClient:
         *,
         top_k: int = 64,
         temperature: float = 1.0,
-    ) -> list[ScoredSample]:
+    ) -> list[Scored]:
         """The teacher's distribution at each token of the completions.
 
         Args:
@@ -110,11 +145,7 @@ class TeacherClient:
             temperature: divides the teacher's logits.
 
         Returns:
-            For each sequence its ``sample`` (token_ids [L] uint32, completion_start) and its
-            ``scores``: `SparseLogprobs` of numpy arrays, T rows for T completion tokens, in nats:
-            token_ids [T, k] uint32, logprobs [T, k], and in float32 next_token_logprob [T] of the
-            token that came next and tail_logprob [T] of all that is not named.
-            `sparse_distribution` makes of them what the losses take.
+            One for each sequence; `teacher_distribution` makes of them what the losses take.
 
         Raises:
             DatasetError: a row that has no completion, or cannot be tokenized.
@@ -124,7 +155,7 @@ class TeacherClient:
         pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
         _ = self.info  # connected
         scores = self._teacher.score(pairs, top_k=top_k, temperature=temperature)
-        return list(map(ScoredSample, samples, scores))
+        return list(map(Scored, samples, scores))
 
     def generate(
         self,
@@ -136,7 +167,7 @@ class TeacherClient:
         stop_token_ids: Sequence[int] | None = None,
         top_k: int = 64,
         score_temperature: float = 1.0,
-    ) -> list[ScoredSample]:
+    ) -> list[Scored]:
         """Completions that the teacher writes, one for each prompt, scored in the same pass.
 
         Args:
@@ -150,8 +181,8 @@ class TeacherClient:
             top_k, score_temperature: of the scores, as in `score`.
 
         Returns:
-            As `score`; ``sample.completion_ids`` [T] is what the teacher wrote, and
-            ``sample.truncated`` whether it was cut at ``max_new_tokens``.
+            One for each prompt; its ``sample.completion_ids`` is what the teacher wrote, its end
+            token included, and ``sample.truncated`` that ``max_new_tokens`` cut it.
 
         Raises:
             As `score`.
@@ -216,9 +247,10 @@ def _ids(given: Ids) -> NDArray[np.uint32]:
     return np.asarray(given, dtype=np.uint32)
 
 
-def _written(prompt: NDArray[np.uint32], completion: Completion) -> ScoredSample:
+def _written(prompt: NDArray[np.uint32], completion: Completion) -> Scored:
+    assert completion.scores is not None  # the teacher's client checked
     token_ids, start = sequence_of(prompt, completion)
     learned = np.ones(len(completion.token_ids), dtype=bool)
     cut = completion.finish_reason == "length"
     sample = Sample(token_ids, start, learned, source="teacher", truncated=cut)
-    return ScoredSample(sample, completion.scores)
+    return Scored(sample, completion.scores)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer import TeacherClient, linear_sparse_jsd, sparse_distribution
+from student_trainer import TeacherClient, linear_sparse_jsd, teacher_distribution
 
 name, url, rows_file = sys.argv[1:]
 rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
@@ -29,7 +29,7 @@ with TeacherClient(url, tokenizer=AutoTokenizer.from_pretrained(name)) as teache
                 ids = torch.from_numpy(one.sample.token_ids.astype("int64"))[None]  # [1, L]
                 hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]  # [L, d]
                 hidden = hidden[one.sample.completion_start - 1 : -1]  # [T, d], each predicts one
-                target = sparse_distribution([one], vocab_size)
+                target = teacher_distribution([one], vocab_size)
                 loss = linear_sparse_jsd(hidden, head, target, beta=0.5, normalizer=tokens)
                 loss.backward()
                 step_loss += loss.item()

@@ -20,8 +20,13 @@ from shared.errors import (
     InvalidRequestError,
     TokenizerMismatchError,
 )
-from student_trainer import TeacherClient, distill, generalized_jsd, linear_sparse_jsd
-from student_trainer import sparse_distribution as distribution_of
+from student_trainer import (
+    TeacherClient,
+    distill,
+    generalized_jsd,
+    linear_sparse_jsd,
+    teacher_distribution,
+)
 from tests.e2e.test_distillation import assert_same_weights, history
 from tests.e2e.test_distillation import distill as run_command
 
@@ -101,7 +106,7 @@ class TestTeacherClient:
             ours = logprobs_of(world.teacher, one.sample.token_ids)[rows]
             dense.append(generalized_jsd(student, ours, beta=0.5))
         loss = linear_sparse_jsd(
-            torch.cat(hidden), model.lm_head.weight, distribution_of(scored, 260), beta=0.5,
+            torch.cat(hidden), model.lm_head.weight, teacher_distribution(scored, 260), beta=0.5,
             normalizer=4,
         )  # fmt: skip
         assert loss.item() == pytest.approx(float(torch.cat(dense).mean()), rel=1e-4)
