@@ -395,9 +395,8 @@ def parse(
             value that a dataclass refuses.
         SystemExit: --help, or a value of the wrong type (argparse's own message).
     """
-    parser = HfArgumentParser(
-        types, prog=prog, description=description, allow_abbrev=False, exit_on_error=exit_on_error
-    )
+    parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
+    parser.exit_on_error = exit_on_error
     parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
     known = _names(types)
     words = list(argv)
