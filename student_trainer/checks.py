@@ -28,7 +28,7 @@ from student_trainer.config import (
     traced_steps,
     uses_deepspeed,
 )
-from student_trainer.evaluation.suites import HUB
+from student_trainer.evaluation.suites import FORMS, HUB
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -149,6 +149,8 @@ def _check_fsdp(args: TrainingArguments) -> None:
 
 
 def check_model(model: ModelArguments) -> None:
+    if model.loaded is not None:
+        return
     _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
     if Path(name).is_dir():
@@ -373,13 +375,7 @@ def check_evaluate(
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
         )
-    if args.suite not in HUB:
-        _require(
-            dataset.dataset_name,
-            "--dataset_name",
-            "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, which "
-            "come from the Hub",
-        )
+    _check_suite(args.suite, dataset)
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):
         raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")
@@ -391,6 +387,31 @@ def check_evaluate(
         )
     if not args.check_timeout > 0:
         raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
+
+
+def _check_suite(suite: str, dataset: DatasetArguments) -> None:
+    if suite in FORMS:
+        if suite not in HUB:
+            _require(
+                dataset.dataset_name,
+                "--dataset_name",
+                "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, "
+                "which come from the Hub",
+            )
+    elif dataset.dataset_name:
+        raise ConfigurationError(
+            f"--suite {suite} with --dataset_name must be one of {', '.join(FORMS)}: what "
+            f"{dataset.dataset_name} holds"
+        )
+    elif suite == "mini_humaneval":
+        raise ConfigurationError(
+            "--suite mini_humaneval is made, not published: in a checkout run `python -m "
+            "examples.mini_humaneval.prepare --output_dir DIR`, and give --suite DIR/held_out.jsonl"
+        )
+    elif not Path(suite).expanduser().exists():
+        raise ConfigurationError(
+            f"--suite {suite}: no such file or folder, and neither humaneval nor gsm8k"
+        )
 
 
 def check_generation(generation: GenerationArguments) -> None:

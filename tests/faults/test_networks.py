@@ -12,7 +12,7 @@ import pytest
 from benchmarks.link import link
 from shared.errors import TeacherUnreachableError
 from shared.protocol import ScoreSequence
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.paced import PacedTeacher, scores_of
@@ -89,7 +89,7 @@ def wire(tmp_path):
 @pytest.mark.slow_fault
 def test_lost_packets_cost_time_only(wire):
     wire.loses_packets()
-    with TeacherClient([wire.url], timeout=60) as client:
+    with SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         for _ in range(5):
             assert_right(client.score(SEQUENCES, top_k=K))
@@ -97,7 +97,7 @@ def test_lost_packets_cost_time_only(wire):
 
 @pytest.mark.slow_fault
 def test_a_network_that_falls_apart_and_heals_costs_time_only(wire, caplog):
-    with caplog.at_level(logging.WARNING), TeacherClient([wire.url], timeout=60) as client:
+    with caplog.at_level(logging.WARNING), SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         wire.falls_apart()
         call = client.submit(client.score, SEQUENCES, top_k=K)
@@ -112,7 +112,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
     with (
         stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as other,
         caplog.at_level(logging.WARNING),
-        TeacherClient([wire.url, other], timeout=4) as client,
+        SparseGkdTeacher([wire.url, other], timeout=4) as client,
     ):
         client.connect()
         wire.falls_apart()
@@ -125,7 +125,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
 @pytest.mark.slow_fault
 def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
     monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
-    with TeacherClient([wire.url], timeout=1) as client:
+    with SparseGkdTeacher([wire.url], timeout=1) as client:
         client.connect()
         wire.falls_apart()
         with pytest.raises(TeacherUnreachableError, match=f"{wire.url} within 1 s"):
@@ -137,7 +137,7 @@ def test_a_long_and_narrow_wire_costs_time_only():
     with (
         stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as near,
         link(near, round_trip=0.15, bits_per_second=4e7) as far,
-        TeacherClient([far], timeout=60) as client,
+        SparseGkdTeacher([far], timeout=60) as client,
     ):
         client.connect()
         assert_right(client.score(SEQUENCES[:2], top_k=K) + client.score(SEQUENCES[2:], top_k=K))
