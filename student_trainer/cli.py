@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from shared import __version__
+from shared import __version__, logs
 from shared.errors import (
     ConfigurationError,
     DatasetError,
@@ -86,7 +86,7 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"student-trainer: error: {message}\n")
+    logs.last_words("student-trainer", message)
     return code
 
 
