@@ -16,10 +16,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
+
+_VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # its processes read it too
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("_fields", default=MappingProxyType({}))
 # What every record has; uvicorn's coloured copy of the message tells nothing more.
@@ -86,6 +89,8 @@ def _representable(value: Any) -> Any:
 def setup(form: LogFormat, *, level: str, text: str) -> None:
     """Log to stderr from here on; what else writes there is silenced, or made to log, for JSON.
 
+    Before the libraries are imported: what they read of the environment, they read then.
+
     Args:
         form: of the lines.
         level: the least that is logged.
@@ -98,6 +103,7 @@ def setup(form: LogFormat, *, level: str, text: str) -> None:
     if form == "json":
         logging.captureWarnings(True)
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+        os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(_VLLM_LOGGING))
         sys.excepthook = lambda *error: logging.critical("uncaught exception", exc_info=error)
         threading.excepthook = lambda error: logging.error(
             "uncaught exception in a thread",

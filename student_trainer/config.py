@@ -10,19 +10,17 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from shared import logs
 from shared.errors import ConfigurationError
 from student_trainer.yaml_file import read_yaml
 
@@ -364,8 +362,6 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
 
-    From here on lines are logged as ``--log_format`` says.
-
     Raises:
         ConfigurationError: unknown flag or key (with the nearest known one), unreadable YAML, or a
             value that a dataclass refuses.
@@ -373,19 +369,12 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
     """
     parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
-    parser.add_argument(
-        "--log_format", choices=get_args(logs.LogFormat), default="text",
-        help="Of lines on stderr; json: an object each, with the id of the teacher's request.",
-    )  # fmt: skip
-    known = {f.name for kind in types for f in fields(kind) if f.init} | {"log_format"}
+    known = {f.name for kind in types for f in fields(kind) if f.init}
     words = list(argv)
     path = _config_path(words)
     if path is not None:
         words = _yaml_to_words(Path(path), known, words) + words
     namespace, unknown = parser.parse_known_args(words)
-    logs.setup(namespace.log_format, level="warning", text="%(message)s")
-    logs.adopt("transformers")
-    logging.getLogger("student_trainer").setLevel(logging.INFO)
     if unknown:
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)

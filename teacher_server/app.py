@@ -716,7 +716,7 @@ def _log_access(request: Request, route: str, status: int, seconds: float) -> No
         **getattr(request.state, "work", {}),
     }
     if hasattr(request.state, "client"):
-        facts["client"] = request.state.client
+        facts["client"] = request.state.client.strip()
     level = logging.DEBUG if route in _PROBES else logging.INFO
     logger.log(level, "%s %s %d in %.3f s", request.method, route, status, seconds, extra=facts)
 

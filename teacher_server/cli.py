@@ -15,7 +15,6 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import uvicorn
@@ -30,8 +29,6 @@ from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
 
 logger = logging.getLogger("teacher_server")
-
-_VLLM_LOGGING = Path(__file__).parent / "backends" / "vllm_logging.json"
 
 end_with_parent()  # both commands' main modules import this one
 
@@ -251,8 +248,6 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
     why = " (--backend auto)" if settings.backend == "auto" else ""
     logger.info("Backend: %s%s", settings.engine, why)
     if settings.engine == "vllm":
-        if logs.in_json():  # the engine's own processes read this too
-            os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(_VLLM_LOGGING))
         from teacher_server.backends.vllm import VllmBackend
 
         logs.adopt("transformers")

@@ -6,6 +6,7 @@ docs/operating.md says what each metric means.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -115,7 +116,7 @@ class Metrics:
     def show_state(self, state: Callable[[], State]) -> None:
         """Ask for the state whenever somebody looks."""
         for name in get_args(State):
-            self._state.labels(name).set_function(lambda name=name: float(state() == name))
+            self._state.labels(name).set_function(partial(_is, state, name))
 
     def batch_observer(self, kind: str) -> Callable[[Sequence[float], int], None]:
         """A function that is told (seconds that each job has waited, padded tokens) of a batch."""
@@ -134,3 +135,7 @@ class Metrics:
         Behind the server's own stands the default registry: the process, and vLLM's engine.
         """
         return generate_latest(self.registry) + generate_latest(REGISTRY)
+
+
+def _is(state: Callable[[], State], name: State) -> float:
+    return float(state() == name)

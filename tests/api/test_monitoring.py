@@ -19,7 +19,7 @@ from tests.support.monitoring import ALERTS, PROMETHEUS, ROOT, alerts, drawn, ex
 from tests.support.server import free_port, serving
 
 KEY = "a-key-that-no-server-would-guess"
-ROW = re.compile(r"\| `(teacher_\w+)` \| (\w+) \| (.*?) \| ")
+ROW = re.compile(r"\| `(teacher_\w+)` \| (\w+) \|(.*?)\|")
 
 
 def ask(url):
