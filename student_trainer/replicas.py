@@ -282,7 +282,7 @@ class Replicas:
             # As good as the server's own 504, which comes too late where its deadline is later.
             raise DeadlineExceededError(
                 f"{url} is ready, but has not answered in {self._share:g} s "
-                f"({error}; request {logs.bound_field('request_id')})"
+                f"({error}{_to_request()})"
             ) from error
         except httpx.ConnectError as error:
             _check_trust(url, error)
@@ -377,8 +377,8 @@ class Replicas:
             else:
                 tried, remedy = f" within {self.timeout:g} s", "raise --teacher_timeout"
             raise TeacherUnreachableError(
-                f"no answer from {', '.join(self.urls)} to request {request_id}{tried}: {error}. "
-                f"Check that `{self._start}` runs there, or {remedy}"
+                f"no answer from {', '.join(self.urls)}{tried}: {error}. Check that "
+                f"`{self._start}` runs there, and what it logged of request {request_id}, or {remedy}"
             ) from error
 
     def _gives_up(self, state: RetryCallState) -> bool:
@@ -568,15 +568,19 @@ def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolErro
     if isinstance(error, dict):
         problem = {"detail": error.get("message"), "field": error.get("param")}
     retry_after = _seconds(response.headers.get("Retry-After", ""))
-    answered = f"{url} answered {response.status_code}"
-    if asked := response.request.headers.get(_REQUEST_ID):
-        answered += f" to request {asked}"
+    answered = f"{url} answered {response.status_code}{_to_request()}"
     # A gateway's 5xx, without a problem, passes; but its 504 too says that the request took long.
     if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(answered, retry_after=retry_after)
     detail = problem.get("detail")
     problem["detail"] = f"{detail} ({answered})" if detail else answered
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
+
+
+def _to_request() -> str:
+    """Which request a message is about, where `Replicas.call` has given it an id."""
+    request_id = logs.bound_field("request_id")
+    return "" if request_id is None else f" to request {request_id}"
 
 
 def _seconds(retry_after: str) -> float | None:
