@@ -378,7 +378,7 @@ class Replicas:
                 tried, remedy = f" within {self.timeout:g} s", "raise --teacher_timeout"
             raise TeacherUnreachableError(
                 f"no answer from {', '.join(self.urls)}{tried}: {error}. Check that "
-                f"`{self._start}` runs there, and what it logged of request {request_id}, or {remedy}"
+                f"`{self._start}` runs there, and its log of request {request_id}, or {remedy}"
             ) from error
 
     def _gives_up(self, state: RetryCallState) -> bool:
