@@ -22,6 +22,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.identity import tokenizer_identity
+from shared.logs import in_json
 from shared.protocol import InfoResponse, TeacherIdentity
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
@@ -448,7 +449,7 @@ def make_examples(
             max_length=max_length,
             remedy=remedy,
             description=f"Tokenizing {what}",
-            progress=main,
+            progress=main and not in_json(),
         )
 
     skip = data.skip_long_rows

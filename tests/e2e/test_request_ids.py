@@ -41,11 +41,16 @@ def run(unserved_world, tmp_path_factory):
     finally:
         teacher.terminate()
         teacher.wait(30)
-    # Every line of both is an object.
     return [
-        [json.loads(line) for line in text.splitlines()]
-        for text in (trainer.stderr, log.read_text())
+        [parsed(line) for line in text.splitlines()] for text in (trainer.stderr, log.read_text())
     ]
+
+
+def parsed(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        pytest.fail(f"no JSON: {line!r}")
 
 
 def test_every_line_says_when_how_badly_who_and_what(run):
