@@ -17,7 +17,6 @@ import torch
 from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
-from shared.logs import in_json
 from shared.sparse import SparseLogprobs
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
@@ -86,7 +85,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         [problem.checker for problem in problems for _ in range(args.n)],
         completions,
         timeout=args.check_timeout,
-        progress=not in_json(),
+        progress=True,
     )
     summary = {
         "model": model_arguments.model_name_or_path,

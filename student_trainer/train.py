@@ -22,7 +22,6 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.identity import tokenizer_identity
-from shared.logs import in_json
 from shared.protocol import InfoResponse, TeacherIdentity
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
@@ -449,7 +448,7 @@ def make_examples(
             max_length=max_length,
             remedy=remedy,
             description=f"Tokenizing {what}",
-            progress=main and not in_json(),
+            progress=main,
         )
 
     skip = data.skip_long_rows
