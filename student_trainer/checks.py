@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
@@ -36,6 +39,8 @@ _COUNTS = (
     "gradient_accumulation_steps",
 )
 _METRICS = ("loss", "divergence", "pass@1", "exact_match")
+# What to install for --report_to, where that is called otherwise.
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 # TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
 _UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
@@ -104,9 +109,14 @@ def check_common(
         )
     available = get_available_reporting_integrations()
     for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigurationError(
+                f"--report_to {name} is not one of {', '.join(INTEGRATION_TO_CALLBACK)} or none"
+            )
         if name not in available:
             raise ConfigurationError(
-                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
+                f"--report_to {name} is not installed here: pip install "
+                f"{_PACKAGES.get(name, name)}. There is {', '.join(available)} or none"
             )
     if args.loss_kernel == "triton":
         if importlib.util.find_spec("triton") is None:

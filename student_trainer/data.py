@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.errors import DatasetError, RowTooLongError
+from shared.logs import in_json
 from student_trainer.config import DataArguments
 
 T = TypeVar("T")
@@ -204,7 +205,8 @@ def tokenize_rows(
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
     """
-    bar = tqdm(rows, desc=description, disable=not progress, leave=False)
+    hidden = not progress or in_json()
+    bar = tqdm(rows, desc=description, disable=hidden, leave=False)
     numbered = ((index, where, row) for index, (where, row) in enumerate(bar))
     return keep_short(
         numbered,

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer.cli import main
 
@@ -295,8 +296,24 @@ def launch(words):
 
 def test_tensorboard_works_as_in_any_trainer_run(world, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    assert distill(world, tmp_path / "out", report_to="tensorboard", max_steps=2) == 0
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    measured = {"eval_dataset_name": world.held_out, "eval_strategy": "steps", "eval_steps": 2}
+    assert distill(world, tmp_path / "out", report_to="tensorboard", max_steps=2, **measured) == 0
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    windows = history(tmp_path / "out")
+    drawn = {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    for window in windows:
+        for name, value in window.items():
+            if name != "step":
+                kind, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                assert drawn[f"{kind}/{name}", window["step"]] == pytest.approx(value, nan_ok=True)
+    learned = {"loss", "divergence", "teacher_entropy", "top1_agreement", "seconds_teacher"}
+    assert {f"train/{name}" for name in learned} <= {tag for tag, _ in drawn}
+    assert ("eval/divergence", 2) in drawn
 
 
 def test_seq_kd_generates_once_and_reuses_over_epochs(world, tmp_path):
