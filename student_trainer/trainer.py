@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -29,6 +30,7 @@ from shared.protocol import Completion
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
+from student_trainer.config import uses_fsdp
 from student_trainer.data import Example, Sample, completed
 from student_trainer.durable import DurableTrainer
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
@@ -154,6 +156,13 @@ class DistillationTrainer(DurableTrainer):
         self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
         self._looked: dict[str, Any] | None = None
         self.add_callback(_StepEnd(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.use_cpu and self.args.world_size > 1 and uses_fsdp(self.args):
+            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence where
+            # it sees no accelerators. What it is told here is what it replaces by FSDP.
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
         if steps is None or not self.is_world_process_zero():
