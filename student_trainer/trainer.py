@@ -159,8 +159,8 @@ class DistillationTrainer(DurableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         if self.args.use_cpu and self.args.world_size > 1 and uses_fsdp(self.args):
-            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence where
-            # it sees no accelerators. What it is told here is what it replaces by FSDP.
+            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
+            # where it sees no GPUs. What it is told here is what it then replaces by FSDP.
             PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
