@@ -25,10 +25,6 @@ ALL = {
     **manifests((FOLDER / "teacher.yaml").read_text()),
     **manifests((FOLDER / "trainer.yaml").read_text()),
 }
-    k: v
-    for f in ("teacher", "trainer")
-    for k, v in manifests((FOLDER / f"{f}.yaml").read_text()).items()
-}
 TEACHERS, TRAINER = ALL["StatefulSet", "teacher"], ALL["Job", "trainer"]
 PODS = {"teacher": TEACHERS["spec"]["template"], "trainer": TRAINER["spec"]["template"]}
 
