@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +69,24 @@ def with_key(words: Sequence[str], folder: Path) -> list[str]:
             changed.append(word)
         follows = word in flags
     return changed
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """The words of each line of the page's code blocks."""
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line)
+
+
+def trainer_lines(page: Path) -> Iterator[list[str]]:
+    """The words after ``student-trainer``, however it is started."""
+    for words in command_lines(page):
+        if "student_trainer" in words:
+            yield words[words.index("student_trainer") + 1 :]
+        elif words and words[0] == "student-trainer":
+            yield words[1:]
+
+
+def server_lines(page: Path) -> Iterator[list[str]]:
+    """The words after ``teacher-server``."""
+    return (words[1:] for words in command_lines(page) if words and words[0] == "teacher-server")

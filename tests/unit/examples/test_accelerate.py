@@ -8,10 +8,19 @@ from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from student_trainer.train import Recipe, check_recipe
-from tests.support.flags import read_trainer
+from tests.support.flags import (
+    command_lines,
+    read_server,
+    read_trainer,
+    server_lines,
+    trainer_lines,
+    with_key,
+)
 from tests.support.server import free_port
 
-FOLDER = Path(__file__).parents[3] / "examples" / "accelerate"
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "examples" / "accelerate"
+PAGE = ROOT / "docs" / "several-nodes.md"
 PORT = free_port()  # accelerate insists on it
 LINE = (
     "distill --model_name_or_path org/student --teacher_url http://127.0.0.1:8000 --dataset_name "
@@ -66,3 +75,16 @@ def test_flags_decide_what_the_files_leave_open(launched):
     for key in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING"):
         assert environment.get(key) is None
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_the_commands_of_the_page_are_accepted(tmp_path, monkeypatch):
+    (words,) = trainer_lines(PAGE)
+    *_, teacher, args = read_trainer(with_key(words, tmp_path))
+    assert len(teacher.teacher_url) == 2
+    assert args.ddp_timeout > teacher.teacher_timeout
+    (words,) = server_lines(PAGE)
+    assert read_server(with_key(words, tmp_path), monkeypatch).port == 8000
+    (words,) = (words for words in command_lines(PAGE) if "student_trainer" in words)
+    launch = launch_command_parser().parse_args(words[2:])
+    assert (ROOT / launch.config_file).exists()
+    assert (launch.num_machines, launch.num_processes, launch.machine_rank) == (2, 16, 0)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ from shared.errors import DatasetError
 from student_trainer.cli import main
 from student_trainer.data import load_rows
 from tests.support.data import published
-from tests.support.flags import read_server, read_trainer, with_key
+from tests.support.flags import read_server, read_trainer, server_lines, trainer_lines, with_key
 from tests.support.models import save_model, save_tokenizer
 from tests.support.server import running_server
 
 ROOT = Path(__file__).parents[3]
-README = (ROOT / "examples" / "deepseek_coder" / "README.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-LINES = [shlex.split(line) for block in BLOCKS for line in block.splitlines()]
+README = ROOT / "examples" / "deepseek_coder" / "README.md"
 PROBLEM = {
     "task_id": "HumanEval/0",
     "prompt": (
@@ -35,16 +32,7 @@ PROBLEM = {
 }
 
 
-def trainer_lines():
-    """The words after `student-trainer`, however it is started."""
-    for words in LINES:
-        if "student_trainer" in words:
-            yield words[words.index("student_trainer") + 1 :]
-        elif words[0] == "student-trainer":
-            yield words[1:]
-
-
-@pytest.mark.parametrize("words", trainer_lines(), ids=lambda words: " ".join(words)[:60])
+@pytest.mark.parametrize("words", trainer_lines(README), ids=lambda words: " ".join(words)[:60])
 def test_every_command_of_the_trainer_is_accepted(words, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     if "distill" in words:
@@ -56,8 +44,8 @@ def test_every_command_of_the_trainer_is_accepted(words, tmp_path, monkeypatch):
 
 
 def test_the_server_serves_what_was_merged(tmp_path, monkeypatch):
-    (words,) = (words[1:] for words in LINES if words[0] == "teacher-server")
-    (merged,) = (words for words in trainer_lines() if words[0] == "merge")
+    (words,) = server_lines(README)
+    (merged,) = (words for words in trainer_lines(README) if words[0] == "merge")
     model = tmp_path / merged[merged.index("--output_dir") + 1]
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -67,7 +55,7 @@ def test_the_server_serves_what_was_merged(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "sum_", re.findall(r"`([^`=]+ = [^`]+)`", README), ids=lambda line: line[:60]
+    "sum_", re.findall(r"`([^`=]+ = [^`]+)`", README.read_text()), ids=lambda line: line[:60]
 )
 def test_the_arithmetic_is_right(sum_):
     expression, _, result = sum_.partition(" = ")
@@ -141,7 +129,7 @@ def test_the_commands_run_on_shrunken_models_one_after_another(tmp_path, monkeyp
 
     short = ["--max_steps", "2", "--max_length", "128", "--report_to", "none"]
     run("sft", "sft_teacher.yaml", "--model_name_or_path", "teacher_base", *short)
-    (merge,) = (words for words in trainer_lines() if words[0] == "merge")
+    (merge,) = (words for words in trainer_lines(README) if words[0] == "merge")
     assert main(merge) == 0
     key = with_key(["--teacher_api_key_file", "teacher.key"], tmp_path)
     with running_server(tmp_path / "teacher", "--api-key-file", key[1]) as url:
