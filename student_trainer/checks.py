@@ -30,6 +30,7 @@ from student_trainer.config import (
     TeacherArguments,
     traced_steps,
     uses_deepspeed,
+    uses_fsdp,
 )
 from student_trainer.evaluation.suites import FORMS, HUB
 
@@ -142,13 +143,8 @@ def _check_zero3(args: TrainingArguments) -> None:
 def _check_fsdp(args: TrainingArguments) -> None:
     if args.fsdp and args.world_size == 1:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
-    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if args.world_size == 1 or not (args.fsdp or launched):
+    if args.world_size == 1 or not uses_fsdp(args):
         return
-    if args.use_cpu:
-        raise ConfigurationError(
-            "--fsdp needs GPUs: on CPUs accelerate leaves each process the whole model; drop it"
-        )
     # The defaults of transformers and of accelerate.
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
     if int(version) != 2:
@@ -337,8 +333,7 @@ def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
         raise ConfigurationError(
             "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
         )
-    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fsdp or args.deepspeed or any(os.environ.get(n) == "true" for n in sharded):
+    if uses_fsdp(args) or uses_deepspeed(args):
         raise ConfigurationError(
             "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
             "or use transformers"

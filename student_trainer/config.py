@@ -525,3 +525,8 @@ def checkpoint_of(args: CommonTrainingArguments) -> str | None:
 def uses_deepspeed(args: TrainingArguments) -> bool:
     """Whether it was asked for by ``--deepspeed`` or by accelerate's launcher."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Whether it was asked for by ``--fsdp`` or by accelerate's launcher."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer.cli import main
+from tests.support import trainer_process
 
 
 def flags(world, output, **options):
@@ -183,6 +184,27 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
     for a, b in zip(one[:4], two[:4], strict=True):
         for name in ("loss", "divergence", "completion_length", "teacher_top_k_mass"):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
+
+
+def test_a_model_sharded_over_two_processes_learns_what_one_learns(world, tmp_path):
+    """By FSDP, off-policy and on-policy, and once more from a checkpoint."""
+    assert distill(world, tmp_path / "one", lmbda=0.5) == 0
+    assert {entry["on_policy"] for entry in history(tmp_path / "one")[:4]} == {0, 1}
+    output = tmp_path / "two"
+    words = flags(
+        world, output, teacher_url=world.url, top_k_logprobs=16, max_steps=4, lmbda=0.5,
+        per_device_train_batch_size=4, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    words = ["distill", *words, "--fsdp", "--resume_from_checkpoint=auto"]
+    for _ in range(2):
+        with trainer_process.two_ranks(words) as ranks:
+            for rank in ranks:
+                rank.join(300)
+                assert rank.exitcode == 0
+        assert_same_weights(tmp_path / "one", output, tolerance=2e-5)
+        assert (output / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()  # it was sharded
+        shutil.rmtree(output / "checkpoint-4")
+        (output / "model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(

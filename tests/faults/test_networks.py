@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import subprocess
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,11 @@ from shared.protocol import ScoreSequence
 from student_trainer.teacher import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
+from tests.support.namespaces import command, skipped_where_forbidden
 from tests.support.paced import PacedTeacher, scores_of
+
+# Tests that change the network run one after another.
+pytestmark = pytest.mark.xdist_group("networks")
 
 PORT = 8000
 RNG = np.random.default_rng(0)
@@ -28,10 +31,6 @@ def assert_right(scores):
         expected = scores_of(ScoreSequence(token_ids=ids, completion_start=start), 100, K)
         np.testing.assert_array_equal(found.logprobs, expected.logprobs)
         np.testing.assert_array_equal(found.next_token_logprob, expected.next_token_logprob)
-
-
-def command(*words):
-    subprocess.run(words, check=True, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def wire(tmp_path):
     namespace, outer, inner = (f"{name}{os.getpid()}" for name in ("gkd", "gkdo", "gkdi"))
     near, far = "10.213.77.1", "10.213.77.2"
     with contextlib.ExitStack() as life:
-        try:
+        with skipped_where_forbidden():
             command("ip", "netns", "add", namespace)
             life.callback(command, "ip", "netns", "del", namespace)
             command("ip", "link", "add", outer, "type", "veth", "peer", inner, "netns", namespace)
@@ -76,9 +75,6 @@ def wire(tmp_path):
             chance = ("-m", "statistic", "--mode", "random", "--probability", "0")
             Wire(namespace, "").filter("-A", "INPUT", *chance, "-j", "DROP")
             Wire(namespace, "").heals()
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", "") or error
-            pytest.skip(f"network namespaces and packet filters are not permitted here: {said}")
         launcher = ("ip", "netns", "exec", namespace)
         life.enter_context(
             stub_process.running(PORT, stub.info(), tmp_path, host=far, launcher=launcher)

@@ -255,26 +255,21 @@ def test_float16_without_a_gpu_is_refused(model_folder):
 
 
 @pytest.mark.parametrize(
-    ("more", "environment", "use_cpu", "message"),
+    ("more", "environment", "message"),
     [
-        (["--fsdp"], {}, True, "--fsdp needs GPUs"),
-        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "--fsdp needs GPUs"),
-        (["--fsdp", "--fsdp_config", '{"version": 1}'], {}, False, "--fsdp: version 1 is not"),
-        ([], {"ACCELERATE_USE_FSDP": "true"}, False, "--fsdp: version 1 is not supported"),
-        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, None),
-        (["--fsdp"], {}, False, None),
-        ([], {}, True, None),
+        (["--fsdp", "--fsdp_config", '{"version": 1}'], {}, "--fsdp: version 1 is not"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, "--fsdp: version 1 is not supported"),
+        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        (["--fsdp"], {}, None),
+        ([], {}, None),
     ],
 )
-def test_sharding_needs_gpus_and_the_second_fsdp(
-    model_folder, monkeypatch, more, environment, use_cpu, message
-):
+def test_sharding_needs_the_second_fsdp(model_folder, monkeypatch, more, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = words(model_folder, *more)
     *parts, _, args = parse(given, *TYPES, prog="student-trainer distill", description="")
     monkeypatch.setattr(type(args), "world_size", 2)
-    args.use_cpu = use_cpu
     if message is None:
         check_recipe(Recipe(*parts), args)
         return
