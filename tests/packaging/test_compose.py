@@ -79,6 +79,15 @@ def test_what_crashes_is_started_again_but_not_for_ever(services, name):
     assert re.fullmatch(r"on-failure:\d+", services[name]["restart"])
 
 
+@pytest.mark.parametrize("profile", ["", "-gpu"])
+def test_an_image_is_built_once_and_never_looked_for_elsewhere(services, profile):
+    teacher, trainer = services[f"teacher{profile}"], services[f"trainer{profile}"]
+    assert teacher["image"] == trainer["image"]
+    assert "build" in teacher
+    assert "build" not in trainer
+    assert trainer["pull_policy"] == "never"
+
+
 def test_teacher_and_student_have_cards_of_their_own(services):
     assert cards(services["teacher-gpu"]) == ["0"]
     assert cards(services["trainer-gpu"]) == ["1"]
