@@ -46,7 +46,7 @@ def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settin
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
     parsed, engine_flags = cli._parser().parse_known_args(words)
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
-    del arguments["log_level"]
+    del arguments["log_level"], arguments["log_format"]
     settings = Settings(**arguments)
     load_keys(settings)
     return settings
