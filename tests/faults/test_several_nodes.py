@@ -61,8 +61,9 @@ def start(nodes, unserved_world, tmp_path):
 
     yield start
     for process in processes:
-        process.kill()
-        process.wait()
+        process.terminate()  # and not kill: a launcher that is killed leaves its ranks behind
+    for process in processes:
+        process.wait(60)
 
 
 def succeeds(*processes):

@@ -66,7 +66,9 @@ def test_a_trainer_waits_for_a_teacher_that_tells_when_it_is_ready(services, nam
 def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, name):
     service = services[name]
     assert service["read_only"]
+    assert service["tmpfs"] == "/tmp:exec"  # Triton loads what it compiles there
     assert service["cap_drop"] == ["ALL"]
+    assert service["init"]  # needs KILL to pass signals on to another user
     assert sorted(service["cap_add"]) == ["CHOWN", "KILL", "SETGID", "SETUID"]
     # The entry point, which gives up root (test_container.py), is not gone round.
     assert not {"user", "entrypoint", "privileged", "network_mode", "pid"} & set(service)
