@@ -22,6 +22,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from student_trainer.help import add_help
+from student_trainer.progress import can_move
 from student_trainer.yaml_file import read_yaml
 
 T = TypeVar("T")
@@ -201,6 +203,11 @@ class CommonTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
+    dry_run: bool = _flag(
+        False,
+        "Check flags, data and teacher, show four rows as they are learned, what the teacher says "
+        "of them, and an estimate of memory and traffic; load no weights, write nothing, and stop.",
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -215,6 +222,8 @@ class CommonTrainingArguments(TrainingArguments):
 
                 # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
                 deepspeed.init_distributed("gloo")
+        if self.disable_tqdm is None and not can_move():
+            self.disable_tqdm = True  # a line for each log instead of a bar
         super().__post_init__()
 
 
@@ -359,6 +368,16 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
 }
 
 
+def make_parser(*types: type[Any], prog: str, description: str) -> HfArgumentParser:
+    """All flags of a command."""
+    parser = HfArgumentParser(
+        types, prog=prog, description=description, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
+    add_help(parser)
+    return parser
+
+
 def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
 
@@ -367,8 +386,7 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
             value that a dataclass refuses.
         SystemExit: --help, or a value of the wrong type (argparse's own message).
     """
-    parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
+    parser = make_parser(*types, prog=prog, description=description)
     known = {f.name for kind in types for f in fields(kind) if f.init}
     words = list(argv)
     path = _config_path(words)

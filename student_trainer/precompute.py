@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from shared.errors import ConfigurationError
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checks import check_distill, check_precompute
 from student_trainer.config import COMMANDS, parse
+from student_trainer.progress import can_move, counted
 from student_trainer.questions import ask_all, count_missing, questions
 from student_trainer.self_check import check_repeats
 from student_trainer.train import (
@@ -61,9 +60,11 @@ def precompute(argv: Sequence[str]) -> None:
         missing, wanted = count_missing(client, asked)
         client.require(missing, wanted)
         known = wanted - missing
-        with tqdm(total=len(asked), desc="Asking the teacher", disable=args.disable_tqdm) as bar:
-            for count in ask_all(client, asked, size=_REQUEST_SIZE):
-                bar.update(count)
+        with counted(
+            len(asked), "Asking the teacher", show=not (args.disable_tqdm and can_move())
+        ) as count:
+            for answers in ask_all(client, asked, size=_REQUEST_SIZE):
+                count(answers)
         missing, wanted = count_missing(client, asked)
         _, _, corrupt = client.take_lookups()
     logger.warning(

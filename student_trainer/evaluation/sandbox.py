@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from tqdm.auto import tqdm
+from student_trainer.progress import tracked
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
 
@@ -160,7 +160,7 @@ def run_programs(
                 return sandbox.run(program)
 
         results = threads.map(run, programs)
-        return list(tqdm(results, "Checking", len(programs), disable=not progress, leave=False))
+        return list(tracked(results, len(programs), "Checking", show=progress))
 
 
 @contextlib.contextmanager
