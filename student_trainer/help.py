@@ -16,8 +16,8 @@ from transformers.hf_argparser import string_to_bool
 Groups = Mapping[str, tuple[str, ...]]
 
 EXIT_CODES = """\
-exit codes: 0 done (also told to end by SIGTERM while training: a checkpoint is saved), 1 the run
-failed (teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM."""
+exit codes: 0 done (also when SIGTERM ends training: a checkpoint is saved), 1 the run failed
+(teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM."""
 
 _COMMAND = ("config", "help", "help_all")
 _TRAINING: Groups = {
@@ -72,12 +72,16 @@ _EVALUATE: Groups = {
     "teacher, for the divergence on references": ("beta", *_TRAINING["teacher"]),
     "the command itself": _COMMAND,
 }  # fmt: skip
-# Of each command that takes flags by the dozen.
+# Of each command whose flags are dataclasses.
 GROUPS: dict[str, Groups] = {
     "sft": _TRAINING,
     "distill": _TRAINING,
     "precompute": _TRAINING,
     "evaluate": _EVALUATE,
+    "merge": {
+        "model": ("model_name_or_path", "output_dir", "torch_dtype", "trust_remote_code"),
+        "the command itself": _COMMAND,
+    },
 }
 
 _INDENT = 30
