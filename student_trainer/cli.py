@@ -17,7 +17,7 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TokenizerMismatchError,
 )
-from student_trainer.progress import no_bars_in_logs
+from student_trainer.terminal import no_bars_in_logs
 
 COMMANDS = {
     "sft": "fine-tune on the dataset's completions (the student, or the teacher before serving it)",

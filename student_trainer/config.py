@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
 from student_trainer.help import add_help
-from student_trainer.progress import can_move
+from student_trainer.terminal import can_move
 from student_trainer.yaml_file import read_yaml
 
 T = TypeVar("T")

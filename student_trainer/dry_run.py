@@ -62,7 +62,9 @@ def dry_run(
         TeacherError: the teacher does not score the rows.
     """
     _check_folder(Path(args.output_dir or ""))
-    memory = estimate_memory(recipe.model, recipe.adapters, args)
+    memory = estimate_memory(
+        recipe.model, recipe.adapters, args, tokens=_micro_batch_tokens(prepared, args)
+    )
     said = [] if teacher is None else _scored(teacher, prepared)
     if not PartialState().is_main_process:
         return
@@ -125,10 +127,15 @@ def _settings(
     told.append((
         "learning rate",
         f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, "
-        f"{args.warmup_steps:g} warm-up steps; {args.optim}",
+        f"{args.warmup_steps:g} warm-up steps; {_name(args.optim)}",
     ))  # fmt: skip
     told.append(("output", str(args.output_dir)))
     return told
+
+
+def _name(choice: str) -> str:
+    """Of a flag's value, which transformers turns into an Enum of strings."""
+    return str(getattr(choice, "value", choice))
 
 
 def _method(args: CommonTrainingArguments) -> str:
@@ -225,8 +232,18 @@ def _tokens(prepared: Prepared, args: CommonTrainingArguments) -> tuple[str, flo
     return text, (1 - method.lmbda) * given + method.lmbda * written
 
 
+def _micro_batch_tokens(prepared: Prepared, args: CommonTrainingArguments) -> int:
+    """Completion tokens of a micro-batch, at most."""
+    if args.max_tokens_per_batch is not None:
+        return args.max_tokens_per_batch
+    method, longest = prepared.method, max(_completion_lengths(prepared), default=0)
+    if method.seq_kd or method.lmbda > 0:
+        longest = max(longest, method.max_new_tokens)
+    return args.per_device_train_batch_size * longest
+
+
 def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, str]]:
-    optimizer = f"not known of --optim {args.optim} without a GPU"
+    optimizer = f"not known of --optim {_name(args.optim)} without a GPU"
     if memory.optimizer is not None:
         optimizer = _size(memory.optimizer)
     told = [

@@ -28,7 +28,7 @@ class Memory:
         weights, gradients: of all parameters; of those that are trained.
         optimizer: its state after the first step; None where --optim does not tell without a GPU.
         casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
-        loss: a chunk of logits, at most, and the gradient of the output layer where it is trained.
+        loss: a chunk of logits, and the gradient of the output layer where it is trained.
     """
 
     parameters: int
@@ -45,9 +45,12 @@ class Memory:
 
 
 def estimate_memory(
-    model: ModelArguments, adapters: AdapterArguments, args: CommonTrainingArguments
+    model: ModelArguments, adapters: AdapterArguments, args: CommonTrainingArguments, *, tokens: int
 ) -> Memory:
     """Exact for weights, gradients and optimizer, unless weights are quantised.
+
+    Args:
+        tokens: learned in a micro-batch, at most.
 
     Raises:
         ConfigurationError: there is no such model, or the adapters do not fit it.
@@ -75,7 +78,7 @@ def estimate_memory(
         gradients=bytes_of(trained),
         optimizer=_optimizer_bytes(args, skeleton, trained),
         casts=casts,
-        loss=CHUNK_BYTES + (4 * head.numel() if head.requires_grad else 0),
+        loss=min(CHUNK_BYTES, 4 * len(head) * tokens) + 4 * head.numel() * head.requires_grad,
     )
 
 

@@ -10,9 +10,10 @@ from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checks import check_distill, check_precompute
 from student_trainer.config import COMMANDS, parse
 from student_trainer.dry_run import asked_briefly, dry_run
-from student_trainer.progress import can_move, counted
+from student_trainer.progress import counted
 from student_trainer.questions import ask_all, count_missing, questions
 from student_trainer.self_check import check_repeats
+from student_trainer.terminal import can_move
 from student_trainer.train import (
     Recipe,
     check_recipe,

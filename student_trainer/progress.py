@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,25 +10,12 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from student_trainer.terminal import can_move
+
 T = TypeVar("T")
 
 _FIRST_SECONDS = 10.0  # what takes less needs no line
 _SECONDS = 30.0
-
-
-def can_move() -> bool:
-    """Whether a line on standard error can be written over: a terminal's, or a notebook's."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
-
-
-def no_bars_in_logs() -> None:
-    """Keep bars of the Hub's client, and of transformers with it, out of what is no terminal.
-
-    Before those are imported, which read this when they are.
-    """
-    if not can_move():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def tracked(items: Iterable[T], total: int, what: str, *, show: bool = True) -> Iterator[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Literal, TextIO
 
 Style = Literal["dim", "bold", "green", "yellow", "red", "cyan"]
@@ -17,6 +18,21 @@ def has_colours(stream: TextIO) -> bool:
         and not os.environ.get("NO_COLOR")
         and os.environ.get("TERM", "dumb") != "dumb"
     )
+
+
+def can_move() -> bool:
+    """Whether a line on standard error can be written over: a terminal's, or a notebook's."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def no_bars_in_logs() -> None:
+    """Keep bars of the Hub's client, and of transformers with it, out of what is no terminal.
+
+    Before those are imported, which read this when they are.
+    """
+    if not can_move():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def painted(text: str, style: Style, colours: bool) -> str:
