@@ -172,6 +172,9 @@ class CommonTrainingArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
     logging_first_step: bool = _flag(True, "Log the first step.")
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+    disable_tqdm: bool | None = _flag(
+        None, "A line for each log instead of a bar. Default: where there is no terminal."
+    )
     loss_kernel: Literal["auto", "torch", "triton"] = _flag(
         "auto",
         "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
@@ -223,7 +226,7 @@ class CommonTrainingArguments(TrainingArguments):
                 # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
-            self.disable_tqdm = True  # a line for each log instead of a bar
+            self.disable_tqdm = True
         super().__post_init__()
 
 

