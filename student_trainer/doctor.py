@@ -261,12 +261,10 @@ def _clock() -> Finding:
 
 def _teacher(url: str, key_file: str | None) -> Iterator[Finding]:
     """Reachable, who, with which key, and whether the clocks agree."""
-    if find_spec("httpx") is None:
-        return  # told already
-    from student_trainer.checks import check_teacher
-    from student_trainer.config import TeacherArguments
-
     try:
+        from student_trainer.checks import check_teacher
+        from student_trainer.config import TeacherArguments
+
         flags = TeacherArguments(teacher_url=[url], teacher_api_key_file=key_file)
         check_teacher(flags)
         answered, skew = _ping(url)
@@ -285,6 +283,8 @@ def _teacher(url: str, key_file: str | None) -> Iterator[Finding]:
             "start `teacher-server serve MODEL`, or look for what stands between: a firewall, a "
             "proxy; --host 0.0.0.0 if it is another machine",
         )  # fmt: skip
+    except ImportError as error:
+        yield Finding("teacher", "fail", f"cannot be asked: {error}", "pip install '.[trainer]'")
     except SparseGKDError as error:
         yield Finding("teacher", "fail", str(error), "give the address of a teacher-server")
 

@@ -16,7 +16,12 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError
-from student_trainer.config import CommonTrainingArguments, DistillArguments, TeacherArguments
+from student_trainer.config import (
+    CommonTrainingArguments,
+    DistillArguments,
+    TeacherArguments,
+    uses_deepspeed,
+)
 from student_trainer.data import Example, Sample
 from student_trainer.memory import Memory, estimate_memory
 from student_trainer.model_card import method_of
@@ -75,7 +80,9 @@ def dry_run(
             "Dry run: no weights are loaded, nothing is trained, nothing is written",
             _settings(recipe, prepared, args, memory, teacher, questions),
         ),
-        _table("Memory of one process, without activations", _memory(memory, args)),
+        _table(
+            f"Memory of one process, without activations{_sharded(args)}", _memory(memory, args)
+        ),
     ]
     if teacher is not None and asked is not None:
         sections.append(_table("Teacher", [*said, *_traffic(teacher, asked, args, most)]))
@@ -257,7 +264,14 @@ def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, st
     told.append(("loss", f"up to {_size(memory.loss)}: a chunk of logits, and the gradient of an "
                          "output layer that is trained"))  # fmt: skip
     told.append(("together", _size(memory.total)))
+    if isinstance(args, DistillArguments) and args.rollout_engine == "vllm":
+        share = f"{args.vllm_gpu_memory_utilization:.0%} of the GPU, beside all this"
+        told.append(("vLLM's engine", share))
     return told
+
+
+def _sharded(args: CommonTrainingArguments) -> str:
+    return ", before it is sharded" if args.fsdp or uses_deepspeed(args) else ""
 
 
 def _size(count: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -97,6 +98,13 @@ def test_what_is_the_matter_with_a_teacher_fails_with_the_remedy(capsys, monkeyp
     with StubTeacher().serving() as stub:
         code, found = lines(capsys, "--teacher_url", stub.url)
     assert (code, found["teacher's key"]["status"]) == (0, "warn")
+
+
+def test_a_teacher_that_cannot_be_asked_for_want_of_a_package_is_a_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "student_trainer.checks", None)
+    code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")
+    assert (code, found["teacher"]["status"]) == (1, "fail")
+    assert "pip install" in found["teacher"]["remedy"]
 
 
 @pytest.mark.parametrize("url", ["host:8000", "http://me:s3cret@host"])

@@ -70,6 +70,21 @@ def test_the_loss_holds_a_chunk_and_the_gradient_of_an_output_layer_that_is_trai
     assert estimated(tmp_path / "model", tmp_path, adapters=lora)[1].loss == chunk
 
 
+def test_quantised_weights_are_half_a_byte_and_their_scales(tmp_path):
+    """All linear layers but the output layer, as bitsandbytes does it; 64 weights share a scale."""
+    save_model(tmp_path / "model", tie_word_embeddings=False)
+    model, lora = {"torch_dtype": "bfloat16"}, {"use_peft": True, "lora_r": 4}
+    plain = estimated(tmp_path / "model", tmp_path, model=model, adapters=lora)[1]
+    found = estimated(
+        tmp_path / "model", tmp_path, model=model, adapters={**lora, "load_in_4bit": True}
+    )[1]
+    linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    others = plain.parameters - plain.trainable - linear  # in float32: peft lifts them
+    scales = linear / 64 + 4 * linear / (64 * 256)
+    assert found.weights == round(linear / 2 + scales) + 4 * others + 4 * plain.trainable
+    assert found.gradients == 4 * plain.trainable
+
+
 def test_nothing_of_a_large_model_is_made(tmp_path):
     """Of 42 GB, twice that with its gradients: few machines that run tests could hold it."""
     d, ff, kv, layers, vocab = 8192, 28672, 1024, 10, 128256
