@@ -307,9 +307,10 @@ def _traffic(
     teacher: Teacher, asked: TeacherArguments, args: CommonTrainingArguments, tokens: float
 ) -> list[tuple[str, str]]:
     """Bytes of answers; ``tokens`` is how many completion tokens a step has."""
+    assert isinstance(args, DistillArguments)  # no other has a teacher
     received, scored = teacher.take_traffic()
     found = f"{received / scored:,.0f} measured in these short ones" if scored else ""
-    if asked.teacher_protocol == "vllm" or not isinstance(args, DistillArguments):
+    if asked.teacher_protocol == "vllm":
         return [("traffic", f"bytes a completion token: {found}")]
     each = token_bytes(asked, args.student_top_m)
     k, dtype = asked.top_k_logprobs, asked.teacher_logprob_dtype

@@ -3,12 +3,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from shared.identity import tokenizer_identity
 from student_trainer import dry_run
 from student_trainer.cli import main
 from tests.support.stub import StubTeacher, info
+from tests.support.stub_vllm import StubVllm
 from tests.support.world import make_world
 
 
@@ -175,3 +177,12 @@ def test_a_teacher_that_is_not_there_ends_with_1(world, tmp_path, capsys):
 def test_a_teacher_is_not_waited_for_as_long_as_in_a_run():
     asked = dry_run.asked_briefly(dry_run.TeacherArguments(["http://host"], teacher_cache="x"))
     assert (asked.teacher_timeout, asked.teacher_cache) == (30.0, None)
+
+
+def test_a_stock_vllm_is_asked_as_well(world, tokenizer, tmp_path, capsys):
+    stub = StubVllm(tokenizer, np.full(260, 1 / 260), max_model_len=256)
+    with stub.serving() as served:
+        assert run(world, tmp_path, url=served.url, teacher_protocol="vllm", lmbda=0) == 0
+    found = told(capsys)
+    assert found["cross-entropy"].startswith(f"{math.log(260):.3f} nats")
+    assert found["traffic"].endswith("measured in these short ones")
