@@ -106,7 +106,7 @@ def _fish(prog: str, commands: Mapping[str, Words]) -> str:
     begin = f"complete -c {prog}"
     lines = [f"{begin} -n __fish_use_subcommand -f"]
     for command, known in commands.items():
-        lines.append(f"{begin} -n __fish_use_subcommand -a {command} -d {shlex.quote(known.help)}")
+        lines.append(f"{begin} -n __fish_use_subcommand -a {command} -d {_quoted(known.help)}")
         inside = f"{begin} -n {shlex.quote(f'__fish_seen_subcommand_from {command}')}"
         if known.words:
             lines.append(f"{inside} -f -a {shlex.quote(' '.join(known.words))}")

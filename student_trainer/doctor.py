@@ -131,13 +131,22 @@ def requirements() -> dict[str, list[str]]:
     return found
 
 
+def _tested() -> dict[str, str]:
+    """The versions that constraints.txt pins, where there is a source tree."""
+    file = Path(__file__).parents[1] / "constraints.txt"
+    if not file.exists():
+        return {}
+    pairs = (line.partition("==") for line in file.read_text().splitlines())
+    return {name: version.split()[0] for name, equals, version in pairs if equals}
+
+
 def _packages() -> Iterator[Finding]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
         yield Finding("packaging", "fail", "not installed", "pip install '.[trainer]'")
         return
-    known = requirements()
+    known, tested = requirements(), _tested()
     needed = [Requirement(line) for extra in ("", "trainer") for line in known.get(extra, [])]
     wanted = {  # of what is not needed, but must fit where it is there
         r.name: r for extra in ("teacher", "vllm") for r in map(Requirement, known.get(extra, []))
@@ -152,6 +161,9 @@ def _packages() -> Iterator[Finding]:
             )  # fmt: skip
         else:
             limits = str(requirement.specifier)
+            other = tested.get(requirement.name, version)
+            if other != version.split("+")[0]:
+                limits += f"; tested with {other}"
             yield Finding(requirement.name, "ok", f"{version} ({limits})")
     for name, (purpose, install) in _OPTIONAL.items():
         version, limit = _version(name), wanted[name].specifier if name in wanted else None

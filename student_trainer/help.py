@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-from transformers.hf_argparser import string_to_bool
-
 Groups = Mapping[str, tuple[str, ...]]
 
 EXIT_CODES = """\
@@ -124,11 +122,6 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return flags
 
 
-def is_switch(action: argparse.Action) -> bool:
-    """Whether a flag says enough without a value."""
-    return action.nargs == 0 or action.type is string_to_bool
-
-
 def short_help(parser: argparse.ArgumentParser, groups: Groups) -> str:
     """The flags of the groups, each with the beginning of its help."""
     flags = flags_of(parser)
@@ -160,7 +153,7 @@ def _lines(action: argparse.Action, width: int) -> list[str]:
 
 
 def _value(action: argparse.Action) -> str:
-    if is_switch(action):
+    if action.nargs in (0, "?"):  # says enough without
         return ""
     if action.metavar is not None:
         return str(action.metavar)

@@ -120,3 +120,14 @@ def test_clocks_that_disagree_are_told(capsys, monkeypatch):
         _, found = lines(capsys, "--teacher_url", stub.url)
     assert found["teacher's clock"]["status"] == "warn"
     assert re.match(r"36\d\d s behind", found["teacher's clock"]["detail"])
+
+
+def test_a_version_that_fits_but_is_not_the_tested_one_says_so(capsys, monkeypatch):
+    known = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda name: "99.0" if name == "tenacity" else known(name)
+    )
+    _, found = lines(capsys)
+    assert found["tenacity"]["status"] == "ok"
+    assert re.fullmatch(r"99\.0 \(>=9\.0; tested with 9\.\S+\)", found["tenacity"]["detail"])
+    assert "tested" not in found["torch"]["detail"]
