@@ -6,10 +6,13 @@ Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong fl
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import get_args
 
-from shared import __version__
+from shared import __version__, logs
 from shared.errors import (
     ConfigurationError,
     DatasetError,
@@ -38,7 +41,8 @@ commands:
 {_LIST}
 
 student-trainer COMMAND --help lists the flags that matter, --help_all those of transformers too;
---config FILE.yaml holds the same names, and --dry_run tells what a run would do.
+--config FILE.yaml holds the same names, and --dry_run tells what a run would do. --log_format json,
+with any command, makes each line that is logged a JSON object.
 
 exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; SIGTERM while
 training saves a checkpoint and ends with 0."""
@@ -46,7 +50,7 @@ training saves a checkpoint and ends with 0."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _log_as_told(list(sys.argv[1:] if argv is None else argv))
     if not words or words[0] in ("-h", "--help"):
         _print(USAGE)
         return 0 if words else 2
@@ -57,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     no_bars_in_logs()
     try:
-        _command(words[0])(words[1:])
+        command = _command(words[0])
+        logs.adopt("transformers")
+        command(words[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (
@@ -69,6 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # a flag asked for a package that is not installed
         return _fail(str(error), 2)
     return 0
+
+
+def _log_as_told(words: list[str]) -> list[str]:
+    """The words without ``--log_format``, which is obeyed before anything large is imported."""
+    parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
+    parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
+    flags, rest = parser.parse_known_args(words)
+    logs.setup(flags.log_format, level="warning", text="%(message)s")
+    logging.getLogger("student_trainer").setLevel(logging.INFO)
+    return rest
 
 
 def _command(name: str) -> Callable[[Sequence[str]], object]:
@@ -107,7 +123,7 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"student-trainer: error: {message}\n")
+    logs.last_words("student-trainer", message)
     return code
 
 

@@ -327,12 +327,12 @@ def _identity(flags: object) -> Iterator[Finding]:
     """Raises `TeacherError` where it wants another key, is not ready, or is no such teacher."""
     from student_trainer.checks import api_key_of
     from student_trainer.config import TeacherArguments
-    from student_trainer.teacher import TeacherClient
+    from student_trainer.teacher import SparseGkdTeacher
 
     assert isinstance(flags, TeacherArguments)
     assert flags.teacher_url is not None
     key = api_key_of(flags)
-    with TeacherClient(flags.teacher_url, timeout=_TIMEOUT, api_key=key) as client:
+    with SparseGkdTeacher(flags.teacher_url, timeout=_TIMEOUT, api_key=key) as client:
         info = client.connect()
     who = info.teacher
     yield Finding(
@@ -344,10 +344,10 @@ def _identity(flags: object) -> Iterator[Finding]:
 
 
 def _key_status(urls: list[str], given: bool) -> tuple[Status, str, str]:
-    from student_trainer.teacher import TeacherClient
+    from student_trainer.teacher import SparseGkdTeacher
 
     try:
-        with TeacherClient(urls, timeout=_TIMEOUT) as stranger:
+        with SparseGkdTeacher(urls, timeout=_TIMEOUT) as stranger:
             stranger.connect()
     except TeacherUnauthorizedError:
         return "ok", "ours is accepted, and strangers are refused", ""

@@ -132,7 +132,11 @@ def short_help(parser: argparse.ArgumentParser, groups: Groups) -> str:
         found = [flags[name] for name in names if name in flags]
         if found:
             lines += [f"{title}:", *(line for flag in found for line in _lines(flag, width)), ""]
-    lines += ["A switch may be given true or false, too. --help_all lists every flag.", ""]
+    lines += [
+        "A switch may be given true or false, too. --help_all lists every flag. --log_format json",
+        "makes each line that is logged a JSON object.",
+        "",
+    ]
     return "\n".join([*lines, EXIT_CODES, ""])
 
 

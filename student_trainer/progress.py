@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from shared.logs import in_json
 from student_trainer.terminal import can_move
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ def tracked(items: Iterable[T], total: int, what: str, *, show: bool = True) -> 
 @contextmanager
 def counted(total: int, what: str, *, show: bool = True) -> Iterator[Callable[[int], object]]:
     """A function to be told how many more of ``total`` are done."""
-    if not show:
+    if not show or in_json():
         yield lambda more: None
     elif can_move():
         with tqdm(total=total, desc=what, leave=False) as bar:
