@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from shared.errors import ConfigurationError
 from shared.identity import tokenizer_identity
 from student_trainer import dry_run
+from student_trainer.api import distill
 from student_trainer.cli import main
 from tests.support.stub import StubTeacher, info
 from tests.support.stub_vllm import StubVllm
@@ -186,3 +188,8 @@ def test_a_stock_vllm_is_asked_as_well(world, tokenizer, tmp_path, capsys):
     found = told(capsys)
     assert found["cross-entropy"].startswith(f"{math.log(260):.3f} nats")
     assert found["traffic"].endswith("measured in these short ones")
+
+
+def test_the_python_api_refuses_it(world, tmp_path):
+    with pytest.raises(ConfigurationError, match="dry_run is for `student-trainer distill`"):
+        distill(world.student, "http://host", world.rows, output_dir=tmp_path / "o", dry_run=True)
