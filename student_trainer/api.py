@@ -106,12 +106,15 @@ def distill(
             **flags,
         },
     )
+    if args.dry_run:
+        raise ConfigurationError("distill(): dry_run is for `student-trainer distill`; drop it")
     recipe = Recipe(*parts)
     if tokenizer is not None:
         recipe.model.loaded = LoadedModel(model, tokenizer)
     recipe.dataset.rows = _rows(dataset)
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
     trainer = distilled(recipe, teacher, args)
+    assert trainer is not None  # it was not dry
     history = trainer.state.log_history
     metrics = {name: value for entry in history for name, value in entry.items()}
     return DistillationResult(Path(output_dir), metrics, history, trainer.model)

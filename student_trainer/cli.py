@@ -1,8 +1,7 @@
-"""`student-trainer sft | distill | precompute | evaluate | merge | study | report`.
+"""`student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
 
-Also as `python -m student_trainer`.
-
-Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data.
+Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
+130 Ctrl-C. `docs/command-line.md` has them all.
 """
 
 from __future__ import annotations
@@ -21,21 +20,32 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TokenizerMismatchError,
 )
+from student_trainer.terminal import no_bars_in_logs
 
-USAGE = """\
+COMMANDS = {
+    "sft": "fine-tune on the dataset's completions (the student, or the teacher before serving it)",
+    "distill": "learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture",
+    "precompute": "ask the teacher all that `distill` will, and keep it in --teacher_cache",
+    "evaluate": "generate, check the completions, and score them",
+    "merge": "LoRA adapters into their base model, for serving or distilling further",
+    "study": "a file of such commands over several seeds: run once each, then compared",
+    "report": "a page of what runs left in their folders: curves, seconds, scores, samples",
+    "doctor": "what of this machine, and of a teacher, works: versions, GPUs, disk, key",
+    "completion": "a script that lets bash, zsh or fish complete commands and flags",
+}
+_LIST = "\n".join(f"  {name.ljust(10)} {help}" for name, help in COMMANDS.items())
+USAGE = f"""\
 usage: student-trainer COMMAND [flags]
 
 commands:
-  sft        fine-tune on the dataset's completions (the student, or the teacher before serving it)
-  distill    learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture
-  precompute ask the teacher all that `distill` will, and keep it in --teacher_cache
-  evaluate   generate, check the completions, and score them
-  merge      LoRA adapters into their base model, for serving or distilling further
-  study      a file of such commands over several seeds: run once each, then compared
-  report     a page of what runs left in their folders: curves, seconds, scores, samples
+{_LIST}
 
-student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names.
---log_format json, with any command, makes each line that is logged a JSON object."""
+student-trainer COMMAND --help lists the flags that matter, --help_all those of transformers too;
+--config FILE.yaml holds the same names, and --dry_run tells what a run would do. --log_format json,
+with any command, makes each line that is logged a JSON object.
+
+exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; SIGTERM while
+training saves a checkpoint and ends with 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in ("sft", "distill", "precompute", "evaluate", "merge", "study", "report"):
+    if words[0] not in COMMANDS:
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
+    no_bars_in_logs()
     try:
         command = _command(words[0])
         logs.adopt("transformers")
         command(words[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     except (
         ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
     ) as error:  # fmt: skip
@@ -92,6 +105,14 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from student_trainer.report_runs import report
 
         return report
+    if name == "doctor":
+        from student_trainer.doctor import doctor
+
+        return doctor
+    if name == "completion":
+        from student_trainer.completion import completion
+
+        return completion
     if name == "precompute":
         from student_trainer.precompute import precompute
 

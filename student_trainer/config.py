@@ -23,6 +23,8 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from student_trainer.help import add_help
+from student_trainer.terminal import can_move
 from student_trainer.yaml_file import read_yaml
 
 T = TypeVar("T")
@@ -188,6 +190,9 @@ class CommonTrainingArguments(TrainingArguments):
     output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
     logging_first_step: bool = _flag(True, "Log the first step.")
     remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
+    disable_tqdm: bool | None = _flag(
+        None, "A line for each log instead of a bar. Default: where there is no terminal."
+    )
     loss_kernel: Literal["auto", "torch", "triton"] = _flag(
         "auto",
         "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
@@ -219,6 +224,11 @@ class CommonTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = _flag(
         False, "Only for models that leave parameters out of a step (mixtures of experts)."
     )
+    dry_run: bool = _flag(
+        False,
+        "Check flags, data and teacher, show four rows as they are learned, what the teacher says "
+        "of them, and an estimate of memory and traffic; load no weights, write nothing, and stop.",
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -233,6 +243,8 @@ class CommonTrainingArguments(TrainingArguments):
 
                 # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
                 deepspeed.init_distributed("gloo")
+        if self.disable_tqdm is None and not can_move():
+            self.disable_tqdm = True
         super().__post_init__()
 
 
@@ -378,6 +390,16 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
 }
 
 
+def make_parser(*types: type[Any], prog: str, description: str) -> HfArgumentParser:
+    """All flags of a command."""
+    parser = HfArgumentParser(
+        types, prog=prog, description=description, allow_abbrev=False, add_help=False
+    )
+    parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
+    add_help(parser)
+    return parser
+
+
 def parse(
     argv: Sequence[str],
     *types: type[Any],
@@ -395,9 +417,8 @@ def parse(
             value that a dataclass refuses.
         SystemExit: --help, or a value of the wrong type (argparse's own message).
     """
-    parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
+    parser = make_parser(*types, prog=prog, description=description)
     parser.exit_on_error = exit_on_error
-    parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
     known = _names(types)
     words = list(argv)
     path = _config_path(words)

@@ -16,12 +16,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.errors import DatasetError, RowTooLongError
-from shared.logs import in_json
 from student_trainer.config import DataArguments
+from student_trainer.progress import tracked
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -205,9 +204,8 @@ def tokenize_rows(
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
     """
-    hidden = not progress or in_json()
-    bar = tqdm(rows, desc=description, disable=hidden, leave=False)
-    numbered = ((index, where, row) for index, (where, row) in enumerate(bar))
+    counted = tracked(rows, len(rows), description, show=progress)
+    numbered = ((index, where, row) for index, (where, row) in enumerate(counted))
     return keep_short(
         numbered,
         lambda item: _tokenize(*item, tokenizer, stop_ids, options, max_length),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.sparse import SparseLogprobs
@@ -41,6 +40,7 @@ from student_trainer.loading import (
     load_stop_ids,
     load_tokenizer,
 )
+from student_trainer.progress import counted
 from student_trainer.references import measure
 from student_trainer.rollouts import (
     RolloutEngine,
@@ -276,13 +276,13 @@ def _generate(
     longest = max(len(request.prompt_ids) for request in requests) + generation.max_new_tokens
     with (
         _engine(model, generation, args, stop_ids, vocab_size, longest) as engine,
-        tqdm(total=len(missing), desc="Generating", leave=False) as bar,
+        counted(len(missing), "Generating") as count,
     ):
         for group in engine.generate([requests[number] for number in missing]):
             for index, rollout in group:
                 text = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
                 unfinished.add(missing[index], text)
-            bar.update(len(group))
+            count(len(group))
 
 
 @contextmanager

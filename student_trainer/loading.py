@@ -145,6 +145,34 @@ def load_student(
     return model
 
 
+def load_skeleton(
+    arguments: ModelArguments, adapters: AdapterArguments, *, gradient_checkpointing: bool = False
+) -> Any:
+    """What `load_student` gives, of shapes and dtypes alone: on the meta device, without weights.
+
+    With ``load_in_4bit`` the weights that would be quantised are whole.
+
+    Raises:
+        ConfigurationError: as `load_student`.
+    """
+    config = load_config(arguments)
+    dtype = getattr(torch, arguments.torch_dtype, None) or config.dtype or torch.float32
+    options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
+    if arguments.attn_implementation is not None:
+        options["attn_implementation"] = arguments.attn_implementation
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        except Exception as error:  # whatever a checkpoint's code or a missing package can cause
+            raise ConfigurationError(
+                f"--model_name_or_path {arguments.model_name_or_path}: there is no causal language "
+                f"model of this configuration: {error}"
+            ) from error
+        return (
+            _with_adapters(model, adapters, gradient_checkpointing) if adapters.use_peft else model
+        )
+
+
 def _with_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 

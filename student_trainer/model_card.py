@@ -31,6 +31,7 @@ _UNTOLD = {
     "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level",
     "log_level_replica",
 }  # fmt: skip
+_GKD = "on-policy GKD"
 _NUMBERS = {
     "loss": "training loss",
     "divergence": "divergence in training, nats a token",
@@ -93,13 +94,13 @@ def method_of(args: CommonTrainingArguments) -> str:
     off_policy = "SeqKD" if args.seq_kd else "supervised KD"
     if args.lmbda == 0:
         return off_policy
-    on_policy = "on-policy GKD ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))"
-    return on_policy if args.lmbda == 1 else f"a mixture of {on_policy} and {off_policy}"
+    return _GKD if args.lmbda == 1 else f"a mixture of {_GKD} and {off_policy}"
 
 
 def _story(
     flags: Mapping[str, Any], method: str, teacher: TeacherIdentity | None, rows: int
 ) -> str:
+    method = method.replace(_GKD, f"{_GKD} ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))")
     base, dataset = _public(flags["model_name_or_path"]), _public(flags["dataset_name"])
     trained = "LoRA adapters for" if flags["use_peft"] else "All weights of"
     text = f"{trained} `{base}`, trained by {method} on {rows} rows of `{dataset}`."

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from shared.errors import ConfigurationError
-from shared.logs import in_json
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checks import check_distill, check_precompute
 from student_trainer.config import COMMANDS, parse
+from student_trainer.dry_run import asked_briefly, dry_run
+from student_trainer.progress import counted
 from student_trainer.questions import ask_all, count_missing, questions
 from student_trainer.self_check import check_repeats
+from student_trainer.terminal import can_move
 from student_trainer.train import (
     Recipe,
     check_recipe,
@@ -49,8 +49,9 @@ def precompute(argv: Sequence[str]) -> None:
             f"precompute runs in one process, not in {args.world_size}: start it without a launcher"
         )
     rows = read_rows(recipe)
+    if args.dry_run:
+        teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
-        assert isinstance(client, CachedTeacher)  # --teacher_cache is there
         check_request(client.connect(), args, teacher)
         prepared = prepare(
             recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
@@ -59,13 +60,18 @@ def precompute(argv: Sequence[str]) -> None:
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
         asked = questions(prepared.method, prepared.train, prepared.held_out)
+        if args.dry_run:
+            dry_run(recipe, prepared, args, teacher=client, asked=teacher, questions=len(asked))
+            return
+        assert isinstance(client, CachedTeacher)  # --teacher_cache is there
         missing, wanted = count_missing(client, asked)
         client.require(missing, wanted)
         known = wanted - missing
-        hidden = args.disable_tqdm or in_json()
-        with tqdm(total=len(asked), desc="Asking the teacher", disable=hidden) as bar:
-            for count in ask_all(client, asked, size=_REQUEST_SIZE):
-                bar.update(count)
+        with counted(
+            len(asked), "Asking the teacher", show=not (args.disable_tqdm and can_move())
+        ) as count:
+            for answers in ask_all(client, asked, size=_REQUEST_SIZE):
+                count(answers)
         missing, wanted = count_missing(client, asked)
         _, _, corrupt = client.take_lookups()
     logger.warning(

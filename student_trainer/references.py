@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from shared.sparse import SparseLogprobs
 from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.data import Sample
+from student_trainer.progress import tracked
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution
 
@@ -38,7 +38,7 @@ def measure(
     device = next(model.parameters()).device
     given = [None] * len(samples) if scores is None else scores
     cross_entropy, divergence, tokens = 0.0, 0.0, 0
-    for sample, score in zip(tqdm(samples, "Measuring", leave=False), given, strict=True):
+    for sample, score in zip(tracked(samples, len(samples), "Measuring"), given, strict=True):
         item = ScoredSample(sample, score)
         rows = predicting_rows([sample], [sample.completion_mask], packed=False)
         targets = SparseTargets(

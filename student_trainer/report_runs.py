@@ -53,7 +53,7 @@ def report(argv: Sequence[str]) -> None:
         ConfigurationError: a folder without a run, or one that cannot be written to.
         DatasetError: a file of a run that cannot be read.
     """
-    arguments = _parser().parse_args(list(argv))
+    arguments = make_parser().parse_args(list(argv))
     found = find_runs(arguments.runs)
     output = arguments.output or arguments.runs[0] / "report.html"
     charts = _charts(found.training)
@@ -81,7 +81,7 @@ def report(argv: Sequence[str]) -> None:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from error
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="student-trainer report",
         description="One page without network or scripts: curves, where the time went, scores with "

@@ -48,6 +48,7 @@ from student_trainer.config import (
     traced_steps,
 )
 from student_trainer.data import Example, keep_short, load_rows, named_rows, tokenize_rows
+from student_trainer.dry_run import asked_briefly, dry_run
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.loading import (
     context_length,
@@ -93,6 +94,9 @@ def sft(argv: Sequence[str]) -> None:
     check_recipe(recipe, args)
     rows = read_rows(recipe)
     prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    if args.dry_run:
+        dry_run(recipe, prepared, args)
+        return
     _train(recipe, prepared, args, teacher=None, distill=None, flags=(*recipe.flags, args))
 
 
@@ -109,12 +113,14 @@ def distill(argv: Sequence[str]) -> None:
 
 def distilled(
     recipe: Recipe, teacher: TeacherArguments, args: DistillArguments
-) -> DistillationTrainer:
-    """The trainer after its run, which `distill` and `student_trainer.api.distill` share."""
+) -> DistillationTrainer | None:
+    """The trainer after its run, or None after a dry one; for `distill` and the Python API."""
     check_distill(args, teacher)
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
     rows = read_rows(recipe)  # a missing file is told before a teacher is waited for
+    if args.dry_run:
+        teacher = asked_briefly(teacher)
     alone = args.lmbda == 0 and not args.student_top_m
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
@@ -125,6 +131,9 @@ def distilled(
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
+        if args.dry_run:
+            dry_run(recipe, prepared, args, teacher=client, asked=teacher)
+            return None
         flags = (*recipe.flags, teacher, args)
         return _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
 
@@ -214,11 +223,6 @@ def _train(
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
-    batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(train) < batch:
-        raise ConfigurationError(
-            f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
-        )
     _make_folder(args)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
@@ -323,6 +327,11 @@ def prepare(
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
     train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ConfigurationError(
+            f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
+        )
     return Prepared(tokenizer, vocab_size, method, train, held_out)
 
 

@@ -1,4 +1,4 @@
-"""`teacher-server serve MODEL`, also as `python -m teacher_server`.
+"""`teacher-server serve MODEL` and `completion SHELL`, also as `python -m teacher_server`.
 
 Exit codes: 0 stopped on request, 1 the model failed, 2 wrong flags, model or port.
 """
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
@@ -20,6 +21,7 @@ from typing import Any, get_args
 import uvicorn
 
 from shared import __version__, logs
+from shared.completion import SHELLS, Words, script, words_of
 from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
@@ -32,6 +34,9 @@ logger = logging.getLogger("teacher_server")
 
 end_with_parent()  # both commands' main modules import this one
 
+_COMPLETION = {
+    "completion": Words("a script that completes flags in bash, zsh or fish", words=SHELLS)
+}
 _EPILOG = """\
 vLLM's engine flags
   After MODEL, --backend vllm takes every other flag of `vllm serve`'s engine under its own name,
@@ -49,7 +54,13 @@ Memory for scoring
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parsed, engine_flags = _parser().parse_known_args(argv)
+    parser, serve = _parsers()
+    parsed, engine_flags = parser.parse_known_args(argv)
+    if parsed.command == "completion":
+        words = {"serve": words_of(serve, "load a model and answer requests"), **_COMPLETION}
+        sys.stdout.write(script(parsed.shell, "teacher-server", words))
+        return 0
+    del parsed.command
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
     logs.setup(
         arguments.pop("log_format"), level=arguments.pop("log_level"),
@@ -65,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(_serve(settings, keys, listener))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The whole one, and that of `serve`."""
     defaults = Settings.__dataclass_fields__
     parser = argparse.ArgumentParser(
         prog="teacher-server",
@@ -73,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    completion = commands.add_parser("completion", help=_COMPLETION["completion"].help)
+    completion.add_argument("shell", choices=SHELLS)
     serve = commands.add_parser(
         "serve", help="load a model and answer requests", epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--log-format", default="text", choices=get_args(logs.LogFormat),
         help="json: an object a line, with the request's id (default: text)",
     )  # fmt: skip
-    return parser
+    return parser, serve
 
 
 def _listen(settings: Settings) -> socket.socket:

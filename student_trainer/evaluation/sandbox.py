@@ -32,9 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
-from tqdm.auto import tqdm
-
-from shared.logs import in_json
+from student_trainer.progress import tracked
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
 
@@ -162,8 +160,7 @@ def run_programs(
                 return sandbox.run(program)
 
         results = threads.map(run, programs)
-        hidden = not progress or in_json()
-        return list(tqdm(results, "Checking", len(programs), disable=hidden, leave=False))
+        return list(tracked(results, len(programs), "Checking", show=progress))
 
 
 @contextlib.contextmanager
