@@ -37,7 +37,7 @@ _COUNTS = (
 )
 _METRICS = ("loss", "divergence", "pass@1", "exact_match")
 # TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
     "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
     "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
@@ -84,7 +84,7 @@ def check_common(
             f"--metric_for_best_model {args.metric_for_best_model} is not one of "
             f"{', '.join(_METRICS)}"
         )
-    for name, remedy in _UNSUPPORTED.items():
+    for name, remedy in UNSUPPORTED.items():
         value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
         if value != default.default:
             raise ConfigurationError(f"--{name} {value} {remedy}")
