@@ -118,15 +118,14 @@ def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
     """A heading, so that a flag can be linked to and found, and what the parser says of it."""
     first = actions[0]
     names = [name for action in actions for name in _names(action)]
-    lines = [f"### `{', '.join(names)}` {{#{anchor}}}", "", escaped(first.help or ""), ""]
-    facts = []
+    told = [escaped(first.help or "").rstrip(".") + "."] if first.help else []
     if first.choices is not None:
-        facts.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
+        told.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
     if first.nargs in ("+", "*"):
-        facts.append("Takes several values.")
+        told.append("Takes several values.")
     if "(default: " not in (first.help or "") and first.default not in (None, "", False):
-        facts.append(f"Default: `{first.default}`.")
-    return [*lines, " ".join(facts), ""] if facts else lines
+        told.append(f"Default: `{first.default}`.")
+    return [f"### `{', '.join(names)}` {{#{anchor}}}", "", " ".join(told), ""]
 
 
 def _names(action: argparse.Action) -> list[str]:

@@ -10,12 +10,17 @@ import command_line
 import http_api
 import python_modules
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-# Beside docs/ on GitHub, beside the other pages on the site.
-ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+# Beside docs/ in the repository, beside the other pages on the site. (There a README is the start.)
+ROOT_PAGES = {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
+ROOT_PAGES["README.md"] = "overview.md"
+# Browsers break lines after a hyphen, also within --flag; those short enough stay whole.
+_FLAG = re.compile(r"<code>(-[^<]{1,34})</code>")
+_FROM_ELSEWHERE = re.compile(r"<(?:script|img|iframe|link rel=.(?:stylesheet|icon))[^>]*https?://")
 # The target of a Markdown link to a file, without its anchor.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
@@ -31,8 +36,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
     linked = set[str]()
-    for name in ROOT_PAGES:
-        text = (ROOT / name).read_text(encoding="utf-8")
+    for path, name in ROOT_PAGES.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
         linked.update(_LINK.findall(text))
     for path in sorted(linked):
@@ -42,13 +47,25 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links between docs/ and the root, as they are written for the repository's own pages."""
-    here = PurePosixPath(page.file.src_uri).parent
-    if page.file.src_uri in ROOT_PAGES:
-        return _LINK.sub(lambda link: link[1].removeprefix("docs/"), markdown)
+    """Links to and from the root's pages, which are written for the repository as it is."""
+    here = PurePosixPath(page.file.src_uri)
+    at_root = page.file.src_uri in ROOT_PAGES.values()
+    folder = PurePosixPath("." if at_root else "docs") / here.parent
 
-    def outside(link: re.Match[str]) -> str:
-        target = os.path.normpath(PurePosixPath("docs") / here / link[1])
-        return os.path.relpath(target, here) if target in ROOT_PAGES else link[1]
+    def on_site(link: re.Match[str]) -> str:
+        target = os.path.normpath(folder / link[1])
+        if target in ROOT_PAGES:
+            return os.path.relpath(ROOT_PAGES[target], here.parent)
+        return target.removeprefix("docs/") if at_root else link[1]
 
-    return _LINK.sub(outside, markdown)
+    return _LINK.sub(on_site, markdown)
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    return _FLAG.sub(r'<code class="flag">\1</code>', html)
+
+
+def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> None:
+    """Raises `PluginError` for a page that would load something from elsewhere."""
+    if found := _FROM_ELSEWHERE.search(output):
+        raise PluginError(f"{page.file.src_uri}: needs the network: {found[0]}")

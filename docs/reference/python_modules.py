@@ -76,7 +76,9 @@ def _documented(path: str, name: str, value: Any) -> list[str]:
 def _signature(name: str, value: Any) -> str:
     """As it is written, an argument a line where one line would be too long."""
     signature = inspect.signature(value)
-    kind = "class" if inspect.isclass(value) else "def"
+    kind = "def"
+    if inspect.isclass(value):
+        kind, signature = "class", signature.replace(return_annotation=signature.empty)
     line = f"{kind} {name}{signature}".replace("'", "")
     if len(line) <= 88:
         return line
