@@ -49,7 +49,8 @@ def study(argv: Sequence[str]) -> None:
     values = _measured(found, plan, runner)
     if arguments.report and not values:
         raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")
-    for path in write_report(found, values, folder) if values else []:
+    seconds = sum(runner.seconds(job) or 0.0 for job in plan.jobs.values())
+    for path in write_report(found, values, seconds, folder) if values else []:
         _say(f"wrote {path}")
 
 

@@ -15,17 +15,18 @@ from student_trainer.svg import Interval, write_interval_chart, write_interval_r
 Values = Mapping[str, Mapping[int | None, float]]
 
 
-def write_report(study: Study, values: Values, folder: Path) -> list[Path]:
+def write_report(study: Study, values: Values, seconds: float, folder: Path) -> list[Path]:
     """Everything that can be said of what is measured so far.
 
     Args:
         values: cell -> seed -> metric; cells and seeds that are not done are left out.
+        seconds: that it took.
 
     Returns:
         The files written.
     """
     results, text = folder / "results.json", folder / "results.md"
-    results.write_text(json.dumps(_results(study, values), indent=2) + "\n")
+    results.write_text(json.dumps(_results(study, values, seconds), indent=2) + "\n")
     sections = [f"# {study.title}\n", _NOTE.format(metric=study.metric)]
     plots = []
     for table in study.tables:
@@ -45,10 +46,11 @@ expected to miss.
 """
 
 
-def _results(study: Study, values: Values) -> dict[str, Any]:
+def _results(study: Study, values: Values, seconds: float) -> dict[str, Any]:
     return {
         "title": study.title,
         "metric": study.metric,
+        "seconds": round(seconds, 1),
         "cells": {
             name: {"values": {"all" if seed is None else str(seed): v for seed, v in seeds.items()}}
             | _numbers(estimate(list(seeds.values())))

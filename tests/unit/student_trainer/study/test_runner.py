@@ -102,6 +102,9 @@ def test_results_are_means_with_intervals_and_paired_differences(world):
     assert (difference["cell"], difference["base"]) == ("a", "b")
     assert difference["mean"] == 0.25
     assert difference["interval"] == [0.25, 0.25]
+    markers = [json.loads(path.read_text()) for path in world.output.glob("seed-*/*.done.json")]
+    assert len(markers) == 10
+    assert results["seconds"] == pytest.approx(sum(m["seconds"] for m in markers), abs=0.06)
     text = (world.output / "results.md").read_text()
     assert "| a | 2.000 ± 6.353 | 2 |" in text
     assert "| a − b | 0.250 ± 0.000 | 2 | yes |" in text

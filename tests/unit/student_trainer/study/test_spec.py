@@ -179,3 +179,12 @@ def test_the_example_is_a_study_whose_flags_exist():
     assert {plan.folder_of[name, 0] for name in same} == {"seed-0/gkd.teacher_sft"}
     steps = {c.flags["max_steps"] for c in study.cells.values() if c.command == "distill"}
     assert steps == {study.cells["student_sft"].flags["max_steps"]}
+
+
+def test_the_study_of_tails_has_the_models_of_the_study():
+    study, tails = load_study(EXAMPLE), load_study(EXAMPLE.with_name("tails.yaml"))
+    check_flags(tails)
+    made = {job.digest for job in make_plan(study, (0,)).jobs.values()}
+    plan = make_plan(tails, (0,))
+    for name in ["data", "teacher_raw", "teacher_sft", "student_before", "warm.bucket.16"]:
+        assert plan.jobs[plan.folder_of[name, 0]].digest in made
