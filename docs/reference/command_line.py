@@ -31,6 +31,9 @@ _TITLES = {
 }
 
 
+Main = Callable[[Sequence[str]], int]
+
+
 class _FoundError(Exception):
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
@@ -47,7 +50,9 @@ def student_trainer_page() -> str:
         "",
         f"```text\n{student_trainer.cli.USAGE}\n```",
     ]
-    of_command = {name: _by_name(_parser(main, [name])) for name in COMMANDS}
+    of_command = {
+        name: _by_name(_parser(main, f"student-trainer {name}", [name])) for name in COMMANDS
+    }
     for name, group in _groups():
         takers = [c for c, groups in COMMANDS.items() if any(issubclass(g, group) for g in groups)]
         told = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
@@ -56,7 +61,7 @@ def student_trainer_page() -> str:
         for flag in _own(group):
             lines += _entry(of_command[takers[0]][flag], f"{name.lower()}-{flag}")
     for command in ("study", "report"):
-        parser = _parser(main, [command])
+        parser = _parser(main, f"student-trainer {command}", [command])
         lines += ["", f"## {command}", "", escaped(parser.description or ""), ""]
         for actions in _by_name(parser).values():
             lines += _entry(actions, f"{command}-{actions[0].dest}")
@@ -65,7 +70,7 @@ def student_trainer_page() -> str:
 
 def teacher_server_page() -> str:
     """`teacher-server serve`."""
-    top = _parser(teacher_server.cli.main, [])
+    top = _parser(teacher_server.cli.main, "teacher-server", [])
     (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     parser = commands.choices["serve"]
     lines = ["# teacher-server", "", "From the command's own parser.", "", "## serve", ""]
@@ -77,10 +82,13 @@ def teacher_server_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parser(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser that reads a command's flags; the command does not run."""
+def _parser(main: Main, prog: str, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser named ``prog`` with which a command reads its flags; the command does not run."""
+    parse = argparse.ArgumentParser.parse_known_args
 
-    def stop(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+    def stop(parser: argparse.ArgumentParser, *given: Any, **options: Any) -> Any:
+        if parser.prog != prog:
+            return parse(parser, *given, **options)
         raise _FoundError(parser)
 
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
@@ -88,7 +96,7 @@ def _parser(main: Callable[[Sequence[str]], int], words: Sequence[str]) -> argpa
             main(words)
         except _FoundError as found:
             return found.parser
-    raise AssertionError(f"nothing parsed {words}")
+    raise AssertionError(f"nothing called {prog} parsed {words}")
 
 
 def _by_name(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:

@@ -35,28 +35,34 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     }
     for path, text in made.items():
         files.append(File.generated(config, path, content=text))
-    linked = set[str]()
     for path, name in ROOT_PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
-        linked.update(_LINK.findall(text))
-    for path in sorted(linked):
-        if not path.startswith("docs/") and path not in ROOT_PAGES and (ROOT / path).is_file():
+    # Files of the repository that a page links to lie on the site under the same path.
+    pages = [*(Path(path) for path in ROOT_PAGES), *ROOT.glob("docs/**/*.md")]
+    for path in sorted({target for page in pages for target in _targets(page)}):
+        if path not in ROOT_PAGES and not path.startswith("docs/") and (ROOT / path).is_file():
             files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 
+def _targets(page: Path) -> set[str]:
+    """What a page links to, as paths in the repository."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    folder = (ROOT / page).parent.relative_to(ROOT)
+    return {os.path.normpath(folder / link) for link in _LINK.findall(text)}
+
+
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to and from the root's pages, which are written for the repository as it is."""
-    here = PurePosixPath(page.file.src_uri)
+    """Links out of docs/ and to it, which are written for the repository as it is."""
+    here = PurePosixPath(page.file.src_uri).parent
     at_root = page.file.src_uri in ROOT_PAGES.values()
-    folder = PurePosixPath("." if at_root else "docs") / here.parent
+    folder = here if at_root else PurePosixPath("docs") / here
 
     def on_site(link: re.Match[str]) -> str:
         target = os.path.normpath(folder / link[1])
-        if target in ROOT_PAGES:
-            return os.path.relpath(ROOT_PAGES[target], here.parent)
-        return target.removeprefix("docs/") if at_root else link[1]
+        target = ROOT_PAGES.get(target, target.removeprefix("docs/"))
+        return os.path.relpath(target, here)
 
     return _LINK.sub(on_site, markdown)
 

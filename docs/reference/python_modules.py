@@ -12,6 +12,7 @@ from typing import Any
 from markdown_text import escaped
 
 MODULES = (
+    "student_trainer",
     "student_trainer.losses",
     "student_trainer.teacher",
     "student_trainer.cached_teacher",
@@ -49,7 +50,7 @@ def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """What ``__all__`` names; else what the module defines, in its order."""
     defined = [name for name, value in vars(module).items() if _owns(module, name, value)]
     for name in getattr(module, "__all__", defined):
-        value = vars(module)[name]
+        value = getattr(module, name)
         if inspect.isclass(value) or inspect.isfunction(value):
             yield name, value
 

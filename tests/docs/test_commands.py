@@ -177,7 +177,7 @@ class Page:
 
     def compose(self, text):
         profile = re.search(r"--profile (\w+)", text)
-        after = shlex.split(re.split(r" (?:up|down|logs|build) ", text)[1])
+        after = shlex.split(re.split(r" (?:up|down|logs|build)(?: |$)", text)[1])
         services = {word for word in after if not word.startswith("-")}
         assert services <= compose_services(profile and profile[1])
         return "parsed"
