@@ -23,6 +23,8 @@ _FLAG = re.compile(r"<code>(-[^<]{1,34})</code>")
 _FROM_ELSEWHERE = re.compile(r"<(?:script|img|iframe|link rel=.(?:stylesheet|icon))[^>]*https?://")
 # The target of a Markdown link to a file, without its anchor.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+# Its text and its target: a link to a folder, which a site cannot show, becomes its text.
+_WHOLE_LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -59,12 +61,15 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     at_root = page.file.src_uri in ROOT_PAGES.values()
     folder = here if at_root else PurePosixPath("docs") / here
 
+    def without_folder(link: re.Match[str]) -> str:
+        return link[1] if (ROOT / folder / link[2]).is_dir() else link[0]
+
     def on_site(link: re.Match[str]) -> str:
         target = os.path.normpath(folder / link[1])
         target = ROOT_PAGES.get(target, target.removeprefix("docs/"))
         return os.path.relpath(target, here)
 
-    return _LINK.sub(on_site, markdown)
+    return _LINK.sub(on_site, _WHOLE_LINK.sub(without_folder, markdown))
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
