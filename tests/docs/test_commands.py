@@ -51,6 +51,9 @@ REPLACED = {
     "http://teacher-host:8000": "{url}",
     "http://teacher-1:8000": "{url}",
     "http://teacher-2:8000": "{url}",
+    "/shared/": "./",
+    "distill …": "distill --model_name_or_path STUDENT --dataset_name data.jsonl --output_dir out"
+    " --teacher_url {url}",
 }
 # Added to a training, or given instead of what is written.
 SHRUNKEN = {
@@ -143,12 +146,32 @@ class Page:
         assert done.returncode == 0, done.stderr
 
     def export(self, text):
-        name = text.split()[1].split("=")[0]
-        value = subprocess.run(
-            ["bash", "-ec", f'{text}; printf %s "${name}"'], capture_output=True, text=True
-        ).stdout
-        assert value
-        self.monkeypatch.setenv(name, value)
+        for name in re.findall(r"(\w+)=", text):
+            printed = subprocess.run(
+                ["bash", "-ec", f'{text}; printf %s "${name}"'], capture_output=True, text=True
+            ).stdout
+            assert printed
+            self.monkeypatch.setenv(name, printed)
+
+    def setting(self, text):
+        """A line of .env."""
+        assert f"#{text.split('=')[0]}=" in (ROOT / ".env.example").read_text()
+        return "parsed"
+
+    def batch(self, text):
+        """A script for Slurm, which is not here: its syntax."""
+        self.shell(f"bash -n {shlex.split(text)[-1]}")
+        return "parsed"
+
+    def kubectl(self, text):
+        """There is no cluster: what it reads exists."""
+        files = [word for word in shlex.split(text) if word.startswith("examples/")]
+        assert [file for file in files if not Path(file).exists()] == []
+        return "parsed"
+
+    def completion(self, text):
+        """`eval "$(student-trainer …)"` and `source <(student-trainer …)`."""
+        return self.trainer(re.search(r"\((.+)\)", text)[1])
 
     def make(self, text):
         subprocess.run([*shlex.split(text), "--dry-run"], check=True, capture_output=True, cwd=ROOT)
@@ -183,9 +206,8 @@ class Page:
         return "parsed"
 
     def trainer(self, text):
-        words = shlex.split(text)
-        words = words[1 if words[0] == "student-trainer" else 3 :]
-        return self.train(words)
+        words = shlex.split(text.split(" > ")[0])
+        return self.train(words[1 if words[0] == "student-trainer" else 3 :])
 
     def torchrun(self, text):
         from torch.distributed.run import get_args_parser
@@ -277,7 +299,11 @@ RULES = {
     r"docker compose ": Page.compose,
     r"openssl ": Page.openssl,
     r"export ": Page.export,
-    r"cat > ": Page.shell,
+    r"(cat > |chmod )": Page.shell,
+    r'(eval "\$|source <)\(student-trainer ': Page.completion,
+    r'(\w+="[^"]*" )*sbatch ': Page.batch,
+    r"kubectl ": Page.kubectl,
+    r"[A-Z_]+=": Page.setting,
 }
 
 
@@ -339,6 +365,7 @@ def surroundings(tmp_path_factory):
         with (gzip.open if name.endswith(".gz") else open)(folder / name, "wt") as file:
             file.write(text)
     (folder / "teacher.key").write_text("k" * 64 + "\n")
+    (folder / "run").mkdir()
     (folder / "examples").symlink_to(ROOT / "examples")
     settings = Settings(str(folder / "TEACHER"))
     app = TeacherApp(settings, Metrics(), ApiKeys([]))
