@@ -82,7 +82,7 @@ def train(run: Run) -> None:
     from student_trainer.data import Example
     from student_trainer.pipeline import Method
     from student_trainer.rollouts import Rollout
-    from student_trainer.teacher import TeacherClient
+    from student_trainer.teacher import SparseGkdTeacher
     from student_trainer.trainer import DistillationTrainer
     from tests.support.models import save_model, save_tokenizer
 
@@ -130,7 +130,7 @@ def train(run: Run) -> None:
     torch.set_num_threads(1)
     with (
         tempfile.TemporaryDirectory() as folder,
-        TeacherClient(run.urls, logprob_dtype="float16") as teacher,
+        SparseGkdTeacher(run.urls, logprob_dtype="float16") as teacher,
     ):
         teacher.connect()
         tokenizer = save_tokenizer(Path(folder))

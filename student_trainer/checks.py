@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
@@ -27,8 +30,9 @@ from student_trainer.config import (
     TeacherArguments,
     traced_steps,
     uses_deepspeed,
+    uses_fsdp,
 )
-from student_trainer.evaluation.suites import HUB
+from student_trainer.evaluation.suites import FORMS, HUB
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -36,6 +40,8 @@ _COUNTS = (
     "gradient_accumulation_steps",
 )
 _METRICS = ("loss", "divergence", "pass@1", "exact_match")
+# What to install for --report_to, where that is called otherwise.
+_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 # TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
 UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
@@ -104,9 +110,14 @@ def check_common(
         )
     available = get_available_reporting_integrations()
     for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigurationError(
+                f"--report_to {name} is not one of {', '.join(INTEGRATION_TO_CALLBACK)} or none"
+            )
         if name not in available:
             raise ConfigurationError(
-                f"--report_to {name} is not installed here; there is {', '.join(available)} or none"
+                f"--report_to {name} is not installed here: pip install "
+                f"{_PACKAGES.get(name, name)}. There is {', '.join(available)} or none"
             )
     if args.loss_kernel == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -132,13 +143,8 @@ def _check_zero3(args: TrainingArguments) -> None:
 def _check_fsdp(args: TrainingArguments) -> None:
     if args.fsdp and args.world_size == 1:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
-    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if args.world_size == 1 or not (args.fsdp or launched):
+    if args.world_size == 1 or not uses_fsdp(args):
         return
-    if args.use_cpu:
-        raise ConfigurationError(
-            "--fsdp needs GPUs: on CPUs accelerate leaves each process the whole model; drop it"
-        )
     # The defaults of transformers and of accelerate.
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
     if int(version) != 2:
@@ -149,6 +155,8 @@ def _check_fsdp(args: TrainingArguments) -> None:
 
 
 def check_model(model: ModelArguments) -> None:
+    if model.loaded is not None:
+        return
     _require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
     if Path(name).is_dir():
@@ -325,8 +333,7 @@ def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
         raise ConfigurationError(
             "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
         )
-    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    if args.fsdp or args.deepspeed or any(os.environ.get(n) == "true" for n in sharded):
+    if uses_fsdp(args) or uses_deepspeed(args):
         raise ConfigurationError(
             "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
             "or use transformers"
@@ -373,13 +380,7 @@ def check_evaluate(
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
         )
-    if args.suite not in HUB:
-        _require(
-            dataset.dataset_name,
-            "--dataset_name",
-            "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, which "
-            "come from the Hub",
-        )
+    _check_suite(args.suite, dataset)
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):
         raise ConfigurationError(f"--temperature {args.temperature} must be 0 (greedy) or above")
@@ -391,6 +392,31 @@ def check_evaluate(
         )
     if not args.check_timeout > 0:
         raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
+
+
+def _check_suite(suite: str, dataset: DatasetArguments) -> None:
+    if suite in FORMS:
+        if suite not in HUB:
+            _require(
+                dataset.dataset_name,
+                "--dataset_name",
+                "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, "
+                "which come from the Hub",
+            )
+    elif dataset.dataset_name:
+        raise ConfigurationError(
+            f"--suite {suite} with --dataset_name must be one of {', '.join(FORMS)}: what "
+            f"{dataset.dataset_name} holds"
+        )
+    elif suite == "mini_humaneval":
+        raise ConfigurationError(
+            "--suite mini_humaneval is made, not published: in a checkout run `python -m "
+            "examples.mini_humaneval.prepare --output_dir DIR`, and give --suite DIR/held_out.jsonl"
+        )
+    elif not Path(suite).expanduser().exists():
+        raise ConfigurationError(
+            f"--suite {suite}: no such file or folder, and neither humaneval nor gsm8k"
+        )
 
 
 def check_generation(generation: GenerationArguments) -> None:

@@ -7,10 +7,13 @@ Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong fl
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import get_args
 
-from shared import __version__
+from shared import __version__, logs
 from shared.errors import (
     ConfigurationError,
     DatasetError,
@@ -31,12 +34,13 @@ commands:
   study      a file of such commands over several seeds: run once each, then compared
   report     a page of what runs left in their folders: curves, seconds, scores, samples
 
-student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names."""
+student-trainer COMMAND --help lists the flags; --config FILE.yaml holds the same names.
+--log_format json, with any command, makes each line that is logged a JSON object."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _log_as_told(list(sys.argv[1:] if argv is None else argv))
     if not words or words[0] in ("-h", "--help"):
         _print(USAGE)
         return 0 if words else 2
@@ -46,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in ("sft", "distill", "precompute", "evaluate", "merge", "study", "report"):
         return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
     try:
-        _command(words[0])(words[1:])
+        command = _command(words[0])
+        logs.adopt("transformers")
+        command(words[1:])
     except (
         ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
     ) as error:  # fmt: skip
@@ -56,6 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # a flag asked for a package that is not installed
         return _fail(str(error), 2)
     return 0
+
+
+def _log_as_told(words: list[str]) -> list[str]:
+    """The words without ``--log_format``, which is obeyed before anything large is imported."""
+    parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
+    parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
+    flags, rest = parser.parse_known_args(words)
+    logs.setup(flags.log_format, level="warning", text="%(message)s")
+    logging.getLogger("student_trainer").setLevel(logging.INFO)
+    return rest
 
 
 def _command(name: str) -> Callable[[Sequence[str]], object]:
@@ -86,7 +102,7 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"student-trainer: error: {message}\n")
+    logs.last_words("student-trainer", message)
     return code
 
 

@@ -7,18 +7,19 @@ say, alone or together, stands in `student_trainer.checks`.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
@@ -33,9 +34,20 @@ def _flag(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model and its tokenizer, in memory already."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
 @dataclass
 class ModelArguments:
-    """The model, and its tokenizer."""
+    """The model, and its tokenizer.
+
+    ``loaded`` is no flag: what a caller in Python has at hand, in the place of a name.
+    """
 
     model_name_or_path: str = _flag(
         "", "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id."
@@ -49,6 +61,7 @@ class ModelArguments:
         None, "Token that ends a completion, where the chat template ends turns with another one."
     )
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
+    loaded: LoadedModel | None = field(default=None, init=False)
 
 
 @dataclass
@@ -67,16 +80,20 @@ class AdapterArguments:
 
 @dataclass
 class DatasetArguments:
-    """Where the rows come from."""
+    """Where the rows come from.
+
+    ``rows`` are no flag: what a caller in Python has at hand, in the place of a name.
+    """
 
     dataset_name: str = _flag("", "JSONL path (.gz too), folder of them, or Hub id.")
     dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
     dataset_split: str = _flag("train", "Split of a Hub dataset.")
+    rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
 
 
 @dataclass
 class DataArguments:
-    """What is learned from a row."""
+    """What is learned from a row, and which rows are held out; ``eval_rows`` are no flag."""
 
     eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
     eval_dataset_split: str = _flag("test", "Split of a Hub dataset to evaluate on.")
@@ -96,6 +113,7 @@ class DataArguments:
     assistant_only_loss: bool = _flag(
         False, "Learn every assistant turn, not only the last; the template must mark generations."
     )
+    eval_rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
 
 
 @dataclass
@@ -301,10 +319,11 @@ class DistillArguments(CommonTrainingArguments):
 class EvaluateArguments:
     """Score a model on rows that carry a checker."""
 
-    suite: Literal["auto", "humaneval", "gsm8k", "rows"] = _flag(
+    suite: str = _flag(
         "auto",
-        "What --dataset_name holds: a file as published, or rows with a checker; auto tells from "
-        "the fields. humaneval and gsm8k come from the Hub where no --dataset_name is given.",
+        "humaneval or gsm8k, from the Hub; or a JSONL file or folder of HumanEval's or GSM8K's "
+        "rows as published, or of rows with a checker. With --dataset_name: what that holds, "
+        "humaneval, gsm8k, rows, or auto, which tells from the fields.",
     )
     temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
     n: int = _flag(1, "Completions for each problem.")
@@ -359,8 +378,17 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
 }
 
 
-def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -> tuple[Any, ...]:
+def parse(
+    argv: Sequence[str],
+    *types: type[Any],
+    prog: str,
+    description: str,
+    exit_on_error: bool = True,
+) -> tuple[Any, ...]:
     """Dataclass instances of ``types`` from ``--config`` YAML and the command line.
+
+    Args:
+        exit_on_error: argparse's own; False raises `argparse.ArgumentError` for a wrong value.
 
     Raises:
         ConfigurationError: unknown flag or key (with the nearest known one), unreadable YAML, or a
@@ -368,8 +396,9 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
         SystemExit: --help, or a value of the wrong type (argparse's own message).
     """
     parser = HfArgumentParser(types, prog=prog, description=description, allow_abbrev=False)
+    parser.exit_on_error = exit_on_error
     parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
-    known = {f.name for kind in types for f in fields(kind) if f.init}
+    known = _names(types)
     words = list(argv)
     path = _config_path(words)
     if path is not None:
@@ -390,6 +419,24 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
         raise ConfigurationError(str(error)) from error
 
 
+def parse_keywords(command: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What `parse` returns for a command, from Python keywords with the names of its flags.
+
+    Raises:
+        ConfigurationError: as `parse`, and for a value of the wrong type.
+    """
+    types, where = COMMANDS[command], f"{command}()"
+    words = _to_words(values, _names(types), where, what="keyword")
+    try:
+        return parse(words, *types, prog=where, description="", exit_on_error=False)
+    except argparse.ArgumentError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def _names(types: Iterable[type[Any]]) -> set[str]:
+    return {f.name for kind in types for f in fields(kind) if f.init}
+
+
 def _config_path(words: list[str]) -> str | None:
     for index, word in enumerate(words):
         if word == "--config" and index + 1 < len(words):
@@ -405,16 +452,24 @@ def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[st
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} must hold `name: value` lines")
     given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in overrides if w.startswith("--")}
+    left = {key: None if key in given else value for key, value in content.items()}
+    return _to_words(left, known, f"--config {path}", what="key")
+
+
+def _to_words(values: Mapping[Any, Any], known: set[str], where: str, *, what: str) -> list[str]:
+    """Flags with their values, less those that are None."""
     words: list[str] = []
-    for key, value in content.items():
+    for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigurationError(f"--config {path}: unknown key {key!r}{hint}")
-        if value is None or key in given:
+            raise ConfigurationError(f"{where}: unknown {what} {key!r}{hint}")
+        if value is None:
             continue
-        items = value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(_to_word(item) for item in items)]
+        if isinstance(value, list | tuple):
+            words += [f"--{key}", *(_to_word(item) for item in value)]
+        else:
+            words.append(f"--{key}={_to_word(value)}")
     return words
 
 
@@ -470,3 +525,8 @@ def checkpoint_of(args: CommonTrainingArguments) -> str | None:
 def uses_deepspeed(args: TrainingArguments) -> bool:
     """Whether it was asked for by ``--deepspeed`` or by accelerate's launcher."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Whether it was asked for by ``--fsdp`` or by accelerate's launcher."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.errors import DatasetError, RowTooLongError
+from shared.logs import in_json
 from student_trainer.config import DataArguments
 
 T = TypeVar("T")
@@ -134,6 +135,25 @@ def load_rows(name: str, *, config: str | None, split: str) -> list[tuple[str, d
     return rows
 
 
+def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) pairs of rows in memory: a list of dicts, or a ``datasets.Dataset``.
+
+    Raises:
+        DatasetError: there are none, or one is no mapping (names it).
+    """
+    named = []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DatasetError(
+                f"{name} row {number}: expected a dict such as {{'prompt': …, 'completion': …}}, "
+                f"got {type(row).__name__}"
+            )
+        named.append((f"{name} row {number}", dict(row)))
+    if not named:
+        raise DatasetError(f"{name} holds no rows")
+    return named
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -185,7 +205,8 @@ def tokenize_rows(
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
     """
-    bar = tqdm(rows, desc=description, disable=not progress, leave=False)
+    hidden = not progress or in_json()
+    bar = tqdm(rows, desc=description, disable=hidden, leave=False)
     numbered = ((index, where, row) for index, (where, row) in enumerate(bar))
     return keep_short(
         numbered,

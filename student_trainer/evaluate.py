@@ -67,9 +67,9 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
     check_evaluate(model_arguments, dataset, generation, teacher, args)
-    name, config, split = where_from(dataset, args.suite)
+    name, config, split, form = where_from(dataset, args.suite)
     rows = load_rows(name, config=config, split=split)
-    problems = problems_of(rows, args.suite)[: args.limit]
+    problems = problems_of(rows, form)[: args.limit]
     requests = _requests(problems, model_arguments, generation, args)
     folder = _make_folder(args)
     since = time.perf_counter()
@@ -105,11 +105,14 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split: what the flags say, or where the suite is on the Hub."""
+def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, str, str]:
+    """Name, configuration, split and form of the rows, which ``--suite`` may name alone."""
+    config, split = dataset.dataset_config, dataset.dataset_split
     if dataset.dataset_name:
-        return dataset.dataset_name, dataset.dataset_config, dataset.dataset_split
-    return HUB[suite]
+        return dataset.dataset_name, config, split, suite
+    if suite in HUB:
+        return *HUB[suite], suite
+    return suite, config, split, "auto"
 
 
 def _make_folder(args: EvaluateArguments) -> Path:

@@ -44,6 +44,8 @@ def merge(argv: Sequence[str]) -> None:
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """The configuration; that of the base model for a folder of adapters."""
+    if arguments.loaded is not None:
+        return arguments.loaded.model.config
     return _from_hub_or_folder(AutoConfig, _base_of(arguments))
 
 
@@ -53,6 +55,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     Raises:
         ConfigurationError: it does not load, or that token is not in its vocabulary.
     """
+    if arguments.loaded is not None:
+        return arguments.loaded.tokenizer
     tokenizer = _from_hub_or_folder(AutoTokenizer, arguments)
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
@@ -66,6 +70,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a completion; see `data.stop_token_ids`."""
+    if arguments.loaded is not None:
+        return stop_token_ids(tokenizer, arguments.loaded.model.generation_config)
     generation_config = None
     base = _base_of(arguments)
     with contextlib.suppress(OSError):  # many checkpoints have none
@@ -89,6 +95,8 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
     Raises:
         ConfigurationError: it does not load, or weights are missing.
     """
+    if arguments.loaded is not None:
+        return arguments.loaded.model
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
     base = _base_of(arguments)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from shared.errors import ConfigurationError
+from shared.logs import in_json
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checks import check_distill, check_precompute
 from student_trainer.config import COMMANDS, parse
@@ -61,7 +62,8 @@ def precompute(argv: Sequence[str]) -> None:
         missing, wanted = count_missing(client, asked)
         client.require(missing, wanted)
         known = wanted - missing
-        with tqdm(total=len(asked), desc="Asking the teacher", disable=args.disable_tqdm) as bar:
+        hidden = args.disable_tqdm or in_json()
+        with tqdm(total=len(asked), desc="Asking the teacher", disable=hidden) as bar:
             for count in ask_all(client, asked, size=_REQUEST_SIZE):
                 bar.update(count)
         missing, wanted = count_missing(client, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
@@ -25,7 +27,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from shared import wire
+from shared import logs, wire
 from shared.errors import (
     ConfigurationError,
     DeadlineExceededError,
@@ -47,6 +49,7 @@ R = TypeVar("R")
 
 Unreachable = Literal["wait", "stop"]
 
+_REQUEST_ID = "X-Request-Id"
 _CONNECTIONS = 8
 _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
@@ -278,7 +281,8 @@ class Replicas:
                 raise
             # As good as the server's own 504, which comes too late where its deadline is later.
             raise DeadlineExceededError(
-                f"{url} is ready, but has not answered in {self._share:g} s ({error})"
+                f"{url} is ready, but has not answered in {self._share:g} s "
+                f"({error}{_to_request()})"
             ) from error
         except httpx.ConnectError as error:
             _check_trust(url, error)
@@ -294,7 +298,11 @@ class Replicas:
             httpx.TransportError: no answer; `httpx.ReadTimeout`, when its head takes too long.
         """
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT))
-        request = self._http.build_request(method, url, content=body, timeout=timeout)
+        request_id = logs.bound_field("request_id")
+        headers = {} if request_id is None else {_REQUEST_ID: request_id}
+        request = self._http.build_request(
+            method, url, content=body, headers=headers, timeout=timeout
+        )
         sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
         try:
             response = sending.result(seconds)
@@ -341,6 +349,9 @@ class Replicas:
     def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
         """``call`` with the URL of a replica, of another one when it fails, until ``timeout``.
 
+        All attempts carry one request id, under which the servers log them, and so does what is
+        logged here.
+
         Args:
             left: tokens whose answer is still to come; asked from any thread while this runs.
 
@@ -356,16 +367,18 @@ class Replicas:
             before_sleep=self._log_retry,
             reraise=True,
         )
+        request_id = uuid.uuid4().hex
         try:
-            return retrying(self._try_each, call, left)
+            with logs.bound(request_id=request_id):
+                return retrying(self._try_each, call, left, itertools.count(1))
         except _PASSING as error:
             if self._unreachable == "stop":
                 tried, remedy = "", "give --teacher_unreachable wait"
             else:
                 tried, remedy = f" within {self.timeout:g} s", "raise --teacher_timeout"
             raise TeacherUnreachableError(
-                f"no answer from {', '.join(self.urls)}{tried}: {error}. "
-                f"Check that `{self._start}` runs there, or {remedy}"
+                f"no answer from {', '.join(self.urls)}{tried}: {error}. Check that "
+                f"`{self._start}` runs there, and its log of request {request_id}, or {remedy}"
             ) from error
 
     def _gives_up(self, state: RetryCallState) -> bool:
@@ -391,12 +404,15 @@ class Replicas:
             ", ".join(self.urls), error, pause, self.timeout - (state.seconds_since_start or 0.0),
         )  # fmt: skip
 
-    def _try_each(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
+    def _try_each(
+        self, call: Callable[[str], R], left: Callable[[], int], attempts: Iterator[int]
+    ) -> R:
         """The first answer of replicas that are up, each asked at most once."""
         tried: set[str] = set()
         while True:
             url = self._take(left, tried)
             tried.add(url)
+            logs.bind(attempt=next(attempts))
             try:
                 return call(url)
             except FAILURES as error:
@@ -552,13 +568,19 @@ def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolErro
     if isinstance(error, dict):
         problem = {"detail": error.get("message"), "field": error.get("param")}
     retry_after = _seconds(response.headers.get("Retry-After", ""))
-    answered = f"{url} answered {response.status_code}"
+    answered = f"{url} answered {response.status_code}{_to_request()}"
     # A gateway's 5xx, without a problem, passes; but its 504 too says that the request took long.
     if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(answered, retry_after=retry_after)
     detail = problem.get("detail")
     problem["detail"] = f"{detail} ({answered})" if detail else answered
     return error_from_problem(response.status_code, problem, retry_after=retry_after)
+
+
+def _to_request() -> str:
+    """Which request a message is about, where `Replicas.call` has given it an id."""
+    request_id = logs.bound_field("request_id")
+    return "" if request_id is None else f" to request {request_id}"
 
 
 def _seconds(retry_after: str) -> float | None:

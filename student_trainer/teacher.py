@@ -256,7 +256,7 @@ class Teacher(Protocol):
         return self._replicas.submit(call, *arguments, **options)
 
 
-class TeacherClient(Teacher):
+class SparseGkdTeacher(Teacher):
     """`Teacher` that speaks the protocol of `shared.protocol`.
 
     Args:

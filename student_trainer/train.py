@@ -47,7 +47,7 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
-from student_trainer.data import Example, keep_short, load_rows, tokenize_rows
+from student_trainer.data import Example, keep_short, load_rows, named_rows, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.loading import (
     context_length,
@@ -62,7 +62,7 @@ from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine
 from student_trainer.self_check import check_repeats
-from student_trainer.teacher import Teacher, TeacherClient
+from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
 
@@ -79,6 +79,10 @@ class Recipe:
     data: DataArguments
     generation: GenerationArguments
 
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        return self.model, self.adapters, self.dataset, self.data, self.generation
+
 
 def sft(argv: Sequence[str]) -> None:
     """Supervised fine-tuning on the dataset's completions."""
@@ -89,7 +93,7 @@ def sft(argv: Sequence[str]) -> None:
     check_recipe(recipe, args)
     rows = read_rows(recipe)
     prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
-    _train(recipe, prepared, args, teacher=None, distill=None, flags=(*parts, args))
+    _train(recipe, prepared, args, teacher=None, distill=None, flags=(*recipe.flags, args))
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -100,7 +104,13 @@ def distill(argv: Sequence[str]) -> None:
         prog="student-trainer distill",
         description=distill.__doc__ or "",
     )
-    recipe = Recipe(*parts)
+    distilled(Recipe(*parts), teacher, args)
+
+
+def distilled(
+    recipe: Recipe, teacher: TeacherArguments, args: DistillArguments
+) -> DistillationTrainer:
+    """The trainer after its run, which `distill` and `student_trainer.api.distill` share."""
     check_distill(args, teacher)
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
@@ -115,8 +125,8 @@ def distill(argv: Sequence[str]) -> None:
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
-        flags = (*parts, teacher, args)
-        _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
+        flags = (*recipe.flags, teacher, args)
+        return _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
 
 
 def open_teacher(
@@ -139,7 +149,7 @@ def open_teacher(
             api_key=api_key_of(teacher),
             unreachable=teacher.teacher_unreachable,
         )
-    client = TeacherClient(
+    client = SparseGkdTeacher(
         teacher.teacher_url,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
@@ -178,14 +188,18 @@ class Rows:
 
 def read_rows(recipe: Recipe) -> Rows:
     """Raises `DatasetError` for what is missing, empty or malformed."""
-    config = recipe.dataset.dataset_config
-    train = load_rows(
-        recipe.dataset.dataset_name, config=config, split=recipe.dataset.dataset_split
-    )
-    name = recipe.data.eval_dataset_name
-    if not name:
+    dataset, data = recipe.dataset, recipe.data
+    config = dataset.dataset_config
+    if dataset.rows is not None:
+        train = named_rows(dataset.rows, "dataset")
+    else:
+        train = load_rows(dataset.dataset_name, config=config, split=dataset.dataset_split)
+    if data.eval_rows is not None:
+        return Rows(train, named_rows(data.eval_rows, "eval_dataset"))
+    if not data.eval_dataset_name:
         return Rows(train, None)
-    return Rows(train, load_rows(name, config=config, split=recipe.data.eval_dataset_split))
+    held_out = load_rows(data.eval_dataset_name, config=config, split=data.eval_dataset_split)
+    return Rows(train, held_out)
 
 
 def _train(
@@ -196,7 +210,7 @@ def _train(
     teacher: Teacher | None,
     distill: DistillArguments | None,
     flags: Sequence[Any],
-) -> None:
+) -> DistillationTrainer:
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
@@ -253,7 +267,7 @@ def _train(
             trainer.state.max_steps,
         )
         _end(trainer)
-        return
+        return trainer
     with writing("the trained model", Path(args.output_dir or "")):
         trainer.save_model()
     trainer.log_metrics("train", result.metrics)
@@ -263,6 +277,7 @@ def _train(
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)
+    return trainer
 
 
 def _end(trainer: DistillationTrainer) -> None:

@@ -19,20 +19,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from shared.errors import NonFiniteError
+from shared.logs import in_json
 from shared.protocol import Completion
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.batch import model_inputs, predicting_rows
+from student_trainer.config import uses_fsdp
 from student_trainer.data import Example, Sample, completed
 from student_trainer.durable import DurableTrainer
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
 from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
+from student_trainer.log_lines import LogLines
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.nonfinite import save_batch
@@ -154,6 +158,17 @@ class DistillationTrainer(DurableTrainer):
         self._step_batch: list[list[ScoredSample]] = []  # its micro-batches, as they were learned
         self._looked: dict[str, Any] | None = None
         self.add_callback(_StepEnd(self))
+        if in_json():
+            for printer in (PrinterCallback, ProgressCallback):
+                self.remove_callback(printer)
+            self.add_callback(LogLines())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.args.use_cpu and self.args.world_size > 1 and uses_fsdp(self.args):
+            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
+            # where it sees no GPUs. What it is told here is what it then replaces by FSDP.
+            PartialState().distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
         if steps is None or not self.is_world_process_zero():

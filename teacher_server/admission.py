@@ -112,6 +112,8 @@ class Admission:
         self.draining = False
         self.tokens = Room(max_queued_tokens, "tokens", metrics.queued_tokens)
         self.bytes = Room(max_held_bytes, "bytes", metrics.held_bytes)
+        metrics.max_queued_tokens.set(max_queued_tokens)
+        metrics.max_held_bytes.set(max_held_bytes)
         self._jobs = metrics.queued_jobs
         self._idle = asyncio.Event()
         self._idle.set()

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from shared import __version__, codec, wire
+from shared import __version__, codec, logs, wire
 from shared.errors import (
     DeadlineExceededError,
     InternalError,
@@ -59,7 +59,7 @@ from teacher_server.admission import Admission, ClientGoneError, Held
 from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.in_flight import InFlight
-from teacher_server.metrics import Metrics
+from teacher_server.metrics import Metrics, State
 from teacher_server.settings import LARGEST_ANSWER_BYTES, Settings
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,8 @@ _OPENAI_COPIES = 40
 _MAX_JSON_ARRAYS = LARGEST_ANSWER_BYTES // _COPIES[wire.JSON_MEDIA_TYPE]
 # What a load balancer asks, which has no key. Every other route of ours wants one.
 _OPEN = ("/health", "/ready")
+# Asked every few seconds, whatever happens: in the log for those who look for it alone.
+_PROBES = (*_OPEN, "/metrics")
 
 
 class _Reply(Response):
@@ -169,11 +171,28 @@ class TeacherApp:
         )  # fmt: skip
         # Parsed, JSON is many times its text, and the interpreter parses one body at a time anyway.
         self._parsing = asyncio.Semaphore(2)
-        self.scoring = InFlight()
+        self.scoring = InFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
         self.speaker = openai.Speaker(settings.model, trust_remote_code=settings.trust_remote_code)
         self.api = self._build()
+        metrics.show_state(lambda: self.state)
+        metrics.build.info(
+            {
+                "version": __version__,
+                "backend": settings.engine,
+                "model": settings.served_model_name or settings.model,
+            }
+        )
+
+    @property
+    def state(self) -> State:
+        """Requests are taken when it is "ready"."""
+        if self.admission.draining:
+            return "draining"
+        if self.backend is None:
+            return "loading"
+        return "ready" if self.backend.alive else "dead"
 
     def ready(self, backend: Backend) -> None:
         """Begin to answer with ``backend``."""
@@ -227,14 +246,7 @@ class TeacherApp:
 
         async def endpoint(request: Request) -> Answer:
             request_id = _request_id(request)
-            since = time.perf_counter()
-
-            def ended(status: int) -> None:
-                self.metrics.requests.labels(path, str(status)).inc()
-                self.metrics.latency.labels(path).observe(time.perf_counter() - since)
-                if hasattr(request.state, "held"):
-                    request.state.held.free()
-
+            ended = self._begun(request, path, request_id)
             try:
                 if path not in _OPEN:
                     self._identify(request)
@@ -252,6 +264,21 @@ class TeacherApp:
             return response
 
         return endpoint
+
+    def _begun(self, request: Request, route: str, request_id: str) -> Callable[[int], None]:
+        """What is to be told the status once the answer is sent, or nobody takes it."""
+        logs.bind(request_id=request_id)  # uvicorn gives each request a task of its own
+        since = time.perf_counter()
+
+        def ended(status: int) -> None:
+            seconds = time.perf_counter() - since
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.latency.labels(route).observe(seconds)
+            _log_access(request, route, status, seconds)
+            if hasattr(request.state, "held"):
+                request.state.held.free()
+
+        return ended
 
     def _identify(self, request: Request) -> None:
         """Who asks: a key, or an address and the name given there. Nothing of the body is read.
@@ -481,9 +508,11 @@ class TeacherApp:
         detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
         refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
         self.metrics.rejected.labels(refusal.slug()).inc()
-        response = _problem(refusal(detail), _request_id(request))
+        request_id = _request_id(request)
+        ended = self._begun(request, "other", request_id)
+        response = _problem(refusal(detail), request_id)
         response.headers.update(error.headers or {})  # Allow, for 405
-        response.ended = lambda status: self.metrics.requests.labels("other", str(status)).inc()
+        response.ended = ended
         return response
 
     def _loaded(self) -> tuple[Backend, InfoResponse]:
@@ -502,6 +531,7 @@ class TeacherApp:
         self, request: Request, jobs: Sequence[ScoreJob | GenerateJob]
     ) -> AbstractContextManager[None]:
         tokens = sum(job.tokens for job in jobs)
+        request.state.work = {"sequences": len(jobs), "tokens": tokens}
         return self.admission.admit(request.state.client, tokens, len(jobs))
 
     async def _read(
@@ -674,6 +704,21 @@ def _request_id(request: Request) -> str:
     given = request.headers.get(_REQUEST_ID, "")
     printable = given.isascii() and given.replace("-", "").replace("_", "").isalnum()
     return given if printable and len(given) <= 64 else uuid.uuid4().hex
+
+
+def _log_access(request: Request, route: str, status: int, seconds: float) -> None:
+    """One line for each request, with nothing of what it holds: no text, no token ids, no key."""
+    facts: dict[str, Any] = {
+        "method": request.method,
+        "route": route,
+        "status": status,
+        "seconds": round(seconds, 6),
+        **getattr(request.state, "work", {}),
+    }
+    if hasattr(request.state, "client"):
+        facts["client"] = request.state.client.strip()
+    level = logging.DEBUG if route in _PROBES else logging.INFO
+    logger.log(level, "%s %s %d in %.3f s", request.method, route, status, seconds, extra=facts)
 
 
 def _problem(error: ProtocolError, request_id: str) -> _Reply:

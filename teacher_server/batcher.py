@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
@@ -32,6 +34,7 @@ class _Waiting(Generic[J, A]):
     job: J
     start: int  # on the clock of `FairClock`
     answer: asyncio.Future[A]
+    since: float = field(default_factory=time.perf_counter)
 
     def settle(self, answer: A) -> None:
         if not self.answer.done():
@@ -69,7 +72,7 @@ class Batcher(Generic[J, A]):
             ``executor``. It may ask who still waits, and end early when nobody does.
         executor: the thread that owns the model, shared by all batchers of one model.
         max_batch_tokens: padded tokens of a batch; a longer single job still runs, alone.
-        observe: is told (jobs, padded tokens) of each batch.
+        observe: is told (seconds that each job has waited, padded tokens) of each batch.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class Batcher(Generic[J, A]):
         executor: Executor,
         *,
         max_batch_tokens: int,
-        observe: Callable[[int, int], None] | None = None,
+        observe: Callable[[Sequence[float], int], None] | None = None,
     ) -> None:
         self._run = run
         self._executor = executor
@@ -93,7 +96,8 @@ class Batcher(Generic[J, A]):
     async def submit(self, job: J) -> A:
         """The answer of one job, or the exception it failed with."""
         if self._task is None:
-            self._task = asyncio.create_task(self._serve())
+            # It serves all requests, so what is bound to the first one is not its own.
+            self._task = asyncio.create_task(self._serve(), context=contextvars.Context())
         start = self._clock.start(job.client, job.tokens)
         waiting: _Waiting[J, A] = _Waiting(job, start, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -153,7 +157,8 @@ class Batcher(Generic[J, A]):
             batch.append(waiting)
         self._waiting = [waiting for _, waiting in sorted(left, key=lambda item: item[0])]
         if self._observe is not None:
-            self._observe(len(batch), longest * len(batch))
+            now = time.perf_counter()
+            self._observe([now - waiting.since for waiting in batch], longest * len(batch))
         return batch
 
     async def _answer(self, batch: list[_Waiting[J, A]]) -> None:

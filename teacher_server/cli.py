@@ -13,14 +13,13 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import uvicorn
 
-from shared import __version__
+from shared import __version__, logs
 from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
@@ -52,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed, engine_flags = _parser().parse_known_args(argv)
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
-    logging.basicConfig(
-        level=arguments.pop("log_level").upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    logs.setup(
+        arguments.pop("log_format"), level=arguments.pop("log_level"),
+        text="%(asctime)s %(levelname)s %(message)s",
+    )  # fmt: skip
     try:
         settings = Settings(**arguments)
         keys = load_keys(settings)
@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", default="info", choices=["debug", "info", "warning", "error"],
         help="(default: info)",
     )  # fmt: skip
+    serve.add_argument(
+        "--log-format", default="text", choices=get_args(logs.LogFormat),
+        help="json: an object a line, with the request's id (default: text)",
+    )  # fmt: skip
     return parser
 
 
@@ -190,6 +194,8 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         uvicorn.Config(
             app.api,
             log_level="warning",
+            log_config=None,  # its lines look like ours
+            access_log=False,  # ours knows the request's id
             lifespan="off",
             http="h11",  # httptools reads headers without end
             # Longer than clients keep an idle connection: or one is closed as a request enters it.
@@ -244,12 +250,14 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
     if settings.engine == "vllm":
         from teacher_server.backends.vllm import VllmBackend
 
+        logs.adopt("transformers")
         return VllmBackend(settings, metrics, loop)
     from teacher_server.backends.transformers import TransformersBackend
 
+    logs.adopt("transformers")
     return TransformersBackend(settings, metrics)
 
 
 def _fail(error: Exception, code: int) -> int:
-    sys.stderr.write(f"teacher-server: error: {error}\n")
+    logs.last_words("teacher-server", str(error))
     return code

@@ -21,9 +21,13 @@ class InFlight:
 
     A request that is sent again, because its connection was cut or a gateway lost patience, finds
     the first one still in the model, and shares its answer instead of being computed beside it.
+
+    Args:
+        on_shared: is called for each that does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_shared: Callable[[], None]) -> None:
+        self._on_shared = on_shared
         self._work: dict[bytes, _Work] = {}
 
     async def ask(self, key: bytes, work: Callable[[], Coroutine[Any, Any, A]]) -> A:
@@ -34,6 +38,8 @@ class InFlight:
         shared = self._work.get(key)
         if shared is None:
             shared = self._work[key] = _Work(asyncio.ensure_future(work()))
+        else:
+            self._on_shared()
         shared.callers += 1
         try:
             result: A = await asyncio.shield(shared.task)

@@ -1,38 +1,77 @@
-"""What Prometheus can ask: requests, tokens, queue, batches and time in the model."""
+"""What Prometheus can ask: requests, tokens, queue, batches, and seconds of each.
+
+docs/operating.md says what each metric means.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+from shared.errors import ProtocolError
+
+State = Literal["loading", "ready", "draining", "dead"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_KINDS = ("score", "generate")
+
+disable_created_metrics()  # half of all lines, of which Prometheus makes nothing
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own."""
+    """All metrics of one server, in a registry of their own.
+
+    What can be foretold of labels is there from the start, at zero: of a line that begins at one,
+    Prometheus does not see the first increase.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.engine_registry: CollectorRegistry | None = None  # an engine's own metrics, if any
+        self.build = Info(
+            "teacher_build", "Version, backend and model, as labels.", registry=self.registry
+        )
+        self._state = Gauge(
+            "teacher_state", "1 for the state that the server is in.", ["state"],
+            registry=self.registry,
+        )  # fmt: skip
         self.requests = Counter(
             "teacher_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
         self.latency = Histogram(
-            "teacher_request_seconds", "Time from request to answer.", ["route"],
+            "teacher_request_seconds", "Time from a request to the end of its answer.", ["route"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.rejected = Counter(
             "teacher_rejected", "Requests refused.", ["reason"], registry=self.registry
         )
         self.tokens = Counter(
-            "teacher_tokens", "Tokens by kind: prompt, scored, generated.", ["kind"],
+            "teacher_tokens", "Tokens of answered requests.", ["kind"], registry=self.registry
+        )
+        self.shared = Counter(
+            "teacher_shared_answers",
+            "Sequences answered with the scores of an equal one that was under way.",
             registry=self.registry,
-        )  # fmt: skip
+        )
         self.queued_tokens = Gauge(
             "teacher_queued_tokens", "Tokens admitted and not yet answered.", registry=self.registry
         )
+        self.max_queued_tokens = Gauge(
+            "teacher_max_queued_tokens", "Most of them, --max-queued-tokens.",
+            registry=self.registry,
+        )  # fmt: skip
         self.queued_jobs = Gauge(
             "teacher_queued_jobs", "Sequences admitted and not yet answered.",
             registry=self.registry,
@@ -40,6 +79,13 @@ class Metrics:
         self.held_bytes = Gauge(
             "teacher_held_bytes", "Of bodies, and of answers until they are sent.",
             registry=self.registry,
+        )  # fmt: skip
+        self.max_held_bytes = Gauge(
+            "teacher_max_held_bytes", "Most of them, --max-held-mib.", registry=self.registry
+        )
+        self.queue_seconds = Histogram(
+            "teacher_queue_seconds", "Time that a sequence waited for its batch.", ["kind"],
+            buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.batch_size = Histogram(
             "teacher_batch_size", "Sequences in a model batch.", ["kind"],
@@ -53,17 +99,43 @@ class Metrics:
             "teacher_model_seconds", "Time of a model batch.", ["kind"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
+        self.out_of_memory = Counter(
+            "teacher_out_of_memory",
+            "Batches that did not fit the model's memory; of several sequences, they are split.",
+            ["kind"], registry=self.registry,
+        )  # fmt: skip
+        for kind in _KINDS:
+            for metric in (self.queue_seconds, self.batch_size, self.batch_tokens,
+                           self.forward_seconds, self.out_of_memory):  # fmt: skip
+                metric.labels(kind)
+        for kind in ("prompt", "scored", "generated"):
+            self.tokens.labels(kind)
+        for error in ProtocolError.__subclasses__():
+            self.rejected.labels(error.slug())
 
-    def batch_observer(self, kind: str) -> Callable[[int, int], None]:
-        """A function that is told (sequences, padded tokens) of each batch."""
+    def show_state(self, state: Callable[[], State]) -> None:
+        """Ask for the state whenever somebody looks."""
+        for name in get_args(State):
+            self._state.labels(name).set_function(partial(_is, state, name))
 
-        def observe(jobs: int, padded_tokens: int) -> None:
-            self.batch_size.labels(kind).observe(jobs)
+    def batch_observer(self, kind: str) -> Callable[[Sequence[float], int], None]:
+        """A function that is told (seconds that each job has waited, padded tokens) of a batch."""
+
+        def observe(waited: Sequence[float], padded_tokens: int) -> None:
+            self.batch_size.labels(kind).observe(len(waited))
             self.batch_tokens.labels(kind).inc(padded_tokens)
+            for seconds in waited:
+                self.queue_seconds.labels(kind).observe(seconds)
 
         return observe
 
     def exposition(self) -> bytes:
-        """Prometheus text format."""
-        own = generate_latest(self.registry)
-        return own if self.engine_registry is None else own + generate_latest(self.engine_registry)
+        """Prometheus text format.
+
+        Behind the server's own stands the default registry: the process, and vLLM's engine.
+        """
+        return generate_latest(self.registry) + generate_latest(REGISTRY)
+
+
+def _is(state: Callable[[], State], name: State) -> float:
+    return float(state() == name)

@@ -12,8 +12,10 @@ if not Path("/proc/driver/nvidia").exists():
 
 def pytest_collection_modifyitems(items):
     """Of several workers one takes all tests of a file, and one all of a backend's API, whose tests
-    share servers."""
+    share servers; unless a file says otherwise."""
     for item in items:
+        if item.get_closest_marker("xdist_group"):
+            continue
         file = item.nodeid.split("::")[0]
         if file.startswith("tests/api/"):
             file = f"tests/api {'vllm' if item.get_closest_marker('vllm') else 'transformers'}"

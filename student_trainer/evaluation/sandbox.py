@@ -34,6 +34,8 @@ from typing import Literal, Self
 
 from tqdm.auto import tqdm
 
+from shared.logs import in_json
+
 Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
 
 _HARNESS = Path(__file__).with_name("_harness.py")
@@ -160,7 +162,8 @@ def run_programs(
                 return sandbox.run(program)
 
         results = threads.map(run, programs)
-        return list(tqdm(results, "Checking", len(programs), disable=not progress, leave=False))
+        hidden = not progress or in_json()
+        return list(tqdm(results, "Checking", len(programs), disable=hidden, leave=False))
 
 
 @contextlib.contextmanager

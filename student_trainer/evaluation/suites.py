@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from shared.errors import DatasetError
 from student_trainer.evaluation.checkers import parse_checker
 
-SuiteName = Literal["auto", "humaneval", "gsm8k", "rows"]
+# What a file can hold; "auto" tells from the first row's fields.
+FORMS = ("auto", "humaneval", "gsm8k", "rows")
 
 # Name, configuration and split on the Hub of what is published there.
 HUB: dict[str, tuple[str, str | None, str]] = {
@@ -38,14 +39,14 @@ class Problem:
     reference: str
 
 
-def problems_of(rows: Sequence[tuple[str, dict[str, Any]]], suite: SuiteName) -> list[Problem]:
-    """Problems of (where, row) pairs; "auto" tells the suite from the first row's fields.
+def problems_of(rows: Sequence[tuple[str, dict[str, Any]]], form: str) -> list[Problem]:
+    """Problems of (where, row) pairs in one of `FORMS`.
 
     Raises:
-        DatasetError: names the first row that does not belong to the suite.
+        DatasetError: names the first row that is not of that form.
     """
     readers = {"humaneval": _humaneval, "gsm8k": _gsm8k, "rows": _checked_row}
-    name = _detect(*rows[0]) if suite == "auto" else suite
+    name = _detect(*rows[0]) if form == "auto" else form
     return [readers[name](where, row) for where, row in rows]
 
 

@@ -38,7 +38,7 @@ class TransformersBackend:
 
     Args:
         settings: model, dtype, device and batch budget.
-        metrics: is told batch sizes and forward times.
+        metrics: is told batches, what they waited and took, and which did not fit.
 
     Raises:
         ConfigurationError: the model does not load.
@@ -143,7 +143,10 @@ class TransformersBackend:
             try:
                 run(jobs, callers)
             except (MemoryError, RuntimeError) as error:
-                if len(jobs) > 1 or not _is_out_of_memory(error):
+                if not _is_out_of_memory(error):
+                    raise
+                self._metrics.out_of_memory.labels(name).inc()
+                if len(jobs) > 1:
                     raise
                 raise PayloadTooLargeError(
                     f"{jobs[0].tokens} tokens do not fit the teacher's memory, even alone in a "

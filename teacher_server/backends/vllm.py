@@ -19,7 +19,6 @@ from collections.abc import Coroutine, Iterator
 from typing import Any, NoReturn, TypeVar, get_args
 
 import numpy as np
-from prometheus_client import REGISTRY
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from shared.errors import (
@@ -74,7 +73,6 @@ class VllmBackend:
         self._ids = itertools.count()
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
-        metrics.engine_registry = REGISTRY  # where vLLM puts its own
         self._tokens = metrics.batch_tokens
         self._clock = FairClock()
         self._in_worker = True

@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer.cli import main
+from tests.support import trainer_process
 
 
 def flags(world, output, **options):
@@ -184,6 +186,27 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
 
 
+def test_a_model_sharded_over_two_processes_learns_what_one_learns(world, tmp_path):
+    """By FSDP, off-policy and on-policy, and once more from a checkpoint."""
+    assert distill(world, tmp_path / "one", lmbda=0.5) == 0
+    assert {entry["on_policy"] for entry in history(tmp_path / "one")[:4]} == {0, 1}
+    output = tmp_path / "two"
+    words = flags(
+        world, output, teacher_url=world.url, top_k_logprobs=16, max_steps=4, lmbda=0.5,
+        per_device_train_batch_size=4, save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    words = ["distill", *words, "--fsdp", "--resume_from_checkpoint=auto"]
+    for _ in range(2):
+        with trainer_process.two_ranks(words) as ranks:
+            for rank in ranks:
+                rank.join(300)
+                assert rank.exitcode == 0
+        assert_same_weights(tmp_path / "one", output, tolerance=2e-5)
+        assert (output / "checkpoint-2" / "pytorch_model_fsdp.bin").exists()  # it was sharded
+        shutil.rmtree(output / "checkpoint-4")
+        (output / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     "how", [["--gradient_checkpointing"], ["--torch_compile", "--torch_compile_backend=aot_eager"]],
     ids=["gradient checkpointing", "compiled"],
@@ -295,8 +318,24 @@ def launch(words):
 
 def test_tensorboard_works_as_in_any_trainer_run(world, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    assert distill(world, tmp_path / "out", report_to="tensorboard", max_steps=2) == 0
-    assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
+    measured = {"eval_dataset_name": world.held_out, "eval_strategy": "steps", "eval_steps": 2}
+    assert distill(world, tmp_path / "out", report_to="tensorboard", max_steps=2, **measured) == 0
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    windows = history(tmp_path / "out")
+    drawn = {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+    for window in windows:
+        for name, value in window.items():
+            if name != "step":
+                kind, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
+                assert drawn[f"{kind}/{name}", window["step"]] == pytest.approx(value, nan_ok=True)
+    learned = {"loss", "divergence", "teacher_entropy", "top1_agreement", "seconds_teacher"}
+    assert {f"train/{name}" for name in learned} <= {tag for tag, _ in drawn}
+    assert ("eval/divergence", 2) in drawn
 
 
 def test_seq_kd_generates_once_and_reuses_over_epochs(world, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 
 from shared import wire
 from shared.protocol import GenerateRequest, GenerateResponse
-from student_trainer.teacher import Sampling, TeacherClient
+from student_trainer.teacher import Sampling, SparseGkdTeacher
 from tests.support.http import metric, post
 from tests.support.server import free_port, start_server, wait_until_ready
 
@@ -31,7 +31,7 @@ def assert_same(found, expected):
 
 
 def test_streamed_completions_are_those_of_the_plain_answer(world):
-    with TeacherClient([world.url], timeout=60) as client:
+    with SparseGkdTeacher([world.url], timeout=60) as client:
         client.connect()
         streamed = client.generate(PROMPTS, Sampling(stop_token_ids=[], **OPTIONS))
     assert_same(streamed, plain(world.url))
@@ -46,7 +46,7 @@ def test_a_server_killed_within_its_answer_is_replaced_for_the_rest(world, tmp_p
         wait_until_ready(server, url, log)
         expected = plain(world.url)
         before = metric(world.url, WRITTEN)
-        with TeacherClient([url, world.url], timeout=60) as client:
+        with SparseGkdTeacher([url, world.url], timeout=60) as client:
             client.connect()
             answer = client.submit(client.generate, PROMPTS, Sampling(stop_token_ids=[], **OPTIONS))
             while not client.take_traffic()[1]:

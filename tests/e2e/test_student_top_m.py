@@ -11,7 +11,7 @@ from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.student import install_sparse_loss
 from student_trainer.support import ScoredSample, sparse_distribution
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.e2e.test_distillation import (
     METHODS,
     assert_same_weights,
@@ -46,7 +46,7 @@ def test_the_joined_support_is_exact_and_brings_the_divergence_nearer_to_dense(w
     )
     logits = np.concatenate([dense_logprobs(own, s.token_ids, 3, 1.0) for s in samples])
     errors = []
-    with TeacherClient([world.url]) as client:
+    with SparseGkdTeacher([world.url]) as client:
         client.connect()
         for count in (0, 8, VOCAB_SIZE - 4):  # the last: 256 ids, the server's limit
             requested = None

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support.http import metric
 from tests.support.server import free_port, start_server, wait_until_ready
 
@@ -18,7 +18,7 @@ def test_a_killed_server_is_done_without_and_rejoins(world, tmp_path):
     server = start_server(world.teacher, port=port, log=log)
     try:
         wait_until_ready(server, url, log)
-        with TeacherClient([url, world.url], timeout=60) as client:
+        with SparseGkdTeacher([url, world.url], timeout=60) as client:
             client.connect()
             both = client.score(sequences, top_k=8)
             assert metric(url, SCORED) == 1

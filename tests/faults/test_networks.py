@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import subprocess
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +11,14 @@ import pytest
 from benchmarks.link import link
 from shared.errors import TeacherUnreachableError
 from shared.protocol import ScoreSequence
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
+from tests.support.namespaces import command, skipped_where_forbidden
 from tests.support.paced import PacedTeacher, scores_of
+
+# Tests that change the network run one after another.
+pytestmark = pytest.mark.xdist_group("networks")
 
 PORT = 8000
 RNG = np.random.default_rng(0)
@@ -28,10 +31,6 @@ def assert_right(scores):
         expected = scores_of(ScoreSequence(token_ids=ids, completion_start=start), 100, K)
         np.testing.assert_array_equal(found.logprobs, expected.logprobs)
         np.testing.assert_array_equal(found.next_token_logprob, expected.next_token_logprob)
-
-
-def command(*words):
-    subprocess.run(words, check=True, capture_output=True, text=True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def wire(tmp_path):
     namespace, outer, inner = (f"{name}{os.getpid()}" for name in ("gkd", "gkdo", "gkdi"))
     near, far = "10.213.77.1", "10.213.77.2"
     with contextlib.ExitStack() as life:
-        try:
+        with skipped_where_forbidden():
             command("ip", "netns", "add", namespace)
             life.callback(command, "ip", "netns", "del", namespace)
             command("ip", "link", "add", outer, "type", "veth", "peer", inner, "netns", namespace)
@@ -76,9 +75,6 @@ def wire(tmp_path):
             chance = ("-m", "statistic", "--mode", "random", "--probability", "0")
             Wire(namespace, "").filter("-A", "INPUT", *chance, "-j", "DROP")
             Wire(namespace, "").heals()
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", "") or error
-            pytest.skip(f"network namespaces and packet filters are not permitted here: {said}")
         launcher = ("ip", "netns", "exec", namespace)
         life.enter_context(
             stub_process.running(PORT, stub.info(), tmp_path, host=far, launcher=launcher)
@@ -89,7 +85,7 @@ def wire(tmp_path):
 @pytest.mark.slow_fault
 def test_lost_packets_cost_time_only(wire):
     wire.loses_packets()
-    with TeacherClient([wire.url], timeout=60) as client:
+    with SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         for _ in range(5):
             assert_right(client.score(SEQUENCES, top_k=K))
@@ -97,7 +93,7 @@ def test_lost_packets_cost_time_only(wire):
 
 @pytest.mark.slow_fault
 def test_a_network_that_falls_apart_and_heals_costs_time_only(wire, caplog):
-    with caplog.at_level(logging.WARNING), TeacherClient([wire.url], timeout=60) as client:
+    with caplog.at_level(logging.WARNING), SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         wire.falls_apart()
         call = client.submit(client.score, SEQUENCES, top_k=K)
@@ -112,7 +108,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
     with (
         stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as other,
         caplog.at_level(logging.WARNING),
-        TeacherClient([wire.url, other], timeout=4) as client,
+        SparseGkdTeacher([wire.url, other], timeout=4) as client,
     ):
         client.connect()
         wire.falls_apart()
@@ -125,7 +121,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
 @pytest.mark.slow_fault
 def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
     monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
-    with TeacherClient([wire.url], timeout=1) as client:
+    with SparseGkdTeacher([wire.url], timeout=1) as client:
         client.connect()
         wire.falls_apart()
         with pytest.raises(TeacherUnreachableError, match=f"{wire.url} within 1 s"):
@@ -137,7 +133,7 @@ def test_a_long_and_narrow_wire_costs_time_only():
     with (
         stub.serving(PacedTeacher(stub.info(), lambda tokens: 0.0)) as near,
         link(near, round_trip=0.15, bits_per_second=4e7) as far,
-        TeacherClient([far], timeout=60) as client,
+        SparseGkdTeacher([far], timeout=60) as client,
     ):
         client.connect()
         assert_right(client.score(SEQUENCES[:2], top_k=K) + client.score(SEQUENCES[2:], top_k=K))

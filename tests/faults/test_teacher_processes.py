@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import ScoreSequence
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.paced import scores_of
@@ -34,7 +34,7 @@ def running(tmp_path):
 
 def client_of(*ports, **options):
     urls = [f"http://127.0.0.1:{port}" for port in ports]
-    client = TeacherClient(urls, **{"timeout": 30.0, **options})
+    client = SparseGkdTeacher(urls, **{"timeout": 30.0, **options})
     client.connect()
     return client
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -26,7 +26,12 @@ def free_port() -> int:
 
 
 def start_server(
-    model: Path, *arguments: str, port: int, log: Path, **environment: str
+    model: Path,
+    *arguments: str,
+    port: int,
+    log: Path,
+    launcher: Sequence[str] = (),
+    **environment: str,
 ) -> subprocess.Popen[bytes]:
     """The process, its output going to ``log``; it may not be ready yet.
 
@@ -35,8 +40,8 @@ def start_server(
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "teacher_server", "serve", str(model), "--port", str(port),
-             "--backend", "transformers", *arguments],
+            [*launcher, sys.executable, "-m", "teacher_server", "serve", str(model),
+             "--port", str(port), "--backend", "transformers", *arguments],
             stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
 

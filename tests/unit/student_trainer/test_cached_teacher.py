@@ -10,7 +10,7 @@ from shared import wire
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
-from student_trainer.teacher import Sampling, TeacherClient
+from student_trainer.teacher import Sampling, SparseGkdTeacher
 from tests.support.cache import corrupt_one_record
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, score_response, scores
 
@@ -19,7 +19,7 @@ K = 3
 
 @contextlib.contextmanager
 def cached(folder, url, *, starts_alone=False, dtype="float16", connect=True):
-    client = TeacherClient([url], timeout=2.0, logprob_dtype=dtype)
+    client = SparseGkdTeacher([url], timeout=2.0, logprob_dtype=dtype)
     store = AnswerStore(folder, max_bytes=8 << 20)
     with CachedTeacher(
         client, store, logprob_dtype=dtype, starts_alone=starts_alone

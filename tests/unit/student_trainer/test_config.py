@@ -156,7 +156,8 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
         (["--use_liger_kernel"], "the loss here is fused already"),
         (["--train_sampling_strategy", "group_by_length"], "the order is random"),
-        (["--report_to", "comet_ml"], "--report_to comet_ml is not installed here; there is"),
+        (["--report_to", "comet_ml"], "is not installed here: pip install comet-ml. There is"),
+        (["--report_to", "tensor_board"], "--report_to tensor_board is not one of azure_ml, "),
         (["--fsdp", "full_shard"], "--fsdp shards over several processes"),
         (["--deepspeed", "zero3.json"], "DeepSpeed is not installed here"),
         (["--lamda", "0.5"], "Did you mean --lmbda?"),
@@ -167,6 +168,21 @@ def test_what_cannot_work_is_refused_with_value_and_remedy(model_folder, more, m
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, *more))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_with_its_package(
+    model_folder, monkeypatch, name
+):
+    monkeypatch.setattr(
+        "student_trainer.checks.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, "--report_to", name))
+    assert str(caught.value) == (
+        f"--report_to {name} is not installed here: pip install {name}. There is tensorboard or "
+        "none"
+    )
 
 
 def pretend_vllm(monkeypatch, *, installed):
@@ -239,26 +255,21 @@ def test_float16_without_a_gpu_is_refused(model_folder):
 
 
 @pytest.mark.parametrize(
-    ("more", "environment", "use_cpu", "message"),
+    ("more", "environment", "message"),
     [
-        (["--fsdp"], {}, True, "--fsdp needs GPUs"),
-        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, True, "--fsdp needs GPUs"),
-        (["--fsdp", "--fsdp_config", '{"version": 1}'], {}, False, "--fsdp: version 1 is not"),
-        ([], {"ACCELERATE_USE_FSDP": "true"}, False, "--fsdp: version 1 is not supported"),
-        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, False, None),
-        (["--fsdp"], {}, False, None),
-        ([], {}, True, None),
+        (["--fsdp", "--fsdp_config", '{"version": 1}'], {}, "--fsdp: version 1 is not"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, "--fsdp: version 1 is not supported"),
+        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, None),
+        (["--fsdp"], {}, None),
+        ([], {}, None),
     ],
 )
-def test_sharding_needs_gpus_and_the_second_fsdp(
-    model_folder, monkeypatch, more, environment, use_cpu, message
-):
+def test_sharding_needs_the_second_fsdp(model_folder, monkeypatch, more, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = words(model_folder, *more)
     *parts, _, args = parse(given, *TYPES, prog="student-trainer distill", description="")
     monkeypatch.setattr(type(args), "world_size", 2)
-    args.use_cpu = use_cpu
     if message is None:
         check_recipe(Recipe(*parts), args)
         return

@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.mini_humaneval.prepare import make_dataset
+from examples.mini_humaneval.settings import Settings
 from student_trainer import evaluate as evaluate_module
 from student_trainer.cli import main
 from student_trainer.config import DatasetArguments
@@ -14,6 +16,8 @@ from student_trainer.evaluation.passk import read_samples
 from student_trainer.evaluation.unfinished import Unfinished
 from student_trainer.rollouts import Rollout, TransformersRollouts
 from tests.support.models import save_model, save_tokenizer
+
+TINY = Settings(pretrain_rows=4, warmup_rows=1, labelled_rows=1, prompt_rows=1, held_out_rows=3)
 
 
 @pytest.fixture
@@ -118,11 +122,41 @@ def test_a_line_that_was_cut_is_written_again(tmp_path):
 
 
 def test_suites_without_a_file_come_from_the_hub(model, tmp_path, capsys):
-    assert where_from(DatasetArguments(), "gsm8k") == ("openai/gsm8k", "main", "test")
+    assert where_from(DatasetArguments(), "gsm8k") == ("openai/gsm8k", "main", "test", "gsm8k")
     given = DatasetArguments(dataset_name="rows.jsonl")
-    assert where_from(given, "gsm8k") == ("rows.jsonl", None, "train")
+    assert where_from(given, "gsm8k") == ("rows.jsonl", None, "train", "gsm8k")
     assert main(["evaluate", f"--model_name_or_path={model}", f"--output_dir={tmp_path}"]) == 2
     assert "--dataset_name is missing" in capsys.readouterr().err
+
+
+def test_a_suite_is_a_path_of_rows_in_any_form(model, rows, tmp_path):
+    """The quickstart's own rows, and a folder of rows with a checker."""
+    held_out = tmp_path / "held_out.jsonl"
+    lines = (json.dumps(row) + "\n" for row in make_dataset(0, TINY).held_out)
+    held_out.write_text("".join(lines))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows.rename(folder / "rows.jsonl")
+    for suite, problems, score in ((held_out, 3, "pass@1"), (folder, 5, "exact_match")):
+        given = {"dataset_name": "", "suite": suite, "max_new_tokens": 2}
+        assert main(words(model, None, tmp_path / "out", **given)) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert (results["dataset"], results["problems"]) == (str(suite), problems)
+        assert results[score] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"suite": "mini_humaneval"}, "examples.mini_humaneval.prepare --output_dir DIR"),
+        ({"suite": "humanevel"}, "--suite humanevel: no such file or folder, and neither human"),
+        ({"suite": "there.jsonl", "dataset_name": "x"}, "must be one of auto, humaneval, gsm8k"),
+    ],
+)
+def test_suites_that_are_none_are_refused(model, tmp_path, capsys, options, message):
+    given = {"dataset_name": "", **options}
+    assert main(words(model, None, tmp_path / "out", **given)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_perplexity_is_that_of_the_references(model, rows, tmp_path):

@@ -20,7 +20,7 @@ from shared.errors import (
     TeacherUnreachableError,
 )
 from student_trainer.replicas import _seconds
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
 
 OTHER = IDENTITY.model_copy(update={"fingerprint": "f" * 64})
@@ -29,7 +29,7 @@ SEQUENCE = [(np.arange(6, dtype=np.uint32), 2)]
 
 @contextlib.contextmanager
 def connected(*stubs, **options):
-    with TeacherClient([s.url for s in stubs], **{"timeout": 10.0, **options}) as client:
+    with SparseGkdTeacher([s.url for s in stubs], **{"timeout": 10.0, **options}) as client:
         client.connect()
         yield client
 
@@ -215,7 +215,7 @@ def test_a_replica_that_comes_back_with_another_key_ends_the_run(pair):
 def test_a_file_of_authorities_that_cannot_be_read_is_named(monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/no/ca.pem")
     with pytest.raises(ConfigurationError, match=r"SSL_CERT_FILE /no/ca\.pem: No such file"):
-        TeacherClient(["https://127.0.0.1:1"])
+        SparseGkdTeacher(["https://127.0.0.1:1"])
 
 
 def test_retry_after_is_a_number_of_seconds_or_a_date():

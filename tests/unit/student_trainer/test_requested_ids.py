@@ -9,7 +9,7 @@ from shared.errors import ConfigurationError, TeacherAnswerError
 from shared.protocol import ScoreRequest, ScoreResponse
 from shared.sparse import SparseLogprobs
 from student_trainer.config import DistillArguments, TeacherArguments
-from student_trainer.teacher import TeacherClient
+from student_trainer.teacher import SparseGkdTeacher
 from student_trainer.train import check_request
 from tests.unit.shared.test_validation import info
 
@@ -42,7 +42,7 @@ def client_of(width_answered, **limits):
         packed = httpx.ByteStream(wire.dump(body, wire.MSGPACK_MEDIA_TYPE))
         return httpx.Response(200, stream=packed)
 
-    client = TeacherClient(["http://teacher"], timeout=5.0)
+    client = SparseGkdTeacher(["http://teacher"], timeout=5.0)
     client._replicas._http = httpx.Client(transport=httpx.MockTransport(answer))
     client._info = info(limits=limits)
     return client, received

@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import InvalidRequestError, TeacherAnswerError, TeacherChangedError
 from shared.protocol import Problem
-from student_trainer.teacher import Sampling, TeacherClient
+from student_trainer.teacher import Sampling, SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
     BrokenError,
@@ -39,7 +39,7 @@ def stub():
 
 @pytest.fixture
 def client(stub):
-    with TeacherClient([stub.url], timeout=10.0) as client:
+    with SparseGkdTeacher([stub.url], timeout=10.0) as client:
         client.connect()
         yield client
 
@@ -153,7 +153,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
     stub.script = [lambda request: streamed(pieces(request))]
     with (
         caplog.at_level(logging.WARNING),
-        TeacherClient([stub.url], timeout=1.0) as client,
+        SparseGkdTeacher([stub.url], timeout=1.0) as client,
     ):
         client.connect()
         assert firsts(client.generate(PROMPTS, SAMPLING)) == [10, 11, 12, 13]
@@ -189,7 +189,7 @@ def test_no_completion_of_another_teacher_is_taken_even_from_an_answer_that_brea
 
 def test_another_teacher_is_accepted_within_an_answer_when_told_so(stub, caplog):
     stub.script = [broken_after(3, 1)]
-    with TeacherClient([stub.url], timeout=10.0, accept_change=True) as client:
+    with SparseGkdTeacher([stub.url], timeout=10.0, accept_change=True) as client:
         client.connect()
         stub.info = info(OTHER)
         with caplog.at_level(logging.WARNING):
@@ -243,7 +243,7 @@ def test_an_answer_that_cannot_be_used_stops_the_run(stub, client, answer, messa
 def test_the_rest_goes_to_another_replica(stub):
     with (
         StubTeacher().serving() as other,
-        TeacherClient([stub.url, other.url], timeout=10.0) as client,
+        SparseGkdTeacher([stub.url, other.url], timeout=10.0) as client,
     ):
         client.connect()
         gone = problem(503, "shutting down")
@@ -256,7 +256,7 @@ def test_completions_that_came_no_longer_count_as_outstanding(stub):
     """Of 43 tokens at most 20 are still to come when the third is read: less than 24 elsewhere."""
     with (
         StubTeacher().serving() as other,
-        TeacherClient([stub.url, other.url], timeout=10.0) as client,
+        SparseGkdTeacher([stub.url, other.url], timeout=10.0) as client,
     ):
         client.connect()
 

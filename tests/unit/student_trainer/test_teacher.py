@@ -21,7 +21,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.protocol import Limits, ScoreResponse
-from student_trainer.teacher import Sampling, TeacherClient
+from student_trainer.teacher import Sampling, SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
     StubTeacher,
@@ -42,7 +42,7 @@ def stub():
 
 
 def connected(*stubs, **options):
-    client = TeacherClient([s.url for s in stubs], **{"timeout": 5.0, **options})
+    client = SparseGkdTeacher([s.url for s in stubs], **{"timeout": 5.0, **options})
     client.connect()
     return client
 
@@ -328,8 +328,8 @@ def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
     """In a process of its own: it ends while the teacher still thinks."""
     asks = (
         "import sys, time, numpy as np\n"
-        "from student_trainer.teacher import TeacherClient\n"
-        "client = TeacherClient([sys.argv[1]], timeout=60)\n"
+        "from student_trainer.teacher import SparseGkdTeacher\n"
+        "client = SparseGkdTeacher([sys.argv[1]], timeout=60)\n"
         "client.connect()\n"
         "sequence = np.arange(6, dtype=np.uint32), 2\n"
         "client.submit(client.score, [sequence], top_k=3)\n"
@@ -355,7 +355,7 @@ def test_idle_replicas_take_turns(stub):
 
 
 def test_an_address_with_a_path_is_told_at_once(stub):
-    client = TeacherClient([f"{stub.url}/v1"], timeout=60)
+    client = SparseGkdTeacher([f"{stub.url}/v1"], timeout=60)
     with pytest.raises(TeacherAnswerError, match="give the address alone"):
         client.connect()
 

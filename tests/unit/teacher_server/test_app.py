@@ -1,13 +1,16 @@
 """The routes, over an engine that computes nothing: HTTP in, HTTP out, every refusal a problem."""
 
 import asyncio
+import hashlib
 import json
+import logging
+import re
 
 import httpx
 import numpy as np
 import pytest
 
-from shared import codec, wire
+from shared import codec, logs, wire
 from shared.protocol import (
     Problem,
     ScoreResponse,
@@ -502,3 +505,73 @@ def test_a_dead_engine_is_not_alive(app):
     assert call(app, "GET", "/health").status_code == 200
     app.backend.alive = False
     assert "restart the server" in problem(call(app, "GET", "/health"), 503).detail
+
+
+@pytest.fixture
+def lines():
+    """What the server logs, as objects."""
+    found = []
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            found.append(json.loads(logs.JsonFormatter().format(record)))
+
+    handler, server = Lines(), logging.getLogger("teacher_server")
+    level = server.level
+    server.addHandler(handler)
+    server.setLevel(logging.INFO)
+    yield found
+    server.removeHandler(handler)
+    server.setLevel(level)
+
+
+def test_a_request_is_one_line_that_tells_nothing_of_what_it_holds(app, lines):
+    key = "k" * 32
+    locked = TeacherApp(app.settings, Metrics(), ApiKeys([key]))
+    locked.ready(Engine())
+    headers = {"authorization": f"Bearer {key}", "x-request-id": "run-7_step-3"}
+    call(locked, "POST", "/v1/score", json=body(1), headers=headers)
+    call(locked, "POST", "/v1/score", json={**body(1), "top_k": 101}, headers=headers)
+    call(locked, "GET", "/v1/info")
+    call(locked, "GET", "/a/path%20of/the/caller", headers=headers)
+    call(locked, "GET", "/ready")
+    call(locked, "GET", "/metrics", headers=headers)
+    scored, refused, unknown, elsewhere = lines
+    always = {"time", "level", "logger", "message", "request_id", "method", "route", "status",
+              "seconds"}  # fmt: skip
+    assert scored.keys() == always | {"sequences", "tokens", "client"}
+    assert refused.keys() == always | {"client"}
+    assert unknown.keys() == elsewhere.keys() == always
+    assert re.fullmatch(r"POST /v1/score 200 in \d\.\d{3} s", scored["message"])
+    assert re.fullmatch(r"GET other 404 in \d\.\d{3} s", elsewhere["message"])
+    assert scored["request_id"] == refused["request_id"] == "run-7_step-3"
+    assert (scored["sequences"], scored["tokens"]) == (1, 3)
+    assert scored["client"] == hashlib.sha256(key.encode()).hexdigest()[:16]
+    assert (refused["status"], unknown["status"]) == (422, 401)
+
+
+def test_the_line_of_an_error_has_the_id_of_its_request(app, lines):
+    refused = problem(call(app, "POST", "/v1/score", json=body(98)), 500)
+    failed, answered = lines
+    assert failed["request_id"] == answered["request_id"] == refused.request_id
+    assert failed["level"] == "error"
+    assert "ZeroDivisionError" in failed["exception"]
+    assert answered["status"] == 500
+
+
+def test_the_state_is_a_metric(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    made, engine = TeacherApp(Settings(str(tmp_path)), Metrics(), ApiKeys(())), Engine()
+
+    def states():
+        names = ("loading", "ready", "draining", "dead")
+        value = made.metrics.registry.get_sample_value
+        return [name for name in names if value("teacher_state", {"state": name})]
+
+    assert states() == ["loading"]
+    made.ready(engine)
+    assert states() == ["ready"]
+    engine.alive = False
+    assert states() == ["dead"]
+    made.admission.draining = True
+    assert states() == ["draining"]

@@ -72,12 +72,13 @@ def test_every_job_is_answered_once_and_no_batch_exceeds_the_budget(lengths):
         jobs = [Job(number, tokens) for number, tokens in enumerate(lengths)]
         return await asyncio.gather(*map(batcher.submit, jobs))
 
-    answers = serve(work, model, observe=lambda jobs, tokens: seen.append((jobs, tokens)))
+    answers = serve(work, model, observe=lambda waited, tokens: seen.append((waited, tokens)))
     assert answers == [number * 10 for number in range(len(lengths))]
     assert sorted(n for batch in model.batches for n in batch) == list(range(len(lengths)))
-    for batch, (jobs, tokens) in zip(model.batches, seen, strict=True):
+    for batch, (waited, tokens) in zip(model.batches, seen, strict=True):
         padded = max(lengths[n] for n in batch) * len(batch)
-        assert (jobs, tokens) == (len(batch), padded)
+        assert (len(waited), tokens) == (len(batch), padded)
+        assert min(waited) >= 0
         assert padded <= 100 or len(batch) == 1
 
 

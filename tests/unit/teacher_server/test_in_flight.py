@@ -30,9 +30,17 @@ class Model:
 
 def run(scenario):
     async def main():
-        model, in_flight = Model(), InFlight()
-        await scenario(model, lambda key: asyncio.ensure_future(in_flight.ask(key, model.compute)))
+        model, shared = Model(), []
+        in_flight = InFlight(lambda: shared.append(1))
+        asked = []
+
+        def ask(key):
+            asked.append(key)
+            return asyncio.ensure_future(in_flight.ask(key, model.compute))
+
+        await scenario(model, ask)
         assert in_flight._work == {}
+        assert len(shared) == len(asked) - model.begun
 
     asyncio.run(main())
 

@@ -191,6 +191,31 @@ def test_concurrent_calls_are_answered_and_close_refuses_the_rest(llama_folder):
     assert isinstance(late, UnavailableError)
 
 
+def test_batches_over_the_memory_are_split_and_counted(llama_folder, monkeypatch):
+    metrics = Metrics()
+    served = TransformersBackend(Settings(str(llama_folder)), metrics)
+    score = served.score_batch
+
+    def score_two_at_most(jobs):
+        if len(jobs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(jobs)
+
+    monkeypatch.setattr(served, "score_batch", score_two_at_most)
+    jobs = score_jobs(np.random.default_rng(3), served.facts.vocab_size, lengths=(9,) * 8)
+
+    async def scenario():
+        answers = await asyncio.gather(*map(served.score, jobs))
+        await served.close()
+        return answers
+
+    assert [len(answer) for answer in asyncio.run(scenario())] == [job.rows for job in jobs]
+    value = metrics.registry.get_sample_value
+    assert value("teacher_out_of_memory_total", {"kind": "score"}) == 3  # of 8, and of 4 twice
+    assert value("teacher_out_of_memory_total", {"kind": "generate"}) == 0
+    assert value("teacher_queue_seconds_count", {"kind": "score"}) == 8  # waited once each
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_dtype_is_served_as_told(llama_folder, dtype):
     served = backend(llama_folder, dtype=dtype)

@@ -1,0 +1,125 @@
+"""`distill` for a notebook or a script: the command, on what is in memory already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shared.errors import ConfigurationError
+from student_trainer.config import LoadedModel, parse_keywords
+from student_trainer.train import Recipe, distilled
+
+Dataset: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+
+# Flags that `distill` has as parameters which take more than a name.
+_PARAMETERS = {
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "eval_dataset_name": "eval_dataset",
+}
+# What can only be told to a model or a tokenizer while it loads.
+_LOADING = (
+    "model_revision", "torch_dtype", "trust_remote_code", "attn_implementation", "eos_token",
+    "load_in_4bit",
+)  # fmt: skip
+_IN_MEMORY = "./rows in memory"  # like a path: a model card then names no data set of the Hub
+
+
+@dataclass(frozen=True)
+class DistillationResult:
+    """What a run left.
+
+    Attributes:
+        output_dir: folder with the trained model, its tokenizer, logs and checkpoints.
+        metrics: the last value of everything that was logged: ``divergence`` (nats a token),
+            ``eval_divergence``, ``train_runtime`` (seconds), …
+        history: all that was logged, in the order of the steps.
+        model: the trained student, in memory.
+    """
+
+    output_dir: Path
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    model: Any
+
+
+def distill(
+    model: str | Path | PreTrainedModel,
+    teacher_url: str | Sequence[str],
+    dataset: Dataset,
+    *,
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    eval_dataset: Dataset | None = None,
+    **flags: Any,
+) -> DistillationResult:
+    """Train a student on what a served teacher thinks of completions.
+
+    What `student-trainer distill` does, with its checks, defaults and files.
+
+    Args:
+        model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``.
+        teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
+            replicas.
+        dataset: a JSONL file, a folder of them or a Hub id; or rows: a list of dicts, or a
+            ``datasets.Dataset``. A row has ``messages``, or ``prompt`` with or without
+            ``completion``.
+        output_dir: folder for checkpoints, the trained model and logs.
+        eval_dataset: held-out rows, likewise, for ``eval_strategy``.
+        flags: every other flag of the command under its own name: ``lmbda=0.5``,
+            ``max_steps=100``, ``use_peft=True``, ``lora_target_modules=["q_proj", "v_proj"]``.
+
+    Raises:
+        ConfigurationError: an unknown keyword (with the nearest known one), or a value or a
+            combination that cannot work, before anything loads.
+        DatasetError: rows that cannot be learned from.
+        TeacherError: the teacher is unreachable, refuses the key, has another vocabulary, or
+            answered what cannot be right.
+        NonFiniteError: a loss or a gradient was NaN or infinite.
+    """
+    for flag, parameter in _PARAMETERS.items():
+        if flag in flags:
+            raise ConfigurationError(f"distill(): give {flag} as {parameter}")
+    named = isinstance(model, str | Path)
+    if named != (tokenizer is None):
+        raise ConfigurationError(
+            "distill(): a model in memory comes with its tokenizer, a folder or Hub id without"
+        )
+    for flag in _LOADING:
+        if flag in flags and not named:
+            raise ConfigurationError(
+                f"distill(): {flag} has no effect on a model that is loaded already; drop it"
+            )
+    name = model if isinstance(model, str | Path) else model.name_or_path or type(model).__name__
+    *parts, teacher, args = parse_keywords(
+        "distill",
+        {
+            "model_name_or_path": name,
+            "teacher_url": [teacher_url] if isinstance(teacher_url, str) else list(teacher_url),
+            "dataset_name": _name(dataset),
+            "eval_dataset_name": None if eval_dataset is None else _name(eval_dataset),
+            "output_dir": output_dir,
+            **flags,
+        },
+    )
+    recipe = Recipe(*parts)
+    if tokenizer is not None:
+        recipe.model.loaded = LoadedModel(model, tokenizer)
+    recipe.dataset.rows = _rows(dataset)
+    recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
+    trainer = distilled(recipe, teacher, args)
+    history = trainer.state.log_history
+    metrics = {name: value for entry in history for name, value in entry.items()}
+    return DistillationResult(Path(output_dir), metrics, history, trainer.model)
+
+
+def _name(dataset: Dataset) -> str:
+    return str(dataset) if isinstance(dataset, str | Path) else _IN_MEMORY
+
+
+def _rows(dataset: Dataset) -> Iterable[Mapping[str, Any]] | None:
+    return None if isinstance(dataset, str | Path) else dataset

@@ -1,0 +1,256 @@
+"""`TeacherClient`: a served teacher in a notebook, or in a training loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from shared.errors import ConfigurationError, DatasetError, InvalidRequestError
+from shared.protocol import Completion, InfoResponse, LogprobDtype
+from shared.sparse import SparseLogprobs
+from student_trainer.checks import api_key_of, check_teacher
+from student_trainer.config import DataArguments, TeacherArguments
+from student_trainer.data import Example, Sample, stop_token_ids, tokenize_rows
+from student_trainer.losses import SparseDistribution
+from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.teacher import Sampling, SparseGkdTeacher, sequence_of
+from student_trainer.train import check_vocabulary
+
+Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+Row: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sequence, and the teacher's distribution at each of its T completion tokens.
+
+    Attributes:
+        sample: token_ids [L] uint32, completion_start and completion_ids [T], T = L −
+            completion_start; and whether the completion was ``truncated`` by a limit.
+        scores: numpy arrays, in nats: token_ids [T, k] uint32, logprobs [T, k], and in float32
+            next_token_logprob [T], of the token that came next, and tail_logprob [T], of all the
+            mass on tokens that are not named.
+    """
+
+    sample: Sample
+    scores: SparseLogprobs
+
+
+def teacher_distribution(scored: Sequence[Scored], vocab_size: int) -> SparseDistribution:
+    """What the losses compare with: the rows of all completions, one after another.
+
+    Args:
+        scored: of `TeacherClient.score` or `generate`.
+        vocab_size: the smaller of the student's and the teacher's vocabulary; teacher mass outside
+            goes to the tail.
+
+    Returns:
+        N = ΣT rows: token_ids [N, K] int64, logprobs [N, K] and tail_logprob [N] float32, on the
+        CPU. The support is the top-k joined with the token that came next.
+    """
+    samples = [ScoredSample(one.sample, one.scores) for one in scored]
+    return sparse_distribution(samples, vocab_size)
+
+
+class TeacherClient:
+    """A served teacher: what it thinks of sequences, and what it writes.
+
+    Use it as a context manager, or `close` it. The first call waits until the teacher is ready.
+    Work of any size is cut to the teacher's limits; a request that fails is tried again until
+    ``teacher_timeout``. Safe to use from several threads.
+
+    Args:
+        teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
+            replicas.
+        tokenizer: the student's. Rows of text need it; one with another vocabulary than the
+            teacher's is refused.
+        teacher_api_key_file: file that holds the API key; by default the environment variable
+            ``TEACHER_API_KEY`` is the key, if it is set.
+        teacher_timeout: seconds to wait for the teacher, at first and in each request.
+        teacher_logprob_dtype: of the top-k on the wire and in the answer. float16 is a third
+            smaller, and what `distill` uses by default.
+
+    Raises:
+        ConfigurationError: an address or a key that is none.
+
+    Every other call raises a `SparseGKDError`: `TeacherUnreachableError`,
+    `TeacherUnauthorizedError`, `TokenizerMismatchError`, `TeacherAnswerError` for an answer that
+    cannot be right, `TeacherChangedError` once another model answers, `InvalidRequestError` for
+    what the teacher cannot do, and `PayloadTooLargeError` or `DeadlineExceededError` for one
+    sequence that is too much alone.
+    """
+
+    def __init__(
+        self,
+        teacher_url: str | Sequence[str],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher_api_key_file: str | None = None,
+        teacher_timeout: float = 600.0,
+        teacher_logprob_dtype: LogprobDtype = "float32",
+    ) -> None:
+        flags = TeacherArguments(
+            teacher_url=[teacher_url] if isinstance(teacher_url, str) else list(teacher_url),
+            teacher_api_key_file=teacher_api_key_file,
+            teacher_timeout=teacher_timeout,
+            teacher_logprob_dtype=teacher_logprob_dtype,
+        )
+        check_teacher(flags)
+        self.tokenizer = tokenizer
+        self._teacher = SparseGkdTeacher(
+            flags.teacher_url or [],
+            timeout=teacher_timeout,
+            logprob_dtype=teacher_logprob_dtype,
+            api_key=api_key_of(flags),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop connections, and what is in flight."""
+        self._teacher.close()
+
+    @cached_property
+    def info(self) -> InfoResponse:
+        """The teacher's identity, vocabulary, limits and capabilities."""
+        info = self._teacher.connect()
+        if self.tokenizer is not None:
+            check_vocabulary(self.tokenizer, len(self.tokenizer), info)
+        return info
+
+    def score(
+        self,
+        sequences: Sequence[Row | tuple[Ids, int]],
+        *,
+        top_k: int = 64,
+        temperature: float = 1.0,
+    ) -> list[Scored]:
+        """The teacher's distribution at each token of the completions.
+
+        Args:
+            sequences: rows as `distill` reads them, such as ``{"prompt": …, "completion": …}`` or
+                ``{"messages": […]}``, which become the same ids as in training, end token
+                included; or (token_ids [L], completion_start) pairs.
+            top_k: most probable tokens for each row.
+            temperature: divides the teacher's logits.
+
+        Returns:
+            One for each sequence; `teacher_distribution` makes of them what the losses take.
+
+        Raises:
+            DatasetError: a row that has no completion, or cannot be tokenized.
+            ConfigurationError: rows of text without a tokenizer.
+        """
+        samples = [self._sample(number, given) for number, given in enumerate(sequences)]
+        pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
+        _ = self.info  # connected
+        scores = self._teacher.score(pairs, top_k=top_k, temperature=temperature)
+        return list(map(Scored, samples, scores))
+
+    def generate(
+        self,
+        prompts: Sequence[str | Row | Ids],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_token_ids: Sequence[int] | None = None,
+        top_k: int = 64,
+        score_temperature: float = 1.0,
+    ) -> list[Scored]:
+        """Completions that the teacher writes, one for each prompt, scored in the same pass.
+
+        Args:
+            prompts: text as it stands, rows (``{"messages": […]}`` for the chat template), or
+                token ids [P].
+            max_new_tokens: longest completion, in tokens.
+            temperature: of the sampling; 0 is greedy.
+            seed: a completion is a function of it, of the prompt and of the sampling.
+            stop_token_ids: each ends a completion, as its last token; by default those that end one
+                in training: of the tokenizer, if there is one, and of the teacher.
+            top_k, score_temperature: of the scores, as in `score`.
+
+        Returns:
+            One for each prompt; its ``sample.completion_ids`` is what the teacher wrote, its end
+            token included, and ``sample.truncated`` that ``max_new_tokens`` cut it.
+
+        Raises:
+            As `score`.
+        """
+        asked = [self._prompt(number, given) for number, given in enumerate(prompts)]
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop_token_ids=self._stop_ids() if stop_token_ids is None else stop_token_ids,
+            top_k=top_k,
+            score_temperature=score_temperature,
+        )
+        written = self._teacher.generate(asked, sampling)
+        return [_written(prompt, answer) for prompt, answer in zip(asked, written, strict=True)]
+
+    def _sample(self, number: int, given: Row | tuple[Ids, int]) -> Sample:
+        if isinstance(given, Mapping):
+            example = self._example(number, given)
+            if example.sample is None:
+                raise DatasetError(f"{example.name} has no completion to score")
+            return example.sample
+        token_ids, start = _ids(given[0]), given[1]
+        if not 0 < start < len(token_ids):
+            raise InvalidRequestError(
+                f"sequence {number}: completion_start {start} must be from 1 to "
+                f"{len(token_ids) - 1}, a token before it and one after",
+                field="completion_start",
+            )
+        learned = np.ones(len(token_ids) - start, dtype=bool)
+        return Sample(token_ids, start, learned, source="dataset")
+
+    def _prompt(self, number: int, given: str | Row | Ids) -> NDArray[np.uint32]:
+        row = {"prompt": given} if isinstance(given, str) else given
+        return self._example(number, row).prompt_ids if isinstance(row, Mapping) else _ids(row)
+
+    def _example(self, number: int, row: Row) -> Example:
+        if self.tokenizer is None:
+            raise ConfigurationError(
+                "token ids travel, never text: give TeacherClient the student's tokenizer, or "
+                "token ids in the place of rows"
+            )
+        [example] = tokenize_rows(
+            [(f"row {number}", dict(row))],
+            self.tokenizer,
+            self._stop_ids(),
+            DataArguments(),
+            max_length=self.info.max_model_len,
+            remedy="That is the teacher's context",
+            progress=False,
+        )
+        return example
+
+    def _stop_ids(self) -> list[int]:
+        own = self.info.eos_token_ids
+        if self.tokenizer is None:
+            return own
+        return stop_token_ids(self.tokenizer, GenerationConfig(eos_token_id=own))
+
+
+def _ids(given: Ids) -> NDArray[np.uint32]:
+    return np.asarray(given, dtype=np.uint32)
+
+
+def _written(prompt: NDArray[np.uint32], completion: Completion) -> Scored:
+    assert completion.scores is not None  # the teacher's client checked
+    token_ids, start = sequence_of(prompt, completion)
+    learned = np.ones(len(completion.token_ids), dtype=bool)
+    cut = completion.finish_reason == "length"
+    sample = Sample(token_ids, start, learned, source="teacher", truncated=cut)
+    return Scored(sample, completion.scores)

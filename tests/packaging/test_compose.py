@@ -1,0 +1,145 @@
+"""docker-compose.yml, as far as it can be judged without Docker; both of its versions read it."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from student_trainer import cli as student_trainer
+from teacher_server import cli as teacher_server
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "docker-compose.yml"
+VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
+OURS = ["teacher", "trainer", "teacher-gpu", "trainer-gpu"]
+
+
+def parsed(**settings):
+    """The file with ``settings``, and its own defaults for the others."""
+    text = VARIABLE.sub(lambda found: settings.get(*found.groups()), COMPOSE.read_text())
+    assert "${" not in text
+    return yaml.safe_load(text)
+
+
+@pytest.fixture(scope="module")
+def services():
+    return parsed()["services"]
+
+
+def cards(service):
+    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    return device["device_ids"]
+
+
+def test_the_example_of_settings_has_each_that_is_read_with_its_default():
+    read = dict(VARIABLE.findall(COMPOSE.read_text()))
+    example = re.findall(r"^#([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in example) == sorted(read)
+    defaults = {name: default for name, default in read.items() if default}
+    assert {name: value for name, value in example if name in defaults} == defaults
+
+
+def test_without_a_setting_a_gpu_is_neither_needed_nor_asked_for(services):
+    for name in OURS:
+        assert services[name].get("profiles") == (["gpu"] if name.endswith("-gpu") else None)
+        assert ("deploy" in services[name]) == name.endswith("-gpu")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_trainer_waits_for_a_teacher_that_tells_when_it_is_ready(services, name):
+    if name.startswith("teacher"):
+        *command, script = services[name]["healthcheck"]["test"]
+        assert command == ["CMD", "as-owner", "python", "-c"]
+        assert "http://127.0.0.1:8000/ready" in script
+    else:
+        teacher = name.replace("trainer", "teacher")
+        assert services[name]["depends_on"] == {teacher: {"condition": "service_healthy"}}
+        assert f"--teacher_url http://{teacher}:8000" in services[name]["command"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, name):
+    service = services[name]
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert sorted(service["cap_add"]) == ["CHOWN", "KILL", "SETGID", "SETUID"]
+    # The entry point, which gives up root (test_container.py), is not gone round.
+    assert not {"user", "entrypoint", "privileged", "network_mode", "pid"} & set(service)
+    assert re.search(
+        r"^ENTRYPOINT \[\"as-owner\"\]$", (ROOT / "docker/Dockerfile").read_text(), re.M
+    )
+    assert [mount.rpartition(":")[2] for mount in service["volumes"]] == ["/runs", "/cache"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_crashes_is_started_again_but_not_for_ever(services, name):
+    assert re.fullmatch(r"on-failure:\d+", services[name]["restart"])
+
+
+@pytest.mark.parametrize("profile", ["", "-gpu"])
+def test_an_image_is_built_once_and_never_looked_for_elsewhere(services, profile):
+    teacher, trainer = services[f"teacher{profile}"], services[f"trainer{profile}"]
+    assert teacher["image"] == trainer["image"]
+    assert "build" in teacher
+    assert "build" not in trainer
+    assert trainer["pull_policy"] == "never"
+
+
+def test_teacher_and_student_have_cards_of_their_own(services):
+    assert cards(services["teacher-gpu"]) == ["0"]
+    assert cards(services["trainer-gpu"]) == ["1"]
+    given = parsed(TEACHER_GPUS="2,3", STUDENT_GPUS="0,1")["services"]
+    # Docker joins the list by commas, so that one entry may name several cards.
+    assert cards(given["teacher-gpu"]) == ["2,3"]
+    assert cards(given["trainer-gpu"]) == ["0,1"]
+
+
+def test_a_published_teacher_without_a_key_says_what_is_missing(services, monkeypatch, capsys):
+    service = services["teacher-gpu"]
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    monkeypatch.setenv("TEACHER_API_KEYS", service["environment"]["TEACHER_API_KEYS"] or "")
+    program, *words = shlex.split(service["command"])
+    assert program == "teacher-server"
+    assert teacher_server.main(words) == 2
+    assert "TEACHER_API_KEYS" in capsys.readouterr().err
+
+
+def test_both_sides_get_the_same_key():
+    given = parsed(TEACHER_API_KEY="k" * 40)["services"]
+    assert given["teacher-gpu"]["environment"]["TEACHER_API_KEYS"] == "k" * 40
+    assert given["trainer-gpu"]["environment"]["TEACHER_API_KEY"] == "k" * 40
+
+
+def test_an_unpublished_teacher_needs_none(services):
+    assert "ports" not in services["teacher"]
+    assert "--allow-unauthenticated" in services["teacher"]["command"]
+
+
+def test_the_trainers_flags_are_right_up_to_data_that_is_not_there(tmp_path, capsys):
+    missing = tmp_path / "train.jsonl"
+    service = parsed(DATASET=str(missing), STUDENT_PROCESSES="2")["services"]["trainer-gpu"]
+    launcher, _, command = service["command"].partition(" -m student_trainer ")
+    assert launcher == "python -m torch.distributed.run --nproc_per_node 2"
+    words = command.replace("/runs/", f"{tmp_path}/")
+    assert student_trainer.main(shlex.split(words)) == 2
+    assert f"{missing}: no such file or folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compose", ["docker compose", "docker-compose"])
+def test_compose_reads_the_file(compose, tmp_path):
+    words = compose.split()
+    if (
+        shutil.which(words[0]) is None
+        or subprocess.run([*words, "version"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip(f"{compose} is not installed")
+    shown = subprocess.run(
+        [*words, "--file", COMPOSE, "--profile", "gpu", "config", "--services"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert set(OURS) <= set(shown.stdout.split())

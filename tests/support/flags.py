@@ -1,0 +1,92 @@
+"""Command lines, read and checked as far as possible without a model, a teacher or a GPU."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from student_trainer.checks import check_distill, check_evaluate, check_rollouts
+from student_trainer.config import COMMANDS, parse
+from student_trainer.train import Recipe, check_recipe
+from teacher_server import cli
+from teacher_server.auth import load_keys
+from teacher_server.settings import Settings
+
+
+def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
+    """What ``student-trainer`` makes of these words.
+
+    Raises:
+        ConfigurationError: it refuses them.
+    """
+    command, *flags = words
+    parts = parse(flags, *COMMANDS[command], prog=f"student-trainer {command}", description="")
+    if command == "evaluate":
+        check_evaluate(*parts)
+    elif command in ("sft", "distill"):
+        args = parts[-1]
+        if command == "distill":
+            check_distill(args, parts[-2])
+            check_rollouts(args, parts[1])
+        check_recipe(Recipe(*parts[:5]), args)
+    return parts
+
+
+def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What ``teacher-server`` makes of these words, where vLLM is installed.
+
+    Raises:
+        ConfigurationError: it refuses them.
+    """
+    monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
+    parsed, engine_flags = cli._parser().parse_known_args(words)
+    arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
+    del arguments["log_level"]
+    settings = Settings(**arguments)
+    load_keys(settings)
+    return settings
+
+
+def with_key(words: Sequence[str], folder: Path) -> list[str]:
+    """The words, with a file in ``folder`` in place of the key file that they name."""
+    key = folder / "teacher.key"
+    key.write_text("0123456789abcdef" * 4)
+    key.chmod(0o600)
+    flags = ("--api-key-file", "--teacher_api_key_file")
+    changed, follows = [], False
+    for word in words:
+        name = word.split("=")[0]
+        if follows:
+            changed.append(str(key))
+        elif name in flags and "=" in word:
+            changed.append(f"{name}={key}")
+        else:
+            changed.append(word)
+        follows = word in flags
+    return changed
+
+
+def command_lines(page: Path) -> Iterator[list[str]]:
+    """The words of each line of the page's code blocks."""
+    for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield shlex.split(line)
+
+
+def trainer_lines(page: Path) -> Iterator[list[str]]:
+    """The words after ``student-trainer``, however it is started."""
+    for words in command_lines(page):
+        if "student_trainer" in words:
+            yield words[words.index("student_trainer") + 1 :]
+        elif words and words[0] == "student-trainer":
+            yield words[1:]
+
+
+def server_lines(page: Path) -> Iterator[list[str]]:
+    """The words after ``teacher-server``."""
+    return (words[1:] for words in command_lines(page) if words and words[0] == "teacher-server")

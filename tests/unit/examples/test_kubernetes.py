@@ -1,0 +1,148 @@
+"""The manifests agree with the commands, with each other and with the image."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from teacher_server.app import TeacherApp
+from teacher_server.auth import ApiKeys
+from teacher_server.metrics import Metrics
+from tests.support.flags import read_server, read_trainer, with_key
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "examples" / "kubernetes"
+
+
+def manifests(text):
+    return {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(text)}
+
+
+ALL = {
+    **manifests((FOLDER / "teacher.yaml").read_text()),
+    **manifests((FOLDER / "trainer.yaml").read_text()),
+}
+TEACHERS, TRAINER = ALL["StatefulSet", "teacher"], ALL["Job", "trainer"]
+PODS = {"teacher": TEACHERS["spec"]["template"], "trainer": TRAINER["spec"]["template"]}
+
+
+def container(name):
+    (one,) = PODS[name]["spec"]["containers"]
+    return one
+
+
+def trainer_words():
+    args = container("trainer")["args"]
+    return args[args.index("student_trainer") + 1 :]
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    command, *words = container("teacher")["args"]
+    assert command == "teacher-server"
+    return read_server(with_key(words, tmp_path), monkeypatch)
+
+
+def test_probes_ask_what_the_server_answers(settings):
+    paths = TeacherApp(settings, Metrics(), ApiKeys([])).api.openapi()["paths"]
+    asked = {}
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        probe = container("teacher")[name]["httpGet"]
+        assert probe["port"] == container("teacher")["ports"][0]["name"]
+        assert "get" in paths[probe["path"]]
+        asked[name] = probe["path"]
+    # A teacher that drains takes no more work, and shall not be killed for it.
+    assert asked["livenessProbe"] == "/health"
+    assert asked["readinessProbe"] == asked["startupProbe"] == "/ready"
+
+
+def test_a_teacher_has_the_time_to_answer_what_it_began(settings):
+    assert PODS["teacher"]["spec"]["terminationGracePeriodSeconds"] >= settings.drain_timeout + 15
+
+
+def test_the_trainer_asks_every_replica_by_its_name(settings, tmp_path):
+    *_, teacher, args = read_trainer(with_key(trainer_words(), tmp_path))
+    service = ALL["Service", TEACHERS["spec"]["serviceName"]]
+    assert service["spec"]["clusterIP"] == "None"  # each pod has an address
+    (port,) = service["spec"]["ports"]
+    assert port["port"] == container("teacher")["ports"][0]["containerPort"] == settings.port
+    assert teacher.teacher_url == [
+        f"http://teacher-{i}.{service['metadata']['name']}:{settings.port}"
+        for i in range(TEACHERS["spec"]["replicas"])
+    ]
+    startup = container("teacher")["startupProbe"]
+    assert teacher.teacher_timeout >= startup["periodSeconds"] * startup["failureThreshold"]
+    assert args.resume_from_checkpoint == "auto"
+
+
+def test_a_process_for_each_gpu_of_each_node():
+    spec, args = TRAINER["spec"], container("trainer")["args"]
+    given = dict(word.removeprefix("--").split("=") for word in args if "=" in word)
+    nodes = int(given["num_machines"])
+    assert spec["completions"] == spec["parallelism"] == nodes
+    gpus = container("trainer")["resources"]["limits"]["nvidia.com/gpu"]
+    assert int(given["num_processes"]) == nodes * gpus
+    service = ALL["Service", PODS["trainer"]["spec"]["subdomain"]]
+    assert given["main_process_ip"] == f"trainer-0.{service['metadata']['name']}"
+    (node,) = container("trainer")["env"]
+    assert given["machine_rank"] == f"$({node['name']})"
+    assert (ROOT / given["config_file"]).exists()  # the image holds examples/
+
+
+def test_tensor_parallelism_takes_the_gpus_of_a_teacher(settings):
+    gpus = container("teacher")["resources"]["limits"]["nvidia.com/gpu"]
+    assert f"--tensor-parallel-size={gpus}" in settings.engine_flags
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_nobody_is_root_or_writes_outside_mounts(name):
+    pod, own = PODS[name]["spec"]["securityContext"], container(name)["securityContext"]
+    image_user = int(re.search(r"useradd --uid (\d+)", (ROOT / "docker/Dockerfile").read_text())[1])
+    assert pod["runAsNonRoot"] is True
+    assert pod["runAsUser"] == pod["fsGroup"] == image_user
+    assert own["allowPrivilegeEscalation"] is False
+    assert own["readOnlyRootFilesystem"] is True
+    assert own["capabilities"] == {"drop": ["ALL"]}
+    assert PODS[name]["spec"]["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_the_key_is_a_secret_mounted_where_the_flag_looks(name):
+    mounts = {m["name"]: m["mountPath"] for m in container(name)["volumeMounts"]}
+    claims = {c["metadata"]["name"] for c in TEACHERS["spec"]["volumeClaimTemplates"]}
+    volumes = {v["name"]: v for v in PODS[name]["spec"]["volumes"]}
+    assert set(mounts) <= set(volumes) | (claims if name == "teacher" else set())
+    assert volumes["key"]["secret"]["secretName"] == "teacher-key"
+    text = " ".join(container(name)["args"])
+    assert re.search(r"api[-_]key[-_]file=(\S+)", text)[1] == f"{mounts['key']}/teacher.key"
+    assert (
+        "generic teacher-key --from-literal=teacher.key="
+        in (FOLDER / "kustomization.yaml").read_text()
+    )
+
+
+@pytest.mark.parametrize("name", ["teacher", "trainer"])
+def test_selectors_find_the_pods(name):
+    labels = PODS[name]["metadata"]["labels"]
+    assert ALL["Service", name]["spec"]["selector"] == labels
+    if name == "teacher":
+        assert TEACHERS["spec"]["selector"]["matchLabels"] == labels
+        budget = ALL["PodDisruptionBudget", "teacher"]["spec"]
+        assert budget["selector"]["matchLabels"] == labels
+        assert budget["maxUnavailable"] < TEACHERS["spec"]["replicas"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+def test_kustomize_renders_all_in_one_namespace_with_one_image():
+    done = subprocess.run(
+        ["kubectl", "kustomize", FOLDER], capture_output=True, text=True, check=True
+    )
+    rendered = manifests(done.stdout)
+    assert rendered.keys() == ALL.keys()
+    assert {one["metadata"]["namespace"] for one in rendered.values()} == {"gkd"}
+    for kind in (("StatefulSet", "teacher"), ("Job", "trainer")):
+        (one,) = rendered[kind]["spec"]["template"]["spec"]["containers"]
+        assert one["image"] == "registry.example.com/sparse-gkd:gpu"
