@@ -126,7 +126,9 @@ def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
     """A heading, so that a flag can be linked to and found, and what the parser says of it."""
     first = actions[0]
     names = [name for action in actions for name in _names(action)]
-    told = [escaped(first.help or "").rstrip(".") + "."] if first.help else []
+    told = [escaped(first.help or "")]
+    if told[0] and not told[0].endswith((".", "…", ")")):
+        told[0] += "."
     if first.choices is not None:
         told.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
     if first.nargs in ("+", "*"):
