@@ -8,13 +8,14 @@ VLLM ?= 1
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
-.PHONY: help quickstart test test-faults check audit format clean
+.PHONY: help quickstart test test-faults check docs audit format clean
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make test-faults  every fault of docs/reliability.md, the slow ones too"
-	@echo "make check        lint, format and types"
+	@echo "make check        lint, format, types and docs"
+	@echo "make docs         the documentation site, into build/site"
 	@echo "make audit        known vulnerabilities of the pinned versions; asks PyPI"
 	@echo "make clean        remove .venv, runs and caches"
 
@@ -22,7 +23,7 @@ help:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[teacher,trainer,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[teacher,trainer,dev,docs]'
 	touch .venv/ready
 
 # The CPU build, the same release as the extra `vllm`. Without its dependencies, which the file
@@ -47,10 +48,14 @@ endif
 test-faults: .venv/ready
 	$(PYTEST) tests/faults -m ''
 
-check: .venv/ready
+check: .venv/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Strict: a link to nothing is a failure. The variable silences an advertisement.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # In an environment of its own: what it needs is no part of ours. Strict: what PyPI does not know, or
 # cannot be asked, is a failure and not a pass.

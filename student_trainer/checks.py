@@ -43,7 +43,7 @@ _METRICS = ("loss", "divergence", "pass@1", "exact_match")
 # What to install for --report_to, where that is called otherwise.
 _PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 # TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
-_UNSUPPORTED = {
+UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
     "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
     "auto_find_batch_size": "would mix generation batches of two sizes; give the batch size",
@@ -90,7 +90,7 @@ def check_common(
             f"--metric_for_best_model {args.metric_for_best_model} is not one of "
             f"{', '.join(_METRICS)}"
         )
-    for name, remedy in _UNSUPPORTED.items():
+    for name, remedy in UNSUPPORTED.items():
         value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
         if value != default.default:
             raise ConfigurationError(f"--{name} {value} {remedy}")

@@ -1,0 +1,166 @@
+"""The pages of both commands, from their own parsers."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any
+from unittest import mock
+
+from markdown_text import escaped
+from transformers import TrainingArguments
+
+import student_trainer.cli
+import teacher_server.cli
+from student_trainer.checks import UNSUPPORTED
+from student_trainer.config import COMMANDS, CommonTrainingArguments
+
+_TITLES = {
+    "ModelArguments": "Model",
+    "AdapterArguments": "Adapters",
+    "DatasetArguments": "Dataset",
+    "DataArguments": "Rows",
+    "GenerationArguments": "Generation",
+    "TeacherArguments": "Teacher",
+    "CommonTrainingArguments": "Training",
+    "DistillArguments": "Distillation",
+    "EvaluateArguments": "Evaluation",
+    "MergeArguments": "Merging",
+}
+
+
+Main = Callable[[Sequence[str]], int]
+
+
+class _FoundError(Exception):
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def student_trainer_page() -> str:
+    """Every command of the trainer: first the flags that several share, by what they are about."""
+    main = student_trainer.cli.main
+    lines = [
+        "# student-trainer",
+        "",
+        "From the command's own parser. A flag may be written with dashes instead of underscores; "
+        "`--config FILE.yaml` holds the same names, and the command line wins.",
+        "",
+        f"```text\n{student_trainer.cli.USAGE}\n```",
+    ]
+    of_command = {
+        name: _by_name(_parser(main, f"student-trainer {name}", [name])) for name in COMMANDS
+    }
+    for name, group in _groups():
+        takers = [c for c, groups in COMMANDS.items() if any(issubclass(g, group) for g in groups)]
+        told = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
+        about = inspect.cleandoc(group.__doc__ or "").split("\n\n")[0]
+        lines += ["", f"## {name}", "", f"{escaped(about)} For {told}.", ""]
+        for flag in _own(group):
+            lines += _entry(of_command[takers[0]][flag], f"{name.lower()}-{flag}")
+    for command in ("study", "report"):
+        parser = _parser(main, f"student-trainer {command}", [command])
+        lines += ["", f"## {command}", "", escaped(parser.description or ""), ""]
+        for actions in _by_name(parser).values():
+            lines += _entry(actions, f"{command}-{actions[0].dest}")
+    return "\n".join([*lines, *_of_transformers(of_command["sft"])]) + "\n"
+
+
+def teacher_server_page() -> str:
+    """`teacher-server serve`."""
+    top = _parser(teacher_server.cli.main, "teacher-server", [])
+    (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    parser = commands.choices["serve"]
+    lines = ["# teacher-server", "", "From the command's own parser.", "", "## serve", ""]
+    for actions in _by_name(parser).values():
+        lines += _entry(actions, f"serve-{actions[0].dest}")
+    for section in (parser.epilog or "").strip().split("\n\n"):
+        title, _, text = section.partition("\n")
+        lines += ["", f"## {title}", "", escaped(inspect.cleandoc("\n" + text))]
+    return "\n".join(lines) + "\n"
+
+
+def _parser(main: Main, prog: str, words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser named ``prog`` with which a command reads its flags; the command does not run."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def stop(parser: argparse.ArgumentParser, *given: Any, **options: Any) -> Any:
+        if parser.prog != prog:
+            return parse(parser, *given, **options)
+        raise _FoundError(parser)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
+        try:
+            main(words)
+        except _FoundError as found:
+            return found.parser
+    raise AssertionError(f"nothing called {prog} parsed {words}")
+
+
+def _by_name(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
+    """Arguments by destination: `--x` and `--no_x` are two of one."""
+    found: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        if action.dest not in ("help", "config"):
+            found.setdefault(action.dest, []).append(action)
+    return found
+
+
+def _groups() -> Iterable[tuple[str, type[Any]]]:
+    """Every dataclass of flags once, with the title of its section."""
+    every = dict.fromkeys(g for groups in COMMANDS.values() for g in groups)
+    trained = dict.fromkeys(g for g in every if issubclass(g, CommonTrainingArguments))
+    for group in [*(g for g in every if g not in trained), CommonTrainingArguments, *trained]:
+        if _own(group):
+            yield _TITLES[group.__name__], group
+
+
+def _own(group: type[Any]) -> list[str]:
+    """The flags that a dataclass declares itself, without those that it inherits."""
+    return [f.name for f in fields(group) if f.init and f.name in inspect.get_annotations(group)]
+
+
+def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
+    """A heading, so that a flag can be linked to and found, and what the parser says of it."""
+    first = actions[0]
+    names = [name for action in actions for name in _names(action)]
+    told = [escaped(first.help or "")]
+    if told[0] and not told[0].endswith((".", "…", ")")):
+        told[0] += "."
+    if first.choices is not None:
+        told.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
+    if first.nargs in ("+", "*"):
+        told.append("Takes several values.")
+    if "(default: " not in (first.help or "") and first.default not in (None, "", False):
+        told.append(f"Default: `{first.default}`.")
+    return [f"### `{', '.join(names)}` {{#{anchor}}}", "", " ".join(told), ""]
+
+
+def _names(action: argparse.Action) -> list[str]:
+    """As they are written here: of --a_b and --a-b, which are the same, the first."""
+    names = action.option_strings
+    twins = {name.replace("_", "-") for name in names if "_" in name}
+    return [name for name in names if name not in twins] or [str(action.metavar or action.dest)]
+
+
+def _of_transformers(by_name: dict[str, list[argparse.Action]]) -> list[str]:
+    """What is inherited: a line each, and what is refused here."""
+    inherited = [f.name for f in fields(TrainingArguments) if f.name in by_name]
+    inherited = [name for name in inherited if name not in _own(CommonTrainingArguments)]
+    lines = [
+        "",
+        "## TrainingArguments",
+        "",
+        "transformers' own, for `sft`, `distill`, `precompute`.",
+    ]
+    for name in inherited:
+        if name in UNSUPPORTED:
+            continue
+        action = by_name[name][0]
+        told = "" if action.default in (None, "", False) else f" Default: `{action.default}`."
+        sentence = (action.help or "").strip().split("\n\n")[0]
+        lines += ["", f"`--{name}`", f":   {escaped(' '.join(sentence.split()))}{told}"]
+    lines += ["", "### Refused", "", "What could have no effect here:", ""]
+    return lines + [f"- `--{name}` {escaped(why)}" for name, why in UNSUPPORTED.items()]
