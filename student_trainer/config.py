@@ -245,6 +245,10 @@ class CommonTrainingArguments(TrainingArguments):
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
             self.disable_tqdm = True
+        best = self.metric_for_best_model
+        if self.greater_is_better is None and best is not None:
+            # transformers takes the greatest of whatever is not called a loss.
+            self.greater_is_better = not best.endswith(("loss", "divergence"))
         super().__post_init__()
 
 

@@ -44,9 +44,9 @@ def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settin
         ConfigurationError: it refuses them.
     """
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
-    parsed, engine_flags = cli._parser().parse_known_args(words)
+    parsed, engine_flags = cli._parsers()[0].parse_known_args(words)
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
-    del arguments["log_level"], arguments["log_format"]
+    del arguments["log_level"], arguments["log_format"], arguments["command"]
     settings = Settings(**arguments)
     load_keys(settings)
     return settings

@@ -321,6 +321,16 @@ def test_zero_3_must_save_a_model(model_folder, zero, refused):
         check_recipe(Recipe(*parts), args)
 
 
+@pytest.mark.parametrize(
+    ("metric", "greatest"),
+    [("loss", False), ("divergence", False), ("eval_divergence", False), ("pass@1", True)],
+)
+def test_the_best_model_has_the_least_divergence_or_the_most_tasks(model_folder, metric, greatest):
+    chosen = ["--metric_for_best_model", metric]
+    assert read(words(model_folder, *chosen))[-1].greater_is_better is greatest
+    assert read(words(model_folder, *chosen, "--greater_is_better", "true"))[-1].greater_is_better
+
+
 def test_traced_steps_are_one_or_a_range(model_folder):
     for given, expected in (("7", (7, 7)), ("10-12", (10, 12))):
         assert traced_steps(read(words(model_folder, "--trace_steps", given))[-1]) == expected
