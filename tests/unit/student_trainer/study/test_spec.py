@@ -181,10 +181,11 @@ def test_the_example_is_a_study_whose_flags_exist():
     assert steps == {study.cells["student_sft"].flags["max_steps"]}
 
 
-def test_the_study_of_tails_has_the_models_of_the_study():
-    study, tails = load_study(EXAMPLE), load_study(EXAMPLE.with_name("tails.yaml"))
-    check_flags(tails)
+def test_the_study_of_samples_has_the_models_of_the_study():
+    study, samples = load_study(EXAMPLE), load_study(EXAMPLE.with_name("samples.yaml"))
+    check_flags(samples)
     made = {job.digest for job in make_plan(study, (0,)).jobs.values()}
-    plan = make_plan(tails, (0,))
-    for name in ["data", "teacher_raw", "teacher_sft", "student_before", "warm.bucket.16"]:
+    plan = make_plan(samples, (0,))
+    same = ["teacher_sft", "student_sft", "supervised", "seq_kd", "warm.bucket.16"]
+    for name in same:
         assert plan.jobs[plan.folder_of[name, 0]].digest in made
