@@ -116,9 +116,9 @@ def in_json() -> bool:
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
 
 
-def adopt(library: str) -> None:
-    """Let a library that has brought handlers of its own log as everything else does, in JSON."""
-    if in_json():
+def adopt(*libraries: str) -> None:
+    """Let libraries that have brought handlers of their own log as all else does, in JSON."""
+    for library in libraries if in_json() else ():
         logger = logging.getLogger(library)
         logger.handlers.clear()
         logger.propagate = True

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError
 from student_trainer.config import LoadedModel, parse_keywords
+from student_trainer.student import remove_sparse_loss
 from student_trainer.train import Recipe, distilled
 
 Dataset: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
@@ -39,12 +40,15 @@ class DistillationResult:
             ``eval_divergence``, ``train_runtime`` (seconds), …
         history: all that was logged, in the order of the steps.
         model: the trained student, in memory.
+        stopped: SIGTERM ended the run before its last step: the model is half-trained, and
+            ``output_dir`` has a checkpoint to go on from and no model.
     """
 
     output_dir: Path
     metrics: dict[str, float]
     history: list[dict[str, Any]]
     model: Any
+    stopped: bool
 
 
 def distill(
@@ -117,7 +121,8 @@ def distill(
     assert trainer is not None  # it was not dry
     history = trainer.state.log_history
     metrics = {name: value for entry in history for name, value in entry.items()}
-    return DistillationResult(Path(output_dir), metrics, history, trainer.model)
+    remove_sparse_loss(trainer.model)
+    return DistillationResult(Path(output_dir), metrics, history, trainer.model, trainer.stopped)
 
 
 def _name(dataset: Dataset) -> str:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_bars_in_logs()
     try:
         command = _command(words[0])
-        logs.adopt("transformers")
+        logs.adopt("transformers", "huggingface_hub", "datasets")
         command(words[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -187,6 +187,7 @@ class TeacherClient:
         Raises:
             As `score`.
         """
+        _ = self.info  # connected
         asked = [self._prompt(number, given) for number, given in enumerate(prompts)]
         sampling = Sampling(
             max_new_tokens=max_new_tokens,

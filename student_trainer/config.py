@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -245,8 +246,8 @@ class CommonTrainingArguments(TrainingArguments):
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
             self.disable_tqdm = True
-        best = self.metric_for_best_model
-        if self.greater_is_better is None and best is not None:
+        best, greater = self.metric_for_best_model, getattr(self, "greater_is_better", None)
+        if greater is None and best is not None:
             # transformers takes the greatest of whatever is not called a loss.
             self.greater_is_better = not best.endswith(("loss", "divergence"))
         super().__post_init__()
@@ -499,6 +500,10 @@ def _to_words(values: Mapping[Any, Any], known: set[str], where: str, *, what: s
 
 
 def _to_word(value: Any) -> str:
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -316,9 +317,9 @@ def _ping(url: str) -> tuple[float, float | None]:
                 since = time.perf_counter()
                 response = http.get(f"{url.rstrip('/')}/health")
                 seconds.append(time.perf_counter() - since)
-        if date := response.headers.get("Date"):
-            skew = (parsedate_to_datetime(date) - _now()).total_seconds()
-    except httpx.HTTPError as error:
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # no date that can be read
+            skew = (parsedate_to_datetime(response.headers["Date"]) - _now()).total_seconds()
+    except (httpx.HTTPError, OSError) as error:  # OSError: SSL_CERT_FILE names no file
         raise TeacherUnreachableError(f"{url}: {error or type(error).__name__}") from error
     return min(seconds), skew
 

@@ -21,6 +21,7 @@ from student_trainer.config import (
     DistillArguments,
     TeacherArguments,
     uses_deepspeed,
+    uses_fsdp,
 )
 from student_trainer.data import Example, Sample
 from student_trainer.memory import Memory, estimate_memory
@@ -71,8 +72,22 @@ def dry_run(
         recipe.model, recipe.adapters, args, tokens=_micro_batch_tokens(prepared, args)
     )
     said = [] if teacher is None else _scored(teacher, prepared)
-    if not PartialState().is_main_process:
-        return
+    if PartialState().is_main_process:
+        _print(recipe, prepared, args, memory, said, teacher, asked, questions)
+    PartialState().wait_for_everyone()  # or the group ends under those who still talk
+    PartialState().destroy_process_group()
+
+
+def _print(
+    recipe: Recipe,
+    prepared: Prepared,
+    args: CommonTrainingArguments,
+    memory: Memory,
+    said: list[tuple[str, str]],
+    teacher: Teacher | None,
+    asked: TeacherArguments | None,
+    questions: int | None,
+) -> None:
     _, most = _tokens(prepared, args)
     colours = has_colours(sys.stdout)
     sections = [
@@ -256,6 +271,7 @@ def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, st
     told = [
         ("weights", _size(memory.weights)),
         ("gradients", _size(memory.gradients)),
+        *([("DDP's buckets", _size(memory.buckets))] if memory.buckets else []),
         ("optimizer", optimizer),
     ]
     if memory.casts:
@@ -271,7 +287,7 @@ def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, st
 
 
 def _sharded(args: CommonTrainingArguments) -> str:
-    return ", before it is sharded" if args.fsdp or uses_deepspeed(args) else ""
+    return ", before it is sharded" if uses_fsdp(args) or uses_deepspeed(args) else ""
 
 
 def _size(count: float) -> str:

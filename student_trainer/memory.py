@@ -10,7 +10,13 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from student_trainer.config import AdapterArguments, CommonTrainingArguments, ModelArguments
+from student_trainer.config import (
+    AdapterArguments,
+    CommonTrainingArguments,
+    ModelArguments,
+    uses_deepspeed,
+    uses_fsdp,
+)
 from student_trainer.loading import load_skeleton
 from student_trainer.losses.fused import CHUNK_BYTES
 
@@ -26,6 +32,7 @@ class Memory:
     Attributes:
         parameters, trainable: counts, not bytes.
         weights, gradients: of all parameters; of those that are trained.
+        buckets: in which DDP exchanges gradients between processes: a second copy of them.
         optimizer: its state after the first step; None where --optim does not tell without a GPU.
         casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
         loss: a chunk of logits, and the gradient of the output layer where it is trained.
@@ -35,13 +42,15 @@ class Memory:
     trainable: int
     weights: int
     gradients: int
+    buckets: int
     optimizer: int | None
     casts: int
     loss: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + (self.optimizer or 0) + self.casts + self.loss
+        step = self.gradients + self.buckets + (self.optimizer or 0)
+        return self.weights + step + self.casts + self.loss
 
 
 def estimate_memory(
@@ -71,11 +80,13 @@ def estimate_memory(
         casts = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
     if adapters.load_in_4bit:
         casts = 0  # a layer is unpacked as it is used, and no copy stays
+    sharded = uses_fsdp(args) or uses_deepspeed(args)
     return Memory(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in trained),
         weights=weights,
         gradients=bytes_of(trained),
+        buckets=bytes_of(trained) if args.world_size > 1 and not sharded else 0,
         optimizer=_optimizer_bytes(args, skeleton, trained),
         casts=casts,
         loss=min(CHUNK_BYTES, 4 * len(head) * tokens) + 4 * head.numel() * head.requires_grad,

@@ -100,7 +100,7 @@ def install_sparse_loss(model: Any) -> None:
     Args:
         model: a causal language model of transformers, or a peft model around one.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal_lm = _causal_lm(model)
     original = causal_lm.forward
     head = find_head(causal_lm, original)
 
@@ -132,6 +132,17 @@ def install_sparse_loss(model: Any) -> None:
         return _loss_of_hidden(head, states, wanted)
 
     causal_lm.forward = forward
+    causal_lm._forward_before = original
+
+
+def remove_sparse_loss(model: Any) -> None:
+    """Give the model back its own ``forward``: a copy of it would compute with these weights."""
+    causal_lm = _causal_lm(model)
+    causal_lm.forward = causal_lm.__dict__.pop("_forward_before")
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _top_ids(head: OutputHead | None, states: torch.Tensor, wanted: TopTokens) -> torch.Tensor:

@@ -264,11 +264,11 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
     if settings.engine == "vllm":
         from teacher_server.backends.vllm import VllmBackend
 
-        logs.adopt("transformers")
+        logs.adopt("transformers", "huggingface_hub")
         return VllmBackend(settings, metrics, loop)
     from teacher_server.backends.transformers import TransformersBackend
 
-    logs.adopt("transformers")
+    logs.adopt("transformers", "huggingface_hub")
     return TransformersBackend(settings, metrics)
 
 

@@ -60,7 +60,7 @@ def student_trainer_page() -> str:
         lines += ["", f"## {name}", "", f"{escaped(about)} For {told}.", ""]
         for flag in _own(group):
             lines += _entry(of_command[takers[0]][flag], f"{name.lower()}-{flag}")
-    for command in ("study", "report"):
+    for command in ("study", "report", "doctor"):
         parser = _parser(main, f"student-trainer {command}", [command])
         lines += ["", f"## {command}", "", escaped(parser.description or ""), ""]
         for actions in _by_name(parser).values():

@@ -1,5 +1,6 @@
 """The public Python API and its examples, against a real server."""
 
+import copy
 import json
 import re
 import runpy
@@ -94,6 +95,11 @@ class TestTeacherClient:
         [scored] = teacher.score([(sample.token_ids, sample.completion_start)], top_k=4)
         np.testing.assert_allclose(by_text.scores.logprobs, scored.scores.logprobs, atol=1e-4)
 
+    def test_the_first_call_may_generate_from_token_ids(self, world):
+        with TeacherClient(world.url) as client:
+            [written] = client.generate([[10, 11]], max_new_tokens=2, stop_token_ids=[1], top_k=4)
+        assert len(written.scores) == len(written.sample.completion_ids)
+
     def test_scores_make_the_dense_loss_where_every_token_is_named(self, world, teacher):
         scored = teacher.score([([10, 11, 12, 13], 2), ([20, 21, 22], 1)], top_k=260)
         model = AutoModelForCausalLM.from_pretrained(world.student)
@@ -160,6 +166,11 @@ class TestDistill:
         assert result.output_dir == tmp_path / "b"
         assert result.history == history(tmp_path / "b")
         assert result.model is model
+        assert not result.stopped
+        copied = copy.deepcopy(model)
+        copied.get_decoder().norm.weight.data.zero_()  # so that all logits are 0
+        assert not copied(torch.tensor([[10, 11]])).logits.any()
+        assert model(torch.tensor([[10, 11]])).logits.any()
         card = (tmp_path / "b" / "README.md").read_text()
         assert "on 48 rows of `rows in memory`" in card
         assert "datasets:" not in card

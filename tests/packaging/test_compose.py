@@ -126,7 +126,8 @@ def test_the_trainers_flags_are_right_up_to_data_that_is_not_there(tmp_path, cap
     missing = tmp_path / "train.jsonl"
     service = parsed(DATASET=str(missing), STUDENT_PROCESSES="2")["services"]["trainer-gpu"]
     launcher, _, command = service["command"].partition(" -m student_trainer ")
-    assert launcher == "python -m torch.distributed.run --nproc_per_node 2"
+    assert launcher == "python -m torch.distributed.run --nproc_per_node 2 --shutdown_timeout 600"
+    assert service["stop_grace_period"] == "11m"  # in which that timeout ends
     words = command.replace("/runs/", f"{tmp_path}/")
     assert student_trainer.main(shlex.split(words)) == 2
     assert f"{missing}: no such file or folder" in capsys.readouterr().err

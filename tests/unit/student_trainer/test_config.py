@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.trainer_utils import SaveStrategy
 
 from shared.errors import ConfigurationError
 from student_trainer.checks import check_distill, check_merge, check_rollouts
@@ -20,6 +21,7 @@ from student_trainer.config import (
     TeacherArguments,
     checkpoint_of,
     parse,
+    parse_keywords,
     traced_steps,
 )
 from student_trainer.train import Recipe, check_recipe
@@ -329,6 +331,16 @@ def test_the_best_model_has_the_least_divergence_or_the_most_tasks(model_folder,
     chosen = ["--metric_for_best_model", metric]
     assert read(words(model_folder, *chosen))[-1].greater_is_better is greatest
     assert read(words(model_folder, *chosen, "--greater_is_better", "true"))[-1].greater_is_better
+
+
+def test_keywords_may_be_what_libraries_call_the_values(model_folder, tmp_path):
+    keywords = {
+        "model_name_or_path": model_folder, "teacher_url": ["http://127.0.0.1:8000"],
+        "dataset_name": "data.jsonl", "output_dir": tmp_path, "torch_dtype": torch.bfloat16,
+        "save_strategy": SaveStrategy.NO,
+    }  # fmt: skip
+    model, *_, args = parse_keywords("distill", keywords)
+    assert (model.torch_dtype, args.save_strategy) == ("bfloat16", SaveStrategy.NO)
 
 
 def test_traced_steps_are_one_or_a_range(model_folder):

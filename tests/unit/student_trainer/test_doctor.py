@@ -114,6 +114,12 @@ def test_what_is_no_address_fails_and_shows_no_password(capsys, url):
     assert "s3cret" not in json.dumps(found)
 
 
+def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.crt")
+    code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")
+    assert (code, found["teacher"]["status"]) == (1, "fail")
+
+
 def test_clocks_that_disagree_are_told(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_now", lambda: datetime.now(UTC) + timedelta(hours=1))
     with StubTeacher().serving() as stub:

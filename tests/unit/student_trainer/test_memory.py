@@ -6,7 +6,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from student_trainer.cli import main
-from student_trainer.config import AdapterArguments, ModelArguments, SFTArguments
+from student_trainer.config import (
+    AdapterArguments,
+    CommonTrainingArguments,
+    ModelArguments,
+    SFTArguments,
+)
 from student_trainer.loading import load_student
 from student_trainer.memory import bytes_of, estimate_memory
 from tests.support.models import save_model
@@ -68,6 +73,15 @@ def test_the_loss_holds_a_chunk_and_the_gradient_of_an_output_layer_that_is_trai
     assert estimated(tmp_path / "model", tmp_path)[1].loss == chunk + 260 * 32 * 4
     lora = {"use_peft": True}
     assert estimated(tmp_path / "model", tmp_path, adapters=lora)[1].loss == chunk
+
+
+def test_ddp_holds_the_gradients_twice(tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    alone = estimated(tmp_path / "model", tmp_path)[1]
+    monkeypatch.setattr(CommonTrainingArguments, "world_size", 2)
+    two = estimated(tmp_path / "model", tmp_path)[1]
+    assert (alone.buckets, two.buckets) == (0, two.gradients)
+    assert two.total == alone.total + two.gradients
 
 
 def test_quantised_weights_are_half_a_byte_and_their_scales(tmp_path):
