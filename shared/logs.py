@@ -26,7 +26,12 @@ _VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # its processes rea
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("_fields", default=MappingProxyType({}))
 # What every record has; uvicorn's coloured copy of the message tells nothing more.
-_NO_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
+_NO_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "color_message",
+    "vllm_process_name",
+}
 
 
 def bind(**fields: Any) -> None:
