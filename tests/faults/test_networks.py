@@ -112,7 +112,8 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
     ):
         client.connect()
         wire.falls_apart()
-        assert_right(client.score(SEQUENCES, top_k=K))
+        for _ in range(2):  # idle replicas take turns: it is asked once at least
+            assert_right(client.score(SEQUENCES, top_k=K))
         assert f"{wire.url} is left out" in caplog.text
         wire.heals()
         until(lambda: f"{wire.url} is back" in caplog.text, 60)
