@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
+from weakref import WeakSet
 
 R = TypeVar("R")
+
+_PATIENCE = 2.0  # seconds in all; a client that is closed ends its threads much sooner
+_threads: WeakSet[threading.Thread] = WeakSet()
 
 
 def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
@@ -24,5 +30,15 @@ def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
         except BaseException as error:  # is raised where the outcome is asked for
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    _threads.add(thread)
+    thread.start()
     return outcome
+
+
+@atexit.register
+def _let_end() -> None:
+    """A daemon thread that is inside PyTorch when the interpreter goes aborts the process."""
+    until = time.monotonic() + _PATIENCE
+    for thread in list(_threads):
+        thread.join(max(0.0, until - time.monotonic()))
