@@ -128,6 +128,12 @@ class TeacherClient:
             check_vocabulary(self.tokenizer, len(self.tokenizer), info)
         return info
 
+    @property
+    def _connected(self) -> SparseGkdTeacher:
+        """The teacher, whose vocabulary is known to be the tokenizer's."""
+        _ = self.info
+        return self._teacher
+
     def score(
         self,
         sequences: Sequence[Row | tuple[Ids, int]],
@@ -153,8 +159,7 @@ class TeacherClient:
         """
         samples = [self._sample(number, given) for number, given in enumerate(sequences)]
         pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
-        _ = self.info  # connected
-        scores = self._teacher.score(pairs, top_k=top_k, temperature=temperature)
+        scores = self._connected.score(pairs, top_k=top_k, temperature=temperature)
         return list(map(Scored, samples, scores))
 
     def generate(
@@ -187,7 +192,6 @@ class TeacherClient:
         Raises:
             As `score`.
         """
-        _ = self.info  # connected
         asked = [self._prompt(number, given) for number, given in enumerate(prompts)]
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -197,7 +201,7 @@ class TeacherClient:
             top_k=top_k,
             score_temperature=score_temperature,
         )
-        written = self._teacher.generate(asked, sampling)
+        written = self._connected.generate(asked, sampling)
         return [_written(prompt, answer) for prompt, answer in zip(asked, written, strict=True)]
 
     def _sample(self, number: int, given: Row | tuple[Ids, int]) -> Sample:

@@ -194,6 +194,10 @@ class CommonTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = _flag(
         None, "A line for each log instead of a bar. Default: where there is no terminal."
     )
+    greater_is_better: bool | None = _flag(
+        None,
+        "Whether more of --metric_for_best_model is better. Default: not of loss and divergence.",
+    )
     loss_kernel: Literal["auto", "torch", "triton"] = _flag(
         "auto",
         "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
@@ -246,8 +250,8 @@ class CommonTrainingArguments(TrainingArguments):
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
             self.disable_tqdm = True
-        best, greater = self.metric_for_best_model, getattr(self, "greater_is_better", None)
-        if greater is None and best is not None:
+        best = self.metric_for_best_model
+        if self.greater_is_better is None and best is not None:
             # transformers takes the greatest of whatever is not called a loss.
             self.greater_is_better = not best.endswith(("loss", "divergence"))
         super().__post_init__()

@@ -72,22 +72,6 @@ def dry_run(
         recipe.model, recipe.adapters, args, tokens=_micro_batch_tokens(prepared, args)
     )
     said = [] if teacher is None else _scored(teacher, prepared)
-    if PartialState().is_main_process:
-        _print(recipe, prepared, args, memory, said, teacher, asked, questions)
-    PartialState().wait_for_everyone()  # or the group ends under those who still talk
-    PartialState().destroy_process_group()
-
-
-def _print(
-    recipe: Recipe,
-    prepared: Prepared,
-    args: CommonTrainingArguments,
-    memory: Memory,
-    said: list[tuple[str, str]],
-    teacher: Teacher | None,
-    asked: TeacherArguments | None,
-    questions: int | None,
-) -> None:
     _, most = _tokens(prepared, args)
     colours = has_colours(sys.stdout)
     sections = [
@@ -101,9 +85,12 @@ def _print(
     ]
     if teacher is not None and asked is not None:
         sections.append(_table("Teacher", [*said, *_traffic(teacher, asked, args, most)]))
-    for section in (*sections, "\n".join(_rows(prepared, args, colours))):
+    sections.append("\n".join(_rows(prepared, args, colours)))
+    for section in sections if PartialState().is_main_process else ():
         title, _, rest = section.partition("\n")
         sys.stdout.write(f"{painted(title, 'bold', colours)}\n{rest}\n\n")
+    PartialState().wait_for_everyone()  # or the group ends under those who still talk
+    PartialState().destroy_process_group()
 
 
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
