@@ -1,5 +1,3 @@
-import sys
+from student_trainer.cli import program
 
-from student_trainer.cli import main
-
-sys.exit(main())
+program()

@@ -10,7 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import NoReturn, get_args
 
 from shared import __version__, logs
 from shared.errors import (
@@ -21,6 +21,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from student_trainer.terminal import no_bars_in_logs
+from student_trainer.threads import leave
 
 COMMANDS = {
     "sft": "fine-tune on the dataset's completions (the student, or the teacher before serving it)",
@@ -75,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # a flag asked for a package that is not installed
         return _fail(str(error), 2)
     return 0
+
+
+def program() -> NoReturn:
+    """`main`, with its exit code."""
+    leave(main())
 
 
 def _log_as_told(words: list[str]) -> list[str]:

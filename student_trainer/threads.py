@@ -1,13 +1,15 @@
-"""Work in the background."""
+"""Work in the background, and how a process ends that has some."""
 
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 from weakref import WeakSet
 
 R = TypeVar("R")
@@ -42,3 +44,19 @@ def _let_end() -> None:
     until = time.monotonic() + _PATIENCE
     for thread in list(_threads):
         thread.join(max(0.0, until - time.monotonic()))
+
+
+def leave(code: int) -> NoReturn:
+    """End the program; the interpreter is not taken down where a launcher has started it.
+
+    After a collective operation Gloo's threads let go of its tensors when they get to it. One that
+    does so while the interpreter is taken down aborts the process, and so the whole run (PyTorch
+    issue 190489). `destroy_process_group` is no remedy: DistributedDataParallel keeps the threads.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]  # here on as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

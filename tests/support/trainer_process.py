@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer.cli import main
+from student_trainer.threads import leave
 from tests.support.server import free_port
 
 # All are forked from one process that has imported torch: that takes longer than a run.
@@ -52,7 +53,7 @@ def _run(words: list[str], killed_at: Moment | None, environment: dict[str, str]
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-    sys.exit(main(words))
+    leave(main(words))
 
 
 def checkpoints(output: Path) -> list[int]:
