@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong fl
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from shared.errors import (
 )
 from student_trainer.terminal import no_bars_in_logs
 from student_trainer.threads import leave
+from student_trainer.yaml_file import config_path, read_config
 
 COMMANDS = {
     "sft": "fine-tune on the dataset's completions (the student, or the teacher before serving it)",
@@ -85,6 +87,11 @@ def program() -> NoReturn:
 
 def _log_as_told(words: list[str]) -> list[str]:
     """The words without ``--log_format``, which is obeyed before anything large is imported."""
+    path = config_path(words)
+    if path is not None:
+        with contextlib.suppress(ConfigurationError):  # is raised where all flags are read
+            form = read_config(path).get("log_format")
+            words = words if form is None else [f"--log_format={form}", *words]
     parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
     parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
     flags, rest = parser.parse_known_args(words)

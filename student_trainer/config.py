@@ -26,7 +26,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from shared.errors import ConfigurationError
 from student_trainer.help import add_help
 from student_trainer.terminal import can_move
-from student_trainer.yaml_file import read_yaml
+from student_trainer.yaml_file import config_path, read_config
 
 T = TypeVar("T")
 
@@ -430,9 +430,9 @@ def parse(
     parser.exit_on_error = exit_on_error
     known = _names(types)
     words = list(argv)
-    path = _config_path(words)
+    path = config_path(words)
     if path is not None:
-        words = _yaml_to_words(Path(path), known, words) + words
+        words = _yaml_to_words(path, known, words) + words
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -467,20 +467,10 @@ def _names(types: Iterable[type[Any]]) -> set[str]:
     return {f.name for kind in types for f in fields(kind) if f.init}
 
 
-def _config_path(words: list[str]) -> str | None:
-    for index, word in enumerate(words):
-        if word == "--config" and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None
-
-
 def _yaml_to_words(path: Path, known: set[str], overrides: list[str]) -> list[str]:
     """The file as flags; keys that the command line gives again are left out."""
-    content = read_yaml(path, f"--config {path}")
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"--config {path} must hold `name: value` lines")
+    content = read_config(path)
+    content.pop("log_format", None)  # was obeyed before flags were read
     given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in overrides if w.startswith("--")}
     left = {key: None if key in given else value for key, value in content.items()}
     return _to_words(left, known, f"--config {path}", what="key")

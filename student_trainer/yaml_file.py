@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,25 @@ def read_yaml(path: Path, name: str) -> Any:
         raise ConfigurationError(f"{name}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{name} is not valid YAML: {error}") from error
+
+
+def config_path(words: Sequence[str]) -> Path | None:
+    """The file that ``--config`` names among a command's flags."""
+    for index, word in enumerate(words):
+        if word == "--config" and index + 1 < len(words):
+            return Path(words[index + 1])
+        if word.startswith("--config="):
+            return Path(word.removeprefix("--config="))
+    return None
+
+
+def read_config(path: Path) -> dict[Any, Any]:
+    """What the file that ``--config`` names says, by the names of flags.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is something else.
+    """
+    content = read_yaml(path, f"--config {path}")
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"--config {path} must hold `name: value` lines")
+    return content

@@ -49,6 +49,28 @@ def test_each_error_has_its_exit_code(monkeypatch, capsys, error, code):
     assert f"| {code} |" in DOCUMENT.read_text()
 
 
+@pytest.mark.parametrize(
+    ("form", "flags", "start"),
+    [
+        ("json", [], '{"time": "'),
+        ("json", ["--log_format", "text"], "student-trainer: error: --config "),
+        ("xml", [], "usage: student-trainer"),
+    ],
+)
+def test_the_form_of_logs_may_stand_in_the_file_of_flags(tmp_path, form, flags, start):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"log_format: {form}\nmodle_name_or_path: x\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "student_trainer", "sft", "--config", str(config), *flags],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith(start)
+    expected = "modle_name_or_path" if form == "json" else "invalid choice: 'xml'"
+    assert expected in ended.stderr
+    assert "unknown key 'log_format'" not in ended.stderr
+
+
 def test_no_command_and_an_unknown_one_end_with_2(capsys):
     assert cli.main([]) == 2
     assert cli.main(["destill"]) == 2
