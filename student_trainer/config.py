@@ -405,6 +405,8 @@ def make_parser(*types: type[Any], prog: str, description: str) -> HfArgumentPar
         types, prog=prog, description=description, allow_abbrev=False, add_help=False
     )
     parser.add_argument("--config", metavar="YAML", help="File with the same names as the flags.")
+    for action in parser._actions:  # this field may hold several; the parser takes one
+        action.nargs = "+" if action.dest == "report_to" else action.nargs
     add_help(parser)
     return parser
 

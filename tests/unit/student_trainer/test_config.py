@@ -187,6 +187,22 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package(
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["none"], []),
+        (["tensorboard"], ["tensorboard"]),
+        (["tensorboard", "wandb"], ["tensorboard", "wandb"]),
+    ],
+)
+def test_several_trackers_may_be_named(model_folder, monkeypatch, given, expected):
+    monkeypatch.setattr(
+        "student_trainer.checks.get_available_reporting_integrations",
+        lambda: ["tensorboard", "wandb"],
+    )
+    assert read(words(model_folder, "--report_to", *given))[-1].report_to == expected
+
+
 def pretend_vllm(monkeypatch, *, installed):
     find, found = importlib.util.find_spec, object() if installed else None
     monkeypatch.setattr(
