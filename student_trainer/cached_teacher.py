@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from shared import codec, wire
-from shared.errors import TeacherChangedError, TeacherUnreachableError
+from shared.errors import ProtocolError, TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.answer_store import AnswerStore
@@ -210,7 +210,11 @@ class CachedTeacher(Teacher):
         """What the teacher at these addresses was; of any, if the store knows only one."""
         notes = self._store.notes()
         here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
-        return _load(InfoResponse, here.pop()) if len(here) == 1 else None
+        try:
+            return _load(InfoResponse, here.pop()) if len(here) == 1 else None
+        except ProtocolError:
+            logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
+            return None
 
     def _reached(self, why: str) -> Teacher:
         """The teacher itself; waits for it where `connect` did not.

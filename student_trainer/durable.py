@@ -10,13 +10,14 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shared.errors import ProtocolError, TeacherError, TeacherUnreachableError
+from shared.errors import CheckpointError, ProtocolError, TeacherError, TeacherUnreachableError
 from student_trainer.checkpoints import (
     keep_latest,
     publish,
@@ -50,7 +51,11 @@ class DurableTrainer(Trainer):
         self._random_state: RandomState | None = None  # at the end of the last step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set."""
+        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set.
+
+        Raises:
+            CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
+        """
         if self.args.should_save:
             remove_unfinished(self._output)
         with first_signal_asks(_PATIENCE, self._wait_no_longer) as asked:
@@ -63,6 +68,12 @@ class DurableTrainer(Trainer):
                 if not self.stopped:
                     raise
                 return None
+            except UnpicklingError as error:
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} does not load, and nothing in it was run: it is "
+                    "damaged, or holds more than tensors and numbers. Go on from another one by "
+                    "--resume_from_checkpoint FOLDER, or delete it"
+                ) from error
 
     def _wait_no_longer(self) -> None:
         if self._waiting:

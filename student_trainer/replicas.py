@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -54,6 +55,9 @@ _CONNECTIONS = 8
 _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 10.0
+_REMIND_SECONDS = 60.0
+# A connection whose other end went without a word is given up after a minute, not at the timeout.
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _ATTEMPTS_AT_A_500 = 3
 _MAX_ANSWER_BYTES = 1 << 30
 _MAX_REFUSAL_BYTES = 1 << 16
@@ -176,7 +180,7 @@ class Replicas:
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
-            self._http = httpx.Client(headers=headers)
+            self._http = httpx.Client(headers=headers, transport=_transport())
         except OSError as error:  # ssl.SSLError is one
             raise ConfigurationError(
                 f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {error.strerror or error}; give "
@@ -304,8 +308,17 @@ class Replicas:
             method, url, content=body, headers=headers, timeout=timeout
         )
         sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > _REMIND_SECONDS:
+            with contextlib.suppress(TimeoutError):
+                sending.result(_REMIND_SECONDS)
+                break
+            logger.warning(
+                "%s has not answered for %.0f s; %.0f s left",
+                url, seconds - (until - time.monotonic()), until - time.monotonic(),
+            )  # fmt: skip
         try:
-            response = sending.result(seconds)
+            response = sending.result(max(0.0, left))
         except TimeoutError as error:  # the thread goes on until the connection ends
             sending.add_done_callback(_close_answer)
             raise httpx.ReadTimeout(f"no head of an answer in {seconds:g} s") from error
@@ -451,17 +464,26 @@ class Replicas:
             another = any(other not in self._out | tried for other in self.urls)
         if news:
             logger.warning("The teacher at %s is left out (%s); %d go on", url, error, up)
+            asked = error.retry_after if isinstance(error, ProtocolError) else None
+            pause = min(asked or 0.0, self.timeout)
             name = f"teacher-back-{url}"
-            threading.Thread(target=self._watch, args=(url,), name=name, daemon=True).start()
+            threading.Thread(target=self._watch, args=(url, pause), name=name, daemon=True).start()
         return another
 
-    def _watch(self, url: str) -> None:
-        """Let ``url`` rejoin when it is ready and still the same teacher."""
+    def _watch(self, url: str, pause: float) -> None:
+        """After ``pause`` seconds let ``url`` rejoin when it is ready and still the same teacher.
+
+        Another teacher there ends the run, and so does another key. What is no teacher, such as a
+        gateway's page while the server behind it restarts, is looked at again.
+        """
+        self._closed.wait(pause)
         while not self._closed.wait(_RECHECK_SECONDS):
             try:
                 if self._problem(url) or not self._rejoins(url):
                     continue
             except (httpx.TransportError, ProtocolError):
+                continue
+            except TeacherAnswerError:
                 continue
             except TeacherError as error:
                 with self._lock:
@@ -549,6 +571,17 @@ def _check_trust(url: str, error: httpx.TransportError) -> None:
             f"the certificate of {url} is not trusted: {error}. Name the certificate of "
             "its authority by the environment variable SSL_CERT_FILE"
         ) from error
+
+
+def _transport() -> httpx.HTTPTransport | None:
+    """With TCP's keep-alive, where the system lets it be set; to a proxy as httpx does itself."""
+    if set(urllib.request.getproxies()) - {"no"}:
+        return None
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return httpx.HTTPTransport(socket_options=options)
 
 
 def _close_answer(sending: Future[httpx.Response]) -> None:

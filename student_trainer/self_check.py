@@ -34,7 +34,7 @@ def check_repeats(
     """
     if not teacher.connected:
         return
-    examples = [example for example in examples[:_ROWS] if len(_tokens(example)) > 1]
+    examples = examples[:_ROWS]
     sequences = [(_tokens(example), 1) for example in examples]  # all but the first is scored
     first, second = (
         teacher.live.score(sequences, top_k=method.top_k, temperature=method.temperature)
@@ -58,7 +58,7 @@ def check_repeats(
 
 def _tokens(example: Example) -> NDArray[np.uint32]:
     ids = example.prompt_ids if example.sample is None else example.sample.token_ids
-    return ids[:_TOKENS]
+    return ids[:_TOKENS] if len(ids) > 1 else np.repeat(ids, 2)  # one alone predicts nothing scored
 
 
 def _probabilities(scores: SparseLogprobs) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[t
 
     Args:
         patience: seconds after which, and then each second, ``remind`` is called in that thread,
-            wherever it is; it may raise.
+            wherever it is; it may raise. Infinite for never.
     """
     asked = threading.Event()
     main = threading.current_thread() is threading.main_thread()
@@ -50,7 +51,8 @@ def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[t
         asked.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, lambda number, frame: remind())
-        signal.setitimer(signal.ITIMER_REAL, patience, 1.0)
+        if math.isfinite(patience):
+            signal.setitimer(signal.ITIMER_REAL, patience, 1.0)
 
     signal.signal(signal.SIGTERM, ask)
     try:

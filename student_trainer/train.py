@@ -63,6 +63,7 @@ from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine
 from student_trainer.self_check import check_repeats
+from student_trainer.signals import first_signal_asks
 from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
@@ -272,12 +273,14 @@ def _train(
         )
         _end(trainer)
         return trainer
-    with writing("the trained model", Path(args.output_dir or "")):
+    output = Path(args.output_dir or "")
+    # The run is over but for its files: told to end now, it ends with them whole.
+    with first_signal_asks(math.inf, lambda: None), writing("the trained model", output):
         trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        trainer.create_model_card()
     trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)

@@ -352,11 +352,15 @@ class DistillationTrainer(DurableTrainer):
             self.window.skip_step()
             return
         file = self._output / f"nonfinite-step{step}-rank{rank}.npz"
-        save_batch(file, self._step_batch)
+        try:
+            save_batch(file, self._step_batch)
+            kept = f"Its batch is in {file}, for student_trainer.nonfinite.load_batch"
+        except OSError as error:
+            kept = f"Its batch could not be kept in {file}: {error.strerror or error}"
         raise NonFiniteError(
-            f"{found}. Its batch is in {file}, for student_trainer.nonfinite.load_batch; no "
-            "checkpoint was written after it. Look for rows that are unlike the others, or lower "
-            "--learning_rate; --nonfinite skip with --resume_from_checkpoint auto leaves it out"
+            f"{found}. {kept}; no checkpoint was written after it. Look for rows that are unlike "
+            "the others, or lower --learning_rate; --nonfinite skip with --resume_from_checkpoint "
+            "auto leaves it out"
         )
 
     @property

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -171,7 +172,7 @@ class TeacherApp:
         )  # fmt: skip
         # Parsed, JSON is many times its text, and the interpreter parses one body at a time anyway.
         self._parsing = asyncio.Semaphore(2)
-        self.scoring = InFlight(metrics.shared.inc)
+        self.in_flight = InFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
         self.speaker = openai.Speaker(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -328,8 +329,11 @@ class TeacherApp:
 
         Scores depend on the job alone; but another client's may wait for that client's turn.
         """
-        question = hashlib.sha256(codec.encode(vars(job))).digest()
-        return await self.scoring.ask(question, lambda: backend.score(job))
+        return await self.in_flight.ask(_question(job), lambda: backend.score(job))
+
+    async def _generated(self, backend: Backend, job: GenerateJob) -> Completion:
+        """As `_scored`: a job with a seed, or a greedy one, is written the same again."""
+        return await self.in_flight.ask(_question(job), lambda: backend.generate(job))
 
     async def _generate(self, request: Request, request_id: str) -> Answer:
         """Completions of prompts, with sparse log-probs when asked."""
@@ -342,7 +346,7 @@ class TeacherApp:
             return await self._stream(request, request_id, jobs, asked.n)
         with self._admit(request, jobs):
             flat: list[Completion] = await self.admission.run(
-                _all([backend.generate(job) for job in jobs], "prompts", asked.n),
+                _all([self._generated(backend, job) for job in jobs], "prompts", asked.n),
                 lambda: _disconnected(request),
             )
             self._count_generated(jobs, flat)
@@ -401,7 +405,7 @@ class TeacherApp:
         finished: asyncio.Queue[GenerateEvent | None] = asyncio.Queue()
 
         async def one(index: int, job: GenerateJob) -> None:
-            completion = await backend.generate(job)
+            completion = await self._generated(backend, job)
             self._count_generated([job], [completion])
             finished.put_nowait(
                 GenerateEvent.model_construct(
@@ -474,7 +478,9 @@ class TeacherApp:
             scored, written = await self.admission.run(
                 _both(
                     _all([self._scored(backend, job) for job in to_score], "prompt"),
-                    _all([backend.generate(job) for job in to_write], "prompt", asked.n or 1),
+                    _all(
+                        [self._generated(backend, job) for job in to_write], "prompt", asked.n or 1
+                    ),
                 ),
                 lambda: _disconnected(request),
             )
@@ -600,8 +606,14 @@ def _draw_key(seed: int, sequence: ScoreSequence) -> bytes:
     return hashlib.sha256(content).digest()
 
 
+def _question(job: ScoreJob | GenerateJob) -> bytes:
+    """What a job asks, as a digest; with the client in it."""
+    return hashlib.sha256(codec.encode(asdict(job))).digest()
+
+
 def _generate_jobs(asked: GenerateRequest, client: str) -> list[GenerateJob]:
-    seed = int.from_bytes(os.urandom(7)) if asked.seed is None else asked.seed
+    drawn = asked.temperature > 0 and asked.seed is None
+    seed = int.from_bytes(os.urandom(7)) if drawn else asked.seed or 0
     stops = () if asked.stop_token_ids is None else tuple(int(i) for i in asked.stop_token_ids)
     score = None
     if asked.top_k is not None:

@@ -62,7 +62,7 @@ class Metrics:
         )
         self.shared = Counter(
             "teacher_shared_answers",
-            "Sequences answered with the scores of an equal one that was under way.",
+            "Sequences and completions answered with those of an equal one that was under way.",
             registry=self.registry,
         )
         self.queued_tokens = Gauge(

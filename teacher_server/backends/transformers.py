@@ -57,6 +57,9 @@ class TransformersBackend:
         self._chunk_bytes = settings.score_chunk_mib << 20
         self._split_head = _head_is_separable(self._model)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._timeout = settings.request_timeout
+        self._since: float | None = None  # when the batch began that runs
+        self._works = True
         self._scores: Batcher[ScoreJob, SparseLogprobs] = Batcher(
             self._timed("score", self._answer_scores),
             self._thread,
@@ -72,7 +75,13 @@ class TransformersBackend:
 
     @property
     def alive(self) -> bool:
-        return True  # the model is in this process
+        """Whether the device works, and the batch in it has not outlived all who asked for it.
+
+        Nobody waits for longer than the request timeout, and a batch that nobody waits for ends
+        with its next token: one that runs for twice as long hangs.
+        """
+        since = self._since
+        return self._works and (since is None or time.monotonic() - since < 2 * self._timeout)
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         return await self._scores.submit(job)
@@ -140,8 +149,12 @@ class TransformersBackend:
     def _timed(self, name: str, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def timed(jobs: Any, callers: Any) -> None:
             since = time.perf_counter()
+            self._since = time.monotonic()
             try:
                 run(jobs, callers)
+            except torch.AcceleratorError:
+                self._works = _works(self._device)
+                raise
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -153,6 +166,7 @@ class TransformersBackend:
                     "batch; send a shorter sequence"
                 ) from None
             finally:
+                self._since = None
                 self._metrics.forward_seconds.labels(name).observe(time.perf_counter() - since)
 
         return timed
@@ -236,6 +250,15 @@ def _head_is_separable(model: Any) -> bool:
     if not same:
         logger.warning("Unknown output layer: scoring from the model's own logits of all positions")
     return same
+
+
+def _works(device: torch.device) -> bool:
+    """Whether it still computes; after some errors a GPU does nothing more for this process."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1.0
+    except RuntimeError as error:
+        logger.error("The device is lost: %s", error)
+        return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:

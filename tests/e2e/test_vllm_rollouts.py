@@ -92,6 +92,17 @@ class TestEngine:
         vllm.sync(2)
         assert largest_difference(vllm, student, prompt) < 1e-4
 
+    def test_weights_that_do_not_arrive_are_found_out(self, vllm, student, monkeypatch):
+        vllm.sync(5)
+        step(student, seed=3)
+        with monkeypatch.context() as patch:
+            patch.setattr(vllm._engine, "collective_rpc", lambda *words, **more: None)
+            with pytest.raises(RolloutError, match="differ by"):
+                vllm.sync(6)
+        assert vllm.drift > 0.01
+        vllm.sync(7)
+        assert vllm.drift < 1e-4
+
     def test_the_same_version_is_not_sent_again(self, vllm, student):
         vllm.sync(10)
         before = run(rollouts(vllm, temperature=0.0), requests(4))

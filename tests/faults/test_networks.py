@@ -51,14 +51,16 @@ class Wire:
 
     def falls_apart(self):
         """Silently: no packet arrives, and nobody is told."""
-        self.filter("-A", "INPUT", "-j", "DROP")
+        for chain in ("INPUT", "OUTPUT"):
+            self.filter("-A", chain, "-j", "DROP")
 
     def heals(self):
-        self.filter("-F", "INPUT")
+        self.filter("-F")
 
 
-@pytest.fixture
-def wire(tmp_path):
+@contextlib.contextmanager
+def machine(folder, seconds=0.0):
+    """The `Wire` to a new machine, always at the same address, whose teacher takes its time."""
     namespace, outer, inner = (f"{name}{os.getpid()}" for name in ("gkd", "gkdo", "gkdi"))
     near, far = "10.213.77.1", "10.213.77.2"
     with contextlib.ExitStack() as life:
@@ -77,9 +79,15 @@ def wire(tmp_path):
             Wire(namespace, "").heals()
         launcher = ("ip", "netns", "exec", namespace)
         life.enter_context(
-            stub_process.running(PORT, stub.info(), tmp_path, host=far, launcher=launcher)
+            stub_process.running(PORT, stub.info(), folder, seconds, host=far, launcher=launcher)
         )
         yield Wire(namespace, f"http://{far}:{PORT}")
+
+
+@pytest.fixture
+def wire(tmp_path):
+    with machine(tmp_path) as wire:
+        yield wire
 
 
 @pytest.mark.slow_fault
@@ -101,6 +109,25 @@ def test_a_network_that_falls_apart_and_heals_costs_time_only(wire, caplog):
             call.result(1.5)
         wire.heals()
         assert_right(call.result(60))
+
+
+@pytest.mark.slow_fault
+def test_a_machine_that_is_lost_and_replaced_is_asked_again_long_before_the_timeout(
+    tmp_path, monkeypatch
+):
+    """No packet ends the connections to the first one, and the second knows nothing of them."""
+    seconds = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+    monkeypatch.setattr("student_trainer.replicas._KEEPALIVE", seconds)
+    with contextlib.ExitStack() as life:
+        with machine(tmp_path, seconds=120) as wire:
+            client = life.enter_context(SparseGkdTeacher([wire.url], timeout=300))
+            client.connect()
+            call = client.submit(client.score, SEQUENCES, top_k=K)
+            with pytest.raises(TimeoutError):
+                call.result(0.5)
+            wire.falls_apart()
+        with machine(tmp_path):
+            assert_right(call.result(30))
 
 
 @pytest.mark.slow_fault

@@ -93,6 +93,15 @@ def test_a_loss_that_is_nan_stops_with_its_batch(broken, rows, letter, tmp_path,
     assert sum(letter in item.sample.token_ids for item in micro_batch) == 1
 
 
+def test_a_batch_that_cannot_be_kept_hides_no_loss_that_is_nan(broken, rows, tmp_path, capsys):
+    output = tmp_path / "out"
+    (output / "nonfinite-step3-rank0.npz").mkdir(parents=True)
+    assert main(sft(broken, rows, output)) == 1
+    said = capsys.readouterr().err
+    assert "step 3: the loss is nan" in said
+    assert f"could not be kept in {output}/nonfinite-step3-rank0.npz: Is a directory" in said
+
+
 def test_a_step_that_is_nan_is_left_out_and_counted(broken, rows, letter, tmp_path):
     output = tmp_path / "out"
     assert main(sft(broken, rows, output, nonfinite="skip")) == 0

@@ -2,13 +2,17 @@
 
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from shared import wire
+from shared.errors import TeacherAnswerError
 from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
 from student_trainer.cli import main
+from student_trainer.self_check import check_repeats
+from student_trainer.teacher import SparseGkdTeacher
 from tests.support import stub
 from tests.support.paced import scores_of
 
@@ -81,3 +85,12 @@ def test_a_cache_does_not_hide_it(command, varying, tmp_path, capsys):
         assert teacher.asked == asked + 2
     assert main(words) == 0
     assert teacher.asked == asked + 2
+
+
+def test_prompts_of_one_token_hide_it_no_more(varying):
+    example = SimpleNamespace(name="row 1", prompt_ids=np.array([5], np.uint32), sample=None)
+    method = SimpleNamespace(top_k=4, temperature=1.0)
+    with stub.serving(varying(0.5)) as url, SparseGkdTeacher([url]) as client:
+        client.connect()
+        with pytest.raises(TeacherAnswerError, match="row 1"):
+            check_repeats(client, [example], method, tolerance=0.01)

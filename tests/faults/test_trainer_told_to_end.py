@@ -68,6 +68,19 @@ def test_a_second_sigterm_ends_at_once(command, serving, tmp_path):
     assert checkpoints(tmp_path) == []
 
 
+def test_sigterm_while_the_trained_model_is_written_leaves_it_whole(
+    command, serving, whole, tmp_path
+):
+    output = tmp_path / "out"
+    at = ("open", "out/config.json")
+    with serving() as url, running(command(url, output), killed_at=at, by=signal.SIGTERM) as run:
+        run.join(60)
+    assert run.exitcode == 0
+    assert_same_weights(whole[0], output)
+    names = [{file.name for file in folder.iterdir()} for folder in (whole[0], output)]
+    assert names[0] - names[1] == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
 @pytest.mark.slow_fault
 def test_all_ranks_save_the_same_step_when_one_is_told(command, serving, whole, tmp_path):
     def in_two(url, output):

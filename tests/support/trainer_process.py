@@ -27,14 +27,19 @@ Moment = tuple[str, str]  # an event of Python's audit, and how its first argume
 
 @contextlib.contextmanager
 def running(
-    words: Sequence[str], *, killed_at: Moment | None = None, **environment: str
+    words: Sequence[str],
+    *,
+    killed_at: Moment | None = None,
+    by: signal.Signals = signal.SIGKILL,
+    **environment: str,
 ) -> Iterator[BaseProcess]:
     """``student-trainer`` with these words; at the end it is killed, if it still runs.
 
     Args:
-        killed_at: it kills itself, by SIGKILL, just before that.
+        killed_at: it sends itself a signal just before that.
+        by: the signal.
     """
-    process = _CONTEXT.Process(target=_run, args=(list(words), killed_at, environment))
+    process = _CONTEXT.Process(target=_run, args=(list(words), killed_at, by, environment))
     process.start()
     try:
         yield process
@@ -43,14 +48,16 @@ def running(
         process.join()
 
 
-def _run(words: list[str], killed_at: Moment | None, environment: dict[str, str]) -> None:
+def _run(
+    words: list[str], killed_at: Moment | None, by: signal.Signals, environment: dict[str, str]
+) -> None:
     os.environ.update(environment)
     if killed_at is not None:
         event, ending = killed_at
 
         def hook(name: str, arguments: tuple[object, ...]) -> None:
             if name == event and str(arguments[0]).endswith(ending):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
 
         sys.addaudithook(hook)
     leave(main(words))

@@ -187,6 +187,14 @@ def test_without_a_teacher_the_answers_of_then_are_given(tmp_path, caplog):
         teacher.connect()
 
 
+def test_a_note_that_is_corrupt_is_told_and_the_teacher_asked(stub, tmp_path, caplog):
+    with cached(tmp_path, stub.url) as teacher:
+        teacher._store.note(stub.url, b"\xc1 no message")
+    with cached(tmp_path, stub.url, starts_alone=True) as teacher:
+        assert teacher.connected
+    assert "note of its teacher is corrupt" in caplog.text
+
+
 def test_a_teacher_that_still_loads_is_waited_for_though_the_store_knows_one(tmp_path):
     with StubTeacher().serving() as stub, cached(tmp_path, stub.url):
         pass

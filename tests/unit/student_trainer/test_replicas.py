@@ -94,6 +94,50 @@ def test_a_replica_that_is_left_out_is_not_asked_until_it_is_ready(pair, caplog)
     assert (len(first.requests), len(second.requests)) == (2, 5)
 
 
+def test_a_replica_is_left_alone_for_as_long_as_it_asks(pair, caplog):
+    first, _ = pair
+    with caplog.at_level(logging.WARNING), connected(*pair) as client:
+        first.script = [lambda request: problem(429, "full", **{"Retry-After": "3"})]
+        asked, since = first.ready_calls, time.monotonic()
+        score(client)
+        eventually(lambda: "is back" in caplog.text, "it does not rejoin")
+        assert time.monotonic() - since > 3
+        assert first.ready_calls == asked + 1
+
+
+def test_a_gateways_page_before_a_replica_that_restarts_ends_nothing(pair, caplog):
+    first, _ = pair
+    with caplog.at_level(logging.WARNING), connected(*pair) as client:
+        itself, looks = first.get, []
+        first.script = [lambda request: problem(503, "draining")]
+        first.get = lambda path: looks.append(path) or (404, {}, b"default backend")
+        score(client)
+        eventually(lambda: len(looks) > 1, "it is not looked at again")
+        score(client)
+        first.get = itself
+        eventually(lambda: "is back" in caplog.text, "it does not rejoin")
+        score(client)
+
+
+def test_a_silent_teacher_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr("student_trainer.replicas._REMIND_SECONDS", 0.2)
+
+    def late(request):
+        time.sleep(0.7)
+        return packed(score_response(request))
+
+    with (
+        StubTeacher().serving() as stub,
+        caplog.at_level(logging.WARNING),
+        connected(stub) as client,
+    ):
+        stub.script = [late]
+        score(client)
+    told = [record.getMessage() for record in caplog.records]
+    assert len([line for line in told if f"{stub.url}/v1/score has not answered for" in line]) == 3
+    assert "s left" in told[0]
+
+
 def test_a_killed_replica_is_left_out_and_rejoins_when_restarted_at_its_port(caplog):
     with StubTeacher().serving() as second, contextlib.ExitStack() as life:
         first = life.enter_context(StubTeacher().serving())

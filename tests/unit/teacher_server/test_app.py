@@ -195,6 +195,36 @@ def test_a_request_sent_again_while_it_is_computed_is_not_computed_beside_itself
     assert len(begun) == computed
 
 
+@pytest.mark.parametrize(
+    ("options", "second", "computed"),
+    [
+        ({"seed": 7}, {}, 1),
+        ({"temperature": 0.0}, {}, 1),
+        ({"seed": 7}, {"seed": 8}, 2),
+        ({"seed": 7}, {"max_new_tokens": 5}, 2),
+        ({"seed": 7}, {"top_k": 2}, 2),
+        ({"temperature": 1.0}, {}, 2),  # each draws anew
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_asked_for_again_is_not_written_beside_itself(
+    app, options, second, computed, stream
+):
+    begun = []
+    app.backend.generate = lambda job: begun.append(job) or asyncio.Event().wait()
+    asked = {"prompts": [[97, 2]], "max_new_tokens": 4, "stream": stream, **options}
+
+    async def both():
+        transport = httpx.ASGITransport(app.api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://teacher") as client:
+            await asyncio.gather(
+                *(client.post("/v1/generate", json={**asked, **more}) for more in ({}, second))
+            )
+
+    asyncio.run(both())
+    assert len(begun) == computed
+
+
 def test_a_full_queue_says_when_to_come_back(app):
     with app.admission.admit("another", 198, 1):
         response = call(app, "POST", "/v1/score", json=body(1))

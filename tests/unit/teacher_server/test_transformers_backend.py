@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -214,6 +215,52 @@ def test_batches_over_the_memory_are_split_and_counted(llama_folder, monkeypatch
     assert value("teacher_out_of_memory_total", {"kind": "score"}) == 3  # of 8, and of 4 twice
     assert value("teacher_out_of_memory_total", {"kind": "generate"}) == 0
     assert value("teacher_queue_seconds_count", {"kind": "score"}) == 8  # waited once each
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_it_is_dead_once_its_device_is_lost(llama_folder, monkeypatch, lost):
+    served = TransformersBackend(Settings(str(llama_folder)), Metrics())
+
+    def fails(jobs):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def ones(*shape, **options):
+        raise RuntimeError("CUDA error: context is destroyed")
+
+    monkeypatch.setattr(served, "score_batch", fails)
+    jobs = score_jobs(np.random.default_rng(3), served.facts.vocab_size, lengths=(9,))
+
+    async def scenario():
+        with monkeypatch.context() as patch:
+            if lost:
+                patch.setattr(torch, "ones", ones)
+            await asyncio.gather(*map(served.score, jobs), return_exceptions=True)
+        await served.close()
+
+    assert served.alive
+    asyncio.run(scenario())
+    assert served.alive is not lost
+
+
+def test_it_is_dead_while_a_batch_outlives_all_who_asked(llama_folder, monkeypatch):
+    served = TransformersBackend(Settings(str(llama_folder), request_timeout=0.2), Metrics())
+    score, hangs = served.score_batch, threading.Event()
+    monkeypatch.setattr(served, "score_batch", lambda jobs: hangs.wait(30) and score(jobs))
+    jobs = score_jobs(np.random.default_rng(3), served.facts.vocab_size, lengths=(9,))
+
+    async def scenario():
+        answer = asyncio.ensure_future(served.score(jobs[0]))
+        await asyncio.sleep(0.1)
+        seen = [served.alive]
+        await asyncio.sleep(0.5)
+        seen.append(served.alive)
+        hangs.set()
+        await answer
+        seen.append(served.alive)
+        await served.close()
+        return seen
+
+    assert asyncio.run(scenario()) == [True, False, True]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
