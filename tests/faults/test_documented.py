@@ -21,7 +21,7 @@ def defined():
     for path in TESTS.rglob("test_*.py"):
         tree = ast.parse(path.read_text())
         strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-        for node in tree.body:
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 found.setdefault(node.name, set()).update(strings)
     return found
