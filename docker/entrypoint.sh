@@ -8,6 +8,9 @@ fi
 if [ "$(stat -c %u /runs)" -eq 0 ]; then
     chown gkd:gkd /runs
 fi
-chown "$(stat -c %u:%g /runs)" /cache
+# Another owner's, from a start with another folder, would not let this one write.
+if [ "$(stat -c %u:%g /cache)" != "$(stat -c %u:%g /runs)" ]; then
+    chown -R "$(stat -c %u:%g /runs)" /cache
+fi
 exec setpriv --reuid="$(stat -c %u /runs)" --regid="$(stat -c %g /runs)" --clear-groups \
     --no-new-privs "$@"

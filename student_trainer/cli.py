@@ -21,9 +21,9 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TokenizerMismatchError,
 )
+from shared.yaml_file import config_path, read_config
 from student_trainer.terminal import no_bars_in_logs
 from student_trainer.threads import leave
-from student_trainer.yaml_file import config_path, read_config
 
 COMMANDS = {
     "sft": "fine-tune on the dataset's completions (the student, or the teacher before serving it)",
@@ -43,9 +43,10 @@ usage: student-trainer COMMAND [flags]
 commands:
 {_LIST}
 
-student-trainer COMMAND --help lists the flags that matter, --help_all those of transformers too;
---config FILE.yaml holds the same names, and --dry_run tells what a run would do. --log_format json,
-with any command, makes each line that is logged a JSON object.
+student-trainer COMMAND --help lists the flags that matter. Commands from sft to merge have
+--help_all, which lists those of transformers too, and --config FILE.yaml, which holds the same
+names; sft, distill, precompute and study have --dry_run, which tells what a run would do.
+--log_format json, with any command, makes each line that is logged a JSON object.
 
 exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; SIGTERM while
 training saves a checkpoint and ends with 0."""

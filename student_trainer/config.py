@@ -24,9 +24,9 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from shared.yaml_file import config_path, read_config
 from student_trainer.help import add_help
 from student_trainer.terminal import can_move
-from student_trainer.yaml_file import config_path, read_config
 
 T = TypeVar("T")
 
@@ -439,7 +439,7 @@ def parse(
     if unknown:
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), known, n=1)
-        hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help."
+        hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help_all."
         raise ConfigurationError(f"unknown argument {flag!r}.{hint}")
     values = vars(namespace)
     try:

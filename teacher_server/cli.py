@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import uvicorn
 from shared import __version__, logs
 from shared.completion import SHELLS, Words, script, words_of
 from shared.errors import ConfigurationError
+from shared.yaml_file import config_path, read_config
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
@@ -55,12 +57,16 @@ Memory for scoring
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser, serve = _parsers()
-    parsed, engine_flags = parser.parse_known_args(argv)
+    try:
+        words = _with_file(sys.argv[1:] if argv is None else argv)
+    except ConfigurationError as error:
+        return _fail(error, 2)
+    parsed, engine_flags = parser.parse_known_args(words)
     if parsed.command == "completion":
-        words = {"serve": words_of(serve, "load a model and answer requests"), **_COMPLETION}
-        sys.stdout.write(script(parsed.shell, "teacher-server", words))
+        commands = {"serve": words_of(serve, "load a model and answer requests"), **_COMPLETION}
+        sys.stdout.write(script(parsed.shell, "teacher-server", commands))
         return 0
-    del parsed.command
+    del parsed.command, parsed.config
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
     logs.setup(
         arguments.pop("log_format"), level=arguments.pop("log_level"),
@@ -74,6 +80,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     with listener:
         return asyncio.run(_serve(settings, keys, listener))
+
+
+def _with_file(words: Sequence[str]) -> list[str]:
+    """The words, and before them what the file of ``--config`` says: the command line wins.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds something else than flags.
+    """
+    path = config_path(words)
+    if path is None or words[0] != "serve":
+        return list(words)
+    told = list(words[1:])
+    content = {str(key).replace("_", "-"): value for key, value in read_config(path).items()}
+    model = content.pop("model", None)
+    if not told[0].startswith("-"):
+        model = told.pop(0)
+    return [
+        "serve",
+        *([] if model is None else [str(model)]),
+        *(word for key, value in content.items() for word in _flag(key, value)),
+        *told,
+    ]
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -90,56 +128,72 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     completion.add_argument("shell", choices=SHELLS)
     serve = commands.add_parser(
         "serve", help="load a model and answer requests", epilog=_EPILOG, allow_abbrev=False,
+        usage="teacher-server serve MODEL [flags]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
 
-    def add(flag: str, help: str, **options: Any) -> None:
+    def add(group: Any, flag: str, help: str, **options: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")].default
-        serve.add_argument(flag, help=f"{help} (default: {default})", default=default, **options)
+        group.add_argument(flag, help=f"{help} (default: {default})", default=default, **options)
+
+    def switch(group: Any, flag: str, help: str) -> None:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help)
 
     serve.add_argument("model", help="model folder or Hugging Face Hub id")
-    add("--host", "address to listen on; 0.0.0.0 for other machines, which needs a key")
-    add("--port", "port to listen on; 0 takes a free one", type=int)
+    serve.add_argument(
+        "--config", metavar="YAML", help="file with the same names as the flags, and `model`"
+    )
+    model = serve.add_argument_group("model")
+    add(model, "--backend", "engine; auto is vllm where installed", choices=get_args(BackendName))
+    add(model, "--dtype", "of the weights; auto: as stored", choices=get_args(DtypeName))
+    add(model, "--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
+    add(model, "--max-model-len", "longest sequence in tokens; None: the model's context", type=int)
+    add(model, "--served-model-name", "name in /v1/info instead of MODEL")
+    switch(model, "--trust-remote-code", "run model code of the checkpoint")
+
+    doors = serve.add_argument_group("address, keys and certificates")
+    add(doors, "--host", "address to listen on; 0.0.0.0 for other machines, which needs a key")
+    add(doors, "--port", "port to listen on; 0 takes a free one", type=int)
     add(
-        "--api-key-file",
+        doors, "--api-key-file",
         f"keys of callers, one a line; # begins a comment. {ENVIRONMENT} holds more, with commas",
-    )
-    serve.add_argument(
-        "--allow-unauthenticated", action="store_true",
-        help="let everyone ask who reaches --host, if that is no loopback address",
     )  # fmt: skip
-    add("--ssl-certfile", "PEM certificate, with its chain, for https")
-    add("--ssl-keyfile", "PEM private key; None where --ssl-certfile holds it")
-    add("--backend", "engine; auto is vllm where installed", choices=get_args(BackendName))
-    add("--dtype", "of the weights; auto takes the checkpoint's", choices=get_args(DtypeName))
-    add("--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
-    add("--served-model-name", "name in /v1/info instead of MODEL")
-    serve.add_argument(
-        "--trust-remote-code", action="store_true", help="run model code of the checkpoint"
-    )
-    add("--max-model-len", "longest sequence in tokens; None is the model's context", type=int)
+    switch(
+        doors, "--allow-unauthenticated",
+        "let everyone ask who reaches --host, if that is no loopback address",
+    )  # fmt: skip
+    add(doors, "--ssl-certfile", "PEM certificate, with its chain, for https")
+    add(doors, "--ssl-keyfile", "PEM private key; None where --ssl-certfile holds it")
+
+    limits = serve.add_argument_group("batches and limits")
     add(
-        "--max-batch-tokens",
-        "padded tokens of a model batch; --max-num-batched-tokens of vLLM",
-        type=int,
-    )
+        limits, "--max-batch-tokens",
+        "padded tokens of a model batch; --max-num-batched-tokens of vLLM", type=int,
+    )  # fmt: skip
     add(
-        "--max-queued-tokens",
-        "tokens admitted at once, of one client half as many; over it 429",
-        type=int,
-    )
-    add("--max-held-mib", "MiB of requests and of answers being sent; over it 429", type=int)
-    add("--max-request-tokens", "tokens of one request", type=int)
-    add("--max-request-bytes", "size of a request's body", type=int)
-    add("--max-top-k", "largest top_k of a request", type=int)
-    add("--score-chunk-mib", "MiB of float32 logits made at once, for 256 rows at most", type=int)
-    add("--request-timeout", "seconds until a request is answered 504", type=float)
-    add("--drain-timeout", "seconds that running requests get at shutdown", type=float)
-    serve.add_argument(
+        limits, "--max-queued-tokens",
+        "tokens admitted at once, of one client half as many; over it 429", type=int,
+    )  # fmt: skip
+    add(
+        limits, "--max-held-mib",
+        "MiB of requests and of answers being sent; over it 429", type=int,
+    )  # fmt: skip
+    add(limits, "--max-request-tokens", "tokens of one request", type=int)
+    add(limits, "--max-request-bytes", "size of a request's body", type=int)
+    add(limits, "--max-top-k", "largest top_k of a request", type=int)
+    add(
+        limits, "--score-chunk-mib",
+        "MiB of float32 logits made at once, for 256 rows at most", type=int,
+    )  # fmt: skip
+    add(limits, "--request-timeout", "seconds until a request is answered 504", type=float)
+    add(limits, "--drain-timeout", "seconds for what runs at shutdown", type=float)
+
+    lines = serve.add_argument_group("logs")
+    lines.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"],
         help="(default: info)",
     )  # fmt: skip
-    serve.add_argument(
+    lines.add_argument(
         "--log-format", default="text", choices=get_args(logs.LogFormat),
         help="json: an object a line, with the request's id (default: text)",
     )  # fmt: skip

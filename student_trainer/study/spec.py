@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from student_trainer.yaml_file import read_yaml
+from shared.yaml_file import read_yaml
 
 TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")

@@ -45,7 +45,7 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 # What stands in the text -> what is there instead. {url} is the address of a tiny teacher.
 REPLACED = {
     "deepseek-ai/deepseek-coder-33b-instruct": "TEACHER",
-    "deepseek-ai/deepseek-coder-6.7b-base": "STUDENT",
+    "deepseek-ai/deepseek-coder-6.7b-instruct": "STUDENT",
     "org/TEACHER": "TEACHER",
     "http://localhost:8000": "{url}",
     "http://teacher-host:8000": "{url}",

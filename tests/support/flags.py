@@ -44,9 +44,10 @@ def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settin
         ConfigurationError: it refuses them.
     """
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
-    parsed, engine_flags = cli._parsers()[0].parse_known_args(words)
+    parsed, engine_flags = cli._parsers()[0].parse_known_args(cli._with_file(words))
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
-    del arguments["log_level"], arguments["log_format"], arguments["command"]
+    for name in ("log_level", "log_format", "command", "config"):
+        del arguments[name]
     settings = Settings(**arguments)
     load_keys(settings)
     return settings

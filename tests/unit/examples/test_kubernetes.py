@@ -12,6 +12,7 @@ from teacher_server.app import TeacherApp
 from teacher_server.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from tests.support.flags import read_server, read_trainer, with_key
+from tests.support.http import until
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples" / "kubernetes"
@@ -80,7 +81,7 @@ def test_the_trainer_asks_every_replica_by_its_name(settings, tmp_path):
 
 def test_a_process_for_each_gpu_of_each_node():
     spec, args = TRAINER["spec"], container("trainer")["args"]
-    given = dict(word.removeprefix("--").split("=") for word in args if "=" in word)
+    given = dict(word.removeprefix("--").split("=") for word in args if re.match("--.*=", word))
     nodes = int(given["num_machines"])
     assert spec["completions"] == spec["parallelism"] == nodes
     gpus = container("trainer")["resources"]["limits"]["nvidia.com/gpu"]
@@ -90,6 +91,27 @@ def test_a_process_for_each_gpu_of_each_node():
     (node,) = container("trainer")["env"]
     assert given["machine_rank"] == f"$({node['name']})"
     assert (ROOT / given["config_file"]).exists()  # the image holds examples/
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code"),
+    [
+        ("touch train_results.json", 0),
+        ("true", 1),  # told to end, and saved
+        ("exit 3", 3),
+        ("trap 'touch told; exit 0' TERM; touch begun; sleep 9 & wait", 1),
+        ("trap 'touch train_results.json; exit 0' TERM; touch begun; sleep 9 & wait", 0),
+    ],
+)
+def test_a_run_is_done_once_it_has_results(tmp_path, ranks, code):
+    shell, option, script, name = container("trainer")["args"][:4]
+    words = [shell, option, script.replace("/runs/student", str(tmp_path)), name]
+    with subprocess.Popen([*words, "sh", "-c", ranks], cwd=tmp_path) as process:
+        if "begun" in ranks:
+            until((tmp_path / "begun").exists, 20)
+            process.terminate()
+        assert process.wait(20) == code
+    assert (tmp_path / "told").exists() == ("told" in ranks)
 
 
 def test_tensor_parallelism_takes_the_gpus_of_a_teacher(settings):

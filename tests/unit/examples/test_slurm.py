@@ -116,9 +116,9 @@ def test_a_replica_is_at_its_address_until_it_has_answered(start, tmp_path, monk
     address = tmp_path / "teachers" / "1.url"
     job = start("teacher", FLAGS="--max-top-k 128", PORT="8123")
     until(lambda: (tmp_path / "words").exists() and address.exists(), 20)
-    assert words(address) == [f"http://{socket.gethostname()}:8123"]
+    assert words(address) == [f"http://{socket.gethostname()}:8124"]  # 8123 is that of task 0
     settings = read_server(with_key(words(tmp_path / "words"), tmp_path), monkeypatch)
-    assert (settings.model, settings.port, settings.max_top_k) == ("org/teacher", 8123, 128)
+    assert (settings.model, settings.port, settings.max_top_k) == ("org/teacher", 8124, 128)
     assert settings.engine_flags == ("--tensor-parallel-size", "4")
     job.send_signal(signal.SIGTERM)
     assert job.wait(20) == 0

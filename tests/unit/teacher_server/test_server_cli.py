@@ -10,6 +10,7 @@ import pytest
 
 from shared import __version__
 from teacher_server.cli import main
+from tests.support.flags import read_server
 
 
 def refused(capsys, *arguments):
@@ -39,6 +40,47 @@ def test_vllm_where_it_is_not_installed_is_refused(capsys, llama_folder, monkeyp
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: None)
     error = refused(capsys, str(llama_folder), "--backend", "vllm")
     assert "vllm is not installed here; pip install 'sparse-gkd[vllm]'" in error
+
+
+def file_of(tmp_path, text):
+    (tmp_path / "serve.yaml").write_text(text)
+    return ["--config", str(tmp_path / "serve.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {"model": "org/file", "port": 8123, "trust_remote_code": True}),
+        (["org/given"], {"model": "org/given"}),
+        (["--port", "9000", "--no-trust-remote-code"], {"port": 9000, "trust_remote_code": False}),
+    ],
+)
+def test_a_file_holds_the_flags_and_the_command_line_wins(tmp_path, monkeypatch, words, expected):
+    text = "model: org/file\nport: 8123\ntrust_remote_code: true\nbackend: vllm\n" + (
+        "tensor-parallel-size: 2\nenable-prefix-caching: false\ndevice:\n"
+        "hf-overrides: {rope_theta: 1.0}\ndisable-log-requests: [a, b]\n"
+    )
+    settings = read_server(["serve", *words, *file_of(tmp_path, text)], monkeypatch)
+    found = {**vars(settings)}
+    assert {name: found[name] for name in expected} == expected
+    assert settings.device == "auto"
+    assert settings.engine_flags == (
+        "--tensor-parallel-size=2", "--no-enable-prefix-caching",
+        '--hf-overrides={"rope_theta": 1.0}', "--disable-log-requests", "a", "b",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port: 70000\nmodel: {model}\n", "--port 70000"),
+        ("prot: 8000\nmodel: {model}\nbackend: transformers\n", "--prot=8000: unknown to this"),
+        ("- port\n", "must hold `name: value` lines"),
+        ("port: {\n", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(capsys, tmp_path, llama_folder, text, said):
+    assert said in refused(capsys, *file_of(tmp_path, text.replace("{model}", str(llama_folder))))
 
 
 def test_flags_are_not_abbreviated(capsys, llama_folder):

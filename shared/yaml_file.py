@@ -1,4 +1,4 @@
-"""Reading a YAML file. Nothing heavy is imported here: every process of a study reads one."""
+"""Reading a YAML file, such as one of flags. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def read_yaml(path: Path, name: str) -> Any:
     except OSError as error:
         raise ConfigurationError(f"{name}: {error.strerror or error}") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{name} is not valid YAML: {error}") from error
+        problem = " ".join(str(error).split())
+        raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 
 
 def config_path(words: Sequence[str]) -> Path | None:
