@@ -153,7 +153,7 @@ class TransformersBackend:
             try:
                 run(jobs, callers)
             except torch.AcceleratorError:
-                self._works = _works(self._device)
+                self._works = _computes(self._device)
                 raise
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
@@ -252,7 +252,7 @@ def _head_is_separable(model: Any) -> bool:
     return same
 
 
-def _works(device: torch.device) -> bool:
+def _computes(device: torch.device) -> bool:
     """Whether it still computes; after some errors a GPU does nothing more for this process."""
     try:
         return float(torch.ones(1, device=device).sum()) == 1.0
