@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -73,6 +74,8 @@ def doctor(argv: Sequence[str]) -> None:
     if arguments.json:
         told = {"ok": not failed, "version": __version__, "findings": [asdict(f) for f in found]}
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
+    else:
+        sys.stdout.write(_summary(found, arguments.teacher_url) + "\n")
     if failed:
         raise DoctorError(f"doctor: {len(failed)} failed: {', '.join(failed)}")
 
@@ -100,6 +103,12 @@ def _line(finding: Finding, colours: bool) -> str:
     status = painted(finding.status.ljust(4), _STYLES[finding.status], colours)
     remedy = f"\n{'':21}-> {printable(finding.remedy)}" if finding.remedy else ""
     return f"{status} {finding.check.ljust(16)}{printable(finding.detail)}{remedy}\n"
+
+
+def _summary(found: Sequence[Finding], urls: Sequence[str]) -> str:
+    counts = Counter(finding.status for finding in found)
+    told = ", ".join(f"{counts[status]} {status}" for status in _STYLES if counts[status])
+    return told + ("" if urls else "; no teacher was asked: --teacher_url http://host:8000 does")
 
 
 def _findings(urls: Sequence[str], key_file: str | None) -> Iterator[Finding]:

@@ -41,10 +41,10 @@ _CHARACTERS = 600  # of a prompt or a completion that are shown
 
 
 def asked_briefly(teacher: TeacherArguments) -> TeacherArguments:
-    """A teacher that is not there is told soon; a cache is neither read nor made."""
-    return replace(
-        teacher, teacher_timeout=min(teacher.teacher_timeout, _SECONDS), teacher_cache=None
-    )
+    """A teacher that is not there is told soon, unless told to wait; no cache is read or made."""
+    usual = teacher.teacher_timeout == TeacherArguments.teacher_timeout
+    seconds = _SECONDS if usual else teacher.teacher_timeout
+    return replace(teacher, teacher_timeout=seconds, teacher_cache=None)
 
 
 def dry_run(
@@ -297,12 +297,14 @@ def _scored(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str]]:
     logs = torch.cat([said.logprobs, said.tail_logprob[:, None]], dim=1).double()  # [N, K + 1]
     entropy = -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(dim=1).mean()
     of_next = said.logprobs[:, 0].mean()  # the next token is the first of the support
-    what = "completions" if any(e.sample for e in prepared.train[:_ROWS]) else "bare prompts"
+    bare = not any(example.sample for example in prepared.train[:_ROWS])
+    what = "bare prompts" if bare else "completions"
+    own = ", of prompts, which says nothing of completions" if bare else ", of the rows' own tokens"
     return [
         ("scored", f"{len(samples)} rows, {len(logs):,} tokens of their {what}; the mean of each:"),
         ("entropy", f"{entropy:.3f} nats, of the top-k and the tail as one outcome"),
         ("top-k mass", f"{1 - said.tail_logprob.exp().mean():.4f}"),
-        ("cross-entropy", f"{-of_next:.3f} nats, of the rows' own tokens"),
+        ("cross-entropy", f"{-of_next:.3f} nats{own}"),
     ]
 
 

@@ -59,7 +59,8 @@ def report(argv: Sequence[str]) -> None:
     charts = _charts(found.training)
     page = render(
         Report(
-            title=arguments.title or ", ".join(path.resolve().name for path in arguments.runs),
+            title=arguments.title
+            or ", ".join(dict.fromkeys(path.resolve().name for path in arguments.runs)),
             lead=_lead(found),
             tables=_tables(found),
             charts=charts,
@@ -140,9 +141,8 @@ def _tables(found: Found) -> dict[str, Table]:
     tables = {}
     if found.training:
         tables["Runs"] = _training_table(found)
-    others = [e for e in found.evaluations if not any(e.of(run) for run in found.training)]
-    if others:
-        tables["Evaluations"] = _evaluation_table(others)
+    if found.evaluations:
+        tables["Evaluations"] = _evaluation_table(found.evaluations)
     for study in found.studies:
         tables[study.title] = _study_table(study)
     return tables
@@ -183,13 +183,19 @@ def _own_scores(found: Found) -> dict[str, Any]:
 
 def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     names = list(dict.fromkeys(name for one in evaluations for name in one.scores))
+    measured = {  # what evaluations tell beside the scores
+        "Perplexity": [_number(one.results.get("perplexity")) for one in evaluations],
+        "Divergence from teacher": [_number(one.results.get("divergence")) for one in evaluations],
+    }
+    measured = {name: column for name, column in measured.items() if any(column)}
     rows: list[list[str | Range]] = []
-    for one in evaluations:
+    for i, one in enumerate(evaluations):
         cells = [_share(one.scores[n], one) if n in one.scores else "" for n in names]
-        rows.append([one.name, str(one.results["problems"]), str(one.results["n"]), *cells])
+        more = [column[i] for column in measured.values()]
+        rows.append([one.name, str(one.results["problems"]), str(one.results["n"]), *cells, *more])
     first = [one.scores.get(names[0], -1.0) for one in evaluations] if names else []
     best = max(range(len(first)), key=first.__getitem__) if len(first) > 1 else None
-    return Table(("Evaluation", "Problems", "Samples each", *names), rows, best)
+    return Table(("Evaluation", "Problems", "Samples each", *names, *measured), rows, best)
 
 
 def _share(score: float, evaluation: Evaluation) -> Range:

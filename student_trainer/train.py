@@ -530,7 +530,8 @@ def _check_room(example: Example, method: Method, max_length: int) -> None:
     if length > max_length:
         raise RowTooLongError(
             f"{example.name}: a prompt of {len(example.prompt_ids)} tokens and --max_new_tokens "
-            f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}"
+            f"{method.max_new_tokens} make {length} tokens; the limit is {max_length}: lower "
+            "--max_new_tokens if completions may be shorter"
         )
 
 

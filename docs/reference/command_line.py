@@ -74,7 +74,7 @@ def teacher_server_page() -> str:
     (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     parser = commands.choices["serve"]
     lines = ["# teacher-server", "", "From the command's own parser.", "", "## serve", ""]
-    for actions in _by_name(parser).values():
+    for actions in _by_name(parser, without=("help",)).values():
         lines += _entry(actions, f"serve-{actions[0].dest}")
     for section in (parser.epilog or "").strip().split("\n\n"):
         title, _, text = section.partition("\n")
@@ -99,11 +99,13 @@ def _parser(main: Main, prog: str, words: Sequence[str]) -> argparse.ArgumentPar
     raise AssertionError(f"nothing called {prog} parsed {words}")
 
 
-def _by_name(parser: argparse.ArgumentParser) -> dict[str, list[argparse.Action]]:
+def _by_name(
+    parser: argparse.ArgumentParser, *, without: Sequence[str] = ("help", "config")
+) -> dict[str, list[argparse.Action]]:
     """Arguments by destination: `--x` and `--no_x` are two of one."""
     found: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:
-        if action.dest not in ("help", "config"):
+        if action.dest not in without:
             found.setdefault(action.dest, []).append(action)
     return found
 

@@ -36,6 +36,9 @@ def test_lines_are_for_eyes_without_escapes_in_a_log(capsys):
     out = capsys.readouterr().out
     assert any(line.startswith("ok   torch           2.13.0") for line in out.splitlines())
     assert "\033" not in out
+    assert re.fullmatch(
+        r"\d+ ok.*; no teacher was asked: --teacher_url http://host:8000 does", out.splitlines()[-1]
+    )
 
 
 def test_a_package_that_is_missing_or_does_not_fit_fails_with_the_remedy(capsys, monkeypatch):

@@ -107,6 +107,7 @@ def test_bare_prompts_are_shown_and_scored(world, stub, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "the student writes the completions" in out
     assert "36 tokens of their bare prompts" in out  # ten bytes, of which the first is given
+    assert "nats, of prompts, which says nothing of completions" in out
     assert "    count to 3\n" in out
     assert "[[" not in out.split("The first prompts")[1]
 
@@ -179,6 +180,8 @@ def test_a_teacher_that_is_not_there_ends_with_1(world, tmp_path, capsys):
 def test_a_teacher_is_not_waited_for_as_long_as_in_a_run():
     asked = dry_run.asked_briefly(dry_run.TeacherArguments(["http://host"], teacher_cache="x"))
     assert (asked.teacher_timeout, asked.teacher_cache) == (30.0, None)
+    told = dry_run.TeacherArguments(["http://host"], teacher_timeout=90.0)
+    assert dry_run.asked_briefly(told).teacher_timeout == 90.0
 
 
 def test_a_stock_vllm_is_asked_as_well(world, tokenizer, tmp_path, capsys):

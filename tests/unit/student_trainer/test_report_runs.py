@@ -39,9 +39,9 @@ def shown_samples(folder, divergence):
 
 def evaluation_run(folder, model, *, score, passed=True):
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(
-        json.dumps({"model": str(model), "problems": 100, "n": 1, "pass@1": score})
-    )
+    results = {"model": str(model), "problems": 100, "n": 1, "pass@1": score}
+    results |= {"perplexity": 1.5, "divergence": 0.25}
+    (folder / "results.json").write_text(json.dumps(results))
     sample = {"task_id": "T/0", "completion": "return 1", "passed": passed}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
 
@@ -94,9 +94,12 @@ def test_several_runs_share_each_chart_and_their_scores_stand_beside_them(tmp_pa
     evaluation_run(tmp_path / "other", "elsewhere", score=0.25)
     page = page_of(tmp_path, tmp_path / "a", tmp_path / "other")
     rows = rows_of(page)
-    assert [row[0] for row in rows] == [["one"], ["two"], ["other"]]
-    assert rows[0][1] == ["0.500", "0.404", "to", "0.596"]
-    assert rows[2][3][0] == "0.250"
+    runs, evaluations = rows[:2], rows[2:]
+    assert [row[0] for row in runs] == [["one"], ["two"]]
+    assert [row[0] for row in evaluations] == [["scores/one"], ["scores/two"], ["other"]]
+    assert runs[0][1] == evaluations[0][3] == ["0.500", "0.404", "to", "0.596"]
+    assert evaluations[2][3][0] == "0.250"
+    assert [row[4:] for row in evaluations] == [[["1.5"], ["0.25"]]] * 3
     lines = [a for tag, a in Words(page).tags if tag == "polyline"]
     assert {line["class"] for line in lines} == {"line c0", "line c1"}
     assert "return 1" in " ".join(Words(page).words)
