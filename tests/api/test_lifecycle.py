@@ -96,15 +96,16 @@ def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
 @only("transformers")
 def test_scoring_waits_for_one_generation_at_most(long_folder, backend):
     """Two queues take turns: a score is answered between the batches of many generations."""
-    generation = {"prompts": [[5, 6, 7]], "max_new_tokens": 120, "temperature": 0.0}
+    generation = {"max_new_tokens": 120, "temperature": 0.0}
     with running_server(long_folder, "--backend", backend, "--max-batch-tokens", "150") as url:
         done = []
 
-        def generate():
-            assert httpx.post(f"{url}/v1/generate", json=generation, timeout=60).status_code == 200
+        def generate(token):
+            asked = {**generation, "prompts": [[5, 6, token]]}
+            assert httpx.post(f"{url}/v1/generate", json=asked, timeout=60).status_code == 200
             done.append(True)
 
-        clients = [threading.Thread(target=generate) for _ in range(8)]
+        clients = [threading.Thread(target=generate, args=[7 + i]) for i in range(8)]
         for client in clients:
             client.start()
         until(lambda: metric(url, "teacher_queued_jobs") == 8, 10)
