@@ -10,6 +10,7 @@ if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     """Of several workers one takes all tests of a file, and one all of a backend's API, whose tests
     share servers; unless a file says otherwise."""

@@ -54,7 +54,10 @@ def assert_twins(slow, fast, dtype):
     assert fast[1].dtype == dtype
     scale = float(slow[1].abs().max().clamp_min(1e-6))
     torch.testing.assert_close(
-        fast[1].float(), slow[1], rtol=TOLERANCES[dtype], atol=4e-6 * scale + 1e-7
+        fast[1].float(),
+        slow[1],
+        rtol=TOLERANCES[dtype],
+        atol=4e-6 * scale + 1e-6,  # a gradient near 0 may be a difference of probabilities near 1
     )
     for name, column in vars(slow[2]).items():
         torch.testing.assert_close(
@@ -62,7 +65,7 @@ def assert_twins(slow, fast, dtype):
         )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     seed=st.integers(0, 2**31),
     vocab_size=st.sampled_from([2, 17, 64, 100, 4097, 5000]),
