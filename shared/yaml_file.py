@@ -1,8 +1,9 @@
-"""Reading a YAML file, such as one of flags. Nothing heavy is imported here."""
+"""YAML files, and flags from them. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,17 @@ def read_config(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} must hold `name: value` lines")
     return content
+
+
+def word_of(value: Any) -> str:
+    """A value as a command line says it."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def flag_words(name: str, value: Any, word: Callable[[Any], str] = word_of) -> list[str]:
+    """A flag with its value, or with several; none where the value is None."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [f"--{name}", *map(word, value)]
+    return [f"--{name}={word(value)}"]

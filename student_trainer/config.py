@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +23,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
-from shared.yaml_file import config_path, read_config
+from shared.yaml_file import config_path, flag_words, read_config, word_of
 from student_trainer.help import add_help
 from student_trainer.terminal import can_move
 
@@ -486,12 +485,7 @@ def _to_words(values: Mapping[Any, Any], known: set[str], where: str, *, what: s
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigurationError(f"{where}: unknown {what} {key!r}{hint}")
-        if value is None:
-            continue
-        if isinstance(value, list | tuple):
-            words += [f"--{key}", *(_to_word(item) for item in value)]
-        else:
-            words.append(f"--{key}={_to_word(value)}")
+        words += flag_words(key, value, _to_word)
     return words
 
 
@@ -500,7 +494,7 @@ def _to_word(value: Any) -> str:
         value = value.value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    return word_of(value)
 
 
 def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -308,17 +308,14 @@ class Replicas:
             method, url, content=body, headers=headers, timeout=timeout
         )
         sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > _REMIND_SECONDS:
-            with contextlib.suppress(TimeoutError):
-                sending.result(_REMIND_SECONDS)
-                break
+        waited = 0.0
+        while seconds - waited > _REMIND_SECONDS and wait([sending], _REMIND_SECONDS).not_done:
+            waited += _REMIND_SECONDS
             logger.warning(
-                "%s has not answered for %.0f s; %.0f s left",
-                url, seconds - (until - time.monotonic()), until - time.monotonic(),
-            )  # fmt: skip
+                "%s has not answered for %.0f s; %.0f s left", url, waited, seconds - waited
+            )
         try:
-            response = sending.result(max(0.0, left))
+            response = sending.result(seconds - waited)
         except TimeoutError as error:  # the thread goes on until the connection ends
             sending.add_done_callback(_close_answer)
             raise httpx.ReadTimeout(f"no head of an answer in {seconds:g} s") from error
@@ -481,9 +478,7 @@ class Replicas:
             try:
                 if self._problem(url) or not self._rejoins(url):
                     continue
-            except (httpx.TransportError, ProtocolError):
-                continue
-            except TeacherAnswerError:
+            except (httpx.TransportError, ProtocolError, TeacherAnswerError):
                 continue
             except TeacherError as error:
                 with self._lock:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import logging
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import uvicorn
 from shared import __version__, logs
 from shared.completion import SHELLS, Words, script, words_of
 from shared.errors import ConfigurationError
-from shared.yaml_file import config_path, read_config
+from shared.yaml_file import config_path, flag_words, read_config
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
@@ -99,19 +98,15 @@ def _with_file(words: Sequence[str]) -> list[str]:
     return [
         "serve",
         *([] if model is None else [str(model)]),
-        *(word for key, value in content.items() for word in _flag(key, value)),
+        *(word for name, value in content.items() for word in _flag(name, value)),
         *told,
     ]
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    if value is None:
-        return []
+def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{key}" if value else f"--no-{key}"]
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+        return [f"--{name}" if value else f"--no-{name}"]
+    return flag_words(name, value)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:

@@ -81,7 +81,7 @@ class TransformersBackend:
         with its next token: one that runs for twice as long hangs.
         """
         since = self._since
-        return self._works and (since is None or time.monotonic() - since < 2 * self._timeout)
+        return self._works and (since is None or time.perf_counter() - since < 2 * self._timeout)
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
         return await self._scores.submit(job)
@@ -148,8 +148,7 @@ class TransformersBackend:
 
     def _timed(self, name: str, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def timed(jobs: Any, callers: Any) -> None:
-            since = time.perf_counter()
-            self._since = time.monotonic()
+            self._since = since = time.perf_counter()
             try:
                 run(jobs, callers)
             except torch.AcceleratorError:

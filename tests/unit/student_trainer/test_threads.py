@@ -7,7 +7,7 @@ import sys
 import pytest
 
 COMPUTES = """
-import sys, threading, time, torch
+import threading, time, torch
 from student_trainer.threads import in_thread, leave
 
 def work():

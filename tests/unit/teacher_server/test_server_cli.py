@@ -61,8 +61,7 @@ def test_a_file_holds_the_flags_and_the_command_line_wins(tmp_path, monkeypatch,
         "hf-overrides: {rope_theta: 1.0}\ndisable-log-requests: [a, b]\n"
     )
     settings = read_server(["serve", *words, *file_of(tmp_path, text)], monkeypatch)
-    found = {**vars(settings)}
-    assert {name: found[name] for name in expected} == expected
+    assert {name: getattr(settings, name) for name in expected} == expected
     assert settings.device == "auto"
     assert settings.engine_flags == (
         "--tensor-parallel-size=2", "--no-enable-prefix-caching",
