@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from benchmarks.report import print_report
 from student_trainer.config import DataArguments, ModelArguments
-from student_trainer.data import load_rows, tokenize_rows
+from student_trainer.data.rows import load_rows
+from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.loading import load_model, load_stop_ids, load_tokenizer
 from student_trainer.losses import (
     SparseDistribution,

@@ -22,7 +22,7 @@ import torch
 from benchmarks.accuracy_vs_k import STUDENT_TOP_M, Case, synthetic, trained
 from benchmarks.report import print_report
 from shared.sparse import SparseLogprobs
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
 from student_trainer.support import ScoredSample, sparse_distribution
 

@@ -21,9 +21,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Cell, Figure, print_report
-from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.data import Sample, load_rows
-from student_trainer.grouping import of_sizes, within_budget
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.micro_batches import of_sizes, within_budget
+from student_trainer.data.rows import load_rows
+from student_trainer.data.sample import Sample
 from student_trainer.losses import HardLabels
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, sparse_distribution

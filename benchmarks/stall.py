@@ -79,7 +79,7 @@ def train(run: Run) -> None:
     import torch
     from transformers import AutoModelForCausalLM, TrainingArguments
 
-    from student_trainer.data import Example
+    from student_trainer.data.sample import Example
     from student_trainer.pipeline import Method
     from student_trainer.rollouts import Rollout
     from student_trainer.teacher import SparseGkdTeacher

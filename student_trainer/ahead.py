@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 
 
 @dataclass(frozen=True)

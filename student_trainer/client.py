@@ -16,7 +16,9 @@ from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.checks import api_key_of, check_teacher
 from student_trainer.config import DataArguments, TeacherArguments
-from student_trainer.data import Example, Sample, stop_token_ids, tokenize_rows
+from student_trainer.data.sample import Example, Sample
+from student_trainer.data.template import stop_token_ids
+from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.losses import SparseDistribution
 from student_trainer.support import ScoredSample, sparse_distribution
 from student_trainer.teacher import Sampling, SparseGkdTeacher, sequence_of

@@ -23,10 +23,10 @@ from student_trainer.config import (
     uses_deepspeed,
     uses_fsdp,
 )
-from student_trainer.data import Example, Sample
+from student_trainer.data.order import TrainingOrder
+from student_trainer.data.sample import Example, Sample
 from student_trainer.memory import Memory, estimate_memory
 from student_trainer.model_card import method_of
-from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method
 from student_trainer.support import ScoredSample, sparse_distribution
 from student_trainer.teacher import Teacher

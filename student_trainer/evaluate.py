@@ -28,7 +28,9 @@ from student_trainer.config import (
     TeacherArguments,
     parse,
 )
-from student_trainer.data import Sample, load_rows, tokenize_rows
+from student_trainer.data.rows import load_rows
+from student_trainer.data.sample import Sample
+from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.suites import HUB, Problem, problems_of

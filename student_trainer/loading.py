@@ -23,7 +23,7 @@ from transformers import (
 from shared.errors import ConfigurationError
 from student_trainer.checks import check_merge, holds_adapters
 from student_trainer.config import COMMANDS, AdapterArguments, ModelArguments, parse
-from student_trainer.data import stop_token_ids
+from student_trainer.data.template import stop_token_ids
 
 
 def merge(argv: Sequence[str]) -> None:

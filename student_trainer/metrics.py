@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import torch
 
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.losses import SparseStatistics
 from student_trainer.timeline import ACTIVITIES
 

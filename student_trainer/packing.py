@@ -15,8 +15,8 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from shared.errors import ConfigurationError
-from student_trainer.batch import model_inputs
-from student_trainer.data import Sample
+from student_trainer.data.collate import model_inputs
+from student_trainer.data.sample import Sample
 from student_trainer.trial import passes
 
 logger = logging.getLogger(__name__)

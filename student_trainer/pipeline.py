@@ -25,8 +25,8 @@ from shared.protocol import Completion
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from student_trainer.ahead import AheadBatch
-from student_trainer.data import Example, Sample, completed
-from student_trainer.grouping import by_length
+from student_trainer.data.micro_batches import by_length
+from student_trainer.data.sample import Example, Sample, completed
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.support import ScoredSample
 from student_trainer.teacher import Sampling, Teacher

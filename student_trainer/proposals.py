@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.data import Sample
-from student_trainer.grouping import by_length
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.micro_batches import by_length
+from student_trainer.data.sample import Sample
 from student_trainer.student import TopTokens
 
 

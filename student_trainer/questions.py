@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.cached_teacher import CachedTeacher
-from student_trainer.data import Example
+from student_trainer.data.sample import Example
 from student_trainer.pipeline import Method
 from student_trainer.teacher import Sequences, Teacher
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from shared.sparse import SparseLogprobs
-from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.data import Sample
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.sample import Sample
 from student_trainer.progress import tracked
 from student_trainer.student import SparseTargets, install_sparse_loss
 from student_trainer.support import ScoredSample, hard_labels, sparse_distribution

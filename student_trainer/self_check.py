@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shared.errors import TeacherAnswerError
 from shared.sparse import SparseLogprobs
-from student_trainer.data import Example
+from student_trainer.data.sample import Example
 from student_trainer.pipeline import Method
 from student_trainer.teacher import Teacher
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.sparse import SparseLogprobs
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.losses import HardLabels, SparseDistribution
 
 

@@ -47,7 +47,10 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
-from student_trainer.data import Example, keep_short, load_rows, named_rows, tokenize_rows
+from student_trainer.data.order import TrainingOrder
+from student_trainer.data.rows import load_rows, named_rows
+from student_trainer.data.sample import Example
+from student_trainer.data.tokenize import keep_short, tokenize_rows
 from student_trainer.dry_run import asked_briefly, dry_run
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.loading import (
@@ -58,7 +61,6 @@ from student_trainer.loading import (
     load_tokenizer,
 )
 from student_trainer.model_card import model_card
-from student_trainer.order import TrainingOrder
 from student_trainer.pipeline import Method, dataset_sample
 from student_trainer.questions import count_missing, questions
 from student_trainer.rollouts import VllmEngine

@@ -30,17 +30,17 @@ from shared.logs import in_json
 from shared.protocol import Completion
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
-from student_trainer.batch import model_inputs, predicting_rows
 from student_trainer.config import uses_fsdp
-from student_trainer.data import Example, Sample, completed
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.micro_batches import of_sizes, over_substeps, split_into, within_budget
+from student_trainer.data.order import TrainingOrder
+from student_trainer.data.sample import Example, Sample, completed
 from student_trainer.durable import DurableTrainer
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
-from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.log_lines import LogLines
 from student_trainer.losses import Kernel, Tail
 from student_trainer.metrics import WindowMetrics
 from student_trainer.nonfinite import save_batch
-from student_trainer.order import TrainingOrder
 from student_trainer.packing import Packing, decide_packing
 from student_trainer.pipeline import Method, PendingBatch, Pipeline
 from student_trainer.proposals import TopTokenProposals

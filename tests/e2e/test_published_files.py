@@ -55,7 +55,8 @@ def test_a_gsm8k_prompt_is_one_user_turn_and_its_answer_is_learned(world):
     from transformers import AutoTokenizer
 
     from student_trainer.config import DataArguments
-    from student_trainer.data import load_rows, tokenize_rows
+    from student_trainer.data.rows import load_rows
+    from student_trainer.data.tokenize import tokenize_rows
 
     tokenizer = AutoTokenizer.from_pretrained(world.student)
     rows = load_rows(published("gsm8k_train.jsonl"), config=None, split="train")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from student_trainer.config import ModelArguments
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.loading import load_model as load_student
 from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
 from student_trainer.proposals import TopTokenProposals

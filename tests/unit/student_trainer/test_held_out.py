@@ -8,8 +8,8 @@ import torch
 
 from shared.sparse import SparseLogprobs
 from student_trainer import held_out
-from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.data import Sample
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.sample import Sample
 from student_trainer.losses import generalized_jsd
 from student_trainer.run_folder import HELD_OUT_FILE, read_held_out
 from student_trainer.student import SparseTargets, install_sparse_loss

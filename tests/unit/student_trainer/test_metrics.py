@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.losses import SparseStatistics
 from student_trainer.metrics import WindowMetrics
 

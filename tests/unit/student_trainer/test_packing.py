@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared.errors import ConfigurationError
-from student_trainer.batch import model_inputs, predicting_rows
-from student_trainer.data import Sample
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.sample import Sample
 from student_trainer.packing import decide_packing
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.student import SparseTargets, install_sparse_loss

@@ -11,7 +11,7 @@ from shared.errors import ConfigurationError, DatasetError, RolloutError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.ahead import load_ahead, save_ahead
-from student_trainer.data import Example, Sample
+from student_trainer.data.sample import Example, Sample
 from student_trainer.pipeline import Method, Pipeline
 from student_trainer.rollouts import Rollout
 from student_trainer.timeline import Timeline

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.proposals import TopTokenProposals
 from student_trainer.student import install_sparse_loss
 from tests.unit.student_trainer.test_head import SHARED, Halved, tiny

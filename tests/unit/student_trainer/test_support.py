@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.sparse import SparseLogprobs
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 from student_trainer.losses import (
     generalized_jsd,
     linear_sparse_jsd,

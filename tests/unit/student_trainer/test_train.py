@@ -9,7 +9,7 @@ from shared.errors import ConfigurationError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
 from student_trainer.config import DistillArguments, ModelArguments, TeacherArguments
-from student_trainer.data import Example
+from student_trainer.data.sample import Example
 from student_trainer.pipeline import Method
 from student_trainer.train import (
     check_request,

@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from shared.errors import DatasetError
-from student_trainer.data import load_rows
+from student_trainer.data.rows import load_rows
 from student_trainer.evaluation.checkers import (
     check_completions,
     final_number,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.grouping import of_sizes, over_substeps, split_into, within_budget
+from student_trainer.data.micro_batches import of_sizes, over_substeps, split_into, within_budget
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=24)
 

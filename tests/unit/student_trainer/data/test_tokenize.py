@@ -10,7 +10,9 @@ from transformers import GenerationConfig
 
 from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
-from student_trainer.data import load_rows, stop_token_ids, tokenize_rows
+from student_trainer.data.rows import load_rows
+from student_trainer.data.template import stop_token_ids
+from student_trainer.data.tokenize import tokenize_rows
 
 MARKED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A: {% generation %}{{ m['content'] }}"

@@ -5,7 +5,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, RandomSampler
 
-from student_trainer.order import TrainingOrder
+from student_trainer.data.order import TrainingOrder
 
 
 def accelerates(rows, batch_size, seed, rank, world, drop_last, epochs):

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
-from student_trainer.data import Sample
+from student_trainer.data.sample import Sample
 
 
 def model_inputs(
