@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from benchmarks.report import print_report
 from student_trainer.config import DataArguments, ModelArguments
+from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.loading import load_model, load_stop_ids, load_tokenizer
@@ -125,7 +126,9 @@ def trained(folder: Path, name: str, prompts: int) -> Case:
     tokenizer = load_tokenizer(arguments)
     stop_ids = load_stop_ids(arguments, tokenizer)
     rows = load_rows(str(folder / "held_out.jsonl"), config=None, split="train")[:prompts]
-    examples = tokenize_rows(rows, tokenizer, stop_ids, DataArguments(), max_length=1 << 20)
+    examples = tokenize_rows(
+        rows, RowTokenizer(tokenizer, tuple(stop_ids), DataArguments(), 1 << 20)
+    )
     student = load_model(arguments)
     teacher = load_model(ModelArguments(str(teacher_folder)))
     engine = TransformersRollouts(

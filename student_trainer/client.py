@@ -16,6 +16,7 @@ from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.checks import api_key_of, check_teacher
 from student_trainer.config import DataArguments, TeacherArguments
+from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.template import stop_token_ids
 from student_trainer.data.tokenize import tokenize_rows
@@ -234,10 +235,9 @@ class TeacherClient:
             )
         [example] = tokenize_rows(
             [(f"row {number}", dict(row))],
-            self.tokenizer,
-            self._stop_ids(),
-            DataArguments(),
-            max_length=self.info.max_model_len,
+            RowTokenizer(
+                self.tokenizer, tuple(self._stop_ids()), DataArguments(), self.info.max_model_len
+            ),
             remedy="That is the teacher's context",
             progress=False,
         )

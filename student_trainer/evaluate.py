@@ -28,6 +28,7 @@ from student_trainer.config import (
     TeacherArguments,
     parse,
 )
+from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
 from student_trainer.data.tokenize import tokenize_rows
@@ -170,10 +171,7 @@ def _requests(
     stop_ids = load_stop_ids(model, tokenizer)
     examples = tokenize_rows(
         rows,
-        tokenizer,
-        stop_ids,
-        DataArguments(),
-        max_length=limit,
+        RowTokenizer(tokenizer, tuple(stop_ids), DataArguments(), limit),
         remedy="That is the context of the model; take one with a longer context",
     )
     for example in examples:
@@ -208,10 +206,12 @@ def _references(
     try:
         examples = tokenize_rows(
             rows,
-            tokenizer,
-            load_stop_ids(model, tokenizer),
-            DataArguments(),
-            max_length=context_length(load_config(model)),
+            RowTokenizer(
+                tokenizer,
+                tuple(load_stop_ids(model, tokenizer)),
+                DataArguments(),
+                context_length(load_config(model)),
+            ),
         )
     except DatasetError as error:  # a template that rewrites turns: generating is no matter of it
         if required:

@@ -47,6 +47,7 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
+from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.rows import load_rows, named_rows
 from student_trainer.data.sample import Example
@@ -471,10 +472,8 @@ def make_examples(
     def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
         return tokenize_rows(
             rows,
-            tokenizer,
-            method.stop_ids,
-            data,
-            max_length=max_length,
+            RowTokenizer(tokenizer, method.stop_ids, data, max_length),
+            skip_long_rows=data.skip_long_rows,
             remedy=remedy,
             description=f"Tokenizing {what}",
             progress=main,

@@ -55,13 +55,16 @@ def test_a_gsm8k_prompt_is_one_user_turn_and_its_answer_is_learned(world):
     from transformers import AutoTokenizer
 
     from student_trainer.config import DataArguments
+    from student_trainer.data.examples import RowTokenizer
     from student_trainer.data.rows import load_rows
     from student_trainer.data.tokenize import tokenize_rows
 
     tokenizer = AutoTokenizer.from_pretrained(world.student)
     rows = load_rows(published("gsm8k_train.jsonl"), config=None, split="train")
     assert len(rows) == 7473
-    (example,) = tokenize_rows(rows[:1], tokenizer, [1], DataArguments(**GSM8K), max_length=4096)
+    (example,) = tokenize_rows(
+        rows[:1], RowTokenizer(tokenizer, (1,), DataArguments(**GSM8K), 4096)
+    )
     row = rows[0][1]
     assert example.prompt == f"<|user|>{row['question']}<|end|><|assistant|>"
     assert tokenizer.decode(example.sample.completion_ids) == f"{row['answer']}<|end|>"

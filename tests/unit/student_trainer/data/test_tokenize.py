@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
+from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.template import stop_token_ids
 from student_trainer.data.tokenize import tokenize_rows
@@ -24,10 +25,9 @@ TALK = [{"role": "user", "content": "add two"}, {"role": "assistant", "content":
 
 
 def render(tokenizer, row, *, max_length=200, **options):
-    stop_ids = stop_token_ids(tokenizer, None)
-    data = DataArguments(**options)
-    rows = [("data.jsonl:7", row)]
-    return tokenize_rows(rows, tokenizer, stop_ids, data, max_length=max_length, progress=False)[0]
+    stop_ids = tuple(stop_token_ids(tokenizer, None))
+    row_tokenizer = RowTokenizer(tokenizer, stop_ids, DataArguments(**options), max_length)
+    return tokenize_rows([("data.jsonl:7", row)], row_tokenizer, progress=False)[0]
 
 
 def learned(tokenizer, example):
@@ -207,8 +207,8 @@ def test_long_rows_are_left_out_only_when_told_so(tokenizer):
     rows = [("d:1", {"messages": TALK}), ("d:2", {"messages": long}), ("d:3", {"messages": TALK})]
 
     def examples(rows, **options):
-        data = DataArguments(**options)
-        return tokenize_rows(rows, tokenizer, [1], data, max_length=200, progress=False)
+        row_tokenizer = RowTokenizer(tokenizer, (1,), DataArguments(), 200)
+        return tokenize_rows(rows, row_tokenizer, progress=False, **options)
 
     with pytest.raises(RowTooLongError, match=r"d:2: the prompt has .*\. Shorten it"):
         examples(rows)
