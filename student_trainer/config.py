@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,6 +63,9 @@ class ModelArguments:
     eos_token: str | None = _flag(
         None, "Token that ends a completion, where the chat template ends turns with another one."
     )
+    chat_template: str | None = _flag(
+        None, "File with a chat template (Jinja), in the place of the tokenizer's own."
+    )
     attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
     loaded: LoadedModel | None = field(default=None, init=False)
 
@@ -112,10 +116,70 @@ class DataArguments:
     skip_long_rows: bool = _flag(
         False, "Leave out rows without room for a completion, and say how many, instead of failing."
     )
-    assistant_only_loss: bool = _flag(
-        False, "Learn every assistant turn, not only the last; the template must mark generations."
+    assistant_turns: Literal["last", "all"] = _flag(
+        "last",
+        "Which turns of the assistant are learned. all: each after its own history; on-policy each "
+        "history is a prompt.",
+    )
+    assistant_only_loss: bool = _flag(False, "Old name of --assistant_turns all.")
+    split_special_tokens: bool | None = _flag(
+        None,
+        "How plain text that spells a special token, such as <s>, is read. true: as text. false: "
+        "as the token. Default: an error. In messages it is always text.",
     )
     eval_rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
+
+    @property
+    def learns_all_turns(self) -> bool:
+        return self.assistant_turns == "all" or self.assistant_only_loss
+
+
+# Of these a row's examples depend on.
+ROW_OPTIONS = (
+    "prompt_column", "completion_column", "assistant_turns", "assistant_only_loss",
+    "split_special_tokens",
+)  # fmt: skip
+
+
+@dataclass
+class TemplateArguments:
+    """What the chat template is told, for prompts and completions alike."""
+
+    chat_template_kwargs: str | None = _flag(
+        None,
+        "JSON object for the chat template, such as '{\"enable_thinking\": false}'. A row's own "
+        "column of this name comes first.",
+    )
+    chat_template_date: str | None = _flag(
+        None,
+        "Date (YYYY-MM-DD) that templates print which print today's. Default: that of the run's "
+        "first start, or of --teacher_cache.",
+    )
+
+    def __post_init__(self) -> None:
+        _ = self.kwargs
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """``--chat_template_kwargs`` as an object.
+
+        Raises:
+            ConfigurationError: it is none.
+        """
+        if self.chat_template_kwargs is None:
+            return {}
+        try:
+            values = json.loads(self.chat_template_kwargs)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"--chat_template_kwargs {self.chat_template_kwargs!r} is not valid JSON: {error}"
+            ) from error
+        if not isinstance(values, dict):
+            raise ConfigurationError(
+                f"--chat_template_kwargs {self.chat_template_kwargs!r} must be a JSON object such "
+                'as {"enable_thinking": false}'
+            )
+        return values
 
 
 @dataclass
@@ -382,6 +446,7 @@ _RECIPE = (
     DatasetArguments,
     DataArguments,
     GenerationArguments,
+    TemplateArguments,
 )
 # What each command is told, in the order in which `parse` returns it.
 COMMANDS: dict[str, tuple[type[Any], ...]] = {
@@ -391,6 +456,7 @@ COMMANDS: dict[str, tuple[type[Any], ...]] = {
         ModelArguments,
         DatasetArguments,
         GenerationArguments,
+        TemplateArguments,
         TeacherArguments,
         EvaluateArguments,
     ),

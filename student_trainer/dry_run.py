@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ from student_trainer.config import (
 )
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample
+from student_trainer.data.template import describe_mode
 from student_trainer.memory import Memory, estimate_memory
 from student_trainer.model_card import method_of
 from student_trainer.pipeline import Method
@@ -129,6 +131,7 @@ def _settings(
     if teacher is not None:
         told += _identity(teacher, prepared)
     told += _data(prepared)
+    told += _template(prepared)
     if questions is not None:
         told.append(("questions", f"{questions:,} for the teacher, whatever --max_steps says"))
     told.append(("updates", _updates(prepared, args)))
@@ -189,6 +192,19 @@ def _data(prepared: Prepared) -> list[tuple[str, str]]:
     if completions:
         text += f", completions of {_range(completions)}"
     return [("data", text)]
+
+
+def _template(prepared: Prepared) -> list[tuple[str, str]]:
+    """Return in what mode the first prompt asks, where a chat template made it."""
+    template, prompt = prepared.template, prepared.train[0].prompt
+    if template.encoder.find_control_token(prompt) is None:
+        return []
+    text = describe_mode(prompt)
+    if template.options.kwargs:
+        text += f"; options {json.dumps(template.options.kwargs)}"
+    if template.prints_date:
+        text += f"; it prints the date {template.options.today}"
+    return [("chat template", text)]
 
 
 def _range(numbers: Sequence[int]) -> str:

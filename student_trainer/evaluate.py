@@ -26,11 +26,14 @@ from student_trainer.config import (
     GenerationArguments,
     ModelArguments,
     TeacherArguments,
+    TemplateArguments,
     parse,
 )
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
+from student_trainer.data.template import TemplateOptions
+from student_trainer.data.template_date import read_date
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
@@ -63,7 +66,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     Writes ``results.json`` and ``samples.jsonl`` (HumanEval's sample format, with the verdicts)
     into ``--output_dir``. Interrupted, the same command goes on with what it had generated.
     """
-    model_arguments, dataset, generation, teacher, args = parse(
+    model_arguments, dataset, generation, template, teacher, args = parse(
         argv,
         *COMMANDS["evaluate"],
         prog="student-trainer evaluate",
@@ -73,14 +76,15 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     name, config, split, form = where_from(dataset, args.suite)
     rows = load_rows(name, config=config, split=split)
     problems = problems_of(rows, form)[: args.limit]
-    requests = _requests(problems, model_arguments, generation, args)
+    told = _template_options(template, model_arguments)
+    requests = _requests(problems, model_arguments, generation, told, args)
     folder = _make_folder(args)
     since = time.perf_counter()
-    references = _references(problems, model_arguments, required=bool(teacher.teacher_url))
+    references = _references(problems, model_arguments, told, required=bool(teacher.teacher_url))
     scored = _scored(references, model_arguments, teacher) if teacher.teacher_url else None
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    of = _told(problems, model_arguments, generation, args)
+    of = _told(problems, model_arguments, generation, told, args)
     with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
         _generate(model, requests, model_arguments, generation, args, unfinished)
     completions = [unfinished.texts[number] for number in range(len(requests))]
@@ -118,6 +122,12 @@ def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, 
     return suite, config, split, "auto"
 
 
+def _template_options(template: TemplateArguments, model: ModelArguments) -> TemplateOptions:
+    """Return the options of the flags; the date is that of the model's training, if it has one."""
+    folder = Path(model.model_name_or_path)
+    return TemplateOptions(template.kwargs, read_date(template.chat_template_date, [folder]))
+
+
 def _make_folder(args: EvaluateArguments) -> Path:
     folder = Path(args.output_dir)
     try:
@@ -131,6 +141,7 @@ def _told(
     problems: Sequence[Problem],
     model: ModelArguments,
     generation: GenerationArguments,
+    template: TemplateOptions,
     args: EvaluateArguments,
 ) -> dict[str, Any]:
     """All that a completion depends on; a folder's weights by their files' sizes and times."""
@@ -142,6 +153,7 @@ def _told(
         "problems": hashlib.sha256(rows.encode()).hexdigest(),
         "sampling": [args.n, args.temperature, args.seed, generation.max_new_tokens],
         "engine": args.rollout_engine,
+        "template": [dict(template.kwargs), str(template.today)],
     }
 
 
@@ -162,6 +174,7 @@ def _requests(
     problems: Sequence[Problem],
     model: ModelArguments,
     generation: GenerationArguments,
+    template: TemplateOptions,
     args: EvaluateArguments,
 ) -> list[RolloutRequest]:
     """Tokenized prompts, n of each; the key makes a sample independent of its batch."""
@@ -171,7 +184,7 @@ def _requests(
     stop_ids = load_stop_ids(model, tokenizer)
     examples = tokenize_rows(
         rows,
-        RowTokenizer(tokenizer, tuple(stop_ids), DataArguments(), limit),
+        RowTokenizer(tokenizer, tuple(stop_ids), DataArguments(), limit, template),
         remedy="That is the context of the model; take one with a longer context",
     )
     for example in examples:
@@ -188,7 +201,11 @@ def _requests(
 
 
 def _references(
-    problems: Sequence[Problem], model: ModelArguments, *, required: bool
+    problems: Sequence[Problem],
+    model: ModelArguments,
+    template: TemplateOptions,
+    *,
+    required: bool,
 ) -> list[Sample]:
     """The right answers as samples; those that are too long are cut at the model's context.
 
@@ -211,6 +228,7 @@ def _references(
                 tuple(load_stop_ids(model, tokenizer)),
                 DataArguments(),
                 context_length(load_config(model)),
+                template,
             ),
         )
     except DatasetError as error:  # a template that rewrites turns: generating is no matter of it

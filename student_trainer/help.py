@@ -25,8 +25,10 @@ _TRAINING: Groups = {
     ),
     "data": (
         "dataset_name", "dataset_config", "dataset_split", "prompt_column", "completion_column",
-        "max_length", "skip_long_rows", "assistant_only_loss",
+        "max_length", "skip_long_rows", "assistant_turns", "assistant_only_loss",
+        "split_special_tokens",
     ),
+    "chat template": ("chat_template", "chat_template_kwargs", "chat_template_date"),
     "teacher": (
         "teacher_url", "teacher_protocol", "teacher_api_key_file", "top_k_logprobs",
         "teacher_logprob_dtype", "teacher_timeout", "teacher_unreachable",
@@ -61,6 +63,7 @@ _TRAINING: Groups = {
 }  # fmt: skip
 _EVALUATE: Groups = {
     "model": _TRAINING["model"],
+    "chat template": _TRAINING["chat template"],
     "data": ("suite", "dataset_name", "dataset_config", "dataset_split", "limit"),
     "generation": (
         "n", "temperature", "seed", "max_new_tokens", "generation_batch_size", "rollout_engine",

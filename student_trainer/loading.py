@@ -50,10 +50,11 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer, with ``--eos_token`` where one is given.
+    """Return the tokenizer, with ``--eos_token`` and ``--chat_template`` where they are given.
 
     Raises:
-        ConfigurationError: it does not load, or that token is not in its vocabulary.
+        ConfigurationError: it does not load, that token is not in its vocabulary, or that file
+            cannot be read.
     """
     if arguments.loaded is not None:
         return arguments.loaded.tokenizer
@@ -65,7 +66,19 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
                 f"{tokenizer.eos_token!r}"
             )
         tokenizer.eos_token = arguments.eos_token
+    if arguments.chat_template is not None:
+        tokenizer.chat_template = _read_template(arguments.chat_template)
     return tokenizer
+
+
+def _read_template(name: str) -> str:
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--chat_template {name}: {error}") from error
+    if not text.strip():
+        raise ConfigurationError(f"--chat_template {name} is empty")
+    return text
 
 
 def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -18,6 +18,8 @@ from student_trainer.train import (
     Recipe,
     check_recipe,
     check_request,
+    date_folders,
+    keep_template_date,
     open_teacher,
     prepare,
     read_rows,
@@ -54,7 +56,13 @@ def precompute(argv: Sequence[str]) -> None:
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
         check_request(client.connect(), args, teacher)
         prepared = prepare(
-            recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+            recipe,
+            rows,
+            args,
+            teacher=client,
+            distill=args,
+            top_k=teacher.top_k_logprobs,
+            teacher_cache=teacher.teacher_cache,
         )
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
@@ -63,6 +71,7 @@ def precompute(argv: Sequence[str]) -> None:
         if args.dry_run:
             dry_run(recipe, prepared, args, teacher=client, asked=teacher, questions=len(asked))
             return
+        keep_template_date(prepared, date_folders(args, teacher.teacher_cache)[-1:])
         assert isinstance(client, CachedTeacher)  # --teacher_cache is there
         missing, wanted = count_missing(client, asked)
         client.require(missing, wanted)

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,17 @@ from student_trainer.config import (
     GenerationArguments,
     ModelArguments,
     TeacherArguments,
+    TemplateArguments,
     checkpoint_of,
     parse,
     traced_steps,
 )
-from student_trainer.data.examples import RowTokenizer
+from student_trainer.data.examples import RowTokenizer, row_of
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.rows import load_rows, named_rows
 from student_trainer.data.sample import Example
+from student_trainer.data.template import NOTES, ChatTemplate, TemplateOptions
+from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.data.tokenize import keep_short, tokenize_rows
 from student_trainer.dry_run import asked_briefly, dry_run
 from student_trainer.evaluation.checkers import parse_checker
@@ -83,10 +86,13 @@ class Recipe:
     dataset: DatasetArguments
     data: DataArguments
     generation: GenerationArguments
+    template: TemplateArguments = field(default_factory=TemplateArguments)
 
     @property
     def flags(self) -> tuple[Any, ...]:
-        return self.model, self.adapters, self.dataset, self.data, self.generation
+        return (
+            self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
+        )  # fmt: skip
 
 
 def sft(argv: Sequence[str]) -> None:
@@ -101,6 +107,7 @@ def sft(argv: Sequence[str]) -> None:
     if args.dry_run:
         dry_run(recipe, prepared, args)
         return
+    keep_template_date(prepared, date_folders(args, None))
     _train(recipe, prepared, args, teacher=None, distill=None, flags=(*recipe.flags, args))
 
 
@@ -130,7 +137,13 @@ def distilled(
         check_request(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
         prepared = prepare(
-            recipe, rows, args, teacher=client, distill=args, top_k=teacher.top_k_logprobs
+            recipe,
+            rows,
+            args,
+            teacher=client,
+            distill=args,
+            top_k=teacher.top_k_logprobs,
+            teacher_cache=teacher.teacher_cache,
         )
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
@@ -138,6 +151,7 @@ def distilled(
         if args.dry_run:
             dry_run(recipe, prepared, args, teacher=client, asked=teacher)
             return None
+        keep_template_date(prepared, date_folders(args, teacher.teacher_cache))
         flags = (*recipe.flags, teacher, args)
         return _train(recipe, prepared, args, teacher=client, distill=args, flags=flags)
 
@@ -305,6 +319,7 @@ class Prepared:
     method: Method
     train: list[Example]
     held_out: list[Example] | None
+    template: ChatTemplate
 
 
 def prepare(
@@ -315,6 +330,7 @@ def prepare(
     teacher: Teacher | None,
     distill: DistillArguments | None,
     top_k: int,
+    teacher_cache: str | None = None,
 ) -> Prepared:
     """Raises `DatasetError` and `ConfigurationError` for rows and flags that cannot be learned."""
     tokenizer = load_tokenizer(recipe.model)
@@ -332,13 +348,40 @@ def prepare(
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
-    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    folders = date_folders(args, teacher_cache)
+    today = read_date(recipe.template.chat_template_date, folders)
+    template = TemplateOptions(recipe.template.kwargs, gather_object([today])[0])
+    row_tokenizer = RowTokenizer(
+        tokenizer,
+        method.stop_ids,
+        recipe.data,
+        max_length_of(recipe.data, context),
+        template,
+        one_sequence=method.lmbda == 0 and not method.seq_kd,
+    )
+    if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
+        raise ConfigurationError(
+            f"--chat_template_date {recipe.template.chat_template_date} has no effect: "
+            f"{row_tokenizer.chat.name} prints no date. Drop it"
+        )
+    train, held_out = make_examples(rows, row_tokenizer, method, context)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(
             f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
         )
-    return Prepared(tokenizer, vocab_size, method, train, held_out)
+    return Prepared(tokenizer, vocab_size, method, train, held_out, row_tokenizer.chat)
+
+
+def date_folders(args: CommonTrainingArguments, teacher_cache: str | None) -> list[Path]:
+    """Return where the date of the chat template is kept: with what depends on it."""
+    return [Path(folder) for folder in (args.output_dir, teacher_cache) if folder]
+
+
+def keep_template_date(prepared: Prepared, folders: Sequence[Path]) -> None:
+    """Keep the date that the chat template prints, if it prints one, in each folder."""
+    if prepared.template.prints_date and PartialState().is_main_process:
+        keep_date(prepared.template.options.today, folders)
 
 
 def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:
@@ -448,38 +491,30 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
 
 
 def make_examples(
-    rows: Rows,
-    data: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    method: Method,
-    context: int,
+    rows: Rows, row_tokenizer: RowTokenizer, method: Method, context: int
 ) -> tuple[list[Example], list[Example] | None]:
     """Training and held-out examples, checked against what the method needs of each row.
 
     Raises:
         DatasetError: names the first row that does not do.
     """
-    max_length = data.max_length or context
-    if max_length > context:
-        raise ConfigurationError(
-            f"--max_length {max_length} is over the context of student and teacher, {context}"
-        )
+    max_length = row_tokenizer.max_length
     remedy = "That is the context of student and teacher; pass --skip_long_rows to leave it out"
     if max_length < context:
         remedy = f"Raise --max_length, up to {context}, or pass --skip_long_rows to leave it out"
     main = PartialState().is_main_process
+    skip = row_tokenizer.options.skip_long_rows
 
     def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
         return tokenize_rows(
             rows,
-            RowTokenizer(tokenizer, method.stop_ids, data, max_length),
-            skip_long_rows=data.skip_long_rows,
+            row_tokenizer,
+            skip_long_rows=skip,
             remedy=remedy,
             description=f"Tokenizing {what}",
             progress=main,
         )
 
-    skip = data.skip_long_rows
     train = keep_short(
         tokenize(rows.train, "training rows"),
         lambda example: _usable(example, method, max_length),
@@ -500,13 +535,30 @@ def make_examples(
     return train, held_out
 
 
+def max_length_of(data: DataArguments, context: int) -> int:
+    """Return the longest prompt and completion, in tokens.
+
+    Raises:
+        ConfigurationError: it is over the ``context`` of student and teacher.
+    """
+    if data.max_length is not None and data.max_length > context:
+        raise ConfigurationError(
+            f"--max_length {data.max_length} is over the context of student and teacher, {context}"
+        )
+    return data.max_length or context
+
+
 def _tell_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
-    left_out = len(rows) - len(examples)
+    left_out = len(rows) - len({row_of(example) for example in examples})
     if left_out:
         logger.warning("%d of %d rows are left out: too long", left_out, len(rows))
     cut = sum(example.sample.truncated for example in examples if example.sample is not None)
     if cut:
         logger.warning("%d of %d completions are cut at %d tokens", cut, len(examples), max_length)
+    for note, told in NOTES.items():
+        count = sum(note in example.notes for example in examples)
+        if count:
+            logger.warning("%d of %d completions %s", count, len(examples), told)
 
 
 def _usable(example: Example, method: Method, max_length: int) -> Example:

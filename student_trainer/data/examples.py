@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from shared import __version__
 from shared.errors import DatasetError, RowTooLongError
-from student_trainer.config import DataArguments
-from student_trainer.data.conversation import PlainText, read_row
+from shared.identity import tokenizer_identity
+from student_trainer.config import ROW_OPTIONS, DataArguments
+from student_trainer.data.conversation import Conversation, PlainText, read_row
+from student_trainer.data.encode import Encoder
 from student_trainer.data.sample import Example, Sample
-from student_trainer.data.template import (
-    _all_assistant_turns,
-    _completion_ids,
-    _ids,
-    _render,
-    _require_template,
-)
+from student_trainer.data.template import ChatTemplate, TemplateOptions, Turn
+
+# An example's index is its row's number, with the number of its turn above these bits.
+_ROW_BITS = 32
+
+
+def row_of(example: Example) -> int:
+    """Return the number of the row that an example was made of."""
+    return example.index & ((1 << _ROW_BITS) - 1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A prompt and what follows it, as ids.
+
+    Attributes:
+        text: the prompt, for reports.
+        completion_ids: learned, its end token included; None for a bare prompt.
+    """
+
+    text: str
+    prompt_ids: list[int]
+    completion_ids: list[int] | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,15 +52,53 @@ class RowTokenizer:
     Attributes:
         stop_ids: tokens that end a completion; the first is appended where one lacks its end.
         max_length: longest prompt and completion, in tokens.
+        template: what the chat template is told.
+        one_sequence: several assistant turns are learned as spans of one sequence where the
+            template leaves history alone; for methods that generate nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     options: DataArguments
     max_length: int
+    template: TemplateOptions = field(default_factory=TemplateOptions)
+    one_sequence: bool = False
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.stop_ids)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+            ConfigurationError: it does not read the options.
+        """
+        return ChatTemplate(self.encoder, self.template)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything that the examples of a row depend on."""
+        identity = tokenizer_identity(self.tokenizer)
+        backend = getattr(self.tokenizer, "_tokenizer", None)
+        told = [
+            __version__,
+            identity.fingerprint,
+            identity.special_token_ids,
+            identity.chat_template,
+            None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest(),
+            self.stop_ids,
+            self.max_length,
+            [getattr(self.options, name) for name in ROW_OPTIONS],
+            dict(self.template.kwargs),
+            str(self.template.today) if self.chat.prints_date else None,
+            self.one_sequence,
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, index: int, where: str, row: dict[str, Any]) -> list[Example]:
-        """Return the examples of a row.
+        """Return the examples of a row: one, or one for each assistant turn.
 
         Args:
             index: position of the row in the dataset.
@@ -46,64 +108,171 @@ class RowTokenizer:
             DatasetError: the row cannot be rendered, or leaves nothing to learn.
             RowTooLongError: it leaves no room for a completion.
         """
-        return [
-            _tokenize(
-                index, where, row, self.tokenizer, self.stop_ids, self.options, self.max_length
+        checker = row.get("checker")
+        if checker is not None and not isinstance(checker, dict):
+            raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
+        parsed = read_row(where, row, self.options)
+        if isinstance(parsed, PlainText):
+            return [self._example(index, where, self._plain(where, parsed), checker)]
+        conversations = [parsed]
+        if self.options.learns_all_turns:
+            conversations = _assistant_turns(where, parsed)
+        parts = [self._part(where, conversation) for conversation in conversations]
+        if len(parts) == 1:
+            return [self._example(index, where, parts[0], checker)]
+        if self.one_sequence:
+            sample = self._spans(where, parts)
+            if sample is not None:
+                last = parts[-1]
+                prompt_ids = np.asarray(last.prompt_ids, dtype=np.uint32)
+                return [Example(index, where, prompt_ids, sample, checker, last.text, last.notes)]
+        examples = []
+        for number, part in enumerate(parts):
+            name = f"{where} turn {number + 1}"
+            own = checker if number == len(parts) - 1 else None
+            try:
+                examples.append(self._example(index + (number << _ROW_BITS), name, part, own))
+            except RowTooLongError:
+                if not examples or not self.options.skip_long_rows:
+                    raise
+        return examples
+
+    def _example(
+        self, index: int, where: str, part: _Part, checker: dict[str, Any] | None
+    ) -> Example:
+        prompt_ids = np.asarray(part.prompt_ids, dtype=np.uint32)
+        if not len(prompt_ids):
+            raise DatasetError(
+                f"{where}: the prompt is empty; a completion needs a token before it"
             )
-        ]
-
-
-def _tokenize(
-    index: int,
-    where: str,
-    row: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: tuple[int, ...],
-    options: DataArguments,
-    max_length: int,
-) -> Example:
-    parsed = read_row(where, row, options)
-    prompt, completion = parsed.prompt, parsed.completion
-    if isinstance(parsed, PlainText):
-        text = parsed.prompt
-        prompt_ids = _ids(tokenizer, text, add_special_tokens=True)
+        if len(prompt_ids) >= self.max_length:
+            raise RowTooLongError(
+                f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of "
+                f"{self.max_length} leaves none for a completion"
+            )
         sample = None
-        if completion is not None:
-            ids = [*_ids(tokenizer, completion), stop_ids[0]]
-            sample = _sample(prompt_ids, ids, max_length)
-    else:
-        _require_template(where, tokenizer)
-        text = _render(where, tokenizer, prompt, add_generation_prompt=True)
-        prompt_ids = _ids(tokenizer, text)
-        sample = None
-        if completion is not None:
-            messages = [*prompt, completion]
-            if options.assistant_only_loss:
-                sample = _all_assistant_turns(where, tokenizer, messages, max_length)
-            else:
-                ids = _completion_ids(where, tokenizer, messages, text, stop_ids)
-                sample = _sample(prompt_ids, ids, max_length)
-    if not prompt_ids:
-        raise DatasetError(f"{where}: the prompt is empty; a completion needs a token before it")
-    if len(prompt_ids) >= max_length:
-        raise RowTooLongError(
-            f"{where}: the prompt has {len(prompt_ids)} tokens; the limit of {max_length} leaves "
-            "none for a completion"
+        if part.completion_ids is not None:
+            room = self.max_length - len(prompt_ids)
+            ids = np.asarray(part.completion_ids[:room], dtype=np.uint32)
+            sample = Sample(
+                token_ids=np.concatenate([prompt_ids, ids]),
+                completion_start=len(prompt_ids),
+                completion_mask=np.ones(len(ids), dtype=bool),
+                source="dataset",
+                truncated=len(part.completion_ids) > room,
+            )
+        return Example(index, where, prompt_ids, sample, checker, part.text, part.notes)
+
+    def _plain(self, where: str, row: PlainText) -> _Part:
+        """Return the ids of text as it stands; a completion gets its end token."""
+        prompt, completion, ends = row.prompt, row.completion, False
+        stops = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
+        reads = self.options.split_special_tokens
+        if completion is not None and not reads:
+            stop = next((stop for stop in stops if completion.endswith(stop)), "")
+            completion, ends = completion.removesuffix(stop), bool(stop)
+        if reads is None:
+            begun = prompt.removeprefix(str(self.tokenizer.bos_token or ""))
+            for name, text in (("prompt", begun), ("completion", completion or "")):
+                found = self.encoder.find_control_token(text)
+                if found is not None:
+                    raise DatasetError(
+                        f"{where}: the {name} holds {found!r}, which this tokenizer reads as a "
+                        "control token; pass --split_special_tokens true to read it as text, or "
+                        "false if it is meant as the token"
+                    )
+        if reads:
+            prompt, completion = self.encoder.protect(prompt), self.encoder.protect(completion)
+        prompt_ids = self.encoder.encode_prompt(prompt)
+        if completion is None:
+            return _Part(row.prompt, prompt_ids, None)
+        try:
+            ids = self.encoder.encode_after(prompt, prompt_ids, completion)
+        except DatasetError as error:
+            raise DatasetError(f"{where}: {error}") from error
+        early = next((i for i in ids if i in self.stop_ids), None)
+        if early is not None:
+            raise DatasetError(
+                f"{where}: {self.tokenizer.convert_ids_to_tokens(early)!r} ends a completion, and "
+                "stands in the middle of this one; pass --split_special_tokens true to read it as "
+                "text"
+            )
+        end = stops.index(stop) if ends else 0
+        return _Part(row.prompt, prompt_ids, [*ids, self.stop_ids[end]])
+
+    def _part(self, where: str, conversation: Conversation) -> _Part:
+        try:
+            turn = self.chat.first_turn(where, conversation)
+            prompt_ids = self.encoder.encode(turn.prompt)
+            completion_ids = None
+            if turn.completion is not None:
+                ids = self.encoder.encode_after(turn.prompt, prompt_ids, turn.completion)
+                completion_ids = self._ended(where, conversation, turn, ids)
+        except DatasetError as error:
+            text = self.encoder.restore(str(error))
+            raise DatasetError(text if text.startswith(where) else f"{where}: {text}") from error
+        return _Part(self.encoder.restore(turn.prompt), prompt_ids, completion_ids, turn.notes)
+
+    def _ended(
+        self, where: str, conversation: Conversation, turn: Turn, ids: list[int]
+    ) -> list[int]:
+        """Return the ids up to and with their end token."""
+        ends = [number for number, token in enumerate(ids) if token in self.stop_ids]
+        if ends:
+            return ids[: ends[0] + 1]  # templates print a newline after the end of the turn
+        following = self.chat.token_after(where, conversation, turn)
+        if following in self.stop_ids:
+            return [*ids, following]  # GLM: whoever speaks next ends the turn
+        completion = str(turn.completion).rstrip()
+        for token in self.tokenizer.all_special_tokens:
+            if completion.endswith(token):
+                raise DatasetError(
+                    f"{where}: the chat template ends the assistant's turn with {token!r}, which "
+                    f"ends no completion here (EOS is {self.tokenizer.eos_token!r}): generated "
+                    f"completions would run to their limit. Pass --eos_token '{token}'"
+                )
+        return [*ids, self.stop_ids[0]]
+
+    def _spans(self, where: str, parts: Sequence[_Part]) -> Sample | None:
+        """Return one sequence in which all turns are learned, or None where they are not in it."""
+        last = parts[-1]
+        whole = [*last.prompt_ids, *(last.completion_ids or ())]
+        mask = np.zeros(len(whole), dtype=bool)
+        for part in parts:
+            ids = [*part.prompt_ids, *(part.completion_ids or ())]
+            if whole[: len(ids)] != ids:
+                return None
+            mask[len(part.prompt_ids) : len(ids)] = True
+        start = len(parts[0].prompt_ids)
+        if start >= self.max_length:
+            raise RowTooLongError(
+                f"{where}: the first assistant turn begins at token {start}, beyond the limit of "
+                f"{self.max_length}"
+            )
+        cut = min(len(whole), self.max_length)
+        return Sample(
+            np.asarray(whole[:cut], dtype=np.uint32),
+            start,
+            mask[start:cut],
+            "dataset",
+            truncated=cut < len(whole),
         )
-    checker = row.get("checker")
-    if checker is not None and not isinstance(checker, dict):
-        raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
-    return Example(index, where, np.asarray(prompt_ids, dtype=np.uint32), sample, checker, text)
 
 
-def _sample(prompt_ids: list[int], ids: list[int], max_length: int) -> Sample | None:
-    if not prompt_ids or len(prompt_ids) >= max_length:
-        return None  # the caller names the row
-    room = max_length - len(prompt_ids)
-    return Sample(
-        token_ids=np.asarray([*prompt_ids, *ids[:room]], dtype=np.uint32),
-        completion_start=len(prompt_ids),
-        completion_mask=np.ones(min(len(ids), room), dtype=bool),
-        source="dataset",
-        truncated=len(ids) > room,
-    )
+def _assistant_turns(where: str, row: Conversation) -> list[Conversation]:
+    """Return a conversation for each assistant turn that follows another turn.
+
+    A turn of ``weight`` 0 is not learned, as in OpenAI's format.
+    """
+    turns = [*row.prompt, *([] if row.completion is None else [row.completion])]
+    continues = row.completion is not None and row.prompt[-1]["role"] == "assistant"
+    made = []
+    for number, message in enumerate(turns):
+        if message["role"] != "assistant" or number == 0 or message.get("weight") == 0:
+            continue
+        if continues and number == len(turns) - 2:
+            continue  # the beginning of the last
+        made.append(Conversation(turns[:number], message, row.tools, row.template_kwargs))
+    if not made and any(message["role"] == "assistant" for message in turns):
+        raise DatasetError(f"{where}: no assistant turn that is learned follows another turn")
+    return made or [row]

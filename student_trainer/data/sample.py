@@ -47,6 +47,7 @@ class Example:
         sample: prompt and completion of the dataset, or None for a bare prompt.
         checker: how to tell whether a completion is right, as `evaluation.checkers` reads it.
         prompt: the prompt as text, for reports.
+        notes: what the chat template did to the row that a user should know of.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Example:
     sample: Sample | None
     checker: dict[str, Any] | None
     prompt: str
+    notes: tuple[str, ...] = ()
 
 
 def completed(

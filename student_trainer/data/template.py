@@ -1,15 +1,477 @@
-"""A conversation as the chat template prints it: what is prompt, what is learned."""
+"""A conversation as the chat template prints it: what is prompt, and what is learned.
+
+The prompt is what the template prints for inference under the same options. The completion is what
+the student has to write after it, up to the end of the assistant's turn. Both are found by
+rendering; what a row carries and the template does not print is an error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from shared.errors import DatasetError, RowTooLongError
-from student_trainer.data.sample import Sample
+from shared.errors import ConfigurationError, DatasetError
+from student_trainer.data.conversation import Conversation
+from student_trainer.data.encode import Encoder
+from student_trainer.data.messages import (
+    REASONING,
+    Message,
+    leaves_of,
+    normalise,
+    reasoning_of,
+    split_thoughts,
+    text_of,
+    with_content,
+    with_text_arguments,
+)
+
+EMPTY_THOUGHT = "empty thought"
+THOUGHTS_LEFT_OUT = "thoughts left out"
+# What a user is told of completions with these notes.
+NOTES = {
+    EMPTY_THOUGHT: "begin with an empty thought, since the rows hold none and the chat template "
+    "asks for one: to learn answers alone pass the option with which the template does not think, "
+    "such as --chat_template_kwargs '{\"enable_thinking\": false}'",
+    THOUGHTS_LEFT_OUT: "are learned without the thoughts of their rows, since the chat template "
+    "does not think under these options",
+}
+
+_OPENED = re.compile(r"<think>\s*\Z")
+_CLOSED = re.compile(r"</think>\s*\Z")
+_EMPTY = re.compile(r"\A\s*(?:<think>)?\s*</think>")
+_PROBE = "Qz7ProbezQ"
+# What `apply_chat_template` is told by other means.
+_RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What a chat template is told beside the messages.
+
+    Attributes:
+        kwargs: variables of the template, such as ``enable_thinking``; a row's own come first.
+        today: the date that a template prints which asks for today's.
+    """
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    today: datetime.date = field(default_factory=datetime.date.today)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt, and the assistant's turn that follows it.
+
+    Attributes:
+        prompt: what the student is shown; with placeholders of the `Encoder`.
+        completion: what it has to write, its end token included where the template prints one and
+            perhaps more behind it; None where there is only a prompt.
+        notes: `EMPTY_THOUGHT` where the completion begins with an empty thought that the row does
+            not have; `THOUGHTS_LEFT_OUT` where the row has thoughts and the mode shows none.
+    """
+
+    prompt: str
+    completion: str | None
+    notes: tuple[str, ...] = ()
+
+
+class ChatTemplate:
+    """A tokenizer's chat template under fixed options.
+
+    Raises:
+        ConfigurationError: an option that the template does not read.
+    """
+
+    def __init__(self, encoder: Encoder, options: TemplateOptions) -> None:
+        self.encoder = encoder
+        self.options = options
+        self._tokenizer: PreTrainedTokenizerBase = encoder.tokenizer
+        self.source = str(self._tokenizer.chat_template or "")
+        self._shown: dict[str, bool] = {}
+        if self.source:
+            try:
+                self._check_kwargs(options.kwargs)
+            except DatasetError as error:
+                raise ConfigurationError(f"--chat_template_kwargs: {error}") from error
+
+    @property
+    def name(self) -> str:
+        """How messages call the template."""
+        name = self._tokenizer.name_or_path
+        return f"the chat template of {name}" if name else "the chat template"
+
+    @property
+    def prints_date(self) -> bool:
+        """Whether the template asks for today's date."""
+        return "strftime_now" in self.source
+
+    def first_turn(self, where: str, conversation: Conversation) -> Turn:
+        """Return a conversation's prompt and completion.
+
+        Args:
+            where: file and line, or row number, for messages.
+
+        Raises:
+            DatasetError: names the row and why the template cannot say what is prompt and what is
+                learned, or what of the row it does not print.
+        """
+        if not self.source:
+            raise DatasetError(
+                f"{where}: the row is a conversation but the tokenizer has no chat template; pass "
+                "--chat_template FILE, or give prompt and completion as plain text"
+            )
+        try:
+            self._check_kwargs(conversation.template_kwargs)
+        except DatasetError as error:
+            raise DatasetError(f"{where}: chat_template_kwargs: {error}") from error
+        row = _Row(self, where, conversation)
+        return row.turn()
+
+    def token_after(self, where: str, conversation: Conversation, turn: Turn) -> int | None:
+        """Return the control token that the template prints next, if somebody speaks after a turn.
+
+        Some templates end no turn: the token that begins the next one does.
+        """
+        behind = _Row(self, where, conversation).behind(turn).lstrip()
+        found = next((t for t in self.encoder.control_tokens if behind.startswith(t)), None)
+        return None if found is None else int(self._tokenizer.convert_tokens_to_ids(found))
+
+    def render(
+        self,
+        where: str,
+        messages: Sequence[Message],
+        tools: Any,
+        kwargs: Mapping[str, Any],
+        **options: bool,
+    ) -> str:
+        """Return the text that the template prints.
+
+        Raises:
+            DatasetError: names the row and what the template says against it.
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                tokenize=False,
+                strftime_now=self.options.today.strftime,
+                **{**self.options.kwargs, **kwargs},
+                **options,
+            )
+        except Exception as error:  # whatever a template's code can cause
+            raise DatasetError(f"{where}: {self.name} refuses the messages: {error}") from error
+        return str(text)
+
+    def hidden_turn(
+        self, messages: Sequence[Message], tools: Any, kwargs: Mapping[str, Any]
+    ) -> int | None:
+        """Return the number of the first turn that is not the assistant's and is not printed.
+
+        Told by other contents in the same places, once for conversations of one form.
+        """
+        marked = [
+            message
+            if message["role"] == "assistant"
+            else {**message, "content": f"{_PROBE}{number}x"}
+            for number, message in enumerate(messages)
+        ]
+        form = [(message["role"], sorted(message)) for message in messages]
+        key = json.dumps([form, tools is not None, sorted(kwargs.items())], default=str)
+        if self._shown.get(key):
+            return None
+        try:
+            text = self.render("", marked, tools, kwargs)
+        except DatasetError:
+            return None  # the template reads more into a content than that it is text
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" and f"{_PROBE}{number}x" not in text:
+                return number
+        self._shown[key] = True
+        return None
+
+    def _check_kwargs(self, kwargs: Mapping[str, Any]) -> None:
+        words = set(re.findall(r"\b[a-z]\w+\b", self.source))
+        for name in kwargs:
+            if name in _RESERVED:
+                raise DatasetError(f"{name!r} is not an option of the template; drop it")
+            if name not in words:
+                near = difflib.get_close_matches(str(name), words, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else "; drop it"
+                raise DatasetError(f"{self.name} reads no {name!r}{hint}")
+
+
+class _Row:
+    """One conversation on its way through the template."""
+
+    def __init__(self, template: ChatTemplate, where: str, conversation: Conversation) -> None:
+        self.template = template
+        self.where = where
+        self.kwargs = conversation.template_kwargs
+        protect = template.encoder.protect
+        given = list(conversation.prompt)
+        self.continues = given[-1]["role"] == "assistant"
+        self._protected_completion = protect(conversation.completion or {})
+        self.last = None
+        if conversation.completion is not None:
+            self.last = dict(conversation.completion)
+            if self.continues:
+                self.last = self._continued(given.pop(), self.last)
+            given.append(self.last)
+        messages = normalise(where, given, template.source)
+        self.tools = conversation.tools
+        self.given: list[Message] = protect(messages)
+        self.protected_tools = protect(self.tools)
+        if self.given != messages or self.protected_tools != self.tools:
+            # A template may have something against such text, or a better place for it.
+            self._try_variants(messages, self.tools, check=False)
+
+    def _continued(self, begun: Message, completion: Message) -> Message:
+        self.begun = begun
+        if reasoning_of(completion) is not None or begun.get("tool_calls"):
+            raise DatasetError(
+                f"{self.where}: the prompt ends with the beginning of an answer, which the "
+                "completion goes on with: it can have no thoughts of its own, nor can the "
+                "beginning have tool calls"
+            )
+        content = f"{begun.get('content') or ''}{completion.get('content') or ''}"
+        return {**begun, **completion, "content": content}
+
+    def turn(self) -> Turn:
+        messages, whole = self._try_variants(self.given, self.protected_tools)
+        history = messages if self.last is None else messages[:-1]
+        if self.continues:
+            begun = history[-1] if self.last is None else self._normal_beginning()
+            prompt = self._render(
+                [*(history[:-1] if self.last is None else history), begun],
+                continue_final_message=True,
+            )
+        else:
+            prompt = self._render(history, add_generation_prompt=True)
+        self._check_tools(prompt)
+        if self.last is None:
+            return Turn(prompt, None)
+        completion, notes = self._completion(prompt, whole, messages)
+        self._check_learned(completion, notes)
+        return Turn(prompt, completion, notes)
+
+    def behind(self, turn: Turn) -> str:
+        """Return what is printed behind the last turn where another follows, if one can."""
+        *history, last = self.given
+        calls = "tool_calls" in last
+        if not calls:  # a thought may be gone once the user has answered
+            last = {**last, "content": _PROBE}
+        following = {"role": "tool" if calls else "user", "content": "x"}
+        try:
+            _, text = self._try_variants(
+                [*history, last, following], self.protected_tools, check=False
+            )
+        except DatasetError:
+            return ""
+        return text.partition(f"{turn.prompt}{turn.completion}" if calls else _PROBE)[2]
+
+    def _normal_beginning(self) -> Message:
+        [message] = normalise(self.where, [self.begun], self.template.source)
+        return dict(self.template.encoder.protect(message))
+
+    def _render(self, messages: Sequence[Message], **options: bool) -> str:
+        return self.template.render(
+            self.where, messages, self.protected_tools, self.kwargs, **options
+        )
+
+    def _try_variants(
+        self, messages: list[Message], tools: Any, *, check: bool = True
+    ) -> tuple[list[Message], str]:
+        """Return the first form of the messages that the template prints whole, and its text."""
+        first_error: DatasetError | None = None
+        for variant in _variants(messages):
+            try:
+                text = self.template.render(self.where, variant, tools, self.kwargs)
+                if check:
+                    self._check_printed(variant, text)
+            except DatasetError as error:
+                first_error = first_error or error
+            else:
+                return variant, text
+        assert first_error is not None
+        raise first_error
+
+    def _check_printed(self, messages: list[Message], text: str) -> None:
+        """Raise `DatasetError` for a turn or a call that is not in the text."""
+        hidden = self.template.hidden_turn(messages, self.protected_tools, self.kwargs)
+        for number, message in enumerate(messages):
+            place = f"{self.where}: messages[{number}]"
+            content = message.get("content") or ""
+            if message["role"] == "assistant":
+                content = "" if "tool_calls" in message else split_thoughts(content)[1]
+            if number == hidden or not _prints(text, content):
+                raise DatasetError(
+                    f"{place}: {self.template.name} does not print this turn of the role "
+                    f"{message['role']!r}; give it another role, or another --chat_template"
+                )
+            for call in message.get("tool_calls", ()):
+                self._check_call(place, call["function"], text)
+        if "None" in text and "None" not in self.template.source:
+            given = json.dumps([messages, self.protected_tools, dict(self.kwargs)], default=str)
+            if "None" not in given:
+                raise DatasetError(
+                    f"{self.where}: {self.template.name} prints 'None' for a turn without content"
+                )
+
+    def _check_call(self, place: str, function: Mapping[str, Any], text: str) -> None:
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        written_out = repr(arguments) in text and repr(arguments) not in (
+            json.dumps(arguments), json.dumps(arguments, ensure_ascii=False),
+        )  # fmt: skip
+        leaves = [function["name"], *leaves_of(arguments)]
+        missing = next((leaf for leaf in leaves if not _prints(text, leaf)), None)
+        if (written_out and arguments) or missing is not None:
+            raise DatasetError(
+                f"{place}: {self.template.name} does not print the call of "
+                f"{function['name']!r} with its arguments; leave tool_calls out, or give another "
+                "--chat_template"
+            )
+
+    def _check_tools(self, prompt: str) -> None:
+        for tool in self.protected_tools or ():
+            function = tool.get("function", tool)
+            parameters = function.get("parameters") or {}
+            names = [str(function.get("name")), *(parameters.get("properties") or {})]
+            if not all(_prints(prompt, name) for name in names):
+                raise DatasetError(
+                    f"{self.where}: {self.template.name} does not print the tool {names[0]!r}; "
+                    "drop the column tools, or give another --chat_template"
+                )
+
+    def _completion(
+        self, prompt: str, whole: str, messages: list[Message]
+    ) -> tuple[str, tuple[str, ...]]:
+        """Return what stands behind the prompt, in the mode that the prompt shows."""
+        inline, answer = split_thoughts(messages[-1].get("content") or "")
+        field = reasoning_of(self._protected_completion)
+        thoughts = inline if field is None else field
+        completion = whole[len(prompt) :] if whole.startswith(prompt) else None
+        if inline is not None and completion is not None and self._misreads(completion, prompt):
+            completion = None  # thoughts within a content are printed as if they were answer
+        if completion is None and _CLOSED.search(prompt):
+            completion = self._without_thoughts(prompt, messages, answer)
+            if completion is not None and thoughts:
+                return completion, (THOUGHTS_LEFT_OUT,)
+        elif completion is None:
+            completion = self._with_field(prompt, messages, thoughts or "", answer)
+            if completion is None and _OPENED.search(prompt):
+                completion = self._composed(prompt, whole, field, inline, answer)
+        if completion is None:
+            raise DatasetError(
+                f"{self.where}: the conversation that {self.template.name} prints with the last "
+                f"turn does not begin with the prompt, which ends with {prompt[-40:]!r}: what is "
+                "learned cannot be told from it. Give other --chat_template_kwargs or another "
+                "--chat_template, or prompt and completion as plain text"
+            )
+        is_empty = thoughts is None and _EMPTY.match(completion)
+        return completion, ((EMPTY_THOUGHT,) if is_empty else ())
+
+    def _misreads(self, completion: str, prompt: str) -> bool:
+        """Tell whether a thought that stands in the content is doubled, or not taken for one."""
+        if _CLOSED.search(prompt) or _EMPTY.match(completion):
+            return "</think>" in _EMPTY.sub("", completion, count=1)
+        return bool(self._fields()) and "<think>" not in self.template.source
+
+    def _fields(self) -> list[str]:
+        """Return the names under which the template reads thoughts."""
+        return [n for n in REASONING if re.search(rf"\b{n}\b", self.template.source)]
+
+    def _without_thoughts(self, prompt: str, messages: list[Message], answer: str) -> str | None:
+        bare = {key: value for key, value in messages[-1].items() if key not in REASONING}
+        if bare.get("content"):
+            bare["content"] = answer.lstrip("\n")
+        text = self._render([*messages[:-1], bare])
+        return text[len(prompt) :] if text.startswith(prompt) else None
+
+    def _with_field(
+        self, prompt: str, messages: list[Message], thoughts: str, answer: str
+    ) -> str | None:
+        """Return the completion where the template prints thoughts that stand in a field."""
+        probe = {**messages[-1], **dict.fromkeys(self._fields(), _PROBE)}
+        if probe.get("content"):
+            probe["content"] = answer.lstrip("\n")
+        text = self._render([*messages[:-1], probe])
+        before, found, behind = text.rpartition(_PROBE)
+        if not found or not before.startswith(prompt):
+            return None
+        return before[len(prompt) :] + thoughts.strip("\n") + behind
+
+    def _composed(
+        self, prompt: str, whole: str, field: str | None, inline: str | None, answer: str
+    ) -> str | None:
+        """Return the completion where the prompt opens a thought that the template never prints."""
+        opened = _OPENED.search(prompt)
+        assert opened is not None
+        if not whole.startswith(prompt[: opened.start()]):
+            return None
+        printed = _EMPTY.sub("", whole[opened.start() :]).lstrip("\n")
+        if not printed.startswith(answer.strip()):
+            return None
+        end = printed[len(answer.strip()) :]
+        line = opened[0].removeprefix("<think>")  # templates differ in the newlines around thoughts
+        space = line * 2
+        thoughts = (field or "").strip("\n") + line
+        if field is None and inline is not None:
+            space = answer[: len(answer) - len(answer.lstrip())]
+            thoughts = inline.removeprefix(line)
+        return f"{thoughts}</think>{space}{answer.strip()}{end}"
+
+    def _check_learned(self, completion: str, notes: tuple[str, ...]) -> None:
+        last = self._protected_completion
+        thoughts = reasoning_of(last)
+        if thoughts and THOUGHTS_LEFT_OUT not in notes and not _prints(completion, thoughts):
+            raise DatasetError(
+                f"{self.where}: {self.template.name} does not print the thoughts of the last turn; "
+                f"drop {REASONING[0]}, or give another --chat_template"
+            )
+        answer = split_thoughts(text_of(self.where, last.get("content")) or "")[1]
+        if not _prints(completion, answer):
+            raise DatasetError(
+                f"{self.where}: {self.template.name} does not print the content of the last turn, "
+                f"{answer.strip()[:40]!r}, behind the prompt"
+            )
+        if not answer.strip() and not thoughts and not last.get("tool_calls"):
+            raise DatasetError(f"{self.where}: the completion is empty; there is nothing to learn")
+
+
+def _variants(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the forms of tool calls that templates are written for, the usual one first."""
+    calls = any("tool_calls" in message for message in messages)
+    forms = [messages, with_text_arguments(messages)] if calls else [messages]
+    for form in forms:
+        yield with_content(form, of_calls="")
+        if calls:
+            yield with_content(form, of_calls=None)
+            yield with_content(form, of_calls="missing")
+
+
+def _prints(text: str, value: str) -> bool:
+    """Tell whether ``value`` stands in the text: as it is, as JSON, or as Python's constant."""
+    wanted = value.strip()
+    forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
+    constants = {"true": "True", "false": "False", "null": "None"}
+    return any(form in text for form in (*forms, constants.get(wanted, wanted)))
+
+
+def describe_mode(prompt: str) -> str:
+    """Return in what mode a prompt asks: whether it opens or closes a thought."""
+    if _OPENED.search(prompt):
+        return "thinking: the prompt opens a thought"
+    if _CLOSED.search(prompt):
+        return "not thinking: the prompt closes an empty thought"
+    return "the prompt leaves open whether the answer begins with a thought"
 
 
 def stop_token_ids(
@@ -29,93 +491,3 @@ def stop_token_ids(
     if not distinct:
         raise DatasetError("the tokenizer has no EOS token; set one, completions must end")
     return distinct
-
-
-def _require_template(where: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not tokenizer.chat_template:
-        raise DatasetError(
-            f"{where}: the row is a conversation but the tokenizer has no chat template; set "
-            "tokenizer.chat_template, or give prompt and completion as plain text"
-        )
-
-
-def _render(
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    **options: Any,
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:
-        raise DatasetError(f"{where}: the chat template refuses the messages: {error}") from error
-    return str(text)
-
-
-def _completion_ids(
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    prompt_text: str,
-    stop_ids: Sequence[int],
-) -> list[int]:
-    """The last turn's tokens, up to and with its end token."""
-    text = _render(where, tokenizer, messages)
-    if not text.startswith(prompt_text):
-        raise DatasetError(
-            f"{where}: rendered with its completion, the conversation does not begin with the "
-            "prompt (the template rewrites earlier turns), so the completion cannot be told from "
-            "it. Give the row as prompt and completion in plain text, or use a template with "
-            "{% generation %} markers and --assistant_only_loss"
-        )
-    if not str(messages[-1].get("content") or "").strip() and not messages[-1].get("tool_calls"):
-        raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
-    completion = text[len(prompt_text) :]
-    ids = _ids(tokenizer, completion)
-    ends = [i for i, token in enumerate(ids) if token in set(stop_ids)]
-    if ends:
-        return ids[: ends[0] + 1]  # templates print a newline after the end of the turn
-    for token in tokenizer.all_special_tokens:
-        if completion.rstrip().endswith(token):
-            raise DatasetError(
-                f"{where}: the chat template ends the assistant's turn with {token!r}, which ends "
-                f"no completion here (EOS is {tokenizer.eos_token!r}): generated completions would "
-                f"run to their limit. Pass --eos_token '{token}'"
-            )
-    return [*ids, stop_ids[0]]
-
-
-def _all_assistant_turns(
-    where: str,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    max_length: int,
-) -> Sample:
-    template = str(tokenizer.chat_template)
-    if "generation" not in template or "endgeneration" not in template:
-        raise DatasetError(
-            f"{where}: --assistant_only_loss needs a chat template that marks what the assistant "
-            "wrote with {% generation %} … {% endgeneration %}; this one does not"
-        )
-    rendered = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = np.asarray(rendered["input_ids"], dtype=np.uint32)
-    mask = np.asarray(rendered["assistant_masks"], dtype=bool)
-    learned = np.flatnonzero(mask)
-    if not len(learned) or learned[0] == 0:
-        raise DatasetError(f"{where}: no assistant token follows another token; nothing to learn")
-    start, end = int(learned[0]), int(learned[-1]) + 1
-    if start >= max_length:
-        raise RowTooLongError(
-            f"{where}: the first assistant turn begins at token {start}, beyond the limit of "
-            f"{max_length}"
-        )
-    cut = min(end, max_length)
-    return Sample(ids[:cut], start, mask[start:cut], "dataset", truncated=cut < end)
-
-
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False
-) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

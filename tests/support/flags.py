@@ -27,13 +27,14 @@ def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
     command, *flags = words
     parts = parse(flags, *COMMANDS[command], prog=f"student-trainer {command}", description="")
     if command == "evaluate":
-        check_evaluate(*parts)
+        model, dataset, generation, _, teacher, args = parts
+        check_evaluate(model, dataset, generation, teacher, args)
     elif command in ("sft", "distill"):
         args = parts[-1]
         if command == "distill":
             check_distill(args, parts[-2])
             check_rollouts(args, parts[1])
-        check_recipe(Recipe(*parts[:5]), args)
+        check_recipe(Recipe(*parts[:6]), args)
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Published tokenizers and models for tests, from a folder of their own; tests skip where it is not.
+"""Published tokenizers and models for tests, which skip where they are not.
 
 `make real-models` fetches them. `REAL_MODELS` names another folder than the default.
 """

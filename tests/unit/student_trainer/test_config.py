@@ -11,14 +11,8 @@ from transformers.trainer_utils import SaveStrategy
 from shared.errors import ConfigurationError
 from student_trainer.checks import check_distill, check_merge, check_rollouts
 from student_trainer.config import (
-    AdapterArguments,
-    DataArguments,
-    DatasetArguments,
-    DistillArguments,
-    GenerationArguments,
+    COMMANDS,
     MergeArguments,
-    ModelArguments,
-    TeacherArguments,
     checkpoint_of,
     parse,
     parse_keywords,
@@ -34,15 +28,7 @@ LAUNCH_LINE = (
     "--save_strategy steps --save_steps 180 --save_total_limit 5 --warmup_steps 10 "
     "--lr_scheduler_type cosine --torch_dtype bfloat16"
 )
-TYPES = (
-    ModelArguments,
-    AdapterArguments,
-    DatasetArguments,
-    DataArguments,
-    GenerationArguments,
-    TeacherArguments,
-    DistillArguments,
-)
+TYPES = COMMANDS["distill"]
 
 
 @pytest.fixture
@@ -54,8 +40,8 @@ def model_folder(tmp_path: Path) -> Path:
 
 def read(words: list[str]):
     parsed = parse(words, *TYPES, prog="student-trainer distill", description="")
-    model, adapters, dataset, data, generation, teacher, args = parsed
-    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    model, adapters, dataset, data, generation, template, teacher, args = parsed
+    check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
     check_distill(args, teacher)
     check_rollouts(args, adapters)
     return parsed
@@ -66,7 +52,7 @@ def words(model_folder: Path, *more: str) -> list[str]:
 
 
 def test_the_launch_line_is_accepted_as_it_stands(model_folder):
-    model, adapters, _, _, _, teacher, args = read(words(model_folder))
+    model, adapters, _, _, _, _, teacher, args = read(words(model_folder))
     assert (args.lmbda, args.beta, args.learning_rate) == (0.5, 0.5, 2e-5)
     assert (adapters.lora_r, adapters.lora_alpha, model.torch_dtype) == (32, 16, "bfloat16")
     assert args.gradient_accumulation_steps == 8
@@ -304,12 +290,12 @@ def test_sharding_needs_the_second_fsdp(model_folder, monkeypatch, more, environ
     ],
 )
 def test_what_deepspeed_does_by_itself_is_refused(model_folder, monkeypatch, flag, value, message):
-    model, adapters, dataset, data, generation, _, args = read(words(model_folder))
+    model, adapters, dataset, data, generation, template, _, args = read(words(model_folder))
     setattr(args, flag, value)
-    check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+    check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigurationError, match=message):
-        check_recipe(Recipe(model, adapters, dataset, data, generation), args)
+        check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
 
 
 def test_ranks_wait_longer_for_one_another_than_for_a_teacher(model_folder, monkeypatch):

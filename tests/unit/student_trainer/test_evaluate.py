@@ -227,7 +227,8 @@ def test_vllm_writes_the_completions_where_it_is_asked_to(model, rows, tmp_path,
 
 
 def test_references_that_a_template_rewrites_have_no_perplexity(model, rows, tmp_path, capsys):
-    (model / "chat_template.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
+    template = "{{ messages | length }}{{ messages[0].content }}{{ messages[-1].content }}"
+    (model / "chat_template.jinja").write_text(template)
     checker = {"kind": "exact_match", "answer": "x"}
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
     rows.write_text(json.dumps({"messages": turns, "checker": checker}) + "\n")

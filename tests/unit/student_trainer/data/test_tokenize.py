@@ -26,7 +26,9 @@ TALK = [{"role": "user", "content": "add two"}, {"role": "assistant", "content":
 
 def render(tokenizer, row, *, max_length=200, **options):
     stop_ids = tuple(stop_token_ids(tokenizer, None))
-    row_tokenizer = RowTokenizer(tokenizer, stop_ids, DataArguments(**options), max_length)
+    row_tokenizer = RowTokenizer(
+        tokenizer, stop_ids, DataArguments(**options), max_length, one_sequence=True
+    )
     return tokenize_rows([("data.jsonl:7", row)], row_tokenizer, progress=False)[0]
 
 
@@ -96,10 +98,11 @@ def test_assistant_only_loss_learns_every_assistant_turn(tokenizer):
     assert example.prompt.endswith("user: add two\nA: ")  # on-policy: up to the last turn
 
 
-def test_assistant_only_loss_needs_generation_markers(tokenizer):
-    tokenizer.chat_template = UNMARKED
-    with pytest.raises(DatasetError, match=r"data\.jsonl:7: --assistant_only_loss needs"):
-        render(tokenizer, {"messages": TALK}, assistant_only_loss=True)
+@pytest.mark.parametrize("template", [MARKED, UNMARKED])
+def test_all_assistant_turns_are_learned_with_markers_and_without(tokenizer, template):
+    tokenizer.chat_template = template
+    example = render(tokenizer, {"messages": TALK + TALK}, assistant_turns="all")
+    assert learned(tokenizer, example) == ("return x" + tokenizer.eos_token) * 2
 
 
 def test_a_long_completion_is_cut_and_says_so(tokenizer):
@@ -140,7 +143,7 @@ def test_a_conversation_without_a_template_is_refused(tokenizer):
 def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
     tokenizer.chat_template = (
         "{% if add_generation_prompt %}ask {{ messages[0]['content'] }}"
-        "{% else %}told {{ messages[-1]['content'] }}{% endif %}"
+        "{% else %}told {{ messages[0]['content'] }} {{ messages[-1]['content'] }}{% endif %}"
     )
     with pytest.raises(DatasetError, match="does not begin with the prompt"):
         render(tokenizer, {"messages": TALK})

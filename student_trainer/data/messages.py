@@ -1,0 +1,186 @@
+"""Messages in OpenAI's form -> messages as chat templates read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from shared.errors import DatasetError
+
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names under which templates read an assistant's thoughts.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THOUGHT = re.compile(r"\A(.*?)</think>", re.DOTALL)
+
+
+def normalise(where: str, messages: Sequence[Message], template: str) -> list[Message]:
+    """Return the messages with text contents, known roles and tool calls of one form.
+
+    Parts of text become one text. A developer's turn is a system turn where the template knows no
+    developer, as in OpenAI's API. Thoughts stand under every name that the template reads.
+
+    Args:
+        where: file and line, or row number, for messages.
+        template: source of the chat template.
+
+    Raises:
+        DatasetError: names the row and the message that a template could not mean.
+    """
+    return [
+        _normalised(f"{where}: messages[{number}]", message, template)
+        for number, message in enumerate(messages)
+    ]
+
+
+def _normalised(where: str, message: Message, template: str) -> Message:
+    role = message["role"]
+    made = {key: value for key, value in message.items() if value is not None and key != "content"}
+    named = re.search(rf"['\"]{re.escape(role)}['\"]", template)
+    if role == "developer" and not named:
+        made["role"] = "system"
+    elif role not in ROLES and not named:
+        raise DatasetError(
+            f"{where} has the role {role!r}, which the chat template does not know; roles are "
+            f"{', '.join(ROLES)}"
+        )
+    if "function_call" in made:
+        raise DatasetError(f"{where} has a function_call, OpenAI's old form; give tool_calls")
+    if not made.get("tool_calls", True):
+        del made["tool_calls"]  # some templates ask whether the key is there
+    elif "tool_calls" in made:
+        if role != "assistant":
+            raise DatasetError(f"{where} has tool_calls, but its role is {role!r}")
+        made["tool_calls"] = _tool_calls(where, made["tool_calls"])
+    thoughts = reasoning_of(message)
+    for name in REASONING:
+        made.pop(name, None)
+        if thoughts is not None and re.search(rf"\b{name}\b", template):
+            made[name] = thoughts
+    made["content"] = text_of(where, message.get("content"))
+    return made
+
+
+def reasoning_of(message: Message) -> str | None:
+    """Return what an assistant thought before its answer, where that is a field of its own."""
+    for name in REASONING:
+        if isinstance(message.get(name), str):
+            return str(message[name])
+    return None
+
+
+def split_thoughts(content: str) -> tuple[str | None, str]:
+    """Return the thoughts in front of ``</think>`` within a content, if any, and the answer."""
+    found = _THOUGHT.match(content)
+    if found is None:
+        return None, content
+    return found[1].split("<think>", 1)[-1], content[found.end() :]
+
+
+def text_of(where: str, content: Any) -> str | None:
+    """Return the text of a content, whose parts are joined.
+
+    Raises:
+        DatasetError: a part is no text.
+    """
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DatasetError(
+            f"{where}: content must be text or a list of parts, not {type(content).__name__}"
+        )
+    texts = []
+    for number, part in enumerate(content):
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, Mapping) or part.get("type", "text") not in _TEXT_PARTS:
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DatasetError(
+                f"{where}: content[{number}] is of type {kind!r}; only parts of text can be learned"
+            )
+        elif not isinstance(part.get("text"), str):
+            raise DatasetError(f"{where}: content[{number}] has no text")
+        else:
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """Return calls as ``{"type", "function": {"name", "arguments"}}``, arguments as an object."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise DatasetError(f"{where}: tool_calls must be a list of objects")
+    made = []
+    for number, call in enumerate(calls):
+        function = call.get("function", call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DatasetError(f"{where}: tool_calls[{number}] names no function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise DatasetError(
+                    f"{where}: tool_calls[{number}].arguments is not valid JSON: {error}"
+                ) from error
+        if not isinstance(arguments, Mapping):
+            raise DatasetError(f"{where}: tool_calls[{number}].arguments must be an object")
+        others = {key: value for key, value in call.items() if key not in ("name", "arguments")}
+        made.append(
+            {"type": "function", **others,
+             "function": {"name": function["name"], "arguments": dict(arguments)}}
+        )  # fmt: skip
+    return made
+
+
+def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages with the arguments of tool calls as JSON text, as some templates want."""
+    return _with_calls(
+        messages,
+        lambda function: {**function, "arguments": json.dumps(function["arguments"],
+                                                              ensure_ascii=False)},
+    )  # fmt: skip
+
+
+def _with_calls(
+    messages: Sequence[Message], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[Message]:
+    return [
+        {
+            **message,
+            "tool_calls": [
+                {**call, "function": change(call["function"])} for call in message["tool_calls"]
+            ],
+        }
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def with_content(messages: Sequence[Message], *, of_calls: str | None) -> list[Message]:
+    """Return the messages with a content each: that of a bare tool call is ``of_calls``.
+
+    ``"missing"`` leaves the key out.
+    """
+    made = []
+    for message in messages:
+        if message.get("content") or "tool_calls" not in message:
+            made.append({**message, "content": message.get("content") or ""})
+        elif of_calls == "missing":
+            made.append({key: value for key, value in message.items() if key != "content"})
+        else:
+            made.append({**message, "content": of_calls})
+    return made
+
+
+def leaves_of(value: Any) -> list[str]:
+    """Return all keys and scalar values of a tool call's arguments as they may be printed."""
+    if isinstance(value, Mapping):
+        return [leaf for key, inner in value.items() for leaf in (str(key), *leaves_of(inner))]
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in leaves_of(inner)]
+    return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]
