@@ -8,11 +8,13 @@ VLLM ?= 1
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
-.PHONY: help quickstart test test-faults check docs audit audit-known format clean
+.PHONY: help quickstart test test-real test-faults real-tokenizers real-models check docs audit \
+  audit-known format clean
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
+	@echo "make test-real    tests on published tokenizers and models, which it fetches (800 MB)"
 	@echo "make test-faults  every fault of docs/reliability.md, the slow ones too"
 	@echo "make check        lint, format, types, docs, and what is known of the pinned versions"
 	@echo "make docs         the documentation site, into build/site"
@@ -43,6 +45,17 @@ else
 test: .venv/vllm
 	$(PYTEST)
 endif
+
+# `make test` runs these too, as far as their tokenizers and models have been fetched.
+test-real: real-models
+	$(PYTEST) tests/real -rs
+
+# Into the user's cache folder, or into the one that REAL_MODELS names.
+real-tokenizers: .venv/ready
+	$(BIN)/python -m tests.real.fetch tokenizers
+
+real-models: .venv/ready
+	$(BIN)/python -m tests.real.fetch
 
 # Slow ones among them. Those that change the network need root, and skip without.
 test-faults: .venv/ready

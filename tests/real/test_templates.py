@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigurationError, DatasetError
+from student_trainer.data.conversation import Conversation
 from tests.support.templates import (
     TEMPLATES,
     TODAY,
@@ -151,8 +152,6 @@ def test_an_empty_thought_that_nobody_wrote_is_noted(name):
 def test_a_rows_own_options_come_first():
     row = {"messages": [ASK, assistant("It is 4.")], "chat_template_kwargs": NO_THINKING}
     tokenize = cached("qwen3")
-    from student_trainer.data.conversation import Conversation
-
     turn = tokenize.chat.first_turn(
         "row", Conversation(row["messages"][:1], row["messages"][1], None, NO_THINKING)
     )
@@ -181,8 +180,6 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_tool_call_is_learned_as_the_template_prints_it(name, content):
-    from student_trainer.data.conversation import Conversation
-
     conversation = Conversation(
         [user("Weather in Köln?")],
         assistant(content, tool_calls=[call(city="Köln", days=2)]),
@@ -203,8 +200,6 @@ def test_tool_calls_that_a_template_does_not_print_are_refused(name):
 
 @pytest.mark.parametrize("name", ["llama-3", "gemma-3", "phi-3", "deepseek-v3"])
 def test_tools_that_a_template_does_not_print_are_refused(name):
-    from student_trainer.data.conversation import Conversation
-
     with pytest.raises(DatasetError, match="does not print the tool 'get_weather'"):
         cached(name)._part("row", Conversation([ASK], assistant("It is 4."), [WEATHER]))
 

@@ -1,6 +1,9 @@
 """Published chat templates on published tokenizers, and conversations as people have them."""
 
+import copy
 import datetime
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,6 @@ WEATHER = {
 
 def call(name: str = "get_weather", **arguments: Any) -> dict[str, Any]:
     """A tool call in OpenAI's form, its arguments as JSON text."""
-    import json
-
     text = json.dumps(arguments, ensure_ascii=False)
     return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": text}}
 
@@ -77,16 +78,23 @@ def assistant(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
+@functools.cache
+def _published(folder: str, tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder(folder))
+    if tokens:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)})
+    return tokenizer
+
+
+@functools.cache
 def load(name: str) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     """The tokenizer with one of `TEMPLATES`, and the ids that end a completion."""
     trl = pytest.importorskip("trl")
     folder, template, tokens, stops = TEMPLATES[name]
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder(folder))
+    tokenizer = copy.copy(_published(folder, tokens))
     if template is not None:
         file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
         tokenizer.chat_template = file.read_text()
-    if tokens:
-        tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)})
     tokenizer.name_or_path = name
     return tokenizer, tuple(tokenizer.convert_tokens_to_ids(list(stops)))
 
