@@ -246,14 +246,12 @@ class _Row:
         messages, whole = self._try_variants(self.given, self.protected_tools)
         history = messages if self.last is None else messages[:-1]
         if self.continues:
-            begun = history[-1] if self.last is None else self._normal_beginning()
-            prompt = self._render(
-                [*(history[:-1] if self.last is None else history), begun],
-                continue_final_message=True,
-            )
+            if self.last is not None:
+                history = [*history, self._normal_beginning()]
+            prompt = self._render(history, continue_final_message=True)
         else:
             prompt = self._render(history, add_generation_prompt=True)
-        self._check_tools(prompt)
+        self._check_tools(prompt, history)
         if self.last is None:
             return Turn(prompt, None)
         completion, notes = self._completion(prompt, whole, messages)
@@ -339,8 +337,17 @@ class _Row:
                 "--chat_template"
             )
 
-    def _check_tools(self, prompt: str) -> None:
-        for tool in self.protected_tools or ():
+    def _check_tools(self, prompt: str, history: list[Message]) -> None:
+        if not self.tools:
+            return
+        options = {"continue_final_message" if self.continues else "add_generation_prompt": True}
+        bare = self.template.render(self.where, history, None, self.kwargs, **options)
+        if prompt == bare:
+            raise DatasetError(
+                f"{self.where}: {self.template.name} prints no tools; drop the column tools, or "
+                "give another --chat_template"
+            )
+        for tool in self.protected_tools:
             function = tool.get("function", tool)
             parameters = function.get("parameters") or {}
             names = [str(function.get("name")), *(parameters.get("properties") or {})]
@@ -358,6 +365,8 @@ class _Row:
         field = reasoning_of(self._protected_completion)
         thoughts = inline if field is None else field
         completion = whole[len(prompt) :] if whole.startswith(prompt) else None
+        if completion is None and len(messages) > 1:
+            completion = _behind_same(prompt, whole, messages[-2].get("content") or "")
         if inline is not None and completion is not None and self._misreads(completion, prompt):
             completion = None  # thoughts within a content are printed as if they were answer
         if completion is None and _CLOSED.search(prompt):
@@ -444,6 +453,26 @@ class _Row:
             )
         if not answer.strip() and not thoughts and not last.get("tool_calls"):
             raise DatasetError(f"{self.where}: the completion is empty; there is nothing to learn")
+
+
+def _behind_same(prompt: str, whole: str, content: str) -> str | None:
+    """Return what follows the end of the prompt in the whole, where only earlier turns differ.
+
+    Templates drop an earlier turn's thoughts once there is an answer. The same end, which must hold
+    the last turn's ``content`` and what asks for an answer, may stand in the whole once.
+    """
+    short, long = 0, len(prompt)  # the longest end that both have is in between
+    while short < long:
+        middle = (short + long + 1) // 2
+        if prompt[-middle:] in whole:
+            short = middle
+        else:
+            long = middle - 1
+    end = prompt[len(prompt) - short :]
+    told = content.strip()
+    if not told or not _prints(end, told) or prompt.endswith(told) or whole.count(end) != 1:
+        return None
+    return whole.partition(end)[2]
 
 
 def _variants(messages: list[Message]) -> Iterator[list[Message]]:

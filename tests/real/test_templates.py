@@ -200,7 +200,7 @@ def test_tool_calls_that_a_template_does_not_print_are_refused(name):
 
 @pytest.mark.parametrize("name", ["llama-3", "gemma-3", "phi-3", "deepseek-v3"])
 def test_tools_that_a_template_does_not_print_are_refused(name):
-    with pytest.raises(DatasetError, match="does not print the tool 'get_weather'"):
+    with pytest.raises(DatasetError, match="prints no tools; drop the column tools"):
         cached(name)._part("row", Conversation([ASK], assistant("It is 4."), [WEATHER]))
 
 
@@ -329,4 +329,20 @@ def test_the_date_in_a_prompt_is_the_runs(name):
     assert (
         TODAY.strftime("%d %b %Y" if name != "gpt-oss" else "%Y-%m-%d")
         in learned(name, {"messages": [ASK, assistant("It is 4.")]})[0]
+    )
+
+
+def test_thoughts_before_a_call_are_dropped_once_there_is_an_answer():
+    """gpt-oss shows them for inference, and not in the conversation with its answer."""
+    talk = [
+        user("Weather in Köln?"),
+        assistant(None, thinking="I must ask.", tool_calls=[call(city="Köln", days=1)]),
+        {"role": "tool", "content": "grey"},
+        assistant("It is grey.", thinking="It says grey."),
+    ]
+    prompt, completion = learned("gpt-oss", {"messages": talk})
+    assert "I must ask." in prompt
+    assert completion == (
+        "<|channel|>analysis<|message|>It says grey.<|end|><|start|>assistant<|channel|>final"
+        "<|message|>It is grey.<|return|>"
     )

@@ -1,0 +1,7 @@
+"""What docs/how-to/chat-templates.md says of published templates is what is done."""
+
+from tests.real.documented import BEGIN, END, PAGE, table
+
+
+def test_the_table_of_templates_is_what_is_learned():
+    assert PAGE.read_text().partition(BEGIN)[2].partition(END)[0] == table()
