@@ -25,7 +25,7 @@ _PARAMETERS = {
 # What can only be told to a model or a tokenizer while it loads.
 _LOADING = (
     "model_revision", "torch_dtype", "trust_remote_code", "attn_implementation", "eos_token",
-    "load_in_4bit",
+    "chat_template", "load_in_4bit",
 )  # fmt: skip
 _IN_MEMORY = "./rows in memory"  # like a path: a model card then names no data set of the Hub
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from student_trainer.config import (
     uses_fsdp,
 )
 from student_trainer.evaluation.suites import FORMS, HUB
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -71,6 +74,8 @@ def check_common(
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
         )
+    if data.assistant_only_loss:
+        logger.warning("--assistant_only_loss is the old name of --assistant_turns all")
     if data.max_length is not None and data.max_length < 2:
         raise ConfigurationError(f"--max_length {data.max_length} must be at least 2")
     for name in _COUNTS:

@@ -236,7 +236,11 @@ class TeacherClient:
         [example] = tokenize_rows(
             [(f"row {number}", dict(row))],
             RowTokenizer(
-                self.tokenizer, tuple(self._stop_ids()), DataArguments(), self.info.max_model_len
+                self.tokenizer,
+                tuple(self._stop_ids()),
+                # Text stands for what a tokenizer makes of it, as in vLLM's completions.
+                DataArguments(split_special_tokens=False),
+                self.info.max_model_len,
             ),
             remedy="That is the teacher's context",
             progress=False,
