@@ -98,7 +98,7 @@ def float32_logits(causal_lm: Any) -> Iterator[None]:
     call, where ZeRO-3 has gathered them.
     """
     head = causal_lm.get_output_embeddings()
-    linears = [module for module in head.modules() if type(module) is nn.Linear]
+    linears: list[Any] = [module for module in head.modules() if type(module) is nn.Linear]
     wide = max((layer.out_features for layer in linears), default=0)
     layers = [layer for layer in linears if layer.out_features == wide]  # not a low-rank half
     for layer in layers:

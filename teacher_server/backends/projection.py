@@ -1,11 +1,13 @@
 """The output layer of half-precision models, with logits in float32.
 
 Hidden states and weights are what the model computes in; the sum of their products is taken in
-float32 in any case. Rounded to the 8 bits of bfloat16, a logit of 20 moves by up to .06, and with it
-every log-prob that is answered.
+float32 in any case. Rounded to the 8 bits of bfloat16, a logit of 20 moves by up to .06, and with
+it every log-prob that is answered.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,11 +41,12 @@ def linear(
     return logits.unflatten(0, hidden.shape[:-1])
 
 
-def keep_float32_logits(model: nn.Module) -> None:
+def keep_float32_logits(model: Any) -> None:
     """Give the output layer of a transformers model, where it is a plain linear one, `linear`.
 
     So all of the model's logits are float32, also those that its own forward and `generate` make.
     """
-    layer = model.get_output_embeddings()  # type: ignore[operator]
-    if type(layer) is nn.Linear:
+    layer: Any = model.get_output_embeddings()
+    plain = type(layer) is nn.Linear
+    if plain:
         layer.forward = lambda hidden: linear(hidden, layer.weight, layer.bias)

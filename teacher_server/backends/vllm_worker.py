@@ -262,7 +262,7 @@ class Float32Head:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        modules = getattr(model, "modules", tuple)()
+        modules: Iterable[Any] = getattr(model, "modules", tuple)()
         self._processors = [one for one in modules if hasattr(one, "head_dtype")]
         if not self._processors:
             logger.warning("Scores come from logits of the model's own dtype: no head_dtype here")

@@ -30,8 +30,10 @@ def near(noise, dtype, rows=16, width=64, vocab_size=1_000):
     )
     weight = (5 * weight / width**0.5).to(dtype)
     logits = hidden.double() @ weight.double().T
-    return hidden, weight, logits + noise * torch.randn(
-        logits.shape, generator=generator, dtype=torch.float64
+    return (
+        hidden,
+        weight,
+        logits + noise * torch.randn(logits.shape, generator=generator, dtype=torch.float64),
     )
 
 
