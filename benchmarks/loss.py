@@ -67,6 +67,7 @@ class Sizes:
     hidden_size: int
     top_k: int
     threads: int
+    dtype: str = "float32"  # of hidden states, output layer and their gradients
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def linear(sizes: Sizes, *, trained: bool = True) -> Callable[[], None]:
 def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], None]:
     hidden, weight = (tensor.detach() for tensor in _student(sizes, trained=trained))
     rows = min(rows, sizes.rows)
-    gradient = torch.randn(rows, sizes.vocab_size)  # stands for every chunk's
+    dtype = getattr(torch, sizes.dtype)
+    gradient = torch.randn(rows, sizes.vocab_size).to(dtype)  # stands for every chunk's
     logits = torch.zeros_like(gradient)
     grad_hidden = torch.zeros_like(hidden)
     grad_weight = torch.zeros_like(weight)
@@ -145,10 +147,11 @@ def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], No
 
 
 def _student(sizes: Sizes, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = torch.randn(sizes.rows, sizes.hidden_size, requires_grad=True)
+    dtype = getattr(torch, sizes.dtype)
+    hidden = torch.randn(sizes.rows, sizes.hidden_size).to(dtype).requires_grad_()
     # Few rows over and over: to draw all of them in every process takes longer than the steps.
     drawn = torch.randn(DRAWN_ROWS, sizes.hidden_size).mul_(sizes.hidden_size**-0.5)
-    weight = torch.empty(sizes.vocab_size, sizes.hidden_size)
+    weight = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype)
     for part in weight.split(DRAWN_ROWS):
         part.copy_(drawn[: len(part)])
     return hidden, weight.requires_grad_(trained)
@@ -295,7 +298,8 @@ def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float
 
 def extra_bytes(one: Measurement, sizes: Sizes) -> int:
     """Peak memory beyond the gradients of hidden states and output layer."""
-    gradients = 4 * sizes.hidden_size * (sizes.rows + sizes.vocab_size)
+    size = getattr(torch, sizes.dtype).itemsize
+    gradients = size * sizes.hidden_size * (sizes.rows + sizes.vocab_size)
     return max(0, one.peak_bytes - gradients)
 
 
@@ -358,6 +362,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--top_k", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows is None:
@@ -388,7 +393,7 @@ def main() -> None:
     dense = measured["dense"]
     print_report(
         f"Loss, forward and backward: N={sizes.rows:,}, d={sizes.hidden_size}, "
-        f"k={sizes.top_k}, float32, {sizes.threads} threads, median of {repeats}",
+        f"k={sizes.top_k}, {sizes.dtype}, {sizes.threads} threads, median of {repeats}",
         ["method", "seconds", "CPU seconds", "memory MiB", "time / dense", "memory / dense"],
         table,
         {

@@ -7,6 +7,7 @@ The fused loss goes round the model's own forward, so whatever that does there m
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from student_trainer.losses.fused import CHUNK_BYTES
+from student_trainer.losses.projection import linear, project
 from student_trainer.trial import passes
 
 logger = logging.getLogger(__name__)
@@ -55,16 +57,14 @@ class OutputHead:
         if not torch.is_grad_enabled():
             layer.reshard()
 
-    def scaled(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states that meet the bare weight: scaling [N, d] spares scaling [N, V].
-
-        A bias would be scaled too by the models that have a scale; none of them has a bias.
-        """
-        return hidden if self.scale == 1.0 else hidden * self.scale
-
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of hidden states [N, d]."""
-        logits = nn.functional.linear(self.scaled(hidden), self.layer.weight, self.layer.bias)
+        """Logits [N, V] of hidden states [N, d]; float32 whatever the layer's dtype.
+
+        A bias is scaled too; none of the models that have a scale has a bias.
+        """
+        logits = linear(hidden, self.layer.weight, self.layer.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
         cap = self.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -72,16 +72,46 @@ class OutputHead:
     def top_ids(self, hidden: torch.Tensor, count: int, vocab_size: int) -> torch.Tensor:
         """Ids [N, count] of the most probable tokens below ``vocab_size``, [N, d] chunk by chunk.
 
-        Soft-capping keeps the order, so it is left out.
+        Soft-capping and a scale above 0 keep the order, so they are left out.
         """
         weight = self.layer.weight[:vocab_size]  # [V, d], a view
         bias = None if self.layer.bias is None else self.layer.bias[:vocab_size]
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # once, not for each chunk
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         ids = hidden.new_empty((len(hidden), count), dtype=torch.int64)
         rows = max(1, CHUNK_BYTES // (4 * vocab_size))
-        for part, found in zip(self.scaled(hidden).split(rows), ids.split(rows), strict=True):
-            logits = nn.functional.linear(part, weight, bias)  # [n, V]
-            found.copy_(logits.topk(count, dim=-1).indices)
+        with torch.autocast(device, enabled=False):
+            for part, found in zip(hidden.split(rows), ids.split(rows), strict=True):
+                logits = project(part, weight, bias)  # [n, V]
+                found.copy_((logits if self.scale > 0.0 else -logits).topk(count, dim=-1).indices)
         return ids
+
+
+@contextmanager
+def float32_logits(causal_lm: Any) -> Iterator[None]:
+    """Let the model's own output layer answer in float32: the layer, and adapters on it.
+
+    A layer whose weights are quantised stays as it is. The weights are read inside the layer's own
+    call, where ZeRO-3 has gathered them.
+    """
+    head = causal_lm.get_output_embeddings()
+    linears: list[Any] = [module for module in head.modules() if type(module) is nn.Linear]
+    wide = max((layer.out_features for layer in linears), default=0)
+    layers = [layer for layer in linears if layer.out_features == wide]  # not a low-rank half
+    for layer in layers:
+        layer.forward = functools.partial(_linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return linear(hidden, layer.weight, layer.bias)
 
 
 def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from student_trainer.head import OutputHead, find_head
+from student_trainer.head import OutputHead, find_head, float32_logits
 from student_trainer.losses import (
     HardLabels,
     Kernel,
@@ -119,7 +119,8 @@ def install_sparse_loss(model: Any) -> None:
             raise TypeError("pass input_ids and attention_mask or position_ids by name")
         inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
         if head is None:
-            states = original(**inputs, use_cache=False).logits  # [B, L, V]
+            with float32_logits(causal_lm):
+                states = original(**inputs, use_cache=False).logits  # [B, L, V]
         else:
             states = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
         states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
@@ -166,11 +167,12 @@ def _loss_of_hidden(
 ) -> dict[str, torch.Tensor | SparseStatistics]:
     with head.gathered():
         loss, statistics = linear_sparse_jsd(
-            head.scaled(hidden),  # [N, d]
+            hidden,  # [N, d]
             head.layer.weight,
             targets.teacher,
             bias=head.layer.bias,
             softcap=head.softcap,
+            logit_scale=head.scale,
             beta=targets.beta,
             temperature=targets.temperature,
             normalizer=targets.normalizer,

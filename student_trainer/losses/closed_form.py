@@ -73,6 +73,8 @@ def divergence_and_gradient(
         ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
 
     where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
+    Σ_b Q_b = 1, so h may be taken relative to that of the student's heaviest outcome: else h of
+    dozens of nats would be taken from its own mean, and float32 leaves little of the difference.
     Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
     the support is one token, and the tail's share is spread by the student's softmax within it.
     The cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping, z
@@ -94,9 +96,7 @@ def divergence_and_gradient(
         slopes.square_().neg_().add_(1.0)
     lowest = _lowest(logits.dtype)
     valid = teacher.token_ids >= 0  # [N, K]
-    # A teacher's mass that underflows counts as the smallest number: no infinite log.
-    floor = math.log(torch.finfo(logits.dtype).tiny)
-    log_p = teacher.logprobs.to(logits.dtype).clamp_min(floor)  # [N, K]
+    log_p, log_p_tail = _finite(teacher, valid, logits.dtype)  # [N, K], [N]
     best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
     # A pad repeats the row's best token, so that writing to the support writes the same twice.
     best_id = teacher.token_ids.gather(1, best).clamp_min(0)
@@ -126,7 +126,6 @@ def divergence_and_gradient(
         cross_entropy = log_total - (label_logits - maximum).squeeze(1) / temperature
     agrees = on_support.gather(1, best).squeeze(1) == 0.0
 
-    log_p_tail = teacher.tail_logprob.to(logits.dtype).clamp_min(floor)  # [N]
     teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
 
     # The outcomes: the support, then the tail in the last column.
@@ -147,13 +146,12 @@ def divergence_and_gradient(
         kept_log_p, kept_p = _renormalized(log_p, present)
         kept_log_q, kept_q = _renormalized(log_q, present)
 
-    divergence, weighted = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    divergence, gradient = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
     objective = divergence if weights is None else divergence * weights
     label_weights = None if labels is None else labels.weights
     if label_weights is not None:
         objective = objective + label_weights * cross_entropy
     if with_gradient:
-        gradient = weighted - kept_q * weighted.sum(dim=-1, keepdim=True)  # [N, K+1]
         if weights is not None:
             gradient *= weights[:, None]
         if label_weights is not None:
@@ -175,6 +173,23 @@ def divergence_and_gradient(
     return objective.to(logits.dtype), SparseStatistics(
         *(c.to(torch.float32, copy=True) for c in columns)
     )
+
+
+def _finite(
+    teacher: SparseDistribution, valid: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-masses of the support [N, K] and the tail [N] without −∞, for a finite reverse KL.
+
+    For no mass stands the log of the smallest number, or the least log-mass of the row where that
+    is lower, so that no mass is never more than some.
+    """
+    log_p = torch.cat([teacher.logprobs, teacher.tail_logprob[:, None]], dim=1).to(dtype)
+    log_p[:, :-1].masked_fill_(~valid, 0.0)
+    none = log_p.isneginf()
+    floor = log_p.masked_fill(none, 0.0).amin(dim=1, keepdim=True)
+    floor.clamp_(min=_lowest(dtype), max=math.log(torch.finfo(dtype).tiny))
+    log_p = torch.where(none, floor, log_p).clamp_min(_lowest(dtype))
+    return log_p[:, :-1], log_p[:, -1]
 
 
 def _lowest(dtype: torch.dtype) -> float:
@@ -227,15 +242,21 @@ def _gap_bound(
 def _outcomes(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], Q·h [N, K+1]); absent outcomes have p = q = 0."""
+    """(divergence [N], Q·(h − Σ Q·h) [N, K+1]); absent outcomes have p = q = 0."""
     if beta == 0.0:
-        return (p * (log_p - log_q)).sum(1), -p
+        return (p * (log_p - log_q)).sum(1), q * p.sum(1, keepdim=True) - p
     if beta == 1.0:
-        weighted = q * (log_q - log_p)
-        return weighted.sum(1), weighted
+        slope = log_q - log_p
+        return (q * slope).sum(1), _centred(slope, q)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    weighted = (1.0 - beta) * q * (log_q - log_m)
-    return (beta * p * (log_p - log_m) + weighted).sum(1), weighted
+    slope = (1.0 - beta) * (log_q - log_m)
+    return (beta * p * (log_p - log_m) + q * slope).sum(1), _centred(slope, q)
+
+
+def _centred(slope: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Q·(h − Σ Q·h) [N, K+1] of h = ``slope``, relative to h of the heaviest outcome."""
+    slope = slope - slope.gather(1, q.argmax(dim=1, keepdim=True))
+    return q * (slope - (q * slope).sum(dim=1, keepdim=True))
 
 
 def _renormalized(

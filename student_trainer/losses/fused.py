@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.projection import project
 from student_trainer.losses.reference import check_parameters, compute_dtype
 from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
 
@@ -33,6 +34,7 @@ def linear_sparse_jsd(
     normalizer: float,
     bias: torch.Tensor | None = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
@@ -52,6 +54,7 @@ def linear_sparse_jsd(
     normalizer: float,
     bias: torch.Tensor | None = ...,
     softcap: float | None = ...,
+    logit_scale: float = ...,
     beta: float,
     temperature: float = ...,
     chunk_size: int | None = ...,
@@ -70,6 +73,7 @@ def linear_sparse_jsd(
     normalizer: float,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     beta: float,
     temperature: float = 1.0,
     chunk_size: int | None = None,
@@ -80,10 +84,12 @@ def linear_sparse_jsd(
     kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Σ_n loss_n / normalizer with student logits ``hidden @ weightᵀ + bias``.
+    """Σ_n loss_n / normalizer with student logits ``logit_scale · (hidden @ weightᵀ + bias)``.
 
     The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
     the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
+    Logits of half-precision states and weights are float32; their gradient is rounded to the half
+    precision in which it meets states and weights.
 
     Args:
         hidden: [N, d] last hidden states of the rows.
@@ -92,6 +98,7 @@ def linear_sparse_jsd(
         normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
         bias: [V] or None.
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
+        logit_scale: of the logits, before they are capped (Cohere, Granite).
         beta, temperature, tail, weights, labels, kernel: see `sparse_generalized_jsd`.
         chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
@@ -117,6 +124,8 @@ def linear_sparse_jsd(
         raise ValueError(f"normalizer {normalizer} must be above 0")
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap {softcap} must be above 0 and finite, or None")
+    if not math.isfinite(logit_scale) or logit_scale == 0.0:
+        raise ValueError(f"logit_scale {logit_scale} must be finite and not 0")
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -127,7 +136,8 @@ def linear_sparse_jsd(
     with torch.autocast(device, enabled=False):
         loss, *columns = _LinearSparseJSD.apply(
             hidden, weight, bias, teacher,
-            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap),
+            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap,
+             float(logit_scale)),
             weights, labels, kernel,
         )  # fmt: skip
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
@@ -169,15 +179,16 @@ class _LinearSparseJSD(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         teacher: SparseDistribution,
-        settings: tuple[float, float, Tail, int, float, int, float | None],
+        settings: tuple[float, float, Tail, int, float, int, float | None, float],
         weights: torch.Tensor | None,
         labels: HardLabels | None,
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        beta, temperature, tail, chunk_size, scale, vocab_size, softcap = settings
+        beta, temperature, tail, chunk_size, scale, vocab_size, softcap, logit_scale = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
         step = choose(kernel, hidden)
         projection = weight[:vocab_size]  # [V, d], a view
+        offset = None if bias is None else bias[:vocab_size]  # [V]
         wanted = ctx.needs_input_grad[:3]
         # Divided by the tokens of a step, most gradients underflow in float16 before a loss scaler
         # can lift them: there the division waits for the backward pass.
@@ -189,20 +200,20 @@ class _LinearSparseJSD(torch.autograd.Function):
         if grad_weight is not None:  # the first chunk is written, not added
             grad_weight[vocab_size if rows else 0 :].zero_()
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-        buffer = hidden.new_empty(
-            (min(chunk_size, rows), vocab_size), dtype=step.logits_dtype(hidden.dtype)
-        )
+        buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
         for first in range(0, rows, chunk_size):
             chunk = slice(first, min(first + chunk_size, rows))
             part = hidden[chunk]  # [n, d]
-            logits = _project(part, projection, bias, buffer[: part.shape[0]])  # [n, V]
+            logits = project(part, projection, offset, out=buffer[: part.shape[0]])  # [n, V]
+            if logit_scale != 1.0:
+                logits *= logit_scale
             targets = teacher[chunk]
             counts = None if weights is None else weights[chunk]
             objective, statistics = step.divergence_and_gradient(
                 logits, targets, beta, temperature, tail,
-                scale=early_scale,
+                scale=early_scale * logit_scale,
                 weights=counts,
                 labels=None if labels is None else labels[chunk],
                 softcap=softcap,
@@ -234,19 +245,6 @@ class _LinearSparseJSD(torch.autograd.Function):
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None, None, None
-
-
-def _project(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
-    """Logits [n, V] in the dtype of ``out``, written into it."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    else:
-        out.copy_(torch.mm(hidden, weight.T))
-    if bias is not None:
-        out += bias[: weight.shape[0]]
-    return out
 
 
 def _add_outer(

@@ -65,4 +65,11 @@ def compute_dtype(logits: torch.Tensor) -> torch.dtype:
 
 
 def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
+    """Σ A·(log A/B) [N], as c + Σ A·(log A/B − c) with c that of A's heaviest token.
+
+    The same, because Σ A = 1, and its gradient does not cancel where log A/B is large there.
+    """
+    ratio = log_a - log_b
+    c = ratio.detach().gather(1, log_a.argmax(dim=-1, keepdim=True))  # [N, 1]
+    c = torch.where(c.isfinite(), c, 0.0)
+    return c[:, 0] + (log_a.exp() * (ratio - c)).sum(dim=-1)

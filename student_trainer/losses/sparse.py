@@ -80,7 +80,7 @@ def sparse_generalized_jsd(
 
     Raises:
         ValueError: a parameter out of range, shapes that do not fit, an id outside the
-            vocabulary, or a teacher log-prob or a weight that is NaN or infinite.
+            vocabulary or twice in a row, or a teacher log-prob or a weight that is NaN or infinite.
 
     Source: GKD, arXiv 2306.13649, over the coarse-grained outcomes.
     """
@@ -128,12 +128,15 @@ def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> No
         raise ValueError(f"tail {tail!r} must be 'bucket' or 'renormalize'")
     ids = teacher.token_ids
     named = torch.where(ids >= 0, teacher.logprobs, 0.0)
+    ordered = ids.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)  # [N, K − 1]
     unusable = [
         ((ids >= vocab_size) | (ids < -1)).any(),
         (named.isnan() | named.isposinf()).any(),
         (teacher.tail_logprob.isnan() | teacher.tail_logprob.isposinf()).any(),
+        repeated.any(),
     ]
-    outside, bad_logprob, bad_tail = torch.stack(unusable).tolist()
+    outside, bad_logprob, bad_tail, twice = torch.stack(unusable).tolist()
     if outside:
         worst = int(ids.max()) if int(ids.max()) >= vocab_size else int(ids.min())
         raise ValueError(
@@ -143,6 +146,12 @@ def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> No
     if bad_logprob or bad_tail:
         name = "logprobs" if bad_logprob else "tail_logprob"
         raise ValueError(f"teacher.{name} holds NaN or +inf; check the teacher's answer")
+    if twice:
+        row, place = (int(at[0]) for at in torch.where(repeated))
+        raise ValueError(
+            f"teacher.token_ids names {int(ordered[row, place])} twice in row {row}; name each id "
+            "once and fill up with −1"
+        )
 
 
 def check_weights(

@@ -140,11 +140,16 @@ def _kernel(
     named = tl.sum(valid.to(tl.int32), axis=0)
 
     log_p = tl.load(logprobs_at + row * support + k, mask=valid, other=0.0)
-    log_p = tl.where(valid, tl.maximum(log_p, FLOOR), 0.0)
-    p = tl.where(valid, tl.exp(log_p), 0.0)
     given_tail = tl.load(tail_at + row)
+    # For no mass stands a finite log that is no higher than any of the row.
+    none, no_tail = log_p == -float("inf"), given_tail == -float("inf")
+    least = tl.minimum(tl.min(tl.where(none, 0.0, log_p), axis=0), FLOOR)
+    least = tl.maximum(tl.minimum(least, tl.where(no_tail, 0.0, given_tail)), LOWEST)
+    log_p = tl.where(valid, tl.maximum(tl.where(none, least, log_p), LOWEST), 0.0)
+    p = tl.where(valid, tl.exp(log_p), 0.0)
     exists = named < vocab_size
-    log_p_tail = tl.where(exists, tl.maximum(given_tail, FLOOR), 0.0)
+    log_p_tail = tl.where(no_tail, least, tl.maximum(given_tail, LOWEST))
+    log_p_tail = tl.where(exists, log_p_tail, 0.0)
     p_tail = tl.where(exists, tl.exp(log_p_tail), 0.0)
 
     # The support leaves the row, so that what is left is the tail.
@@ -218,7 +223,7 @@ def _kernel(
     full_q, full_q_tail = q, q_tail
     if RENORMALIZE:
         gap = tl.where(exists, float("inf"), 0.0)
-        high = tl.max(tl.where(valid, log_p, FLOOR), axis=0)
+        high = tl.max(tl.where(valid, log_p, LOWEST), axis=0)
         own_sum_p = tl.sum(tl.where(valid, tl.exp(log_p - high), 0.0), axis=0)
         log_sum_p = high + tl.log(tl.maximum(own_sum_p, 1.0))
         log_p = tl.where(valid, log_p - log_sum_p, 0.0)
@@ -227,21 +232,29 @@ def _kernel(
         q = tl.where(valid, tl.exp(log_q), 0.0)
         log_p_tail, p_tail, log_q_tail, q_tail = 0.0, 0.0, 0.0, 0.0
 
-    # The divergence, and Q·h of each outcome.
+    # The divergence, and Q·(h − Σ Q·h) of each outcome.
     if MODE == 0:
         divergence = tl.sum(p * (log_p - log_q), axis=0) + p_tail * (log_p_tail - log_q_tail)
-        weighted, weighted_tail = -p, -p_tail
-    elif MODE == 1:
-        weighted, weighted_tail = q * (log_q - log_p), q_tail * (log_q_tail - log_p_tail)
-        divergence = tl.sum(weighted, axis=0) + weighted_tail
+        mass = tl.sum(p, axis=0) + p_tail
+        centred, centred_tail = q * mass - p, q_tail * mass - p_tail
     else:
-        log_m = _add_logs(log_p + log_beta, log_q + log_rest)
-        log_m_tail = _add_logs(log_p_tail + log_beta, log_q_tail + log_rest)
-        weighted = (1.0 - beta) * q * (log_q - log_m)
-        weighted_tail = (1.0 - beta) * q_tail * (log_q_tail - log_m_tail)
-        ours = tl.sum(weighted, axis=0) + weighted_tail
-        theirs = tl.sum(p * (log_p - log_m), axis=0) + p_tail * (log_p_tail - log_m_tail)
-        divergence = beta * theirs + ours
+        if MODE == 1:
+            h, h_tail = log_q - log_p, log_q_tail - log_p_tail
+            divergence = tl.sum(q * h, axis=0) + q_tail * h_tail
+        else:
+            log_m = _add_logs(log_p + log_beta, log_q + log_rest)
+            log_m_tail = _add_logs(log_p_tail + log_beta, log_q_tail + log_rest)
+            h, h_tail = (1.0 - beta) * (log_q - log_m), (1.0 - beta) * (log_q_tail - log_m_tail)
+            ours = tl.sum(q * h, axis=0) + q_tail * h_tail
+            theirs = tl.sum(p * (log_p - log_m), axis=0) + p_tail * (log_p_tail - log_m_tail)
+            divergence = beta * theirs + ours
+        # Relative to the heaviest outcome's, because Σ Q = 1: large h would cancel their mean.
+        first = tl.argmax(q, axis=0)
+        h_first = tl.sum(tl.where(k == first, h, 0.0), axis=0)
+        h_first = tl.where(q_tail > tl.max(q, axis=0), h_tail, h_first)
+        h, h_tail = h - h_first, h_tail - h_first
+        mean = tl.sum(q * h, axis=0) + q_tail * h_tail
+        centred, centred_tail = q * (h - mean), q_tail * (h_tail - mean)
 
     objective = divergence
     weight = 1.0
@@ -263,9 +276,8 @@ def _kernel(
     tl.store(out_at + 8 * rows + row, gap)
 
     if GRADIENT:
-        total = tl.sum(weighted, axis=0) + weighted_tail
-        gradient = scale * (weight * (weighted - q * total) + share * full_q)
-        tail_gradient = scale * (weight * (weighted_tail - q_tail * total) + share * full_q_tail)
+        gradient = scale * (weight * centred + share * full_q)
+        tail_gradient = scale * (weight * centred_tail + share * full_q_tail)
         spread = tail_gradient / tl.maximum(tail_sum, 1.0)
         for first in range(0, vocab_size, BLOCK_V):
             v = first + tl.arange(0, BLOCK_V)

@@ -21,6 +21,7 @@ from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
 from teacher_server.backends.generation import generate_rows, within_context
+from teacher_server.backends.projection import keep_float32_logits
 from teacher_server.backends.scoring import score_rows
 from teacher_server.batcher import Batcher, Callers
 from teacher_server.metrics import Metrics
@@ -55,6 +56,7 @@ class TransformersBackend:
         pad = tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else (*self.facts.eos_token_ids, 0)[0])
         self._chunk_bytes = settings.score_chunk_mib << 20
+        keep_float32_logits(self._model)
         self._split_head = _head_is_separable(self._model)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._timeout = settings.request_timeout

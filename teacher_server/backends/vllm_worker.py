@@ -10,14 +10,15 @@ Memory: logits for scoring are outside what vLLM measures when it sizes its KV c
 batch of 8,192 rows over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32. So
 rows are projected in chunks of ``--score-chunk-mib`` (128 MiB of float32 logits are 220 rows at
 152k), and each chunk of a prefill is scored in the step that computed it, so no hidden states are
-kept. With the logits in the model's own dtype, their exponentials and the top-k's work space a step
-needs about 4 × 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
-``--gpu-memory-utilization`` leaves free.
+kept. With the logits, their exponentials and the top-k's work space a step needs about 4 × 128 MiB
+= 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what ``--gpu-memory-utilization``
+leaves free.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from shared.sparse import SparseLogprobs
 from shared.vllm_sampling import SeededSampling
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_rows
+
+logger = logging.getLogger(__name__)
 
 # The key of ``SamplingParams.extra_args`` under which a job travels to the workers.
 JOB = "teacher_score"
@@ -249,6 +252,41 @@ def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
     )
 
 
+class Float32Head:
+    """A vLLM model's output layer with logits in float32, where the layer can give them.
+
+    vLLM has this as ``head_dtype`` of its logits processors, which is set for the calls made here
+    alone: what the engine samples from stays as it is configured. A quantised output layer answers
+    in the model's own dtype.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        modules: Iterable[Any] = getattr(model, "modules", tuple)()
+        self._processors = [one for one in modules if hasattr(one, "head_dtype")]
+        if not self._processors:
+            logger.warning("Scores come from logits of the model's own dtype: no head_dtype here")
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of hidden states [n, d], on every tensor-parallel rank."""
+        given = [one.head_dtype for one in self._processors]
+        try:
+            for one in self._processors:
+                one.head_dtype = torch.float32
+            return self._logits(hidden)
+        except ValueError as error:  # before anything is exchanged between ranks
+            logger.warning("Scores come from logits of the model's own dtype: %s", error)
+        finally:
+            for one, dtype in zip(self._processors, given, strict=True):
+                one.head_dtype = dtype
+        self._processors = []
+        return self._logits(hidden)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model.compute_logits(hidden)
+        return logits
+
+
 class ScoringExtension(SeededSampling):
     """Mixed into vLLM's worker by ``--worker-extension-cls``; called by ``collective_rpc``."""
 
@@ -263,7 +301,7 @@ class ScoringExtension(SeededSampling):
             RuntimeError: this vLLM's runner is not built as the hooks expect.
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
-        scorer = StepScorer(runner.model.compute_logits, vocab_size, chunk_bytes)
+        scorer = StepScorer(Float32Head(runner.model), vocab_size, chunk_bytes)
         if hasattr(runner, "_get_prompt_logprobs_dict"):
             _hook_v1(runner, scorer)
             return "V1"

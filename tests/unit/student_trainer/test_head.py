@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from student_trainer.config import AdapterArguments, ModelArguments
-from student_trainer.head import find_head
+from student_trainer.head import OutputHead, find_head
 from student_trainer.loading import load_student
 from student_trainer.losses import sparse_generalized_jsd
-from student_trainer.student import SparseTargets, install_sparse_loss
+from student_trainer.student import RowLogits, SparseTargets, install_sparse_loss
 from tests.support.losses import BETAS, plain, top_k
 from tests.support.models import save_model
 
@@ -252,3 +252,51 @@ def test_statistics_are_those_of_the_rows():
     statistics = model(**inputs, sparse_targets=targets)["statistics"]
     for name, column in vars(expected).items():
         torch.testing.assert_close(getattr(statistics, name), column, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("trained", ["all", "lora on the head"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_half_precision_are_float32_whichever_way_they_come(tmp_path, trained, autocast):
+    """Also where only the model knows its logits; then too the loss sees what float64 would."""
+    save_model(tmp_path, vocab_size=VOCAB_SIZE)
+    adapters = {
+        "all": AdapterArguments(),
+        "lora on the head": AdapterArguments(use_peft=True, lora_target_modules=["lm_head"]),
+    }[trained]
+    dtype = "float32" if autocast else "bfloat16"
+    model = load_student(ModelArguments(str(tmp_path), torch_dtype=dtype), adapters)
+    seen = []
+    head = model.get_output_embeddings()
+    weight = head.weight
+    decoder = getattr(model, "get_base_model", lambda: model)().get_decoder()
+    decoder.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state.detach()))
+    install_sparse_loss(model)
+    inputs, targets = batch(0.5)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(**inputs, row_logits=RowLogits(targets.rows, SHARED))["logits"]
+    hidden = seen[0].bfloat16().flatten(0, 1)[targets.rows].double()
+    exact = hidden @ weight.detach().bfloat16().double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact[:, :SHARED], rtol=1e-5, atol=1e-5)
+    assert "forward" not in vars(head)  # no other call of the model is changed
+    teacher = top_k(exact[:, :SHARED] + 0.03 * torch.randn(len(exact), SHARED).double(), 6)
+    targets = SparseTargets(targets.rows, teacher, 0.5, 1.0, 1.0, SHARED)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**inputs, sparse_targets=targets)["loss"]
+    expected = sparse_generalized_jsd(exact[:, :SHARED], teacher, beta=0.5).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    loss.backward()
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_proposed_tokens_are_ranked_in_float32(scale):
+    """A thousand tokens within two steps of bfloat16 tie there, and the first would win."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 1_000, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64) + 0.05 * torch.randn(1_000, 64))
+    hidden = torch.randn(6, 64).bfloat16()
+    exact = scale * (hidden.double() @ layer.weight.double().T)
+    ids = OutputHead(layer, scale, None).top_ids(hidden, 8, 1_000)
+    assert torch.equal(ids, exact.topk(8).indices)

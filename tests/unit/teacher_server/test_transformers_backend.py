@@ -301,3 +301,26 @@ def test_a_missing_gpu_is_refused(llama_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="--device cuda: torch sees no GPU"):
         backend(llama_folder, device="cuda")
+
+
+@pytest.mark.parametrize("separable", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_not_rounded_after_the_output_layer(
+    llama_folder, monkeypatch, dtype, separable
+):
+    """Neither where completion rows alone meet it, nor in the model's own logits."""
+    served = backend(llama_folder, dtype=dtype)
+    assert served._split_head
+    served._split_head = separable
+    states = []
+    decoder = served._model.get_decoder()
+    decoder.register_forward_hook(lambda _, args, out: states.append(out.last_hidden_state))
+    job = ScoreJob(np.arange(30, dtype=np.uint32), 10, top_k=260)
+    [answer] = served.score_batch([job])
+    exact = states[0][0, 9:29].double() @ served._model.lm_head.weight.double().T
+    expected = exact.log_softmax(dim=-1).detach()
+    found = torch.zeros(20, 260, dtype=torch.float64).scatter_(
+        1, torch.from_numpy(answer.token_ids.astype(np.int64)),
+        torch.from_numpy(answer.logprobs).double(),
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -9,6 +9,7 @@ import torch
 from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.scoring import score_rows
 from teacher_server.backends.vllm_worker import (
+    Float32Head,
     ScoringExtension,
     Span,
     StepScorer,
@@ -262,3 +263,46 @@ class TestV2Runner:
         worker.remove_request("gone")
         batch.req_ids = ["plain", "gone"]
         assert worker.compute_prompt_token_id_logprobs(head, hidden, batch, None) == {}
+
+
+class Processor(torch.nn.Module):
+    """Of vLLM's logits processor what matters: a dtype, and a refusal where it cannot be."""
+
+    head_dtype = torch.bfloat16
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+        self.seen = []
+
+    def forward(self, hidden):
+        self.seen.append(self.head_dtype)
+        if not self.plain and self.head_dtype != torch.bfloat16:
+            raise ValueError("only supported for an unquantized lm_head")
+        return hidden.to(self.head_dtype)
+
+
+class Model(torch.nn.Module):
+    def __init__(self, plain):
+        super().__init__()
+        self.logits_processor = Processor(plain)
+
+    def compute_logits(self, hidden):
+        return self.logits_processor(hidden)
+
+
+def test_scores_are_made_of_float32_logits_and_samples_as_configured():
+    model = Model(plain=True)
+    float32 = Float32Head(model)
+    assert float32(torch.zeros(2, 3)).dtype == torch.float32
+    assert model.compute_logits(torch.zeros(2, 3)).dtype == torch.bfloat16
+
+
+def test_an_output_layer_that_cannot_answers_in_its_own_dtype_and_says_so_once(caplog):
+    model = Model(plain=False)
+    float32 = Float32Head(model)
+    for _ in range(2):
+        assert float32(torch.zeros(2, 3)).dtype == torch.bfloat16
+    assert model.logits_processor.seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    [warning] = [record.message for record in caplog.records]
+    assert "logits of the model's own dtype: only supported" in warning
