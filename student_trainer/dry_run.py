@@ -199,7 +199,7 @@ def _template(prepared: Prepared) -> list[tuple[str, str]]:
     template, prompt = prepared.template, prepared.train[0].prompt
     if template.encoder.find_control_token(prompt) is None:
         return []
-    text = describe_mode(prompt)
+    text = describe_mode(template, prompt)
     if template.options.kwargs:
         text += f"; options {json.dumps(template.options.kwargs)}"
     if template.prints_date:

@@ -45,6 +45,7 @@ NOTES = {
 
 _OPENED = re.compile(r"<think>\s*\Z")
 _CLOSED = re.compile(r"</think>\s*\Z")
+_EMPTY_END = re.compile(r"<think>\s*</think>\s*\Z")
 _EMPTY = re.compile(r"\A\s*(?:<think>)?\s*</think>")
 _PROBE = "Qz7ProbezQ"
 # What `apply_chat_template` is told by other means.
@@ -402,7 +403,10 @@ class _Row:
         if bare.get("content"):
             bare["content"] = answer.lstrip("\n")
         text = self._render([*messages[:-1], bare])
-        return text[len(prompt) :] if text.startswith(prompt) else None
+        for shown in (prompt, _EMPTY_END.sub("", prompt)):  # some print no thought but ask with one
+            if text.startswith(shown):
+                return text[len(shown) :]
+        return None
 
     def _with_field(
         self, prompt: str, messages: list[Message], thoughts: str, answer: str
@@ -494,8 +498,10 @@ def _prints(text: str, value: str) -> bool:
     return any(form in text for form in (*forms, constants.get(wanted, wanted)))
 
 
-def describe_mode(prompt: str) -> str:
+def describe_mode(template: ChatTemplate, prompt: str) -> str:
     """Return in what mode a prompt asks: whether it opens or closes a thought."""
+    if not any(word in template.source for word in ("<think>", *REASONING)):
+        return "without thoughts"
     if _OPENED.search(prompt):
         return "thinking: the prompt opens a thought"
     if _CLOSED.search(prompt):

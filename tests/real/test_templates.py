@@ -4,6 +4,8 @@ Each completion is compared with what the model of that template writes. Prompts
 the ids that transformers gives for inference.
 """
 
+import copy
+import dataclasses
 from functools import lru_cache
 
 import numpy as np
@@ -157,6 +159,20 @@ def test_a_rows_own_options_come_first():
     )
     assert turn.prompt.endswith("<think>\n\n</think>\n\n")
     assert turn.completion.startswith("It is 4.")
+
+
+def test_a_prompt_that_closes_a_thought_needs_none_in_the_conversation():
+    tokenize = dataclasses.replace(
+        cached("qwen2.5"), tokenizer=copy.copy(cached("qwen2.5").tokenizer)
+    )
+    tokenize.tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+    )
+    tokenize = dataclasses.replace(cached("qwen2.5"), tokenizer=tokenizer)
+    [example] = tokenize(0, "row", {"messages": [ASK, assistant("It is 4.")]})
+    assert example.prompt.endswith("</think>\n\n")
+    assert tokenizer.decode(example.sample.completion_ids) == "It is 4.<|im_end|>"
 
 
 def test_options_that_a_template_does_not_read_are_refused():
