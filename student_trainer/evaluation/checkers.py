@@ -16,6 +16,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from shared.errors import DatasetError
+from student_trainer.evaluation.extract import extract_code
 from student_trainer.evaluation.sandbox import Program, run_programs
 
 _FIELDS = {
@@ -100,7 +101,7 @@ def summarize(results: Sequence[CheckResult]) -> dict[str, float]:
     return shares
 
 
-def program_of(checker: Checker, completion: str) -> Program:
+def program_of(checker: Checker, completion: str, *, truncated: bool = False) -> Program:
     """Prompt and completion as one program, with the row's tests.
 
     A completion continues the prompt, as in HumanEval, and is cut where something else begins. A
@@ -108,16 +109,8 @@ def program_of(checker: Checker, completion: str) -> Program:
     replaces the prompt, whose lines before the function (imports, helpers) stay.
     """
     prompt, entry_point = checker.fields["prompt"], checker.fields["entry_point"]
-    fenced = _FENCE.search(completion)
-    body = fenced.group(1) if fenced else completion
-    definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
-    if definition.search(body):
-        own = definition.search(prompt)
-        code = (prompt[: own.start()] if own else "") + "\n" + body
-    else:
-        ends = [at for stop in _STOPS if (at := body.find(stop)) >= 0]
-        code = prompt + body[: min(ends, default=len(body))]
-    return Program(code + "\n", entry_point, checker.fields["test"], context=prompt)
+    code = extract_code(completion, prompt=prompt, entry_point=entry_point, truncated=truncated)
+    return Program(code, entry_point, checker.fields["test"], context=prompt)
 
 
 def final_number(text: str) -> Decimal | None:
