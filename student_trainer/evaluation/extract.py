@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-_BUDGET = 1_000_000  # characters parsed for one answer
+_BUDGET = 800_000  # characters parsed for one answer
 _CALL = 200  # what a call costs beside its characters
 _PREFIXES = 100  # cuts of one text
 _LONGEST = 2_000  # lines of one statement between lines that are no code
@@ -46,6 +46,7 @@ _STATEMENT = re.compile(
 _OPEN = re.compile(r"[(\[{\\]|\"\"\"|'''")
 _CONTINUES = re.compile(r"[)\]}]|(?:else|elif|except|finally)\b")
 _HEADER = re.compile(r"[ \t]*(?:class|def|async|if|elif|else|for|while|with|try|except)\b.*:")
+_BLOCK = re.compile(r"(?:class|def|async|if|elif|else|for|while|with|try|except|@)(?!\w)")
 _REPL = re.compile(r"[ \t]*(?:>>>|\.\.\.|In \[\d+\]:|\.\.\.:)(?: |$)")
 _THOUGHTS = (
     *(
@@ -135,7 +136,7 @@ def extract_code(completion: str, *, prompt: str, entry_point: str, truncated: b
         source text; where no definition was found one line that raises a NameError.
     """
     reader = _Reader(_normalized(prompt), entry_point)
-    text = _answer(_normalized(completion), truncated)
+    text = after_thoughts(_normalized(completion), truncated)
     if _ENTITY.search(text) and "<" not in text and ">" not in text:
         text = html.unescape(text)
     variants = [text]
@@ -159,7 +160,7 @@ def _normalized(text: str) -> str:
     return text.lstrip("\ufeff")
 
 
-def _answer(text: str, truncated: bool) -> str:
+def after_thoughts(text: str, truncated: bool) -> str:
     """The text after the thoughts and before a model's end token."""
     for opening, closing in _THOUGHTS:
         ends = [m.end() for m in re.finditer(_UNQUOTED.format(closing), text)]
@@ -211,9 +212,11 @@ class _Reader:
                 warnings.simplefilter("ignore")
                 return ast.parse(text).body
         except SyntaxError as error:
-            return error.lineno or 1
+            line = error.lineno or 1
         except (ValueError, MemoryError, RecursionError):
-            return 1
+            line = 1
+        self._left -= 3 * len(text)  # CPython parses twice to tell of an error
+        return line
 
     def _parsed(self, lines: Sequence[str]) -> list[_Statement] | None:
         nodes = self._parse(lines)
@@ -555,14 +558,14 @@ def _without_prefix(line: str, prefix: str) -> str:
 
 
 def _runs(lines: Sequence[str]) -> list[list[str]]:
-    """Indented lines between lines of prose; a handful at most."""
+    """Indented lines between lines of prose, a handful at most; not those below a header."""
     runs: list[list[str]] = [[]]
+    header = False
     for line in lines:
-        if _indentation(line):
-            runs[-1].append(line)
-        elif line.strip():
+        if line.strip() and not _indentation(line):
             runs.append([])
-        elif runs[-1]:
+            header = _BLOCK.match(line) is not None
+        elif not header and (line.strip() or runs[-1]):
             runs[-1].append(line)
     return [run for run in runs if run][:_VIEWS]
 

@@ -51,7 +51,8 @@ def bodies(task: Task) -> dict[str, str]:
         "body and a comment": body + "\n# Test the function\n",
         "body and a test function": body + f"\n\ndef test_{name}():\n    assert {name}() == 1\n",
         "body and calls": body + f"\nprint({name}(undefined))\n",
-        "body and a main block": body + f'\nif __name__ == "__main__":\n    print({name}(input()))\n',
+        "body and a main block": body
+        + f'\nif __name__ == "__main__":\n    print({name}(input()))\n',
         "body and the same def": body + "\n\n" + task.function,
         "body and the same def, cut": body + "\n\n" + f"def {name}(*arguments:\n",
         "body and a stub of it": body + f"\n\ndef {name}(*arguments):\n    pass\n",
@@ -92,7 +93,7 @@ def definitions(task: Task) -> dict[str, str]:
         "whole, prose glued": f"Here's the function:\n{function}This function doesn't fail.\n",
         "whole and calls": f"{whole}\nprint({name}(undefined))\nx = int(input())\n",
         "whole and a main block": f"{whole}\nif __name__ == '__main__':\n    {name}(input())\n",
-        "whole and a test function": f"{whole}\n# Test\ndef test():\n    assert {name}() == 1\ntest()\n",
+        "whole and a test function": f"{whole}\n# Test\ndef test():\n    assert {name}() == 1\ntest()\n",  # noqa: E501
         "whole and doctest lines": f"{whole}\n>>> {name}(1)\n2\n",
         "whole, indented": indented(whole, "    "),
         "whole and a closing fence": whole + "```\nIt's right.\n",
@@ -125,11 +126,11 @@ def definitions(task: Task) -> dict[str, str]:
         f"    assert {name}() == 3\n```",
         "stub first": f"You gave me:\n{stub}\nIt's solved so:\n{fence}",
         "wrong draft first": f"A first try:\n{wrong}\nThat isn't right. Corrected:\n{fence}",
-        "cut copy after": f"{fence}\nOnce more:\n```python\ndef {name}(*arguments):\n    return (1,",
-        "calls in the fence": f"```python\n{whole}\nprint({name}(undefined))\nn = int(input())\n```",
+        "cut copy after": f"{fence}\nOnce more:\n```python\ndef {name}(*arguments):\n    return (1,",  # noqa: E501
+        "calls in the fence": f"```python\n{whole}\nprint({name}(undefined))\nn = int(input())\n```",  # noqa: E501
         "main block in the fence": f"```python\n{whole}\nif __name__ == '__main__':\n"
         f"    {name}(input())\n```",
-        "tests in the fence": f"```python\nimport pytest\n{whole}\ndef test():\n    assert 0\ntest()\n```",
+        "tests in the fence": f"```python\nimport pytest\n{whole}\ndef test():\n    assert 0\ntest()\n```",  # noqa: E501
         "prose in the fence": f"```python\n{whole}\nThis function isn't slow.\n```",
         "helper in a fence of its own": "```python\nlimit = 3\ndef helper(value):\n"
         f"    return value\n```\nand then\n```python\n{_wrapped(function, name)}```\n",
@@ -167,7 +168,7 @@ def definitions(task: Task) -> dict[str, str]:
 def _wrapped(function: str, name: str) -> str:
     """The function, whose result goes through a helper."""
     inner = function.replace(f"def {name}", "def _inner", 1).replace(f"{name}(", "_inner(")
-    return f"{inner}\n\ndef {name}(*arguments):\n    return helper(_inner(*arguments)) if limit else 0\n"
+    return f"{inner}\n\ndef {name}(*arguments):\n    return helper(_inner(*arguments)) if limit else 0\n"  # noqa: E501
 
 
 def _decorated(whole: str, name: str) -> str:
