@@ -620,11 +620,14 @@ def check_examples(
 ) -> list[tuple[str, CheckResult]]:
     """The model's own completions of examples that carry a checker, and the verdicts on them."""
     requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in examples]
-    texts = [""] * len(examples)
+    texts, truncated = [""] * len(examples), [False] * len(examples)
     for group in rollouts.generate(requests):
         for index, rollout in group:
             texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-    results = check_completions([e.checker for e in examples if e.checker], texts)
+            truncated[index] = rollout.truncated
+    results = check_completions(
+        [e.checker for e in examples if e.checker], texts, truncated=truncated
+    )
     return list(zip(texts, results, strict=True))
 
 

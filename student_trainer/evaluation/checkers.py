@@ -4,18 +4,22 @@ A row may carry ``checker``:
 
     {"kind": "python", "prompt": …, "entry_point": …, "test": …}   its own unit tests (pass@1)
     {"kind": "exact_match", "answer": …}                           the text, stripped
-    {"kind": "final_number", "answer": …}                          the last number (GSM8K)
+    {"kind": "final_number", "answer": …}                          the number (GSM8K), as `numbers`
+                                                                   reads it
+
+A program is taken out of the completion by `extract`, a number by `numbers`. In both, thoughts
+before the answer do not count.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from shared.errors import DatasetError
+from student_trainer.evaluation.extract import extract_code
+from student_trainer.evaluation.numbers import equal_numbers, final_number
 from student_trainer.evaluation.sandbox import Program, run_programs
 
 _FIELDS = {
@@ -23,10 +27,6 @@ _FIELDS = {
     "exact_match": ("answer",),
     "final_number": ("answer",),
 }
-# Where a completion that continues a function has ended and something else begins.
-_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nassert ", "\n```")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ def parse_checker(checker: Mapping[str, Any], where: str) -> Checker:
     for name in _FIELDS[kind]:
         if not isinstance(checker.get(name), str):
             raise DatasetError(f"{where}: a {kind} checker needs {name!r} as text")
+    if kind == "final_number" and final_number(checker["answer"]) is None:
+        raise DatasetError(
+            f"{where}: the answer {checker['answer']!r} of a final_number checker is no number"
+        )
     return Checker(kind, {name: checker[name] for name in _FIELDS[kind]})
 
 
@@ -65,28 +69,40 @@ def check_completions(
     checkers: Sequence[Mapping[str, Any]],
     completions: Sequence[str],
     *,
+    truncated: Sequence[bool] | None = None,
     timeout: float = 5.0,
     workers: int | None = None,
     progress: bool = False,
 ) -> list[CheckResult]:
     """Verdicts in order; programs run in the sandbox, ``timeout`` seconds each.
 
+    Args:
+        checkers: one for each completion.
+        completions: what the model wrote.
+        truncated: which of them reached the length limit; by default none. Those have no last
+            number, only one that is marked as the answer, and thoughts that go on are no answer.
+        timeout: seconds for each program.
+        workers: programs that run at a time; by default one for each core.
+        progress: show a bar.
+
     Raises:
         DatasetError: a checker that cannot be used.
+        ValueError: not as many checkers or marks as completions.
     """
     parsed = [parse_checker(checker, f"row {i}") for i, checker in enumerate(checkers)]
-    pairs = list(zip(parsed, completions, strict=True))
-    programs = [program_of(c, text) for c, text in pairs if c.kind == "python"]
+    cut = [False] * len(completions) if truncated is None else truncated
+    items = list(zip(parsed, completions, cut, strict=True))
+    programs = [program_of(c, text, truncated=cut) for c, text, cut in items if c.kind == "python"]
     ran = iter(run_programs(programs, timeout=timeout, workers=workers, progress=progress))
     results = []
-    for checker, text in pairs:
+    for checker, text, cut_short in items:
         if checker.kind == "python":
             result = next(ran)
             results.append(
                 CheckResult(checker.kind, result.passed, _explain(result.outcome, result.detail))
             )
         else:
-            results.append(_compare(checker, text))
+            results.append(_compare(checker, text, cut_short))
     return results
 
 
@@ -100,46 +116,21 @@ def summarize(results: Sequence[CheckResult]) -> dict[str, float]:
     return shares
 
 
-def program_of(checker: Checker, completion: str) -> Program:
-    """Prompt and completion as one program, with the row's tests.
-
-    A completion continues the prompt, as in HumanEval, and is cut where something else begins. A
-    chat model's fenced code is taken out of its fence; when it defines the entry point itself it
-    replaces the prompt, whose lines before the function (imports, helpers) stay.
-    """
+def program_of(checker: Checker, completion: str, *, truncated: bool = False) -> Program:
+    """Return the program that a completion gives, with the row's tests."""
     prompt, entry_point = checker.fields["prompt"], checker.fields["entry_point"]
-    fenced = _FENCE.search(completion)
-    body = fenced.group(1) if fenced else completion
-    definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
-    if definition.search(body):
-        own = definition.search(prompt)
-        code = (prompt[: own.start()] if own else "") + "\n" + body
-    else:
-        ends = [at for stop in _STOPS if (at := body.find(stop)) >= 0]
-        code = prompt + body[: min(ends, default=len(body))]
-    return Program(code + "\n", entry_point, checker.fields["test"], context=prompt)
+    code = extract_code(completion, prompt=prompt, entry_point=entry_point, truncated=truncated)
+    return Program(code, entry_point, checker.fields["test"], context=prompt)
 
 
-def final_number(text: str) -> Decimal | None:
-    """The number after ``####``, else the last one; ``$1,000.50`` and ``1000.5`` are the same."""
-    _, mark, answer = text.rpartition("####")
-    found = _NUMBER.findall(answer if mark else text)
-    if not found:
-        return None
-    digits = (found[0] if mark else found[-1]).replace(",", "").replace("$", "")
-    try:
-        return Decimal(digits)
-    except InvalidOperation:
-        return None
-
-
-def _compare(checker: Checker, completion: str) -> CheckResult:
+def _compare(checker: Checker, completion: str, truncated: bool) -> CheckResult:
     answer = checker.fields["answer"]
     if checker.kind == "exact_match":
         passed, found = completion.strip() == answer.strip(), completion.strip()
     else:
-        number = final_number(completion)
-        passed, found = number is not None and number == final_number(answer), str(number)
+        number, right = final_number(completion, truncated=truncated), final_number(answer)
+        passed = number is not None and right is not None and equal_numbers(number, right)
+        found = str(number)
     return CheckResult(checker.kind, passed, "" if passed else f"{found[:80]!r} is not {answer!r}")
 
 

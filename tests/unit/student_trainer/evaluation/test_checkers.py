@@ -1,7 +1,6 @@
 """Rows say how a completion is judged; published files score as published."""
 
 import re
-from decimal import Decimal
 
 import pytest
 
@@ -9,7 +8,6 @@ from shared.errors import DatasetError
 from student_trainer.data.rows import load_rows
 from student_trainer.evaluation.checkers import (
     check_completions,
-    final_number,
     parse_checker,
     program_of,
     summarize,
@@ -55,20 +53,23 @@ def test_gsm8k_references_are_right_and_other_numbers_are_not():
     assert not any(passed(items, [f"#### {p.checker['answer']}1" for p in items]))
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 72", "72"),
-        ("so 3 + 4 = 7 apples.", "7"),
-        ("It costs $1,000.50.", "1000.5"),
-        ("#### -5 dollars", "-5"),
-        ("10 then #### 72.0 and 3", "72"),
-        ("no digits", None),
-        ("#### none", None),
-    ],
-)
-def test_the_final_number_is_found(text, number):
-    assert final_number(text) == (None if number is None else Decimal(number))
+def test_a_truncated_answer_has_no_last_number():
+    checker = {"kind": "final_number", "answer": "3"}
+    texts = ["So far 3", "So far 3", "#### 3\nSo", "A 3D object"]
+    results = check_completions([checker] * 4, texts, truncated=[False, True, True, False])
+    assert [r.passed for r in results] == [True, False, True, False]
+
+
+def test_a_right_function_in_thoughts_that_were_cut_is_no_answer():
+    text = "<think>\n```python\ndef f(x):\n    return x\n```\nBut then"
+    assert "return x" in program_of(CHECKER, text).code
+    assert program_of(CHECKER, text, truncated=True).code.startswith("raise NameError")
+
+
+def test_as_many_marks_as_completions_are_needed():
+    checker = {"kind": "exact_match", "answer": "3"}
+    with pytest.raises(ValueError, match="shorter"):
+        check_completions([checker] * 2, ["3", "3"], truncated=[True])
 
 
 def test_exact_match_ignores_only_outer_space():
@@ -86,15 +87,16 @@ CHECKER = parse_checker(
 @pytest.mark.parametrize(
     ("completion", "code"),
     [
-        ("    return x\n", "import math\n\ndef f(x):\n    return x\n\n"),
-        ("    return x\ndef g(): pass", "import math\n\ndef f(x):\n    return x\n"),
-        ("    return x\n# note", "import math\n\ndef f(x):\n    return x\n"),
-        ("```python\ndef f(x):\n    return 1\n```", "import math\n\n\ndef f(x):\n    return 1\n\n"),
-        ("```\n    return x\n```", "import math\n\ndef f(x):\n    return x\n\n"),
+        ("    return x\n", "    return x\n"),
+        ("    return x\ndef g(): pass", "    return x\n"),
+        ("    return x\n# note", "    return x\n"),
+        ("```python\ndef f(x):\n    return 1\n```", "    return 1\n"),
+        ("```\n    return x\n```", "    return x\n"),
+        ("    return g(x)\ndef g(x): return x", "    return g(x)\n\ndef g(x): return x\n"),
     ],
 )
 def test_code_is_taken_from_the_completion(completion, code):
-    assert program_of(CHECKER, completion).code == code
+    assert program_of(CHECKER, completion).code == "import math\n\ndef f(x):\n" + code
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,10 @@ def test_code_is_taken_from_the_completion(completion, code):
         (
             {"kind": "python", "prompt": "", "test": ""},
             "row 3: a python checker needs 'entry_point'",
+        ),
+        (
+            {"kind": "final_number", "answer": "x"},
+            "row 3: the answer 'x' of a final_number checker",
         ),
         ({"kind": "final_number", "answer": 72}, "row 3: a final_number checker needs 'answer'"),
     ],
