@@ -162,10 +162,8 @@ def test_a_rows_own_options_come_first():
 
 
 def test_a_prompt_that_closes_a_thought_needs_none_in_the_conversation():
-    tokenize = dataclasses.replace(
-        cached("qwen2.5"), tokenizer=copy.copy(cached("qwen2.5").tokenizer)
-    )
-    tokenize.tokenizer.chat_template = (
+    tokenizer = copy.copy(cached("qwen2.5").tokenizer)
+    tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
     )
