@@ -59,7 +59,7 @@ _THOUGHTS = (
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),
     (r"\Aanalysis(?=[A-Z\s])", r"assistantfinal"),
 )
-_UNQUOTED = r"(?<![\"'`\w]){}(?![\"'`])"  # a tag that code or prose speaks of is in quotes
+_UNQUOTED = r"(?<![\"'`]){}(?![\"'`])"  # a tag that code or prose speaks of is in quotes
 _END = re.compile(
     _UNQUOTED.format(r"(?:<\|(?:endoftext|im_end|eot_id|end_of_text|end)\|>|<end_of_turn>)")
 )

@@ -67,7 +67,11 @@ def test_equality_is_exact_but_for_the_references_decimals(answer, reference, eq
     assert equal_numbers(final_number(answer), final_number(reference)) is equal
 
 
-@given(st.text(st.sampled_from(list("0123456789.,-/$%^:eE ()#=\\{}x×") + ["boxed", "frac"])))
+@given(
+    st.lists(st.sampled_from([*"0123456789.,-/$%^:eE ()#=\\{}x×", "\\boxed{", "\\frac"])).map(
+        "".join
+    )
+)
 def test_any_text_has_a_number_or_none(text):
     assert isinstance(final_number(text), Number | None)
 
