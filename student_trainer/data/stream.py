@@ -22,6 +22,8 @@ from student_trainer.data.sample import Example
 
 logger = logging.getLogger(__name__)
 
+_BARREN = 10_000  # rows left out one after the other, at which a run would find no other
+
 
 @dataclass(frozen=True)
 class RowStream:
@@ -42,8 +44,8 @@ class RowStream:
     seed: int
     buffer_size: int
 
-    def __iter__(self) -> Iterator[tuple[int, Row]]:
-        """Yield (pass, row): how often the row's dataset was read before, and the row.
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows, pass after pass.
 
         Raises:
             DatasetError: a dataset is empty, or a row cannot be read.
@@ -80,7 +82,7 @@ class RowStream:
 
     def _shuffled(
         self, name: str, sources: Sequence[Callable[[], Iterator[Row]]], number: int, size: int
-    ) -> Iterator[tuple[int, Row]]:
+    ) -> Iterator[Row]:
         """Yield pass after pass, each whole and in an order of its own."""
         passes = 0
         while True:
@@ -92,12 +94,12 @@ class RowStream:
                     continue
                 place = order.randrange(size)
                 buffer[place], row = row, buffer[place]
-                yield passes, row
+                yield row
             if not buffer:
                 raise DatasetError(f"{name} holds no rows")
             order.shuffle(buffer)
             while buffer:
-                yield passes, buffer.pop()
+                yield buffer.pop()
             passes += 1
 
 
@@ -193,10 +195,10 @@ class ExampleStream(Sequence[Example]):
         self._source = enumerate(self._rows)
         self._from = place
         self._left_out = self._read = 0
-        self._barren: int | None = None  # the pass in which the last rows gave nothing
+        self._barren = 0  # rows that were left out one after the other
 
     def _take_row(self) -> None:
-        for number, (passes, (where, row)) in self._source:
+        for number, (where, row) in self._source:
             if number % self._world != self._rank or number < self._from.row:
                 continue
             self._read += 1
@@ -205,16 +207,16 @@ class ExampleStream(Sequence[Example]):
             except RowTooLongError as error:
                 if not self._skip:
                     raise
-                self._leave_out(error, passes)
+                self._leave_out(error)
                 continue
-            self._barren = None
+            self._barren = 0
             for turn, example in enumerate(examples):
                 if number > self._from.row or turn >= self._from.turn:
                     self._kept[self._next] = example, _Place(number, turn)
                     self._next += 1
             return
 
-    def _leave_out(self, error: RowTooLongError, passes: int) -> None:
+    def _leave_out(self, error: RowTooLongError) -> None:
         self._left_out += 1
         if self._left_out.bit_count() == 1:  # the first, and whenever there are twice as many
             logger.warning(
@@ -223,9 +225,9 @@ class ExampleStream(Sequence[Example]):
                 self._read,
                 error,
             )
-        self._barren = passes if self._barren is None else self._barren
-        if passes > self._barren + self._world:
-            raise DatasetError(f"every row is too long. The last one: {error}")
+        self._barren += 1
+        if self._barren == _BARREN:
+            raise DatasetError(f"{_BARREN} rows in a row are too long. The last one: {error}")
 
 
 class StreamOrder:

@@ -11,10 +11,12 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.data.sample import Example, Sample
@@ -60,7 +62,8 @@ def write(file: Path, examples: Sequence[Example]) -> None:
             writer.finalize()
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         logger.warning("tokenized rows are not kept in %s: %s", file, error.strerror or error)
 
 
@@ -117,9 +120,9 @@ def _record(example: Example) -> dict[str, Any]:
         "name": example.name,
         "prompt_ids": example.prompt_ids,
         "has_sample": sample is not None,
-        "token_ids": [] if sample is None else sample.token_ids,
+        "token_ids": np.zeros(0, np.uint32) if sample is None else sample.token_ids,
         "completion_start": 0 if sample is None else sample.completion_start,
-        "completion_mask": [] if sample is None else sample.completion_mask,
+        "completion_mask": np.zeros(0, bool) if sample is None else sample.completion_mask,
         "truncated": sample is not None and sample.truncated,
         "checker": None if example.checker is None else json.dumps(example.checker),
         "prompt": example.prompt,

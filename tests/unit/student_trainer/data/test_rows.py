@@ -206,7 +206,7 @@ def test_half_a_surrogate_pair_is_refused_with_its_line_and_place(tmp_path, row,
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("r.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "r.jsonl:2: not UTF-8: byte 13 is 0xff"),
+        ("r.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "r.jsonl:2: not UTF-8: byte 8 is 0xff"),
         ("r.jsonl", '{"prompt": "a"}'.encode("utf-16"), "r.jsonl:1: the text is UTF-16"),
         ("r.jsonl", b"[" * 100_000, "r.jsonl:1: not valid JSON"),
         ("r.json", b'[{"prompt": "a"}', "r.json: not valid JSON"),
