@@ -73,7 +73,8 @@ def test_datasets_are_mixed_by_their_weights(unserved_world, tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text("".join(lines[:12]))
     (tmp_path / "b.jsonl").write_text("".join(lines[12:16]))
     command = [
-        "sft", f"--model_name_or_path={unserved_world.student}", "--report_to=none", "--dataset_name",
+        "sft", f"--model_name_or_path={unserved_world.student}", "--report_to=none",
+        "--dataset_name",
         str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--dataset_weights", "2", "1",
         "--per_device_train_batch_size=6", "--num_train_epochs=1", "--logging_steps=1",
         f"--output_dir={tmp_path / 'out'}",
