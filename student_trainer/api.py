@@ -14,7 +14,7 @@ from student_trainer.config import LoadedModel, parse_keywords
 from student_trainer.student import remove_sparse_loss
 from student_trainer.train import Recipe, distilled
 
-Dataset: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
+Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 
 # Flags that `distill` has as parameters which take more than a name.
 _PARAMETERS = {
@@ -69,9 +69,9 @@ def distill(
         model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``.
         teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
             replicas.
-        dataset: a JSONL file, a folder of them or a Hub id; or rows: a list of dicts, or a
-            ``datasets.Dataset``. A row has ``messages``, or ``prompt`` with or without
-            ``completion``.
+        dataset: a file of rows, a folder of them, a glob or a Hub id, or a list of such names; or
+            rows: a list of dicts, or a ``datasets.Dataset``. A row has ``messages``, ``prompt``
+            with or without ``completion``, ``conversations``, or ``instruction``.
         output_dir: folder for checkpoints, the trained model and logs.
         eval_dataset: held-out rows, likewise, for ``eval_strategy``.
         flags: every other flag of the command under its own name: ``lmbda=0.5``,
@@ -104,8 +104,8 @@ def distill(
         {
             "model_name_or_path": name,
             "teacher_url": [teacher_url] if isinstance(teacher_url, str) else list(teacher_url),
-            "dataset_name": _name(dataset),
-            "eval_dataset_name": None if eval_dataset is None else _name(eval_dataset),
+            "dataset_name": _names(dataset) or _IN_MEMORY,
+            "eval_dataset_name": None if eval_dataset is None else _one_name(eval_dataset),
             "output_dir": output_dir,
             **flags,
         },
@@ -125,9 +125,22 @@ def distill(
     return DistillationResult(Path(output_dir), metrics, history, trainer.model, trainer.stopped)
 
 
-def _name(dataset: Dataset) -> str:
-    return str(dataset) if isinstance(dataset, str | Path) else _IN_MEMORY
+def _names(dataset: Any) -> list[str]:
+    """Return the names that a dataset is given by; none for rows in memory."""
+    if isinstance(dataset, str | Path):
+        return [str(dataset)]
+    named = isinstance(dataset, list | tuple) and bool(dataset)
+    if named and all(isinstance(name, str | Path) for name in dataset):
+        return [str(name) for name in dataset]
+    return []
 
 
-def _rows(dataset: Dataset) -> Iterable[Mapping[str, Any]] | None:
-    return None if isinstance(dataset, str | Path) else dataset
+def _one_name(dataset: Dataset) -> str:
+    names = _names(dataset)
+    if len(names) > 1:
+        raise ConfigurationError(f"distill(): give one eval_dataset, not {len(names)}")
+    return names[0] if names else _IN_MEMORY
+
+
+def _rows(dataset: Any) -> Iterable[Mapping[str, Any]] | None:
+    return None if _names(dataset) else dataset

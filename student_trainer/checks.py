@@ -69,7 +69,7 @@ def check_common(
     """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
     check_model(model)
     check_adapters(adapters)
-    _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    check_datasets(dataset, data, args)
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
@@ -131,6 +131,60 @@ def check_common(
             raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
     _check_fsdp(args)
     _check_zero3(args)
+
+
+def check_datasets(
+    dataset: DatasetArguments, data: DataArguments, args: CommonTrainingArguments
+) -> None:
+    """Raises `ConfigurationError` for names, weights and ways of reading that cannot work."""
+    names, weights = dataset.dataset_name, data.dataset_weights
+    _require("".join(names), "--dataset_name", "a file, a folder, a glob or a Hub id")
+    if not all(names):
+        raise ConfigurationError("--dataset_name holds an empty name; drop it")
+    if weights is not None:
+        given = f"--dataset_weights {' '.join(f'{weight:g}' for weight in weights)}"
+        if len(names) == 1:
+            raise ConfigurationError(
+                f"{given} has no effect on one dataset; drop it, or give several --dataset_name"
+            )
+        if len(weights) != len(names):
+            raise ConfigurationError(
+                f"{given}: {len(weights)} weights for {len(names)} datasets; give one for each"
+            )
+        if not all(0 < weight < float("inf") for weight in weights):
+            raise ConfigurationError(
+                f"{given}: each must be above 0; leave out a dataset that is not wanted"
+            )
+    for name in ("dataset_num_proc", "shuffle_buffer_size"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{name} {value} must be at least 1")
+    if data.prompt_column == data.completion_column:
+        raise ConfigurationError(
+            f"--prompt_column and --completion_column are both {data.prompt_column}; the "
+            "completion must be a column of its own"
+        )
+    if not data.streaming:
+        if data.shuffle_buffer_size is not None:
+            raise ConfigurationError(
+                f"--shuffle_buffer_size {data.shuffle_buffer_size} has no effect without "
+                "--streaming: all rows are shuffled; drop it"
+            )
+        return
+    if args.max_steps <= 0:
+        raise ConfigurationError(
+            "--streaming needs --max_steps: how many rows there are is not known beforehand"
+        )
+    if data.dataset_num_proc is not None:
+        raise ConfigurationError(
+            f"--dataset_num_proc {data.dataset_num_proc} has no effect with --streaming, which "
+            "tokenizes rows as they come; drop it"
+        )
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(getattr(args, name), "value", getattr(args, name)) == "epoch":
+            raise ConfigurationError(
+                f"--{name} epoch: with --streaming the run has no epochs; use steps"
+            )
 
 
 def _check_zero3(args: TrainingArguments) -> None:
@@ -385,6 +439,10 @@ def check_evaluate(
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
         )
+    if len(dataset.dataset_name) > 1:
+        raise ConfigurationError(
+            f"--dataset_name {' '.join(dataset.dataset_name)}: give `evaluate` one at a time"
+        )
     _check_suite(args.suite, dataset)
     _require(args.output_dir, "--output_dir", "a folder for results.json and samples.jsonl")
     if not 0 <= args.temperature < float("inf"):
@@ -403,7 +461,7 @@ def _check_suite(suite: str, dataset: DatasetArguments) -> None:
     if suite in FORMS:
         if suite not in HUB:
             _require(
-                dataset.dataset_name,
+                "".join(dataset.dataset_name),
                 "--dataset_name",
                 "HumanEval.jsonl.gz, GSM8K or rows with checkers; or --suite humaneval or gsm8k, "
                 "which come from the Hub",
@@ -411,7 +469,7 @@ def _check_suite(suite: str, dataset: DatasetArguments) -> None:
     elif dataset.dataset_name:
         raise ConfigurationError(
             f"--suite {suite} with --dataset_name must be one of {', '.join(FORMS)}: what "
-            f"{dataset.dataset_name} holds"
+            f"{dataset.dataset_name[0]} holds"
         )
     elif suite == "mini_humaneval":
         raise ConfigurationError(
@@ -488,7 +546,9 @@ def _check_cache(teacher: TeacherArguments) -> None:
         )
 
 
-def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
+def check_precompute(
+    args: DistillArguments, teacher: TeacherArguments, data: DataArguments
+) -> None:
     """Raises `ConfigurationError` where nothing can be asked before there is a student."""
     if teacher.teacher_cache is None:
         raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
@@ -496,6 +556,11 @@ def check_precompute(args: DistillArguments, teacher: TeacherArguments) -> None:
         raise ConfigurationError(
             "--lmbda 1: every step is on-policy, and what the student writes is not known before "
             "it trains; there is nothing to precompute"
+        )
+    if data.streaming:
+        raise ConfigurationError(
+            "--streaming: precompute asks the teacher about all rows, and a stream has no end; "
+            "drop it"
         )
     if args.student_top_m:
         raise ConfigurationError(

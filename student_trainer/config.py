@@ -91,10 +91,20 @@ class DatasetArguments:
     ``rows`` are no flag: what a caller in Python has at hand, in the place of a name.
     """
 
-    dataset_name: str = _flag("", "JSONL path (.gz too), folder of them, or Hub id.")
+    dataset_name: list[str] = _flag(
+        [],
+        "File of rows (Parquet, Arrow, JSONL, JSON, CSV, TSV; text also compressed), a folder of "
+        "such files or of save_to_disk, a glob, or a Hub id; several are put together.",
+    )
     dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
-    dataset_split: str = _flag("train", "Split of a Hub dataset.")
+    dataset_split: str = _flag(
+        "train", "Split of a Hub dataset, a saved DatasetDict, or a folder whose files name splits."
+    )
     rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dataset_name, str):  # one name, as Python callers give it
+            self.dataset_name = [self.dataset_name] if self.dataset_name else []
 
 
 @dataclass
@@ -102,7 +112,24 @@ class DataArguments:
     """What is learned from a row, and which rows are held out; ``eval_rows`` are no flag."""
 
     eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
-    eval_dataset_split: str = _flag("test", "Split of a Hub dataset to evaluate on.")
+    eval_dataset_split: str = _flag("test", "As --dataset_split, of the held-out rows.")
+    dataset_weights: list[float] | None = _flag(
+        None,
+        "Relative share of each --dataset_name in an epoch, such as 2 1: rows are repeated until "
+        "the shares are right, and none is left out. Default: each row once.",
+    )
+    streaming: bool = _flag(
+        False,
+        "Read and tokenize rows while the run goes on, for what does not fit in memory; needs "
+        "--max_steps.",
+    )
+    shuffle_buffer_size: int | None = _flag(
+        None, "Rows that --streaming holds to draw the next one from. Default: 10000."
+    )
+    dataset_num_proc: int | None = _flag(
+        None,
+        "Processes that tokenize, from 2,000 rows on. Default: as many as CPUs, up to 8.",
+    )
     prompt_column: str = _flag(
         "prompt",
         "Column of the prompt; a text column of another name (question in GSM8K) is a user turn.",

@@ -26,6 +26,7 @@ from student_trainer.config import (
 )
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample
+from student_trainer.data.stream import ExampleStream
 from student_trainer.data.template import describe_mode
 from student_trainer.memory import Memory, estimate_memory
 from student_trainer.model_card import method_of
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from student_trainer.train import Prepared, Recipe
 
 _ROWS = 4
+_OF_STREAM = 64  # rows that a dry run looks at
 _SECONDS = 30.0
 _CHARACTERS = 600  # of a prompt or a completion that are shown
 
@@ -70,6 +72,8 @@ def dry_run(
         TeacherError: the teacher does not score the rows.
     """
     _check_folder(Path(args.output_dir or ""))
+    if isinstance(prepared.train, ExampleStream):
+        prepared = replace(prepared, train=prepared.train[:_OF_STREAM])
     memory = estimate_memory(
         recipe.model, recipe.adapters, args, tokens=_micro_batch_tokens(prepared, args)
     )
@@ -130,11 +134,11 @@ def _settings(
     ))  # fmt: skip
     if teacher is not None:
         told += _identity(teacher, prepared)
-    told += _data(prepared)
+    told += _data(prepared, streaming=recipe.data.streaming)
     told += _template(prepared)
     if questions is not None:
         told.append(("questions", f"{questions:,} for the teacher, whatever --max_steps says"))
-    told.append(("updates", _updates(prepared, args)))
+    told.append(("updates", _updates(prepared, args, streaming=recipe.data.streaming)))
     told.append(("tokens a step", _tokens(prepared, args)[0]))
     told.append((
         "learning rate",
@@ -184,10 +188,11 @@ def _identity(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _data(prepared: Prepared) -> list[tuple[str, str]]:
+def _data(prepared: Prepared, *, streaming: bool) -> list[tuple[str, str]]:
     held_out = "none" if prepared.held_out is None else f"{len(prepared.held_out):,}"
     prompts = [len(example.prompt_ids) for example in prepared.train]
-    text = f"{len(prompts):,} rows, {held_out} held out; prompts of {_range(prompts)} tokens"
+    first = "a stream, of which are seen " if streaming else ""
+    text = f"{first}{len(prompts):,} rows, {held_out} held out; prompts of {_range(prompts)} tokens"
     completions = _completion_lengths(prepared)
     if completions:
         text += f", completions of {_range(completions)}"
@@ -233,11 +238,12 @@ def _steps(prepared: Prepared, args: CommonTrainingArguments) -> tuple[int, int]
     return math.ceil(args.num_train_epochs * order.steps_per_epoch), order.steps_per_epoch
 
 
-def _updates(prepared: Prepared, args: CommonTrainingArguments) -> str:
+def _updates(prepared: Prepared, args: CommonTrainingArguments, *, streaming: bool) -> str:
     steps, of_epoch = _steps(prepared, args)
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    epoch = "" if streaming else f", {of_epoch:,} an epoch"
     return (
-        f"{steps:,}, {of_epoch:,} an epoch; {batch * accumulation * args.world_size:,} rows each: "
+        f"{steps:,}{epoch}; {batch * accumulation * args.world_size:,} rows each: "
         f"{batch} a micro-batch x {accumulation} accumulated x {args.world_size} processes"
     )
 

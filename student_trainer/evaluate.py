@@ -116,7 +116,7 @@ def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, 
     """Name, configuration, split and form of the rows, which ``--suite`` may name alone."""
     config, split = dataset.dataset_config, dataset.dataset_split
     if dataset.dataset_name:
-        return dataset.dataset_name, config, split, suite
+        return dataset.dataset_name[0], config, split, suite
     if suite in HUB:
         return *HUB[suite], suite
     return suite, config, split, "auto"

@@ -24,7 +24,8 @@ _TRAINING: Groups = {
         "attn_implementation",
     ),
     "data": (
-        "dataset_name", "dataset_config", "dataset_split", "prompt_column", "completion_column",
+        "dataset_name", "dataset_config", "dataset_split", "dataset_weights", "streaming",
+        "shuffle_buffer_size", "dataset_num_proc", "prompt_column", "completion_column",
         "max_length", "skip_long_rows", "assistant_turns", "assistant_only_loss",
         "split_special_tokens",
     ),

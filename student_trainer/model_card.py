@@ -63,7 +63,7 @@ def model_card(
         rows: trained on.
     """
     flags = {f.name: getattr(part, f.name) for part in arguments for f in fields(part)}
-    base, dataset = str(flags["model_name_or_path"]), str(flags["dataset_name"])
+    base, datasets = str(flags["model_name_or_path"]), list(flags["dataset_name"])
     adapters = bool(flags["use_peft"])
     metadata: dict[str, Any] = {
         "library_name": "peft" if adapters else "transformers",
@@ -72,8 +72,9 @@ def model_card(
     }
     if not _is_local(base):
         metadata["base_model"] = base
-    if not _is_local(dataset):
-        metadata["datasets"] = [dataset]
+    published = [name for name in datasets if not _is_local(name)]
+    if published:
+        metadata["datasets"] = published
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         f"# {name}\n",
@@ -101,9 +102,10 @@ def _story(
     flags: Mapping[str, Any], method: str, teacher: TeacherIdentity | None, rows: int
 ) -> str:
     method = method.replace(_GKD, f"{_GKD} ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))")
-    base, dataset = _public(flags["model_name_or_path"]), _public(flags["dataset_name"])
+    base = _public(flags["model_name_or_path"])
+    named = " and ".join(f"`{_public(name)}`" for name in flags["dataset_name"])
     trained = "LoRA adapters for" if flags["use_peft"] else "All weights of"
-    text = f"{trained} `{base}`, trained by {method} on {rows} rows of `{dataset}`."
+    text = f"{trained} `{base}`, trained by {method} on {rows} rows of {named}."
     if teacher is None:
         return text
     beta = flags["beta"]

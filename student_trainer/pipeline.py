@@ -114,6 +114,7 @@ class Pipeline:
         request_size: sequences in a request.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once whichever rank meets it next.
+        remember: keep the teacher's completions for the prompts that come again.
         together: waits for the teacher on every rank, and fails on all where it fails on one.
         propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
             student's own most probable ones. Called equally often on every rank.
@@ -135,7 +136,9 @@ class Pipeline:
         together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
+        remember: bool = True,
     ) -> None:
+        self._remember = remember
         self.method = method
         self.teacher = teacher
         self.rollouts = rollouts
@@ -186,7 +189,7 @@ class Pipeline:
         batch.completions.clear()  # they hold the scores, which go with their micro-batches
         if self._scores_late(batch):
             self._score(batch, list(range(len(batch.examples))))
-        if self.method.seq_kd and not batch.on_policy:
+        if self.method.seq_kd and not batch.on_policy and self._remember:
             self._written.update(self._share(new))
         return [batch.samples[index] for index in range(len(batch.examples))]
 

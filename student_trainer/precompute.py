@@ -44,13 +44,13 @@ def precompute(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_distill(args, teacher)
-    check_precompute(args, teacher)
+    check_precompute(args, teacher, recipe.data)
     check_recipe(recipe, args)
     if args.world_size > 1:
         raise ConfigurationError(
             f"precompute runs in one process, not in {args.world_size}: start it without a launcher"
         )
-    rows = read_rows(recipe)
+    rows = read_rows(recipe, args.seed)
     if args.dry_run:
         teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:

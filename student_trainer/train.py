@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,10 +48,20 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
+from student_trainer.data.conversation import check_columns
 from student_trainer.data.examples import RowTokenizer, row_of
+from student_trainer.data.mixture import Mixture, mix
 from student_trainer.data.order import TrainingOrder
-from student_trainer.data.rows import load_rows, named_rows
+from student_trainer.data.rows import (
+    Row,
+    is_hub_id,
+    iterate_named,
+    iterate_rows,
+    load_rows,
+    named_rows,
+)
 from student_trainer.data.sample import Example
+from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.data.template import NOTES, ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.data.tokenize import keep_short, tokenize_rows
@@ -75,6 +85,9 @@ from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
 
 logger = logging.getLogger(__name__)
+
+_LOOK = 100  # rows of a stream's datasets that are looked at before the run
+_BUFFER = 10_000
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ def sft(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_recipe(recipe, args)
-    rows = read_rows(recipe)
+    rows = read_rows(recipe, args.seed)
     prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
     if args.dry_run:
         dry_run(recipe, prepared, args)
@@ -129,10 +142,11 @@ def distilled(
     check_distill(args, teacher)
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
-    rows = read_rows(recipe)  # a missing file is told before a teacher is waited for
+    rows = read_rows(recipe, args.seed)  # a missing file is told before a teacher is waited for
     if args.dry_run:
         teacher = asked_briefly(teacher)
-    alone = args.lmbda == 0 and not args.student_top_m
+    # What a stream will ask is not known, so a cache cannot tell that it holds all of it.
+    alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
@@ -207,26 +221,87 @@ def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """(where, row) pairs to train on, and held-out ones if there are any."""
+    """(where, row) pairs to train on, all or a stream of them, and held-out ones, if any."""
 
-    train: list[tuple[str, dict[str, Any]]]
-    held_out: list[tuple[str, dict[str, Any]]] | None
+    train: list[Row] | RowStream
+    held_out: list[Row] | None
+    mixture: Mixture | None = None  # of several datasets in memory
 
 
-def read_rows(recipe: Recipe) -> Rows:
-    """Raises `DatasetError` for what is missing, empty or malformed."""
+def read_rows(recipe: Recipe, seed: int) -> Rows:
+    """Return the rows that the flags name; of a stream, its first rows are looked at.
+
+    Raises:
+        DatasetError: what is missing, empty or malformed.
+        ConfigurationError: a flag has no effect on these rows.
+    """
     dataset, data = recipe.dataset, recipe.data
-    config = dataset.dataset_config
-    if dataset.rows is not None:
+    _check_hub_flags(dataset, data)
+    mixture = None
+    train: list[Row] | RowStream
+    if data.streaming:
+        train = _stream(dataset, data, seed)
+        check_columns(train.head(_LOOK), data)
+        if train.weights is not None:
+            for name, weight in zip(train.names, train.weights, strict=True):
+                share = weight / sum(train.weights)
+                logger.warning("%s: %.1f%% of the stream's rows", name, 100 * share)
+    elif dataset.rows is not None:
         train = named_rows(dataset.rows, "dataset")
     else:
-        train = load_rows(dataset.dataset_name, config=config, split=dataset.dataset_split)
+        parts = [
+            load_rows(name, config=dataset.dataset_config, split=dataset.dataset_split)
+            for name in dataset.dataset_name
+        ]
+        train = [row for part in parts for row in part]
+        if len(parts) > 1:
+            sizes = [len(part) for part in parts]
+            mixture = Mixture(dataset.dataset_name, sizes, data.dataset_weights, seed)
+    if not isinstance(train, RowStream):
+        check_columns(train, data)
     if data.eval_rows is not None:
-        return Rows(train, named_rows(data.eval_rows, "eval_dataset"))
+        return Rows(train, named_rows(data.eval_rows, "eval_dataset"), mixture)
     if not data.eval_dataset_name:
-        return Rows(train, None)
-    held_out = load_rows(data.eval_dataset_name, config=config, split=data.eval_dataset_split)
-    return Rows(train, held_out)
+        return Rows(train, None, mixture)
+    held_out = load_rows(
+        data.eval_dataset_name, config=dataset.dataset_config, split=data.eval_dataset_split
+    )
+    return Rows(train, held_out, mixture)
+
+
+def _check_hub_flags(dataset: DatasetArguments, data: DataArguments) -> None:
+    names = [] if dataset.rows is not None else list(dataset.dataset_name)
+    if data.eval_rows is None and data.eval_dataset_name:
+        names.append(data.eval_dataset_name)
+    if dataset.dataset_config is not None and not any(map(is_hub_id, names)):
+        raise ConfigurationError(
+            f"--dataset_config {dataset.dataset_config} has no effect on files; it is for a "
+            "dataset of the Hub"
+        )
+
+
+def _stream(dataset: DatasetArguments, data: DataArguments, seed: int) -> RowStream:
+    rows = dataset.rows
+    if rows is not None:
+        if iter(rows) is rows:
+            raise ConfigurationError(
+                "streaming: rows that can be read once only cannot be read again to resume; give "
+                "a list, a datasets.IterableDataset, or any object with __iter__"
+            )
+        sources = [partial(iterate_named, rows, "dataset")]
+    else:
+        sources = [
+            partial(
+                iterate_rows,
+                name,
+                config=dataset.dataset_config,
+                split=dataset.dataset_split,
+                streaming=True,
+            )
+            for name in dataset.dataset_name
+        ]
+    size = data.shuffle_buffer_size or _BUFFER
+    return RowStream(dataset.dataset_name, sources, data.dataset_weights, seed, size)
 
 
 def _train(
@@ -245,7 +320,9 @@ def _train(
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
-    longest = longest_rollout(train, held_out, method)
+    longest = prepared.max_length
+    if not isinstance(train, ExampleStream):
+        longest = longest_rollout(train, held_out, method)
     with open_engine(student, recipe, distill, longest) as engine:
         trainer = DistillationTrainer(
             student,
@@ -276,7 +353,7 @@ def _train(
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
         )
-        if isinstance(teacher, CachedTeacher):
+        if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
             learned = [train[i] for i in rows_of_run(args, trainer.order)]
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
             teacher.require(*count_missing(teacher, questions(method, learned, measured)))
@@ -317,9 +394,10 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     method: Method
-    train: list[Example]
+    train: list[Example] | ExampleStream
     held_out: list[Example] | None
     template: ChatTemplate
+    max_length: int
 
 
 def prepare(
@@ -364,13 +442,21 @@ def prepare(
             f"--chat_template_date {recipe.template.chat_template_date} has no effect: "
             f"{row_tokenizer.chat.name} prints no date. Drop it"
         )
-    train, held_out = make_examples(rows, row_tokenizer, method, context)
+    train, held_out = make_examples(rows, row_tokenizer, method, context, args)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(
             f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
         )
-    return Prepared(tokenizer, vocab_size, method, train, held_out, row_tokenizer.chat)
+    return Prepared(
+        tokenizer,
+        vocab_size,
+        method,
+        train,
+        held_out,
+        row_tokenizer.chat,
+        row_tokenizer.max_length,
+    )
 
 
 def date_folders(args: CommonTrainingArguments, teacher_cache: str | None) -> list[Path]:
@@ -491,8 +577,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
 
 
 def make_examples(
-    rows: Rows, row_tokenizer: RowTokenizer, method: Method, context: int
-) -> tuple[list[Example], list[Example] | None]:
+    rows: Rows,
+    row_tokenizer: RowTokenizer,
+    method: Method,
+    context: int,
+    args: CommonTrainingArguments,
+) -> tuple[list[Example] | ExampleStream, list[Example] | None]:
     """Training and held-out examples, checked against what the method needs of each row.
 
     Raises:
@@ -505,33 +595,56 @@ def make_examples(
     main = PartialState().is_main_process
     skip = row_tokenizer.options.skip_long_rows
 
-    def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
-        return tokenize_rows(
+    def tokenize(
+        rows: Sequence[Row], what: str, check: Callable[[Example, Method, int], Example]
+    ) -> list[Example]:
+        examples = tokenize_rows(
             rows,
             row_tokenizer,
             skip_long_rows=skip,
             remedy=remedy,
             description=f"Tokenizing {what}",
             progress=main,
+            num_proc=row_tokenizer.options.dataset_num_proc,
         )
+        checked = keep_short(
+            examples, lambda example: check(example, method, max_length), skip=skip, remedy=remedy
+        )
+        if main:
+            _tell_losses(rows, checked, max_length)
+        return checked
 
-    train = keep_short(
-        tokenize(rows.train, "training rows"),
-        lambda example: _usable(example, method, max_length),
-        skip=skip,
-        remedy=remedy,
-    )
+    train: list[Example] | ExampleStream
+    if isinstance(rows.train, RowStream):
+
+        def make(number: int, where: str, row: dict[str, Any]) -> list[Example]:
+            try:
+                examples = row_tokenizer(number, where, row)
+                return [_usable(example, method, max_length) for example in examples]
+            except RowTooLongError as error:
+                raise RowTooLongError(str(error) if skip else f"{error}. {remedy}") from error
+
+        train = ExampleStream(
+            rows.train,
+            make,
+            length=args.max_steps
+            * args.gradient_accumulation_steps
+            * args.per_device_train_batch_size
+            * args.world_size,
+            skip=skip,
+            rank=args.process_index,
+            world=args.world_size,
+        )
+        _ = train[0]  # what is wrong with all rows is told now
+    else:
+        train = tokenize(rows.train, "training rows", _usable)
+        if rows.mixture is not None:
+            train, told = mix(train, rows.mixture)
+            for line in told if main else ():
+                logger.warning("%s", line)
     held_out = None
     if rows.held_out is not None:
-        held_out = keep_short(
-            tokenize(rows.held_out, "held-out rows"),
-            lambda example: _checkable(example, method, max_length),
-            skip=skip,
-            remedy=remedy,
-        )
-    if main:
-        _tell_losses(rows.train, train, max_length)
-        _tell_losses(rows.held_out or [], held_out or [], max_length)
+        held_out = tokenize(rows.held_out, "held-out rows", _checkable)
     return train, held_out
 
 

@@ -35,6 +35,7 @@ from student_trainer.data.collate import model_inputs, predicting_rows
 from student_trainer.data.micro_batches import of_sizes, over_substeps, split_into, within_budget
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample, completed
+from student_trainer.data.stream import ExampleStream, StreamOrder, load_state, save_state
 from student_trainer.durable import DurableTrainer
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
 from student_trainer.log_lines import LogLines
@@ -87,7 +88,7 @@ class DistillationTrainer(DurableTrainer):
         trace_steps: (first, last) step to trace, counted from 1, in ``trace.json`` in the output
             folder; on the main process alone.
         vllm: writes the student's completions in its place.
-        train_dataset, eval_dataset: lists of `Example`.
+        train_dataset, eval_dataset: lists of `Example`; to train on also an `ExampleStream`.
         Everything else: as transformers' Trainer.
     """
 
@@ -150,6 +151,7 @@ class DistillationTrainer(DurableTrainer):
             together=self._together,
             propose=self._proposals(student_top_m),
             timeline=self.timeline,
+            remember=self._stream is None,
         )
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self._greedy = self._rollout_engine(0.0, generation_batch_size or step)
@@ -175,7 +177,19 @@ class DistillationTrainer(DurableTrainer):
             return None
         return Trace(self._output / "trace.json", steps)
 
-    def _training_order(self) -> TrainingOrder:
+    @property
+    def _stream(self) -> ExampleStream | None:
+        """The rows to train on, where they are not all in memory."""
+        rows: Any = self.train_dataset
+        return rows if isinstance(rows, ExampleStream) else None
+
+    def _training_order(self) -> TrainingOrder | StreamOrder:
+        if self._stream is not None:
+            return StreamOrder(
+                self.args.per_device_train_batch_size,
+                self.args.gradient_accumulation_steps,
+                self.args.max_steps,
+            )
         seed = self.args.data_seed
         return TrainingOrder(
             len(self.train_dataset),
@@ -235,6 +249,8 @@ class DistillationTrainer(DurableTrainer):
         self.timeline.begin_step(step + 1)
         self._step_loss, self._step_batch = torch.zeros((), device=device), []
         groups = self._groups(step)
+        if self._stream is not None:
+            self._stream.forget(before=self.order.micro_batches(step)[0][0])
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
         if self.method.seq_kd:  # a later epoch asks for what this one has not been answered yet
@@ -427,9 +443,16 @@ class DistillationTrainer(DurableTrainer):
         ahead = self.pipeline.ahead(self.state.global_step)
         if ahead:
             save_ahead(self._ahead_file(output_dir), ahead)
+        if self._stream is not None:
+            first = self.order.micro_batches(self.state.global_step)[0][0]
+            rank = self.accelerator.process_index
+            save_state(output_dir, rank, self._stream.state(first))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         if resume_from_checkpoint is not None:
+            if self._stream is not None:
+                rank = self.accelerator.process_index
+                self._stream.restore(load_state(resume_from_checkpoint, rank))
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_ahead(file))

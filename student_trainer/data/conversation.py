@@ -1,15 +1,30 @@
-"""The columns of a row, in any of the forms that people have, as one conversation or plain text."""
+"""The columns of a row, in any of the forms that people have, as one conversation or plain text.
+
+Where a row has several, the first of these counts: ``messages``; the prompt column with or without
+the completion column; ShareGPT's ``conversations``; Alpaca's ``instruction``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from shared.errors import DatasetError
+from shared.errors import ConfigurationError, DatasetError
 from student_trainer.config import DataArguments
 
 Message = dict[str, Any]
+Form = Literal["messages", "prompt", "conversations", "instruction"]
+
+# Who speaks, by the names that ShareGPT's descendants use.
+SPEAKERS = {
+    "system": "system", "developer": "developer",
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,39 +61,235 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     Raises:
         DatasetError: names the row and the column that cannot be read.
     """
-    if isinstance(row.get("messages"), list):
-        messages = _check_messages(where, "messages", row["messages"])
-        if messages[-1]["role"] == "assistant":
-            if len(messages) == 1:
-                raise DatasetError(f"{where}: messages hold no turn before the assistant's")
-            return Conversation(messages[:-1], messages[-1])
-        return Conversation(messages, None)
-    prompt = row.get(options.prompt_column)
-    completion = row.get(options.completion_column)
-    if prompt is None:
+    form = form_of(row, options)
+    if form is None:
         raise DatasetError(
             f"{where}: neither messages nor {options.prompt_column!r}; the row has "
-            f"{sorted(row)}. Name the columns with --prompt_column and --completion_column"
+            f"{sorted(row)}.{_nearest(options.prompt_column, row)} Name the columns with "
+            "--prompt_column and --completion_column"
         )
+    if form == "prompt":
+        prompt, completion = _prompted(where, row, options)
+        if isinstance(prompt, str):
+            for column in ("tools", "chat_template_kwargs"):
+                if _column_of(where, row, column):
+                    raise DatasetError(
+                        f"{where}: {column} are for a chat template, which a prompt of plain text "
+                        "does not go through; give messages"
+                    )
+            assert completion is None or isinstance(completion, str)
+            return PlainText(prompt, completion)
+    elif form == "instruction":
+        prompt, completion = _instructed(where, row, options)
+    else:
+        prompt, completion = _spoken(where, row, form)
+    assert not isinstance(completion, str)
+    tools = _column_of(where, row, "tools")
+    kwargs = _column_of(where, row, "chat_template_kwargs")
+    return Conversation(prompt, completion, tools or None, kwargs or {})
+
+
+def form_of(row: Mapping[str, Any], options: DataArguments) -> Form | None:
+    """Return in which form a row is read; None if it has no column that tells."""
+    if row.get("messages") is not None:
+        return "messages"
+    if row.get(options.prompt_column) is not None:
+        # What stands in `input` belongs to the instruction, however its column was named.
+        return "instruction" if options.prompt_column == "instruction" else "prompt"
+    others: tuple[Form, ...] = ("conversations", "instruction")
+    for form in others:
+        if row.get(form) is not None:
+            return form
+    return None
+
+
+def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataArguments) -> None:
+    """Raise `ConfigurationError` where a flag that names a column has no effect on any row."""
+    given = {
+        flag: getattr(options, flag)
+        for flag in ("prompt_column", "completion_column")
+        if getattr(options, flag) != getattr(DataArguments, flag)
+    }
+    if not given:
+        return
+    columns: dict[str, None] = {}
+    forms: dict[str, None] = {}
+    used: set[str] = set()
+    for _, row in rows:
+        columns.update(dict.fromkeys(row))
+        form = form_of(row, options)
+        forms[form or "none"] = None
+        if form == "prompt" or (form == "instruction" and "instruction" in given.values()):
+            used.add("prompt_column")
+        takes = form in ("prompt", "instruction")
+        if takes and row.get(options.completion_column) is not None:
+            used.add("completion_column")
+    for flag, column in given.items():
+        if flag in used:
+            continue
+        if column not in columns:
+            raise ConfigurationError(
+                f"--{flag} {column}: no row has this column; the columns are "
+                f"{', '.join(columns)}.{_nearest(column, columns)}"
+            )
+        held = [form for form in forms if form in ("messages", "conversations", "instruction")]
+        why = f"the rows hold {' and '.join(held)}, which come first" if held else "it is empty"
+        raise ConfigurationError(
+            f"--{flag} {column} has no effect: {why}; drop the flag, or that column of the rows"
+        )
+
+
+def _nearest(column: str, columns: Iterable[str]) -> str:
+    near = difflib.get_close_matches(column, [str(name) for name in columns], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message], Message | None]:
+    """Return prompt and completion of ``messages`` or ``conversations``."""
+    value = _json_of(where, form, row[form])
+    if form == "messages":
+        messages = _check_messages(where, form, value)
+    else:
+        messages = _check_messages(where, form, _renamed(where, form, value))
+        messages = _with_system(where, row, messages)
+    if messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise DatasetError(f"{where}: {form} hold no turn before the assistant's")
+        return messages[:-1], messages[-1]
+    return messages, None
+
+
+def _renamed(where: str, column: str, turns: Any) -> Any:
+    """Return turns with ``role`` and ``content`` in the place of ``from`` and ``value``."""
+    if not isinstance(turns, list):
+        return turns
+    made = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or ("from" not in turn and "value" not in turn):
+            made.append(turn)  # of role and content, or refused with those
+            continue
+        for key in ("from", "value"):
+            if not isinstance(turn.get(key), str):
+                raise DatasetError(
+                    f"{where}: {column}[{number}] must have {key!r} as text, and has "
+                    f"{'none' if turn.get(key) is None else type(turn[key]).__name__}"
+                )
+        role = SPEAKERS.get(turn["from"].strip().lower())
+        if role is None:
+            raise DatasetError(
+                f"{where}: {column}[{number}] is from {turn['from']!r}; known are "
+                f"{', '.join(SPEAKERS)}"
+            )
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        made.append({"role": role, "content": turn["value"], **rest})
+    return made
+
+
+def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Return the messages after what the ``system`` column says, if it is there."""
+    system = _text_of(where, row, "system")
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _instructed(
+    where: str, row: dict[str, Any], options: DataArguments
+) -> tuple[list[Message], Message | None]:
+    """Return prompt and completion of Alpaca's columns."""
+    instruction, rest = _text_of(where, row, "instruction"), _text_of(where, row, "input")
+    column = options.completion_column
+    if column == DataArguments.completion_column and row.get("output") is not None:
+        column = "output"
+    answer = _text_of(where, row, column)
+    if answer == "":
+        raise DatasetError(f"{where}: the {column} is empty; there is nothing to learn")
+    history = row.get("history")
+    history = [] if history in (None, "") else _json_of(where, "history", history)
+    if not isinstance(history, list):
+        raise DatasetError(f"{where}: history must be a list of [question, answer] pairs")
+    messages: list[Message] = []
+    for number, pair in enumerate(history):
+        if not (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(isinstance(said, str) for said in pair)
+        ):
+            raise DatasetError(f"{where}: history[{number}] must be [question, answer], both text")
+        messages += [
+            {"role": "user", "content": pair[0]},
+            {"role": "assistant", "content": pair[1]},
+        ]
+    question = "\n\n".join(text for text in (instruction, rest) if text)
+    messages = _with_system(where, row, [*messages, {"role": "user", "content": question}])
+    return messages, None if answer is None else {"role": "assistant", "content": answer}
+
+
+def _prompted(
+    where: str, row: dict[str, Any], options: DataArguments
+) -> tuple[Any, Message | str | None]:
+    """Return prompt and completion of the two columns: messages, or both as text."""
+    prompt, completion = row[options.prompt_column], row.get(options.completion_column)
     if isinstance(prompt, list):
         messages = _check_messages(where, options.prompt_column, prompt)
         if isinstance(completion, str):
-            return Conversation(messages, {"role": "assistant", "content": completion})
+            return messages, {"role": "assistant", "content": completion}
         if completion is None:
-            return Conversation(messages, None)
+            return messages, None
         turns = _check_messages(where, options.completion_column, completion)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             raise DatasetError(f"{where}: {options.completion_column} must be one assistant turn")
-        return Conversation(messages, turns[0])
+        return messages, turns[0]
     if not isinstance(prompt, str) or not (completion is None or isinstance(completion, str)):
         raise DatasetError(f"{where}: prompt and completion must both be text, or both messages")
     if completion == "":
         raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
     if options.prompt_column != "prompt":  # a mapped column of a chat dataset: one user turn
-        messages = [{"role": "user", "content": prompt}]
         turn = None if completion is None else {"role": "assistant", "content": completion}
-        return Conversation(messages, turn)
-    return PlainText(prompt, completion)
+        return [{"role": "user", "content": prompt}], turn
+    return prompt, completion
+
+
+def _text_of(where: str, row: dict[str, Any], column: str) -> str | None:
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise DatasetError(f"{where}: {column} must be text, not {type(value).__name__}")
+    return value
+
+
+def _json_of(where: str, column: str, value: Any) -> Any:
+    """Return the value, or what its JSON text says."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{where}: {column} is text, but not valid JSON: {error}") from error
+
+
+def _column_of(where: str, row: dict[str, Any], column: str) -> Any:
+    """Return ``tools`` or ``chat_template_kwargs``, which may be JSON text; None where empty."""
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    value = _json_of(where, column, value)
+    if column == "tools":
+        if not isinstance(value, list):
+            raise DatasetError(
+                f"{where}: tools must be a list of functions, or JSON text of one, not "
+                f"{type(value).__name__}"
+            )
+        for number, tool in enumerate(value):
+            if not isinstance(tool, dict):
+                raise DatasetError(
+                    f"{where}: tools[{number}] must be an object, not {type(tool).__name__}"
+                )
+    elif not isinstance(value, dict):
+        raise DatasetError(
+            f"{where}: chat_template_kwargs must be an object such as "
+            f'{{"enable_thinking": false}}, or JSON text of one, not {type(value).__name__}'
+        )
+    return value
 
 
 def _check_messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:

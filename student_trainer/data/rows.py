@@ -1,84 +1,443 @@
-"""The rows of a dataset, from files, the Hub or memory, each with a name for messages."""
+"""The rows of a dataset, from files, the Hub or memory, each with a name for messages.
+
+Text files are read here and not by Arrow, so that a message names file and line, a row keeps
+exactly the columns that it has, and a cell of a CSV file stays text ("NA", "007").
+"""
 
 from __future__ import annotations
 
+import bz2
+import csv
+import glob
 import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.errors import DatasetError
 
+logger = logging.getLogger(__name__)
 
-def load_rows(name: str, *, config: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) pairs of a JSONL file (.gz too), a folder of them, or a Hub dataset.
+Row = tuple[str, dict[str, Any]]
+
+_LINES = (".jsonl", ".ndjson")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_ARROW = {".parquet": "parquet", ".arrow": "arrow"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_FORMATS = (*_LINES, ".json", *_TABLES, *_ARROW)
+_READABLE = f"{', '.join(_FORMATS)} (text also with {', '.join(_COMPRESSED)})"
+# Files that `datasets` and the Hub put beside the rows.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SPLITS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
+    "evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation",
+}  # fmt: skip
+_UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def load_rows(name: str, *, config: str | None, split: str) -> list[Row]:
+    """Return the (where, row) pairs of a file, a folder, a glob or a Hub dataset.
+
+    Args:
+        name: path of rows as Parquet, Arrow, JSONL, JSON, CSV or TSV, a folder of such files or of
+            `save_to_disk`, a glob, or a Hub id.
+        config: configuration of a Hub dataset.
+        split: of a Hub dataset, a saved ``DatasetDict``, or files whose names tell their split.
 
     Raises:
-        DatasetError: missing or empty, or a line that is not a JSON object (file and line).
+        DatasetError: missing, empty or unreadable; names the file and the line or row.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        rows = list(_read_jsonl(path))
-    elif path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith((".jsonl", ".jsonl.gz")))
-        rows = [row for file in files for row in _read_jsonl(file)]
-    elif path.suffix in (".jsonl", ".json", ".gz") or name.startswith((".", "/", "~")):
-        raise DatasetError(
-            f"{name}: no such file or folder; give a JSONL file, a folder of them, or a Hub id"
-        )
-    else:
-        rows = _load_from_hub(name, config, split)
+    rows = list(iterate_rows(name, config=config, split=split))
     if not rows:
         raise DatasetError(f"{name} holds no rows")
     return rows
 
 
-def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) pairs of rows in memory: a list of dicts, or a ``datasets.Dataset``.
+def iterate_rows(
+    name: str, *, config: str | None, split: str, streaming: bool = False
+) -> Iterator[Row]:
+    """Yield what `load_rows` returns, each row as it is read; it may be none.
+
+    Args:
+        streaming: do not download a Hub dataset first.
+    """
+    for where, row in _iterate(name, config, split, streaming):
+        _check_text(where, row)
+        yield where, row
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is looked up on the Hub: there is no such path, and it looks like none.
+
+    Raises:
+        DatasetError: it looks like a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or _is_glob(name):
+        return False
+    if _format_of(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DatasetError(
+            f"{name}: no such file or folder; give a file ({_READABLE}), a folder of them, a glob, "
+            "or a Hub id"
+        )
+    return True
+
+
+def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
+    """Return the (where, row) pairs of rows in memory: a list of dicts, or a ``datasets.Dataset``.
 
     Raises:
         DatasetError: there are none, or one is no mapping (names it).
     """
-    named = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise DatasetError(
-                f"{name} row {number}: expected a dict such as {{'prompt': …, 'completion': …}}, "
-                f"got {type(row).__name__}"
-            )
-        named.append((f"{name} row {number}", dict(row)))
+    named = list(iterate_named(rows, name))
     if not named:
         raise DatasetError(f"{name} holds no rows")
     return named
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    opener = gzip.open if path.suffix == ".gz" else open
+def iterate_named(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
+    """Yield what `named_rows` returns, one by one."""
+    from_arrow = _is_arrow(rows)
+    for number, row in enumerate(rows):
+        where = f"{name} row {number}"
+        if not isinstance(row, Mapping):
+            raise DatasetError(
+                f"{where}: expected a dict such as {{'prompt': …, 'completion': …}}, "
+                f"got {type(row).__name__}"
+            )
+        made = _without_fillers(dict(row)) if from_arrow else dict(row)
+        _check_text(where, made)
+        yield where, made
+
+
+def _is_arrow(rows: Any) -> bool:
+    if "datasets" not in sys.modules:  # then nothing of it is here
+        return False
+    import datasets
+
+    return isinstance(rows, datasets.Dataset | datasets.IterableDataset)
+
+
+def _iterate(name: str, config: str | None, split: str, streaming: bool) -> Iterator[Row]:
+    if is_hub_id(name):
+        yield from _read_hub(name, config, split, streaming)
+        return
+    if "[" in split:
+        raise DatasetError(
+            f"{name}: a split such as {split!r} is cut by the Hub's library alone; name a whole "
+            "split, or write the rows that are wanted to a file"
+        )
+    path = Path(name).expanduser()
+    if path.is_file():
+        yield from _reader_of(path)(path)
+    elif path.is_dir():
+        yield from _read_folder(path, split)
+    elif path.exists():
+        raise DatasetError(f"{name} is neither a file nor a folder")
+    else:
+        found = glob.iglob(str(path), recursive=True)  # noqa: PTH207
+        files = sorted(map(Path, found))
+        files = [file for file in files if file.is_file()]
+        if not files:
+            raise DatasetError(f"{name}: the pattern matches no file")
+        readers = [(file, _reader_of(file)) for file in files]  # all are checked before one is read
+        for file, read in readers:
+            yield from read(file)
+
+
+def _is_glob(name: str) -> bool:
+    return glob.has_magic(name)
+
+
+def _format_of(path: Path) -> str | None:
+    """Return the suffix that tells a format, or None."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        inner = suffixes[0] if len(suffixes) == 2 else ""
+        return inner if inner in _FORMATS and inner not in _ARROW else None
+    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+
+
+def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
+    suffix = _format_of(path)
+    if suffix is None:
+        raise DatasetError(
+            f"{path}: rows are not read from files called so; the name must end in {_READABLE}"
+        )
+    if suffix in _ARROW:
+        return lambda file: _read_arrow(file, _ARROW[suffix])
+    if suffix in _TABLES:
+        return lambda file: _read_table(file, _TABLES[suffix])
+    return _read_json if suffix == ".json" else _read_jsonl
+
+
+def _read_folder(folder: Path, split: str) -> Iterator[Row]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        yield from _read_saved(folder, split)
+        return
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and _format_of(path) and path.name not in _ABOUT
+        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise DatasetError(f"{folder}: the folder holds no file of rows ({_READABLE})")
+    named = {path: _split_of(path.relative_to(folder)) for path in files}
+    if any(named.values()):
+        wanted = [path for path in files if named[path] == _SPLITS.get(split, split)]
+        if not wanted:
+            raise DatasetError(
+                f"{folder} has no file of the split {split!r}; its files are of "
+                f"{', '.join(sorted({found for found in named.values() if found}))}"
+            )
+        left_out = [path.name for path in files if path not in wanted]
+        if left_out:
+            logger.warning(
+                "%s: read are the %d files of the split %s, not %s",
+                folder, len(wanted), split, ", ".join(left_out),
+            )  # fmt: skip
+        files = wanted
+    for path in files:
+        yield from _reader_of(path)(path)
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file's name or folder tells, as the Hub's library reads it."""
+    for part in reversed(path.parts):
+        for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
+
+
+def _open(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opened: IO[bytes] = openers.get(suffix, open)(path, "rb")
+    return opened
+
+
+def _decode(where: str, data: bytes) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DatasetError(f"{where}: the text is UTF-16; save the file as UTF-8")
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{where}: not UTF-8: byte {error.start + 1} is {data[error.start]:#04x}; save the "
+            "file as UTF-8"
+        ) from error
+
+
+def _parse(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{where}: not valid JSON: {error}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    try:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
+                where = f"{path}:{number}"
                 if not line.strip():
                     continue
-                where = f"{path}:{number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DatasetError(f"{where}: not valid JSON: {error}") from error
+                text = _decode(where, line) if number == 1 or not line.isascii() else line.decode()
+                row = _parse(where, text)
                 if not isinstance(row, dict):
-                    raise DatasetError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
+                    raise DatasetError(f"{where}: expected a JSON object, got {text.strip()[:40]}")
                 yield where, row
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: {error}") from error
+    except _UNREADABLE as error:
+        raise DatasetError(f"{path}: {_told(error)}") from error
 
 
-def _load_from_hub(name: str, config: str | None, split: str) -> list[tuple[str, dict[str, Any]]]:
+def _read_json(path: Path) -> Iterator[Row]:
+    """Yield the rows of an array, which is read whole; or of lines, which many files so called are.
+
+    Raises:
+        DatasetError: it holds neither.
+    """
+    try:
+        with _open(path) as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        rows: list[Any] | None = None
+        if start.startswith(b"["):
+            with _open(path) as file:
+                rows = _parse(str(path), _decode(str(path), file.read()))
+    except _UNREADABLE as error:
+        raise DatasetError(f"{path}: {_told(error)}") from error
+    if rows is not None:
+        yield from _objects(path, rows)
+        return
+    try:
+        yield from _read_jsonl(path)
+    except DatasetError as error:
+        if ":1: not valid JSON" in str(error) and start.startswith(b"{"):
+            raise DatasetError(
+                f"{path} is neither an array of rows nor a row to a line; write "
+                "[{…}, {…}], or one object in each line"
+            ) from error
+        raise
+
+
+def _objects(path: Path, rows: list[Any]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        where = f"{path} row {number}"
+        if not isinstance(row, dict):
+            raise DatasetError(f"{where}: expected a JSON object, got {json.dumps(row)[:40]}")
+        yield where, row
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield rows of text; an empty cell is None."""
+    csv.field_size_limit(sys.maxsize)  # a cell may be long; the library's limit is 128 KiB
+    line = 1
+    try:
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            header = next(reader, None)
+            if header is None:
+                return
+            for name in header:
+                if not name.strip() or header.count(name) > 1:
+                    raise DatasetError(
+                        f"{path}:1: the first line must name each column once; {name!r} is "
+                        f"{'empty' if not name.strip() else 'there twice'}"
+                    )
+            line = reader.line_num + 1
+            for cells in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise DatasetError(
+                        f"{where}: {len(cells)} cells, but {len(header)} columns; put cells with "
+                        f"{'a tab' if delimiter != ',' else 'a comma'} or a line break in quotes"
+                    )
+                yield where, {n: cell or None for n, cell in zip(header, cells, strict=True)}
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{path}: not UTF-8, at or after line {line}; save the file as UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise DatasetError(f"{path}:{line}: not valid CSV: {error}") from error
+    except _UNREADABLE as error:
+        raise DatasetError(f"{path}: {_told(error)}") from error
+
+
+def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
+    import datasets
+
+    rows = 0
+    try:
+        dataset = datasets.load_dataset(
+            kind, data_files=[glob.escape(str(path))], split="train", streaming=True
+        )
+        for number, row in enumerate(dataset):
+            rows = number + 1
+            yield f"{path} row {number}", _without_fillers(dict(row))
+    except DatasetError:
+        raise
+    except Exception as error:  # the library's readers share no class of errors
+        raise DatasetError(
+            f"{path}: row {rows} and what follows cannot be read as {kind}: {_told(error)}"
+        ) from error
+
+
+def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        dataset = datasets.load_from_disk(str(folder))
+    except Exception as error:  # as above
+        raise DatasetError(f"{folder}: what was saved cannot be read: {_told(error)}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise DatasetError(
+                f"{folder} has no split {split!r}; it has {', '.join(sorted(dataset))}: name one "
+                "with --dataset_split, or --eval_dataset_split for held-out rows"
+            )
+        dataset = dataset[split]
+    for number, row in enumerate(dataset):
+        yield f"{folder} row {number}", _without_fillers(dict(row))
+
+
+def _read_hub(name: str, config: str | None, split: str, streaming: bool) -> Iterator[Row]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:
         raise DatasetError(
-            f"{name} is neither a file nor a folder, and the Hub gives no such dataset: {error}"
+            f"{name} is neither a file nor a folder, and the Hub gives no such dataset: "
+            f"{_told(error)}"
         ) from error
-    return [(f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset)]
+    for number, row in enumerate(dataset):
+        yield f"{name}[{split}] row {number}", _without_fillers(dict(row))
+
+
+def _told(error: BaseException) -> str:
+    """Return an error of another library in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row without the None that Arrow puts where another row's object has a field.
+
+    A column that is None stays, and so does the None that is a message's content.
+    """
+    return {column: _pruned(value) for column, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pruned(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _pruned(item)
+        for key, item in value.items()
+        if item is not None or (key == "content" and "role" in value)
+    }
+
+
+def _check_text(where: str, row: dict[str, Any]) -> None:
+    """Raise `DatasetError` for half a surrogate pair, which no tokenizer takes."""
+    for column, value in row.items():
+        _check_characters(where, column, value)
+
+
+def _check_characters(where: str, path: str, value: Any) -> None:
+    if isinstance(value, str):
+        if value.isascii():
+            return
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DatasetError(
+                f"{where}: character {error.start + 1} of {path} is half a surrogate pair "
+                f"(\\u{ord(value[error.start]):04x}), which is no text: write the whole character, "
+                "or leave it out"
+            ) from error
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_characters(where, f"{path}[{number}]", item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_characters(where, f"a key of {path}", key)
+            _check_characters(where, f"{path}.{key}", item)

@@ -1,4 +1,4 @@
-"""Rows -> token ids and a completion mask.
+"""Rows -> token ids and a completion mask, in several processes, and once for the same rows.
 
 A row is `messages` (the last turn is the completion when the assistant speaks it), or `prompt` with
 or without `completion`, conversational or plain text. Each is rendered once with the student's chat
@@ -7,16 +7,31 @@ template; from then on token ids travel, never text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from shared.errors import DatasetError, RowTooLongError
+from accelerate import PartialState
+
+from shared.errors import ConfigurationError, DatasetError, RowTooLongError
+from student_trainer.data import token_cache
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example
 from student_trainer.progress import tracked
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+_Item = tuple[int, str, dict[str, Any]]
+
+# Below this, processes and a file cost more than they save.
+FEW_ROWS = 2000
+_MOST_PROCESSES = 8
+_CHUNK = 64  # rows that a process is handed at once
 
 
 def tokenize_rows(
@@ -27,25 +42,39 @@ def tokenize_rows(
     remedy: str = "Shorten it",
     description: str = "Tokenizing",
     progress: bool = True,
+    num_proc: int | None = None,
 ) -> list[Example]:
-    """Examples of all rows, less those that are too long if ``skip_long_rows`` says so.
+    """Return the examples of all rows, less those that are too long where that is allowed.
+
+    From `FEW_ROWS` rows on, several processes tokenize, and the result is kept in the cache folder
+    of `datasets`: the same rows and options are not tokenized again. Of several ranks of a machine
+    the first one tokenizes and the others read.
 
     Args:
         remedy: what the message about a row that is too long advises.
+        num_proc: processes; None for as many as there are CPUs, up to 8.
 
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
     """
-    counted = tracked(rows, len(rows), description, show=progress)
-    numbered = ((index, where, row) for index, (where, row) in enumerate(counted))
-    made = keep_short(
-        numbered, lambda item: row_tokenizer(*item), skip=skip_long_rows, remedy=remedy
-    )
-    return [example for examples in made for example in examples]
+    file = None
+    if len(rows) >= FEW_ROWS:
+        file = token_cache.file_of(rows, [row_tokenizer.fingerprint, str(skip_long_rows)])
+    with nullcontext() if file is None else PartialState().local_main_process_first():
+        found = None if file is None else token_cache.read(file)
+        if found is not None:
+            return found
+        outcomes = _outcomes(rows, row_tokenizer, num_proc)
+        counted = tracked(outcomes, len(rows), description, show=progress)
+        made = keep_short(counted, _raised, skip=skip_long_rows, remedy=remedy)
+        examples = [example for of_row in made for example in of_row]
+        if file is not None and PartialState().is_local_main_process:
+            token_cache.write(file, examples)
+    return examples
 
 
 def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool, remedy: str) -> list[U]:
-    """``make`` of each item, less those it finds too long where ``skip`` allows that.
+    """Return ``make`` of each item, less those it finds too long where ``skip`` allows that.
 
     Raises:
         DatasetError: what ``make`` raises, or nothing is left.
@@ -61,3 +90,57 @@ def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool, remedy
     if last is not None and not kept:
         raise DatasetError(f"every row is too long. The last one: {last}")
     return kept
+
+
+def _outcomes(
+    rows: Sequence[tuple[str, dict[str, Any]]], row_tokenizer: RowTokenizer, num_proc: int | None
+) -> Iterator[_Outcome]:
+    """Yield what becomes of each row, in their order."""
+    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0))) if num_proc is None else num_proc
+    numbered = [(index, where, row) for index, (where, row) in enumerate(rows)]
+    alone = len(rows) if len(rows) < FEW_ROWS or processes == 1 else _CHUNK
+    for item in numbered[:alone]:  # what is wrong with all rows is told before processes start
+        yield _outcome(row_tokenizer, item)
+    if alone == len(rows):
+        return
+    chunks = [numbered[first : first + _CHUNK] for first in range(alone, len(rows), _CHUNK)]
+    # Tokenizers are inherited as they are, and a script needs no guard around its main part.
+    context = multiprocessing.get_context("fork")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of each fork
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(row_tokenizer,))
+    try:
+        for outcomes in pool.map(_tokenize_chunk, chunks):
+            yield from outcomes
+    except BrokenProcessPool as error:
+        raise ConfigurationError(
+            f"a process that tokenized was ended from outside, as when memory runs out; pass fewer "
+            f"than --dataset_num_proc {processes}"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# The examples of a row, or why it is too long; other errors are raised where they arise.
+_Outcome = list[Example] | RowTooLongError
+_inherited: list[RowTokenizer] = []  # of a process that tokenizes
+
+
+def _begin(row_tokenizer: RowTokenizer) -> None:
+    _inherited[:] = [row_tokenizer]
+
+
+def _tokenize_chunk(items: Sequence[_Item]) -> list[_Outcome]:
+    return [_outcome(_inherited[0], item) for item in items]
+
+
+def _outcome(row_tokenizer: RowTokenizer, item: _Item) -> _Outcome:
+    try:
+        return row_tokenizer(*item)
+    except RowTooLongError as error:
+        return error
+
+
+def _raised(outcome: _Outcome) -> list[Example]:
+    if isinstance(outcome, RowTooLongError):
+        raise outcome
+    return outcome
