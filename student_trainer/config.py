@@ -104,7 +104,9 @@ class DatasetArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):  # one name, as Python callers give it
-            self.dataset_name = [self.dataset_name] if self.dataset_name else []
+            self.dataset_name = [self.dataset_name]
+        if self.dataset_name == [""]:
+            self.dataset_name = []
 
 
 @dataclass
