@@ -438,6 +438,12 @@ class EvaluateArguments:
         "rows as published, or of rows with a checker. With --dataset_name: what that holds, "
         "humaneval, gsm8k, rows, or auto, which tells from the fields.",
     )
+    raw_prompt: bool = _flag(
+        False,
+        "Let the model continue HumanEval's prompts as in the paper, up to what begins after the "
+        "function; default where the tokenizer has no chat template. With one, the model is asked "
+        "for a code block.",
+    )
     temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
     n: int = _flag(1, "Completions for each problem.")
     seed: int = _flag(42, "Seed of the sampling.")

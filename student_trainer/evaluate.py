@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.sparse import SparseLogprobs
+from shared.text import completion_text
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
@@ -51,10 +53,12 @@ from student_trainer.references import measure
 from student_trainer.rollouts import (
     RolloutEngine,
     RolloutRequest,
+    StopStrings,
     TransformersRollouts,
     VllmEngine,
     VllmRollouts,
 )
+from student_trainer.rollouts.stops import cut
 from student_trainer.train import check_vocabulary, open_teacher
 
 logger = logging.getLogger(__name__)
@@ -75,19 +79,23 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     check_evaluate(model_arguments, dataset, generation, teacher, args)
     name, config, split, form = where_from(dataset, args.suite)
     rows = load_rows(name, config=config, split=split)
-    problems = problems_of(rows, form)[: args.limit]
+    parts = _load_parts(model_arguments)
+    chat = parts.tokenizer.chat_template is not None and not args.raw_prompt
+    problems = problems_of(rows, form, chat=chat)[: args.limit]
+    asked = _asked(problems, args)
     told = _template_options(template, model_arguments)
-    requests = _requests(problems, model_arguments, generation, told, args)
+    requests = _requests(problems, parts, generation, told, args)
     folder = _make_folder(args)
     since = time.perf_counter()
-    references = _references(problems, model_arguments, told, required=bool(teacher.teacher_url))
-    scored = _scored(references, model_arguments, teacher) if teacher.teacher_url else None
+    references = _references(problems, parts, told, required=bool(teacher.teacher_url))
+    scored = _scored(references, parts, model_arguments, teacher) if teacher.teacher_url else None
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     of = _told(problems, model_arguments, generation, told, args)
     with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
-        _generate(model, requests, model_arguments, generation, args, unfinished)
+        _generate(model, requests, problems, parts, generation, args, unfinished)
     completions = [unfinished.texts[number] for number in range(len(requests))]
+    truncated = [unfinished.truncated[number] for number in range(len(requests))]
     results = check_completions(
         [problem.checker for problem in problems for _ in range(args.n)],
         completions,
@@ -98,15 +106,17 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         "model": model_arguments.model_name_or_path,
         "dataset": name,
         "problems": len(problems),
+        **({"asked": asked} if asked else {}),
         "n": args.n,
         "temperature": args.temperature,
         "seed": args.seed,
         "max_new_tokens": generation.max_new_tokens,
         **scores(results, args.n),
-        **_measured(model, references, scored, args, model_arguments),
+        "truncated": sum(truncated) / len(truncated),
+        **_measured(model, references, scored, args, parts),
         "seconds": round(time.perf_counter() - since, 2),
     }
-    _write(folder, summary, problems, completions, results, args.n)
+    _write(folder, summary, problems, completions, truncated, results, args.n)
     unfinished.finish()
     sys.stdout.write(json.dumps(summary) + "\n")
     return summary
@@ -126,6 +136,46 @@ def _template_options(template: TemplateArguments, model: ModelArguments) -> Tem
     """Return the options of the flags; the date is that of the model's training, if it has one."""
     folder = Path(model.model_name_or_path)
     return TemplateOptions(template.kwargs, read_date(template.chat_template_date, [folder]))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is needed of a model beside its weights, loaded once.
+
+    Attributes:
+        stop_ids: tokens that end a completion.
+        rows: of its output layer.
+        context: longest sequence, in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    rows: int
+    context: int
+
+
+def _load_parts(model: ModelArguments) -> _Parts:
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    rows = int(config.get_text_config().vocab_size)
+    stop_ids = tuple(load_stop_ids(model, tokenizer))
+    return _Parts(tokenizer, stop_ids, rows, context_length(config))
+
+
+def _asked(problems: Sequence[Problem], args: EvaluateArguments) -> str:
+    """How HumanEval is asked, or "" where it is not.
+
+    Raises:
+        ConfigurationError: ``--raw_prompt`` has no effect.
+    """
+    asked = problems[0].asked
+    if asked:
+        logger.info("HumanEval is asked by %s", asked)
+    elif args.raw_prompt:
+        raise ConfigurationError(
+            "--raw_prompt has no effect: of HumanEval's rows alone there are two ways to ask; "
+            "leave it out"
+        )
+    return asked
 
 
 def _make_folder(args: EvaluateArguments) -> Path:
@@ -172,19 +222,17 @@ def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
 
 def _requests(
     problems: Sequence[Problem],
-    model: ModelArguments,
+    parts: _Parts,
     generation: GenerationArguments,
     template: TemplateOptions,
     args: EvaluateArguments,
 ) -> list[RolloutRequest]:
     """Tokenized prompts, n of each; the key makes a sample independent of its batch."""
-    tokenizer = load_tokenizer(model)
-    limit = context_length(load_config(model))
+    limit = parts.context
     rows = [(problem.task_id, problem.row) for problem in problems]
-    stop_ids = load_stop_ids(model, tokenizer)
     examples = tokenize_rows(
         rows,
-        RowTokenizer(tokenizer, tuple(stop_ids), DataArguments(), limit, template),
+        RowTokenizer(parts.tokenizer, parts.stop_ids, DataArguments(), limit, template),
         remedy="That is the context of the model; take one with a longer context",
     )
     for example in examples:
@@ -202,7 +250,7 @@ def _requests(
 
 def _references(
     problems: Sequence[Problem],
-    model: ModelArguments,
+    parts: _Parts,
     template: TemplateOptions,
     *,
     required: bool,
@@ -219,17 +267,10 @@ def _references(
         elif problem.reference:
             turn = {"role": "assistant", "content": problem.reference}
             rows.append((problem.task_id, {"messages": [*problem.row["messages"], turn]}))
-    tokenizer = load_tokenizer(model)
     try:
         examples = tokenize_rows(
             rows,
-            RowTokenizer(
-                tokenizer,
-                tuple(load_stop_ids(model, tokenizer)),
-                DataArguments(),
-                context_length(load_config(model)),
-                template,
-            ),
+            RowTokenizer(parts.tokenizer, parts.stop_ids, DataArguments(), parts.context, template),
         )
     except DatasetError as error:  # a template that rewrites turns: generating is no matter of it
         if required:
@@ -240,7 +281,10 @@ def _references(
 
 
 def _scored(
-    references: Sequence[Sample], model: ModelArguments, teacher: TeacherArguments
+    references: Sequence[Sample],
+    parts: _Parts,
+    model: ModelArguments,
+    teacher: TeacherArguments,
 ) -> tuple[list[SparseLogprobs], int]:
     """What the teacher says of the references, and its vocabulary.
 
@@ -254,8 +298,7 @@ def _scored(
         )
     with open_teacher(teacher, model) as client:
         info = client.connect()
-        rows = int(load_config(model).get_text_config().vocab_size)
-        check_vocabulary(load_tokenizer(model), rows, info)
+        check_vocabulary(parts.tokenizer, parts.rows, info)
         asked = [(sample.token_ids, sample.completion_start) for sample in references]
         return client.score(asked, top_k=teacher.top_k_logprobs), info.vocab_size
 
@@ -265,11 +308,11 @@ def _measured(
     references: Sequence[Sample],
     scored: tuple[list[SparseLogprobs], int] | None,
     args: EvaluateArguments,
-    model_arguments: ModelArguments,
+    parts: _Parts,
 ) -> dict[str, float]:
     if not references:
         return {}
-    rows = int(load_config(model_arguments).get_text_config().vocab_size)
+    rows = parts.rows
     found, vocab_size = (None, rows) if scored is None else scored
     return measure(model, references, found, beta=args.beta, vocab_size=min(rows, vocab_size))
 
@@ -277,7 +320,8 @@ def _measured(
 def _generate(
     model: Any,
     requests: Sequence[RolloutRequest],
-    model_arguments: ModelArguments,
+    problems: Sequence[Problem],
+    parts: _Parts,
     generation: GenerationArguments,
     args: EvaluateArguments,
     unfinished: Unfinished,
@@ -290,18 +334,20 @@ def _generate(
         logger.warning(
             "%d of %d completions are there already", len(unfinished.texts), len(requests)
         )
-    tokenizer = load_tokenizer(model_arguments)
-    stop_ids = load_stop_ids(model_arguments, tokenizer)
-    vocab_size = min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    stops = problems[0].stop_strings  # rows of one form
+    vocab_size = min(len(parts.tokenizer), model.get_output_embeddings().weight.shape[0])
     longest = max(len(request.prompt_ids) for request in requests) + generation.max_new_tokens
     with (
-        _engine(model, generation, args, stop_ids, vocab_size, longest) as engine,
+        _engine(model, generation, args, parts, stops, vocab_size, longest) as engine,
         counted(len(missing), "Generating") as count,
     ):
         for group in engine.generate([requests[number] for number in missing]):
             for index, rollout in group:
-                text = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-                unfinished.add(missing[index], text)
+                number = missing[index]
+                prompt_ids = requests[number].prompt_ids
+                text = completion_text(parts.tokenizer, prompt_ids, rollout.token_ids)
+                text, stopped = cut(text, stops)
+                unfinished.add(number, text, truncated=rollout.truncated and not stopped)
             count(len(group))
 
 
@@ -310,7 +356,8 @@ def _engine(
     model: Any,
     generation: GenerationArguments,
     args: EvaluateArguments,
-    stop_ids: Sequence[int],
+    parts: _Parts,
+    stops: Sequence[str],
     vocab_size: int,
     longest: int,
 ) -> Iterator[RolloutEngine]:
@@ -318,12 +365,13 @@ def _engine(
     if args.rollout_engine == "transformers":
         yield TransformersRollouts(
             model,
-            stop_ids=stop_ids,
-            pad_token_id=stop_ids[0],
+            stop_ids=parts.stop_ids,
+            pad_token_id=parts.stop_ids[0],
             max_new_tokens=generation.max_new_tokens,
             temperature=args.temperature,
             batch_size=generation.generation_batch_size or 32,
             vocab_size=vocab_size,
+            stop_strings=StopStrings(parts.tokenizer, stops) if stops else None,
         )
         return
     with VllmEngine(
@@ -335,7 +383,7 @@ def _engine(
     ) as engine:
         rollouts = VllmRollouts(
             engine,
-            stop_ids=stop_ids,
+            stop_ids=parts.stop_ids,
             max_new_tokens=generation.max_new_tokens,
             temperature=args.temperature,
             vocab_size=vocab_size,
@@ -349,6 +397,7 @@ def _write(
     summary: dict[str, Any],
     problems: Sequence[Problem],
     completions: Sequence[str],
+    truncated: Sequence[bool],
     results: Sequence[CheckResult],
     n: int,
 ) -> None:
@@ -361,10 +410,13 @@ def _write(
                 "completion": completion,
                 "passed": result.passed,
                 "result": result.detail or "passed",
+                "truncated": cut_short,
                 # For eyes; the first completion of each problem has it, the others share it.
                 **(_described(problems[i // n]) if i % n == 0 else {}),
             }
-            for i, (completion, result) in enumerate(zip(completions, results, strict=True))
+            for i, (completion, cut_short, result) in enumerate(
+                zip(completions, truncated, results, strict=True)
+            )
         ),
     )
 

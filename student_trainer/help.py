@@ -65,7 +65,7 @@ _TRAINING: Groups = {
 _EVALUATE: Groups = {
     "model": _TRAINING["model"],
     "chat template": _TRAINING["chat template"],
-    "data": ("suite", "dataset_name", "dataset_config", "dataset_split", "limit"),
+    "data": ("suite", "raw_prompt", "dataset_name", "dataset_config", "dataset_split", "limit"),
     "generation": (
         "n", "temperature", "seed", "max_new_tokens", "generation_batch_size", "rollout_engine",
         "vllm_gpu_memory_utilization",

@@ -18,6 +18,14 @@ HUB: dict[str, tuple[str, str | None, str]] = {
     "gsm8k": ("openai/gsm8k", "main", "test"),
 }
 
+# What follows a function that is complete; the list of the paper (arXiv 2107.03374, section 3).
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+# How EvalPlus asks chat models (evalplus.codegen), less the beginning of an answer that it adds.
+_INSTRUCTION = (
+    "Please provide a self-contained Python script that solves the following problem in a markdown "
+    "code block:\n```python\n{prompt}\n```"
+)
+
 _HUMANEVAL = {"task_id", "prompt", "entry_point", "test"}
 _GSM8K = {"question", "answer"}
 
@@ -31,21 +39,35 @@ class Problem:
         row: ``{"prompt": text}`` or ``{"messages": [...]}``.
         checker: as `checkers` reads it.
         reference: a right answer, or "" where none is given.
+        asked: "instruction" or "raw prompt" where HumanEval is asked one of two ways; "" elsewhere.
     """
 
     task_id: str
     row: dict[str, Any]
     checker: dict[str, Any]
     reference: str
+    asked: str = ""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end a completion, and are not part of it."""
+        return HUMANEVAL_STOPS if self.asked == "raw prompt" else ()
 
 
-def problems_of(rows: Sequence[tuple[str, dict[str, Any]]], form: str) -> list[Problem]:
+def problems_of(
+    rows: Sequence[tuple[str, dict[str, Any]]], form: str, *, chat: bool = False
+) -> list[Problem]:
     """Problems of (where, row) pairs in one of `FORMS`.
+
+    Args:
+        chat: ask HumanEval's problems as a conversation: an instruction, and the prompt in a fence.
+            Otherwise the model continues the prompt, as in the paper.
 
     Raises:
         DatasetError: names the first row that is not of that form.
     """
-    readers = {"humaneval": _humaneval, "gsm8k": _gsm8k, "rows": _checked_row}
+    humaneval = _humaneval_chat if chat else _humaneval
+    readers = {"humaneval": humaneval, "gsm8k": _gsm8k, "rows": _checked_row}
     name = _detect(*rows[0]) if form == "auto" else form
     return [readers[name](where, row) for where, row in rows]
 
@@ -66,7 +88,22 @@ def _humaneval(where: str, row: dict[str, Any]) -> Problem:
     _require(where, row, _HUMANEVAL)
     checker = {"kind": "python", **{n: row[n] for n in ("prompt", "entry_point", "test")}}
     reference = str(row.get("canonical_solution", ""))
-    return Problem(str(row["task_id"]), {"prompt": row["prompt"]}, checker, reference)
+    return Problem(str(row["task_id"]), {"prompt": row["prompt"]}, checker, reference, "raw prompt")
+
+
+def _humaneval_chat(where: str, row: dict[str, Any]) -> Problem:
+    """The same problem as an instruction; its right answer is the whole function in a fence."""
+    raw = _humaneval(where, row)
+    prompt = str(row["prompt"])
+    content = _INSTRUCTION.format(prompt=prompt.strip())
+    answer = f"{prompt.strip()}\n{raw.reference.rstrip()}"
+    return Problem(
+        raw.task_id,
+        {"messages": [{"role": "user", "content": content}]},
+        raw.checker,
+        f"```python\n{answer}\n```" if raw.reference else "",
+        "instruction",
+    )
 
 
 def _gsm8k(where: str, row: dict[str, Any]) -> Problem:

@@ -12,8 +12,9 @@ from typing import Any, Self
 class Unfinished:
     """A file of completions by number, under a first line that says what they are of.
 
-    What is there already is in ``texts``, if it is of the same; otherwise the file begins anew. A
-    last line that was cut is left out and written again. Use as a context manager.
+    What is there already is in ``texts`` and ``truncated``, if it is of the same; otherwise the
+    file begins anew. A last line that was cut is left out and written again. Use as a context
+    manager.
 
     Args:
         path: of the file.
@@ -23,10 +24,12 @@ class Unfinished:
     def __init__(self, path: Path, of: Mapping[str, Any]) -> None:
         self.path = path
         self.texts: dict[int, str] = {}
+        self.truncated: dict[int, bool] = {}
         first = json.dumps(of, sort_keys=True)
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         if lines[:1] == [first]:
-            self.texts = {int(number): text for number, text in map(json.loads, lines[1:])}
+            for number, text, truncated in map(json.loads, lines[1:]):
+                self.texts[number], self.truncated[number] = text, truncated
         else:
             lines = [first]
         part = path.with_name(path.name + ".part")
@@ -45,10 +48,10 @@ class Unfinished:
     ) -> None:
         self._file.close()
 
-    def add(self, number: int, text: str) -> None:
-        """Keep a completion, at once."""
-        self.texts[number] = text
-        self._file.write(json.dumps([number, text]) + "\n")
+    def add(self, number: int, text: str, *, truncated: bool) -> None:
+        """Keep a completion, and whether the length limit cut it, at once."""
+        self.texts[number], self.truncated[number] = text, truncated
+        self._file.write(json.dumps([number, text, truncated]) + "\n")
         self._file.flush()
 
     def finish(self) -> None:

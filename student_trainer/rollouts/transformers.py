@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import DynamicCache
@@ -21,6 +22,7 @@ from shared.errors import RolloutError
 from shared.sampling import uniforms
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.rollouts.sampling import sample_tokens
+from student_trainer.rollouts.stops import StopStrings
 
 
 class TransformersRollouts:
@@ -43,6 +45,7 @@ class TransformersRollouts:
         vocab_size: ids from here on are never sampled (padding rows of the output layer).
         one_group: of a sharded model, hand all rollouts over together, because the caller runs the
             model between groups and ranks would do so at different times.
+        stop_strings: strings that end a completion too; the tokens that spell one stay part of it.
     """
 
     elsewhere = False
@@ -58,6 +61,7 @@ class TransformersRollouts:
         batch_size: int | None,
         vocab_size: int,
         one_group: bool = False,
+        stop_strings: StopStrings | None = None,
     ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
@@ -67,6 +71,7 @@ class TransformersRollouts:
         self.batch_size = batch_size
         self.vocab_size = vocab_size
         self.one_group = one_group
+        self.stop_strings = stop_strings
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
 
@@ -137,6 +142,7 @@ class TransformersRollouts:
             mask[row, width - len(prompt) :] = 1
         rows = _Rows(
             indices=[index for index, _ in asked],
+            prompts=[request.prompt_ids for _, request in asked],
             tokens=[[] for _ in asked],
             draws=[uniforms(*r.key, count=self.max_new_tokens) for _, r in asked],
             mask=mask.to(self._device),
@@ -190,8 +196,11 @@ class TransformersRollouts:
         """What has ended, and the rows that go on."""
         ended: list[tuple[int, Rollout]] = []
         left: list[int] = []
-        for row, (index, ids) in enumerate(zip(rows.indices, rows.tokens, strict=True)):
-            stopped = ids[-1] in self.stop_ids
+        columns = zip(rows.indices, rows.prompts, rows.tokens, strict=True)
+        for row, (index, prompt, ids) in enumerate(columns):
+            stopped = ids[-1] in self.stop_ids or (
+                self.stop_strings is not None and self.stop_strings.end(prompt, ids)
+            )
             if stopped or len(ids) == self.max_new_tokens:
                 ended.append((index, Rollout(np.array(ids, np.uint32), truncated=not stopped)))
             else:
@@ -205,6 +214,7 @@ class _Rows:
 
     Attributes:
         indices: of their requests.
+        prompts: ids [P] of each.
         tokens: what is written so far.
         draws: one uniform for each token that may be written.
         mask: [B, W] int64, which columns of the cache are tokens of the row.
@@ -212,6 +222,7 @@ class _Rows:
     """
 
     indices: list[int]
+    prompts: list[NDArray[np.uint32]]
     tokens: list[list[int]]
     draws: list[Any]
     mask: torch.Tensor
@@ -236,7 +247,7 @@ class _Rows:
             self.mask = self.mask[:, first:]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
-        for name in ("indices", "tokens", "draws"):
+        for name in ("indices", "prompts", "tokens", "draws"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in kept])
         return self
@@ -250,6 +261,7 @@ class _Rows:
         masks = [pad(rows.mask, (width - rows.mask.shape[1], 0)) for rows in (self, other)]
         return _Rows(
             indices=self.indices + other.indices,
+            prompts=self.prompts + other.prompts,
             tokens=self.tokens + other.tokens,
             draws=self.draws + other.draws,
             mask=torch.cat(masks),

@@ -109,12 +109,13 @@ def test_samples_tell_prompt_and_reference_once_for_each_problem(model, rows, tm
 def test_a_line_that_was_cut_is_written_again(tmp_path):
     path = tmp_path / "unfinished.jsonl"
     with Unfinished(path, {"n": 1}) as file:
-        file.add(0, "a\nb")
-        file.add(2, "c")
+        file.add(0, "a\nb", truncated=False)
+        file.add(2, "c", truncated=True)
     path.write_text(path.read_text() + '[1, "half')
     with Unfinished(path, {"n": 1}) as file:
         assert file.texts == {0: "a\nb", 2: "c"}
-        file.add(1, "d")
+        assert file.truncated == {0: False, 2: True}
+        file.add(1, "d", truncated=False)
     with Unfinished(path, {"n": 1}) as file:
         assert file.texts == {0: "a\nb", 2: "c", 1: "d"}
     with Unfinished(path, {"n": 2}) as file:
@@ -237,3 +238,87 @@ def test_references_that_a_template_rewrites_have_no_perplexity(model, rows, tmp
     teacher = {"teacher_url": "http://127.0.0.1:1"}  # is not waited for
     assert main(words(model, rows, tmp_path / "out", **teacher)) == 2
     assert "does not begin with the prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def humaneval(tmp_path):
+    path = tmp_path / "humaneval.jsonl"
+    row = {
+        "task_id": "HumanEval/0", "prompt": 'def f(x):\n    """One more."""\n', "entry_point": "f",
+        "test": "def check(f):\n    assert f(1) == 2\n", "canonical_solution": "    return x + 1\n",
+    }  # fmt: skip
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
+def asked_of(model, rows, output, monkeypatch, **options):
+    """results.json, the sample, and the text of the prompt that was generated from."""
+    prompts = []
+
+    class Engine(TransformersRollouts):
+        def generate(self, requests):
+            prompts.extend(request.prompt_ids for request in requests)
+            return super().generate(requests)
+
+    monkeypatch.setattr(evaluate_module, "TransformersRollouts", Engine)
+    options = {"n": 1, "temperature": 0.0, **options}
+    assert main(words(model, rows, output, **options)) == 0
+    [sample] = read_samples(output / "samples.jsonl")
+    text = AutoTokenizer.from_pretrained(model).decode(prompts[0])
+    return json.loads((output / "results.json").read_text()), sample, text
+
+
+def test_humaneval_is_asked_by_an_instruction_where_there_is_a_template(
+    model, humaneval, tmp_path, monkeypatch
+):
+    results, sample, prompt = asked_of(model, humaneval, tmp_path / "chat", monkeypatch)
+    assert results["asked"] == "instruction"
+    row = json.loads(humaneval.read_text())
+    assert f"markdown code block:\n```python\n{row['prompt'].strip()}\n```" in prompt
+    assert sample["prompt"] in prompt
+    assert sample["reference"].startswith(f"```python\n{row['prompt']}    return x + 1\n```")
+
+    results, sample, prompt = asked_of(
+        model, humaneval, tmp_path / "raw", monkeypatch, raw_prompt=True
+    )
+    assert results["asked"] == "raw prompt"
+    assert prompt.endswith(row["prompt"])
+    assert "markdown" not in prompt
+    assert sample["reference"] == row["canonical_solution"]
+
+
+def test_humaneval_is_a_raw_prompt_where_there_is_no_template(
+    model, humaneval, tmp_path, monkeypatch
+):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    results, _, prompt = asked_of(model, humaneval, tmp_path / "raw", monkeypatch)
+    assert results["asked"] == "raw prompt"
+    assert "markdown" not in prompt
+
+
+def test_a_raw_prompt_of_other_rows_is_refused(model, rows, tmp_path, capsys):
+    assert main([*words(model, rows, tmp_path / "out"), "--raw_prompt"]) == 2
+    assert "--raw_prompt has no effect" in capsys.readouterr().err
+
+
+def test_the_share_of_truncated_completions_is_told(model, rows, tmp_path):
+    assert main(words(model, rows, tmp_path / "out", max_new_tokens=1)) == 0
+    samples = read_samples(tmp_path / "out" / "samples.jsonl")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # One token is the end token, of which no text is left, or it is cut.
+    assert [s["truncated"] for s in samples] == [s["completion"] != "" for s in samples]
+    assert results["truncated"] == sum(s["truncated"] for s in samples) / len(samples) > 0
+
+
+def test_tokenizer_and_configuration_are_read_once(model, rows, tmp_path, monkeypatch):
+    read = []
+    for name in ("load_tokenizer", "load_config"):
+        load = getattr(evaluate_module, name)
+        monkeypatch.setattr(
+            evaluate_module, name, lambda of, name=name, load=load: (read.append(name), load(of))[1]
+        )
+    assert main(words(model, rows, tmp_path / "out")) == 0
+    assert sorted(read) == ["load_config", "load_tokenizer"]
