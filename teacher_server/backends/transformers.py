@@ -19,7 +19,12 @@ from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
-from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
+from teacher_server.backends.checkpoint import (
+    eos_token_ids,
+    from_pretrained,
+    load_tokenizer,
+    local_folder,
+)
 from teacher_server.backends.generation import generate_rows, within_context
 from teacher_server.backends.scoring import score_rows
 from teacher_server.batcher import Batcher, Callers
@@ -48,8 +53,8 @@ class TransformersBackend:
         self._metrics = metrics
         self._model = _load_model(settings)
         self._device = next(self._model.parameters()).device
-        tokenizer = from_pretrained(
-            AutoTokenizer, settings.model, trust_remote_code=settings.trust_remote_code
+        self._tokenizer = tokenizer = load_tokenizer(
+            settings.model, trust_remote_code=settings.trust_remote_code
         )
         self.facts = _facts(settings, self._model, tokenizer)
         pad = tokenizer.pad_token_id
@@ -143,6 +148,7 @@ class TransformersBackend:
                 handout.waiting,
                 handout.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
+                tokenizer=self._tokenizer,
             )
             handout.score()
 
