@@ -10,7 +10,6 @@ Tokenizers are those of transformers, or anything with their ``encode``-like cal
 from __future__ import annotations
 
 import functools
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -205,7 +204,7 @@ def lost(tokenizer: Any, text: str) -> str | None:
 
 def difference(text: str, back: str) -> str:
     """Return both texts around the first character in which they differ."""
-    at = len(os.path.commonprefix([text, back]))
+    at = _alike(text, back)
     first = max(0, at - _SHOWN)
     return (
         f"{text[first : at + _SHOWN]!r} comes back as {back[first : at + _SHOWN]!r} "
@@ -244,7 +243,13 @@ def _without(before: str, full: str) -> str:
         start = start[:-1]
     if full.startswith(start):
         return full[len(start) :]
-    return full[len(os.path.commonprefix([before, full])) :]
+    return full[_alike(before, full) :]
+
+
+def _alike(a: str, b: str) -> int:
+    """Number of characters that two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 @functools.lru_cache(maxsize=16)

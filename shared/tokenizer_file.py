@@ -89,8 +89,8 @@ def check_survival(tokenizer: Any, *, name: str) -> None:
         if back is not None:
             raise ConfigurationError(
                 f"{name}: the tokenizer loses text: {difference(rest, back)}. Its files do not "
-                "fit together: take tokenizer.json and tokenizer_config.json as published, or load it "
-                "with PreTrainedTokenizerFast and save that"
+                "fit together: take tokenizer.json and tokenizer_config.json as published, or load "
+                "it with PreTrainedTokenizerFast and save that"
             )
     if unsayable:
         logger.warning(

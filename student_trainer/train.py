@@ -21,8 +21,9 @@ from shared.errors import (
     TeacherChangedError,
     TokenizerMismatchError,
 )
-from shared.identity import tokenizer_identity
-from shared.protocol import InfoResponse, TeacherIdentity
+from shared.identity import parting_text, tokenizer_identity
+from shared.protocol import InfoResponse, TeacherIdentity, TokenizerIdentity
+from shared.text import check_round_trip, encoded
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checkpoints import writing
@@ -47,6 +48,7 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
+from student_trainer.data.check import check_token_ids, texts_of
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.rows import load_rows, named_rows
@@ -72,6 +74,8 @@ from student_trainer.trainer import DistillationTrainer
 from student_trainer.vllm_teacher import VllmTeacher
 
 logger = logging.getLogger(__name__)
+
+_TRIED_ROWS = 16  # whose texts are encoded and decoded before a model loads
 
 
 @dataclass(frozen=True)
@@ -332,7 +336,7 @@ def prepare(
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
-    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    train, held_out = make_examples(rows, recipe.data, tokenizer, method, context, vocab_size)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(
@@ -423,10 +427,13 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoResponse) -> None:
-    """Refuse a teacher whose token ids mean other tokens; padded vocabularies are no difference.
+    """Refuse a teacher whose token ids mean other tokens, or that cuts text otherwise.
+
+    Padded vocabularies are no difference. Tokens without a row in either output layer are a
+    warning: only those that the data holds matter, and `make_examples` refuses them.
 
     Raises:
-        TokenizerMismatchError: shows both fingerprints.
+        TokenizerMismatchError: shows both fingerprints, or the text that is cut otherwise.
     """
     ours, theirs = tokenizer_identity(tokenizer), info.tokenizer
     if ours.fingerprint != theirs.fingerprint:
@@ -435,16 +442,42 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
             f"{theirs.fingerprint} ({theirs.vocab_size} tokens), the student's {ours.fingerprint} "
             f"({ours.vocab_size} tokens). Distil within one tokenizer family"
         )
+    _check_encoding(tokenizer, ours, theirs)
     shared = min(rows, info.vocab_size)
-    if len(tokenizer) > shared:
-        raise TokenizerMismatchError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the output layers have {rows} "
-            f"(student) and {info.vocab_size} (teacher) rows: resize the smaller one"
-        )
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= shared}
+    if beyond:
+        logger.warning(
+            "%d of the tokenizer's tokens have no row in the output layers of %d (student) and %d "
+            "(teacher) rows, %r (id %d) the first: rows of the data that hold one are refused",
+            len(beyond), rows, info.vocab_size, beyond[min(beyond)], min(beyond),
+        )  # fmt: skip
     for name in ("special_token_ids", "chat_template"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine != other:
             logger.warning("%s differs: teacher %r, student %r", name, other, mine)
+
+
+def _check_encoding(
+    tokenizer: PreTrainedTokenizerBase, ours: TokenizerIdentity, theirs: TokenizerIdentity
+) -> None:
+    if ours.encoding is None or theirs.encoding is None:
+        logger.warning(
+            "the teacher's server is older than this trainer and does not say how its tokenizer "
+            "cuts text; that of the student may cut it otherwise"
+        )
+        return
+    try:
+        text = parting_text(ours.encoding, theirs.encoding)
+    except ValueError as error:
+        logger.warning("how teacher and student cut text cannot be compared: %s", error)
+        return
+    if text is not None:
+        tokens = tokenizer.convert_ids_to_tokens(encoded(tokenizer, text))
+        raise TokenizerMismatchError(
+            f"teacher and student have one vocabulary but cut text otherwise: of {text!r} the "
+            f"student makes {len(tokens)} tokens, {tokens[:8]} first, and the teacher others. Give "
+            "both the same tokenizer.json, and restart the teacher with this version"
+        )
 
 
 def make_examples(
@@ -453,8 +486,13 @@ def make_examples(
     tokenizer: PreTrainedTokenizerBase,
     method: Method,
     context: int,
+    vocab_size: int,
 ) -> tuple[list[Example], list[Example] | None]:
     """Training and held-out examples, checked against what the method needs of each row.
+
+    Args:
+        context: longest sequence in tokens.
+        vocab_size: ids from here on have no row in an output layer.
 
     Raises:
         DatasetError: names the first row that does not do.
@@ -470,7 +508,8 @@ def make_examples(
     main = PartialState().is_main_process
 
     def tokenize(rows: list[tuple[str, dict[str, Any]]], what: str) -> list[Example]:
-        return tokenize_rows(
+        check_round_trip(tokenizer, texts_of(rows[:_TRIED_ROWS], data))
+        examples = tokenize_rows(
             rows,
             RowTokenizer(tokenizer, method.stop_ids, data, max_length),
             skip_long_rows=data.skip_long_rows,
@@ -478,6 +517,8 @@ def make_examples(
             description=f"Tokenizing {what}",
             progress=main,
         )
+        check_token_ids(examples, tokenizer, vocab_size)
+        return examples
 
     skip = data.skip_long_rows
     train = keep_short(

@@ -6,9 +6,9 @@ vLLM are spoken that teachers are asked with: ``prompt_logprobs``, ``top_k``, ``
 ``include_stop_str_in_output``, ``return_token_ids``, ``return_tokens_as_token_ids``,
 ``add_special_tokens``.
 
-The text of a completion is what it adds to that of its prompt, up to what ended it: without the stop
-string or stop token, unless ``include_stop_str_in_output`` is set. ``token_ids`` and ``logprobs`` are
-of all tokens generated, the last of a stop string included.
+The text of a completion is what it adds to that of its prompt, up to what ended it: without the
+stop string or stop token, unless ``include_stop_str_in_output`` is set. ``token_ids`` and
+``logprobs`` are of all tokens generated, the last of a stop string included.
 
 Log-probs are those of the model at temperature 1 over the whole vocabulary, as vLLM gives them.
 All of it is JSON, some 70 bytes a log-prob: for scoring `/v1/score` is the better call.
@@ -369,7 +369,10 @@ class Speaker:
                 one = next(rows) if len(prompt) > 1 else None
                 prompt_rows = self._prompt_rows(prompt, one, work.prompt_logprobs)
             for completion in completions[number * n : (number + 1) * n]:
-                choices.append(self._choice(work, len(choices), prompt, completion, prompt_rows))
+                ended = self._ended(work, prompt, completion, info)
+                choices.append(
+                    self._choice(work, len(choices), prompt, completion, prompt_rows, ended)
+                )
         generated = sum(len(completion.token_ids) for completion in completions)
         prompt_tokens = sum(len(prompt) for prompt in work.prompts)
         chat = isinstance(asked, ChatRequest)
@@ -396,10 +399,11 @@ class Speaker:
         prompt: Ids,
         completion: Completion,
         prompt_rows: list[dict[str, Any] | None] | None,
+        ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
         asked = work.asked
         ids = completion.token_ids
-        text, finish_reason, stop_reason = self._ended(work, prompt, completion)
+        text, finish_reason, stop_reason = ended
         choice: dict[str, Any] = {
             "index": index,
             "finish_reason": finish_reason,
@@ -422,7 +426,7 @@ class Speaker:
         return choice
 
     def _ended(
-        self, work: Work, prompt: Ids, completion: Completion
+        self, work: Work, prompt: Ids, completion: Completion, info: InfoResponse
     ) -> tuple[str, str, str | int | None]:
         """Text of a completion, finish reason, and vLLM's stop reason.
 
@@ -434,9 +438,9 @@ class Speaker:
         if match is not None:
             start, end, stop = match
             return text[: end if asked.include_stop_str_in_output else start], "stop", stop
-        if reason != "stop" or not len(ids):
+        last = int(ids[-1]) if len(ids) else -1
+        if reason != "stop" or last not in {*info.eos_token_ids, *(asked.stop_token_ids or [])}:
             return text, reason, None
-        last = int(ids[-1])
         if not asked.include_stop_str_in_output:
             text = self._text(prompt, ids[:-1], asked)
         return text, reason, None if last == self.tokenizer.eos_token_id else last

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from shared.errors import ConfigurationError, PayloadTooLargeError
 from shared.identity import model_fingerprint, tokenizer_identity
