@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.protocol import TokenizerIdentity
+from shared.text import encoded
+from shared.tokenizer_file import PROBES
+
+# Of `encoding_fingerprint`: grows with every change of the texts.
+ENCODING_VERSION = 1
 
 _BLOCK = 1 << 20
 _BLOCKS_PER_FILE = 64
@@ -26,6 +31,38 @@ def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
     return digest.hexdigest()
 
 
+def encoding_fingerprint(tokenizer: Any) -> str:
+    """Version, and the first 32 bits (hex) of SHA-256 over the ids of each of `PROBES`.
+
+    Tokenizers of one vocabulary whose fingerprints are equal cut these texts alike, however they
+    were loaded: only ids are compared, without special tokens around them. A text that a tokenizer
+    refuses counts as no tokens.
+    """
+    marks = [_mark(tokenizer, text) for text in PROBES]
+    return ":".join([str(ENCODING_VERSION), *marks])
+
+
+def parting_text(ours: str, theirs: str) -> str | None:
+    """Return the first of `PROBES` that two encodings cut otherwise, or None.
+
+    Raises:
+        ValueError: they are of different versions, and say nothing of each other.
+    """
+    mine, other = ours.split(":"), theirs.split(":")
+    if mine[0] != other[0] or len(mine) != len(other):
+        raise ValueError(f"encodings of versions {mine[0]} and {other[0]}")
+    pairs = zip(PROBES, mine[1:], other[1:], strict=True)
+    return next((text for text, a, b in pairs if a != b), None)
+
+
+def _mark(tokenizer: Any, text: str) -> str:
+    try:
+        ids = encoded(tokenizer, text)
+    except Exception:  # tokenizers raises it for a word outside a vocabulary without unk
+        ids = []
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
+
+
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
     """Identity of a transformers tokenizer."""
     vocabulary = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
@@ -40,6 +77,7 @@ def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
         vocab_size=len(vocabulary),
         special_token_ids=special,
         chat_template=template if isinstance(template, str) else None,
+        encoding=encoding_fingerprint(tokenizer),
     )
 
 

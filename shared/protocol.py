@@ -49,12 +49,22 @@ class TeacherIdentity(Message):
 
 
 class TokenizerIdentity(Message):
-    """The vocabulary's fingerprint, and what may differ without harm beside it."""
+    """What a tokenizer is known by.
+
+    Attributes:
+        fingerprint: of the vocabulary, the (token, id) pairs.
+        vocab_size: tokens in it.
+        special_token_ids: may differ without harm.
+        chat_template: may differ without harm.
+        encoding: how it cuts text, from `shared.identity.encoding_fingerprint`; None where an older
+            server does not say.
+    """
 
     fingerprint: str
     vocab_size: _Positive
     special_token_ids: dict[str, int]
     chat_template: str | None
+    encoding: str | None = None
 
 
 class Problem(Message):

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError
+from shared.text import Ids, completion_text
 from student_trainer.config import (
     CommonTrainingArguments,
     DistillArguments,
@@ -392,10 +393,13 @@ def _rendered(example: Example, sample: Sample | None, prepared: Prepared, colou
     learned = np.concatenate([np.zeros(sample.completion_start, bool), sample.completion_mask])
     changes = np.flatnonzero(learned[1:] != learned[:-1]) + 1
     text = ""
-    for ids, mask in zip(
-        np.split(sample.token_ids, changes), np.split(learned, changes), strict=True
+    for start, ids, mask in zip(
+        [0, *changes],
+        np.split(sample.token_ids, changes),
+        np.split(learned, changes),
+        strict=True,
     ):
-        piece = _text(prepared, ids)
+        piece = _text(prepared, ids, sample.token_ids[:start])
         if mask[0]:
             text += painted(piece, "green", True) if colours else f"[[{piece}]]"
         else:
@@ -403,8 +407,8 @@ def _rendered(example: Example, sample: Sample | None, prepared: Prepared, colou
     return text
 
 
-def _text(prepared: Prepared, ids: NDArray[np.uint32]) -> str:
-    text = printable(prepared.tokenizer.decode(ids, skip_special_tokens=False))
+def _text(prepared: Prepared, ids: NDArray[np.uint32], before: Ids = ()) -> str:
+    text = printable(completion_text(prepared.tokenizer, before, ids, skip_special_tokens=False))
     left_out = len(text) - _CHARACTERS
     if left_out <= 0:
         return text

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.text import token_pieces, token_text
 from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
 from student_trainer.run_folder import HELD_OUT_FILE
 from student_trainer.student import RowLogits, SparseTargets
@@ -62,19 +63,6 @@ def look(model: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def pieces(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; that of a character's first bytes is empty."""
-    texts, before = [], ""
-    for end in range(1, len(token_ids) + 1):
-        text = str(tokenizer.decode(token_ids[:end]))
-        if text.endswith("\ufffd") and end < len(token_ids):
-            texts.append("")
-            continue
-        texts.append(text[len(before) :])
-        before = text
-    return texts
-
-
 def described(item: ScoredSample, name: str, prompt: str, tokenizer: Any) -> dict[str, Any]:
     """What is the same at every evaluation of a `cut` sample."""
     sample = item.sample
@@ -83,7 +71,7 @@ def described(item: ScoredSample, name: str, prompt: str, tokenizer: Any) -> dic
         "name": name,
         "prompt": prompt[-_TEXT:],
         "source": sample.source,
-        "tokens": pieces(ids, tokenizer),
+        "tokens": token_pieces(tokenizer, sample.token_ids[: sample.completion_start], ids),
     }
 
 
@@ -139,7 +127,7 @@ def _support(
         chosen = dict.fromkeys([*(ids[place] for place in places if ids[place] >= 0), *own])
         row: Support = [
             [
-                str(tokenizer.decode([i])),
+                token_text(tokenizer, i),
                 round(known[i], 4) if i in known else None,
                 round(float(shares[i]), 4),
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +19,17 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from shared.errors import ConfigurationError
+from shared.tokenizer_file import check_survival, differs_from_file, trusted
 from student_trainer.checks import check_merge, holds_adapters
 from student_trainer.config import COMMANDS, AdapterArguments, ModelArguments, parse
 from student_trainer.data.template import stop_token_ids
+
+logger = logging.getLogger(__name__)
 
 
 def merge(argv: Sequence[str]) -> None:
@@ -50,15 +56,23 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, with ``--eos_token`` and ``--chat_template`` where they are given.
+    """Return the tokenizer, which does what its tokenizer.json says.
+
+    It has ``--eos_token`` and ``--chat_template`` where they are given.
 
     Raises:
-        ConfigurationError: it does not load, that token is not in its vocabulary, or that file
-            cannot be read.
+        ConfigurationError: it does not load, text does not survive it, that token is not in its
+            vocabulary, or that file cannot be read.
     """
     if arguments.loaded is not None:
+        check_loaded_tokenizer(arguments.loaded.tokenizer)
         return arguments.loaded.tokenizer
-    tokenizer = _from_hub_or_folder(AutoTokenizer, arguments)
+    tokenizer: PreTrainedTokenizerBase = trusted(
+        _from_hub_or_folder(AutoTokenizer, arguments),
+        _tokenizer_file(arguments.model_name_or_path, arguments.model_revision),
+        lambda: _from_hub_or_folder(PreTrainedTokenizerFast, arguments),
+        name=f"--model_name_or_path {arguments.model_name_or_path}",
+    )
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
             raise ConfigurationError(
@@ -79,6 +93,37 @@ def _read_template(name: str) -> str:
     if not text.strip():
         raise ConfigurationError(f"--chat_template {name} is empty")
     return text
+
+
+def check_loaded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Look at a tokenizer that was given in memory, and at the file it came from.
+
+    It may be meant to differ from the file, so that is a warning.
+
+    Raises:
+        ConfigurationError: text does not survive it.
+    """
+    name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+    file = Path(name) / "tokenizer.json"
+    found = differs_from_file(tokenizer, file) if file.is_file() else None
+    check_survival(tokenizer, name=name)
+    if found is not None:
+        logger.warning(
+            "%s: this %s does not do what tokenizer.json says (%s); unless that is meant, load it "
+            "with PreTrainedTokenizerFast.from_pretrained(%r)",
+            name, type(tokenizer).__name__, found, name,
+        )  # fmt: skip
+
+
+def _tokenizer_file(model: str, revision: str) -> Path | None:
+    """The ``tokenizer.json`` of a folder or Hub id, if it has one."""
+    try:
+        file = cached_file(
+            model, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:  # the Hub does not answer, and its cache lacks the file
+        return None
+    return None if file is None else Path(file)
 
 
 def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -479,12 +479,12 @@ class SparseGkdTeacher(Teacher):
         if not self.accept_change:
             raise error
         info, known = self._get_info(url), self.info
-        same = (info.tokenizer.fingerprint, info.vocab_size)
-        if same != (known.tokenizer.fingerprint, known.vocab_size):
+        same = (info.tokenizer.fingerprint, info.vocab_size, info.tokenizer.encoding)
+        if same != (known.tokenizer.fingerprint, known.vocab_size, known.tokenizer.encoding):
             raise TokenizerMismatchError(
-                f"{error} It has another vocabulary too: {info.vocab_size} rows and tokenizer "
-                f"{info.tokenizer.fingerprint}, not {known.vocab_size} and "
-                f"{known.tokenizer.fingerprint}"
+                f"{error} It has another tokenizer too: {info.vocab_size} rows, vocabulary "
+                f"{info.tokenizer.fingerprint} and encoding {info.tokenizer.encoding}, not "
+                f"{known.vocab_size}, {known.tokenizer.fingerprint} and {known.tokenizer.encoding}"
             )
         logger.warning("%s", error)
         with self._lock:

@@ -21,8 +21,9 @@ from shared.errors import (
     TeacherChangedError,
     TokenizerMismatchError,
 )
-from shared.identity import tokenizer_identity
-from shared.protocol import InfoResponse, TeacherIdentity
+from shared.identity import parting_text, tokenizer_identity
+from shared.protocol import InfoResponse, TeacherIdentity, TokenizerIdentity
+from shared.text import check_round_trip, encoded
 from student_trainer.answer_store import AnswerStore
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.checkpoints import writing
@@ -48,6 +49,7 @@ from student_trainer.config import (
     parse,
     traced_steps,
 )
+from student_trainer.data.check import check_token_ids, texts_of
 from student_trainer.data.conversation import check_columns
 from student_trainer.data.examples import RowTokenizer, row_of
 from student_trainer.data.mixture import Mixture, mix
@@ -88,6 +90,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK = 100  # rows of a stream's datasets that are looked at before the run
 _BUFFER = 10_000
+_TRIED_ROWS = 16  # whose texts are encoded and decoded before a model loads
 
 
 @dataclass(frozen=True)
@@ -442,7 +445,7 @@ def prepare(
             f"--chat_template_date {recipe.template.chat_template_date} has no effect: "
             f"{row_tokenizer.chat.name} prints no date. Drop it"
         )
-    train, held_out = make_examples(rows, row_tokenizer, method, context, args)
+    train, held_out = make_examples(rows, row_tokenizer, method, context, args, vocab_size)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(
@@ -552,10 +555,13 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoResponse) -> None:
-    """Refuse a teacher whose token ids mean other tokens; padded vocabularies are no difference.
+    """Refuse a teacher whose token ids mean other tokens, or that cuts text otherwise.
+
+    Padded vocabularies are no difference. Tokens without a row in either output layer are a
+    warning: only those that the data holds matter, and `make_examples` refuses them.
 
     Raises:
-        TokenizerMismatchError: shows both fingerprints.
+        TokenizerMismatchError: shows both fingerprints, or the text that is cut otherwise.
     """
     ours, theirs = tokenizer_identity(tokenizer), info.tokenizer
     if ours.fingerprint != theirs.fingerprint:
@@ -564,16 +570,42 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
             f"{theirs.fingerprint} ({theirs.vocab_size} tokens), the student's {ours.fingerprint} "
             f"({ours.vocab_size} tokens). Distil within one tokenizer family"
         )
+    _check_encoding(tokenizer, ours, theirs)
     shared = min(rows, info.vocab_size)
-    if len(tokenizer) > shared:
-        raise TokenizerMismatchError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the output layers have {rows} "
-            f"(student) and {info.vocab_size} (teacher) rows: resize the smaller one"
-        )
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= shared}
+    if beyond:
+        logger.warning(
+            "%d of the tokenizer's tokens have no row in the output layers of %d (student) and %d "
+            "(teacher) rows, %r (id %d) the first: rows of the data that hold one are refused",
+            len(beyond), rows, info.vocab_size, beyond[min(beyond)], min(beyond),
+        )  # fmt: skip
     for name in ("special_token_ids", "chat_template"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine != other:
             logger.warning("%s differs: teacher %r, student %r", name, other, mine)
+
+
+def _check_encoding(
+    tokenizer: PreTrainedTokenizerBase, ours: TokenizerIdentity, theirs: TokenizerIdentity
+) -> None:
+    if ours.encoding is None or theirs.encoding is None:
+        logger.warning(
+            "the teacher's server is older than this trainer and does not say how its tokenizer "
+            "cuts text; that of the student may cut it otherwise"
+        )
+        return
+    try:
+        text = parting_text(ours.encoding, theirs.encoding)
+    except ValueError as error:
+        logger.warning("how teacher and student cut text cannot be compared: %s", error)
+        return
+    if text is not None:
+        tokens = tokenizer.convert_ids_to_tokens(encoded(tokenizer, text))
+        raise TokenizerMismatchError(
+            f"teacher and student have one vocabulary but cut text otherwise: of {text!r} the "
+            f"student makes {len(tokens)} tokens, {tokens[:8]} first, and the teacher others. Give "
+            "both the same tokenizer.json, and restart the teacher with this version"
+        )
 
 
 def make_examples(
@@ -582,8 +614,13 @@ def make_examples(
     method: Method,
     context: int,
     args: CommonTrainingArguments,
+    vocab_size: int,
 ) -> tuple[list[Example] | ExampleStream, list[Example] | None]:
     """Training and held-out examples, checked against what the method needs of each row.
+
+    Args:
+        context: longest sequence in tokens.
+        vocab_size: ids from here on have no row in an output layer.
 
     Raises:
         DatasetError: names the first row that does not do.
@@ -595,9 +632,12 @@ def make_examples(
     main = PartialState().is_main_process
     skip = row_tokenizer.options.skip_long_rows
 
+    tokenizer, options = row_tokenizer.tokenizer, row_tokenizer.options
+
     def tokenize(
         rows: Sequence[Row], what: str, check: Callable[[Example, Method, int], Example]
     ) -> list[Example]:
+        check_round_trip(tokenizer, texts_of(rows[:_TRIED_ROWS], options))
         examples = tokenize_rows(
             rows,
             row_tokenizer,
@@ -610,6 +650,7 @@ def make_examples(
         checked = keep_short(
             examples, lambda example: check(example, method, max_length), skip=skip, remedy=remedy
         )
+        check_token_ids(checked, tokenizer, vocab_size)
         if main:
             _tell_losses(rows, checked, max_length)
         return checked
@@ -619,7 +660,10 @@ def make_examples(
 
         def make(number: int, where: str, row: dict[str, Any]) -> list[Example]:
             try:
+                if number < _TRIED_ROWS:
+                    check_round_trip(tokenizer, texts_of([(where, row)], options))
                 examples = row_tokenizer(number, where, row)
+                check_token_ids(examples, tokenizer, vocab_size)
                 return [_usable(example, method, max_length) for example in examples]
             except RowTooLongError as error:
                 raise RowTooLongError(str(error) if skip else f"{error}. {remedy}") from error

@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from shared.errors import NonFiniteError
 from shared.logs import in_json
 from shared.protocol import Completion
+from shared.text import completion_text
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
 from student_trainer.config import uses_fsdp
@@ -646,7 +647,8 @@ def check_examples(
     texts, truncated = [""] * len(examples), [False] * len(examples)
     for group in rollouts.generate(requests):
         for index, rollout in group:
-            texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+            prompt_ids = examples[index].prompt_ids
+            texts[index] = completion_text(tokenizer, prompt_ids, rollout.token_ids)
             truncated[index] = rollout.truncated
     results = check_completions(
         [e.checker for e in examples if e.checker], texts, truncated=truncated

@@ -33,6 +33,7 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
+from shared.tokenizer_file import PROBES
 from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas, Unreachable
 from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
@@ -321,11 +322,12 @@ class VllmTeacher(Teacher):
         )
 
     def _check_tokenizer(self, url: str) -> None:
-        """Raises `TokenizerMismatchError`: text from all over the vocabulary reads otherwise."""
+        """Raises `TokenizerMismatchError`: text from all over the vocabulary is cut otherwise."""
         size = len(self._tokenizer)
         spread = list(range(0, size, max(1, size // _PROBED_TOKENS)))
         special = "".join(self._tokenizer.all_special_tokens)
         text = self._tokenizer.decode(spread, skip_special_tokens=True) + special
+        text = "\n".join([text, *PROBES])
         ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         body = {"model": self._model(), "prompt": text, "add_special_tokens": False}
         theirs = self._ask(url, "POST", "/tokenize", body).get("tokens")

@@ -54,6 +54,7 @@ from shared.protocol import (
     ScoreSequence,
 )
 from shared.sparse import SparseLogprobs
+from shared.text import StopStrings
 from shared.validation import check_generate_request, check_score_request
 from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError, Held
@@ -471,7 +472,7 @@ class TeacherApp:
         work = await asyncio.to_thread(self.speaker.plan, asked, info)
         client = request.state.client
         to_score = [] if work.score is None else _score_jobs(work.score, client)
-        to_write = [] if work.generate is None else _generate_jobs(work.generate, client)
+        to_write = [] if work.generate is None else _generate_jobs(work.generate, client, work.stop)
         jobs: list[ScoreJob | GenerateJob] = [*to_score, *to_write]
         request.state.held.add(sum(job.answer_bytes for job in jobs) * _OPENAI_COPIES)
         with self._admit(request, jobs):
@@ -611,7 +612,9 @@ def _question(job: ScoreJob | GenerateJob) -> bytes:
     return hashlib.sha256(codec.encode(asdict(job))).digest()
 
 
-def _generate_jobs(asked: GenerateRequest, client: str) -> list[GenerateJob]:
+def _generate_jobs(
+    asked: GenerateRequest, client: str, stop: StopStrings | None = None
+) -> list[GenerateJob]:
     drawn = asked.temperature > 0 and asked.seed is None
     seed = int.from_bytes(os.urandom(7)) if drawn else asked.seed or 0
     stops = () if asked.stop_token_ids is None else tuple(int(i) for i in asked.stop_token_ids)
@@ -629,6 +632,7 @@ def _generate_jobs(asked: GenerateRequest, client: str) -> list[GenerateJob]:
             stop_token_ids=stops,
             score=score,
             client=client,
+            stop=stop,
         )
         for prompt in asked.prompts
         for number in range(asked.n)

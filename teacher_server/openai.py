@@ -3,7 +3,12 @@
 A request becomes the same jobs that `/v1/score` and `/v1/generate` make, under the same limits; a
 field that this server cannot honour is refused, never ignored. Beyond OpenAI's own fields those of
 vLLM are spoken that teachers are asked with: ``prompt_logprobs``, ``top_k``, ``stop_token_ids``,
-``return_token_ids``, ``return_tokens_as_token_ids``, ``add_special_tokens``.
+``include_stop_str_in_output``, ``return_token_ids``, ``return_tokens_as_token_ids``,
+``add_special_tokens``.
+
+The text of a completion is what it adds to that of its prompt, up to what ended it: without the
+stop string or stop token, unless ``include_stop_str_in_output`` is set. ``token_ids`` and
+``logprobs`` are of all tokens generated, the last of a stop string included.
 
 Log-probs are those of the model at temperature 1 over the whole vocabulary, as vLLM gives them.
 All of it is JSON, some 70 bytes a log-prob: for scoring `/v1/score` is the better call.
@@ -43,11 +48,14 @@ from shared.protocol import (
     ScoreSequence,
 )
 from shared.sparse import SparseLogprobs
+from shared.text import StopStrings, completion_text, token_text
 from shared.validation import check_generate_request, check_score_request
-from teacher_server.backends.checkpoint import from_pretrained
+from teacher_server.backends.checkpoint import load_tokenizer
 
 # Each is some 300 bytes while the answer is made, and 70 in it.
 MAX_LOGPROBS = 1 << 20
+# OpenAI's own limit of stop strings, and characters of one.
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 # JSON has no −inf.
 _LOWEST = -9999.0
 
@@ -71,6 +79,21 @@ def _read_prompts(value: Any) -> list[str | Ids]:
     if not isinstance(items, list) or not items:
         raise ValueError("must be text, token ids, or a list of either")
     return [item if isinstance(item, str) else _read_ids(item) for item in items]
+
+
+def _read_stops(value: Any) -> list[str]:
+    """Text or a list of texts; null and empty text are none."""
+    texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be text, or a list of texts")
+    if len(texts) > MAX_STOPS:
+        raise ValueError(f"{len(texts)} stop strings; the limit is {MAX_STOPS}")
+    for text in texts:
+        if not 1 <= len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(
+                f"a stop string of {len(text)} characters; it may have 1 to {MAX_STOP_LENGTH}"
+            )
+    return texts
 
 
 def _are_ids(value: Any) -> bool:
@@ -99,13 +122,36 @@ _Prompts = Annotated[
         }
     ),
 ]
+_Stops = Annotated[
+    list[str],
+    BeforeValidator(_read_stops),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "maxLength": MAX_STOP_LENGTH},
+                {
+                    "type": "array",
+                    "maxItems": MAX_STOPS,
+                    "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Temperature = Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)]
 _TokenIds = list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]]
 
 
 class _Sampling(BaseModel):
-    """What both kinds of request say of how to generate; null is the default."""
+    """What both kinds of request say of how to generate; null is the default.
+
+    Attributes:
+        stop: texts that end a completion, up to four.
+        include_stop_str_in_output: whether the text goes on to the end of the stop string, or of
+            the token that ended it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -117,7 +163,9 @@ class _Sampling(BaseModel):
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
+    stop: _Stops = Field(default_factory=list)
     stop_token_ids: _TokenIds | None = None
+    include_stop_str_in_output: bool = False
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     skip_special_tokens: bool = True
@@ -125,7 +173,6 @@ class _Sampling(BaseModel):
 
     stream: Annotated[Any, _only(False)] = None
     stream_options: Annotated[Any, _only()] = None
-    stop: Annotated[Any, _only("", [])] = None
     presence_penalty: Annotated[Any, _only(0)] = None
     frequency_penalty: Annotated[Any, _only(0)] = None
     repetition_penalty: Annotated[Any, _only(1)] = None
@@ -217,6 +264,7 @@ class Work:
         prompt_logprobs: the same of each prompt token.
         score: what gives ``prompt_logprobs``: every prompt that has a row, or None.
         generate: what gives the completions, or None.
+        stop: texts that end them, or None.
     """
 
     asked: Asked
@@ -225,6 +273,7 @@ class Work:
     prompt_logprobs: int | None
     score: ScoreRequest | None
     generate: GenerateRequest | None
+    stop: StopStrings | None
 
 
 class Speaker:
@@ -240,14 +289,10 @@ class Speaker:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return from_pretrained(
-            AutoTokenizer, self._model, trust_remote_code=self._trust_remote_code
-        )
+        return load_tokenizer(self._model, trust_remote_code=self._trust_remote_code)
 
     def _decode_one(self, token_id: int) -> str:
-        return str(self.tokenizer.decode([token_id]))
+        return token_text(self.tokenizer, token_id)
 
     def plan(self, asked: Asked, info: InfoResponse) -> Work:
         """The jobs of a request.
@@ -257,6 +302,8 @@ class Speaker:
             InvalidRequestError: what the teacher of ``info`` cannot do; names the field.
         """
         check_model(asked.model, info)
+        for text in asked.stop:
+            _check_text(text, "stop")
         if isinstance(asked, ChatRequest):
             prompts, source = [self._render(asked)], "messages"
             logprobs, prompt_logprobs = _chat_logprobs(asked), None
@@ -290,7 +337,8 @@ class Speaker:
                     field="temperature",
                 )
             score = _score_request(prompts, prompt_logprobs, info)
-        return Work(asked, prompts, logprobs, prompt_logprobs, score, generate)
+        stop = StopStrings(tuple(asked.stop), asked.skip_special_tokens) if asked.stop else None
+        return Work(asked, prompts, logprobs, prompt_logprobs, score, generate, stop)
 
     def answer(
         self,
@@ -321,7 +369,10 @@ class Speaker:
                 one = next(rows) if len(prompt) > 1 else None
                 prompt_rows = self._prompt_rows(prompt, one, work.prompt_logprobs)
             for completion in completions[number * n : (number + 1) * n]:
-                choices.append(self._choice(work, len(choices), prompt, completion, prompt_rows))
+                ended = self._ended(work, prompt, completion, info)
+                choices.append(
+                    self._choice(work, len(choices), prompt, completion, prompt_rows, ended)
+                )
         generated = sum(len(completion.token_ids) for completion in completions)
         prompt_tokens = sum(len(prompt) for prompt in work.prompts)
         chat = isinstance(asked, ChatRequest)
@@ -348,11 +399,16 @@ class Speaker:
         prompt: Ids,
         completion: Completion,
         prompt_rows: list[dict[str, Any] | None] | None,
+        ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
         asked = work.asked
         ids = completion.token_ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=asked.skip_special_tokens)
-        choice: dict[str, Any] = {"index": index, "finish_reason": completion.finish_reason}
+        text, finish_reason, stop_reason = ended
+        choice: dict[str, Any] = {
+            "index": index,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+        }
         if isinstance(asked, ChatRequest):
             choice["message"] = {"role": "assistant", "content": text}
         else:
@@ -368,6 +424,30 @@ class Speaker:
             if not isinstance(asked, ChatRequest):
                 choice["prompt_token_ids"] = prompt.tolist()
         return choice
+
+    def _ended(
+        self, work: Work, prompt: Ids, completion: Completion, info: InfoResponse
+    ) -> tuple[str, str, str | int | None]:
+        """Text of a completion, finish reason, and vLLM's stop reason.
+
+        That is the stop string or stop token; None for the end token and for the length limit.
+        """
+        asked, ids, reason = work.asked, completion.token_ids, completion.finish_reason
+        text = self._text(prompt, ids, asked)
+        match = None if work.stop is None else work.stop.find(text)
+        if match is not None:
+            start, end, stop = match
+            return text[: end if asked.include_stop_str_in_output else start], "stop", stop
+        last = int(ids[-1]) if len(ids) else -1
+        if reason != "stop" or last not in {*info.eos_token_ids, *(asked.stop_token_ids or [])}:
+            return text, reason, None
+        if not asked.include_stop_str_in_output:
+            text = self._text(prompt, ids[:-1], asked)
+        return text, reason, None if last == self.tokenizer.eos_token_id else last
+
+    def _text(self, prompt: Ids, ids: Ids, asked: Asked) -> str:
+        skip = asked.skip_special_tokens
+        return completion_text(self.tokenizer, prompt, ids, skip_special_tokens=skip)
 
     def _prompt_rows(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int

@@ -9,6 +9,7 @@ import sys
 
 from transformers import AutoTokenizer
 
+from shared.text import completion_text, token_text
 from student_trainer import TeacherClient
 
 name, url, prompt, completion = sys.argv[1:]
@@ -21,10 +22,11 @@ with TeacherClient(url, tokenizer=tokenizer) as teacher:
 scores = scored.scores  # numpy arrays, a row for each token of the completion
 for row, token in enumerate(scored.sample.completion_ids):
     likeliest = ", ".join(
-        f"{tokenizer.decode(candidate)!r} {logprob:.2f}"
+        f"{token_text(tokenizer, candidate)!r} {logprob:.2f}"
         for candidate, logprob in zip(scores.token_ids[row], scores.logprobs[row], strict=True)
     )
     own = scores.next_token_logprob[row]
-    print(f"{tokenizer.decode(token)!r} {own:.2f} nats; likeliest {likeliest}")
+    print(f"{token_text(tokenizer, token)!r} {own:.2f} nats; likeliest {likeliest}")
 print(f"perplexity {2.718281828 ** -scores.next_token_logprob.mean():.2f}")
-print(f"it would write {tokenizer.decode(written.sample.completion_ids)!r}")
+text = completion_text(tokenizer, written.sample.prompt_ids, written.sample.completion_ids)
+print(f"it would write {text!r}")

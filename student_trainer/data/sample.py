@@ -32,6 +32,10 @@ class Sample:
     weight_version: int | None = None
 
     @property
+    def prompt_ids(self) -> NDArray[np.uint32]:
+        return self.token_ids[: self.completion_start]
+
+    @property
     def completion_ids(self) -> NDArray[np.uint32]:
         return self.token_ids[self.completion_start :]
 

@@ -20,6 +20,7 @@ from shared.protocol import (
     TokenizerIdentity,
 )
 from shared.sparse import SparseLogprobs
+from shared.text import StopStrings
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class GenerateJob:
     stop_token_ids: tuple[int, ...] = ()
     score: ScoreOptions | None = None
     client: str = ""
+    stop: StopStrings | None = None  # beside the stop tokens
 
     @property
     def tokens(self) -> int:

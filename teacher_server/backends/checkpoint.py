@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
 from shared.errors import ConfigurationError
+from shared.tokenizer_file import trusted
 
 
 def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
@@ -21,6 +25,29 @@ def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
         raise ConfigurationError(
             f"{model} does not load with {auto_class.__name__}: {reason}"
         ) from error
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint, which does what its ``tokenizer.json`` says.
+
+    Raises:
+        ConfigurationError: it does not load, or text does not survive it.
+    """
+    options = {"trust_remote_code": trust_remote_code}
+    return trusted(
+        from_pretrained(AutoTokenizer, model, **options),
+        _tokenizer_file(model),
+        lambda: from_pretrained(PreTrainedTokenizerFast, model, **options),
+        name=model,
+    )
+
+
+def _tokenizer_file(model: str) -> Path | None:
+    try:
+        file = cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    except OSError:  # the Hub does not answer, and its cache lacks the file
+        return None
+    return None if file is None else Path(file)
 
 
 def local_folder(model: str) -> Path:

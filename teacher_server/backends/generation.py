@@ -19,6 +19,7 @@ from transformers.generation import (
 from shared.errors import InternalError
 from shared.protocol import Completion
 from shared.sampling import uniforms
+from shared.text import StopSearch
 from teacher_server.backends.base import GenerateJob
 
 
@@ -32,6 +33,7 @@ def generate_rows(
     ended: Callable[[dict[int, Completion]], None],
     *,
     vocab_size: int,
+    tokenizer: Any = None,
 ) -> None:
     """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
 
@@ -42,6 +44,7 @@ def generate_rows(
         ended: is told after each token which rows have ended in it, and with what. A row that
             nobody waits for is never among them.
         vocab_size: ids from here on, padding of the output layer, are never generated.
+        tokenizer: for the text of rows that have stop strings.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -54,6 +57,11 @@ def generate_rows(
         first = width - len(job.prompt)
         input_ids[row, first:] = torch.from_numpy(job.prompt.astype(np.int64))
         attention_mask[row, first:] = 1
+    searches = {
+        row: StopSearch(tokenizer, job.prompt, job.stop)
+        for row, job in enumerate(jobs)
+        if job.stop is not None
+    }
     stops = [sorted({*eos_token_ids, *job.stop_token_ids}) for job in jobs]
     # Set on the model: `generate` would fill what is unset from the checkpoint's own defaults,
     # and a repetition penalty there is not what the request asked for.
@@ -68,7 +76,7 @@ def generate_rows(
         attention_mask=attention_mask.to(device),
         logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
         stopping_criteria=StoppingCriteriaList(
-            [_StopRows(jobs, stops, width, waiting, ended, device)]
+            [_StopRows(jobs, stops, searches, width, waiting, ended, device)]
         ),
     )
 
@@ -91,12 +99,13 @@ def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list
 
 
 class _StopRows(StoppingCriteria):
-    """Ends each row at its own stop tokens and length, or when nobody waits for it any more."""
+    """Ends each row at its own stops and length, or when nobody waits for it any more."""
 
     def __init__(
         self,
         jobs: Sequence[GenerateJob],
         stops: Sequence[Sequence[int]],
+        searches: dict[int, StopSearch],
         prompt_width: int,
         waiting: Callable[[], list[bool]],
         ended: Callable[[dict[int, Completion]], None],
@@ -105,6 +114,7 @@ class _StopRows(StoppingCriteria):
         self.prompt_width = prompt_width
         self.waiting = waiting
         self.ended = ended
+        self.searches = searches
         self.running = torch.ones(len(jobs), dtype=torch.bool, device=device)
         self.lengths = torch.tensor([job.max_new_tokens for job in jobs], device=device)
         widest = max(map(len, stops))
@@ -115,6 +125,9 @@ class _StopRows(StoppingCriteria):
         length = input_ids.shape[1] - self.prompt_width
         self.running &= torch.tensor(self.waiting(), device=input_ids.device)
         stopped = (input_ids[:, -1:] == self.stops).any(dim=1)  # [B]
+        for row, search in self.searches.items():
+            if self.running[row] and search.add(int(input_ids[row, -1])):
+                stopped[row] = True
         now = self.running & (stopped | (self.lengths <= length))
         self.running &= ~now
         self.ended(

@@ -12,14 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from shared.errors import ConfigurationError, PayloadTooLargeError
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
-from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
+from teacher_server.backends.checkpoint import (
+    eos_token_ids,
+    from_pretrained,
+    load_tokenizer,
+    local_folder,
+)
 from teacher_server.backends.generation import generate_rows, within_context
 from teacher_server.backends.projection import keep_float32_logits
 from teacher_server.backends.scoring import score_rows
@@ -49,8 +54,8 @@ class TransformersBackend:
         self._metrics = metrics
         self._model = _load_model(settings)
         self._device = next(self._model.parameters()).device
-        tokenizer = from_pretrained(
-            AutoTokenizer, settings.model, trust_remote_code=settings.trust_remote_code
+        self._tokenizer = tokenizer = load_tokenizer(
+            settings.model, trust_remote_code=settings.trust_remote_code
         )
         self.facts = _facts(settings, self._model, tokenizer)
         pad = tokenizer.pad_token_id
@@ -145,6 +150,7 @@ class TransformersBackend:
                 handout.waiting,
                 handout.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
+                tokenizer=self._tokenizer,
             )
             handout.score()
 

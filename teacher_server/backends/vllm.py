@@ -15,11 +15,12 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Coroutine, Iterator
-from typing import Any, NoReturn, TypeVar, get_args
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from numpy.typing import NDArray
+from transformers import AutoConfig, GenerationConfig
 
 from shared.errors import (
     ConfigurationError,
@@ -28,11 +29,17 @@ from shared.errors import (
     UnavailableError,
 )
 from shared.identity import model_fingerprint, tokenizer_identity
-from shared.protocol import Capabilities, Completion, TeacherIdentity
+from shared.protocol import Capabilities, Completion, FinishReason, TeacherIdentity
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
+from shared.text import StopSearch
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
-from teacher_server.backends.checkpoint import eos_token_ids, from_pretrained, local_folder
+from teacher_server.backends.checkpoint import (
+    eos_token_ids,
+    from_pretrained,
+    load_tokenizer,
+    local_folder,
+)
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
 from teacher_server.fairness import FairClock
 from teacher_server.metrics import Metrics
@@ -68,6 +75,10 @@ class VllmBackend:
     def __init__(
         self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
     ) -> None:
+        # Before the engine, which takes minutes: a tokenizer that loses text is refused at once.
+        self._tokenizer = load_tokenizer(
+            settings.model, trust_remote_code=settings.trust_remote_code
+        )
         arguments = engine_arguments(settings)
         self._engine = _start_engine(settings, arguments)
         self._ids = itertools.count()
@@ -81,7 +92,9 @@ class VllmBackend:
         self._vocab_size = int(config.get_vocab_size())
         try:
             self._in_worker = _wait(self._hooks_work(int(config.max_model_len)), loop)
-            self.facts = _facts(settings, config, arguments, self._vocab_size, self._in_worker)
+            self.facts = _facts(
+                settings, config, arguments, self._tokenizer, self._vocab_size, self._in_worker
+            )
         except BaseException:
             self._engine.shutdown()
             raise
@@ -122,9 +135,11 @@ class VllmBackend:
 
     async def _generate(self, job: GenerateJob, priority: int) -> Completion:
         self._tokens.labels("generate").inc(job.tokens)
-        output = await self._run(
+        search = None if job.stop is None else StopSearch(self._tokenizer, job.prompt, job.stop)
+        ids, reason = await self._write(
             job.prompt.tolist(),
             priority,
+            search,
             max_tokens=job.max_new_tokens,
             temperature=job.temperature,
             top_p=job.top_p,
@@ -133,14 +148,12 @@ class VllmBackend:
             stop_token_ids=sorted({*self.facts.eos_token_ids, *job.stop_token_ids}),
             logit_bias=self._padding_bias(),
         )
-        [generated] = output.outputs
-        if generated.finish_reason not in ("stop", "length"):
-            raise InternalError(f"vLLM ended a generation with {generated.finish_reason!r}")
-        ids = np.asarray(generated.token_ids, np.uint32)
+        if reason not in ("stop", "length"):
+            raise InternalError(f"vLLM ended a generation with {reason!r}")
         # A prefill of what was decoded: cheap beside the decoding, and exact in tail and
         # temperature, which log-probs kept while decoding would not be.
         scores = None if job.score is None else await self._score(job.score_job(ids), priority)
-        return Completion(token_ids=ids, finish_reason=generated.finish_reason, scores=scores)
+        return Completion(token_ids=ids, finish_reason=cast(FinishReason, reason), scores=scores)
 
     def _padding_bias(self) -> dict[int, float] | None:
         """Keeps padding rows of the output layer, which are no tokens, from being sampled."""
@@ -198,25 +211,56 @@ class VllmBackend:
         Raises:
             UnavailableError: the engine is dead.
         """
+        async with contextlib.aclosing(self._outputs(prompt, priority, **params)) as outputs:
+            async for output in outputs:
+                return output
+        raise InternalError("vLLM answered nothing")
+
+    async def _write(
+        self, prompt: list[int], priority: int, search: StopSearch | None, **params: Any
+    ) -> tuple[NDArray[np.uint32], str | None]:
+        """Token ids and the reason of their end; a stop string ends them at its last token."""
+        ids: list[int] = []
+        streamed = search is not None
+        outputs = self._outputs(prompt, priority, streamed=streamed, **params)
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                [generated] = output.outputs
+                for token_id in generated.token_ids:
+                    ids.append(int(token_id))
+                    if search is not None and search.add(token_id):
+                        return np.asarray(ids, np.uint32), "stop"
+                if output.finished:
+                    return np.asarray(ids, np.uint32), generated.finish_reason
+        raise InternalError("vLLM answered nothing")
+
+    async def _outputs(
+        self, prompt: list[int], priority: int, *, streamed: bool = False, **params: Any
+    ) -> AsyncGenerator[Any, None]:
+        """What the engine answers: at the end, or streamed as soon as there are new tokens.
+
+        Closed or cancelled before the end, it aborts the engine's request.
+
+        Raises:
+            UnavailableError: the engine is dead.
+        """
         from vllm import SamplingParams
         from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        sampling = SamplingParams(
-            **params,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
+        kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
+        sampling = SamplingParams(**params, detokenize=False, output_kind=kind, skip_clone=True)
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        answers = self._engine.generate(
+            tokens_input(prompt), sampling, f"teacher-{next(self._ids)}", priority=priority
+        )
         try:
-            async for output in self._engine.generate(
-                tokens_input(prompt), sampling, f"teacher-{next(self._ids)}", priority=priority
-            ):
-                return output
+            async with contextlib.aclosing(answers):  # leaving it early aborts the request
+                async for output in answers:
+                    yield output
         except EngineDeadError as error:
             raise UnavailableError("vLLM's engine is dead; restart the server") from error
         except asyncio.CancelledError:
@@ -225,7 +269,6 @@ class VllmBackend:
             raise
         finally:
             self._running.discard(task)
-        raise InternalError("vLLM answered nothing")
 
     async def _hooks_work(self, max_model_len: int) -> bool:
         """Whether the workers score as they should; if not, says why in the log."""
@@ -375,12 +418,15 @@ def _wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
 
 
 def _facts(
-    settings: Settings, config: Any, arguments: Any, vocab_size: int, in_worker: bool
+    settings: Settings,
+    config: Any,
+    arguments: Any,
+    tokenizer: Any,
+    vocab_size: int,
+    in_worker: bool,
 ) -> BackendFacts:
     import vllm
 
-    trust = {"trust_remote_code": settings.trust_remote_code}
-    tokenizer = from_pretrained(AutoTokenizer, settings.model, **trust)
     try:
         generation = GenerationConfig.from_pretrained(settings.model)
     except OSError:  # a checkpoint without generation_config.json

@@ -5,11 +5,11 @@ import socket
 
 import httpx
 import pytest
-from transformers import AutoTokenizer
 
 from shared import codec, wire
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, InfoResponse, Problem
+from teacher_server.backends.checkpoint import load_tokenizer
 
 ONE = {"token_ids": [1, 2, 3], "completion_start": 1}
 
@@ -149,7 +149,7 @@ def test_a_body_over_the_limit_is_refused_while_it_arrives(strict):
 
 def test_the_info_states_every_limit(teacher, strict):
     info = InfoResponse.model_validate(httpx.get(f"{teacher.url}/v1/info").json())
-    tokenizer = tokenizer_identity(AutoTokenizer.from_pretrained(teacher.folder))
+    tokenizer = tokenizer_identity(load_tokenizer(str(teacher.folder), trust_remote_code=False))
     assert info.tokenizer == tokenizer
     assert info.vocab_size == 272 > tokenizer.vocab_size
     assert info.max_model_len == 256

@@ -3,11 +3,11 @@
 import re
 
 import httpx
-from transformers import AutoTokenizer
 
 from shared import wire
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import PROTOCOL_VERSION, InfoResponse, Problem
+from teacher_server.backends.checkpoint import load_tokenizer
 from tests.support.models import CHAT_TEMPLATE
 
 SHORT = {"sequences": [{"token_ids": [1, 2, 3], "completion_start": 1}], "top_k": 3}
@@ -18,7 +18,9 @@ def test_the_identity_is_that_of_the_files_served(teacher):
     assert info.protocol_version == PROTOCOL_VERSION == 1
     assert info.teacher.model == str(teacher.folder)
     assert info.teacher.fingerprint == model_fingerprint(teacher.folder)
-    assert info.tokenizer == tokenizer_identity(AutoTokenizer.from_pretrained(teacher.folder))
+    assert info.tokenizer == tokenizer_identity(
+        load_tokenizer(str(teacher.folder), trust_remote_code=False)
+    )
     assert info.tokenizer.chat_template == CHAT_TEMPLATE
     ids = info.tokenizer.special_token_ids
     assert (ids["eos_token"], ids["pad_token"]) == (1, 0)

@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 
+from shared.text import completion_text
 from tests.support.http import metric
 from tests.support.reference import dense_logprobs
 from tests.support.vllm import only
@@ -142,6 +143,69 @@ def test_stop_token_ids_end_a_completion(client, teacher, name):
     assert choice.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_stop_string_ends_a_completion_before_it(client, teacher, name, tokenizer, chat):
+    messages = [{"role": "user", "content": "2 + 2?"}]
+    prompt = tokenizer("<|user|>2 + 2?<|end|><|assistant|>")["input_ids"] if chat else PROMPT
+
+    def ask(count, **changes):
+        options = {"model": name, "max_tokens": count, "seed": 3, **changes}
+        options["extra_body"] = {"return_token_ids": True, **changes.get("extra_body", {})}
+        if chat:
+            return client.chat.completions.create(messages=messages, logprobs=True, **options)
+        return client.completions.create(prompt=PROMPT, logprobs=0, **options)
+
+    def text(choice):
+        return choice.message.content if chat else choice.text
+
+    whole = ask(80).choices[0]
+    written, ids = text(whole), whole.token_ids
+    start = next(i for i in range(2, len(written) - 3) if "\ufffd" not in written[i : i + 3])
+    stop = written[start : start + 3]  # of three tokens: each is a byte or a part of a character
+    start = written.find(stop)
+    texts = [completion_text(tokenizer, prompt, ids[:n]) for n in range(len(ids) + 1)]
+    needed = next(n for n, one in enumerate(texts) if stop in one)
+    for given in (stop, [stop], ["not there", stop]):
+        answer = ask(80, stop=given)
+        (choice,) = answer.choices
+        assert text(choice) == written[:start]
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+        assert choice.token_ids == ids[:needed]
+        assert answer.usage.completion_tokens == needed < 80
+        rows = choice.logprobs.content if chat else choice.logprobs.token_logprobs
+        assert len(rows) == needed
+    (choice,) = ask(80, stop=stop, extra_body={"include_stop_str_in_output": True}).choices
+    assert text(choice) == written[: start + 3]
+    (choice,) = ask(needed, stop=stop).choices  # at the length limit as well
+    assert (text(choice), choice.finish_reason) == (written[:start], "stop")
+    (choice,) = ask(needed, stop=["not there"]).choices
+    assert (text(choice), choice.stop_reason) == (texts[needed], None)
+    assert choice.finish_reason == "length"
+
+
+def test_rows_of_one_batch_stop_each_at_its_own_text(client, name):
+    options = {"model": name, "max_tokens": 16, "temperature": 0}
+    prompts = [PROMPT, [7, 8, 9], [200, 100]]
+    alone = [client.completions.create(prompt=p, **options).choices[0].text for p in prompts]
+    stop = next(c for c in alone[1] if c != "\ufffd")
+    answer = client.completions.create(prompt=prompts, stop=[stop], **options)
+    assert [choice.text for choice in answer.choices] == [one.split(stop)[0] for one in alone]
+
+
+def test_a_stop_token_is_no_part_of_the_text(client, teacher, name, tokenizer):
+    expected = greedy(teacher, PROMPT, 8)
+    stop = next(i for i in expected if tokenizer.decode([i]) != "\ufffd")
+    ids = expected[: expected.index(stop) + 1]
+    for include in (False, True):
+        (choice,) = client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=8, temperature=0,
+            extra_body={"stop_token_ids": [stop], "include_stop_str_in_output": include},
+        ).choices  # fmt: skip
+        kept = ids if include else ids[:-1]
+        assert choice.text == completion_text(tokenizer, PROMPT, kept)
+        assert choice.stop_reason == stop
+
+
 def test_a_chat_completion_continues_the_rendered_template(client, teacher, name, tokenizer):
     messages = [{"role": "user", "content": "2 + 2?"}]
     answer = client.chat.completions.create(
@@ -154,7 +218,7 @@ def test_a_chat_completion_continues_the_rendered_template(client, teacher, name
     expected = greedy(teacher, prompt, 5)
     assert choice.token_ids == expected
     assert choice.message.role == "assistant"
-    assert choice.message.content == tokenizer.decode(expected, skip_special_tokens=True)
+    assert choice.message.content == completion_text(tokenizer, prompt, expected)
     rows = dense(teacher, prompt + expected, len(prompt))
     for entry, row, token_id in zip(choice.logprobs.content, rows, expected, strict=True):
         assert entry.token == tokenizer.decode([token_id])
@@ -187,7 +251,10 @@ def test_without_a_limit_a_chat_completion_may_fill_the_context(client, name):
     ("changes", "param", "message"),
     [
         ({"stream": True}, "stream", "True is not supported here"),
-        ({"stop": ["\n"]}, "stop", "not supported here"),
+        ({"stop": ["a", ""]}, "stop", "a stop string of 0 characters; it may have 1 to 256"),
+        ({"stop": "x" * 257}, "stop", "a stop string of 257 characters"),
+        ({"stop": list("abcde")}, "stop", "5 stop strings; the limit is 4"),
+        ({"stop": 5}, "stop", "must be text, or a list of texts"),
         ({"echo": True}, "echo", "True is not supported here"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5 is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported here"),

@@ -20,7 +20,13 @@ from tests.unit.student_trainer.test_head import SHARED, Halved, tiny
 class Letters:
     """Decodes each id as one character."""
 
-    def decode(self, ids):
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(char) - ord("A") for char in text]}
+
+    def get_vocab(self):
+        return {}
+
+    def decode(self, ids, **options):
         return "".join(chr(ord("A") + i) for i in ids)
 
 
@@ -91,13 +97,6 @@ def test_long_samples_are_cut_by_learned_tokens():
     short = held_out.cut(ScoredSample(sample, None)).sample
     assert short.completion_mask.sum() == held_out.TOKENS
     assert short.completion_mask[: 2 * held_out.TOKENS].sum() == held_out.TOKENS
-
-
-def test_a_character_of_several_tokens_is_shown_with_its_last(tokenizer):
-    ids = tokenizer("aé€b")["input_ids"]
-    found = held_out.pieces(ids, tokenizer)
-    assert "".join(found) == "aé€b"
-    assert found == ["a", "", "é", "", "", "€", "b"]
 
 
 def evaluation(divergence):

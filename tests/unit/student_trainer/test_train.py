@@ -8,6 +8,7 @@ import pytest
 from shared.errors import ConfigurationError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
+from shared.tokenizer_file import PROBES
 from student_trainer.config import DistillArguments, ModelArguments, TeacherArguments
 from student_trainer.data.sample import Example
 from student_trainer.pipeline import Method
@@ -45,9 +46,30 @@ def test_different_vocabularies_are_refused_with_both_fingerprints(tokenizer):
     assert tokenizer_identity(tokenizer).fingerprint in str(caught.value)
 
 
-def test_an_output_layer_smaller_than_the_tokenizer_is_refused(tokenizer):
-    with pytest.raises(TokenizerMismatchError, match=r"260 tokens.*250 \(student\).*260 \(teacher"):
+def test_tokens_without_a_row_are_a_warning_with_their_number_and_the_first(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
         check_vocabulary(tokenizer, 250, teacher_of(tokenizer))
+    (record,) = caplog.records
+    assert record.message.startswith("10 of the tokenizer's tokens have no row")
+    assert f"{tokenizer.convert_ids_to_tokens(250)!r} (id 250)" in record.message
+
+
+def test_one_vocabulary_that_cuts_text_otherwise_is_refused_with_the_text(tokenizer):
+    identity = tokenizer_identity(tokenizer)
+    marks = identity.encoding.split(":")
+    marks[2] = "0" * 8
+    with pytest.raises(TokenizerMismatchError, match="cut text otherwise") as caught:
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, encoding=":".join(marks)))
+    assert repr(PROBES[1]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [(None, "is older"), ("99:abc", "versions 1 and 99")]
+)
+def test_an_encoding_that_cannot_be_compared_is_a_warning(tokenizer, caplog, encoding, message):
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, encoding=encoding))
+    assert [message in record.message for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""Does a loaded tokenizer do what its ``tokenizer.json`` says, and does text survive it?
+
+transformers builds some tokenizers anew from the vocabulary alone, with the rules of the class that
+a configuration names (transformers issues 45488 and 48206): one that cuts bytes then loses spaces.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigurationError
+from shared.text import decoded, difference, encoded, lost
+
+logger = logging.getLogger(__name__)
+
+# Changing one of them changes every fingerprint: raise `shared.identity.ENCODING_VERSION` then.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def f(x):\n    if x > 1:\n        return x + 1  # one more\n",
+    "one  two   three    four\tfive\t\tsix\n\n\nseven \n eight",
+    'He said: "It\'s 12,345.67, isn\'t it?" (yes!) ... {"a": [1, 2.5e-3]}',
+    "3.14159 1000000 0x1F 2026-11-30 1+1=2 99% $5 #7 @x a_b camelCase HTTPServer",
+    "naïve café, Ångström, Straße, señor, Łódź, İstanbul",
+    "你好,世界。今天天气很好 こんにちは世界 안녕하세요 세계",
+    "Привет, мир! Γειά σου Κόσμε שלום עולם مرحبا بالعالم नमस्ते สวัสดี",
+    "🙂 👍🏽 👩‍💻 🇩🇪 ✓ → ∑ ½ “quoted” – — …",
+    "line one\r\nline two\r\n\r\nend",
+    "x = $\\frac{a}{b}$ <b>bold</b> https://example.org/a?b=c&d=e#f C:\\dir\\file.txt",
+    "I'M DON'T we'll they've aaaaaaaaaaaaaaaa !!!!!!!! ======== --------",
+)
+# A vocabulary may lack it: text whose lines end in CRLF is rare.
+_MAY_LACK = "\r"
+
+
+def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, name: str) -> Any:
+    """Return the tokenizer, or where it does not do what its file says one that does.
+
+    Args:
+        tokenizer: as transformers loaded it.
+        file: its ``tokenizer.json``, if there is one.
+        load_file: loads that file as it stands, with the rest of the configuration.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        ConfigurationError: text does not survive encoding and decoding.
+    """
+    if file is not None:
+        found = differs_from_file(tokenizer, file)
+        if found is not None:
+            tokenizer, named = load_file(), type(tokenizer).__name__
+            logger.warning(
+                "%s: transformers' %s does not do what tokenizer.json says (%s); loaded "
+                "tokenizer.json as it stands",
+                name, named, found,
+            )  # fmt: skip
+            still = differs_from_file(tokenizer, file)
+            if still is not None:
+                raise ConfigurationError(
+                    f"{name}: this transformers loads another tokenizer than tokenizer.json "
+                    f"describes ({still}); install another version of transformers"
+                )
+    check_survival(tokenizer, name=name)
+    return tokenizer
+
+
+def check_survival(tokenizer: Any, *, name: str) -> None:
+    """Refuse a tokenizer that loses white space, or anything its vocabulary can say.
+
+    Raises:
+        ConfigurationError: says which text came back changed.
+    """
+    unsayable: set[str] = set()
+    for text in PROBES:
+        try:
+            back = lost(tokenizer, text)
+        except Exception:  # tokenizers raises it for a word outside a vocabulary without unk
+            back = ""
+        if back is None:
+            continue
+        missing = {char for char in set(text) if _unsayable(tokenizer, char)}
+        unsayable |= missing
+        rest = "".join(char for char in text if char not in missing)
+        back = lost(tokenizer, rest) if rest.strip() else None
+        if back is not None:
+            raise ConfigurationError(
+                f"{name}: the tokenizer loses text: {difference(rest, back)}. Its files do not "
+                "fit together: take tokenizer.json and tokenizer_config.json as published, or load "
+                "it with PreTrainedTokenizerFast and save that"
+            )
+    if unsayable:
+        logger.warning(
+            "%s: the tokenizer cannot express %d of the %d characters it was tried with, %s among "
+            "them",
+            name, len(unsayable), len(set("".join(PROBES))), ascii(min(unsayable)),
+        )  # fmt: skip
+
+
+def differs_from_file(tokenizer: Any, file: Path) -> str | None:
+    """Return in what a tokenizer differs from ``tokenizer.json``, or None.
+
+    Compared are the ids of `PROBES`, the text they give, and the parts that cut text: what the
+    configuration may set beside the file, special tokens around a text, is not.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    remote = type(tokenizer).__module__.startswith("transformers_modules")
+    if backend is None or remote:
+        return None
+    own = type(backend).from_file(str(file))
+    own.no_truncation()
+    own.no_padding()
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        decodes = part == "decoder"
+        mine, theirs = (_plain(getattr(one, part), decodes=decodes) for one in (backend, own))
+        if mine != theirs:
+            return f"its {part} is {_named(mine)}, not {_named(theirs)}"
+    for rule in ("byte_fallback", "fuse_unk", "ignore_merges"):
+        mine, theirs = (bool(getattr(one.model, rule, False)) for one in (backend, own))
+        if mine != theirs:
+            return f"{rule} is {mine}, not {theirs}"
+    for text in PROBES:
+        try:
+            ids = own.encode(text, add_special_tokens=False).ids
+        except Exception:  # a word outside a vocabulary without unk
+            continue
+        if encoded(tokenizer, text) != ids:
+            return f"it cuts {text[:24]!r} otherwise"
+        if decoded(tokenizer, ids, skip_special_tokens=False) != own.decode(
+            ids, skip_special_tokens=False
+        ):
+            return f"it decodes {text[:24]!r} otherwise"
+    return None
+
+
+def _unsayable(tokenizer: Any, char: str) -> bool:
+    """Whether a vocabulary lacks a character; white space that vanishes without a word is lost."""
+    try:
+        ids = encoded(tokenizer, char)
+    except Exception:
+        return True
+    if getattr(tokenizer, "unk_token_id", None) in ids:
+        return True
+    if char.isspace() and char not in _MAY_LACK:
+        return False
+    back = decoded(tokenizer, ids, skip_special_tokens=False)
+    return unicodedata.normalize("NFC", char) not in unicodedata.normalize("NFC", back)
+
+
+def _plain(part: Any, *, decodes: bool) -> Any:
+    """A part of a tokenizer as JSON, less what changes no text."""
+    return None if part is None else _simple(json.loads(part.__getstate__()), decodes)
+
+
+def _simple(value: Any, decodes: bool) -> Any:
+    for inner in ("normalizers", "pretokenizers", "decoders"):
+        if inner in value:
+            simple = (_simple(one, decodes) for one in value[inner])
+            parts = [one for one in simple if one is not None]
+            return parts[0] if len(parts) == 1 else parts or None
+    if decodes and value.get("type") == "ByteLevel":  # as a decoder it reads none of its options
+        return {"type": "ByteLevel"}
+    kept = {name: one for name, one in value.items() if name != "trim_offsets"}
+    if "prepend_scheme" in kept:  # older files say it twice
+        kept.pop("add_prefix_space", None)
+    return kept
+
+
+def _named(part: Any) -> str:
+    if part is None:
+        return "none"
+    parts = part if isinstance(part, list) else [part]
+    return "+".join(dict.fromkeys(str(one.get("type")) for one in parts))
