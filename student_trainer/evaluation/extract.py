@@ -549,7 +549,7 @@ def _segments(text: str) -> list[_Segment]:
 
 def _dedented(lines: Sequence[str]) -> list[str]:
     """The lines without the indentation they share; blank lines in strings stay as they are."""
-    shared = os.path.commonprefix([_indentation(line) for line in lines if line.strip()])
+    shared = os.path.commonprefix([_indentation(line) for line in lines if line.strip()])  # noqa: RUF071
     return [line.removeprefix(shared) for line in lines]
 
 
