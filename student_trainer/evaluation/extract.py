@@ -20,8 +20,8 @@ from __future__ import annotations
 import ast
 import builtins
 import html
+import os
 import re
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -332,8 +332,7 @@ class _Reader:
     ) -> tuple[list[_Statement], _Definition | None]:
         """All statements of a segment, and its definition of the entry point."""
         text = "\n".join(segment.lines)
-        dedented = textwrap.dedent(text).split("\n")
-        statements, cut = self._islands(dedented)
+        statements, cut = self._islands(_dedented(segment.lines))
         found = self._as_definition(statements, cut, segment, at)
         if (found and found.complete) or not self._named.search(text):
             return statements, found
@@ -347,9 +346,7 @@ class _Reader:
                 joined = segments[at : at + width]
                 if len(joined) == width:
                     lines = [line for part in joined for line in part.raw][:-1]
-                    other = self._as_definition(
-                        *self._islands(textwrap.dedent("\n".join(lines)).split("\n")), segment, at
-                    )
+                    other = self._as_definition(*self._islands(_dedented(lines)), segment, at)
                     if other is not None and other.complete:
                         return list(other.statements), other
         return statements, found
@@ -548,6 +545,12 @@ def _segments(text: str) -> list[_Segment]:
                     opener, prefix = None, ""
     close(None)
     return segments or [_Segment((), (), False, True)]
+
+
+def _dedented(lines: Sequence[str]) -> list[str]:
+    """The lines without the indentation they share; blank lines in strings stay as they are."""
+    shared = os.path.commonprefix([_indentation(line) for line in lines if line.strip()])  # noqa: RUF071
+    return [line.removeprefix(shared) for line in lines]
 
 
 def _without_prefix(line: str, prefix: str) -> str:

@@ -29,7 +29,7 @@ class Task:
 
 
 def indented(text: str, space: str) -> str:
-    return textwrap.indent(text, space, lambda line: bool(line.strip()))
+    return textwrap.indent(text, space, lambda line: line != "\n")
 
 
 def bodies(task: Task) -> dict[str, str]:
