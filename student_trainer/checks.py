@@ -66,6 +66,12 @@ def check_common(
     """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
     check_model(model)
     check_adapters(adapters)
+    if adapters.use_peft and model.loaded is None and holds_adapters(model.model_name_or_path):
+        raise ConfigurationError(
+            f"--use_peft on {model.model_name_or_path}, which holds adapters itself: the new ones "
+            "would name their base without these. First run `student-trainer merge "
+            f"--model_name_or_path {model.model_name_or_path} --output_dir DIR`, and train on DIR"
+        )
     _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
