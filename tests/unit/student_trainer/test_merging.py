@@ -25,7 +25,7 @@ def adapters_on(tmp_path, family, targets, **options):
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **options)
     model = get_peft_model(load_plainly(base), config)
-    for name, value in model.named_parameters():
+    for value in model.parameters():
         if value.requires_grad:  # far from the base
             value.data += 0.3 * torch.randn_like(value)
     model.save_pretrained(folder)
