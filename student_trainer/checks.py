@@ -70,6 +70,12 @@ def check_common(
     check_model(model)
     check_adapters(adapters)
     check_datasets(dataset, data, args)
+    if adapters.use_peft and model.loaded is None and holds_adapters(model.model_name_or_path):
+        raise ConfigurationError(
+            f"--use_peft on {model.model_name_or_path}, which holds adapters itself: the new ones "
+            "would name their base without these. First run `student-trainer merge "
+            f"--model_name_or_path {model.model_name_or_path} --output_dir DIR`, and train on DIR"
+        )
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"

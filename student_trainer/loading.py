@@ -28,6 +28,7 @@ from shared.tokenizer_file import check_survival, differs_from_file, trusted
 from student_trainer.checks import check_merge, holds_adapters
 from student_trainer.config import COMMANDS, AdapterArguments, ModelArguments, parse
 from student_trainer.data.template import stop_token_ids
+from student_trainer.merging import merge_adapters, probe, require_same
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,12 @@ def merge(argv: Sequence[str]) -> None:
         torch_dtype=args.torch_dtype,
         trust_remote_code=args.trust_remote_code,
     )
-    load_model(model).save_pretrained(args.output_dir)
+    merged = load_model(model)
+    expected = probe(merged)
+    merged.save_pretrained(args.output_dir)
     load_tokenizer(model).save_pretrained(args.output_dir)
+    saved = replace(model, model_name_or_path=args.output_dir)
+    require_same(expected, probe(load_model(saved)), f"saving to {args.output_dir}")
     sys.stdout.write(f"Merged into {args.output_dir}; teacher-server serve {args.output_dir}\n")
 
 
@@ -175,7 +180,7 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
         return model
     from peft import PeftModel
 
-    merged: Any = PeftModel.from_pretrained(model, arguments.model_name_or_path).merge_and_unload()
+    merged = merge_adapters(PeftModel.from_pretrained(model, arguments.model_name_or_path))
     return merged.requires_grad_(True)  # peft froze the base
 
 

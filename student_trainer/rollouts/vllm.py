@@ -24,6 +24,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
 from shared.vllm_sampling import SeededSampling
+from student_trainer.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.signals import signals_as_exits
 
@@ -239,6 +240,9 @@ class VllmEngine:
         causal_lm, weights = merged_weights(self.model, getattr(torch, self.dtype))
         config = copy.deepcopy(causal_lm.config)
         config.architectures = [type(causal_lm).__name__]
+        if adapts_tied_weights(causal_lm):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
         config.save_pretrained(self._folder.name)
         weights = revert_weight_conversion(causal_lm, weights)
         save_torch_state_dict(weights, self._folder.name, max_shard_size="2GB")
@@ -309,7 +313,7 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
     """The causal language model and its weights on the CPU, adapters added to what they adapt.
 
     Nothing is merged in place: taking adapters out again would leave rounding errors in the base.
-    Of tied weights there is the first alone, as in a checkpoint.
+    Of tied weights there is the first alone, as in a checkpoint, unless adapters change one.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -317,6 +321,8 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
     adapted = {n: m for n, m in causal_lm.named_modules() if isinstance(m, LoraLayer)}
     names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
     tied = names - {name for name, _ in causal_lm.named_parameters()}
+    if adapts_tied_weights(causal_lm):
+        tied = set()
     weights: dict[str, torch.Tensor] = {}
     for name, value in causal_lm.state_dict().items():
         owner, _, own = name.partition(".base_layer.")
