@@ -46,6 +46,7 @@ from student_trainer.loading import (
     load_config,
     load_model,
     load_stop_ids,
+    load_text_end,
     load_tokenizer,
 )
 from student_trainer.progress import counted
@@ -101,6 +102,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         completions,
         timeout=args.check_timeout,
         progress=True,
+        truncated=truncated,
     )
     summary = {
         "model": model_arguments.model_name_or_path,
@@ -144,12 +146,14 @@ class _Parts:
 
     Attributes:
         stop_ids: tokens that end a completion.
+        text_end: the one of them that ends plain text; None for the first.
         rows: of its output layer.
         context: longest sequence, in tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
+    text_end: int | None
     rows: int
     context: int
 
@@ -158,7 +162,19 @@ def _load_parts(model: ModelArguments) -> _Parts:
     config, tokenizer = load_config(model), load_tokenizer(model)
     rows = int(config.get_text_config().vocab_size)
     stop_ids = tuple(load_stop_ids(model, tokenizer))
-    return _Parts(tokenizer, stop_ids, rows, context_length(config))
+    text_end = load_text_end(model, tokenizer)
+    return _Parts(tokenizer, stop_ids, text_end, rows, context_length(config))
+
+
+def _row_tokenizer(parts: _Parts, template: TemplateOptions) -> RowTokenizer:
+    return RowTokenizer(
+        parts.tokenizer,
+        parts.stop_ids,
+        DataArguments(),
+        parts.context,
+        template,
+        text_end=parts.text_end,
+    )
 
 
 def _asked(problems: Sequence[Problem], args: EvaluateArguments) -> str:
@@ -232,7 +248,7 @@ def _requests(
     rows = [(problem.task_id, problem.row) for problem in problems]
     examples = tokenize_rows(
         rows,
-        RowTokenizer(parts.tokenizer, parts.stop_ids, DataArguments(), limit, template),
+        _row_tokenizer(parts, template),
         remedy="That is the context of the model; take one with a longer context",
     )
     for example in examples:
@@ -270,7 +286,7 @@ def _references(
     try:
         examples = tokenize_rows(
             rows,
-            RowTokenizer(parts.tokenizer, parts.stop_ids, DataArguments(), parts.context, template),
+            _row_tokenizer(parts, template),
         )
     except DatasetError as error:  # a template that rewrites turns: generating is no matter of it
         if required:

@@ -27,7 +27,7 @@ from shared.errors import ConfigurationError
 from shared.tokenizer_file import check_survival, differs_from_file, trusted
 from student_trainer.checks import check_merge, holds_adapters
 from student_trainer.config import COMMANDS, AdapterArguments, ModelArguments, parse
-from student_trainer.data.template import stop_token_ids
+from student_trainer.data.end_tokens import stop_token_ids, text_end_id
 from student_trainer.merging import merge_adapters, probe, require_same
 
 logger = logging.getLogger(__name__)
@@ -132,16 +132,29 @@ def _tokenizer_file(model: str, revision: str) -> Path | None:
 
 
 def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion; see `data.stop_token_ids`."""
+    """Return the tokens that end a completion; see `end_tokens.stop_token_ids`."""
+    return stop_token_ids(tokenizer, _generation_config(arguments))
+
+
+def load_text_end(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that ends plain text; see `end_tokens.text_end_id`.
+
+    ``--eos_token`` is the end of either.
+    """
+    if arguments.eos_token is not None:
+        return None
+    return text_end_id(tokenizer, _generation_config(arguments))
+
+
+def _generation_config(arguments: ModelArguments) -> GenerationConfig | None:
     if arguments.loaded is not None:
-        return stop_token_ids(tokenizer, arguments.loaded.model.generation_config)
-    generation_config = None
+        return arguments.loaded.model.generation_config
     base = _base_of(arguments)
     with contextlib.suppress(OSError):  # many checkpoints have none
-        generation_config = GenerationConfig.from_pretrained(
+        return GenerationConfig.from_pretrained(
             base.model_name_or_path, revision=base.model_revision
         )
-    return stop_token_ids(tokenizer, generation_config)
+    return None
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -74,6 +74,7 @@ from student_trainer.loading import (
     load_config,
     load_stop_ids,
     load_student,
+    load_text_end,
     load_tokenizer,
 )
 from student_trainer.model_card import model_card
@@ -439,6 +440,7 @@ def prepare(
         max_length_of(recipe.data, context),
         template,
         one_sequence=method.lmbda == 0 and not method.seq_kd,
+        text_end=load_text_end(recipe.model, tokenizer),
     )
     if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
         raise ConfigurationError(

@@ -51,6 +51,7 @@ class RowTokenizer:
 
     Attributes:
         stop_ids: tokens that end a completion; the first is appended where one lacks its end.
+        text_end: the one of them that is appended to plain text; None for the first.
         max_length: longest prompt and completion, in tokens.
         template: what the chat template is told.
         one_sequence: several assistant turns are learned as spans of one sequence where the
@@ -63,6 +64,7 @@ class RowTokenizer:
     max_length: int
     template: TemplateOptions = field(default_factory=TemplateOptions)
     one_sequence: bool = False
+    text_end: int | None = None
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -88,7 +90,7 @@ class RowTokenizer:
             identity.special_token_ids,
             identity.chat_template,
             None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest(),
-            self.stop_ids,
+            [self.stop_ids, self.text_end],
             self.max_length,
             [getattr(self.options, name) for name in ROW_OPTIONS],
             dict(self.template.kwargs),
@@ -197,8 +199,11 @@ class RowTokenizer:
                 "stands in the middle of this one; pass --split_special_tokens true to read it as "
                 "text"
             )
-        end = stops.index(stop) if ends else 0
-        return _Part(row.prompt, prompt_ids, [*ids, self.stop_ids[end]])
+        if ends:
+            end = self.stop_ids[stops.index(stop)]
+        else:
+            end = self.stop_ids[0] if self.text_end is None else self.text_end
+        return _Part(row.prompt, prompt_ids, [*ids, end])
 
     def _part(self, where: str, conversation: Conversation) -> _Part:
         try:

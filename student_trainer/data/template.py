@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.data.conversation import Conversation
@@ -507,22 +507,3 @@ def describe_mode(template: ChatTemplate, prompt: str) -> str:
     if _CLOSED.search(prompt):
         return "not thinking: the prompt closes an empty thought"
     return "the prompt leaves open whether the answer begins with a thought"
-
-
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
-) -> list[int]:
-    """Tokens that end a completion; the first is appended where a completion lacks its end.
-
-    That is the tokenizer's EOS, or without one the model's own; the model's others follow, sorted.
-
-    Raises:
-        DatasetError: there is none, so no completion could ever end.
-    """
-    configured = getattr(generation_config, "eos_token_id", None)
-    own = configured if isinstance(configured, list) else [configured]
-    ids = [tokenizer.eos_token_id, *sorted(int(i) for i in own if i is not None)]
-    distinct = list(dict.fromkeys(int(i) for i in ids if i is not None))
-    if not distinct:
-        raise DatasetError("the tokenizer has no EOS token; set one, completions must end")
-    return distinct

@@ -1,0 +1,46 @@
+"""Which tokens end a completion: of a conversation, and of plain text."""
+
+from __future__ import annotations
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from shared.errors import DatasetError
+
+
+def stop_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
+) -> list[int]:
+    """Return the tokens that end a completion; the first is appended where a completion lacks its end.
+
+    That is the tokenizer's EOS, or without one the model's own; the model's others follow, sorted.
+
+    Raises:
+        DatasetError: there is none, so no completion could ever end.
+    """
+    own = sorted(_configured(generation_config))
+    ids = own if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id), *own]
+    distinct = list(dict.fromkeys(ids))
+    if not distinct:
+        raise DatasetError("the tokenizer has no EOS token; set one, completions must end")
+    return distinct
+
+
+def text_end_id(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
+) -> int | None:
+    """Return the token that ends plain text, where that is not the first of `stop_token_ids`.
+
+    A base model may come with the tokenizer of its chat model, whose EOS ends a turn: Gemma 3's is
+    ``<end_of_turn>``, which the base model never writes. What ends its texts is in its own
+    generation configuration.
+    """
+    own = _configured(generation_config)
+    if not own or tokenizer.eos_token_id in own:
+        return None
+    return own[0]
+
+
+def _configured(generation_config: GenerationConfig | None) -> list[int]:
+    configured = getattr(generation_config, "eos_token_id", None)
+    own = configured if isinstance(configured, list) else [configured]
+    return [int(i) for i in own if i is not None]
