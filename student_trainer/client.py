@@ -20,6 +20,7 @@ from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.tokenize import tokenize_rows
+from student_trainer.loading import check_loaded_tokenizer
 from student_trainer.losses import SparseDistribution
 from student_trainer.support import ScoredSample, sparse_distribution
 from student_trainer.teacher import Sampling, SparseGkdTeacher, sequence_of
@@ -128,6 +129,7 @@ class TeacherClient:
         """The teacher's identity, vocabulary, limits and capabilities."""
         info = self._teacher.connect()
         if self.tokenizer is not None:
+            check_loaded_tokenizer(self.tokenizer)
             check_vocabulary(self.tokenizer, len(self.tokenizer), info)
         return info
 

@@ -28,5 +28,7 @@ for row, token in enumerate(scored.sample.completion_ids):
     own = scores.next_token_logprob[row]
     print(f"{token_text(tokenizer, token)!r} {own:.2f} nats; likeliest {likeliest}")
 print(f"perplexity {2.718281828 ** -scores.next_token_logprob.mean():.2f}")
-text = completion_text(tokenizer, written.sample.prompt_ids, written.sample.completion_ids)
+sample = written.sample
+prompt_ids = sample.token_ids[: sample.completion_start]
+text = completion_text(tokenizer, prompt_ids, sample.completion_ids)
 print(f"it would write {text!r}")

@@ -320,7 +320,7 @@ def test_another_teacher_is_accepted_when_told_so(stub, caplog):
 def test_another_vocabulary_is_never_accepted(stub):
     with connected(stub, accept_change=True) as client:
         stub.info = info(OTHER, vocab_size=101)
-        with pytest.raises(TokenizerMismatchError, match="another vocabulary too: 101 rows"):
+        with pytest.raises(TokenizerMismatchError, match="another tokenizer too: 101 rows"):
             client.score(sequences((6, 2)), top_k=3)
 
 
