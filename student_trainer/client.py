@@ -16,9 +16,9 @@ from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.checks import api_key_of, check_teacher
 from student_trainer.config import DataArguments, TeacherArguments
+from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
-from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.loading import check_loaded_tokenizer
 from student_trainer.losses import SparseDistribution

@@ -10,7 +10,7 @@ from shared.errors import DatasetError
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> list[int]:
-    """Return the tokens that end a completion; the first is appended where a completion lacks its end.
+    """Return the tokens that end a completion; the first is appended where one lacks its end.
 
     That is the tokenizer's EOS, or without one the model's own; the model's others follow, sorted.
 

@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 from shared.errors import DatasetError, RowTooLongError
 from student_trainer.config import DataArguments
+from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
-from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.tokenize import tokenize_rows
 
 MARKED = (
