@@ -25,6 +25,7 @@ from student_trainer.config import (
     uses_deepspeed,
     uses_fsdp,
 )
+from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.stream import ExampleStream
@@ -135,6 +136,8 @@ def _settings(
     ))  # fmt: skip
     if teacher is not None:
         told += _identity(teacher, prepared)
+        ends = compare_ends(prepared.tokenizer, prepared.method.stop_ids, teacher.info)
+        told += [] if ends is None else [("end tokens", ends)]
     told += _data(prepared, streaming=recipe.data.streaming)
     told += _template(prepared)
     if questions is not None:

@@ -438,6 +438,7 @@ def _write(
 
 
 def _described(problem: Problem) -> dict[str, str]:
-    row = problem.row
-    prompt = row["prompt"] if "prompt" in row else row["messages"][-1]["content"]
+    prompt = problem.row.get("prompt", problem.row.get("messages"))
+    if isinstance(prompt, list):
+        prompt = [turn["content"] for turn in prompt if turn["role"] != "assistant"][-1]
     return {"prompt": str(prompt), "reference": problem.reference}

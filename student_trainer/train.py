@@ -51,6 +51,7 @@ from student_trainer.config import (
 )
 from student_trainer.data.check import check_token_ids, texts_of
 from student_trainer.data.conversation import check_columns
+from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.examples import RowTokenizer, row_of
 from student_trainer.data.mixture import Mixture, mix
 from student_trainer.data.order import TrainingOrder
@@ -429,6 +430,10 @@ def prepare(
             f"vocabulary of {vocab_size}"
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
+    if teacher is not None and PartialState().is_main_process:
+        told = compare_ends(tokenizer, stop_ids, teacher.info)
+        if told is not None:
+            logger.warning("%s", told)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
     folders = date_folders(args, teacher_cache)
     today = read_date(recipe.template.chat_template_date, folders)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shared.errors import DatasetError
+from shared.protocol import InfoResponse
 
 
 def stop_token_ids(
@@ -38,6 +41,27 @@ def text_end_id(
     if not own or tokenizer.eos_token_id in own:
         return None
     return own[0]
+
+
+def compare_ends(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], info: InfoResponse
+) -> str | None:
+    """Return what a user should know where the teacher ends completions with another token.
+
+    A base student beside a chat teacher is the usual case: the teacher writes ``<|im_end|>``, at
+    which the student's own completions do not stop, so they run to the length limit.
+    """
+    main = info.tokenizer.special_token_ids.get("eos_token")
+    theirs = list(info.eos_token_ids) if main is None else [main]
+    missing = [i for i in theirs if i not in stop_ids and i < len(tokenizer)]
+    if not missing or (main is None and set(theirs) & set(stop_ids)):
+        return None
+    end, own = (str(tokenizer.convert_ids_to_tokens(i)) for i in (missing[0], stop_ids[0]))
+    return (
+        f"the teacher ends its completions with {end!r}, at which the student's do not end (they "
+        f"end with {own!r}): the student's completions would run to --max_new_tokens. Pass "
+        f"--eos_token '{end}', unless that is meant"
+    )
 
 
 def _configured(generation_config: GenerationConfig | None) -> list[int]:

@@ -20,11 +20,16 @@ HUB: dict[str, tuple[str, str | None, str]] = {
 
 # What follows a function that is complete; the list of the paper (arXiv 2107.03374, section 3).
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-# How EvalPlus asks chat models (evalplus.codegen), less the beginning of an answer that it adds.
+# How EvalPlus asks chat models, and how it begins their answer (arXiv 2305.01210, its codegen).
 _INSTRUCTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown "
-    "code block:\n```python\n{prompt}\n```"
+    "code block:\n```\n{prompt}\n```\n"
 )
+_BEGINNING = (
+    "Below is a Python script with a self-contained function that solves the problem and passes "
+    "corresponding tests:\n```python\n"
+)
+_CHAT_STOPS = ("\n```",)
 
 _HUMANEVAL = {"task_id", "prompt", "entry_point", "test"}
 _GSM8K = {"question", "answer"}
@@ -51,7 +56,7 @@ class Problem:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Strings that end a completion, and are not part of it."""
-        return HUMANEVAL_STOPS if self.asked == "raw prompt" else ()
+        return {"raw prompt": HUMANEVAL_STOPS, "instruction": _CHAT_STOPS}.get(self.asked, ())
 
 
 def problems_of(
@@ -92,16 +97,19 @@ def _humaneval(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _humaneval_chat(where: str, row: dict[str, Any]) -> Problem:
-    """The same problem as an instruction; its right answer is the whole function in a fence."""
+    """Return the same problem as an instruction; its right answer is the whole function."""
     raw = _humaneval(where, row)
     prompt = str(row["prompt"])
-    content = _INSTRUCTION.format(prompt=prompt.strip())
+    turns = [
+        {"role": "user", "content": _INSTRUCTION.format(prompt=prompt.strip())},
+        {"role": "assistant", "content": _BEGINNING},
+    ]
     answer = f"{prompt.strip()}\n{raw.reference.rstrip()}"
     return Problem(
         raw.task_id,
-        {"messages": [{"role": "user", "content": content}]},
+        {"prompt": turns},
         raw.checker,
-        f"```python\n{answer}\n```" if raw.reference else "",
+        f"{answer}\n```" if raw.reference else "",
         "instruction",
     )
 

@@ -24,7 +24,7 @@ TINY = Settings(pretrain_rows=4, warmup_rows=1, labelled_rows=1, prompt_rows=1, 
 def model(tmp_path):
     folder = tmp_path / "model"
     save_tokenizer(folder)
-    save_model(folder, hidden_size=16)
+    save_model(folder, hidden_size=16, max_position_embeddings=512)
     return folder
 
 
@@ -274,9 +274,10 @@ def test_humaneval_is_asked_by_an_instruction_where_there_is_a_template(
     results, sample, prompt = asked_of(model, humaneval, tmp_path / "chat", monkeypatch)
     assert results["asked"] == "instruction"
     row = json.loads(humaneval.read_text())
-    assert f"markdown code block:\n```python\n{row['prompt'].strip()}\n```" in prompt
+    assert f"markdown code block:\n```\n{row['prompt'].strip()}\n```" in prompt
     assert sample["prompt"] in prompt
-    assert sample["reference"].startswith(f"```python\n{row['prompt']}    return x + 1\n```")
+    assert prompt.endswith("```python\n")  # the answer is begun, as EvalPlus does
+    assert sample["reference"] == f"{row['prompt']}    return x + 1\n```"
 
     results, sample, prompt = asked_of(
         model, humaneval, tmp_path / "raw", monkeypatch, raw_prompt=True
