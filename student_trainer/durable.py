@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from student_trainer.checkpoints import (
 )
 from student_trainer.random_state import RandomState
 from student_trainer.signals import first_signal_asks
+from student_trainer.training.inputs import keep_inputs
 
 _PATIENCE = 5.0  # seconds that SIGTERM leaves the teacher; torchrun leaves its processes 30
 
@@ -38,11 +39,17 @@ R = TypeVar("R")
 class DurableTrainer(Trainer):
     """Takes transformers' Trainer's arguments.
 
+    Args:
+        inputs: what the run is trained with, for its checkpoints; see `training.inputs`.
+
     Attributes:
         stopped: by SIGTERM, before the last step.
     """
 
-    def __init__(self, model: Any, **trainer_arguments: Any) -> None:
+    def __init__(
+        self, model: Any, *, inputs: Mapping[str, Any] | None = None, **trainer_arguments: Any
+    ) -> None:
+        self._inputs = inputs
         super().__init__(model, **trainer_arguments)
         self.stopped = False
         self._waiting = False  # for the teacher
@@ -105,6 +112,8 @@ class DurableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(output / name)
                 if self.args.should_save:  # the file says where it was written
                     self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            if self.args.should_save and self._inputs is not None:
+                keep_inputs(self._inputs, unfinished(output) / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(output, name)

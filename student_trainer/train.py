@@ -86,6 +86,7 @@ from student_trainer.self_check import check_repeats
 from student_trainer.signals import first_signal_asks
 from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
+from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.vllm_teacher import VllmTeacher
 
 logger = logging.getLogger(__name__)
@@ -321,7 +322,20 @@ def _train(
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
+    inputs = training_inputs(
+        flags,
+        None if isinstance(train, ExampleStream) else train,
+        prepared.template,
+        rows_a_step=args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+    )
+    if checkpoint is not None:
+        check_resumed(Path(checkpoint), inputs)
     _make_folder(args)
+    if args.should_save:
+        with writing("what it is trained with", Path(args.output_dir or "")):
+            keep_inputs(inputs, Path(args.output_dir or ""))
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
@@ -348,6 +362,7 @@ def _train(
             staleness=0 if distill is None else distill.rollout_staleness,
             prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
             trace_steps=traced_steps(args),
+            inputs=inputs,
             card=partial(
                 model_card,
                 arguments=flags,

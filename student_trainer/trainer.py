@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,11 +113,12 @@ class DistillationTrainer(DurableTrainer):
         prefetch_steps: int = 0,
         card: Callable[[str, list[dict[str, Any]]], str] | None = None,
         trace_steps: tuple[int, int] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
-        super().__init__(model, data_collator=list, **trainer_arguments)
+        super().__init__(model, inputs=inputs, data_collator=list, **trainer_arguments)
         self.loss_is_scaled_for_ga = True  # normalised over the whole optimizer step, see below
         self.method = method
         self.beta = beta

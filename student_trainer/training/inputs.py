@@ -1,0 +1,147 @@
+"""What a run was trained with, kept in its folder and in each checkpoint.
+
+A checkpoint goes on with what it was begun with. On other data, under another template or with
+another divergence the result would be what neither run meant, so that is refused; what may well be
+changed, such as the number of steps, is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from shared import __version__
+from shared.errors import ConfigurationError
+from shared.identity import tokenizer_identity
+from student_trainer.data.sample import Example
+from student_trainer.data.template import ChatTemplate
+
+logger = logging.getLogger(__name__)
+
+FILE = "training_inputs.json"
+
+# Flags that a run must go on with.
+SAME = (
+    "eos_token", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit",
+    "dataset_weights", "streaming", "shuffle_buffer_size", "assistant_turns", "max_new_tokens",
+    "chat_template_kwargs", "top_k_logprobs", "lmbda", "beta", "temperature", "teacher_support",
+    "tail", "sft_weight", "request_student_top_m", "seq_kd", "seq_kd_temperature",
+    "rollout_temperature", "seed", "dataloader_drop_last",
+)  # fmt: skip
+# Flags whose change is told: files may have moved, and a run may well be made longer.
+TOLD = (
+    "model_name_or_path", "model_revision", "torch_dtype", "attn_implementation", "lora_dropout",
+    "chat_template", "dataset_name", "dataset_config", "dataset_split", "prompt_column",
+    "completion_column", "max_length", "skip_long_rows", "assistant_only_loss",
+    "split_special_tokens", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_steps",
+    "num_train_epochs", "bf16", "fp16", "rollout_staleness", "rollout_engine",
+    "teacher_logprob_dtype", "teacher_protocol",
+)  # fmt: skip
+# Flags of ours that change nothing of what is learned.
+FREE = (
+    "trust_remote_code", "eval_dataset_name", "eval_dataset_split", "dataset_num_proc",
+    "generation_batch_size", "chat_template_date", "teacher_url", "teacher_api_key_file",
+    "teacher_timeout", "teacher_unreachable", "teacher_repeat_tolerance", "accept_teacher_change",
+    "teacher_cache", "teacher_cache_max_gb", "loss_kernel", "max_tokens_per_batch", "packing",
+    "nonfinite", "trace_steps", "dry_run", "teacher_prefetch_steps", "vllm_gpu_memory_utilization",
+)  # fmt: skip
+
+
+def training_inputs(
+    flags: Sequence[Any],
+    examples: Iterable[Example] | None,
+    template: ChatTemplate,
+    *,
+    rows_a_step: int,
+) -> dict[str, Any]:
+    """Return what a run is trained with, as JSON.
+
+    Args:
+        flags: the dataclasses of all flags.
+        examples: of the training rows; None for a stream, whose rows are not known beforehand.
+        rows_a_step: that all processes learn together in an optimizer step.
+    """
+    values = {name: value for kind in flags for name, value in vars(kind).items()}
+    tokenizer = tokenizer_identity(template.encoder.tokenizer)
+    same = {
+        "the training rows as tokens": None if examples is None else _fingerprint(examples),
+        "the tokenizer": tokenizer.fingerprint,
+        "the chat template": hashlib.sha256(template.source.encode()).hexdigest(),
+        "the date in prompts": str(template.options.today) if template.prints_date else None,
+        "rows a step": rows_a_step,
+        **{f"--{name}": _plain(values[name]) for name in SAME if name in values},
+    }
+    told = {f"--{name}": _plain(values[name]) for name in TOLD if name in values}
+    return {"version": __version__, "same": same, "told": told}
+
+
+def _fingerprint(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{len(example.prompt_ids)}\0".encode())
+        digest.update(example.prompt_ids.tobytes())
+        if example.sample is not None:
+            digest.update(example.sample.token_ids.tobytes())
+            digest.update(example.sample.completion_mask.tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return value if isinstance(value, str | int | float | bool | list | None) else str(value)
+
+
+def keep_inputs(inputs: Mapping[str, Any], folder: Path) -> None:
+    """Write `training_inputs` into a folder."""
+    (folder / FILE).write_text(json.dumps(inputs, indent=2) + "\n")
+
+
+def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
+    """Compare a run with the one that wrote a checkpoint.
+
+    Changes of what may change are logged.
+
+    Raises:
+        ConfigurationError: names all that must not have changed, then and now.
+    """
+    file = checkpoint / FILE
+    try:
+        then = json.loads(file.read_text())
+        changes = {part: _changes(then[part], inputs[part]) for part in ("same", "told")}
+    except FileNotFoundError:
+        logger.warning("%s does not say what it was trained with; it is not compared", checkpoint)
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"--resume_from_checkpoint: {file} cannot be read: {error}; give another checkpoint"
+        ) from error
+    if changes["same"]:
+        more = f" (changed too, but no matter: {'; '.join(changes['told'])})"
+        raise ConfigurationError(
+            f"--resume_from_checkpoint {checkpoint}: it was trained with something else: "
+            f"{'; '.join(changes['same'])}{more if changes['told'] else ''}. Go on with what it "
+            "was trained with, or train anew in another --output_dir"
+        )
+    if changes["told"]:
+        logger.warning("Going on from %s with changes: %s", checkpoint, "; ".join(changes["told"]))
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs; what only one of the versions knows is not compared."""
+    return [
+        f"{name} {_short(then[name])} -> {_short(now[name])}"
+        for name in now
+        if name in then and then[name] != now[name]
+    ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"

@@ -1,0 +1,110 @@
+"""A checkpoint goes on with what it was begun with."""
+
+import dataclasses
+import datetime
+import json
+import logging
+
+import pytest
+from transformers import TrainingArguments
+
+from shared.errors import ConfigurationError
+from student_trainer.config import COMMANDS, DataArguments
+from student_trainer.data.encode import Encoder
+from student_trainer.data.examples import RowTokenizer
+from student_trainer.data.template import ChatTemplate, TemplateOptions
+from student_trainer.training.inputs import (
+    FILE,
+    FREE,
+    SAME,
+    TOLD,
+    check_resumed,
+    keep_inputs,
+    training_inputs,
+)
+
+ROW = {"prompt": "say", "completion": "it"}
+
+
+@dataclasses.dataclass
+class Flags:
+    beta: float = 0.5
+    learning_rate: float = 1e-4
+    max_steps: int = 10
+    teacher_url: str = "http://host:1"
+
+
+def inputs(tokenizer, *, row=ROW, template="{{ messages }}", today=None, rows=8, **flags):
+    tokenizer.chat_template = template
+    examples = RowTokenizer(tokenizer, (1,), DataArguments(), 200)(0, "row", row)
+    options = TemplateOptions({}, today or datetime.date(2026, 1, 2))
+    chat = ChatTemplate(Encoder(tokenizer), options)
+    return training_inputs([Flags(**flags)], examples, chat, rows_a_step=rows)
+
+
+def test_the_same_run_goes_on_without_a_word(tokenizer, tmp_path, caplog):
+    keep_inputs(inputs(tokenizer), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        check_resumed(tmp_path, inputs(tokenizer, teacher_url="http://other:2"))
+    assert not caplog.records
+    assert "other:2" not in (tmp_path / FILE).read_text()
+
+
+DATED = "{{ strftime_now('%Y') }}{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("begun", "change", "message"),
+    [
+        ({}, {"row": {**ROW, "completion": "that"}}, "the training rows as tokens"),
+        ({}, {"row": {"prompt": "say"}}, "the training rows as tokens"),
+        ({}, {"template": "{{ messages }}!"}, "the chat template"),
+        ({}, {"rows": 4}, "rows a step 8 -> 4"),
+        ({}, {"beta": 0.9}, "--beta 0.5 -> 0.9"),
+        ({"template": DATED}, {"template": DATED, "today": datetime.date(2026, 1, 3)},
+         "the date in prompts 2026-01-02 -> 2026-01-03"),
+    ],
+)  # fmt: skip
+def test_what_neither_run_meant_is_refused(tokenizer, tmp_path, begun, change, message):
+    keep_inputs(inputs(tokenizer, **begun), tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        check_resumed(tmp_path, inputs(tokenizer, **change, learning_rate=1.0))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "--learning_rate 0.0001 -> 1.0" in str(caught.value)  # changed too
+
+
+def test_what_may_change_is_told(tokenizer, tmp_path, caplog):
+    keep_inputs(inputs(tokenizer), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        check_resumed(tmp_path, inputs(tokenizer, max_steps=20))
+    [record] = caplog.records
+    assert record.message.endswith("with changes: --max_steps 10 -> 20")
+
+
+def test_a_checkpoint_that_does_not_say_is_not_compared(tokenizer, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_resumed(tmp_path, inputs(tokenizer))
+    assert "does not say what it was trained with" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"same": {}})])
+def test_a_damaged_file_is_named(tokenizer, tmp_path, content):
+    (tmp_path / FILE).write_text(content)
+    with pytest.raises(ConfigurationError, match=f"{FILE} cannot be read"):
+        check_resumed(tmp_path, inputs(tokenizer))
+
+
+def test_each_flag_of_ours_has_its_place_once():
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    ours = {
+        field.name
+        for command in ("sft", "distill")
+        for kind in COMMANDS[command]
+        for field in dataclasses.fields(kind)
+        if field.init and field.name not in theirs
+    }
+    placed = [*SAME, *TOLD, *FREE]
+    assert len(placed) == len(set(placed))
+    assert ours <= set(placed)
+    assert set(placed) - ours <= theirs
