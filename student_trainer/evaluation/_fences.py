@@ -101,42 +101,36 @@ def separate(libc: Any) -> list[str]:
     return left
 
 
-def drop_privileges(libc: Any) -> tuple[list[str], list[int]]:
-    """Become a user that nobody is, if root, without groups, capabilities and ways to more.
-
-    Returns:
-        The names of what was gained, and the descriptors that must stay open.
+def drop_privileges(libc: Any) -> list[str]:
+    """Give up all capabilities and all ways to more; return the names of what holds now.
 
     Raises:
         Missing: capabilities remain, or `no_new_privs` is refused.
     """
-    gained, kept = [], []
-    for capability in range(64):
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
-    if os.geteuid() == 0:
-        kept = _become_another()
-        gained = ["user id"] if os.getuid() != 0 else []
-    libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL
-    number = _number((126, 91))
-    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    libc.syscall(number, header, bytes(24))
-    found = bytearray(24)
     import ctypes
 
-    buffer = (ctypes.c_char * 24).from_buffer(found)
-    if libc.syscall(number - 1, header, buffer) != 0 or any(found):
-        raise Missing("capabilities (they could not be dropped)")
+    for capability in range(64):
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    libc.prctl(47, 4, 0, 0, 0)  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL
+    capset = _number((126, 91))
+    header = struct.pack("=Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    libc.syscall(capset, header, bytes(24))
+    found = ctypes.create_string_buffer(24)
+    if libc.syscall(capset - 1, header, found) != 0 or any(found.raw):
+        raise Missing("way to drop capabilities")
     if libc.prctl(38, 1, 0, 0, 0) != 0:
-        raise Missing("no_new_privs (Linux 3.5)")
-    return [*gained, "no capabilities", "no_new_privs"], kept
+        raise Missing("no_new_privs")
+    return ["no capabilities", "no_new_privs"]
 
 
-def _become_another() -> list[int]:
-    """Change to a user id of its own, which has no file; stay root where that cannot be.
+def become_another() -> list[int]:
+    """Change, if root, to a user id of its own, which has no file; stay root where that cannot be.
 
     Python may stand where only root may look (`/root`): it is then read through descriptors that
     are open already, which are returned.
     """
+    if os.geteuid() != 0:
+        return []
     # systemd's table of user ids leaves 60578 to 61183 to nobody.
     wanted = 60578 + os.getpid() % 600
     folders = {path: os.open(path, os.O_PATH) for path in sys.path if os.path.isdir(path)}  # noqa: PTH112

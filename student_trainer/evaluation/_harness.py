@@ -180,10 +180,11 @@ def _breed(
             enclose, kept = _fences.fence_of(libc)
         except _fences.Missing as error:
             missing.append(str(error))
+        root = os.geteuid() == 0
+        kept += _fences.become_another()
+        held += ["user id"] if root and os.geteuid() != 0 else []
         try:
-            gained, folders = _fences.drop_privileges(libc)
-            held += gained
-            kept += folders
+            held += _fences.drop_privileges(libc)
         except _fences.Missing as error:
             missing.append(str(error))
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which a new user id clears
