@@ -67,6 +67,10 @@ def check_common(
     check_model(model)
     check_adapters(adapters)
     _require(dataset.dataset_name, "--dataset_name", "a JSONL file, a folder or a Hub id")
+    if args.unsafe_sandbox and not data.eval_dataset_name:
+        raise ConfigurationError(
+            "--unsafe_sandbox has no effect without --eval_dataset_name, whose programs it is for"
+        )
     if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
         raise ConfigurationError(
             f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"

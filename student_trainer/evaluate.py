@@ -32,7 +32,7 @@ from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
 from student_trainer.data.tokenize import tokenize_rows
-from student_trainer.evaluation.checkers import CheckResult, check_completions
+from student_trainer.evaluation.checkers import CheckResult, check_completions, missing_fences
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.suites import HUB, Problem, problems_of
 from student_trainer.evaluation.unfinished import Unfinished
@@ -74,6 +74,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     rows = load_rows(name, config=config, split=split)
     problems = problems_of(rows, form)[: args.limit]
     requests = _requests(problems, model_arguments, generation, args)
+    missing = missing_fences([p.checker for p in problems], unsafe=args.unsafe_sandbox)
     folder = _make_folder(args)
     since = time.perf_counter()
     references = _references(problems, model_arguments, required=bool(teacher.teacher_url))
@@ -89,6 +90,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         completions,
         timeout=args.check_timeout,
         progress=True,
+        unsafe=args.unsafe_sandbox,
     )
     summary = {
         "model": model_arguments.model_name_or_path,
@@ -98,6 +100,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         "temperature": args.temperature,
         "seed": args.seed,
         "max_new_tokens": generation.max_new_tokens,
+        **({"unsafe_sandbox": missing} if missing else {}),
         **scores(results, args.n),
         **_measured(model, references, scored, args, model_arguments),
         "seconds": round(time.perf_counter() - since, 2),

@@ -53,7 +53,7 @@ from student_trainer.data.rows import load_rows, named_rows
 from student_trainer.data.sample import Example
 from student_trainer.data.tokenize import keep_short, tokenize_rows
 from student_trainer.dry_run import asked_briefly, dry_run
-from student_trainer.evaluation.checkers import parse_checker
+from student_trainer.evaluation.checkers import missing_fences, parse_checker
 from student_trainer.loading import (
     context_length,
     load_config,
@@ -333,6 +333,8 @@ def prepare(
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     method = _method(args, distill, recipe.generation, top_k, stop_ids)
     train, held_out = make_examples(rows, recipe.data, tokenizer, method, context)
+    checkers = [example.checker for example in held_out or [] if example.checker]
+    missing_fences(checkers, unsafe=args.unsafe_sandbox)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(

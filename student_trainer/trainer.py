@@ -507,7 +507,9 @@ class DistillationTrainer(DurableTrainer):
         if asked:
             self.pipeline.finish_writing()  # the engine has one version of the weights
             self._greedy.sync(self.state.global_step)
-        checked = check_examples(self._greedy, self.processing_class, asked)
+        checked = check_examples(
+            self._greedy, self.processing_class, asked, unsafe=self.args.unsafe_sandbox
+        )
         own = {e.index: (text, r.passed) for e, (text, r) in zip(asked, checked, strict=True)}
         self._show(measured, scored, own)
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
@@ -616,7 +618,7 @@ class DistillationTrainer(DurableTrainer):
 
 
 def check_examples(
-    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example]
+    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example], *, unsafe: bool = False
 ) -> list[tuple[str, CheckResult]]:
     """The model's own completions of examples that carry a checker, and the verdicts on them."""
     requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in examples]
@@ -624,7 +626,8 @@ def check_examples(
     for group in rollouts.generate(requests):
         for index, rollout in group:
             texts[index] = tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
-    results = check_completions([e.checker for e in examples if e.checker], texts)
+    checkers = [e.checker for e in examples if e.checker]
+    results = check_completions(checkers, texts, unsafe=unsafe)
     return list(zip(texts, results, strict=True))
 
 

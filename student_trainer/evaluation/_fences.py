@@ -69,7 +69,7 @@ _NAMESPACES = {
 _NEW_USER = 0x10000000
 
 
-class Missing(Exception):
+class MissingFenceError(Exception):
     """A fence that the kernel refuses; the argument is its name."""
 
 
@@ -77,12 +77,12 @@ def load_libc() -> Any:
     """Return the C library, through which the interpreter reaches the kernel.
 
     Raises:
-        Missing: this interpreter was built without ctypes.
+        MissingFenceError: this interpreter was built without ctypes.
     """
     try:
         import ctypes
     except ImportError as error:
-        raise Missing("ctypes (a Python built with libffi)") from error
+        raise MissingFenceError("ctypes (a Python built with libffi)") from error
     return ctypes.CDLL(None, use_errno=True)
 
 
@@ -105,7 +105,7 @@ def drop_privileges(libc: Any) -> list[str]:
     """Give up all capabilities and all ways to more; return the names of what holds now.
 
     Raises:
-        Missing: capabilities remain, or `no_new_privs` is refused.
+        MissingFenceError: capabilities remain, or `no_new_privs` is refused.
     """
     import ctypes
 
@@ -117,9 +117,9 @@ def drop_privileges(libc: Any) -> list[str]:
     libc.syscall(capset, header, bytes(24))
     found = ctypes.create_string_buffer(24)
     if libc.syscall(capset - 1, header, found) != 0 or any(found.raw):
-        raise Missing("way to drop capabilities")
+        raise MissingFenceError("way to drop capabilities")
     if libc.prctl(38, 1, 0, 0, 0) != 0:
-        raise Missing("no_new_privs")
+        raise MissingFenceError("no_new_privs")
     return ["no capabilities", "no_new_privs"]
 
 
@@ -184,25 +184,25 @@ def fence_of(libc: Any) -> tuple[Callable[[], None], list[int]]:
     """Return what a process calls, once, to be shut in, and the descriptors that it needs.
 
     Raises:
-        Missing: the kernel has no Landlock. The returned function: it or the filter is refused,
-            or does not hold what it should.
+        MissingFenceError: the kernel has no Landlock. The returned function raises it where
+            Landlock or the filter is refused or does not hold.
     """
     ruleset = _landlock(libc)
 
     def enclose() -> None:
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
         if libc.syscall(446, ruleset, 0) != 0:  # landlock_restrict_self
-            raise Missing("Landlock")
+            raise MissingFenceError("Landlock")
         os.close(ruleset)
         try:
             os.close(os.open("/", os.O_RDONLY))
         except PermissionError:
             pass
         else:
-            raise Missing("Landlock (it does not hold)")
+            raise MissingFenceError("Landlock (it does not hold)")
         install_filter(libc, filter_code(os.uname().machine, os.getpid()))
         if libc.socket(1, 1, 0) >= 0:
-            raise Missing("seccomp (it does not hold)")
+            raise MissingFenceError("seccomp (it does not hold)")
 
     return enclose, [ruleset]
 
@@ -211,7 +211,7 @@ def _number(numbers: tuple[int | None, int | None]) -> int:
     architecture = _ARCHITECTURES.get(os.uname().machine)
     number = numbers[architecture[0]] if architecture else None
     if number is None:
-        raise Missing(f"seccomp (no list of system calls for {os.uname().machine})")
+        raise MissingFenceError(f"seccomp (no list of system calls for {os.uname().machine})")
     return number
 
 
@@ -224,13 +224,13 @@ def _landlock(libc: Any) -> int:
     """
     version = libc.syscall(444, None, 0, 1)
     if version < 1:
-        raise Missing("Landlock")
+        raise MissingFenceError("Landlock")
     rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # of files, all there are
     network, scope = 3 if version >= 4 else 0, 3 if version >= 6 else 0
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = libc.syscall(444, struct.pack("=QQQ", rights, network, scope), size, 0)
     if ruleset < 0:
-        raise Missing("Landlock")
+        raise MissingFenceError("Landlock")
     read_file, read_folder = 4, 8
 
     def allow(path: str, allowed: int) -> None:
@@ -295,10 +295,10 @@ def filter_code(machine: str, process: int) -> bytes:
         process: the id of the process, which may send signals to itself.
 
     Raises:
-        Missing: there is no list for such a machine.
+        MissingFenceError: there is no list for such a machine.
     """
     if machine not in _ARCHITECTURES:
-        raise Missing(f"seccomp (no list of system calls for {machine})")
+        raise MissingFenceError(f"seccomp (no list of system calls for {machine})")
     which, architecture = _ARCHITECTURES[machine]
     conditions = {
         "open": _has_none(1, _CHANGING),
@@ -325,7 +325,7 @@ def install_filter(libc: Any, code: bytes) -> None:
     """Put this process, which has `no_new_privs`, behind a filter for the rest of its life.
 
     Raises:
-        Missing: the kernel, or the container, refuses.
+        MissingFenceError: the kernel, or the container, refuses.
     """
     import ctypes
 
@@ -333,7 +333,7 @@ def install_filter(libc: Any, code: bytes) -> None:
         _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
 
     if libc.prctl(22, 2, ctypes.byref(Code(len(code) // 8, code)), 0, 0) != 0:
-        raise Missing("seccomp")
+        raise MissingFenceError("seccomp")
 
 
 def limit(seconds: float, memory_bytes: int) -> None:

@@ -13,6 +13,7 @@ decides, no verdict, no secret, no test, no object that the tests touch.
 
 from __future__ import annotations
 
+import _socket
 import builtins
 import contextlib
 import json
@@ -25,10 +26,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import _socket
-
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
-import _fences  # noqa: E402
+import _fences  # type: ignore[import-not-found]
 
 del sys.path[0]
 
@@ -59,6 +58,7 @@ _PROGRAM, _TESTS, _END = b"p", b"t", b"e"  # what the zygote is told
 
 def serve(seconds: float, memory_bytes: int, *, unsafe: bool) -> None:
     """Answer all requests, if the fences hold or it is told to go without."""
+
     def limit() -> None:
         _fences.limit(seconds, memory_bytes)
 
@@ -140,10 +140,12 @@ def _start_zygote(limit: Callable[[], None], *, unsafe: bool) -> _socket.socket:
     libc = None
     try:
         if sys.platform != "linux":
-            raise _fences.Missing(f"any ({sys.platform} has no fences that this sandbox knows)")
+            raise _fences.MissingFenceError(
+                f"any ({sys.platform} has no fences that this sandbox knows)"
+            )
         libc = _fences.load_libc()
         held = _fences.separate(libc)
-    except _fences.Missing as error:
+    except _fences.MissingFenceError as error:
         missing.append(str(error))
     ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     if os.fork() == 0:
@@ -178,14 +180,14 @@ def _breed(
         libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
         try:
             enclose, kept = _fences.fence_of(libc)
-        except _fences.Missing as error:
+        except _fences.MissingFenceError as error:
             missing.append(str(error))
         root = os.geteuid() == 0
         kept += _fences.become_another()
         held += ["user id"] if root and os.geteuid() != 0 else []
         try:
             held += _fences.drop_privileges(libc)
-        except _fences.Missing as error:
+        except _fences.MissingFenceError as error:
             missing.append(str(error))
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which a new user id clears
         if not missing and (fault := _trial(enclose)):
@@ -214,7 +216,7 @@ def _breed(
                 _begin(limit, *ends, *kept)
                 try:
                     enclose()
-                except _fences.Missing:
+                except _fences.MissingFenceError:
                     if not unsafe:
                         raise
                 (_answer_calls if kind == _PROGRAM else _run_tests)(*ends)
@@ -233,7 +235,7 @@ def _trial(enclose: Callable[[], None]) -> str:
         try:
             enclose()
             os.write(report, b"held")
-        except _fences.Missing as error:
+        except _fences.MissingFenceError as error:
             os.write(report, str(error).encode())
         finally:
             os._exit(0)

@@ -16,7 +16,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from shared.errors import DatasetError
-from student_trainer.evaluation.sandbox import Program, run_programs
+from student_trainer.evaluation.sandbox import Program, check_sandbox, run_programs
 
 _FIELDS = {
     "python": ("prompt", "entry_point", "test"),
@@ -68,16 +68,20 @@ def check_completions(
     timeout: float = 5.0,
     workers: int | None = None,
     progress: bool = False,
+    unsafe: bool = False,
 ) -> list[CheckResult]:
     """Verdicts in order; programs run in the sandbox, ``timeout`` seconds each.
 
     Raises:
+        ConfigurationError: a fence is missing here, and ``unsafe`` is not set.
         DatasetError: a checker that cannot be used.
     """
     parsed = [parse_checker(checker, f"row {i}") for i, checker in enumerate(checkers)]
     pairs = list(zip(parsed, completions, strict=True))
     programs = [program_of(c, text) for c, text in pairs if c.kind == "python"]
-    ran = iter(run_programs(programs, timeout=timeout, workers=workers, progress=progress))
+    ran = iter(
+        run_programs(programs, timeout=timeout, workers=workers, progress=progress, unsafe=unsafe)
+    )
     results = []
     for checker, text in pairs:
         if checker.kind == "python":
@@ -88,6 +92,17 @@ def check_completions(
         else:
             results.append(_compare(checker, text))
     return results
+
+
+def missing_fences(checkers: Sequence[Mapping[str, Any]], *, unsafe: bool) -> list[str]:
+    """The fences that the sandbox lacks here, where one of these checkers runs programs.
+
+    Raises:
+        ConfigurationError: there are some, and ``unsafe`` is not set.
+    """
+    if any(checker.get("kind") == "python" for checker in checkers):
+        return check_sandbox(unsafe=unsafe)
+    return []
 
 
 def summarize(results: Sequence[CheckResult]) -> dict[str, float]:

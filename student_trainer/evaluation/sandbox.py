@@ -11,9 +11,9 @@ The kernel holds the fence (`_fences.py`): a seccomp filter that allows by list 
 socket, pipe or file can be made, none but the process itself be signalled or changed), Landlock
 (no file is read but Python's and the shared libraries), no capabilities, `no_new_privs`, and limits
 of CPU time, wall time, memory and open files. A machine that refuses one of these runs no program,
-unless it is told to with ``unsafe``. Where they are allowed, network, IPC, process, mount, host name
-and cgroup namespaces and a user id of its own come on top. An audit hook names what a program tried
-and ends it; it is a courtesy, and nothing rests on it.
+unless it is told to with ``unsafe``. Where they are allowed, namespaces (network, IPC, process,
+mount, host name, cgroup) and a user id of its own come on top. An audit hook names what a program
+tried and ends it; it is a courtesy, and nothing rests on it.
 
 Strings have the same hash in every run, so a program that depends on the order of a set has the
 same verdict in every run.
@@ -65,7 +65,10 @@ class Program:
     context: str = ""
 
 
-_PROBE = Program("def f():\n    return 1\n", "f", "def check(f):\n    assert f() == 1\n")
+# 8 MiB: less is free in the interpreter already, whatever the limit.
+_PROBE = Program(
+    "def f():\n    return len(bytes(8 << 20))\n", "f", "def check(f):\n    assert f() == 8 << 20\n"
+)
 
 
 @dataclass(frozen=True)
