@@ -150,6 +150,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--model_name_or_path", "/no/such/model"], "no such folder"),
         (["--use_peft", "false"], "--lora_r has no effect without --use_peft"),
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
+        (["--unsafe_sandbox"], "--unsafe_sandbox has no effect without --eval_dataset_name"),
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
         (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0 must be at least 1"),

@@ -15,6 +15,7 @@ from shared.errors import ConfigurationError
 from student_trainer.evaluation import _fences
 from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.sandbox import Program, Sandbox, check_sandbox, run_programs
+from tests.support.fences import LANDLOCK, PRCTL, UNSHARE, write_refusal
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or ctypes.CDLL(None).syscall(444, None, 0, 1) < 1,
@@ -337,20 +338,6 @@ def harness_without_courtesy(folder: Path) -> Path:
     return harness
 
 
-CONTAINER = """
-import os, sys
-sys.path.insert(0, os.path.dirname(__file__))
-import _fences
-libc = _fences.load_libc()
-libc.prctl(38, 1, 0, 0, 0)
-refused = {refused!r}
-code = _fences._step(_fences._LOAD, 0)
-for number in refused:
-    code += _fences._step(_fences._EQUAL, number, 0, 1) + _fences._step(_fences._RETURN, 0x50001)
-_fences.install_filter(libc, code + _fences._step(_fences._RETURN, _fences._ALLOW))
-os.execv(sys.executable, [sys.executable, "-S", "-s", "-P", *sys.argv[1:]])
-"""
-UNSHARE, LANDLOCK, PRCTL_BY_SECCOMP = 272, 444, 157
 AS_USER = ("setpriv", "--reuid=12345", "--regid=12345", "--clear-groups")
 LESS = "sys_admin,sys_ptrace,sys_time,sys_nice,sys_boot,sys_module,net_admin,sys_resource"
 
@@ -361,7 +348,7 @@ def public():
     folder = Path(tempfile.mkdtemp(prefix="fences-", dir="/tmp"))
     folder.chmod(0o755)
     harness_without_courtesy(folder)
-    (folder / "container.py").write_text(CONTAINER.replace("{refused!r}", str([UNSHARE])))
+    write_refusal(folder / "container.py", UNSHARE)
     yield folder
     shutil.rmtree(folder)
 
@@ -473,12 +460,10 @@ def test_each_setting_holds_what_the_promise_needs(setting, public, monkeypatch)
         assert result.passed, result
 
 
-@pytest.mark.parametrize(
-    ("refused", "name"), [(LANDLOCK, "Landlock"), (PRCTL_BY_SECCOMP, "no_new_privs")]
-)
+@pytest.mark.parametrize(("refused", "name"), [(LANDLOCK, "Landlock"), (PRCTL, "no_new_privs")])
 def test_a_kernel_that_refuses_a_fence_runs_nothing(refused, name, public, monkeypatch, caplog):
     wrapper = public / "refuses.py"
-    wrapper.write_text(CONTAINER.replace("{refused!r}", str([refused])))
+    write_refusal(wrapper, refused)
     command = (sandbox_module.sys.executable, "-S", "-s", "-P", str(wrapper))
     monkeypatch.setattr(sandbox_module, "_PYTHON", command)
     with pytest.raises(ConfigurationError, match=f"no ({name}).*--unsafe_sandbox") as caught:
