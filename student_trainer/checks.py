@@ -70,6 +70,10 @@ def check_common(
     check_model(model)
     check_adapters(adapters)
     check_datasets(dataset, data, args)
+    if args.unsafe_sandbox and not data.eval_dataset_name:
+        raise ConfigurationError(
+            "--unsafe_sandbox has no effect without --eval_dataset_name, whose programs it is for"
+        )
     if adapters.use_peft and model.loaded is None and holds_adapters(model.model_name_or_path):
         raise ConfigurationError(
             f"--use_peft on {model.model_name_or_path}, which holds adapters itself: the new ones "

@@ -313,6 +313,11 @@ class CommonTrainingArguments(TrainingArguments):
         "before the optimizer's step, with the batch in --output_dir. skip: the weights stay as "
         "they are, and the log counts skipped_steps.",
     )
+    unsafe_sandbox: bool = _flag(
+        False,
+        "Run model-written programs also where the kernel refuses a fence (seccomp, Landlock): "
+        "they have your rights then. Default: an error that names it.",
+    )
     trace_steps: str | None = _flag(
         None,
         "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
@@ -449,6 +454,11 @@ class EvaluateArguments:
     seed: int = _flag(42, "Seed of the sampling.")
     limit: int | None = _flag(None, "Only the first problems.")
     check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
+    unsafe_sandbox: bool = _flag(
+        False,
+        "Run model-written programs also where the kernel refuses a fence (seccomp, Landlock): "
+        "they have your rights then. Default: an error that names it.",
+    )
     rollout_engine: Literal["transformers", "vllm"] = _flag(
         "transformers", "Who writes the completions; vllm is an engine beside the model."
     )

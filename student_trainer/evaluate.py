@@ -37,7 +37,7 @@ from student_trainer.data.sample import Sample
 from student_trainer.data.template import TemplateOptions
 from student_trainer.data.template_date import read_date
 from student_trainer.data.tokenize import tokenize_rows
-from student_trainer.evaluation.checkers import CheckResult, check_completions
+from student_trainer.evaluation.checkers import CheckResult, check_completions, missing_fences
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.suites import HUB, Problem, problems_of
 from student_trainer.evaluation.unfinished import Unfinished
@@ -86,6 +86,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     asked = _asked(problems, args)
     told = _template_options(template, model_arguments)
     requests = _requests(problems, parts, generation, told, args)
+    missing = missing_fences([p.checker for p in problems], unsafe=args.unsafe_sandbox)
     folder = _make_folder(args)
     since = time.perf_counter()
     references = _references(problems, parts, told, required=bool(teacher.teacher_url))
@@ -103,6 +104,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         timeout=args.check_timeout,
         progress=True,
         truncated=truncated,
+        unsafe=args.unsafe_sandbox,
     )
     summary = {
         "model": model_arguments.model_name_or_path,
@@ -113,6 +115,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         "temperature": args.temperature,
         "seed": args.seed,
         "max_new_tokens": generation.max_new_tokens,
+        **({"unsafe_sandbox": missing} if missing else {}),
         **scores(results, args.n),
         "truncated": sum(truncated) / len(truncated),
         **_measured(model, references, scored, args, parts),

@@ -58,7 +58,7 @@ _TRAINING: Groups = {
     ),
     "evaluation and logs": (
         "eval_dataset_name", "eval_dataset_split", "eval_strategy", "eval_steps", "logging_steps",
-        "report_to", "trace_steps",
+        "report_to", "trace_steps", "unsafe_sandbox",
     ),
     "the command itself": ("dry_run", *_COMMAND),
 }  # fmt: skip
@@ -70,7 +70,7 @@ _EVALUATE: Groups = {
         "n", "temperature", "seed", "max_new_tokens", "generation_batch_size", "rollout_engine",
         "vllm_gpu_memory_utilization",
     ),
-    "checks and results": ("check_timeout", "output_dir"),
+    "checks and results": ("check_timeout", "unsafe_sandbox", "output_dir"),
     "teacher, for the divergence on references": ("beta", *_TRAINING["teacher"]),
     "the command itself": _COMMAND,
 }  # fmt: skip

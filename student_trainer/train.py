@@ -69,7 +69,7 @@ from student_trainer.data.template import NOTES, ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.data.tokenize import keep_short, tokenize_rows
 from student_trainer.dry_run import asked_briefly, dry_run
-from student_trainer.evaluation.checkers import parse_checker
+from student_trainer.evaluation.checkers import missing_fences, parse_checker
 from student_trainer.loading import (
     context_length,
     load_config,
@@ -468,6 +468,8 @@ def prepare(
             f"{row_tokenizer.chat.name} prints no date. Drop it"
         )
     train, held_out = make_examples(rows, row_tokenizer, method, context, args, vocab_size)
+    checkers = [example.checker for example in held_out or [] if example.checker]
+    missing_fences(checkers, unsafe=args.unsafe_sandbox)
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and len(train) < batch:
         raise ConfigurationError(

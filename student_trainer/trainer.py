@@ -532,7 +532,9 @@ class DistillationTrainer(DurableTrainer):
         if asked:
             self.pipeline.finish_writing()  # the engine has one version of the weights
             self._greedy.sync(self.state.global_step)
-        checked = check_examples(self._greedy, self.processing_class, asked)
+        checked = check_examples(
+            self._greedy, self.processing_class, asked, unsafe=self.args.unsafe_sandbox
+        )
         own = {e.index: (text, r.passed) for e, (text, r) in zip(asked, checked, strict=True)}
         self._show(measured, scored, own)
         divergence, tokens = self._sum_over_ranks(torch.tensor(sums)).tolist()
@@ -641,7 +643,7 @@ class DistillationTrainer(DurableTrainer):
 
 
 def check_examples(
-    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example]
+    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example], *, unsafe: bool = False
 ) -> list[tuple[str, CheckResult]]:
     """The model's own completions of examples that carry a checker, and the verdicts on them."""
     requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in examples]
@@ -651,9 +653,8 @@ def check_examples(
             prompt_ids = examples[index].prompt_ids
             texts[index] = completion_text(tokenizer, prompt_ids, rollout.token_ids)
             truncated[index] = rollout.truncated
-    results = check_completions(
-        [e.checker for e in examples if e.checker], texts, truncated=truncated
-    )
+    checkers = [e.checker for e in examples if e.checker]
+    results = check_completions(checkers, texts, truncated=truncated, unsafe=unsafe)
     return list(zip(texts, results, strict=True))
 
 

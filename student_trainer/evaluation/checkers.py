@@ -20,7 +20,7 @@ from typing import Any
 from shared.errors import DatasetError
 from student_trainer.evaluation.extract import extract_code
 from student_trainer.evaluation.numbers import equal_numbers, final_number
-from student_trainer.evaluation.sandbox import Program, run_programs
+from student_trainer.evaluation.sandbox import Program, check_sandbox, run_programs
 
 _FIELDS = {
     "python": ("prompt", "entry_point", "test"),
@@ -73,6 +73,7 @@ def check_completions(
     timeout: float = 5.0,
     workers: int | None = None,
     progress: bool = False,
+    unsafe: bool = False,
 ) -> list[CheckResult]:
     """Verdicts in order; programs run in the sandbox, ``timeout`` seconds each.
 
@@ -86,6 +87,7 @@ def check_completions(
         progress: show a bar.
 
     Raises:
+        ConfigurationError: a fence is missing here, and ``unsafe`` is not set.
         DatasetError: a checker that cannot be used.
         ValueError: not as many checkers or marks as completions.
     """
@@ -93,7 +95,9 @@ def check_completions(
     cut = [False] * len(completions) if truncated is None else truncated
     items = list(zip(parsed, completions, cut, strict=True))
     programs = [program_of(c, text, truncated=cut) for c, text, cut in items if c.kind == "python"]
-    ran = iter(run_programs(programs, timeout=timeout, workers=workers, progress=progress))
+    ran = iter(
+        run_programs(programs, timeout=timeout, workers=workers, progress=progress, unsafe=unsafe)
+    )
     results = []
     for checker, text, cut_short in items:
         if checker.kind == "python":
@@ -104,6 +108,17 @@ def check_completions(
         else:
             results.append(_compare(checker, text, cut_short))
     return results
+
+
+def missing_fences(checkers: Sequence[Mapping[str, Any]], *, unsafe: bool) -> list[str]:
+    """The fences that the sandbox lacks here, where one of these checkers runs programs.
+
+    Raises:
+        ConfigurationError: there are some, and ``unsafe`` is not set.
+    """
+    if any(checker.get("kind") == "python" for checker in checkers):
+        return check_sandbox(unsafe=unsafe)
+    return []
 
 
 def summarize(results: Sequence[CheckResult]) -> dict[str, float]:

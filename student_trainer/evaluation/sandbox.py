@@ -1,42 +1,51 @@
-"""Running model-written Python without trusting it.
+"""Run model-written Python without trusting it.
 
-A program runs in one process and its tests in another (`_harness.py`), forked from a clean
-interpreter; arguments and results cross a pipe as plain data. The tests' process gives the
-verdict, and the program's has nothing to forge it with: no secret, no test, no object they touch.
-`os._exit(0)`, patched builtins or modules, forged output and searched memory prove nothing, and an
-object whose `__eq__` is always true is refused where HumanEval's own harness lets it pass. Lists,
-dicts and sets that are changed in place are changed for the tests too.
+A program runs in one process and its tests in another (`_harness.py`), both forked from an
+interpreter that has seen no code and no test; arguments and results cross a pipe as plain data.
+The tests' process gives the verdict, and the program's has nothing to forge it with: no secret, no
+test, no object they touch. `os._exit(0)`, patched builtins or modules, forged output and searched
+memory prove nothing, and an object whose `__eq__` is always true is refused where HumanEval's own
+harness lets it pass. Lists, dicts and sets that are changed in place are changed for the tests too.
 
-Both processes have a session and an empty working directory of their own, an empty environment, and
-limits of CPU time, wall time, memory, open files and written bytes (none). An audit hook ends them
-at the first socket, subprocess, fork, signal, file write, or read outside the standard library.
-Where the kernel has Landlock (Linux 5.13) and network namespaces it holds the same fence below the
-interpreter, and what escapes its session is found and killed.
+The kernel holds the fence (`_fences.py`): a seccomp filter that allows by list (no process, thread,
+socket, pipe or file can be made, none but the process itself be signalled or changed), Landlock
+(no file is read but Python's and the shared libraries), no capabilities, `no_new_privs`, and limits
+of CPU time, wall time, memory and open files. A machine that refuses one of these runs no program,
+unless it is told to with ``unsafe``. Where they are allowed, namespaces (network, IPC, process,
+mount, host name, cgroup) and a user id of its own come on top. An audit hook names what a program
+tried and ends it; it is a courtesy, and nothing rests on it.
 
-This protects against what language models write, by accident or by imitation. It is no defence
-against somebody with an exploit for the interpreter or the kernel: use a virtual machine for that.
+Strings have the same hash in every run, so a program that depends on the order of a set has the
+same verdict in every run.
+
+This is no defence against somebody with an exploit for the kernel: use a virtual machine for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from shared.errors import ConfigurationError
 from student_trainer.progress import tracked
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
 
+logger = logging.getLogger(__name__)
+
 _HARNESS = Path(__file__).with_name("_harness.py")
+# Alone, without site-packages, the user's folders and the script's; -I would ignore the hash seed.
+_PYTHON = (sys.executable, "-S", "-s", "-P")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,10 @@ class Program:
     context: str = ""
 
 
-_PROBE = Program("def f():\n    return 1\n", "f", "def check(f):\n    assert f() == 1\n")
+# 8 MiB: less is free in the interpreter already, whatever the limit.
+_PROBE = Program(
+    "def f():\n    return len(bytes(8 << 20))\n", "f", "def check(f):\n    assert f() == 8 << 20\n"
+)
 
 
 @dataclass(frozen=True)
@@ -73,29 +85,49 @@ class SandboxResult:
 
 
 class Sandbox:
-    """One fork server; use as a context manager, from one thread at a time.
+    """One server of programs; use as a context manager, from one thread at a time.
 
     Args:
         timeout: seconds of wall time for each program.
         memory_bytes: address space of each program.
+        unsafe: run programs also where the kernel refuses a fence.
+
+    Attributes:
+        held: the fences that hold, by name.
+        missing: those that the promise needs and that do not; none unless ``unsafe``.
 
     Raises:
+        ConfigurationError: the kernel refuses a fence; the error names it and the remedy.
         RuntimeError: not even a trivial program passes, so the limits do not suit this machine.
     """
 
-    def __init__(self, *, timeout: float = 5.0, memory_bytes: int = 512 << 20) -> None:
+    def __init__(
+        self, *, timeout: float = 5.0, memory_bytes: int = 512 << 20, unsafe: bool = False
+    ) -> None:
         self.timeout = timeout
         self.memory_bytes = memory_bytes
-        self._folder = tempfile.TemporaryDirectory(prefix="sandbox-")
+        arguments = [str(timeout), str(memory_bytes), *(["unsafe"] if unsafe else [])]
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_HARNESS)],
+            [*_PYTHON, str(_HARNESS), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            cwd=self._folder.name,
-            env={"PYTHONHASHSEED": "0"},
+            cwd="/",
+            env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
             text=True,
         )
+        assert self._process.stdout is not None
+        state = json.loads(self._process.stdout.readline() or '{"held": [], "missing": ["any"]}')
+        self.held: tuple[str, ...] = tuple(state["held"])
+        self.missing: tuple[str, ...] = tuple(state["missing"])
+        if self.missing and not unsafe:
+            self.close()
+            raise ConfigurationError(
+                f"this machine has no {', '.join(self.missing)}, so model-written programs cannot "
+                "be fenced in: take Linux 5.13 or newer on x86_64 or aarch64 with Landlock on "
+                "(lsm=landlock), in a container one whose seccomp profile lets it through, or run "
+                "them with your own rights by --unsafe_sandbox True"
+            )
         # A machine on which nothing can run would otherwise read as a model that solves nothing.
         probe = self.run(_PROBE)
         if not probe.passed:
@@ -113,7 +145,6 @@ class Sandbox:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._folder.cleanup()
 
     def run(self, program: Program) -> SandboxResult:
         """Run one program to its end or its limits.
@@ -121,20 +152,32 @@ class Sandbox:
         Raises:
             RuntimeError: the fork server itself is gone.
         """
-        request = {
-            **asdict(program),
-            "timeout": self.timeout,
-            "memory_bytes": self.memory_bytes,
-        }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.write(json.dumps(asdict(program)) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the sandbox ended with status {self._process.wait()}")
         return SandboxResult(**json.loads(line))
+
+
+def check_sandbox(*, unsafe: bool) -> list[str]:
+    """Return the fences that are missing here, after a warning that names them.
+
+    Raises:
+        ConfigurationError: there are some, and ``unsafe`` is not set.
+    """
+    with Sandbox(unsafe=unsafe) as sandbox:
+        missing = list(sandbox.missing)
+    if missing:
+        logger.warning(
+            "UNSAFE: model-written programs run without %s; they can reach your files, network "
+            "and processes, and forge their verdicts (--unsafe_sandbox)",
+            ", ".join(missing),
+        )
+    return missing
 
 
 def run_programs(
@@ -144,15 +187,21 @@ def run_programs(
     memory_bytes: int = 512 << 20,
     workers: int | None = None,
     progress: bool = False,
+    unsafe: bool = False,
 ) -> list[SandboxResult]:
-    """Results in order, ``workers`` programs at a time (default: one for each core)."""
+    """Return results in order, ``workers`` programs at a time (default: one for each core).
+
+    Raises:
+        ConfigurationError: a fence is missing and ``unsafe`` is not set, as `Sandbox` says.
+    """
     count = min(workers or os.cpu_count() or 1, len(programs))
     if not count:
         return []
     with contextlib.ExitStack() as stack:
         idle: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
         for _ in range(count):
-            idle.put(stack.enter_context(Sandbox(timeout=timeout, memory_bytes=memory_bytes)))
+            one = Sandbox(timeout=timeout, memory_bytes=memory_bytes, unsafe=unsafe)
+            idle.put(stack.enter_context(one))
         threads = stack.enter_context(ThreadPoolExecutor(count))
 
         def run(program: Program) -> SandboxResult:

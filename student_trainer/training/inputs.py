@@ -49,7 +49,8 @@ FREE = (
     "generation_batch_size", "chat_template_date", "teacher_url", "teacher_api_key_file",
     "teacher_timeout", "teacher_unreachable", "teacher_repeat_tolerance", "accept_teacher_change",
     "teacher_cache", "teacher_cache_max_gb", "loss_kernel", "max_tokens_per_batch", "packing",
-    "nonfinite", "trace_steps", "dry_run", "teacher_prefetch_steps", "vllm_gpu_memory_utilization",
+    "nonfinite", "trace_steps", "dry_run", "unsafe_sandbox", "teacher_prefetch_steps",
+    "vllm_gpu_memory_utilization",
 )  # fmt: skip
 
 

@@ -148,6 +148,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--streaming", "--max_steps", "9", "--dataset_num_proc", "2"], "no effect with --stream"),
         (["--streaming", "--max_steps", "9", "--save_strategy", "epoch"], "has no epochs"),
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
+        (["--unsafe_sandbox"], "--unsafe_sandbox has no effect without --eval_dataset_name"),
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
         (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0 must be at least 1"),

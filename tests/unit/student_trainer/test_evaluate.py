@@ -1,6 +1,8 @@
 """An evaluation that is interrupted goes on, and ends as if it had not been."""
 
 import json
+import platform
+import sys
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from student_trainer import evaluate as evaluate_module
 from student_trainer.cli import main
 from student_trainer.config import DatasetArguments
 from student_trainer.evaluate import where_from
+from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.evaluation.unfinished import Unfinished
 from student_trainer.rollouts import Rollout, TransformersRollouts
+from tests.support.fences import LANDLOCK, write_refusal
 from tests.support.models import save_model, save_tokenizer
 
 TINY = Settings(pretrain_rows=4, warmup_rows=1, labelled_rows=1, prompt_rows=1, held_out_rows=3)
@@ -323,3 +327,30 @@ def test_tokenizer_and_configuration_are_read_once(model, rows, tmp_path, monkey
         )
     assert main(words(model, rows, tmp_path / "out")) == 0
     assert sorted(read) == ["load_config", "load_tokenizer"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="refuses calls by x86_64's numbers")
+def test_without_a_fence_no_program_runs_unless_that_is_wanted(
+    model, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "programs.jsonl"
+    checker = {"kind": "python", "prompt": "", "entry_point": "f", "test": "def check(f): f()\n"}
+    path.write_text(json.dumps({"prompt": "a", "completion": "x", "checker": checker}) + "\n")
+    assert main(words(model, path, tmp_path / "fenced")) == 0
+    assert "unsafe_sandbox" not in json.loads((tmp_path / "fenced/results.json").read_text())
+    write_refusal(tmp_path / "refuse.py", LANDLOCK)
+    command = (sys.executable, "-S", "-s", "-P", str(tmp_path / "refuse.py"))
+    monkeypatch.setattr(sandbox_module, "_PYTHON", command)
+    loaded = []
+    load = evaluate_module.load_model
+    monkeypatch.setattr(
+        evaluate_module, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k)
+    )
+    capsys.readouterr()
+    assert main(words(model, path, tmp_path / "refused")) == 2
+    assert "no Landlock" in capsys.readouterr().err
+    assert not loaded
+    assert not (tmp_path / "refused").exists()
+    assert main(words(model, path, tmp_path / "unsafe", unsafe_sandbox=True)) == 0
+    results = json.loads((tmp_path / "unsafe/results.json").read_text())
+    assert results["unsafe_sandbox"] == ["Landlock"]
