@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import cached_file
-
 from shared.errors import ConfigurationError
 from shared.tokenizer_file import trusted
 
@@ -33,6 +30,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     Raises:
         ConfigurationError: it does not load, or text does not survive it.
     """
+    # Imported here, so that the command line does not wait for it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     options = {"trust_remote_code": trust_remote_code}
     return trusted(
         from_pretrained(AutoTokenizer, model, **options),
@@ -43,6 +43,8 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
 
 
 def _tokenizer_file(model: str) -> Path | None:
+    from transformers.utils import cached_file
+
     try:
         file = cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     except OSError:  # the Hub does not answer, and its cache lacks the file

@@ -115,7 +115,7 @@ def test_the_commands_run_on_shrunken_models_one_after_another(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name, width, seed in (("teacher_base", 32, 1), ("student_base", 16, 2)):
         save_tokenizer(tmp_path / name)
-        save_model(tmp_path / name, hidden_size=width, seed=seed)
+        save_model(tmp_path / name, hidden_size=width, seed=seed, max_position_embeddings=512)
     (tmp_path / "problems.jsonl").write_text(json.dumps(PROBLEM) + "\n")
     asked = [{"problem": f"Add {i}.", "solution": f"def f(x): return x + {i}"} for i in range(16)]
     (tmp_path / "source.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
