@@ -55,15 +55,7 @@ def precompute(argv: Sequence[str]) -> None:
         teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
         check_request(client.connect(), args, teacher)
-        prepared = prepare(
-            recipe,
-            rows,
-            args,
-            teacher=client,
-            distill=args,
-            top_k=teacher.top_k_logprobs,
-            teacher_cache=teacher.teacher_cache,
-        )
+        prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )

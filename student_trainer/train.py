@@ -122,7 +122,7 @@ def sft(argv: Sequence[str]) -> None:
     recipe = Recipe(*parts)
     check_recipe(recipe, args)
     rows = read_rows(recipe, args.seed)
-    prepared = prepare(recipe, rows, args, teacher=None, distill=None, top_k=1)
+    prepared = prepare(recipe, rows, args)
     if args.dry_run:
         dry_run(recipe, prepared, args)
         return
@@ -156,15 +156,7 @@ def distilled(
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
-        prepared = prepare(
-            recipe,
-            rows,
-            args,
-            teacher=client,
-            distill=args,
-            top_k=teacher.top_k_logprobs,
-            teacher_cache=teacher.teacher_cache,
-        )
+        prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
@@ -425,12 +417,19 @@ def prepare(
     rows: Rows,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher | None,
-    distill: DistillArguments | None,
-    top_k: int,
-    teacher_cache: str | None = None,
+    distill: DistillArguments | None = None,
+    teacher: Teacher | None = None,
+    asked: TeacherArguments | None = None,
 ) -> Prepared:
-    """Raises `DatasetError` and `ConfigurationError` for rows and flags that cannot be learned."""
+    """Return what a run learns from, as its flags say.
+
+    Args:
+        distill, teacher, asked: the flags of the method, the connected teacher and the flags of
+            the teacher; None for SFT.
+
+    Raises:
+        DatasetError, ConfigurationError: rows or flags that cannot be learned.
+    """
     tokenizer = load_tokenizer(recipe.model)
     config = load_config(recipe.model)
     vocab_size = int(config.get_text_config().vocab_size)
@@ -449,8 +448,10 @@ def prepare(
         told = compare_ends(tokenizer, stop_ids, teacher.info)
         if told is not None:
             logger.warning("%s", told)
-    method = _method(args, distill, recipe.generation, top_k, stop_ids)
-    folders = date_folders(args, teacher_cache)
+    method = _method(
+        args, distill, recipe.generation, 1 if asked is None else asked.top_k_logprobs, stop_ids
+    )
+    folders = date_folders(args, None if asked is None else asked.teacher_cache)
     today = read_date(recipe.template.chat_template_date, folders)
     template = TemplateOptions(recipe.template.kwargs, gather_object([today])[0])
     row_tokenizer = RowTokenizer(
