@@ -23,6 +23,7 @@ _TITLES = {
     "DatasetArguments": "Dataset",
     "DataArguments": "Rows",
     "GenerationArguments": "Generation",
+    "TemplateArguments": "Chat template",
     "TeacherArguments": "Teacher",
     "CommonTrainingArguments": "Training",
     "DistillArguments": "Distillation",
