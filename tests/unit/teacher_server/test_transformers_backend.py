@@ -256,6 +256,9 @@ def test_it_is_dead_while_a_batch_outlives_all_who_asked(llama_folder, monkeypat
         seen.append(served.alive)
         hangs.set()
         await answer
+        for _ in range(500):  # the answer is out a moment before its thread has ended
+            if not served.alive:
+                await asyncio.sleep(0.01)
         seen.append(served.alive)
         await served.close()
         return seen
