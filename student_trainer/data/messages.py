@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.errors import DatasetError
@@ -138,27 +138,18 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
 
 def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
     """Return the messages with the arguments of tool calls as JSON text, as some templates want."""
-    return _with_calls(
-        messages,
-        lambda function: {**function, "arguments": json.dumps(function["arguments"],
-                                                              ensure_ascii=False)},
-    )  # fmt: skip
-
-
-def _with_calls(
-    messages: Sequence[Message], change: Callable[[dict[str, Any]], dict[str, Any]]
-) -> list[Message]:
     return [
-        {
-            **message,
-            "tool_calls": [
-                {**call, "function": change(call["function"])} for call in message["tool_calls"]
-            ],
-        }
+        {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages
     ]
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def with_content(messages: Sequence[Message], *, of_calls: str | None) -> list[Message]:
