@@ -55,7 +55,8 @@ def test_vllm_writes_what_transformers_does_where_an_evaluation_was_interrupted(
     def run(engine):
         out = tmp_path / engine
         words = [f"--suite={rows}", f"--output_dir={out}", f"--rollout_engine={engine}"]
-        code = main(["evaluate", f"--model_name_or_path={model}", "--max_new_tokens=24", *words])
+        model_words = [f"--model_name_or_path={model}", "--max_new_tokens=24", "--raw_prompt"]
+        code = main(["evaluate", *model_words, *words])
         assert code == 0
         return read_samples(out / "samples.jsonl"), json.loads((out / "results.json").read_text())
 

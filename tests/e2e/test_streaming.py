@@ -43,7 +43,7 @@ def test_a_stream_is_not_gone_on_with_in_another_order(unserved_world, tmp_path,
     resumed = {"resume_from_checkpoint": tmp_path / "checkpoint-3", "max_steps": 4}
     capsys.readouterr()
     assert sft(unserved_world, tmp_path, **resumed, shuffle_buffer_size=8) == 2
-    assert "with shuffle_buffer_size 16, and this one has 8" in capsys.readouterr().err
+    assert "--shuffle_buffer_size 16 -> 8" in capsys.readouterr().err
     (tmp_path / "checkpoint-3" / "stream-0.json").unlink()
     assert sft(unserved_world, tmp_path, **resumed) == 2
     assert "keeps no place in a stream for process 0" in capsys.readouterr().err
