@@ -321,6 +321,7 @@ def _train(
         rows_a_step=args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * args.world_size,
+        teacher=None if teacher is None else teacher.info.teacher,
     )
     if checkpoint is not None:
         check_resumed(Path(checkpoint), inputs)

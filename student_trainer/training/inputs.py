@@ -18,12 +18,14 @@ from typing import Any
 from shared import __version__
 from shared.errors import ConfigurationError
 from shared.identity import tokenizer_identity
+from shared.protocol import TeacherIdentity
 from student_trainer.data.sample import Example
 from student_trainer.data.template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
 FILE = "training_inputs.json"
+_TEACHER = "the teacher's weights"
 
 # Flags that a run must go on with.
 SAME = (
@@ -60,6 +62,7 @@ def training_inputs(
     template: ChatTemplate,
     *,
     rows_a_step: int,
+    teacher: TeacherIdentity | None = None,
 ) -> dict[str, Any]:
     """Return what a run is trained with, as JSON.
 
@@ -67,6 +70,8 @@ def training_inputs(
         flags: the dataclasses of all flags.
         examples: of the training rows; None for a stream, whose rows are not known beforehand.
         rows_a_step: that all processes learn together in an optimizer step.
+        teacher: the one that is learned from, or None. Its weights may change where the flags
+            accept that.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
     tokenizer = tokenizer_identity(template.encoder.tokenizer)
@@ -79,6 +84,11 @@ def training_inputs(
         **{f"--{name}": _plain(values[name]) for name in SAME if name in values},
     }
     told = {f"--{name}": _plain(values[name]) for name in TOLD if name in values}
+    if teacher is not None:
+        accepted = values.get("accept_teacher_change", False)
+        (told if accepted else same)[_TEACHER] = teacher.fingerprint
+        for name in ("model", "dtype", "backend", "version"):
+            told[f"the teacher's {name}"] = getattr(teacher, name)
     return {"version": __version__, "same": same, "told": told}
 
 
@@ -115,7 +125,8 @@ def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
     file = checkpoint / FILE
     try:
         then = json.loads(file.read_text())
-        changes = {part: _changes(then[part], inputs[part]) for part in ("same", "told")}
+        known = {**then["same"], **then["told"]}
+        changes = {part: _changes(known, inputs[part]) for part in ("same", "told")}
     except FileNotFoundError:
         logger.warning("%s does not say what it was trained with; it is not compared", checkpoint)
         return
@@ -125,10 +136,12 @@ def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
         ) from error
     if changes["same"]:
         more = f" (changed too, but no matter: {'; '.join(changes['told'])})"
+        other_teacher = any(change.startswith(_TEACHER) for change in changes["same"])
+        accept = ", accept the teacher with --accept_teacher_change" if other_teacher else ""
         raise ConfigurationError(
             f"--resume_from_checkpoint {checkpoint}: it was trained with something else: "
             f"{'; '.join(changes['same'])}{more if changes['told'] else ''}. Go on with what it "
-            "was trained with, or train anew in another --output_dir"
+            f"was trained with{accept}, or train anew in another --output_dir"
         )
     if changes["told"]:
         logger.warning("Going on from %s with changes: %s", checkpoint, "; ".join(changes["told"]))
