@@ -29,6 +29,10 @@ def begun(world, tmp_path_factory):
     return output
 
 
+def _no_student(*_, **__):
+    raise AssertionError("a model loads")
+
+
 def other_rows(world, folder):
     lines = world.rows.read_text().splitlines(keepends=True)
     (folder / "rows.jsonl").write_text("".join(lines[1:]))
@@ -58,7 +62,7 @@ def other_template(world, folder):
 def test_another_run_is_refused_before_the_student_loads(
     world, begun, tmp_path, capsys, monkeypatch, change, named
 ):
-    monkeypatch.setattr("student_trainer.train.load_student", lambda *_, **__: pytest.fail())
+    monkeypatch.setattr("student_trainer.train.load_student", _no_student)
     files = sorted(begun.rglob("*"))
     capsys.readouterr()
     assert distill(world, begun, max_steps=4, **change(world, tmp_path)) == 2
