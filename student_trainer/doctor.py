@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 from shared import __version__
-from shared.errors import SparseGKDError, TeacherUnauthorizedError, TeacherUnreachableError
+from shared.errors import (
+    ConfigurationError,
+    SparseGKDError,
+    TeacherUnauthorizedError,
+    TeacherUnreachableError,
+)
+from shared.protocol import InfoResponse
 from student_trainer.terminal import Style, has_colours, painted, printable
 
 Status = Literal["ok", "warn", "fail", "off"]
@@ -65,7 +71,12 @@ def doctor(argv: Sequence[str]) -> None:
     arguments = make_parser().parse_args(list(argv))
     found: list[Finding] = []
     colours = has_colours(sys.stdout)
-    for finding in _findings(arguments.teacher_url, arguments.teacher_api_key_file):
+    student = arguments.model_name_or_path
+    if student is not None and not arguments.teacher_url:
+        raise ConfigurationError(
+            f"--model_name_or_path {student} is compared with a teacher; add --teacher_url"
+        )
+    for finding in _findings(arguments.teacher_url, arguments.teacher_api_key_file, student):
         found.append(finding)
         if not arguments.json:  # as they come: a teacher may be waited for
             sys.stdout.write(_line(finding, colours))
@@ -95,6 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--teacher_api_key_file", metavar="FILE",
         help="that holds its API key; default: the environment variable TEACHER_API_KEY",
     )  # fmt: skip
+    parser.add_argument(
+        "--model_name_or_path", metavar="MODEL",
+        help="the student: compare its tokenizer and its end tokens with the teacher's",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return parser
 
@@ -111,7 +126,7 @@ def _summary(found: Sequence[Finding], urls: Sequence[str]) -> str:
     return told + ("" if urls else "; no teacher was asked: --teacher_url http://host:8000 does")
 
 
-def _findings(urls: Sequence[str], key_file: str | None) -> Iterator[Finding]:
+def _findings(urls: Sequence[str], key_file: str | None, student: str | None) -> Iterator[Finding]:
     yield _python()
     yield from _packages()
     yield from _devices()
@@ -119,7 +134,7 @@ def _findings(urls: Sequence[str], key_file: str | None) -> Iterator[Finding]:
     yield from _hub()
     yield _clock()
     for url in urls:
-        yield from _teacher(url, key_file)
+        yield from _teacher(url, key_file, student)
 
 
 def _python() -> Finding:
@@ -281,8 +296,8 @@ def _clock() -> Finding:
     return Finding("clock", "ok", detail)
 
 
-def _teacher(url: str, key_file: str | None) -> Iterator[Finding]:
-    """Reachable, who, with which key, and whether the clocks agree."""
+def _teacher(url: str, key_file: str | None, student: str | None) -> Iterator[Finding]:
+    """Ask a teacher who it is, with which key and clock, and compare it with the student."""
     try:
         from student_trainer.checks import check_teacher
         from student_trainer.config import TeacherArguments
@@ -296,7 +311,7 @@ def _teacher(url: str, key_file: str | None) -> Iterator[Finding]:
                 "teacher's clock", "warn", f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}",
                 "let both machines ask a time server: certificates and logs depend on it",
             )  # fmt: skip
-        yield from _identity(flags)
+        yield from _identity(flags, student)
     except TeacherUnauthorizedError as error:
         yield Finding("teacher's key", "fail", str(error), "set TEACHER_API_KEY to the server's")
     except TeacherUnreachableError as error:
@@ -333,7 +348,7 @@ def _ping(url: str) -> tuple[float, float | None]:
     return min(seconds), skew
 
 
-def _identity(flags: object) -> Iterator[Finding]:
+def _identity(flags: object, student: str | None) -> Iterator[Finding]:
     """Raises `TeacherError` where it wants another key, is not ready, or is no such teacher."""
     from student_trainer.checks import api_key_of
     from student_trainer.config import TeacherArguments
@@ -351,6 +366,33 @@ def _identity(flags: object) -> Iterator[Finding]:
         f"{who.fingerprint[:16]}; {info.vocab_size:,} tokens, context {info.max_model_len:,}",
     )  # fmt: skip
     yield Finding("teacher's key", *_key_status(flags.teacher_url, key is not None))
+    if student is not None:
+        yield from _compared(student, info)
+
+
+def _compared(student: str, info: InfoResponse) -> Iterator[Finding]:
+    """Compare the student's tokenizer and what ends its completions with the teacher's."""
+    from student_trainer.config import ModelArguments
+    from student_trainer.data.end_tokens import compare_ends
+    from student_trainer.loading import load_config, load_stop_ids, load_tokenizer
+    from student_trainer.train import check_vocabulary
+
+    model = ModelArguments(model_name_or_path=student)
+    try:
+        tokenizer = load_tokenizer(model)
+        rows = int(load_config(model).get_text_config().vocab_size)
+        stop_ids = load_stop_ids(model, tokenizer)
+        check_vocabulary(tokenizer, rows, info)
+    except SparseGKDError as error:
+        yield Finding("tokenizers", "fail", str(error))
+        return
+    yield Finding("tokenizers", "ok", "student and teacher have one vocabulary and cut text alike")
+    ends = compare_ends(tokenizer, stop_ids, info)
+    if ends is not None:
+        yield Finding("end tokens", "warn", ends)
+    else:
+        names = ", ".join(repr(str(tokenizer.convert_ids_to_tokens(i))) for i in stop_ids)
+        yield Finding("end tokens", "ok", f"the student ends with {names}, as the teacher does")
 
 
 def _key_status(urls: list[str], given: bool) -> tuple[Status, str, str]:

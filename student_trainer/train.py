@@ -50,7 +50,7 @@ from student_trainer.config import (
     traced_steps,
 )
 from student_trainer.data.check import check_token_ids, texts_of
-from student_trainer.data.conversation import check_columns
+from student_trainer.data.conversation import PlainText, check_columns, read_row
 from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.examples import RowTokenizer, row_of
 from student_trainer.data.mixture import Mixture, mix
@@ -87,6 +87,7 @@ from student_trainer.signals import first_signal_asks
 from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
+from student_trainer.training.text_end import KeepEndTokens
 from student_trainer.vllm_teacher import VllmTeacher
 
 logger = logging.getLogger(__name__)
@@ -366,6 +367,8 @@ def _train(
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
         )
+        if prepared.keep_end_tokens:
+            trainer.add_callback(KeepEndTokens(student))
         if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
             learned = [train[i] for i in rows_of_run(args, trainer.order)]
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
@@ -411,6 +414,7 @@ class Prepared:
     held_out: list[Example] | None
     template: ChatTemplate
     max_length: int
+    keep_end_tokens: bool  # the model's own, which are not the tokenizer's
 
 
 def prepare(
@@ -455,6 +459,7 @@ def prepare(
     folders = date_folders(args, None if asked is None else asked.teacher_cache)
     today = read_date(recipe.template.chat_template_date, folders)
     template = TemplateOptions(recipe.template.kwargs, gather_object([today])[0])
+    text_end = load_text_end(recipe.model, tokenizer)
     row_tokenizer = RowTokenizer(
         tokenizer,
         method.stop_ids,
@@ -462,7 +467,7 @@ def prepare(
         max_length_of(recipe.data, context),
         template,
         one_sequence=method.lmbda == 0 and not method.seq_kd,
-        text_end=load_text_end(recipe.model, tokenizer),
+        text_end=text_end,
     )
     if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
         raise ConfigurationError(
@@ -485,7 +490,14 @@ def prepare(
         held_out,
         row_tokenizer.chat,
         row_tokenizer.max_length,
+        text_end is not None and _are_plain_text(rows.train, recipe.data),
     )
+
+
+def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:
+    """Return whether no row is a conversation; of a stream, its first rows tell."""
+    some = rows.head(_LOOK) if isinstance(rows, RowStream) else rows
+    return all(isinstance(read_row(where, row, data), PlainText) for where, row in some)
 
 
 def date_folders(args: CommonTrainingArguments, teacher_cache: str | None) -> list[Path]:

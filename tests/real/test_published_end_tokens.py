@@ -39,3 +39,19 @@ def test_a_base_model_learns_to_end_its_texts_with_its_own_token(tmp_path, capsy
     shown = capsys.readouterr().out
     assert "<bos>The capital of France is[[ Paris.<eos>]]" in shown
     assert "end_of_turn" not in shown
+
+
+def test_a_trained_base_model_keeps_the_end_of_its_texts(tmp_path):
+    """A second run on the output folder ends text as the first did."""
+    file = tmp_path / "rows.jsonl"
+    row = {"prompt": "Two and two are", "completion": " four."}
+    file.write_text(json.dumps(row) + "\n")
+    words = ["--model_name_or_path", str(model_folder("gemma-3-270m")), "--torch_dtype", "bfloat16",
+             "--dataset_name", str(file), "--output_dir", str(tmp_path / "out"),
+             "--max_steps", "1", "--report_to", "none", "--save_strategy", "steps",
+             "--save_steps", "1"]  # fmt: skip
+    assert main(["sft", *words]) == 0
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        arguments = ModelArguments(str(folder))
+        tokenizer = load_tokenizer(arguments)
+        assert tokenizer.convert_ids_to_tokens(load_text_end(arguments, tokenizer)) == "<eos>"
