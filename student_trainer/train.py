@@ -86,6 +86,7 @@ from student_trainer.self_check import check_repeats
 from student_trainer.signals import first_signal_asks
 from student_trainer.teacher import SparseGkdTeacher, Teacher
 from student_trainer.trainer import DistillationTrainer
+from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.training.text_end import KeepEndTokens
 from student_trainer.vllm_teacher import VllmTeacher
@@ -367,6 +368,8 @@ def _train(
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
         )
+        if method.lmbda > 0 or method.seq_kd:
+            trainer.add_callback(CutCompletions(method.max_new_tokens))
         if prepared.keep_end_tokens:
             trainer.add_callback(KeepEndTokens(student))
         if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):

@@ -433,3 +433,10 @@ def test_long_rows_are_told_with_what_would_help(world, tmp_path, capsys):
     assert "--max_length 512 is over the context of student and teacher, 256" in (
         capsys.readouterr().err
     )
+
+
+def test_completions_that_never_end_are_told(world, tmp_path, caplog):
+    assert distill(world, tmp_path, lmbda=1, max_new_tokens=1, max_steps=2) == 0
+    told = [record.message for record in caplog.records if "are cut at" in record.message]
+    assert len(told) == 1
+    assert "--max_new_tokens 1 " in told[0]
