@@ -152,6 +152,11 @@ class StopStrings:
         ends = [(at, at + len(stop), stop) for at, stop in found if at >= 0]
         return min(ends, key=lambda match: match[1], default=None)
 
+    def cut(self, text: str) -> tuple[str, bool]:
+        """Return the text before its first stop string, and whether there is one."""
+        match = self.find(text)
+        return (text, False) if match is None else (text[: match[0]], True)
+
 
 class StopSearch:
     """Looks for stop strings in a completion while it is generated."""

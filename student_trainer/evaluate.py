@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.sparse import SparseLogprobs
-from shared.text import completion_text
+from shared.text import StopStrings, completion_text
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
@@ -54,12 +54,11 @@ from student_trainer.references import measure
 from student_trainer.rollouts import (
     RolloutEngine,
     RolloutRequest,
-    StopStrings,
+    StopDetector,
     TransformersRollouts,
     VllmEngine,
     VllmRollouts,
 )
-from student_trainer.rollouts.stops import cut
 from student_trainer.train import check_vocabulary, open_teacher
 
 logger = logging.getLogger(__name__)
@@ -365,7 +364,7 @@ def _generate(
                 number = missing[index]
                 prompt_ids = requests[number].prompt_ids
                 text = completion_text(parts.tokenizer, prompt_ids, rollout.token_ids)
-                text, stopped = cut(text, stops)
+                text, stopped = StopStrings(stops).cut(text)
                 unfinished.add(number, text, truncated=rollout.truncated and not stopped)
             count(len(group))
 
@@ -381,6 +380,7 @@ def _engine(
     longest: int,
 ) -> Iterator[RolloutEngine]:
     """Who writes the completions, of prompt and completion of up to ``longest`` tokens."""
+    detector = StopDetector(parts.tokenizer, stops) if stops else None
     if args.rollout_engine == "transformers":
         yield TransformersRollouts(
             model,
@@ -390,7 +390,7 @@ def _engine(
             temperature=args.temperature,
             batch_size=generation.generation_batch_size or 32,
             vocab_size=vocab_size,
-            stop_strings=StopStrings(parts.tokenizer, stops) if stops else None,
+            stop_strings=detector,
         )
         return
     with VllmEngine(
@@ -406,6 +406,7 @@ def _engine(
             max_new_tokens=generation.max_new_tokens,
             temperature=args.temperature,
             vocab_size=vocab_size,
+            stop_strings=detector,
         )
         rollouts.sync(0)
         yield rollouts

@@ -22,7 +22,7 @@ from shared.errors import RolloutError
 from shared.sampling import uniforms
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.rollouts.sampling import sample_tokens
-from student_trainer.rollouts.stops import StopStrings
+from student_trainer.rollouts.stops import StopDetector
 
 
 class TransformersRollouts:
@@ -61,7 +61,7 @@ class TransformersRollouts:
         batch_size: int | None,
         vocab_size: int,
         one_group: bool = False,
-        stop_strings: StopStrings | None = None,
+        stop_strings: StopDetector | None = None,
     ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)

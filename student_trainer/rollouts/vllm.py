@@ -26,6 +26,7 @@ from shared.sampling import uniforms
 from shared.vllm_sampling import SeededSampling
 from student_trainer.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest
+from student_trainer.rollouts.stops import StopDetector
 from student_trainer.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -150,8 +151,17 @@ class VllmEngine:
             )
         self._version = weight_version
 
-    def run(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self,
+        prompts: Sequence[list[int]],
+        params: Sequence[Any],
+        stops: StopDetector | None = None,
+    ) -> Iterator[tuple[int, Any]]:
         """(index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
+
+        Args:
+            stops: strings that end a completion too, which then has no ``finish_reason``. The
+                engine has no tokenizer, so they are looked for here, after each token.
 
         Raises:
             RolloutError: the engine is dead, or was closed meanwhile.
@@ -170,8 +180,13 @@ class VllmEngine:
                 with self._open():
                     outputs = self._engine.step()
                 for output in outputs:
+                    written, name = output.outputs[0], output.request_id
                     if output.finished:
-                        yield running.pop(output.request_id), output.outputs[0]
+                        yield running.pop(name), written
+                    elif stops is not None and stops.end(prompts[running[name]], written.token_ids):
+                        with self._open():
+                            self._engine.abort_request([name])
+                        yield running.pop(name), written
         except GeneratorExit:  # the caller went away
             with suppress(RolloutError), self._open():
                 self._engine.abort_request(list(running))
@@ -257,6 +272,7 @@ class VllmRollouts:
         max_new_tokens: longest completion.
         temperature: of the sampling; 0 is greedy.
         vocab_size: ids from here on are not sampled (padding rows of the output layer).
+        stop_strings: strings that end a completion too; the tokens that spell one stay part of it.
     """
 
     elsewhere = True
@@ -269,8 +285,10 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        stop_strings: StopDetector | None = None,
     ) -> None:
         self.engine = engine
+        self._stops = stop_strings
         rows = engine.model.get_output_embeddings().weight.shape[0]
         self._params = {
             "max_tokens": max_new_tokens,
@@ -292,18 +310,21 @@ class VllmRollouts:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        kinds = RequestOutputKind
+        kind = kinds.FINAL_ONLY if self._stops is None else kinds.CUMULATIVE
         params = [
             SamplingParams(
                 **self._params,
                 seed=int(uniforms(*request.key, count=1)[0] * 2**53),
                 detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+                output_kind=kind,
             )
             for request in requests
         ]
         prompts = [request.prompt_ids.tolist() for request in requests]
-        for index, written in self.engine.run(prompts, params):
-            if written.finish_reason not in ("stop", "length"):
+        ends = ("stop", "length") if self._stops is None else ("stop", "length", None)
+        for index, written in self.engine.run(prompts, params, self._stops):
+            if written.finish_reason not in ends:
                 raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
             ids = np.asarray(written.token_ids, np.uint32)
             yield [(index, Rollout(ids, truncated=written.finish_reason == "length"))]

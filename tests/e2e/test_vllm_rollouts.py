@@ -7,10 +7,17 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.errors import RolloutError
-from student_trainer.rollouts import RolloutRequest, TransformersRollouts, VllmEngine, VllmRollouts
+from shared.text import completion_text
+from student_trainer.rollouts import (
+    RolloutRequest,
+    StopDetector,
+    TransformersRollouts,
+    VllmEngine,
+    VllmRollouts,
+)
 from student_trainer.rollouts.vllm import merged_weights
 from tests.e2e.test_distillation import distill, flags, history, launch
 from tests.support.models import save_model, save_tokenizer
@@ -37,10 +44,10 @@ def vllm(student):
         yield engine
 
 
-def rollouts(vllm, *, temperature=1.0, vocab_size=VOCAB_SIZE, max_new_tokens=LONGEST):
+def rollouts(vllm, *, temperature=1.0, vocab_size=VOCAB_SIZE, max_new_tokens=LONGEST, stops=None):
     return VllmRollouts(
         vllm, stop_ids=STOPS, max_new_tokens=max_new_tokens, temperature=temperature,
-        vocab_size=vocab_size,
+        vocab_size=vocab_size, stop_strings=stops,
     )  # fmt: skip
 
 
@@ -131,6 +138,31 @@ class TestEngine:
             stops = [i for i, token in enumerate(rollout.token_ids) if token in STOPS]
             assert stops == ([] if rollout.truncated else [len(rollout.token_ids) - 1])
             assert not rollout.truncated or len(rollout.token_ids) == LONGEST
+
+    def test_stop_strings_end_completions_where_the_student_itself_ends_them(
+        self, vllm, student, tmp_path
+    ):
+        save_tokenizer(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+        asked = requests(8)
+        whole = dict(item for group in rollouts(vllm).generate(asked) for item in group)
+        texts = [
+            completion_text(tokenizer, asked[i].prompt_ids, whole[i].token_ids) for i in range(8)
+        ]
+        detector = StopDetector(tokenizer, [text[3:5] for text in texts if len(text) > 5])
+        early = dict(
+            item for group in rollouts(vllm, stops=detector).generate(asked) for item in group
+        )
+        for i in range(8):
+            ids = whole[i].token_ids
+            ends = [
+                t + 1 for t in range(len(ids)) if detector.end(asked[i].prompt_ids, ids[: t + 1])
+            ]
+            assert early[i].token_ids.tolist() == ids[: ends[0] if ends else None].tolist()
+            assert early[i].truncated == (whole[i].truncated and not ends)
+        assert sum(map(len, (r.token_ids for r in early.values()))) < sum(
+            map(len, (r.token_ids for r in whole.values()))
+        )
 
     @pytest.mark.parametrize(("count", "length"), [(8, 6), (60, 200)], ids=["whole", "in pieces"])
     def test_the_same_key_gives_the_same_completion_whatever_the_batch(self, vllm, count, length):

@@ -178,6 +178,12 @@ def test_the_stop_string_that_ends_first_is_the_one():
     assert StopStrings(("a",)).find("aba", 1) == (2, 3, "a")
 
 
+def test_text_is_cut_before_the_first_stop_string():
+    assert StopStrings(("\ndef", "\nif")).cut("a\nif b\ndef c") == ("a", True)
+    assert StopStrings(("\ndef",)).cut("a\n") == ("a\n", False)
+    assert StopStrings(()).cut("a") == ("a", False)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shared.text import completion_text
-from student_trainer.rollouts import RolloutRequest, StopStrings, TransformersRollouts
-from student_trainer.rollouts.stops import cut
+from shared.text import StopStrings, completion_text, encoded
+from student_trainer.rollouts import RolloutRequest, StopDetector, TransformersRollouts
 from tests.support.models import save_model, save_tokenizer
 
 PROMPTS = ["def f(x):", "a", "return x + 1\n\n"]
@@ -28,7 +29,7 @@ def write(parts, stops):
     engine = TransformersRollouts(
         model, stop_ids=[tokenizer.eos_token_id], pad_token_id=0, max_new_tokens=60,
         temperature=1.0, batch_size=2, vocab_size=len(tokenizer),
-        stop_strings=StopStrings(tokenizer, stops) if stops else None,
+        stop_strings=StopDetector(tokenizer, stops) if stops else None,
     )  # fmt: skip
     requests = [
         RolloutRequest(np.asarray(tokenizer(text)["input_ids"], np.uint32), ("t", number))
@@ -48,11 +49,12 @@ def write(parts, stops):
 def test_stopping_early_gives_what_cutting_afterwards_gives(parts):
     whole = write(parts, [])
     # Strings of three characters from the middle of each text: they begin and end within tokens.
-    stops = [text[len(text) // 2 :][:3] for text, _, _ in whole]
+    stops = tuple(text[len(text) // 2 :][:3] for text, _, _ in whole)
     assert all(stops)
     early = write(parts, stops)
     for (text, length, _), (short, steps, truncated) in zip(whole, early, strict=True):
-        assert cut(short, stops) == cut(text, stops) == (cut(text, stops)[0], True)
+        assert StopStrings(stops).cut(short) == StopStrings(stops).cut(text)
+        assert StopStrings(stops).cut(text)[1]
         assert steps < length
         assert not truncated
 
@@ -66,10 +68,20 @@ def test_a_row_that_stops_leaves_the_others_alone(parts):
     assert early[1:] == whole[1:]
 
 
-def test_the_first_of_several_strings_counts():
-    assert cut("a\nif b\ndef c", ["\ndef", "\nif"]) == ("a", True)
-    assert cut("a\n", ["\ndef"]) == ("a\n", False)
-    assert cut("a", []) == ("a", False)
+STOPS = ("\ndef", "</s>", "ef g", "€")
+
+
+@given(text=st.text(st.sampled_from("\ndefg x</s>€é"), max_size=30), place=st.integers(0, 5))
+def test_a_completion_ends_at_the_first_token_with_which_its_text_holds_a_stop(parts, text, place):
+    tokenizer = parts[1]
+    ids = encoded(tokenizer, text)
+    prompt, rest = ids[:place], ids[place:]
+    detector = StopDetector(tokenizer, STOPS)
+    parts_of = [rest[: i + 1] for i in range(len(rest))]
+    found = (i for i, ids in enumerate(parts_of) if detector.end(prompt, ids))
+    texts = [completion_text(tokenizer, prompt, ids) for ids in parts_of]
+    expected = (i for i, one in enumerate(texts) if any(stop in one for stop in STOPS))
+    assert next(found, None) == next(expected, None)
 
 
 def test_few_tokens_are_decoded_at_each_step(parts):
@@ -81,6 +93,6 @@ def test_few_tokens_are_decoded_at_each_step(parts):
             return parts[1].decode(ids, **options)
 
     tokenizer = Counting()
-    stops = StopStrings(tokenizer, ["\ufffe\ufffe"])  # six bytes
+    stops = StopDetector(tokenizer, ["\ufffe\ufffe"])  # six bytes
     assert not stops.end([1, 2], list(range(5, 105)))
     assert tokenizer.most == 7
