@@ -278,13 +278,7 @@ def _references(
     Raises:
         DatasetError: they are ``required``, and one cannot be told from its prompt.
     """
-    rows = []
-    for problem in problems:
-        if problem.reference and "prompt" in problem.row:
-            rows.append((problem.task_id, {**problem.row, "completion": problem.reference}))
-        elif problem.reference:
-            turn = {"role": "assistant", "content": problem.reference}
-            rows.append((problem.task_id, {"messages": [*problem.row["messages"], turn]}))
+    rows = [(p.task_id, p.answered) for p in problems if p.answered is not None]
     try:
         examples = tokenize_rows(
             rows,
@@ -442,7 +436,7 @@ def _write(
 
 
 def _described(problem: Problem) -> dict[str, str]:
-    prompt = problem.row.get("prompt", problem.row.get("messages"))
+    prompt = problem.row["prompt"]
     if isinstance(prompt, list):
-        prompt = [turn["content"] for turn in prompt if turn["role"] != "assistant"][-1]
+        prompt = [turn.get("content") for turn in prompt if turn["role"] != "assistant"][-1]
     return {"prompt": str(prompt), "reference": problem.reference}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.config import DataArguments
+from student_trainer.data.messages import Message
 
-Message = dict[str, Any]
 Form = Literal["messages", "prompt", "conversations", "instruction"]
 
 # Who speaks, by the names that ShareGPT's descendants use.
@@ -71,11 +71,11 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     if form == "prompt":
         prompt, completion = _prompted(where, row, options)
         if isinstance(prompt, str):
-            for column in ("tools", "chat_template_kwargs"):
-                if _column_of(where, row, column):
+            for column in ("tools", "chat_template_kwargs", "system"):
+                if row.get(column) and (column == "system" or _column_of(where, row, column)):
                     raise DatasetError(
-                        f"{where}: {column} are for a chat template, which a prompt of plain text "
-                        "does not go through; give messages"
+                        f"{where}: the column {column} is for a chat template, which a prompt of "
+                        "plain text does not go through; give messages"
                     )
             assert completion is None or isinstance(completion, str)
             return PlainText(prompt, completion)
@@ -146,12 +146,12 @@ def _nearest(column: str, columns: Iterable[str]) -> str:
 
 def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message], Message | None]:
     """Return prompt and completion of ``messages`` or ``conversations``."""
-    value = _json_of(where, form, row[form])
+    value = json_value(where, form, row[form])
     if form == "messages":
         messages = _check_messages(where, form, value)
     else:
         messages = _check_messages(where, form, _renamed(where, form, value))
-        messages = _with_system(where, row, messages)
+    messages = _with_system(where, row, messages)
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
             raise DatasetError(f"{where}: {form} hold no turn before the assistant's")
@@ -188,9 +188,21 @@ def _renamed(where: str, column: str, turns: Any) -> Any:
 def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> list[Message]:
     """Return the messages after what the ``system`` column says, if it is there."""
     system = _text_of(where, row, "system")
-    if not system or messages[0]["role"] == "system":
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        if messages[0].get("content") != system:
+            raise DatasetError(
+                f"{where}: the system column and the first message are two system prompts, "
+                f"{_start(system)} and {_start(messages[0].get('content'))}; keep one"
+            )
         return messages
     return [{"role": "system", "content": system}, *messages]
+
+
+def _start(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _instructed(
@@ -205,7 +217,7 @@ def _instructed(
     if answer == "":
         raise DatasetError(f"{where}: the {column} is empty; there is nothing to learn")
     history = row.get("history")
-    history = [] if history in (None, "") else _json_of(where, "history", history)
+    history = [] if history in (None, "") else json_value(where, "history", history)
     if not isinstance(history, list):
         raise DatasetError(f"{where}: history must be a list of [question, answer] pairs")
     messages: list[Message] = []
@@ -232,6 +244,7 @@ def _prompted(
     prompt, completion = row[options.prompt_column], row.get(options.completion_column)
     if isinstance(prompt, list):
         messages = _check_messages(where, options.prompt_column, prompt)
+        messages = _with_system(where, row, messages)
         if isinstance(completion, str):
             return messages, {"role": "assistant", "content": completion}
         if completion is None:
@@ -246,7 +259,7 @@ def _prompted(
         raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
     if options.prompt_column != "prompt":  # a mapped column of a chat dataset: one user turn
         turn = None if completion is None else {"role": "assistant", "content": completion}
-        return [{"role": "user", "content": prompt}], turn
+        return _with_system(where, row, [{"role": "user", "content": prompt}]), turn
     return prompt, completion
 
 
@@ -257,7 +270,7 @@ def _text_of(where: str, row: dict[str, Any], column: str) -> str | None:
     return value
 
 
-def _json_of(where: str, column: str, value: Any) -> Any:
+def json_value(where: str, column: str, value: Any) -> Any:
     """Return the value, or what its JSON text says."""
     if not isinstance(value, str):
         return value
@@ -272,7 +285,7 @@ def _column_of(where: str, row: dict[str, Any], column: str) -> Any:
     value = row.get(column)
     if value is None or value == "":
         return None
-    value = _json_of(where, column, value)
+    value = json_value(where, column, value)
     if column == "tools":
         if not isinstance(value, list):
             raise DatasetError(

@@ -16,7 +16,7 @@ from shared import __version__
 from shared.errors import DatasetError, RowTooLongError
 from shared.identity import tokenizer_identity
 from student_trainer.config import ROW_OPTIONS, DataArguments
-from student_trainer.data.conversation import Conversation, PlainText, read_row
+from student_trainer.data.conversation import Conversation, PlainText, json_value, read_row
 from student_trainer.data.encode import Encoder
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.template import ChatTemplate, TemplateOptions, Turn
@@ -110,7 +110,7 @@ class RowTokenizer:
             DatasetError: the row cannot be rendered, or leaves nothing to learn.
             RowTooLongError: it leaves no room for a completion.
         """
-        checker = row.get("checker")
+        checker = json_value(where, "checker", row.get("checker") or None)
         if checker is not None and not isinstance(checker, dict):
             raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
         parsed = read_row(where, row, self.options)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import DatasetError
+from student_trainer.config import DataArguments
+from student_trainer.data.conversation import PlainText, form_of, json_value, read_row
+from student_trainer.data.messages import Message
 from student_trainer.evaluation.checkers import parse_checker
 
 # What a file can hold; "auto" tells from the first row's fields.
@@ -41,17 +44,32 @@ class Problem:
 
     Attributes:
         task_id: name of the problem.
-        row: ``{"prompt": text}`` or ``{"messages": [...]}``.
+        row: ``{"prompt": text}``, or ``{"prompt": messages}`` with what the chat template is to
+            print besides, ``tools`` and ``chat_template_kwargs``.
         checker: as `checkers` reads it.
-        reference: a right answer, or "" where none is given.
+        answer: a right one, as text or as the assistant's message; "" where none is given.
         asked: "instruction" or "raw prompt" where HumanEval is asked one of two ways; "" elsewhere.
     """
 
     task_id: str
     row: dict[str, Any]
     checker: dict[str, Any]
-    reference: str
+    answer: str | Message
     asked: str = ""
+
+    @property
+    def reference(self) -> str:
+        """The right answer as text, "" where none is given."""
+        text = self.answer if isinstance(self.answer, str) else self.answer.get("content")
+        return text if isinstance(text, str) else ""
+
+    @property
+    def answered(self) -> dict[str, Any] | None:
+        """The row with its right answer, as it is learned; None where none is given."""
+        if not self.answer:
+            return None
+        completion = self.answer if isinstance(self.answer, str) else [self.answer]
+        return {**self.row, "completion": completion}
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -120,25 +138,29 @@ def _gsm8k(where: str, row: dict[str, Any]) -> Problem:
     number = answer.rpartition("####")[2].strip()
     messages = [{"role": "user", "content": question}]
     checker = {"kind": "final_number", "answer": number}
-    return Problem(where, {"messages": messages}, checker, answer)
+    return Problem(where, {"prompt": messages}, checker, answer)
 
 
 def _checked_row(where: str, row: dict[str, Any]) -> Problem:
+    """Return a problem of a row in any form that is trained on, beside its checker."""
     _require(where, row, {"checker"})
-    if not isinstance(row["checker"], dict):
+    checker = json_value(where, "checker", row["checker"])
+    if not isinstance(checker, dict):
         raise DatasetError(f"{where}: checker must be an object")
-    parse_checker(row["checker"], where)
+    parse_checker(checker, where)
     task_id = str(row.get("task_id", where))
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages:
-        last = messages[-1]
-        if isinstance(last, dict) and last.get("role") == "assistant":
-            reference = str(last.get("content", ""))
-            return Problem(task_id, {"messages": messages[:-1]}, row["checker"], reference)
-        return Problem(task_id, {"messages": messages}, row["checker"], "")
-    _require(where, row, {"prompt"})
-    reference = str(row.get("completion") or "")
-    return Problem(task_id, {"prompt": row["prompt"]}, row["checker"], reference)
+    if form_of(row, DataArguments()) is None:
+        _require(where, row, {"prompt"})
+    read = read_row(where, row, DataArguments())
+    if isinstance(read, PlainText):
+        return Problem(task_id, {"prompt": read.prompt}, checker, read.completion or "")
+    asked = {
+        "prompt": read.prompt,
+        "tools": read.tools,
+        "chat_template_kwargs": dict(read.template_kwargs),
+    }
+    answer = "" if read.completion is None else read.completion
+    return Problem(task_id, {k: v for k, v in asked.items() if v}, checker, answer)
 
 
 def _require(where: str, row: dict[str, Any], names: set[str]) -> None:

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 _MOST = 0.5
 
 
-class CutCompletions(TrainerCallback):  # type: ignore[misc]
+class CutCompletions(TrainerCallback):
     """A callback that says once per run that most completions were cut.
 
     A completion without its end teaches no end: the usual causes are a student that ends with

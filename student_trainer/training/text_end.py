@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 
-class KeepEndTokens(TrainerCallback):  # type: ignore[misc]
+class KeepEndTokens(TrainerCallback):
     """A callback that gives a model its own end tokens back after the Trainer has changed them.
 
     At the start the Trainer makes the tokenizer's EOS the first end token of the model. A base

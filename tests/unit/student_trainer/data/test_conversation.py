@@ -52,6 +52,8 @@ def test_every_form_of_a_conversation_is_read_alike(question, answer, history, s
         {"conversations": json.dumps(shared)},
         {"conversations": messages},
         {"conversations": [m for m in shared if m["from"] != "system"], "system": system},
+        {"messages": [m for m in messages if m["role"] != "system"], "system": system},
+        {"messages": messages, "system": system},
         {**alpaca, "system": system},
         {**alpaca, "system": system, "history": json.dumps(history)},
     ]
@@ -123,7 +125,10 @@ def test_tools_and_options_of_the_template_may_be_json():
         ({"messages": TALK, "tools": {}}, "tools must be a list of functions"),
         ({"messages": TALK, "tools": ["x"]}, "tools[0] must be an object, not str"),
         ({"messages": TALK, "chat_template_kwargs": []}, "chat_template_kwargs must be an object"),
-        ({"prompt": "x", "tools": [{}]}, "tools are for a chat template"),
+        ({"prompt": "x", "tools": [{}]}, "the column tools is for a chat template"),
+        ({"prompt": "x", "system": "be kind"}, "the column system is for a chat template"),
+        ({"messages": [{"role": "system", "content": "a"}, *TALK], "system": "b"},
+         "two system prompts, 'b' and 'a'"),
         ({"prompts": "x"}, "the row has ['prompts']. Did you mean prompts?"),
     ],
 )  # fmt: skip

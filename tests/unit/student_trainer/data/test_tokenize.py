@@ -123,7 +123,7 @@ def test_a_long_completion_is_cut_and_says_so(tokenizer):
         ({"messages": [{"content": "x"}]}, "role, content"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no turn before"),
         ({"prompt": "x", "completion": 3}, "must both be text"),
-        ({"prompt": "x", "checker": "y"}, "checker must be an object"),
+        ({"prompt": "x", "checker": 3}, "checker must be an object"),
         ({"messages": [TALK[0], {"role": "assistant", "content": " "}]}, "completion is empty"),
     ],
 )
