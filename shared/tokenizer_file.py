@@ -33,6 +33,8 @@ PROBES = (
     "x = $\\frac{a}{b}$ <b>bold</b> https://example.org/a?b=c&d=e#f C:\\dir\\file.txt",
     "I'M DON'T we'll they've aaaaaaaaaaaaaaaa !!!!!!!! ======== --------",
 )
+# Classes that read ``add_bos_token`` in every version of transformers before 5.
+_ADDS_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 # A vocabulary may lack it: text whose lines end in CRLF is rare.
 _MAY_LACK = "\r"
 
@@ -64,8 +66,33 @@ def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, 
                     f"{name}: this transformers loads another tokenizer than tokenizer.json "
                     f"describes ({still}); install another version of transformers"
                 )
+        _add_lost_bos(tokenizer, file.with_name("tokenizer_config.json"), name)
     check_survival(tokenizer, name=name)
     return tokenizer
+
+
+def _add_lost_bos(tokenizer: Any, config: Path, name: str) -> None:
+    """Begin plain text with BOS where the tokenizer was published as one that does.
+
+    DeepSeek's ``tokenizer.json`` adds no token; the class that its configuration names did, up to
+    transformers 4, because of ``add_bos_token``.
+    """
+    try:
+        published = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    named = str(published.get("tokenizer_class")).removesuffix("Fast")
+    if named not in _ADDS_BOS or published.get("add_bos_token") is not True:
+        return
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] == [bos]:
+        return
+    tokenizer.add_bos_token = True
+    logger.warning(
+        "%s: tokenizer_config.json says add_bos_token, and this transformers adds none; plain text "
+        "begins with %r here",
+        name, tokenizer.bos_token,
+    )  # fmt: skip
 
 
 def check_survival(tokenizer: Any, *, name: str) -> None:

@@ -37,7 +37,26 @@ def test_every_probe_survives_as_tokenizer_json_cuts_it(name, caplog):
                 assert encoded(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
                 assert lost(tokenizer, text) is None
     warned = [r.getMessage() for r in caplog.records if r.name == "shared.tokenizer_file"]
-    assert len(warned) == (2 if name == "deepseek_v3" else 0)
+    # It is loaded from its file, and begins text with BOS, on either side.
+    assert len(warned) == (4 if name == "deepseek_v3" else 0)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_plain_text_begins_as_it_was_published(name, tmp_path):
+    """With BOS or not, also in a folder that is saved and loaded again."""
+    begins = {"qwen3": None, "gptoss": None, "llama3_1": "<|begin_of_text|>", "gemma3": "<bos>",
+              "deepseek_v3": "<｜begin▁of▁sentence｜>"}  # fmt: skip
+    for tokenizer in on_both_sides(tokenizer_folder(name)):
+        tokenizer.save_pretrained(tmp_path)
+        for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            first = one.convert_ids_to_tokens(one("x = 1")["input_ids"][0])
+            assert first == (begins[name] or "x")
+
+
+def test_a_tokenizer_that_says_no_bos_gets_none(relabelled):
+    folder = relabelled("llama", "LlamaTokenizerFast", add_bos_token=False)
+    for tokenizer in on_both_sides(folder):
+        assert tokenizer("x = 1")["input_ids"] == encoded(tokenizer, "x = 1")
 
 
 @pytest.fixture
