@@ -478,4 +478,7 @@ def test_the_documentation_has_the_requests(teacher):
     schema = httpx.get(f"{teacher.url}/openapi.json").json()
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     assert list(body) == ["application/json"]
-    assert "prompt_logprobs" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    properties = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert "prompt_logprobs" in properties
+    assert properties["stream"]["enum"] == [False, None]
+    assert properties["repetition_penalty"]["enum"] == [1, None]
