@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import GroupedMetadata
 from numpy.typing import NDArray
 from pydantic import (
     AfterValidator,
@@ -48,29 +49,34 @@ from shared.protocol import (
     ScoreSequence,
 )
 from shared.sparse import SparseLogprobs
-from shared.text import StopStrings, completion_text, token_text
+from shared.text import StopStrings, completion_text, decoded, token_text
 from shared.validation import check_generate_request, check_score_request
 from teacher_server.backends.checkpoint import load_tokenizer
 
 # Each is some 300 bytes while the answer is made, and 70 in it.
 MAX_LOGPROBS = 1 << 20
-# OpenAI's own limit of stop strings, and characters of one.
-MAX_STOPS, MAX_STOP_LENGTH = 4, 256
+# Stop strings, and characters of one. OpenAI takes 4; tasks of lm-eval have 6 and an end token.
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 # JSON has no −inf.
 _LOWEST = -9999.0
 
 Ids = NDArray[np.uint32]
 
 
-def _only(*values: Any) -> AfterValidator:
-    """For a field that is understood and can say only what is done anyway."""
+class _Only(GroupedMetadata):
+    """For a field that is understood and can say only what is done anyway; null is left out."""
 
-    def check(value: Any) -> Any:
-        if value is not None and value not in values:
+    def __init__(self, *values: Any) -> None:
+        self._values = values
+
+    def __iter__(self) -> Iterator[object]:
+        yield AfterValidator(self._check)
+        yield WithJsonSchema({"enum": [*self._values, None]})
+
+    def _check(self, value: Any) -> Any:
+        if value is not None and value not in self._values:
             raise ValueError(f"{value!r:.60} is not supported here; leave it out")
         return value
-
-    return AfterValidator(check)
 
 
 def _read_prompts(value: Any) -> list[str | Ids]:
@@ -148,7 +154,7 @@ class _Sampling(BaseModel):
     """What both kinds of request say of how to generate; null is the default.
 
     Attributes:
-        stop: texts that end a completion, up to four.
+        stop: texts that end a completion, up to 16.
         include_stop_str_in_output: whether the text goes on to the end of the stop string, or of
             the token that ended it.
     """
@@ -171,15 +177,15 @@ class _Sampling(BaseModel):
     skip_special_tokens: bool = True
     user: str | None = None  # for a provider's records; nothing here depends on it
 
-    stream: Annotated[Any, _only(False)] = None
-    stream_options: Annotated[Any, _only()] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    repetition_penalty: Annotated[Any, _only(1)] = None
-    min_p: Annotated[Any, _only(0)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    ignore_eos: Annotated[Any, _only(False)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+    stream: Annotated[Any, _Only(False)] = None
+    stream_options: Annotated[Any, _Only()] = None
+    presence_penalty: Annotated[Any, _Only(0)] = None
+    frequency_penalty: Annotated[Any, _Only(0)] = None
+    repetition_penalty: Annotated[Any, _Only(1)] = None
+    min_p: Annotated[Any, _Only(0)] = None
+    min_tokens: Annotated[Any, _Only(0)] = None
+    ignore_eos: Annotated[Any, _Only(False)] = None
+    logit_bias: Annotated[Any, _Only({})] = None
 
 
 class CompletionRequest(_Sampling):
@@ -187,21 +193,22 @@ class CompletionRequest(_Sampling):
 
     Attributes:
         prompt: text, token ids, or a list of either.
-        max_tokens: longest completion; 0 is for ``prompt_logprobs`` alone.
+        echo: whether the text and the ``logprobs`` begin with those of the prompt.
+        max_tokens: longest completion; 0 is for ``echo`` or ``prompt_logprobs`` alone.
         logprobs: log-probs of each generated token beside its own; 0 is its own alone.
         prompt_logprobs: the same of each prompt token but the first.
         add_special_tokens: whether text is tokenized with the special tokens around it.
     """
 
     prompt: _Prompts
+    echo: bool | None = None
     max_tokens: _Count | None = None
     logprobs: _Count | None = None
     prompt_logprobs: _Count | None = None
     add_special_tokens: bool = True
 
-    echo: Annotated[Any, _only(False)] = None
-    best_of: Annotated[Any, _only(1)] = None
-    suffix: Annotated[Any, _only("")] = None
+    best_of: Annotated[Any, _Only(1)] = None
+    suffix: Annotated[Any, _Only("")] = None
 
 
 class TextPart(BaseModel):
@@ -245,10 +252,10 @@ class ChatRequest(_Sampling):
     top_logprobs: _Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    chat_template: Annotated[Any, _only()] = None
+    tools: Annotated[Any, _Only([])] = None
+    tool_choice: Annotated[Any, _Only("none")] = None
+    response_format: Annotated[Any, _Only({"type": "text"})] = None
+    chat_template: Annotated[Any, _Only()] = None
 
 
 Asked = CompletionRequest | ChatRequest
@@ -260,20 +267,34 @@ class Work:
 
     Attributes:
         prompts: token ids of each prompt, [P] each.
+        echo: whether the answer begins with the prompt.
         logprobs: log-probs of each generated token beside its own; None for none.
         prompt_logprobs: the same of each prompt token.
-        score: what gives ``prompt_logprobs``: every prompt that has a row, or None.
+        score: what gives the log-probs of prompts: every prompt that has a row, or None.
         generate: what gives the completions, or None.
         stop: texts that end them, or None.
     """
 
     asked: Asked
     prompts: list[Ids]
+    echo: bool
     logprobs: int | None
     prompt_logprobs: int | None
     score: ScoreRequest | None
     generate: GenerateRequest | None
     stop: StopStrings | None
+
+
+# Tokens [T] and their rows; None where there are none.
+_Part = tuple[Ids, SparseLogprobs | None]
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """What of a prompt comes before each of its completions."""
+
+    text: str
+    parts: list[_Part]
 
 
 class Speaker:
@@ -306,16 +327,18 @@ class Speaker:
             _check_text(text, "stop")
         if isinstance(asked, ChatRequest):
             prompts, source = [self._render(asked)], "messages"
-            logprobs, prompt_logprobs = _chat_logprobs(asked), None
+            logprobs, prompt_logprobs, echo = _chat_logprobs(asked), None, False
             max_tokens = asked.max_completion_tokens or asked.max_tokens
             if max_tokens is None:
                 max_tokens = max(1, info.max_model_len - len(prompts[0]))
         else:
             prompts, source = [self._encode(p, asked) for p in asked.prompt], "prompt"
             logprobs, prompt_logprobs = asked.logprobs, asked.prompt_logprobs
+            echo = bool(asked.echo)
             max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         n = asked.n or 1
-        entries = sum(len(ids) for ids in prompts) * _width(prompt_logprobs)
+        echoed = logprobs if echo else None
+        entries = sum(len(ids) for ids in prompts) * (_width(prompt_logprobs) + _width(echoed))
         entries += len(prompts) * max_tokens * _width(logprobs)
         if entries * n > MAX_LOGPROBS:
             raise InvalidRequestError(
@@ -327,18 +350,20 @@ class Speaker:
         if max_tokens > 0:
             generate = _generate_request(asked, prompts, max_tokens, logprobs, info, source)
         else:
-            _check_nothing_generated(n, prompts, prompt_logprobs)
-        if prompt_logprobs is not None:
-            if asked.temperature not in (None, 0, 1):
-                raise InvalidRequestError(
-                    f"temperature {asked.temperature}: prompt_logprobs are at temperature 1, and "
-                    "only the token generated after them would be at another; use 1 or 0, or "
-                    "/v1/score, which applies a temperature",
-                    field="temperature",
-                )
-            score = _score_request(prompts, prompt_logprobs, info)
+            _check_nothing_generated(n, prompts, prompt_logprobs, echo)
+        if prompt_logprobs is not None and asked.temperature not in (None, 0, 1):
+            raise InvalidRequestError(
+                f"temperature {asked.temperature}: prompt_logprobs are at temperature 1, and "
+                "only the token generated after them would be at another; use 1 or 0, or "
+                "/v1/score, which applies a temperature",
+                field="temperature",
+            )
+        scored = [k for k in (prompt_logprobs, echoed) if k is not None]
+        # Without a completion, scoring is also what checks the prompt.
+        if scored or generate is None:
+            score = _score_request(prompts, max(scored, default=0), info)
         stop = StopStrings(tuple(asked.stop), asked.skip_special_tokens) if asked.stop else None
-        return Work(asked, prompts, logprobs, prompt_logprobs, score, generate, stop)
+        return Work(asked, prompts, echo, logprobs, prompt_logprobs, score, generate, stop)
 
     def answer(
         self,
@@ -364,14 +389,16 @@ class Speaker:
         rows = iter(scored)
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(work.prompts):
+            one = next(rows) if work.score is not None and len(prompt) > 1 else None
             prompt_rows = None
             if work.prompt_logprobs is not None:
-                one = next(rows) if len(prompt) > 1 else None
                 prompt_rows = self._prompt_rows(prompt, one, work.prompt_logprobs)
+            echo = self._echo(work, number, one) if work.echo else None
             for completion in completions[number * n : (number + 1) * n]:
                 ended = self._ended(work, prompt, completion, info)
+                index = len(choices)
                 choices.append(
-                    self._choice(work, len(choices), prompt, completion, prompt_rows, ended)
+                    self._choice(work, index, prompt, completion, prompt_rows, echo, ended)
                 )
         generated = sum(len(completion.token_ids) for completion in completions)
         prompt_tokens = sum(len(prompt) for prompt in work.prompts)
@@ -399,6 +426,7 @@ class Speaker:
         prompt: Ids,
         completion: Completion,
         prompt_rows: list[dict[str, Any] | None] | None,
+        echo: _Echo | None,
         ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
         asked = work.asked
@@ -412,18 +440,31 @@ class Speaker:
         if isinstance(asked, ChatRequest):
             choice["message"] = {"role": "assistant", "content": text}
         else:
+            text = text if echo is None else echo.text + text
             choice |= {"text": text, "prompt_logprobs": prompt_rows}
         choice["logprobs"] = None
-        if work.logprobs is not None and completion.scores is not None:
+        parts = [] if echo is None else echo.parts
+        if completion.scores is not None:
+            parts = [*parts, (ids, completion.scores)]
+        if work.logprobs is not None and parts:
             as_ids = bool(asked.return_tokens_as_token_ids)
             write = _chat_rows if isinstance(asked, ChatRequest) else _completion_rows
             name = "token_id:{}".format if as_ids else self.token
-            choice["logprobs"] = write(ids, completion.scores, work.logprobs, name)
+            choice["logprobs"] = write(parts, work.logprobs, name)
         if asked.return_token_ids:
             choice["token_ids"] = ids.tolist()
             if not isinstance(asked, ChatRequest):
                 choice["prompt_token_ids"] = prompt.tolist()
         return choice
+
+    def _echo(self, work: Work, number: int, scores: SparseLogprobs | None) -> _Echo:
+        """A prompt as an answer begins with it: text as it was sent, ids with special tokens."""
+        assert isinstance(work.asked, CompletionRequest)
+        text, ids = work.asked.prompt[number], work.prompts[number]
+        if not isinstance(text, str):
+            text = decoded(self.tokenizer, ids, skip_special_tokens=False)
+        parts: list[_Part] = [(ids[:1], None)]  # nothing comes before the first token
+        return _Echo(text, parts if scores is None else [*parts, (ids[1:], scores)])
 
     def _ended(
         self, work: Work, prompt: Ids, completion: Completion, info: InfoResponse
@@ -553,11 +594,13 @@ def _width(logprobs: int | None) -> int:
     return 0 if logprobs is None else logprobs + 1
 
 
-def _check_nothing_generated(n: int, prompts: list[Ids], prompt_logprobs: int | None) -> None:
+def _check_nothing_generated(
+    n: int, prompts: list[Ids], prompt_logprobs: int | None, echo: bool
+) -> None:
     """Raises `InvalidRequestError` where ``max_tokens`` 0 leaves nothing to answer."""
-    if prompt_logprobs is None:
+    if prompt_logprobs is None and not echo:
         raise InvalidRequestError(
-            "max_tokens 0 asks for nothing without prompt_logprobs", field="max_tokens"
+            "max_tokens 0 asks for nothing without prompt_logprobs or echo", field="max_tokens"
         )
     if n > 1:
         raise InvalidRequestError(f"n {n} of nothing: max_tokens is 0", field="n")
@@ -629,23 +672,42 @@ def _named(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def _completion_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a completion."""
-    tokens, top = [name(token_id) for token_id in ids.tolist()], []
-    own = [max(float(value), _LOWEST) for value in scores.next_token_logprob]
-    for token, logprob, row in zip(tokens, own, _top(scores, k), strict=True):
-        top.append({token: logprob, **{name(i): value for i, value in row}})
+def _completion_rows(parts: Sequence[_Part], k: int, name: Any) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
+
+    A token has the same value in both lists. Of several tokens that read alike, which are one key,
+    the most probable one counts: the largest value of a row is that of its most probable token.
+    """
+    tokens: list[str] = []
+    own: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    for ids, scores in parts:
+        tokens += [name(token_id) for token_id in ids.tolist()]
+        if scores is None:
+            own += [None] * len(ids)
+            top += [None] * len(ids)
+            continue
+        following = zip(ids.tolist(), scores.next_token_logprob.tolist(), strict=True)
+        for (token_id, logprob), row in zip(following, _top(scores, k), strict=True):
+            value = dict(row).get(token_id, max(logprob, _LOWEST))
+            named = {name(token_id): value}
+            for i, other in row:
+                named[name(i)] = max(other, named.get(name(i), other))
+            own.append(value)
+            top.append(named)
     offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
 
-def _chat_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dict[str, Any]:
+def _chat_rows(parts: Sequence[_Part], k: int, name: Any) -> dict[str, Any]:
     """OpenAI's ``logprobs`` of a chat completion."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = name(token_id)
         return {"token": token, "logprob": max(logprob, _LOWEST), "bytes": list(token.encode())}
 
+    ((ids, scores),) = parts  # a chat echoes nothing
+    assert scores is not None
     own = scores.next_token_logprob.tolist()
     return {
         "content": [

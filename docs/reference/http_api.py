@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from typing import Any
 
@@ -100,9 +101,9 @@ def _type(schema: Schema) -> str:
     if alternatives := schema.get("anyOf", schema.get("oneOf")):
         return " or ".join(_type(alternative) for alternative in alternatives)
     if "enum" in schema:
-        return " or ".join(f"`{value}`" for value in schema["enum"])
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if "const" in schema:
-        return f"`{schema['const']}`"
+        return f"`{json.dumps(schema['const'])}`"
     bounds = [f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema]
     kinds = schema.get("type", "anything")
     name = " or ".join([kinds] if isinstance(kinds, str) else kinds)

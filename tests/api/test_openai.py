@@ -123,6 +123,57 @@ def test_max_tokens_0_scores_the_prompt_and_generates_nothing(client, teacher, n
     assert answer.usage.completion_tokens == 0
 
 
+@pytest.mark.parametrize("as_ids", [True, False], ids=["token ids", "texts"])
+def test_an_echoed_prompt_has_the_log_probs_of_a_plain_forward_pass(
+    client, teacher, name, tokenizer, as_ids
+):
+    k, prompts = 3, [PROMPT, [7]]
+    answer = client.completions.create(
+        model=name, prompt=prompts, max_tokens=2, temperature=0, logprobs=k, echo=True, seed=1234,
+        extra_body={"return_tokens_as_token_ids": as_ids, "return_token_ids": True},
+    )  # fmt: skip
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        completion = greedy(teacher, prompt, 2)
+        assert choice.token_ids == completion
+        assert choice.prompt_logprobs is None
+        written = completion_text(tokenizer, prompt, completion)
+        assert choice.text == tokenizer.decode(prompt, skip_special_tokens=False) + written
+        found, ids = choice.logprobs, prompt + completion
+        names = [f"token_id:{i}" if as_ids else tokenizer.decode([i]) for i in ids]
+        assert found.tokens == names
+        assert found.text_offset == [0, *np.cumsum([len(token) for token in names])[:-1]]
+        assert found.token_logprobs[0] is found.top_logprobs[0] is None
+        for t, row in enumerate(dense(teacher, ids, 1), start=1):
+            own, best = found.token_logprobs[t], found.top_logprobs[t]
+            assert own == pytest.approx(row[ids[t]], abs=1e-4)
+            assert max(best.values()) == pytest.approx(row.max(), abs=1e-4)
+            # lm-eval takes a token for the greedy one where the two are the same number.
+            assert (own == max(best.values())) == (ids[t] == row.argmax())
+            if as_ids:
+                assert best[names[t]] == own
+                assert len(best) == k + (ids[t] not in top(row, k))
+
+
+def test_max_tokens_0_echoes_the_prompt_alone(client, teacher, name):
+    written = metric(teacher.url, 'teacher_tokens_total{kind="generated"}')
+    options = {"model": name, "prompt": "hello", "max_tokens": 0, "echo": True}
+    for logprobs in (None, 0, 2):
+        answer = client.completions.create(
+            **options, logprobs=logprobs, extra_body={"prompt_logprobs": 1}
+        )
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason) == ("hello", "length")
+        ids = [int(next(iter(row))) for row in choice.prompt_logprobs[1:]]
+        if logprobs is not None:
+            assert choice.logprobs.tokens == list("hello")
+            assert choice.logprobs.text_offset == list(range(5))
+            one = [choice.prompt_logprobs[t][str(i)]["logprob"] for t, i in enumerate(ids, start=1)]
+            assert choice.logprobs.token_logprobs == [None, *one]
+    (choice,) = client.completions.create(**options).choices
+    assert (choice.text, choice.logprobs, choice.prompt_logprobs) == ("hello", None, None)
+    assert metric(teacher.url, 'teacher_tokens_total{kind="generated"}') == written
+
+
 def test_n_samples_differ_and_come_again_with_their_seed(client, name):
     options = {"model": name, "prompt": [PROMPT, [7, 8]], "n": 3, "max_tokens": 8, "seed": 11}
     first, again = (client.completions.create(**options).choices for _ in range(2))
@@ -253,16 +304,21 @@ def test_without_a_limit_a_chat_completion_may_fill_the_context(client, name):
         ({"stream": True}, "stream", "True is not supported here"),
         ({"stop": ["a", ""]}, "stop", "a stop string of 0 characters; it may have 1 to 256"),
         ({"stop": "x" * 257}, "stop", "a stop string of 257 characters"),
-        ({"stop": list("abcde")}, "stop", "5 stop strings; the limit is 4"),
+        ({"stop": list("abcdefghijklmnopq")}, "stop", "17 stop strings; the limit is 16"),
         ({"stop": 5}, "stop", "must be text, or a list of texts"),
-        ({"echo": True}, "echo", "True is not supported here"),
+        ({"suffix": "x"}, "suffix", "'x' is not supported here"),
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5 is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported here"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "0.1 is not supported"),
         ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "Extra inputs"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
-        ({"max_tokens": 0}, "max_tokens", "nothing without prompt_logprobs"),
+        ({"max_tokens": 0}, "max_tokens", "nothing without prompt_logprobs or echo"),
         ({"max_tokens": 0, "n": 2, "extra_body": {"prompt_logprobs": 1}}, "n", "n 2 of nothing"),
+        ({"max_tokens": 0, "echo": True, "n": 2}, "n", "n 2 of nothing"),
+        ({"max_tokens": 0, "echo": True, "prompt": [5, 272]}, "prompt.0", "272"),
+        ({"max_tokens": 0, "echo": True, "prompt": ""}, "prompt.0", "no row to score"),
+        ({"echo": True, "prompt": [[7], [5, 272]]}, "prompt.1", "272"),
+        ({"echo": True, "prompt": [5] * 250, "n": 60, "logprobs": 70}, "logprobs", "Split"),
         (
             {"max_tokens": 0, "prompt": [[5, 6], [7]], "extra_body": {"prompt_logprobs": 1}},
             "prompt.1",
@@ -422,4 +478,7 @@ def test_the_documentation_has_the_requests(teacher):
     schema = httpx.get(f"{teacher.url}/openapi.json").json()
     body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
     assert list(body) == ["application/json"]
-    assert "prompt_logprobs" in schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    properties = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert "prompt_logprobs" in properties
+    assert properties["stream"]["enum"] == [False, None]
+    assert properties["repetition_penalty"]["enum"] == [1, None]

@@ -175,6 +175,14 @@ class Page:
         subprocess.run([*shlex.split(text), "--dry-run"], check=True, capture_output=True, cwd=ROOT)
         return "parsed"
 
+    def lm_eval(self, text):
+        """Read by its own parser; `tests/e2e/test_lm_eval.py` runs those that measure."""
+        from lm_eval._cli import HarnessCLI
+
+        with mock.patch.object(sys, "argv", shlex.split(text)):
+            HarnessCLI().parse_args()
+        return "parsed"
+
     def pip(self, text):
         words = iter(shlex.split(text)[2:])
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -292,6 +300,7 @@ RULES = {
     r"python -m examples\.mini_humaneval\.prepare ": Page.prepare,
     r"python -m (benchmarks|examples)\.": Page.module,
     r"curl ": Page.curl,
+    r"lm-eval ": Page.lm_eval,
     r"make ": Page.make,
     r"pip install ": Page.pip,
     r"docker compose ": Page.compose,

@@ -34,19 +34,44 @@ def served(tmp_path_factory):
         yield schemathesis.openapi.from_url(f"{url}/openapi.json"), str(folder)
 
 
+SEEDS = ("seed", "sample_seed")
+TEXTS = ("prompt", "text", "content")
+SEQUENCE = {"token_ids": [1, 2], "completion_start": 1}
+# Numbers that the description says itself, and shares.
+KEPT = (
+    "top_p", "min_p", "min_tokens", "best_of",
+    "presence_penalty", "frequency_penalty", "repetition_penalty",
+)  # fmt: skip
+
+
 def tame(value, name, key=""):
-    """Values of any request, but numbers and lists as small as this teacher's limits."""
+    """Any request as this teacher takes it: numbers, lists and texts are small, and none is empty.
+
+    Whole numbers with a point, which JSON has and MessagePack tells from integers, are integers.
+    """
     if isinstance(value, dict):
-        return {k: tame(v, name, k) for k, v in value.items() if k != "requested_token_ids"}
-    if key == "prompts":  # none is empty
-        return [tame(item, name) or [1] for item in value[:8]] or [[1]]
+        small = {k: tame(v, name, k) for k, v in value.items() if k != "requested_token_ids"}
+        if small.get("top_logprobs"):
+            small["logprobs"] = True
+        if "prompts" in small:
+            small.setdefault("max_new_tokens", 4)
+        return small
     if isinstance(value, list):
-        return [tame(item, name, key) for item in value[:8]]
-    if isinstance(value, bool) or key in ("seed", "sample_seed", "temperature", "top_p"):
+        items = [
+            tame(item, name, "token_ids" if isinstance(item, list) else key) for item in value[:3]
+        ]
+        if key == "token_ids":
+            return [*items, 1, 2][:3]
+        return items or {"prompt": "word", "prompts": [[1]], "sequences": [SEQUENCE]}.get(key, [])
+    if isinstance(value, str):
+        return name if key == "model" else value[:4] or "word" if key in TEXTS else value
+    if isinstance(value, bool) or value is None or key in KEPT:
         return value
-    if isinstance(value, int | float) and value == value // 1:
-        return 1 if key in ("completion_start", "n") else 1 + int(value) % 100
-    return name if key == "model" else value
+    if key in SEEDS:
+        return int(value)
+    if key in ("completion_start", "n") or key.endswith("temperature"):
+        return 1
+    return 1 + int(value) % 50 if value == value // 1 else value
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
@@ -54,17 +79,17 @@ def tame(value, name, key=""):
 def test_no_described_request_breaks_the_server(served, path, mode):
     """``mode`` says whether requests obey the description or break it on purpose.
 
-    Those that obey it are sent a second time with numbers that the teacher takes.
+    Those that obey it are sent a second time as the teacher takes them, and some are answered.
     """
     description, name = served
-    answers = set()
+    answers = []
 
     def ask(case):
         response = case.call_and_validate(
             checks=[not_a_server_error, content_type_conformance, response_schema_conformance],
             timeout=30,
         )
-        answers.add(response.status_code)
+        answers.append(response.status_code)
 
     @settings(
         max_examples=EXAMPLES, deadline=None, derandomize=True,
@@ -78,5 +103,8 @@ def test_no_described_request_breaks_the_server(served, path, mode):
             ask(case)
 
     ask_all()
-    assert answers <= {200, 400, 404, 405, 413, 415, 422}
-    assert (200 in answers) == mode.is_positive
+    assert {*answers} <= {200, 400, 404, 405, 413, 415, 422}
+    if mode.is_positive:
+        assert answers.count(200) >= 3
+    else:
+        assert 200 not in answers
