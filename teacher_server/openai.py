@@ -37,10 +37,12 @@ from pydantic import (
     Field,
     PlainSerializer,
     WithJsonSchema,
+    model_validator,
 )
 
 from shared.errors import InvalidRequestError, NotFoundError, ProtocolError
 from shared.protocol import (
+    MAX_STOP_TOKEN_IDS,
     Completion,
     GenerateRequest,
     InfoResponse,
@@ -49,6 +51,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from shared.text import StopStrings, completion_text, token_text
+from shared.unknown_fields import refuse_unknown_fields
 from shared.validation import check_generate_request, check_score_request
 from teacher_server.backends.checkpoint import load_tokenizer
 
@@ -56,6 +59,11 @@ from teacher_server.backends.checkpoint import load_tokenizer
 MAX_LOGPROBS = 1 << 20
 # OpenAI's own limit of stop strings, and characters of one.
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
+MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 1024, 4096, 4096
+# Characters of a prompt for each token of the context: more is refused before it is tokenized.
+MAX_CHARACTERS_PER_TOKEN = 16
+# Items of a list that are written as JSON at a time: meanwhile no other thread runs.
+_WRITTEN_ITEMS = 16
 # JSON has no −inf.
 _LOWEST = -9999.0
 
@@ -67,7 +75,8 @@ def _only(*values: Any) -> AfterValidator:
 
     def check(value: Any) -> Any:
         if value is not None and value not in values:
-            raise ValueError(f"{value!r:.60} is not supported here; leave it out")
+            shown = type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.60}"
+            raise ValueError(f"{shown} is not supported here; leave it out")
         return value
 
     return AfterValidator(check)
@@ -78,16 +87,20 @@ def _read_prompts(value: Any) -> list[str | Ids]:
     items = [value] if isinstance(value, str) or _are_ids(value) else value
     if not isinstance(items, list) or not items:
         raise ValueError("must be text, token ids, or a list of either")
+    if len(items) > MAX_PROMPTS:
+        raise ValueError(f"{len(items)} prompts; the limit is {MAX_PROMPTS}. Split the request")
     return [item if isinstance(item, str) else _read_ids(item) for item in items]
 
 
 def _read_stops(value: Any) -> list[str]:
     """Text or a list of texts; null and empty text are none."""
     texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list):
         raise ValueError("must be text, or a list of texts")
     if len(texts) > MAX_STOPS:
         raise ValueError(f"{len(texts)} stop strings; the limit is {MAX_STOPS}")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be text, or a list of texts")
     for text in texts:
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise ValueError(
@@ -139,12 +152,24 @@ _Stops = Annotated[
         }
     ),
 ]
-_Count = Annotated[int, Field(strict=True, ge=0)]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Positive = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 _Temperature = Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)]
-_TokenIds = list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]]
+_TokenIds = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]],
+    Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True),
+]
 
 
-class _Sampling(BaseModel):
+class _Fields(BaseModel):
+    """What is JSON of ours: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
+
+
+class _Sampling(_Fields):
     """What both kinds of request say of how to generate; null is the default.
 
     Attributes:
@@ -153,15 +178,13 @@ class _Sampling(BaseModel):
             the token that ended it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
     model: str
-    n: Annotated[int, Field(strict=True, ge=1)] | None = None
+    n: _Positive | None = None
     temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] | None = (
         None
     )
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
     stop: _Stops = Field(default_factory=list)
     stop_token_ids: _TokenIds | None = None
@@ -204,18 +227,18 @@ class CompletionRequest(_Sampling):
     suffix: Annotated[Any, _only("")] = None
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TextPart(_Fields):
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ChatMessage(_Fields):
+    """A message of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     name: str | None = None
 
     def to_template(self) -> dict[str, str]:
@@ -238,9 +261,11 @@ class ChatRequest(_Sampling):
         chat_template_kwargs: for the chat template.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
-    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    max_completion_tokens: _Positive | None = None
+    max_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: _Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -305,13 +330,13 @@ class Speaker:
         for text in asked.stop:
             _check_text(text, "stop")
         if isinstance(asked, ChatRequest):
-            prompts, source = [self._render(asked)], "messages"
+            prompts, source = [self._render(asked, info)], "messages"
             logprobs, prompt_logprobs = _chat_logprobs(asked), None
             max_tokens = asked.max_completion_tokens or asked.max_tokens
             if max_tokens is None:
                 max_tokens = max(1, info.max_model_len - len(prompts[0]))
         else:
-            prompts, source = [self._encode(p, asked) for p in asked.prompt], "prompt"
+            prompts, source = self._encode_all(asked, info), "prompt"
             logprobs, prompt_logprobs = asked.logprobs, asked.prompt_logprobs
             max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
         n = asked.n or 1
@@ -390,7 +415,7 @@ class Speaker:
         }
         if chat and asked.return_token_ids:
             body["prompt_token_ids"] = work.prompts[0].tolist()
-        return json.dumps(body).encode()
+        return _written(body).encode()
 
     def _choice(
         self,
@@ -477,14 +502,26 @@ class Speaker:
             )
         return rows
 
-    def _encode(self, prompt: str | Ids, asked: CompletionRequest) -> Ids:
-        if not isinstance(prompt, str):
-            return prompt
-        _check_text(prompt, "prompt")
-        encoded = self.tokenizer(prompt, add_special_tokens=asked.add_special_tokens)
+    def _encode_all(self, asked: CompletionRequest, info: InfoResponse) -> list[Ids]:
+        texts = [prompt for prompt in asked.prompt if isinstance(prompt, str)]
+        for text in texts:
+            _check_length(len(text), info.max_model_len, "context", "prompt")
+        _check_length(sum(map(len, texts)), info.limits.max_tokens, "request", "prompt")
+        for text in texts:
+            _check_text(text, "prompt")
+        return [
+            self._ids(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in asked.prompt
+        ]
+
+    def _ids(self, text: str, add_special_tokens: bool) -> Ids:
+        encoded = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_attention_mask=False,
+            return_token_type_ids=False,
+        )  # fmt: skip
         return np.array(encoded["input_ids"], dtype=np.uint32)
 
-    def _render(self, asked: ChatRequest) -> Ids:
+    def _render(self, asked: ChatRequest, info: InfoResponse) -> Ids:
         apply = self.tokenizer.apply_chat_template
         options = asked.chat_template_kwargs or {}
         reserved = sorted(options.keys() & inspect.signature(apply).parameters.keys())
@@ -494,15 +531,17 @@ class Speaker:
                 field="chat_template_kwargs",
             )
         messages = [message.to_template() for message in asked.messages]
+        characters = sum(len(text) for message in messages for text in message.values())
+        _check_length(characters, info.max_model_len, "context", "messages")
         try:
             text = apply(messages, add_generation_prompt=True, tokenize=False, **options)
         except Exception as error:  # whatever the checkpoint's template raises
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
+        _check_length(len(text), info.max_model_len, "context", "messages")
         _check_text(text, "messages")
-        encoded = self.tokenizer(text, add_special_tokens=False)
-        return np.array(encoded["input_ids"], dtype=np.uint32)
+        return self._ids(text, add_special_tokens=False)
 
 
 def _check_text(text: str, field: str) -> None:
@@ -516,11 +555,22 @@ def _check_text(text: str, field: str) -> None:
         ) from None
 
 
+def _check_length(characters: int, tokens: int, of: str, field: str) -> None:
+    """Raises `InvalidRequestError` for a text that is not worth tokenizing."""
+    limit = tokens * MAX_CHARACTERS_PER_TOKEN
+    if characters > limit:
+        raise InvalidRequestError(
+            f"{characters} characters; the limit is {limit}, {MAX_CHARACTERS_PER_TOKEN} for each "
+            f"of the {tokens} tokens of the {of}. Shorten the text, or send token ids",
+            field=field,
+        )
+
+
 def check_model(name: str, info: InfoResponse) -> None:
     """Raises `NotFoundError` for a model that is not the one served."""
     if name != info.teacher.model:
         raise NotFoundError(
-            f"the model {name!r} is not served here; {info.teacher.model!r} is", field="model"
+            f"the model {name!r:.200} is not served here; {info.teacher.model!r} is", field="model"
         )
 
 
@@ -546,6 +596,20 @@ def error_body(error: ProtocolError) -> bytes:
         "code": error.status,
     }
     return json.dumps({"error": body}).encode()
+
+
+def _written(value: Any) -> str:
+    """``value`` as JSON, long lists piece by piece: json's own loop lets no other thread run."""
+    if isinstance(value, dict):
+        items = (f"{json.dumps(name)}: {_written(item)}" for name, item in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list) and len(value) <= _WRITTEN_ITEMS:
+        return "[" + ", ".join(map(_written, value)) + "]"
+    if isinstance(value, list):
+        starts = range(0, len(value), _WRITTEN_ITEMS)
+        pieces = (json.dumps(value[i : i + _WRITTEN_ITEMS])[1:-1] for i in starts)
+        return "[" + ", ".join(pieces) + "]"
+    return json.dumps(value)
 
 
 def _width(logprobs: int | None) -> int:
