@@ -27,7 +27,7 @@ STREAM_MEDIA_TYPES = {
 # Parsed JSON takes up to 30 times its text, and the parser lets no other thread run meanwhile; JSON
 # is for people, arrays go in msgpack.
 MAX_JSON_ITEMS = 1 << 20
-MAX_JSON_CONTAINERS = 1 << 18
+MAX_JSON_CONTAINERS = 1 << 16
 # Of a request: room for the text of a long context, escaped.
 MAX_JSON_REQUEST_BYTES = 8 << 20
 # Kinds of pydantic's errors whose message names the value, or that there is none.

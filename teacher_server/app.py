@@ -155,7 +155,7 @@ def _in_pieces(send: Send, patience: float) -> Send:
             piece, end = message, start + _PIECE_BYTES
             if end < len(body) or start:
                 more = end < len(body) or message.get("more_body", False)
-                piece = {**message, "body": body[start:end], "more_body": more}
+                piece = {**message, "body": bytes(body[start:end]), "more_body": more}
             async with asyncio.timeout(patience):
                 await send(piece)
 
@@ -514,7 +514,7 @@ class TeacherApp:
             answer = await self._in_pool(
                 request, size, self.speaker.answer, work, scored, written, info, request_id
             )
-            return _Reply(answer, media_type=wire.JSON_MEDIA_TYPE)
+            return _Reply(memoryview(answer), media_type=wire.JSON_MEDIA_TYPE)
 
     def _plan(
         self,

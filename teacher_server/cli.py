@@ -283,6 +283,8 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         logger.warning("--allow-unauthenticated: everyone who reaches this port may use it")
     if not settings.loopback and scheme == "http":
         logger.warning("Keys and tokens travel unencrypted; --ssl-certfile encrypts them")
+    # A thread that works on a body hands the interpreter over this soon.
+    sys.setswitchinterval(0.001)
     limit_log_lines()
     survive_full_tables(asyncio.get_running_loop())
     loading = asyncio.create_task(_load(app, settings, server))

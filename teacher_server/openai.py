@@ -62,8 +62,10 @@ MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 1024, 4096, 4096
 # Characters of a prompt for each token of the context: more is refused before it is tokenized.
 MAX_CHARACTERS_PER_TOKEN = 16
+# Characters of a long text that are tokenized at a time, to see whether all of it is worth it.
+_PIECE = 1 << 15
 # Items of a list that are written as JSON at a time: meanwhile no other thread runs.
-_WRITTEN_ITEMS = 16
+_WRITTEN_ITEMS = 1024
 # JSON has no −inf.
 _LOWEST = -9999.0
 
@@ -301,6 +303,10 @@ class Work:
     stop: StopStrings | None
 
 
+class _Json(str):
+    """JSON that is written already: of a million log-probs, a million maps would be left."""
+
+
 class Speaker:
     """Text <-> token ids of one model, and requests <-> jobs.
 
@@ -372,7 +378,7 @@ class Speaker:
         completions: Sequence[Completion],
         info: InfoResponse,
         request_id: str,
-    ) -> bytes:
+    ) -> bytearray:
         """The JSON of an answer.
 
         Args:
@@ -415,7 +421,10 @@ class Speaker:
         }
         if chat and asked.return_token_ids:
             body["prompt_token_ids"] = work.prompts[0].tolist()
-        return _written(body).encode()
+        answer = bytearray()
+        for piece in _written(body):
+            answer += piece.encode()
+        return answer
 
     def _choice(
         self,
@@ -423,7 +432,7 @@ class Speaker:
         index: int,
         prompt: Ids,
         completion: Completion,
-        prompt_rows: list[dict[str, Any] | None] | None,
+        prompt_rows: list[_Json | None] | None,
         ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
         asked = work.asked
@@ -476,12 +485,12 @@ class Speaker:
 
     def _prompt_rows(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int
-    ) -> list[dict[str, Any] | None]:
+    ) -> list[_Json | None]:
         """vLLM's ``prompt_logprobs``: the token that stands there, and the k most probable.
 
         The rank of a token outside the top-k is given as k + 1: it is that or more.
         """
-        rows: list[dict[str, Any] | None] = [None]  # nothing comes before the first token
+        rows: list[_Json | None] = [None]  # nothing comes before the first token
         if scores is None:
             return rows
         for t, next_id in enumerate(prompt[1:].tolist()):
@@ -490,16 +499,15 @@ class Speaker:
             for rank, (token_id, logprob) in enumerate(top, start=1):
                 if rank <= k or token_id == next_id:
                     named[token_id] = (logprob, rank)
-            rows.append(
-                {
-                    str(token_id): {
-                        "logprob": max(logprob, _LOWEST),
-                        "rank": rank,
-                        "decoded_token": self.token(token_id),
-                    }
-                    for token_id, (logprob, rank) in named.items()
+            row = {
+                str(token_id): {
+                    "logprob": max(logprob, _LOWEST),
+                    "rank": rank,
+                    "decoded_token": self.token(token_id),
                 }
-            )
+                for token_id, (logprob, rank) in named.items()
+            }
+            rows.append(_Json(json.dumps(row)))
         return rows
 
     def _encode_all(self, asked: CompletionRequest, info: InfoResponse) -> list[Ids]:
@@ -510,16 +518,36 @@ class Speaker:
         for text in texts:
             _check_text(text, "prompt")
         return [
-            self._ids(prompt, asked.add_special_tokens) if isinstance(prompt, str) else prompt
+            self._ids(prompt, info, "prompt", asked.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
             for prompt in asked.prompt
         ]
 
-    def _ids(self, text: str, add_special_tokens: bool) -> Ids:
+    def _ids(self, text: str, info: InfoResponse, field: str, add_special_tokens: bool) -> Ids:
+        """Token ids of a text.
+
+        A long text is tokenized in pieces first, whose tokens are nearly its own: twice as many as
+        the context takes are enough to refuse it.
+        """
+        context = info.max_model_len
+        if len(text) > max(_PIECE, 2 * context):
+            tokens = 0
+            for start in range(0, len(text), _PIECE):
+                tokens += len(self._piece(text[start : start + _PIECE], add_special_tokens=False))
+                if tokens > 2 * context:
+                    raise InvalidRequestError(
+                        f"over {context} tokens; the teacher's context is {context}", field=field
+                    )
+        return np.array(self._piece(text, add_special_tokens), dtype=np.uint32)
+
+    def _piece(self, text: str, add_special_tokens: bool) -> list[int]:
         encoded = self.tokenizer(
             text, add_special_tokens=add_special_tokens, return_attention_mask=False,
             return_token_type_ids=False,
         )  # fmt: skip
-        return np.array(encoded["input_ids"], dtype=np.uint32)
+        ids: list[int] = encoded["input_ids"]
+        return ids
 
     def _render(self, asked: ChatRequest, info: InfoResponse) -> Ids:
         apply = self.tokenizer.apply_chat_template
@@ -541,7 +569,7 @@ class Speaker:
             ) from error
         _check_length(len(text), info.max_model_len, "context", "messages")
         _check_text(text, "messages")
-        return self._ids(text, add_special_tokens=False)
+        return self._ids(text, info, "messages", add_special_tokens=False)
 
 
 def _check_text(text: str, field: str) -> None:
@@ -598,18 +626,32 @@ def error_body(error: ProtocolError) -> bytes:
     return json.dumps({"error": body}).encode()
 
 
-def _written(value: Any) -> str:
-    """``value`` as JSON, long lists piece by piece: json's own loop lets no other thread run."""
-    if isinstance(value, dict):
-        items = (f"{json.dumps(name)}: {_written(item)}" for name, item in value.items())
-        return "{" + ", ".join(items) + "}"
-    if isinstance(value, list) and len(value) <= _WRITTEN_ITEMS:
-        return "[" + ", ".join(map(_written, value)) + "]"
-    if isinstance(value, list):
-        starts = range(0, len(value), _WRITTEN_ITEMS)
-        pieces = (json.dumps(value[i : i + _WRITTEN_ITEMS])[1:-1] for i in starts)
-        return "[" + ", ".join(pieces) + "]"
-    return json.dumps(value)
+def _written(value: Any) -> Iterator[str]:
+    """``value`` as JSON in small pieces: json's own loop lets no other thread run."""
+    if isinstance(value, _Json):
+        yield value
+    elif isinstance(value, dict):
+        before = "{"
+        for name, item in value.items():
+            yield f"{before}{json.dumps(name)}: "
+            yield from _written(item)
+            before = ", "
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and any(isinstance(item, dict | _Json) for item in value):
+        before = "["
+        for item in value:
+            yield before
+            yield from _written(item)
+            before = ", "
+        yield "]"
+    elif isinstance(value, list) and len(value) > _WRITTEN_ITEMS:
+        before = "["
+        for start in range(0, len(value), _WRITTEN_ITEMS):
+            yield before + json.dumps(value[start : start + _WRITTEN_ITEMS])[1:-1]
+            before = ", "
+        yield "]"
+    else:
+        yield json.dumps(value)
 
 
 def _width(logprobs: int | None) -> int:
@@ -698,7 +740,8 @@ def _completion_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dic
     tokens, top = [name(token_id) for token_id in ids.tolist()], []
     own = [max(float(value), _LOWEST) for value in scores.next_token_logprob]
     for token, logprob, row in zip(tokens, own, _top(scores, k), strict=True):
-        top.append({token: logprob, **{name(i): value for i, value in row}})
+        entries = {token: logprob, **{name(i): value for i, value in row}}
+        top.append(_Json(json.dumps(entries)))
     offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
@@ -713,7 +756,7 @@ def _chat_rows(ids: Ids, scores: SparseLogprobs, k: int, name: Any) -> dict[str,
     own = scores.next_token_logprob.tolist()
     return {
         "content": [
-            {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]}
+            _Json(json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]}))
             for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
         ]
     }
