@@ -1,4 +1,4 @@
-"""What strangers may do to a connection: heads in time, bodies in sensible pieces, few at a time."""
+"""What strangers may do to a connection: heads in time, bodies in sensible pieces."""
 
 from __future__ import annotations
 

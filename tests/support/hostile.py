@@ -135,11 +135,11 @@ def attacks(model: str) -> list[Attack]:
                _json(prompts=[[5, 6]], n=1024, max_new_tokens=1), (200,)),
         Attack("a large answer in JSON", SCORE, JSON, lambda: json.dumps({
             "top_k": 256, "sequences": [
-                {"token_ids": [5] * 15_000, "completion_start": 1}]}).encode(), (200, 422)),
+                {"token_ids": [5] * 4000, "completion_start": 1}]}).encode(), (200, 422)),
         Attack("a large answer in OpenAI's words", COMPLETIONS, JSON, lambda: json.dumps({
             "model": model, "max_tokens": 0, "prompt_logprobs": 250, "prompt": [5] * 4000,
             }).encode(), (200, 422)),
         Attack("a large answer in msgpack", SCORE, MSGPACK, _packed(lambda: {
-            "top_k": 256, "sequences": [{"token_ids": ids[:100_000], "completion_start": 1}]}),
+            "top_k": 256, "sequences": [{"token_ids": ids[:4000], "completion_start": 1}]}),
             (200, 413)),
     ]  # fmt: skip
