@@ -30,7 +30,7 @@ from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
 from teacher_server.event_loop import limit_log_lines, survive_full_tables, watch_lag
-from teacher_server.http_protocol import GuardedProtocol
+from teacher_server.http_protocol import GuardedProtocol, raise_descriptor_limit
 from teacher_server.metrics import Metrics
 from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
@@ -39,6 +39,8 @@ logger = logging.getLogger("teacher_server")
 
 end_with_parent()  # both commands' main modules import this one
 
+# Connections that the kernel keeps until they are accepted.
+_WAITING_CONNECTIONS = 1024
 _COMPLETION = {
     "completion": Words("a script that completes flags in bash, zsh or fish", words=SHELLS)
 }
@@ -210,7 +212,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        listener.listen(_WAITING_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise ConfigurationError(
@@ -227,6 +229,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.teacher_app = app
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():  # asyncio has told it how many are accepted at a time
+            listener.listen(_WAITING_CONNECTIONS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -256,6 +263,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+    raise_descriptor_limit()
     app = TeacherApp(settings, Metrics(), keys)
     server = _Server(
         uvicorn.Config(
@@ -266,8 +274,8 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
             lifespan="off",
             http=GuardedProtocol,  # of h11: httptools reads headers without end
             ws="none",
-            # So many are accepted before the first of them is looked at.
-            backlog=max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)),
+            # So many connections are accepted before the first of them is looked at.
+            backlog=max(1, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 32)),
             # Longer than clients keep an idle connection: or one is closed as a request enters it.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),

@@ -14,6 +14,7 @@ HEAD_SECONDS = 20.0
 # A body may come in so many pieces of any size, and beyond them in pieces of this many bytes in the
 # mean: each costs as much as hundreds of bytes.
 _FREE_PIECES, _MEAN_PIECE = 256, 64
+_DESCRIPTORS = 1 << 16
 
 
 class _Connection(h11.Connection):
@@ -55,8 +56,16 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._watch_head()
-        if len(self.connections) > most_connections():
-            self._longest_waiting().transport.abort()
+        if len(self.connections) <= most_connections():
+            return
+        open_ones = [
+            one
+            for one in self.connections
+            if isinstance(one, GuardedProtocol) and not one.transport.is_closing()
+        ]
+        if len(open_ones) > most_connections():
+            waiting = [one for one in open_ones if one is not self and one.awaits_head]
+            min(waiting, key=lambda one: one._waiting_since, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch_head()
@@ -93,16 +102,16 @@ class GuardedProtocol(H11Protocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _longest_waiting(self) -> GuardedProtocol:
-        waiting = [
-            one
-            for one in self.connections
-            if isinstance(one, GuardedProtocol) and one.awaits_head and one is not self
-        ]
-        return min(waiting, key=lambda one: one._waiting_since, default=self)
-
 
 def most_connections() -> int:
-    """Three quarters of the descriptors that the process may have; the rest are the model's."""
+    """Half of the descriptors that the process may have: others are the model's."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(1, soft * 3 // 4)
+    return max(1, soft // 2)
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many descriptors as the process may have, up to `_DESCRIPTORS`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

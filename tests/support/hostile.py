@@ -80,7 +80,8 @@ def attacks(model: str) -> list[Attack]:
             "{" + ",".join(f'"a{n}":0' for n in range(200_000)) + "}").encode()),
         Attack("a field of a megabyte", SCORE, JSON, lambda: (
             b'{"' + b"topk" * (1 << 18) + b'":1}')),
-        Attack("wrong sequences", SCORE, JSON, _filled('{"top_k":1,"sequences":[', "0", 10**6, "]}")),
+        Attack("wrong sequences", SCORE, JSON, _filled(
+            '{"top_k":1,"sequences":[', "0", 10**6, "]}")),
         Attack("wrong sequences, msgpack", SCORE, MSGPACK,
                _packed(lambda: {"top_k": 1, "sequences": [0] * 8192})),
         Attack("empty lists, msgpack", SCORE, MSGPACK,
@@ -106,7 +107,7 @@ def attacks(model: str) -> list[Attack]:
         Attack("a million token ids", SCORE, JSON, _filled(
             '{"top_k":1,"sequences":[{"completion_start":1,"token_ids":[', "5", 10**6, "]}]}")),
         Attack("30 million token ids", SCORE, JSON, _filled(
-            '{"top_k":1,"sequences":[{"completion_start":1,"token_ids":[', "5", 30_000_000, "]}]}")),
+            '{"top_k":1,"sequences":[{"completion_start":1,"token_ids":[', "5", 3 * 10**7, "]}]}")),
         Attack("16 million token ids, msgpack", SCORE, MSGPACK, _packed(lambda: {
             "top_k": 1, "sequences": [
                 {"token_ids": np.full(15_000_000, 5, np.uint32), "completion_start": 1}]})),
