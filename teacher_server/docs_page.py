@@ -7,7 +7,7 @@ PAGE = """\
 <meta name="viewport" content="width=device-width">
 <title>sparse-gkd teacher server</title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
+  body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto }
   code, pre { font: 13px/1.4 ui-monospace, monospace }
   pre { background: #8881; overflow: auto; padding: .7rem }
   summary { cursor: pointer; padding: .3rem 0 }

@@ -61,6 +61,17 @@ def test_one_client_leaves_half_of_the_room_to_others():
         assert queued(door) == (100, 1)
 
 
+def test_a_client_with_many_tiny_sequences_leaves_room_to_others():
+    door = admission(tokens=1 << 20)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(door.admit("flood", 1024, 1024))
+        with pytest.raises(OverloadedError, match=r"8192 sequences of this client"):
+            door.admit("flood", 1024, 1024).__enter__()
+        stack.enter_context(door.admit("another", 1024, 1024))
+    assert queued(door) == (0, 0)
+
+
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 60))))
 def test_whoever_comes_finds_room_while_no_request_is_large(requests):
     """Each client leaves half of what it found, less one request, whatever the order."""
