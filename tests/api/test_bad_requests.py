@@ -1,5 +1,6 @@
 """Every bad request, over a socket: status, field, and a message with value and limit."""
 
+import json
 import re
 import socket
 
@@ -106,7 +107,7 @@ def problem(response, status):
 )
 def test_an_invalid_request_is_refused(teacher, path, body, field, message, media_type):
     json_ = media_type == wire.JSON_MEDIA_TYPE
-    sent = {"json": body} if json_ else {"content": codec.encode(body)}
+    sent = {"content": json.dumps(body) if json_ else codec.encode(body)}
     response = httpx.post(f"{teacher.url}/v1/{path}", headers={"content-type": media_type}, **sent)
     refused = problem(response, 422)
     assert refused.field == field

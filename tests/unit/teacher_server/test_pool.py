@@ -24,11 +24,14 @@ def test_a_client_that_floods_leaves_threads_to_another():
 
 def test_turns_are_counted_in_what_the_work_costs():
     """Of two clients with as many requests, the one with small bodies is done first."""
-    gate, order = threading.Event(), []
+    gates, order = [threading.Event(), threading.Event()], []
 
     async def work():
         pool = FairPool(2)
-        blockers = [asyncio.create_task(pool.run(name, 1, gate.wait)) for name in "xy"]
+        blockers = [
+            asyncio.create_task(pool.run(name, 1, gate.wait))
+            for name, gate in zip("xy", gates, strict=True)
+        ]
         await asyncio.sleep(0.05)
         tasks = [
             asyncio.create_task(pool.run(client, cost, order.append, client))
@@ -36,8 +39,10 @@ def test_turns_are_counted_in_what_the_work_costs():
             for client, cost in (("large", 1 << 20), ("small", 1 << 13))
         ]
         await asyncio.sleep(0.05)
-        gate.set()
-        await asyncio.gather(*blockers, *tasks)
+        gates[0].set()  # one thread does all of it
+        await asyncio.gather(*tasks)
+        gates[1].set()
+        await asyncio.gather(*blockers)
 
     asyncio.run(work())
     assert order.index("small") <= 1
