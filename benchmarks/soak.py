@@ -79,8 +79,13 @@ def requests(client: int) -> Iterator[tuple[str, bytes]]:
         yield "/v1/score", wire.dump(score, wire.MSGPACK_MEDIA_TYPE)
 
 
+def key(client: int) -> str:
+    """The key that makes it a client of its own."""
+    return f"client-of-the-soak-{client}"
+
+
 async def ask(http: httpx.AsyncClient, client: int, route: str, body: bytes, seen: Seen) -> None:
-    headers = {"content-type": wire.MSGPACK_MEDIA_TYPE, "x-client-id": f"client {client}"}
+    headers = {"content-type": wire.MSGPACK_MEDIA_TYPE, "authorization": f"Bearer {key(client)}"}
     since = time.perf_counter()
     try:
         response = await http.post(route, content=body, headers=headers)
@@ -151,6 +156,10 @@ def main() -> None:
         save_tokenizer(folder)
         save_model(folder, vocab_size=VOCAB_SIZE, hidden_size=128, max_position_embeddings=LENGTH)
         flags = [f"--max-{of}-tokens={QUEUED_TOKENS}" for of in ("queued", "request")]
+        keys = folder / "keys"
+        keys.write_text("\n".join(map(key, range(CLIENTS))))
+        keys.chmod(0o600)
+        flags += ["--api-key-file", str(keys)]
         with running_server(folder, *flags) as url:
             found, seen = asyncio.run(soak(url, minutes))
     total = sum(seen.statuses.values())

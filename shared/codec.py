@@ -44,7 +44,7 @@ def encode(value: Any) -> bytes:
     return packed
 
 
-def decode(data: bytes, *, max_bytes: int) -> Any:
+def decode(data: bytes | bytearray, *, max_bytes: int) -> Any:
     """Unpack what `encode` made; arrays come back as read-only views into ``data``.
 
     Raises:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shared.arrays import TokenIds1D, TokenIds2D
 from shared.sparse import SparseLogprobs
+from shared.unknown_fields import refuse_unknown_fields
 
 PROTOCOL_VERSION = 1
 # Below it float32 logits, divided by it, are no longer finite.
@@ -20,9 +21,16 @@ MIN_TEMPERATURE = 1e-6
 LogprobDtype = Literal["float32", "float16"]
 FinishReason = Literal["stop", "length"]
 
-_Int = Annotated[int, Field(strict=True)]
-_Index = Annotated[int, Field(strict=True, ge=0)]
-_Positive = Annotated[int, Field(strict=True, ge=1)]
+# Ends of a completion in a request: they travel with each of its copies.
+MAX_STOP_TOKEN_IDS = 1024
+# Lists are refused from here on, before what they hold is read; a request's limit is far below it.
+_LONGEST_LIST = 1 << 16
+
+# Every number fits the integers of msgpack, numpy and the engines.
+_Int = Annotated[int, Field(strict=True, ge=-(2**31), lt=2**31)]
+_Index = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Positive = Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+_Count = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 _Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 _Temperature = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=False)]
 
@@ -33,6 +41,8 @@ class Message(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
     )
+
+    _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
 
 
 class TeacherIdentity(Message):
@@ -104,8 +114,8 @@ class ScoreRequest(Message):
             sequence and the row, whatever is scored along with it.
     """
 
-    sequences: list[ScoreSequence]
-    top_k: _Positive
+    sequences: Annotated[list[ScoreSequence], Field(max_length=_LONGEST_LIST, fail_fast=True)]
+    top_k: _Count
     temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
     sample_seed: _Seed | None = None
@@ -130,7 +140,8 @@ class GenerateRequest(Message):
         top_p: nucleus sampling.
         sampling_top_k: sample among the k most probable tokens; 0 is all.
         seed: the same seed gives the same completions; None draws one.
-        stop_token_ids: end a completion, beside the model's own end tokens, and stay part of it.
+        stop_token_ids: end a completion, beside the model's own end tokens, and stay part of it;
+            at most `MAX_STOP_TOKEN_IDS`.
         top_k: when set, each completion carries the same arrays as `/v1/score` would give.
         score_temperature: temperature of those arrays.
         logprob_dtype: dtype of those arrays.
@@ -138,15 +149,15 @@ class GenerateRequest(Message):
             `GenerateEvent`, then a `GenerateEnd`, instead of a `GenerateResponse`.
     """
 
-    prompts: list[TokenIds1D]
-    n: _Positive = 1
-    max_new_tokens: _Positive = 256
+    prompts: Annotated[list[TokenIds1D], Field(max_length=_LONGEST_LIST, fail_fast=True)]
+    n: _Count = 1
+    max_new_tokens: _Count = 256
     temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] = 1.0
-    sampling_top_k: Annotated[int, Field(strict=True, ge=0)] = 0
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] = 1.0
+    sampling_top_k: _Index = 0
     seed: _Seed | None = None
     stop_token_ids: TokenIds1D | None = None
-    top_k: _Positive | None = None
+    top_k: _Count | None = None
     score_temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
     stream: Annotated[bool, Field(strict=True)] = False

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from shared.arrays import Logprobs1D, Logprobs2D, TokenIds2D
 from shared.errors import TeacherAnswerError
+from shared.unknown_fields import refuse_unknown_fields
 
 # Float16 moves a log-prob by up to 2⁻¹¹ of itself, and with it a row's mass by less than 0.006.
 _SLACK = 0.01
@@ -39,6 +40,8 @@ class SparseLogprobs(BaseModel):
     next_token_logprob: Logprobs1D
     tail_logprob: Logprobs1D
     requested_logprobs: Logprobs2D | None = None
+
+    _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> SparseLogprobs:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shared.errors import InvalidRequestError
 from shared.protocol import (
+    MAX_STOP_TOKEN_IDS,
     MIN_TEMPERATURE,
     Capabilities,
     GenerateRequest,
@@ -46,7 +47,6 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
     tokens = 0
     for index, prompt in enumerate(request.prompts):
         field = f"prompts.{index}"
-        _check_token_ids(field, prompt, info.vocab_size)
         length = len(prompt) + request.max_new_tokens
         if length > info.max_model_len:
             raise InvalidRequestError(
@@ -54,11 +54,14 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
                 f"make {length} tokens; the teacher's context is {info.max_model_len}",
                 field=field,
             )
+        _check_token_ids(field, prompt, info.vocab_size)
         tokens += length * request.n
     _check_total("prompts", "tokens", tokens, limits.max_tokens)
     if request.temperature:
         _check_warm("temperature", request.temperature, ", or 0 for greedy decoding")
     if request.stop_token_ids is not None and len(request.stop_token_ids):
+        count = len(request.stop_token_ids)
+        _check_total("stop_token_ids", "stop tokens", count, MAX_STOP_TOKEN_IDS, "Send fewer")
         _check_range("stop_token_ids", request.stop_token_ids, info.vocab_size)
     if request.top_k is not None:
         _check_top_k(request.top_k, info)
@@ -71,12 +74,12 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
 def _check_sequence(field: str, sequence: ScoreSequence, info: InfoResponse) -> tuple[int, int]:
     """Number of completion rows T and of requested ids m."""
     length = len(sequence.token_ids)
-    _check_token_ids(f"{field}.token_ids", sequence.token_ids, info.vocab_size)
     if length > info.max_model_len:
         raise InvalidRequestError(
             f"{length} tokens; the teacher's context is {info.max_model_len}",
             field=f"{field}.token_ids",
         )
+    _check_token_ids(f"{field}.token_ids", sequence.token_ids, info.vocab_size)
     start = sequence.completion_start
     if not 1 <= start < length:
         raise InvalidRequestError(
@@ -145,8 +148,8 @@ def _check_count(field: str, count: int, limit: int) -> None:
     _check_total(field, "sequences", count, limit)
 
 
-def _check_total(field: str, what: str, total: int, limit: int) -> None:
+def _check_total(
+    field: str, what: str, total: int, limit: int, remedy: str = "Split the request"
+) -> None:
     if total > limit:
-        raise InvalidRequestError(
-            f"{total} {what}; the limit is {limit}. Split the request", field=field
-        )
+        raise InvalidRequestError(f"{total} {what}; the limit is {limit}. {remedy}", field=field)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from shared import codec
 from shared.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
 from shared.protocol import GenerateEnd, GenerateEvent
+from shared.unknown_fields import UNKNOWN_FIELD
 
 JSON_MEDIA_TYPE = "application/json"
 MSGPACK_MEDIA_TYPE = codec.MEDIA_TYPE
@@ -23,10 +24,17 @@ STREAM_MEDIA_TYPES = {
     MSGPACK_MEDIA_TYPE: MSGPACK_STREAM_MEDIA_TYPE,
 }
 
-# Parsed JSON takes up to 30 times its text; JSON is for people, arrays go in msgpack.
-MAX_JSON_ITEMS = 1 << 22
+# Parsed JSON takes up to 30 times its text, and the parser lets no other thread run meanwhile; JSON
+# is for people, arrays go in msgpack.
+MAX_JSON_ITEMS = 1 << 20
+MAX_JSON_CONTAINERS = 1 << 16
+# Of a request: room for the text of a long context, escaped.
+MAX_JSON_REQUEST_BYTES = 8 << 20
 # Kinds of pydantic's errors whose message names the value, or that there is none.
-_SAY_ALL = ("array", "value_error", "missing")
+_SAY_ALL = ("array", "value_error", "missing", "too_long", UNKNOWN_FIELD)
+# An integer of more digits is read as a float, which is out of every range.
+_MOST_DIGITS = 300
+_COUNTED_BYTES = 1 << 20
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -39,7 +47,7 @@ def dump(message: BaseModel, media_type: str) -> bytes:
     return text + b"\n" if media_type == NDJSON_MEDIA_TYPE else text
 
 
-def load(model: type[M], data: bytes, media_type: str, *, max_bytes: int) -> M:
+def load(model: type[M], data: bytes | bytearray, media_type: str, *, max_bytes: int) -> M:
     """Parse and validate one message.
 
     Raises:
@@ -106,7 +114,10 @@ def _validate(model: type[M], value: Any) -> M:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        path = first["loc"]
+        if first["type"] == UNKNOWN_FIELD:
+            path += (first["ctx"]["name"],)
+        field = ".".join(str(part) for part in path)
         value = "" if first["type"] in _SAY_ALL else f", not {_shown(first['input'])}"
         raise InvalidRequestError(
             f"{field or 'body'}: {first['msg']}{value}", field=field
@@ -120,18 +131,38 @@ def _shown(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _load_json(data: bytes, max_bytes: int) -> Any:
+def _load_json(data: bytes | bytearray, max_bytes: int) -> Any:
     if len(data) > max_bytes:
         raise PayloadTooLargeError(f"the body has {len(data)} bytes; the limit is {max_bytes}")
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_ITEMS:
-        raise PayloadTooLargeError(
-            f"the body has more than {MAX_JSON_ITEMS} items; send arrays as {MSGPACK_MEDIA_TYPE}"
-        )
+    _check_items(data)
     try:
-        return json.loads(data)
+        return json.loads(data, parse_int=_integer, parse_float=_number)
     except RecursionError as error:
         raise MalformedRequestError(
             f"the body is not valid JSON: nested deeper than {sys.getrecursionlimit()} levels"
         ) from error
     except ValueError as error:
         raise MalformedRequestError(f"the body is not valid JSON: {error}") from error
+
+
+def _check_items(data: bytes | bytearray) -> None:
+    """Raises `PayloadTooLargeError` for more values than are read, before one is."""
+    commas = containers = 0
+    for start in range(0, len(data), _COUNTED_BYTES):
+        piece = data[start : start + _COUNTED_BYTES]
+        commas += piece.count(b",")
+        containers += piece.count(b"[") + piece.count(b"{")
+        if commas + containers > MAX_JSON_ITEMS or containers > MAX_JSON_CONTAINERS:
+            raise PayloadTooLargeError(
+                f"the body has more than {MAX_JSON_ITEMS} items, or {MAX_JSON_CONTAINERS} lists "
+                f"and maps; send arrays as {MSGPACK_MEDIA_TYPE}"
+            )
+
+
+# Functions of Python: between two numbers the parser lets other threads run.
+def _integer(text: str) -> int | float:
+    return int(text) if len(text) <= _MOST_DIGITS else float(text)
+
+
+def _number(text: str) -> float:
+    return float(text)

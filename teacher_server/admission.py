@@ -16,6 +16,8 @@ from teacher_server.metrics import Metrics
 R = TypeVar("R")
 
 RETRY_AFTER = 1.0
+# Each takes a few kilobytes and a moment of the event loop, however few its tokens.
+MAX_QUEUED_JOBS = 1 << 14
 
 
 class ClientGoneError(Exception):
@@ -43,6 +45,7 @@ class Room:
         self._thing = thing
         self._gauge = gauge
         self._held: Counter[str] = Counter()
+        self._total = 0
 
     def take(self, client: str, amount: int, *, already: int = 0) -> None:
         """Room for ``amount`` more, of which the request itself holds some ``already``.
@@ -50,7 +53,7 @@ class Room:
         Raises:
             OverloadedError: there is none.
         """
-        total, own = self._held.total(), self._held[client] - already
+        total, own = self._total, self._held[client] - already
         if total + amount > self.limit:
             raise OverloadedError(
                 f"{total} {self._thing} are queued and the request brings {amount}; the limit is "
@@ -72,6 +75,7 @@ class Room:
 
     def _add(self, client: str, amount: int) -> None:
         self._held[client] += amount
+        self._total += amount
         if not self._held[client]:
             del self._held[client]
         self._gauge.inc(amount)
@@ -83,16 +87,16 @@ class Held:
     def __init__(self, room: Room, client: str) -> None:
         self._room = room
         self._client = client
-        self._bytes = 0
+        self.bytes = 0
 
     def add(self, size: int) -> None:
         """Raises `OverloadedError` where there is no room for ``size`` bytes more."""
-        self._room.take(self._client, size, already=self._bytes)
-        self._bytes += size
+        self._room.take(self._client, size, already=self.bytes)
+        self.bytes += size
 
     def free(self) -> None:
-        self._room.give(self._client, self._bytes)
-        self._bytes = 0
+        self._room.give(self._client, self.bytes)
+        self.bytes = 0
 
 
 class Admission:
@@ -112,9 +116,9 @@ class Admission:
         self.draining = False
         self.tokens = Room(max_queued_tokens, "tokens", metrics.queued_tokens)
         self.bytes = Room(max_held_bytes, "bytes", metrics.held_bytes)
+        self.jobs = Room(MAX_QUEUED_JOBS, "sequences", metrics.queued_jobs)
         metrics.max_queued_tokens.set(max_queued_tokens)
         metrics.max_held_bytes.set(max_held_bytes)
-        self._jobs = metrics.queued_jobs
         self._idle = asyncio.Event()
         self._idle.set()
         self._requests = 0
@@ -130,14 +134,18 @@ class Admission:
         if self.draining:
             raise UnavailableError("the server is shutting down", retry_after=RETRY_AFTER)
         self.tokens.take(client, tokens)
-        self._jobs.inc(jobs)
+        try:
+            self.jobs.take(client, jobs)
+        except OverloadedError:
+            self.tokens.give(client, tokens)
+            raise
         self._requests += 1
         self._idle.clear()
         try:
             yield
         finally:
             self.tokens.give(client, tokens)
-            self._jobs.dec(jobs)
+            self.jobs.give(client, jobs)
             self._requests -= 1
             if not self._requests:
                 self._idle.set()

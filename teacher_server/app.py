@@ -12,9 +12,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -22,7 +23,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
+from starlette.responses import HTMLResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from shared import __version__, codec, logs, wire
@@ -60,15 +61,17 @@ from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError, Held
 from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
+from teacher_server.docs_page import PAGE
 from teacher_server.in_flight import InFlight
 from teacher_server.metrics import Metrics, State
-from teacher_server.settings import LARGEST_ANSWER_BYTES, Settings
+from teacher_server.pool import FairPool
+from teacher_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=BaseModel)
 R = TypeVar("R")
 Q = TypeVar("Q")
+J = TypeVar("J", ScoreJob, GenerateJob)
 
 _MEDIA_TYPES = (wire.MSGPACK_MEDIA_TYPE, wire.JSON_MEDIA_TYPE)
 _REQUEST_ID = "X-Request-Id"
@@ -80,7 +83,12 @@ _PIECE_BYTES = 64 << 10
 # makes Python's numbers first, then text.
 _COPIES = {wire.MSGPACK_MEDIA_TYPE: 2, wire.JSON_MEDIA_TYPE: 16}
 _OPENAI_COPIES = 40
-_MAX_JSON_ARRAYS = LARGEST_ANSWER_BYTES // _COPIES[wire.JSON_MEDIA_TYPE]
+# Tokenizing a text takes about so many times as long as reading it.
+_TOKENIZED = 8
+# Making JSON of an array, pydantic lets no other thread run.
+_MAX_JSON_ARRAYS = 4 << 20
+# Jobs of a request that are handed to the backend at a time: in between others have their turn.
+_STARTED_AT_ONCE = 32
 # What a load balancer asks, which has no key. Every other route of ours wants one.
 _OPEN = ("/health", "/ready")
 # Asked every few seconds, whatever happens: in the log for those who look for it alone.
@@ -148,11 +156,20 @@ def _in_pieces(send: Send, patience: float) -> Send:
             piece, end = message, start + _PIECE_BYTES
             if end < len(body) or start:
                 more = end < len(body) or message.get("more_body", False)
-                piece = {**message, "body": body[start:end], "more_body": more}
+                piece = {**message, "body": bytes(body[start:end]), "more_body": more}
             async with asyncio.timeout(patience):
                 await send(piece)
 
     return send_pieces
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A request's body as it came, of at most ``limit`` bytes."""
+
+    data: bytearray
+    media_type: str
+    limit: int
 
 
 Answer = _Reply | _Stream
@@ -171,8 +188,7 @@ class TeacherApp:
             settings.max_queued_tokens, settings.max_held_mib << 20, settings.request_timeout,
             metrics,
         )  # fmt: skip
-        # Parsed, JSON is many times its text, and the interpreter parses one body at a time anyway.
-        self._parsing = asyncio.Semaphore(2)
+        self.pool = FairPool(min(16, max(4, os.cpu_count() or 1)))
         self.in_flight = InFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
@@ -217,8 +233,10 @@ class TeacherApp:
 
     def _build(self) -> FastAPI:
         api = FastAPI(
-            title="sparse-gkd teacher server", version=__version__, redirect_slashes=False
-        )
+            title="sparse-gkd teacher server", version=__version__, redirect_slashes=False,
+            docs_url=None, redoc_url=None,  # their pages load programs from another host
+        )  # fmt: skip
+        api.add_api_route("/docs", _docs, include_in_schema=False)
         routes: dict[str, tuple[str, Handler]] = {
             "/v1/score": ("POST", self._score),
             "/v1/generate": ("POST", self._generate),
@@ -239,6 +257,7 @@ class TeacherApp:
             )  # fmt: skip
         api.add_exception_handler(HTTPException, self._unknown_route)
         api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
+        api.openapi()  # made now, and not while requests wait
         return api
 
     def _endpoint(
@@ -283,7 +302,7 @@ class TeacherApp:
         return ended
 
     def _identify(self, request: Request) -> None:
-        """Who asks: a key, or an address and the name given there. Nothing of the body is read.
+        """Who asks: a key, or an address. Nothing of the body is read.
 
         Raises:
             UnauthorizedError: no key, where one is needed.
@@ -294,8 +313,9 @@ class TeacherApp:
             request.state.hang_up = True
             raise
         if not client:
-            host = "" if request.client is None else request.client.host
-            client = f"{host} {request.headers.get(_CLIENT_ID, '')[:_LONGEST_CLIENT_ID]}"
+            # What a caller calls itself is for the log: names cost nothing, and give no share.
+            client = "" if request.client is None else request.client.host
+            request.state.name = request.headers.get(_CLIENT_ID, "")[:_LONGEST_CLIENT_ID]
         request.state.client = client
         request.state.held = Held(self.admission.bytes, client)
 
@@ -310,56 +330,58 @@ class TeacherApp:
     async def _score(self, request: Request, request_id: str) -> Answer:
         """Sparse log-probs of token sequences."""
         backend, info = self._loaded()
-        asked = await self._read(request, ScoreRequest)
-        check_score_request(asked, info)
-        jobs = _score_jobs(asked, request.state.client)
-        _hold_answer(request, jobs, "sequences")
+        body = await self._body(request)
+        jobs = await self._in_pool(
+            request, len(body.data), _read_score, body, info, request.state.client
+        )
+        _hold_answer(request, [job for _, job in jobs], "sequences")
         with self._admit(request, jobs):
             scored: list[SparseLogprobs] = await self.admission.run(
-                _all([self._scored(backend, job) for job in jobs], "sequences"),
+                _all([self._scored(backend, *job) for job in jobs], "sequences"),
                 lambda: _disconnected(request),
             )
-            self._count_scored(jobs)
+            self._count_scored([job for _, job in jobs])
             answer = ScoreResponse.model_construct(
                 sequences=scored, teacher=info.teacher, request_id=request_id
             )
-            return await _answer(request, answer)
+            return await self._answer(request, answer)
 
-    async def _scored(self, backend: Backend, job: ScoreJob) -> SparseLogprobs:
+    async def _scored(self, backend: Backend, key: bytes, job: ScoreJob) -> SparseLogprobs:
         """Of an equal job of the same client that is under way, or of its own.
 
         Scores depend on the job alone; but another client's may wait for that client's turn.
         """
-        return await self.in_flight.ask(_question(job), lambda: backend.score(job))
+        return await self.in_flight.ask(key, lambda: backend.score(job))
 
-    async def _generated(self, backend: Backend, job: GenerateJob) -> Completion:
+    async def _generated(self, backend: Backend, key: bytes, job: GenerateJob) -> Completion:
         """As `_scored`: a job with a seed, or a greedy one, is written the same again."""
-        return await self.in_flight.ask(_question(job), lambda: backend.generate(job))
+        return await self.in_flight.ask(key, lambda: backend.generate(job))
 
     async def _generate(self, request: Request, request_id: str) -> Answer:
         """Completions of prompts, with sparse log-probs when asked."""
         backend, info = self._loaded()
-        asked = await self._read(request, GenerateRequest)
-        check_generate_request(asked, info)
-        jobs = _generate_jobs(asked, request.state.client)
-        _hold_answer(request, jobs, "prompts")
+        body = await self._body(request)
+        asked, jobs = await self._in_pool(
+            request, len(body.data), _read_generate, body, info, request.state.client
+        )
+        _hold_answer(request, [job for _, job in jobs], "prompts")
         if asked.stream:
             return await self._stream(request, request_id, jobs, asked.n)
         with self._admit(request, jobs):
             flat: list[Completion] = await self.admission.run(
-                _all([self._generated(backend, job) for job in jobs], "prompts", asked.n),
+                _all([self._generated(backend, *job) for job in jobs], "prompts", asked.n),
                 lambda: _disconnected(request),
             )
-            self._count_generated(jobs, flat)
+            self._count_generated([job for _, job in jobs], flat)
             answer = GenerateResponse.model_construct(
                 completions=[flat[i : i + asked.n] for i in range(0, len(flat), asked.n)],
                 teacher=info.teacher,
                 request_id=request_id,
             )
-            return await _answer(request, answer)
+            return await self._answer(request, answer)
 
     async def _stream(
-        self, request: Request, request_id: str, jobs: list[GenerateJob], n: int
+        self, request: Request, request_id: str, jobs: Sequence[tuple[bytes, GenerateJob]], n: int
     ) -> Answer:
         """Each completion when it is finished.
 
@@ -370,12 +392,15 @@ class TeacherApp:
         finished = self._as_they_finish(request, backend, info, jobs, n)
         first = await anext(finished)
 
+        size = max(job.answer_bytes for _, job in jobs)
+
         async def items() -> AsyncGenerator[bytes, None]:
             problem = None
+            client = request.state.client
             try:
-                yield await asyncio.to_thread(wire.dump, first, media_type)
+                yield await self.pool.run(client, size, wire.dump, first, media_type)
                 async for event in finished:
-                    yield await asyncio.to_thread(wire.dump, event, media_type)
+                    yield await self.pool.run(client, size, wire.dump, event, media_type)
             except ClientGoneError:
                 stream.outcome = _CLIENT_GONE
                 return
@@ -396,7 +421,7 @@ class TeacherApp:
         request: Request,
         backend: Backend,
         info: InfoResponse,
-        jobs: list[GenerateJob],
+        jobs: Sequence[tuple[bytes, GenerateJob]],
         n: int,
     ) -> AsyncGenerator[GenerateEvent, None]:
         """Completions in the order they finish; then raises what kept the others from it.
@@ -405,8 +430,8 @@ class TeacherApp:
         """
         finished: asyncio.Queue[GenerateEvent | None] = asyncio.Queue()
 
-        async def one(index: int, job: GenerateJob) -> None:
-            completion = await self._generated(backend, job)
+        async def one(index: int, key: bytes, job: GenerateJob) -> None:
+            completion = await self._generated(backend, key, job)
             self._count_generated([job], [completion])
             finished.put_nowait(
                 GenerateEvent.model_construct(
@@ -420,7 +445,7 @@ class TeacherApp:
         async def all_of_them() -> None:
             with self._admit(request, jobs):
                 await self.admission.run(
-                    _all([one(index, job) for index, job in enumerate(jobs)], "prompts", n),
+                    _all([one(index, *job) for index, job in enumerate(jobs)], "prompts", n),
                     lambda: _disconnected(request),
                 )
 
@@ -468,33 +493,49 @@ class TeacherApp:
         model: type[openai.CompletionRequest] | type[openai.ChatRequest],
     ) -> Answer:
         backend, info = self._loaded()
-        asked = await self._read(request, model, (wire.JSON_MEDIA_TYPE,))
-        work = await asyncio.to_thread(self.speaker.plan, asked, info)
-        client = request.state.client
-        to_score = [] if work.score is None else _score_jobs(work.score, client)
-        to_write = [] if work.generate is None else _generate_jobs(work.generate, client, work.stop)
-        jobs: list[ScoreJob | GenerateJob] = [*to_score, *to_write]
-        request.state.held.add(sum(job.answer_bytes for job in jobs) * _OPENAI_COPIES)
+        body = await self._body(request, (wire.JSON_MEDIA_TYPE,))
+        work, to_score, to_write = await self._in_pool(
+            request, len(body.data) * _TOKENIZED, self._plan, model, body, info,
+            request.state.client,
+        )  # fmt: skip
+        asked = work.asked
+        jobs: list[tuple[bytes, ScoreJob | GenerateJob]] = [*to_score, *to_write]
+        size = sum(job.answer_bytes for _, job in jobs) * _OPENAI_COPIES
+        request.state.held.add(size)
         with self._admit(request, jobs):
             scored, written = await self.admission.run(
                 _both(
-                    _all([self._scored(backend, job) for job in to_score], "prompt"),
+                    _all([self._scored(backend, *job) for job in to_score], "prompt"),
                     _all(
-                        [self._generated(backend, job) for job in to_write], "prompt", asked.n or 1
+                        [self._generated(backend, *job) for job in to_write], "prompt", asked.n or 1
                     ),
                 ),
                 lambda: _disconnected(request),
             )
-            self._count_scored(to_score)
-            self._count_generated(to_write, written)
-            body = await asyncio.to_thread(
-                self.speaker.answer, work, scored, written, info, request_id
+            self._count_scored([job for _, job in to_score])
+            self._count_generated([job for _, job in to_write], written)
+            answer = await self._in_pool(
+                request, size, self.speaker.answer, work, scored, written, info, request_id
             )
-            return _Reply(body, media_type=wire.JSON_MEDIA_TYPE)
+            return _Reply(memoryview(answer), media_type=wire.JSON_MEDIA_TYPE)
+
+    def _plan(
+        self,
+        model: type[openai.CompletionRequest] | type[openai.ChatRequest],
+        body: _Body,
+        info: InfoResponse,
+        client: str,
+    ) -> tuple[openai.Work, list[tuple[bytes, ScoreJob]], list[tuple[bytes, GenerateJob]]]:
+        """What an OpenAI-style request asks for, and its jobs with their keys."""
+        work = self.speaker.plan(wire.load(model, body.data, body.media_type, max_bytes=body.limit),
+                                 info)  # fmt: skip
+        to_score = [] if work.score is None else _score_jobs(work.score, client)
+        to_write = [] if work.generate is None else _generate_jobs(work.generate, client, work.stop)
+        return work, _keyed(to_score), _keyed(to_write)
 
     async def _get_info(self, request: Request, request_id: str) -> Answer:
         """What the teacher is, its limits and what it can do."""
-        return await _answer(request, self._loaded()[1])
+        return await self._answer(request, self._loaded()[1])
 
     async def _health(self, request: Request, request_id: str) -> Answer:
         """200 while the process answers, however busy; 503 when its engine died: restart it."""
@@ -535,16 +576,29 @@ class TeacherApp:
             raise UnavailableError("the engine is dead; restart the server")
 
     def _admit(
-        self, request: Request, jobs: Sequence[ScoreJob | GenerateJob]
+        self, request: Request, jobs: Sequence[tuple[bytes, ScoreJob | GenerateJob]]
     ) -> AbstractContextManager[None]:
-        tokens = sum(job.tokens for job in jobs)
+        tokens = sum(job.tokens for _, job in jobs)
         request.state.work = {"sequences": len(jobs), "tokens": tokens}
         return self.admission.admit(request.state.client, tokens, len(jobs))
 
-    async def _read(
-        self, request: Request, model: type[M], media_types: tuple[str, ...] = _MEDIA_TYPES
-    ) -> M:
-        """The request's body as ``model``; its size is bounded while it is read."""
+    async def _in_pool(
+        self, request: Request, cost: int, function: Callable[..., R], *arguments: Any
+    ) -> R:
+        """``function(*arguments)`` in a thread, at the client's turn and under its deadline."""
+        return await self.admission.run(
+            self.pool.run(request.state.client, cost, function, *arguments),
+            lambda: _disconnected(request),
+        )
+
+    async def _answer(self, request: Request, message: BaseModel) -> Answer:
+        media_type = _accepted(request)
+        size = request.state.held.bytes
+        body = await self._in_pool(request, size, wire.dump, message, media_type)
+        return _Reply(body, media_type=media_type)
+
+    async def _body(self, request: Request, media_types: tuple[str, ...] = _MEDIA_TYPES) -> _Body:
+        """The request's body; its size is bounded while it is read."""
         media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if media_type not in media_types:
             raise UnsupportedMediaTypeError(
@@ -555,13 +609,17 @@ class TeacherApp:
             raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r} is not supported")
         _accepted(request)  # an answer nobody can read is refused before it is computed
         limit = self.settings.max_request_bytes
+        if media_type == wire.JSON_MEDIA_TYPE:
+            limit = min(limit, wire.MAX_JSON_REQUEST_BYTES)
         declared = request.headers.get("content-length", "")
         expected = int(declared) if declared.isdigit() else 0
         body = bytearray()
         patience = self.settings.request_timeout
         try:
             if expected > limit:
-                raise PayloadTooLargeError(f"the body has {expected} bytes; the limit is {limit}")
+                raise PayloadTooLargeError(
+                    f"the body has {expected} bytes; the limit is {limit} in {media_type}"
+                )
             request.state.held.add(expected)
             async with asyncio.timeout(patience):
                 async for chunk in request.stream():
@@ -579,10 +637,23 @@ class TeacherApp:
             raise
         if not body:
             raise MalformedRequestError("the body is empty")
-        async with self._parsing:
-            return await asyncio.to_thread(
-                wire.load, model, bytes(body), media_type, max_bytes=limit
-            )
+        return _Body(body, media_type, limit)
+
+
+def _read_score(body: _Body, info: InfoResponse, client: str) -> list[tuple[bytes, ScoreJob]]:
+    """The jobs of a request, each with its key, checked."""
+    asked = wire.load(ScoreRequest, body.data, body.media_type, max_bytes=body.limit)
+    check_score_request(asked, info)
+    return _keyed(_score_jobs(asked, client))
+
+
+def _read_generate(
+    body: _Body, info: InfoResponse, client: str
+) -> tuple[GenerateRequest, list[tuple[bytes, GenerateJob]]]:
+    """The same of a request to generate, and what it says of all of them."""
+    asked = wire.load(GenerateRequest, body.data, body.media_type, max_bytes=body.limit)
+    check_generate_request(asked, info)
+    return asked, _keyed(_generate_jobs(asked, client))
 
 
 def _score_jobs(asked: ScoreRequest, client: str) -> list[ScoreJob]:
@@ -607,9 +678,16 @@ def _draw_key(seed: int, sequence: ScoreSequence) -> bytes:
     return hashlib.sha256(content).digest()
 
 
+def _keyed(jobs: list[J]) -> list[tuple[bytes, J]]:
+    return [(_question(job), job) for job in jobs]
+
+
 def _question(job: ScoreJob | GenerateJob) -> bytes:
     """What a job asks, as a digest; with the client in it."""
-    return hashlib.sha256(codec.encode(asdict(job))).digest()
+    values = [getattr(job, field.name) for field in fields(job)]
+    nested = ScoreOptions | StopStrings
+    plain = [asdict(value) if isinstance(value, nested) else value for value in values]
+    return hashlib.sha256(codec.encode(plain)).digest()
 
 
 def _generate_jobs(
@@ -617,7 +695,7 @@ def _generate_jobs(
 ) -> list[GenerateJob]:
     drawn = asked.temperature > 0 and asked.seed is None
     seed = int.from_bytes(os.urandom(7)) if drawn else asked.seed or 0
-    stops = () if asked.stop_token_ids is None else tuple(int(i) for i in asked.stop_token_ids)
+    stops = () if asked.stop_token_ids is None else tuple(np.unique(asked.stop_token_ids).tolist())
     score = None
     if asked.top_k is not None:
         score = ScoreOptions(asked.top_k, asked.score_temperature, asked.logprob_dtype)
@@ -649,12 +727,18 @@ async def _all(work: list[Coroutine[Any, Any, R]], field: str, jobs_each: int = 
             # Another than the one caught, which whoever asked for the same is told too.
             raise type(error)(error.detail, field=f"{field}.{index // jobs_each}") from error
 
-    tasks = [asyncio.ensure_future(one(index, item)) for index, item in enumerate(work)]
+    tasks: list[asyncio.Future[R]] = []
     try:
+        for index, item in enumerate(work):
+            tasks.append(asyncio.ensure_future(one(index, item)))
+            if len(tasks) % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()
+        for item in work[len(tasks) :]:
+            item.close()
 
 
 async def _both(first: Coroutine[Any, Any, R], second: Coroutine[Any, Any, Q]) -> tuple[R, Q]:
@@ -710,12 +794,6 @@ def _accepted(request: Request) -> str:
     return own if own in _MEDIA_TYPES else wire.JSON_MEDIA_TYPE
 
 
-async def _answer(request: Request, message: BaseModel) -> _Reply:
-    media_type = _accepted(request)
-    body = await asyncio.to_thread(wire.dump, message, media_type)
-    return _Reply(body, media_type=media_type)
-
-
 def _request_id(request: Request) -> str:
     given = request.headers.get(_REQUEST_ID, "")
     printable = given.isascii() and given.replace("-", "").replace("_", "").isalnum()
@@ -732,7 +810,7 @@ def _log_access(request: Request, route: str, status: int, seconds: float) -> No
         **getattr(request.state, "work", {}),
     }
     if hasattr(request.state, "client"):
-        facts["client"] = request.state.client.strip()
+        facts["client"] = f"{request.state.client} {getattr(request.state, 'name', '')}".strip()
     level = logging.DEBUG if route in _PROBES else logging.INFO
     logger.log(level, "%s %s %d in %.3f s", request.method, route, status, seconds, extra=facts)
 
@@ -756,10 +834,15 @@ def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str
     return _Reply(body, status_code=error.status, media_type=media_type, headers=headers)
 
 
+async def _docs() -> HTMLResponse:
+    return HTMLResponse(PAGE, headers={"Content-Security-Policy": _DOCS_POLICY})
+
+
 def _json(value: Any) -> _Reply:
     return _Reply(json.dumps(value), media_type=wire.JSON_MEDIA_TYPE)
 
 
+_DOCS_POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _STREAMED: tuple[type[BaseModel], ...] = (GenerateEvent, GenerateEnd)
 _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
     "/v1/score": (ScoreRequest, ScoreResponse),

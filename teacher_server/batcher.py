@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import heapq
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -12,9 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
-from teacher_server.fairness import FairClock
+from teacher_server.fairness import LEAST_JOB_TOKENS, FairClock
 
 logger = logging.getLogger(__name__)
+
+# Jobs of a batch, however short: what each costs beside its tokens adds up to this much delay.
+MAX_BATCH_JOBS = 256
+# Jobs that a batch is chosen from, those whose turn is next: choosing takes a moment of the event
+# loop, however many wait.
+_CHOICE = 4 * MAX_BATCH_JOBS
 
 
 class Job(Protocol):
@@ -29,12 +37,17 @@ J = TypeVar("J", bound=Job)
 A = TypeVar("A")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Waiting(Generic[J, A]):
     job: J
     start: int  # on the clock of `FairClock`
+    place: int  # in order of arrival
     answer: asyncio.Future[A]
     since: float = field(default_factory=time.perf_counter)
+    queued: bool = True
+
+    def __lt__(self, other: _Waiting[J, A]) -> bool:
+        return (self.start, self.place) < (other.start, other.place)
 
     def settle(self, answer: A) -> None:
         if not self.answer.done():
@@ -62,10 +75,10 @@ class Batcher(Generic[J, A]):
 
     Clients take turns by `FairClock`. A batch takes the job whose turn it is, then those nearest to
     it in length, in order of arrival and first of the same client, as long as the padded batch
-    (longest × count) fits ``max_batch_tokens``; what does not fit waits, and its turn comes: of one
-    client, the job that waited longest is always the first. A batch that fails is tried again in
-    halves, without the jobs that have an answer, so one bad job fails alone and a batch too large
-    for the memory is split. Jobs whose caller went away are dropped unrun.
+    (longest × count) fits ``max_batch_tokens``, up to `MAX_BATCH_JOBS`; what does not fit waits,
+    and its turn comes: of one client, the job that waited longest is always the first. A batch that
+    fails is tried again in halves, without the jobs that have an answer, so one bad job fails alone
+    and a batch too large for the memory is split. Jobs whose caller went away are dropped unrun.
 
     Args:
         run: answers each job of a batch that somebody waits for, as soon as it can; called in
@@ -87,8 +100,10 @@ class Batcher(Generic[J, A]):
         self._executor = executor
         self._max_batch_tokens = max_batch_tokens
         self._observe = observe
-        self._clock = FairClock()
-        self._waiting: list[_Waiting[J, A]] = []
+        self._clock = FairClock(LEAST_JOB_TOKENS)
+        self._places = itertools.count()
+        self._waiting: list[_Waiting[J, A]] = []  # a heap
+        self._gone = 0  # of them, those that nobody waits for
         self._running: list[_Waiting[J, A]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -99,10 +114,26 @@ class Batcher(Generic[J, A]):
             # It serves all requests, so what is bound to the first one is not its own.
             self._task = asyncio.create_task(self._serve(), context=contextvars.Context())
         start = self._clock.start(job.client, job.tokens)
-        waiting: _Waiting[J, A] = _Waiting(job, start, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
+        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        waiting: _Waiting[J, A] = _Waiting(job, start, next(self._places), answer)
+        heapq.heappush(self._waiting, waiting)
         self._arrived.set()
-        return await waiting.answer
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._leave(waiting)
+            raise
+
+    def _leave(self, waiting: _Waiting[J, A]) -> None:
+        """Give up the turn of a job that nobody waits for, unless it runs already."""
+        if not waiting.queued:
+            return
+        self._clock.dropped(waiting.job.client, waiting.job.tokens)
+        self._gone += 1
+        if self._gone > max(_CHOICE, len(self._waiting) // 2):
+            self._waiting = [one for one in self._waiting if not one.answer.done()]
+            heapq.heapify(self._waiting)
+            self._gone = 0
 
     async def close(self) -> None:
         """Stop; jobs still waiting or running fail with `UnavailableError`."""
@@ -127,35 +158,33 @@ class Batcher(Generic[J, A]):
 
     def _take(self) -> list[_Waiting[J, A]]:
         """The next batch, by the rule above; removes it from the queue."""
-        queue: list[_Waiting[J, A]] = []
-        for waiting in self._waiting:
+        choice: list[_Waiting[J, A]] = []
+        while self._waiting and len(choice) < _CHOICE:
+            waiting = heapq.heappop(self._waiting)
             if waiting.answer.done():
-                self._clock.dropped(waiting.job.client, waiting.job.tokens)
+                self._gone -= 1
             else:
-                queue.append(waiting)
-        if not queue:
-            self._waiting = []
+                choice.append(waiting)
+        if not choice:
             return []
-        queue.sort(key=lambda waiting: waiting.start)
-        first = queue[0]
+        first = choice[0]
         self._clock.begun(first.start)
         longest = 0
         batch: list[_Waiting[J, A]] = []
-        left: list[tuple[int, _Waiting[J, A]]] = []
 
-        def rank(item: tuple[int, _Waiting[J, A]]) -> tuple[bool, bool, int]:
-            place, waiting = item
+        def rank(waiting: _Waiting[J, A]) -> tuple[bool, bool, int]:
             other = waiting.job.client != first.job.client
-            return place > 0, other, abs(waiting.job.tokens - first.job.tokens)
+            return waiting is not first, other, abs(waiting.job.tokens - first.job.tokens)
 
-        for place, waiting in sorted(enumerate(queue), key=rank):
+        for waiting in sorted(choice, key=rank):
             padded = max(longest, waiting.job.tokens)
-            if batch and padded * (len(batch) + 1) > self._max_batch_tokens:
-                left.append((place, waiting))
+            full = padded * (len(batch) + 1) > self._max_batch_tokens
+            if batch and (full or len(batch) == MAX_BATCH_JOBS):
+                heapq.heappush(self._waiting, waiting)
                 continue
             longest = padded
+            waiting.queued = False
             batch.append(waiting)
-        self._waiting = [waiting for _, waiting in sorted(left, key=lambda item: item[0])]
         if self._observe is not None:
             now = time.perf_counter()
             self._observe([now - waiting.since for waiting in batch], longest * len(batch))

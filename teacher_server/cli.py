@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +29,8 @@ from shared.yaml_file import config_path, flag_words, read_config
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
+from teacher_server.event_loop import limit_log_lines, survive_full_tables, watch_lag
+from teacher_server.http_protocol import GuardedProtocol, raise_descriptor_limit
 from teacher_server.metrics import Metrics
 from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
@@ -35,6 +39,8 @@ logger = logging.getLogger("teacher_server")
 
 end_with_parent()  # both commands' main modules import this one
 
+# Connections that the kernel keeps until they are accepted.
+_WAITING_CONNECTIONS = 1024
 _COMPLETION = {
     "completion": Words("a script that completes flags in bash, zsh or fish", words=SHELLS)
 }
@@ -206,7 +212,7 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        listener.listen(_WAITING_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise ConfigurationError(
@@ -223,6 +229,11 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self.teacher_app = app
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():  # asyncio has told it how many are accepted at a time
+            listener.listen(_WAITING_CONNECTIONS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -252,6 +263,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+    raise_descriptor_limit()
     app = TeacherApp(settings, Metrics(), keys)
     server = _Server(
         uvicorn.Config(
@@ -260,7 +272,10 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
             log_config=None,  # its lines look like ours
             access_log=False,  # ours knows the request's id
             lifespan="off",
-            http="h11",  # httptools reads headers without end
+            http=GuardedProtocol,  # of h11: httptools reads headers without end
+            ws="none",
+            # So many connections are accepted before the first of them is looked at.
+            backlog=max(1, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 32)),
             # Longer than clients keep an idle connection: or one is closed as a request enters it.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
@@ -276,8 +291,14 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         logger.warning("--allow-unauthenticated: everyone who reaches this port may use it")
     if not settings.loopback and scheme == "http":
         logger.warning("Keys and tokens travel unencrypted; --ssl-certfile encrypts them")
+    # A thread that works on a body hands the interpreter over this soon.
+    sys.setswitchinterval(0.001)
+    limit_log_lines()
+    survive_full_tables(asyncio.get_running_loop())
     loading = asyncio.create_task(_load(app, settings, server))
+    watching = asyncio.create_task(watch_lag(app.metrics.loop_lag.observe))
     await server.serve(sockets=[listener])
+    watching.cancel()
     if app.backend is not None:
         await app.backend.close()
     if not loading.done():
@@ -301,6 +322,9 @@ async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
         logger.exception("The model failed to load")
         server.should_exit = True
         return _fail(error, 1)
+    # What is there now stays: looking through it for garbage takes a third of a second each time.
+    await asyncio.to_thread(gc.collect)
+    gc.freeze()
     app.ready(backend)
     logger.info("Ready: %s", backend.facts.teacher)
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# What a sequence counts at least: a tiny one has its own costs beside its tokens.
+LEAST_JOB_TOKENS = 16
+
 
 class FairClock:
     """Gives each job a start on a clock that counts tokens; the least start is next.
@@ -10,17 +13,21 @@ class FairClock:
     its own next job off, and nobody else's. One that had nothing queued starts now, and saves no
     time up.
 
+    Args:
+        least: what a job counts at least.
+
     Source: Goyal, Vin and Cheng, Start-time Fair Queuing, SIGCOMM 1996.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
         self._now = 0
         self._ends: dict[str, int] = {}  # of each client's last job; those before now are left out
 
     def start(self, client: str, tokens: int) -> int:
         """The start of a job that ``client`` queues."""
         start = max(self._now, self._ends.get(client, 0))
-        self._ends[client] = start + tokens
+        self._ends[client] = start + max(tokens, self._least)
         return start
 
     def begun(self, start: int) -> None:
@@ -32,4 +39,4 @@ class FairClock:
     def dropped(self, client: str, tokens: int) -> None:
         """A queued job will not run, and its client is not to wait for it."""
         if client in self._ends:
-            self._ends[client] -= tokens
+            self._ends[client] -= max(tokens, self._least)

@@ -25,6 +25,7 @@ from shared.errors import ProtocolError
 State = Literal["loading", "ready", "draining", "dead"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KINDS = ("score", "generate")
 
@@ -53,6 +54,11 @@ class Metrics:
         self.latency = Histogram(
             "teacher_request_seconds", "Time from a request to the end of its answer.", ["route"],
             buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.loop_lag = Histogram(
+            "teacher_event_loop_lag_seconds",
+            "How late the event loop is, looked at a hundred times a second.",
+            buckets=_LAGS, registry=self.registry,
         )  # fmt: skip
         self.rejected = Counter(
             "teacher_rejected", "Requests refused.", ["reason"], registry=self.registry

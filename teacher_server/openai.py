@@ -38,10 +38,12 @@ from pydantic import (
     Field,
     PlainSerializer,
     WithJsonSchema,
+    model_validator,
 )
 
 from shared.errors import InvalidRequestError, NotFoundError, ProtocolError
 from shared.protocol import (
+    MAX_STOP_TOKEN_IDS,
     Completion,
     GenerateRequest,
     InfoResponse,
@@ -50,6 +52,7 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from shared.text import StopStrings, completion_text, decoded, token_text
+from shared.unknown_fields import refuse_unknown_fields
 from shared.validation import check_generate_request, check_score_request
 from teacher_server.backends.checkpoint import load_tokenizer
 
@@ -57,6 +60,13 @@ from teacher_server.backends.checkpoint import load_tokenizer
 MAX_LOGPROBS = 1 << 20
 # Stop strings, and characters of one. OpenAI takes 4; tasks of lm-eval have 6 and an end token.
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 1024, 4096, 4096
+# Characters of a prompt for each token of the context: more is refused before it is tokenized.
+MAX_CHARACTERS_PER_TOKEN = 16
+# Characters of a long text that are tokenized at a time, to see whether all of it is worth it.
+_PIECE = 1 << 15
+# Items of a list that are written as JSON at a time: meanwhile no other thread runs.
+_WRITTEN_ITEMS = 1024
 # JSON has no −inf.
 _LOWEST = -9999.0
 
@@ -75,7 +85,8 @@ class _Only(GroupedMetadata):
 
     def _check(self, value: Any) -> Any:
         if value is not None and value not in self._values:
-            raise ValueError(f"{value!r:.60} is not supported here; leave it out")
+            shown = type(value).__name__ if isinstance(value, list | dict) else f"{value!r:.60}"
+            raise ValueError(f"{shown} is not supported here; leave it out")
         return value
 
 
@@ -84,16 +95,20 @@ def _read_prompts(value: Any) -> list[str | Ids]:
     items = [value] if isinstance(value, str) or _are_ids(value) else value
     if not isinstance(items, list) or not items:
         raise ValueError("must be text, token ids, or a list of either")
+    if len(items) > MAX_PROMPTS:
+        raise ValueError(f"{len(items)} prompts; the limit is {MAX_PROMPTS}. Split the request")
     return [item if isinstance(item, str) else _read_ids(item) for item in items]
 
 
 def _read_stops(value: Any) -> list[str]:
     """Text or a list of texts; null and empty text are none."""
     texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, list):
         raise ValueError("must be text, or a list of texts")
     if len(texts) > MAX_STOPS:
         raise ValueError(f"{len(texts)} stop strings; the limit is {MAX_STOPS}")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be text, or a list of texts")
     for text in texts:
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise ValueError(
@@ -145,12 +160,24 @@ _Stops = Annotated[
         }
     ),
 ]
-_Count = Annotated[int, Field(strict=True, ge=0)]
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Positive = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 _Temperature = Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)]
-_TokenIds = list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]]
+_TokenIds = Annotated[
+    list[Annotated[int, Field(strict=True, ge=0, lt=2**32)]],
+    Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True),
+]
 
 
-class _Sampling(BaseModel):
+class _Fields(BaseModel):
+    """What is JSON of ours: immutable, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
+
+
+class _Sampling(_Fields):
     """What both kinds of request say of how to generate; null is the default.
 
     Attributes:
@@ -159,15 +186,13 @@ class _Sampling(BaseModel):
             the token that ended it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
     model: str
-    n: Annotated[int, Field(strict=True, ge=1)] | None = None
+    n: _Positive | None = None
     temperature: Annotated[float, Field(strict=True, ge=0, le=1e4, allow_inf_nan=False)] | None = (
         None
     )
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1, lt=2**31)] | None = None
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] | None = None
     stop: _Stops = Field(default_factory=list)
     stop_token_ids: _TokenIds | None = None
@@ -211,18 +236,18 @@ class CompletionRequest(_Sampling):
     suffix: Annotated[Any, _Only("")] = None
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TextPart(_Fields):
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class ChatMessage(_Fields):
+    """A message of a conversation."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     name: str | None = None
 
     def to_template(self) -> dict[str, str]:
@@ -245,9 +270,11 @@ class ChatRequest(_Sampling):
         chat_template_kwargs: for the chat template.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
-    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    max_completion_tokens: _Positive | None = None
+    max_tokens: _Positive | None = None
     logprobs: bool | None = None
     top_logprobs: _Count | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -283,6 +310,10 @@ class Work:
     score: ScoreRequest | None
     generate: GenerateRequest | None
     stop: StopStrings | None
+
+
+class _Json(str):
+    """JSON that is written already: of a million log-probs, a million maps would be left."""
 
 
 # Tokens [T] and their rows; None where there are none.
@@ -326,13 +357,13 @@ class Speaker:
         for text in asked.stop:
             _check_text(text, "stop")
         if isinstance(asked, ChatRequest):
-            prompts, source = [self._render(asked)], "messages"
+            prompts, source = [self._render(asked, info)], "messages"
             logprobs, prompt_logprobs, echo = _chat_logprobs(asked), None, False
             max_tokens = asked.max_completion_tokens or asked.max_tokens
             if max_tokens is None:
                 max_tokens = max(1, info.max_model_len - len(prompts[0]))
         else:
-            prompts, source = [self._encode(p, asked) for p in asked.prompt], "prompt"
+            prompts, source = self._encode_all(asked, info), "prompt"
             logprobs, prompt_logprobs = asked.logprobs, asked.prompt_logprobs
             echo = bool(asked.echo)
             max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
@@ -372,7 +403,7 @@ class Speaker:
         completions: Sequence[Completion],
         info: InfoResponse,
         request_id: str,
-    ) -> bytes:
+    ) -> bytearray:
         """The JSON of an answer.
 
         Args:
@@ -417,7 +448,10 @@ class Speaker:
         }
         if chat and asked.return_token_ids:
             body["prompt_token_ids"] = work.prompts[0].tolist()
-        return json.dumps(body).encode()
+        answer = bytearray()
+        for piece in _written(body):
+            answer += piece.encode()
+        return answer
 
     def _choice(
         self,
@@ -425,7 +459,7 @@ class Speaker:
         index: int,
         prompt: Ids,
         completion: Completion,
-        prompt_rows: list[dict[str, Any] | None] | None,
+        prompt_rows: list[_Json | None] | None,
         echo: _Echo | None,
         ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
@@ -492,12 +526,12 @@ class Speaker:
 
     def _prompt_rows(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int
-    ) -> list[dict[str, Any] | None]:
+    ) -> list[_Json | None]:
         """vLLM's ``prompt_logprobs``: the token that stands there, and the k most probable.
 
         The rank of a token outside the top-k is given as k + 1: it is that or more.
         """
-        rows: list[dict[str, Any] | None] = [None]  # nothing comes before the first token
+        rows: list[_Json | None] = [None]  # nothing comes before the first token
         if scores is None:
             return rows
         for t, next_id in enumerate(prompt[1:].tolist()):
@@ -506,26 +540,57 @@ class Speaker:
             for rank, (token_id, logprob) in enumerate(top, start=1):
                 if rank <= k or token_id == next_id:
                     named[token_id] = (logprob, rank)
-            rows.append(
-                {
-                    str(token_id): {
-                        "logprob": max(logprob, _LOWEST),
-                        "rank": rank,
-                        "decoded_token": self.token(token_id),
-                    }
-                    for token_id, (logprob, rank) in named.items()
+            row = {
+                str(token_id): {
+                    "logprob": max(logprob, _LOWEST),
+                    "rank": rank,
+                    "decoded_token": self.token(token_id),
                 }
-            )
+                for token_id, (logprob, rank) in named.items()
+            }
+            rows.append(_Json(json.dumps(row)))
         return rows
 
-    def _encode(self, prompt: str | Ids, asked: CompletionRequest) -> Ids:
-        if not isinstance(prompt, str):
-            return prompt
-        _check_text(prompt, "prompt")
-        encoded = self.tokenizer(prompt, add_special_tokens=asked.add_special_tokens)
-        return np.array(encoded["input_ids"], dtype=np.uint32)
+    def _encode_all(self, asked: CompletionRequest, info: InfoResponse) -> list[Ids]:
+        texts = [prompt for prompt in asked.prompt if isinstance(prompt, str)]
+        for text in texts:
+            _check_length(len(text), info.max_model_len, "context", "prompt")
+        _check_length(sum(map(len, texts)), info.limits.max_tokens, "request", "prompt")
+        for text in texts:
+            _check_text(text, "prompt")
+        return [
+            self._ids(prompt, info, "prompt", asked.add_special_tokens)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in asked.prompt
+        ]
 
-    def _render(self, asked: ChatRequest) -> Ids:
+    def _ids(self, text: str, info: InfoResponse, field: str, add_special_tokens: bool) -> Ids:
+        """Token ids of a text.
+
+        A long text is tokenized in pieces first, whose tokens are nearly its own: twice as many as
+        the context takes are enough to refuse it.
+        """
+        context = info.max_model_len
+        if len(text) > max(_PIECE, 2 * context):
+            tokens = 0
+            for start in range(0, len(text), _PIECE):
+                tokens += len(self._piece(text[start : start + _PIECE], add_special_tokens=False))
+                if tokens > 2 * context:
+                    raise InvalidRequestError(
+                        f"over {context} tokens; the teacher's context is {context}", field=field
+                    )
+        return np.array(self._piece(text, add_special_tokens), dtype=np.uint32)
+
+    def _piece(self, text: str, add_special_tokens: bool) -> list[int]:
+        encoded = self.tokenizer(
+            text, add_special_tokens=add_special_tokens, return_attention_mask=False,
+            return_token_type_ids=False,
+        )  # fmt: skip
+        ids: list[int] = encoded["input_ids"]
+        return ids
+
+    def _render(self, asked: ChatRequest, info: InfoResponse) -> Ids:
         apply = self.tokenizer.apply_chat_template
         options = asked.chat_template_kwargs or {}
         reserved = sorted(options.keys() & inspect.signature(apply).parameters.keys())
@@ -535,15 +600,17 @@ class Speaker:
                 field="chat_template_kwargs",
             )
         messages = [message.to_template() for message in asked.messages]
+        characters = sum(len(text) for message in messages for text in message.values())
+        _check_length(characters, info.max_model_len, "context", "messages")
         try:
             text = apply(messages, add_generation_prompt=True, tokenize=False, **options)
         except Exception as error:  # whatever the checkpoint's template raises
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from error
+        _check_length(len(text), info.max_model_len, "context", "messages")
         _check_text(text, "messages")
-        encoded = self.tokenizer(text, add_special_tokens=False)
-        return np.array(encoded["input_ids"], dtype=np.uint32)
+        return self._ids(text, info, "messages", add_special_tokens=False)
 
 
 def _check_text(text: str, field: str) -> None:
@@ -557,11 +624,22 @@ def _check_text(text: str, field: str) -> None:
         ) from None
 
 
+def _check_length(characters: int, tokens: int, of: str, field: str) -> None:
+    """Raises `InvalidRequestError` for a text that is not worth tokenizing."""
+    limit = tokens * MAX_CHARACTERS_PER_TOKEN
+    if characters > limit:
+        raise InvalidRequestError(
+            f"{characters} characters; the limit is {limit}, {MAX_CHARACTERS_PER_TOKEN} for each "
+            f"of the {tokens} tokens of the {of}. Shorten the text, or send token ids",
+            field=field,
+        )
+
+
 def check_model(name: str, info: InfoResponse) -> None:
     """Raises `NotFoundError` for a model that is not the one served."""
     if name != info.teacher.model:
         raise NotFoundError(
-            f"the model {name!r} is not served here; {info.teacher.model!r} is", field="model"
+            f"the model {name!r:.200} is not served here; {info.teacher.model!r} is", field="model"
         )
 
 
@@ -587,6 +665,34 @@ def error_body(error: ProtocolError) -> bytes:
         "code": error.status,
     }
     return json.dumps({"error": body}).encode()
+
+
+def _written(value: Any) -> Iterator[str]:
+    """``value`` as JSON in small pieces: json's own loop lets no other thread run."""
+    if isinstance(value, _Json):
+        yield value
+    elif isinstance(value, dict):
+        before = "{"
+        for name, item in value.items():
+            yield f"{before}{json.dumps(name)}: "
+            yield from _written(item)
+            before = ", "
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and any(isinstance(item, dict | _Json) for item in value):
+        before = "["
+        for item in value:
+            yield before
+            yield from _written(item)
+            before = ", "
+        yield "]"
+    elif isinstance(value, list) and len(value) > _WRITTEN_ITEMS:
+        before = "["
+        for start in range(0, len(value), _WRITTEN_ITEMS):
+            yield before + json.dumps(value[start : start + _WRITTEN_ITEMS])[1:-1]
+            before = ", "
+        yield "]"
+    else:
+        yield json.dumps(value)
 
 
 def _width(logprobs: int | None) -> int:
@@ -680,7 +786,7 @@ def _completion_rows(parts: Sequence[_Part], k: int, name: Any) -> dict[str, Any
     """
     tokens: list[str] = []
     own: list[float | None] = []
-    top: list[dict[str, float] | None] = []
+    top: list[_Json | None] = []
     for ids, scores in parts:
         tokens += [name(token_id) for token_id in ids.tolist()]
         if scores is None:
@@ -694,7 +800,7 @@ def _completion_rows(parts: Sequence[_Part], k: int, name: Any) -> dict[str, Any
             for i, other in row:
                 named[name(i)] = max(other, named.get(name(i), other))
             own.append(value)
-            top.append(named)
+            top.append(_Json(json.dumps(named)))
     offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
@@ -711,7 +817,7 @@ def _chat_rows(parts: Sequence[_Part], k: int, name: Any) -> dict[str, Any]:
     own = scores.next_token_logprob.tolist()
     return {
         "content": [
-            {**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]}
+            _Json(json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]}))
             for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
         ]
     }

@@ -41,7 +41,7 @@ from teacher_server.backends.checkpoint import (
     local_folder,
 )
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
-from teacher_server.fairness import FairClock
+from teacher_server.fairness import LEAST_JOB_TOKENS, FairClock
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
 
@@ -85,7 +85,7 @@ class VllmBackend:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._tokens = metrics.batch_tokens
-        self._clock = FairClock()
+        self._clock = FairClock(LEAST_JOB_TOKENS)
         self._in_worker = True
         self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config

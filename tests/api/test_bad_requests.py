@@ -1,5 +1,6 @@
 """Every bad request, over a socket: status, field, and a message with value and limit."""
 
+import json
 import re
 import socket
 
@@ -65,6 +66,21 @@ def problem(response, status):
             "257 ids in a row; the limit is 256",
         ),
         ("score", score(top_k=273), "top_k", "273 is over the limit 272"),
+        ("score", {"sequences": [ONE], "topk": 5}, "topk", "did you mean 'top_k'"),
+        ("score", one(completionstart=1), "sequences.1.completionstart", "'completion_start'"),
+        ("generate", generate(max_tokens=5), "max_tokens", "'max_new_tokens'"),
+        ("score", score(top_k=2**63), "top_k", "less than 2147483648"),
+        ("score", one(completion_start=2**63), "sequences.1.completion_start", "less than"),
+        ("generate", generate(sampling_top_k=2**63), "sampling_top_k", "less than"),
+        ("generate", generate(n=2**63), "n", "less than"),
+        ("generate", generate(top_p=float("nan")), "top_p", "finite number"),
+        ("generate", generate(temperature=float("inf")), "temperature", "finite number"),
+        (
+            "generate",
+            generate(stop_token_ids=[7] * 1025),
+            "stop_token_ids",
+            "1025 stop tokens; the limit is 1024",
+        ),
         ("score", score(top_k=0), "top_k", "greater than or equal to 1"),
         ("score", score(temperature=0.0), "temperature", "greater than 0"),
         ("score", score(temperature=1e-7), "temperature", "1e-07 is below 1e-06"),
@@ -91,11 +107,37 @@ def problem(response, status):
 )
 def test_an_invalid_request_is_refused(teacher, path, body, field, message, media_type):
     json_ = media_type == wire.JSON_MEDIA_TYPE
-    sent = {"json": body} if json_ else {"content": codec.encode(body)}
+    sent = {"content": json.dumps(body) if json_ else codec.encode(body)}
     response = httpx.post(f"{teacher.url}/v1/{path}", headers={"content-type": media_type}, **sent)
     refused = problem(response, 422)
     assert refused.field == field
     assert re.search(message, refused.detail)
+
+
+@pytest.mark.parametrize("number", ["2" * 20, "9" * 4300, "9" * 5000, "-" + "9" * 5000, "1e400"])
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("score", '{"sequences":[{"token_ids":[1,2],"completion_start":1}],"top_k":%s}', "top_k"),
+        ("generate", '{"prompts":[[1,2]],"n":%s}', "n"),
+        ("generate", '{"prompts":[[1,2]],"seed":%s}', "seed"),
+        ("generate", '{"prompts":[[1,2]],"temperature":%s}', "temperature"),
+        ("generate", '{"prompts":[[1,%s]]}', "prompts.0"),
+        ("completions", '{"model":"m","prompt":"a","top_k":%s}', "top_k"),
+        ("completions", '{"model":"m","prompt":"a","n":%s}', "n"),
+        ("completions", '{"model":"m","prompt":"a","min_p":%s}', "min_p"),
+        ("completions", '{"model":"m","prompt":[%s]}', "prompt"),
+    ],
+)
+def test_a_number_of_any_size_is_an_invalid_field(teacher, path, body, field, number):
+    response = httpx.post(
+        f"{teacher.url}/v1/{path}", content=body % number,
+        headers={"content-type": wire.JSON_MEDIA_TYPE},
+    )  # fmt: skip
+    assert response.status_code == 422, response.text[:300]
+    answer = response.json()
+    assert (answer["error"]["param"] if path == "completions" else answer["field"]) == field
+    assert len(response.text) < 1000
 
 
 @pytest.mark.parametrize(
@@ -166,7 +208,10 @@ def test_the_info_states_every_limit(teacher, strict):
 
 
 def test_the_documentation_is_served(teacher):
-    assert httpx.get(f"{teacher.url}/docs").status_code == 200
+    page = httpx.get(f"{teacher.url}/docs")
+    assert page.status_code == 200
+    assert "openapi.json" in page.text
+    assert "//" not in page.text.replace("<!doctype html>", "")  # nothing of another host
     paths = httpx.get(f"{teacher.url}/openapi.json").json()["paths"]
     own = {"/v1/score", "/v1/generate", "/v1/info", "/health", "/ready", "/metrics"}
     spoken = {"/v1/models", "/v1/models/{name}", "/v1/completions", "/v1/chat/completions"}

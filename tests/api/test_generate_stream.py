@@ -10,7 +10,7 @@ import torch
 
 from shared import wire
 from shared.protocol import GenerateEnd, GenerateRequest, GenerateResponse, Problem
-from tests.support.http import LEFT, engine_metric, metric, post, until
+from tests.support.http import LEFT, client_at, engine_metric, metric, post, until
 from tests.support.vllm import only
 
 PROMPTS = [[5, 6, 7], [9], list(range(20, 60))]
@@ -103,10 +103,8 @@ def test_a_client_who_leaves_a_stream_ends_the_engines_request(strict):
 
     def running():
         # The gauge moves with the engine's steps, so give it one.
-        response = httpx.post(
-            f"{strict.url}/v1/score", json=short, headers={"X-Client-Id": "another"}, timeout=10
-        )
-        assert response.status_code == 200
+        with client_at(2) as another:
+            assert another.post(f"{strict.url}/v1/score", json=short).status_code == 200
         return engine_metric(strict.url, "num_requests_running")
 
     asked, _ = one_that_ends_and_one_that_does_not(strict)

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from shared.protocol import Problem
-from tests.support.http import LEFT, engine_metric, metric, until
+from tests.support.http import LEFT, client_at, engine_metric, metric, until
 from tests.support.server import free_port, running_server, start_server, wait_until_ready
 from tests.support.vllm import only
 
@@ -69,9 +69,8 @@ def test_a_client_who_leaves_ends_the_engines_request(strict):
 
     def idle():
         # The gauge moves with the engine's steps, so give it one; from a client with room left.
-        headers = {"x-client-id": "another"}
-        url = f"{strict.url}/v1/score"
-        assert httpx.post(url, json=SHORT, headers=headers, timeout=10).status_code == 200
+        with client_at(2) as another:
+            assert another.post(f"{strict.url}/v1/score", json=SHORT).status_code == 200
         return running() == 0
 
     left = metric(strict.url, LEFT)
@@ -124,10 +123,8 @@ def test_the_engine_takes_clients_in_turns(strict):
     done = []
 
     def generate(client, n):
-        headers = {"x-client-id": client}
-        answer = httpx.post(
-            f"{strict.url}/v1/generate", json={**asked, "n": n}, headers=headers, timeout=20
-        )
+        with client_at({"flood": 1, "another": 2}[client]) as http:
+            answer = http.post(f"{strict.url}/v1/generate", json={**asked, "n": n})
         done.append(client)
         return answer.status_code
 

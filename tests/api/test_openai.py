@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from shared.text import completion_text
-from tests.support.http import metric
+from tests.support.http import client_at, metric
 from tests.support.reference import dense_logprobs
 from tests.support.vllm import only
 
@@ -310,7 +310,8 @@ def test_without_a_limit_a_chat_completion_may_fill_the_context(client, name):
         ({"presence_penalty": 0.5}, "presence_penalty", "0.5 is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported here"),
         ({"extra_body": {"min_p": 0.1}}, "min_p", "0.1 is not supported"),
-        ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "Extra inputs"),
+        ({"extra_body": {"guided_regex": "a"}}, "guided_regex", "not permitted here"),
+        ({"extra_body": {"topk": 5}}, "topk", "did you mean 'top_k'"),
         ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "nothing without prompt_logprobs or echo"),
         ({"max_tokens": 0, "n": 2, "extra_body": {"prompt_logprobs": 1}}, "n", "n 2 of nothing"),
@@ -404,13 +405,12 @@ def test_a_full_house_is_a_rate_limit_with_retry_after(strict):
         name = client.models.list().data[0].id
 
         def ask(number):
-            return client.completions.create(
-                model=name, prompt=list(range(2, 202)), max_tokens=3700, temperature=0,
-                extra_headers={"x-client-id": f"client {number}"},
-            )  # fmt: skip
+            return client.with_options(http_client=client_at(number)).completions.create(
+                model=name, prompt=list(range(2, 202)), max_tokens=3700, temperature=0
+            )
 
         with ThreadPoolExecutor(2) as threads:
-            slow = [threads.submit(ask, number) for number in range(2)]
+            slow = [threads.submit(ask, number) for number in (1, 2)]
             while metric(strict.url, "teacher_queued_tokens") < 7800:
                 assert not any(call.done() for call in slow)
             with pytest.raises(openai.RateLimitError, match="7800 tokens are queued") as caught:

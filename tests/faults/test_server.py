@@ -19,7 +19,7 @@ from teacher_server.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.engine import Engine
-from tests.support.http import metric, until
+from tests.support.http import client_at, metric, until
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model
 from tests.support.server import free_port, serving, start_server, wait_until_ready
@@ -71,17 +71,20 @@ def texts(count, length):
     return RANDOM.integers(10, 250, (count, length)).tolist()
 
 
-def score(url, sequences, *, rows=1, top_k=2, client="", **options):
-    """Answer to a request that scores the last ``rows`` tokens of each of ``sequences``."""
+def score(url, sequences, *, rows=1, top_k=2, client=1):
+    """Answer to a request that scores the last ``rows`` tokens of each of ``sequences``.
+
+    ``client`` is the number of the address that it comes from.
+    """
     asked = [
         {"token_ids": np.array(ids, np.uint32), "completion_start": len(ids) - rows}
         for ids in sequences
     ]
-    headers = {"content-type": wire.MSGPACK_MEDIA_TYPE, "x-client-id": client}
-    return httpx.post(
-        f"{url}/v1/score", content=codec.encode({"sequences": asked, "top_k": top_k}),
-        headers=headers, timeout=60, **options,
-    )  # fmt: skip
+    with client_at(client) as http:
+        return http.post(
+            f"{url}/v1/score", content=codec.encode({"sequences": asked, "top_k": top_k}),
+            headers={"content-type": wire.MSGPACK_MEDIA_TYPE},
+        )  # fmt: skip
 
 
 def problem(response, status):
@@ -89,14 +92,15 @@ def problem(response, status):
     return Problem.model_validate(response.json())
 
 
-def connect(url):
+def connect(url, client=1):
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    address = (f"127.0.0.{client}", 0)
+    return socket.create_connection((host, int(port)), timeout=20, source_address=address)
 
 
-def begin(url, path, headers, body=b""):
+def begin(url, path, headers, body=b"", client=1):
     """A connection on which a request was begun by hand."""
-    connection = connect(url)
+    connection = connect(url, client)
     head = f"POST {path} HTTP/1.1\r\nHost: t\r\nContent-Type: {wire.MSGPACK_MEDIA_TYPE}\r\n"
     connection.sendall(head.encode() + headers + b"\r\n" + body)
     return connection
@@ -107,14 +111,14 @@ def test_a_client_that_floods_neither_fills_the_queue_nor_goes_first(server):
     done, order = threading.Lock(), []
 
     def flood(_):
-        response = score(url, texts(16, 256), client="flood")
+        response = score(url, texts(16, 256), client=2)
         with done:
             order.append(response.status_code)
 
     with ThreadPoolExecutor(30) as clients:
         sent = [clients.submit(flood, n) for n in range(30)]
         until(lambda: 429 in order, 20)  # it has all that it is given
-        response = score(url, texts(16, 256), client="another")
+        response = score(url, texts(16, 256), client=3)
         answered_before = order.count(200)
         for one in sent:
             one.result()
@@ -186,19 +190,19 @@ def test_bodies_that_never_end_are_bounded_together(app):
     app.admission.bytes.limit = 1 << 20
     with serving(app) as url, contextlib.ExitStack() as stack:
         for number in range(6):
-            declared = b"Content-Length: 200000\r\nX-Client-Id: %d\r\n" % number
-            stack.enter_context(begin(url, "/v1/score", declared, b"x" * 1000))
+            declared = b"Content-Length: 200000\r\n"
+            stack.enter_context(begin(url, "/v1/score", declared, b"x" * 1000, 10 + number))
         until(lambda: metric(url, "teacher_held_bytes") >= 1_000_000, 5)
-        response = score(url, [[5, 6]] * 1000, client="another")
+        response = score(url, [[5, 6]] * 1000, client=3)
         assert "bytes are queued" in problem(response, 429).detail
         assert int(response.headers["retry-after"]) >= 1
-        chunked = b"Transfer-Encoding: chunked\r\nX-Client-Id: chunks\r\n"
-        undeclared = stack.enter_context(begin(url, "/v1/score", chunked))
+        chunked = b"Transfer-Encoding: chunked\r\n"
+        undeclared = stack.enter_context(begin(url, "/v1/score", chunked, client=20))
         undeclared.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
         assert b" 429 " in undeclared.recv(100)
         stack.close()
         until(lambda: metric(url, "teacher_held_bytes") == 0, 5)
-        assert score(url, [[5, 6]] * 1000, client="another").status_code == 200
+        assert score(url, [[5, 6]] * 1000, client=3).status_code == 200
 
 
 def test_answers_that_nobody_reads_are_bounded_together(app):
@@ -211,10 +215,10 @@ def test_answers_that_nobody_reads_are_bounded_together(app):
         with begin(url, "/v1/score", length, body):
             until(lambda: metric(url, "teacher_held_bytes") > 90 << 20, 20)
             until(lambda: metric(url, "teacher_queued_tokens") == 0, 20)  # answered, and unread
-            refused = score(url, sequences, rows=63, top_k=100, client="another")
+            refused = score(url, sequences, rows=63, top_k=100, client=3)
             assert "bytes are queued" in problem(refused, 429).detail
         until(lambda: metric(url, "teacher_held_bytes") == 0, 5)
-        assert score(url, sequences, rows=63, top_k=100, client="another").status_code == 200
+        assert score(url, sequences, rows=63, top_k=100, client=3).status_code == 200
 
 
 def test_a_caller_who_never_reads_is_hung_up_on(app):
@@ -240,8 +244,10 @@ def test_a_flood_of_bodies_does_not_fill_the_memory(folder, tmp_path):
         before = resident().rss
         with contextlib.ExitStack() as stack:
             for number in range(50):
-                headers = b"Content-Length: 60000000\r\nX-Client-Id: %d\r\n" % number
-                connection = stack.enter_context(begin(url, "/v1/score", headers))
+                headers = b"Content-Length: 60000000\r\n"
+                connection = stack.enter_context(
+                    begin(url, "/v1/score", headers, client=10 + number)
+                )
                 with contextlib.suppress(OSError):  # refused
                     connection.sendall(bytes(40_000_000))
             assert metric(url, 'teacher_rejected_total{reason="overloaded"}') >= 40

@@ -64,3 +64,10 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() - since < seconds, f"not within {seconds} s"
         time.sleep(0.02)
+
+
+def client_at(number: int) -> httpx.Client:
+    """An HTTP client with an address of its own on this machine: 127.0.0.1 is number 1."""
+    return httpx.Client(
+        transport=httpx.HTTPTransport(local_address=f"127.0.0.{number}"), timeout=60
+    )

@@ -17,6 +17,7 @@ import httpx
 import uvicorn
 
 from teacher_server.app import TeacherApp
+from teacher_server.http_protocol import GuardedProtocol
 
 
 def free_port() -> int:
@@ -76,8 +77,8 @@ def serving(app: TeacherApp) -> Iterator[str]:
     """URL of an application in this process, on a real socket."""
     port = free_port()
     server = uvicorn.Server(
-        uvicorn.Config(app.api, port=port, http="h11", lifespan="off", log_level="critical",
-                       timeout_graceful_shutdown=1)
+        uvicorn.Config(app.api, port=port, http=GuardedProtocol, lifespan="off",
+                       log_level="critical", timeout_graceful_shutdown=1)
     )  # fmt: skip
     thread = threading.Thread(target=server.run)
     thread.start()

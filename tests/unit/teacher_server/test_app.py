@@ -500,12 +500,9 @@ def clients_of(app, *headers):
     return seen
 
 
-def test_without_keys_a_client_is_an_address_and_the_name_it_gives_itself(app):
-    named = [{"x-client-id": name} for name in ("a", "b", "b", "x" * 64, "x" * 99)]
-    unnamed, a, b, again, long, longer = clients_of(app, {}, *named)
-    assert unnamed.strip() == "127.0.0.1"
-    assert len({unnamed, a, b, long}) == 4
-    assert (again, longer) == (b, long)
+def test_without_keys_a_client_is_an_address_whatever_it_calls_itself(app):
+    named = [{"x-client-id": name} for name in ("a", "b", "x" * 99)]
+    assert set(clients_of(app, {}, *named)) == {"127.0.0.1"}
 
 
 def test_with_keys_a_client_is_its_key_whatever_it_calls_itself(app):

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import itertools
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import UnavailableError
-from teacher_server.batcher import Batcher
+from teacher_server.batcher import MAX_BATCH_JOBS, Batcher
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,43 @@ def test_a_flood_does_not_starve_another_client():
     last = max(i for i, batch in enumerate(model.batches) if max(batch) >= 1000)
     # Before it the batch that ran, two or three of its own, and one of the other client's.
     assert last <= 4
+
+
+def test_many_tiny_jobs_of_a_client_delay_another_by_one_batch():
+    """Batches end at a number of jobs, whatever the tokens, and a tiny job is not free."""
+    model = Model()
+    model.gate.clear()
+
+    async def work(batcher):
+        batcher._max_batch_tokens = 1 << 20
+        flood = [asyncio.create_task(batcher.submit(Job(n, 1, "flood"))) for n in range(5000)]
+        await entered(model)
+        other = asyncio.create_task(batcher.submit(Job(5000, 100, "other")))
+        await asyncio.sleep(0.01)
+        model.gate.set()
+        await asyncio.gather(other, *flood)
+
+    serve(work, model)
+    assert max(map(len, model.batches)) == MAX_BATCH_JOBS
+    assert [5000 in batch for batch in model.batches].index(True) <= 1
+
+
+def test_choosing_a_batch_takes_no_longer_the_more_jobs_wait():
+    async def seconds(jobs):
+        batcher = Batcher(lambda jobs, callers: None, None, max_batch_tokens=1 << 20)
+        batcher._serve = asyncio.Event().wait
+        tasks = [asyncio.create_task(batcher.submit(Job(n, 2, "a"))) for n in range(jobs)]
+        await asyncio.sleep(0)
+        since = time.perf_counter()
+        for _ in range(10):
+            batcher._take()
+        taken = time.perf_counter() - since
+        for task in tasks:
+            task.cancel()
+        return taken
+
+    few, many = (min(asyncio.run(seconds(jobs)) for _ in range(2)) for jobs in (2000, 16_000))
+    assert many < 4 * few
 
 
 def test_a_client_is_not_made_to_wait_for_what_it_has_dropped():

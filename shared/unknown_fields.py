@@ -1,0 +1,39 @@
+"""Fields that a message does not have: the first one is named, with the one that was meant."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticCustomError
+
+# The kind of pydantic's error; its context holds the field's name.
+UNKNOWN_FIELD = "unknown_field"
+
+_LONGEST_NAME = 64
+
+
+def refuse_unknown_fields(cls: type[BaseModel], value: Any) -> Any:
+    """Return ``value`` as it is: a validator that runs before all others of a message.
+
+    It stops at the first unknown field. pydantic would name them all, one error each, behind every
+    field that is missing.
+
+    Raises:
+        PydanticCustomError: a map with a field that ``cls`` does not have.
+    """
+    if isinstance(value, dict):
+        for name in value:
+            if name not in cls.model_fields:
+                raise _unknown(str(name)[:_LONGEST_NAME], list(cls.model_fields))
+    return value
+
+
+def _unknown(name: str, known: list[str]) -> PydanticCustomError:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+    # The message is data, not a template: braces in it must not be read as placeholders.
+    return PydanticCustomError(
+        UNKNOWN_FIELD, "{reason}", {"reason": f"not permitted here; {hint}", "name": name}
+    )
