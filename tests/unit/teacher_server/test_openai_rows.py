@@ -1,5 +1,7 @@
 """OpenAI's lists of log-probs."""
 
+import json
+
 import numpy as np
 
 from shared.sparse import SparseLogprobs
@@ -17,5 +19,6 @@ def test_of_tokens_that_read_alike_the_most_probable_counts():
     ids = np.array([7, 8, 9], np.uint32)
     rows = _completion_rows([(ids[:1], None), (ids, scores)], 2, lambda token_id: "\ufffd")
     assert rows["token_logprobs"] == [None, -1, -2, -3]
-    assert rows["top_logprobs"] == [None, *[{"\ufffd": -1}] * 3]
+    top = [row and json.loads(row) for row in rows["top_logprobs"]]
+    assert top == [None, *[{"\ufffd": -1}] * 3]
     assert rows["text_offset"] == [0, 1, 2, 3]
