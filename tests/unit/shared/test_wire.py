@@ -154,7 +154,7 @@ def test_a_refusal_names_field_limit_and_value(media_type, changes, told):
 @pytest.mark.parametrize(
     ("media_type", "body", "limit"),
     [
-        (wire.JSON_MEDIA_TYPE, b'{"a":' * 100_000, sys.getrecursionlimit()),
+        (wire.JSON_MEDIA_TYPE, b'{"a":' * 50_000, sys.getrecursionlimit()),
         (wire.MSGPACK_MEDIA_TYPE, b"\x81\xa1a" * 100_000, 1024),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_float_array_is_no_array_of_token_ids(media_type):
         load(request(token_ids=value), media_type)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a":1}x', b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a":1}x', b"[" * 50_000])
 def test_broken_json_is_malformed(body):
     with pytest.raises(MalformedRequestError, match="not valid JSON"):
         wire.load(ScoreRequest, body, wire.JSON_MEDIA_TYPE, max_bytes=MAX)
