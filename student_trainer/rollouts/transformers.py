@@ -147,7 +147,8 @@ class TransformersRollouts:
         asked = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
         trial = copy.copy(self)
         trial.temperature, trial.max_new_tokens, trial._way = 0.0, 4, way
-        trial._seen = seen = {}
+        seen: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
+        trial._seen = seen
         precisions: set[torch.dtype] = set()
         head = self._causal_lm.get_output_embeddings()
         hook = head.register_forward_hook(lambda _, args, output: precisions.add(output.dtype))
