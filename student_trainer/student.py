@@ -22,7 +22,7 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
-from student_trainer.trial import passes, same_logits
+from student_trainer.trial import met_by_head, passes, same_states
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # a packed row has no mask
 
@@ -164,8 +164,11 @@ def _is_causal(causal_lm: Any, forward: Any) -> bool:
     weight = causal_lm.get_output_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None].repeat(2, 1) % weight.shape[0]  # [2, 8]
     ids[1, -1] = 0
-    one, other = (forward(input_ids=row[None], use_cache=False).logits[0, :-1] for row in ids)
-    return same_logits(other, one, half=one.dtype in (torch.bfloat16, torch.float16))
+    with met_by_head(causal_lm) as seen:
+        for row in ids:
+            forward(input_ids=row[None], use_cache=False)
+    one, other = (states[0, :-1] for states in seen)  # [7, d]
+    return same_states(other, one)
 
 
 def _apart(

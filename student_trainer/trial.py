@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 # A model of another shape, arguments it does not take, or kernels that do not run here.
 CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
-# Largest error of logits, relative to how far they spread. A wrong state or a wrong position is off
-# by tens of percent, rounding in half precision by one or two.
-TOLERANCE, HALF_TOLERANCE = 1e-2, 1e-1
+# Largest error of what meets the head, relative to its size. A wrong state or position is off
+# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
+# of the tokens share in them is rounded much more coarsely.
+TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
 
 @torch.no_grad()
@@ -39,16 +41,27 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
         model.train(training)
 
 
-def same_logits(found: torch.Tensor, expected: torch.Tensor, *, half: bool) -> bool:
-    """Return whether logits [n, V] agree but for rounding, which is coarser where ``half``.
+def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether states [n, d] agree but for rounding, by the coarser dtype of the two.
 
-    Columns that are not finite (tokens that the model never gives) are left out.
+    Columns that are not finite tell nothing and are left out.
     """
+    wide = {found.dtype, expected.dtype} <= {torch.float32, torch.float64}
     found, expected = found.float(), expected.float()
-    finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [V]
-    if not finite.any():
-        return True
+    finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [d]
     found, expected = found[:, finite], expected[:, finite]
-    spread = (expected - expected.mean(dim=-1, keepdim=True)).square().mean().sqrt()
-    error = (found - expected).square().mean().sqrt()
-    return bool(error <= (HALF_TOLERANCE if half else TOLERANCE) * spread)
+    tolerance = TOLERANCE if wide else HALF_TOLERANCE
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@contextmanager
+def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
+    """What the output layer is given, [B, L, d] each time."""
+    seen: list[torch.Tensor] = []
+    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,7 @@ from shared.sampling import uniforms
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.rollouts.sampling import sample_tokens
 from student_trainer.rollouts.stops import StopStrings
-from student_trainer.trial import CANNOT_RUN, same_logits
+from student_trainer.trial import CANNOT_RUN, met_by_head, same_states
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class TransformersRollouts:
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
         self._rope = length_dependent_rope(self._causal_lm.config)
         self._way: Way = "batched"
-        self._seen: dict[int, tuple[list[int], list[torch.Tensor]]] | None = None  # by a trial
+        self._trial: _Trial | None = None
 
     def prepare(self) -> None:
         """Find out by a trial how this model writes right, once for each model.
@@ -116,7 +116,7 @@ class TransformersRollouts:
         for way in ways:
             try:
                 if not self._writes_right(way):
-                    errors.append(f"{way}: other logits than alone")
+                    errors.append(f"{way}: other states than alone")
                     continue
             except CANNOT_RUN as error:
                 errors.append(f"{way}: {type(error).__name__}: {error}")
@@ -147,12 +147,8 @@ class TransformersRollouts:
         asked = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
         trial = copy.copy(self)
         trial.temperature, trial.max_new_tokens, trial._way = 0.0, 4, way
-        seen: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
-        trial._seen = seen
-        precisions: set[torch.dtype] = set()
-        head = self._causal_lm.get_output_embeddings()
-        hook = head.register_forward_hook(lambda _, args, output: precisions.add(output.dtype))
-        try:
+        with met_by_head(self._causal_lm) as met:
+            trial._trial = _Trial(met)
             for part in [[one] for one in asked] if way == "alone" else [asked]:
                 rows = trial._advance(trial._start(part[:3]))
                 left = rows.only([2, 0]) if len(part) > 1 else rows
@@ -161,14 +157,12 @@ class TransformersRollouts:
                 if part[3:] and rows.can_join:
                     rows = rows.joined(trial._start(part[3:]))
                 trial._advance(rows)
-            half = bool(precisions & {torch.bfloat16, torch.float16})
-            for index, (tokens, logits) in seen.items():
-                whole = torch.tensor([[*prompts[index].tolist(), *tokens[:-1]]])
-                plain = self.model(input_ids=whole.to(self._device), use_cache=False).logits[0]
-                if not same_logits(torch.stack(logits), plain[-len(tokens) :], half=half):
-                    return False
-        finally:
-            hook.remove()
+        for index, (tokens, states) in trial._trial.rows.items():
+            whole = torch.tensor([[*prompts[index].tolist(), *tokens[:-1]]])
+            with met_by_head(self._causal_lm) as plain:
+                self.model(input_ids=whole.to(self._device), use_cache=False)
+            if not same_states(torch.stack(states), plain[0][0, -len(tokens) :]):
+                return False
         return True
 
     def sync(self, weight_version: int) -> None:
@@ -311,9 +305,10 @@ class TransformersRollouts:
                     "--learning_rate, or check the weights it starts from"
                 )
             ids.append(token)
-        if self._seen is not None:
-            for index, ids, row in zip(rows.indices, rows.tokens, logits, strict=True):
-                self._seen.setdefault(index, (ids, []))[1].append(row)
+        if self._trial is not None:
+            states = self._trial.states(len(rows.indices))
+            for index, ids, row in zip(rows.indices, rows.tokens, states, strict=True):
+                self._trial.rows.setdefault(index, (ids, []))[1].append(row)
         return rows
 
     @torch.no_grad()
@@ -326,6 +321,8 @@ class TransformersRollouts:
         options: dict[str, Any] = {}
         if "logits_to_keep" in self._accepted:
             options["logits_to_keep"], last = last.unique(return_inverse=True)
+        if self._trial is not None:
+            self._trial.last = last
         logits = self.model(
             input_ids=input_ids.to(self._device), use_cache=False, **options
         ).logits  # [B, U, V]
@@ -366,6 +363,27 @@ class TransformersRollouts:
             else:
                 left.append(row)
         return ended, rows.only(left)
+
+
+@dataclass
+class _Trial:
+    """What is seen of a trial.
+
+    Attributes:
+        met: by the output layer, [B, L, d] in each forward pass.
+        last: which column of it each row goes on from; None for the last one.
+        rows: tokens of each prompt, and the state [d] that each was drawn from.
+    """
+
+    met: list[torch.Tensor]
+    last: torch.Tensor | None = None
+    rows: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
+
+    def states(self, count: int) -> torch.Tensor:
+        """Those of the latest pass, [B, d]."""
+        last = self.last if self.last is not None else torch.full((count,), -1)
+        states = self.met[-1]
+        return states[torch.arange(count, device=states.device), last.to(states.device)]
 
 
 @dataclass

@@ -35,7 +35,6 @@ def generate_rows(
     vocab_size: int,
     tokenizer: Any = None,
     use_cache: bool = True,
-    observe: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
 
@@ -48,7 +47,6 @@ def generate_rows(
         vocab_size: ids from here on, padding of the output layer, are never generated.
         tokenizer: for the text of rows that have stop strings.
         use_cache: else each token is a forward pass over all before it.
-        observe: is given the model's logits [B, V] before each token.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -78,7 +76,7 @@ def generate_rows(
     model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
-        logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size, observe)]),
+        logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
         stopping_criteria=StoppingCriteriaList(
             [_StopRows(jobs, stops, searches, width, waiting, ended, device)]
         ),
@@ -153,15 +151,8 @@ class _SampleRows(LogitsProcessor):
     of the logits after temperature, top-k and top-p. Rows with equal parameters go together.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[GenerateJob],
-        device: torch.device,
-        vocab_size: int,
-        observe: Callable[[torch.Tensor], None] | None = None,
-    ) -> None:
+    def __init__(self, jobs: Sequence[GenerateJob], device: torch.device, vocab_size: int) -> None:
         self.step = 0
-        self.observe = observe
         self.vocab_size = vocab_size
         longest = max(job.max_new_tokens for job in jobs)
         alike: dict[tuple[float, int, float], list[int]] = {}
@@ -181,8 +172,6 @@ class _SampleRows(LogitsProcessor):
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if self.observe is not None:
-            self.observe(scores.clone())
         if not scores.amax(dim=-1).isfinite().all():
             raise InternalError(
                 "the model's logits are not finite while generating. Check the teacher's weights, "

@@ -67,8 +67,8 @@ class TransformersBackend:
         keep_float32_logits(self._model)
         self._split_head = _head_is_separable(self._model)
         self._rope: LengthDependentRope | None = None
-        check_causal(self._model, settings.model, self._logits)
-        self._companions, self._rope = companions(self._model, facts.max_model_len, self._logits)
+        check_causal(self._model, settings.model, self._states)
+        self._companions, self._rope = companions(self._model, facts.max_model_len, self._states)
         self._way = generation_way(self._model, self._pad, facts.tokenizer.vocab_size)
         can = facts.capabilities.model_copy(update={"generate": self._way is not None})
         self.facts = replace(facts, capabilities=can)
@@ -150,10 +150,6 @@ class TransformersBackend:
             decoder = self._model.get_decoder()
             return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return self._model(input_ids=input_ids, use_cache=False).logits
-
-    def _logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        states = self._states(input_ids)
-        return self._project(states) if self._split_head else states
 
     def _forget_lengths(self, tokens: int) -> None:
         """Let no longer sequence of before change the positions of those that come."""

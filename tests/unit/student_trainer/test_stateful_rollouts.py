@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
 from shared.errors import RolloutError
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
@@ -140,16 +140,16 @@ def test_an_encoder_is_refused():
 
 
 def test_a_model_that_answers_otherwise_each_time_is_refused(monkeypatch):
-    forward, calls = LlamaForCausalLM.forward, []
+    forward, calls = LlamaModel.forward, []
 
     def changing(self, *args, **kwargs):
         calls.append(1)
         output = forward(self, *args, **kwargs)
-        output.logits = output.logits.roll(len(calls), dims=-1)
+        output.last_hidden_state = output.last_hidden_state.roll(len(calls), dims=-1)
         return output
 
-    monkeypatch.setattr(LlamaForCausalLM, "forward", changing)
-    with pytest.raises(RolloutError, match="uncached: other logits than alone"):
+    monkeypatch.setattr(LlamaModel, "forward", changing)
+    with pytest.raises(RolloutError, match="uncached: other states than alone"):
         engine(small_model()).prepare()
 
 

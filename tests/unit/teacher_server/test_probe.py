@@ -157,8 +157,7 @@ def test_a_teacher_that_cannot_generate_still_scores(tmp_path, monkeypatch, capl
 
 def test_rounding_is_no_fault_and_a_wrong_state_is():
     torch.manual_seed(0)
-    logits = 3 * torch.randn(5, 400)
-    noise = torch.randn(5, 400)
-    for dtype, rounding, fault in ((torch.float32, 1e-4, 0.1), (torch.bfloat16, 0.1, 1.0)):
-        assert probe.same_logits(logits + rounding * noise, logits, dtype)
-        assert not probe.same_logits(logits + fault * noise, logits, dtype)
+    states, noise = torch.randn(5, 400), torch.randn(5, 400)
+    for dtype, rounding, fault in ((torch.float32, 1e-4, 0.1), (torch.bfloat16, 0.1, 0.5)):
+        assert probe.same_states(states + rounding * noise, states, dtype)
+        assert not probe.same_states(states + fault * noise, states, dtype)
