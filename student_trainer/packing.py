@@ -15,6 +15,7 @@ import torch
 from transformers.utils.generic import is_flash_attention_requested
 
 from shared.errors import ConfigurationError
+from shared.rope import length_dependent_rope
 from student_trainer.data.collate import model_inputs
 from student_trainer.data.sample import Sample
 from student_trainer.trial import passes
@@ -24,18 +25,19 @@ logger = logging.getLogger(__name__)
 Packing = Literal["auto", "on", "off"]
 
 
-def decide_packing(model: Any, packing: Packing) -> bool:
+def decide_packing(model: Any, packing: Packing, longest: int | None = None) -> bool:
     """Whether micro-batches are packed; ``auto`` packs for flash attention.
 
     Args:
         model: causal language model, or a peft model around one; not yet wrapped for distribution.
+        longest: tokens of the longest sequence there may be; None where that is not known.
 
     Raises:
         ConfigurationError: ``on``, and packed sequences do not get the logits of padded ones.
     """
     if packing == "off" or (packing == "auto" and not is_flash_attention_requested(model.config)):
         return False
-    apart, error = passes(model, lambda: _keeps_packed_sequences_apart(model))
+    apart, error = passes(model, lambda: _keeps_packed_sequences_apart(model, longest))
     if apart:
         return True
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
@@ -48,15 +50,19 @@ def decide_packing(model: Any, packing: Packing) -> bool:
     return False
 
 
-def _keeps_packed_sequences_apart(model: Any) -> bool:
+def _keeps_packed_sequences_apart(model: Any, longest: int | None) -> bool:
     """Whether three short sequences get the same logits packed and padded, told by trying.
 
     State-space and convolutional layers, positions counted from the attention mask, and ALiBi do
     not. Attention in chunks of positions (Llama 4) counts them along the row: no short sequence
-    would show it, so it is told from the config.
+    would show it, so it is told from the config, as are positions that the longest sequence changes
+    for all of the row.
     """
     config = model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None):
+        return False
+    rope = length_dependent_rope(config)
+    if rope is not None and (longest is None or longest > rope.original):
         return False
     device = next(model.parameters()).device
     lengths = [9, 14, 5]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
+from shared.errors import ConfigurationError
+from shared.rope import LengthDependentRope, length_dependent_rope
 from student_trainer.head import OutputHead, find_head, float32_logits
 from student_trainer.losses import (
     HardLabels,
@@ -18,6 +22,7 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
+from student_trainer.trial import met_by_head, passes, same_states
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # a packed row has no mask
 
@@ -99,10 +104,32 @@ def install_sparse_loss(model: Any) -> None:
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
+
+    Raises:
+        ConfigurationError: it is an encoder: a later token changes what it says of earlier ones.
     """
     causal_lm = _causal_lm(model)
     original = causal_lm.forward
+    causal, error = passes(causal_lm, lambda: _is_causal(causal_lm, original))
+    if not causal and not error:
+        kind = causal_lm.config.get_text_config().model_type
+        raise ConfigurationError(
+            f"{type(causal_lm).__name__}: a later token changes the logits of earlier ones, so "
+            f"this {kind} model is an encoder; give a causal one (is_decoder in its config)"
+        )
     head = find_head(causal_lm, original)
+    rope = length_dependent_rope(causal_lm.config)
+
+    def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden states [B, L, d], or logits [B, L, V] where only the model knows them."""
+        if head is not None:
+            states: torch.Tensor = causal_lm.get_decoder()(
+                **inputs, use_cache=False
+            ).last_hidden_state
+            return states
+        with float32_logits(causal_lm):
+            logits: torch.Tensor = original(**inputs, use_cache=False).logits
+            return logits
 
     @functools.wraps(original)
     def forward(
@@ -118,11 +145,7 @@ def install_sparse_loss(model: Any) -> None:
         if args:
             raise TypeError("pass input_ids and attention_mask or position_ids by name")
         inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
-        if head is None:
-            with float32_logits(causal_lm):
-                states = original(**inputs, use_cache=False).logits  # [B, L, V]
-        else:
-            states = causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        states = compute(inputs) if rope is None else _apart(compute, inputs, rope)
         states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
         if isinstance(wanted, TopTokens):
             return {"token_ids": _top_ids(head, states, wanted)}
@@ -134,6 +157,43 @@ def install_sparse_loss(model: Any) -> None:
 
     causal_lm.forward = forward
     causal_lm._forward_before = original
+
+
+def _is_causal(causal_lm: Any, forward: Any) -> bool:
+    """Whether a changed last token leaves the logits before it as they were."""
+    weight = causal_lm.get_output_embeddings().weight
+    ids = torch.arange(8, device=weight.device)[None].repeat(2, 1) % weight.shape[0]  # [2, 8]
+    ids[1, -1] = 0
+    with met_by_head(causal_lm) as seen:
+        for row in ids:
+            forward(input_ids=row[None], use_cache=False)
+    one, other = (states[0, :-1] for states in seen)  # [7, d]
+    return same_states(other, one)
+
+
+def _apart(
+    compute: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    inputs: Mapping[str, torch.Tensor],
+    rope: LengthDependentRope,
+) -> torch.Tensor:
+    """What ``compute`` gives for each sequence alone, [B, L, d], in as few passes as that takes.
+
+    A packed row is computed as it is: `decide_packing` sees to it that none mixes positions.
+    """
+    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    width = input_ids.shape[1]
+    lengths = [width] * len(input_ids) if mask is None else mask.sum(dim=1).tolist()
+    parts, order = [], []
+    for group in rope.groups(lengths):
+        longest = max(lengths[row] for row in group)
+        if rope.keeps_lengths(longest):
+            with torch.no_grad():
+                compute({"input_ids": input_ids[:1, :1]})
+        rows = torch.tensor(group, device=input_ids.device)
+        some = {name: tensor[rows, :longest] for name, tensor in inputs.items()}
+        parts.append(pad(compute(some), (0, 0, 0, width - longest)))  # [b, L, d]
+        order += group
+    return torch.cat(parts)[torch.tensor(order, device=input_ids.device).argsort()]
 
 
 def remove_sparse_loss(model: Any) -> None:

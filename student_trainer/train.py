@@ -354,6 +354,7 @@ def _train(
             vllm=engine,
             max_tokens_per_batch=args.max_tokens_per_batch,
             packing=args.packing,
+            longest=prepared.max_length,
             staleness=0 if distill is None else distill.rollout_staleness,
             prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
             trace_steps=traced_steps(args),

@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from shared.errors import NonFiniteError
+from shared.errors import ConfigurationError, NonFiniteError
 from shared.logs import in_json
 from shared.protocol import Completion
+from shared.rope import length_dependent_rope
 from shared.text import completion_text
 from student_trainer import held_out
 from student_trainer.ahead import load_ahead, save_ahead
@@ -83,6 +84,7 @@ class DistillationTrainer(DurableTrainer):
         max_tokens_per_batch: regroups a step's samples into micro-batches of at most so many
             tokens, padding included; None for those of the data loader's size.
         packing: whether a micro-batch is one row of sequences instead of padded ones.
+        longest: tokens of the longest sequence there may be; None where that is not known.
         rollout_temperature: of the student's sampling.
         staleness, prefetch_steps: see `Pipeline`.
         card: README.md's text, by the model's name and what was logged; None for the Trainer's.
@@ -109,6 +111,7 @@ class DistillationTrainer(DurableTrainer):
         generation_batch_size: int | None = None,
         max_tokens_per_batch: int | None = None,
         packing: Packing = "auto",
+        longest: int | None = None,
         staleness: int = 0,
         prefetch_steps: int = 0,
         card: Callable[[str, list[dict[str, Any]]], str] | None = None,
@@ -130,7 +133,8 @@ class DistillationTrainer(DurableTrainer):
         self._card = card
         self.max_tokens_per_batch = max_tokens_per_batch
         with self.accelerator.autocast():  # flash attention takes half precision only
-            self.packed = decide_packing(model, packing)
+            self.packed = decide_packing(model, packing, longest)
+        self._check_positions(longest)
         tokenizer: Any = self.processing_class
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(pad if pad is not None else method.stop_ids[0])
@@ -173,6 +177,35 @@ class DistillationTrainer(DurableTrainer):
             # where it sees no GPUs. What it is told here is what it then replaces by FSDP.
             PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
+
+    def _check_positions(self, longest: int | None) -> None:
+        """Refuse micro-batches that ranks would compute in unlike numbers of forward passes.
+
+        Raises:
+            ConfigurationError: ranks share the weights, and a micro-batch may hold sequences of
+                either side of the length at which the model changes its positions.
+        """
+        rope = length_dependent_rope(self.model.config)
+        if rope is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return
+        single = self.args.per_device_train_batch_size == 1 and self.max_tokens_per_batch is None
+        if not single and (longest is None or longest > rope.original):
+            raise ConfigurationError(
+                f"sharded over ranks, a model that changes its positions at {rope.original} tokens "
+                "learns one sequence at a time: pass --per_device_train_batch_size 1 without "
+                f"--max_tokens_per_batch, or --max_length {rope.original}"
+            )
+
+    def prepare_rollouts(self) -> None:
+        """Try how the student writes, where this run will have it write.
+
+        Raises:
+            RolloutError: it cannot.
+        """
+        held_out: Any = self.eval_dataset or []
+        writes = self.method.lmbda > 0 or any(e.checker is not None for e in held_out)
+        if writes and isinstance(self.rollouts, TransformersRollouts):
+            self.rollouts.prepare()
 
     def _trace(self, steps: tuple[int, int] | None) -> Trace | None:
         if steps is None or not self.is_world_process_zero():
@@ -668,10 +701,16 @@ class _Pending:
 
 
 class _StepEnd(TrainerCallback):
-    """Ends the measurements of a step, before logging and saving."""
+    """Ends the measurements of a step, before logging and saving; tries rollouts before the first.
+
+    Then the model is on its device and wrapped.
+    """
 
     def __init__(self, trainer: DistillationTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.prepare_rollouts()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()

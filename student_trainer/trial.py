@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 # A model of another shape, arguments it does not take, or kernels that do not run here.
-_CANNOT_RUN = (AttributeError, TypeError, ValueError, RuntimeError)
+CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
+# Largest error of what meets the head, relative to its size. A wrong state or position is off
+# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
+# of the tokens share in them is rounded much more coarsely.
+TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
 
 @torch.no_grad()
@@ -25,11 +31,37 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
     try:
         try:
             return trial(), ""
-        except _CANNOT_RUN:
+        except CANNOT_RUN:
             config._attn_implementation = "eager"
             return trial(), ""
-    except _CANNOT_RUN as error:
+    except CANNOT_RUN as error:
         return False, f"{type(error).__name__}: {error}"
     finally:
         config._attn_implementation = attention
         model.train(training)
+
+
+def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether states [n, d] agree but for rounding, by the coarser dtype of the two.
+
+    Columns that are not finite tell nothing and are left out.
+    """
+    wide = {found.dtype, expected.dtype} <= {torch.float32, torch.float64}
+    found, expected = found.float(), expected.float()
+    finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [d]
+    found, expected = found[:, finite], expected[:, finite]
+    tolerance = TOLERANCE if wide else HALF_TOLERANCE
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@contextmanager
+def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
+    """What the output layer is given, [B, L, d] each time."""
+    seen: list[torch.Tensor] = []
+    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()

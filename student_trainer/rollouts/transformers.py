@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -14,15 +17,26 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.errors import RolloutError
+from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from student_trainer.rollouts.base import Rollout, RolloutRequest
 from student_trainer.rollouts.sampling import sample_tokens
 from student_trainer.rollouts.stops import StopDetector
+from student_trainer.trial import CANNOT_RUN, met_by_head, same_states
+
+logger = logging.getLogger(__name__)
+
+# Rows left-padded in one batch over a cache, one at a time over a cache, or whole sequences again
+# for each token: padded on the right, where a causal model never looks.
+Way = Literal["batched", "alone", "uncached"]
+
+_WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by model, as told by a trial
 
 
 class TransformersRollouts:
@@ -31,6 +45,11 @@ class TransformersRollouts:
     A finished row leaves at once: its rollout is handed over, and neither compute nor cache is
     spent on it any more. With a ``batch_size``, prompts that wait take the places left by others.
     Nothing of the checkpoint's own sampling defaults (repetition penalty, top-p, …) is used.
+
+    Where a trial shows that a model so writes other tokens than each prompt alone (states that mind
+    the padding or the order of rows), it writes one at a time, or without a cache. A sequence that
+    may grow past the original length of a `LengthDependentRope` is written alone, and its cache is
+    begun anew where its positions change.
 
     Where ranks share a sharded model (FSDP2, ZeRO-3), each forward pass is a collective: a rank
     that has finished goes on with empty ones until all have.
@@ -74,6 +93,77 @@ class TransformersRollouts:
         self.stop_strings = stop_strings
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
+        self._rope = length_dependent_rope(self._causal_lm.config)
+        self._way: Way = "batched"
+        self._trial: _Trial | None = None
+
+    def prepare(self) -> None:
+        """Find out by a trial how this model writes right, once for each model.
+
+        Where ranks share a sharded model, all must call it together. `generate` calls it too.
+
+        Raises:
+            RolloutError: in no way does the model write what its plain forward pass says.
+        """
+        if self._causal_lm not in _WAYS:
+            with _evaluating(self.model):
+                _WAYS[self._causal_lm] = self._find_way()
+        self._way = _WAYS[self._causal_lm]
+
+    def _find_way(self) -> Way:
+        name, errors = type(self._causal_lm).__name__, []
+        ways: tuple[Way, ...] = ("batched", "alone", "uncached")
+        for way in ways:
+            try:
+                if not self._writes_right(way):
+                    errors.append(f"{way}: other states than alone")
+                    continue
+            except CANNOT_RUN as error:
+                errors.append(f"{way}: {type(error).__name__}: {error}")
+                continue
+            if way != "batched":
+                logger.warning(
+                    "%s does not write in a batch what it writes alone: rollouts are generated %s",
+                    name,
+                    "one at a time" if way == "alone" else "without a cache, which is slow",
+                )
+            return way
+        kind = self._causal_lm.config.get_text_config().model_type
+        told = "; ".join(" ".join(error.split())[:120] for error in errors)
+        raise RolloutError(
+            f"{name} ({kind}) does not generate right in transformers ({told}); pass "
+            "--rollout_engine vllm, or train without its own completions (--lmbda 0)"
+        )
+
+    @torch.no_grad()
+    def _writes_right(self, way: Way) -> bool:
+        """Whether a few tokens have the logits of a plain forward pass of each sequence alone.
+
+        Prompts of unlike length; a row leaves, the others change places, and a new one joins.
+        """
+        lengths = [6, 11, 5, 8]
+        ids = (7 * np.arange(sum(lengths), dtype=np.uint32) + 3) % self.vocab_size
+        prompts = np.split(ids, np.cumsum(lengths)[:-1])
+        asked = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
+        trial = copy.copy(self)
+        trial.temperature, trial.max_new_tokens, trial._way = 0.0, 4, way
+        with met_by_head(self._causal_lm) as met:
+            trial._trial = _Trial(met)
+            for part in [[one] for one in asked] if way == "alone" else [asked]:
+                rows = trial._advance(trial._start(part[:3]))
+                left = rows.only([2, 0]) if len(part) > 1 else rows
+                assert left is not None
+                rows = trial._advance(left)
+                if part[3:] and rows.can_join:
+                    rows = rows.joined(trial._start(part[3:]))
+                trial._advance(rows)
+        for index, (tokens, states) in trial._trial.rows.items():
+            whole = torch.tensor([[*prompts[index].tolist(), *tokens[:-1]]])
+            with met_by_head(self._causal_lm) as plain:
+                self.model(input_ids=whole.to(self._device), use_cache=False)
+            if not same_states(torch.stack(states), plain[0][0, -len(tokens) :]):
+                return False
+        return True
 
     def sync(self, weight_version: int) -> None:
         """Nothing to do: the weights are the student's own."""
@@ -82,8 +172,9 @@ class TransformersRollouts:
         """See `RolloutEngine.generate`.
 
         Raises:
-            RolloutError: the model's logits are not finite.
+            RolloutError: the model's logits are not finite, or see `prepare`.
         """
+        self.prepare()
         sharded = _is_sharded(self.model)
         groups = self._groups(requests, sharded)
         if sharded and self.one_group:
@@ -94,13 +185,20 @@ class TransformersRollouts:
     def _groups(
         self, requests: Sequence[RolloutRequest], sharded: bool
     ) -> Iterator[list[tuple[int, Rollout]]]:
-        # Prompts of similar length start together: less padding.
-        waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        # Prompts of similar length start together: less padding. Those that are alone come last.
+        outgrows = [self._outgrows(request) for request in requests]
+        waiting = sorted(
+            range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
+        )
         running: _Rows | None = None
         with _evaluating(self.model):
             # One forward pass a round, whatever it is of, so that ranks stay in step.
             while _anyone(bool(waiting) or running is not None, self._device, sharded):
                 places = self._places(running)
+                if waiting and (self._way == "alone" or outgrows[waiting[0]]):
+                    places = int(running is None)
+                elif waiting:
+                    places = min(places, sum(not outgrows[index] for index in waiting))
                 if waiting and places:
                     rows = self._start([(i, requests[i]) for i in waiting[:places]])
                     waiting = waiting[places:]
@@ -131,32 +229,68 @@ class TransformersRollouts:
         free = self.batch_size - len(running.indices)
         return free if running.can_join and free >= self.batch_size / 4 else 0
 
+    def _outgrows(self, request: RolloutRequest) -> bool:
+        """Whether positions may change while it is written: it may pass the original length."""
+        longest = len(request.prompt_ids) + self.max_new_tokens
+        return self._rope is not None and self._rope.regime(longest) != 0
+
     def _start(self, asked: Sequence[tuple[int, RolloutRequest]]) -> _Rows:
-        """Prompts [B, P] into a new cache, and the first token of each."""
-        width = max(len(request.prompt_ids) for _, request in asked)
-        input_ids = torch.full((len(asked), width), self.pad_token_id)
-        mask = torch.zeros_like(input_ids)
-        for row, (_, request) in enumerate(asked):
-            prompt = torch.from_numpy(request.prompt_ids.astype(np.int64))
-            input_ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
+        """The first token of each prompt."""
         rows = _Rows(
             indices=[index for index, _ in asked],
             prompts=[request.prompt_ids for _, request in asked],
             tokens=[[] for _ in asked],
             draws=[uniforms(*r.key, count=self.max_new_tokens) for _, r in asked],
-            mask=mask.to(self._device),
-            cache=DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True)),
+            mask=torch.ones(len(asked), 0, dtype=torch.long, device=self._device),
+            cache=None,
         )
-        return self._sampled(rows, input_ids)
+        return self._sampled(rows, self._begun(rows))
 
     def _advance(self, rows: _Rows) -> _Rows:
+        if rows.cache is None or self._changes_positions(rows):
+            return self._sampled(rows, self._begun(rows))
+        self._forget_lengths(rows)
         rows.mask = pad(rows.mask, (0, 1), value=1)
-        return self._sampled(rows, torch.tensor([[ids[-1]] for ids in rows.tokens]))
+        last = torch.tensor([[ids[-1]] for ids in rows.tokens])
+        return self._sampled(rows, self._forward(last, rows.mask, rows.cache))
 
-    def _sampled(self, rows: _Rows, input_ids: torch.Tensor) -> _Rows:
-        """The rows, one token longer."""
-        logits = self._forward(input_ids, rows.mask, rows.cache)
+    def _begun(self, rows: _Rows) -> torch.Tensor:
+        """Logits [B, V] of what follows the rows, all of them put into a new cache if any."""
+        self._forget_lengths(rows)
+        sequences = [
+            torch.tensor([*prompt.tolist(), *ids])
+            for prompt, ids in zip(rows.prompts, rows.tokens, strict=True)
+        ]
+        if self._way == "uncached":
+            return self._uncached(sequences)
+        width = max(map(len, sequences))
+        input_ids = torch.full((len(sequences), width), self.pad_token_id)  # [B, P]
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(sequences):
+            input_ids[row, width - len(ids) :] = ids
+            mask[row, width - len(ids) :] = 1
+        rows.mask = mask.to(self._device)
+        rows.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
+        return self._forward(input_ids, rows.mask, rows.cache)
+
+    def _changes_positions(self, rows: _Rows) -> bool:
+        """Whether the keys in the cache have other positions than those to come."""
+        rope = self._rope
+        return rope is not None and any(
+            rope.regime(length) != rope.regime(length - 1) for length in rows.lengths
+        )
+
+    @torch.no_grad()
+    def _forget_lengths(self, rows: _Rows) -> None:
+        """Let no longer sequence of before change the positions of these."""
+        rope = self._rope
+        if rope is None or _is_sharded(self.model) or not rope.keeps_lengths(max(rows.lengths)):
+            return
+        one = torch.full((1, 1), self.pad_token_id, device=self._device)
+        self.model(input_ids=one, use_cache=False)
+
+    def _sampled(self, rows: _Rows, logits: torch.Tensor) -> _Rows:
+        """The rows, one token longer by the logits [B, V]."""
         drawn = torch.tensor(
             [draws[len(ids)] for draws, ids in zip(rows.draws, rows.tokens, strict=True)],
             dtype=torch.float64,
@@ -171,7 +305,28 @@ class TransformersRollouts:
                     "--learning_rate, or check the weights it starts from"
                 )
             ids.append(token)
+        if self._trial is not None:
+            states = self._trial.states(len(rows.indices))
+            for index, ids, row in zip(rows.indices, rows.tokens, states, strict=True):
+                self._trial.rows.setdefault(index, (ids, []))[1].append(row)
         return rows
+
+    @torch.no_grad()
+    def _uncached(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Logits [B, V] of what follows the sequences, from a forward pass over all of them."""
+        input_ids = pad_sequence(
+            list(sequences), batch_first=True, padding_value=self.pad_token_id
+        )  # [B, L]
+        last = torch.tensor([len(ids) - 1 for ids in sequences], device=self._device)
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in self._accepted:
+            options["logits_to_keep"], last = last.unique(return_inverse=True)
+        if self._trial is not None:
+            self._trial.last = last
+        logits = self.model(
+            input_ids=input_ids.to(self._device), use_cache=False, **options
+        ).logits  # [B, U, V]
+        return logits[torch.arange(len(last), device=last.device), last]
 
     @torch.no_grad()
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -190,6 +345,8 @@ class TransformersRollouts:
         inputs = self._causal_lm.prepare_inputs_for_generation(
             input_ids.to(self._device), is_first_iteration=first, **options
         )
+        if cache is not None:
+            inputs[name] = cache  # Phi-3 drops it at its original length, also where it is new
         return self.model(**inputs).logits[:, -1]
 
     def _part(self, rows: _Rows) -> tuple[list[tuple[int, Rollout]], _Rows | None]:
@@ -209,6 +366,27 @@ class TransformersRollouts:
 
 
 @dataclass
+class _Trial:
+    """What is seen of a trial.
+
+    Attributes:
+        met: by the output layer, [B, L, d] in each forward pass.
+        last: which column of it each row goes on from; None for the last one.
+        rows: tokens of each prompt, and the state [d] that each was drawn from.
+    """
+
+    met: list[torch.Tensor]
+    last: torch.Tensor | None = None
+    rows: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
+
+    def states(self, count: int) -> torch.Tensor:
+        """Those of the latest pass, [B, d]."""
+        last = self.last if self.last is not None else torch.full((count,), -1)
+        states = self.met[-1]
+        return states[torch.arange(count, device=states.device), last.to(states.device)]
+
+
+@dataclass
 class _Rows:
     """Completions that are being written.
 
@@ -218,7 +396,7 @@ class _Rows:
         tokens: what is written so far.
         draws: one uniform for each token that may be written.
         mask: [B, W] int64, which columns of the cache are tokens of the row.
-        cache: of W tokens; all but the last one written.
+        cache: of W tokens; all but the last one written. None before there is one, or for good.
     """
 
     indices: list[int]
@@ -229,9 +407,15 @@ class _Rows:
     cache: Any
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each, prompt and completion."""
+        pairs = zip(self.prompts, self.tokens, strict=True)
+        return [len(prompt) + len(ids) for prompt, ids in pairs]
+
+    @property
     def can_join(self) -> bool:
         """Whether the cache is nothing but keys and values of all tokens."""
-        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def only(self, kept: list[int]) -> _Rows | None:
         """Those rows; columns that only others needed are given up."""
@@ -240,9 +424,10 @@ class _Rows:
         if not kept:
             return None
         rows = torch.tensor(kept, device=self.mask.device)
-        self.cache.reorder_cache(rows)  # any rows, fewer too
         self.mask = self.mask[rows]
-        if self.can_join:
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)  # any rows, fewer too
+        if self.cache is not None and self.can_join:
             first = int(self.mask.any(dim=0).int().argmax())
             self.mask = self.mask[:, first:]
             for layer in self.cache.layers:
@@ -255,7 +440,8 @@ class _Rows:
     def joined(self, other: _Rows) -> _Rows:
         """Both as one batch, the narrower cache padded on its left."""
         width = max(self.mask.shape[1], other.mask.shape[1])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        layers = [[] if rows.cache is None else rows.cache.layers for rows in (self, other)]
+        for mine, theirs in zip(*layers, strict=True):
             mine.keys = torch.cat([_widened(mine.keys, width), _widened(theirs.keys, width)])
             mine.values = torch.cat([_widened(mine.values, width), _widened(theirs.values, width)])
         masks = [pad(rows.mask, (width - rows.mask.shape[1], 0)) for rows in (self, other)]

@@ -34,6 +34,7 @@ def generate_rows(
     *,
     vocab_size: int,
     tokenizer: Any = None,
+    use_cache: bool = True,
 ) -> None:
     """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
 
@@ -45,6 +46,7 @@ def generate_rows(
             nobody waits for is never among them.
         vocab_size: ids from here on, padding of the output layer, are never generated.
         tokenizer: for the text of rows that have stop strings.
+        use_cache: else each token is a forward pass over all before it.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -69,7 +71,7 @@ def generate_rows(
         max_new_tokens=max(job.max_new_tokens for job in jobs),
         do_sample=False,
         pad_token_id=pad,
-        use_cache=True,
+        use_cache=use_cache,
     )
     model.generate(
         input_ids=input_ids.to(device),

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from shared.errors import ConfigurationError, PayloadTooLargeError
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
+from shared.rope import LengthDependentRope
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import (
@@ -26,6 +28,7 @@ from teacher_server.backends.checkpoint import (
     local_folder,
 )
 from teacher_server.backends.generation import generate_rows, within_context
+from teacher_server.backends.probe import check_causal, companions, generation_way
 from teacher_server.backends.projection import keep_float32_logits
 from teacher_server.backends.scoring import score_rows
 from teacher_server.batcher import Batcher, Callers
@@ -47,7 +50,7 @@ class TransformersBackend:
         metrics: is told batches, what they waited and took, and which did not fit.
 
     Raises:
-        ConfigurationError: the model does not load.
+        ConfigurationError: the model does not load, or is not causal.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -57,12 +60,18 @@ class TransformersBackend:
         self._tokenizer = tokenizer = load_tokenizer(
             settings.model, trust_remote_code=settings.trust_remote_code
         )
-        self.facts = _facts(settings, self._model, tokenizer)
+        facts = _facts(settings, self._model, tokenizer)
         pad = tokenizer.pad_token_id
-        self._pad = int(pad if pad is not None else (*self.facts.eos_token_ids, 0)[0])
+        self._pad = int(pad if pad is not None else (*facts.eos_token_ids, 0)[0])
         self._chunk_bytes = settings.score_chunk_mib << 20
         keep_float32_logits(self._model)
         self._split_head = _head_is_separable(self._model)
+        self._rope: LengthDependentRope | None = None
+        check_causal(self._model, settings.model, self._states)
+        self._companions, self._rope = companions(self._model, facts.max_model_len, self._states)
+        self._way = generation_way(self._model, self._pad, facts.tokenizer.vocab_size)
+        can = facts.capabilities.model_copy(update={"generate": self._way is not None})
+        self.facts = replace(facts, capabilities=can)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._timeout = settings.request_timeout
         self._since: float | None = None  # when the batch began that runs
@@ -106,6 +115,13 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
+        """The scores of a batch, in one forward pass wherever no sequence changes another."""
+        answers: dict[int, SparseLogprobs] = {}
+        for group in self._companions([job.tokens for job in jobs]):
+            answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
+        return [answers[index] for index in range(len(jobs))]
+
+    def _score_group(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
         """One forward pass over the right-padded batch; only completion rows meet the head.
 
         Padding stands behind every real token, which a causal model never sees, so no mask is
@@ -123,16 +139,23 @@ class TransformersBackend:
             ]
         )
         index = torch.from_numpy(rows).to(self._device)
-        input_ids = input_ids.to(self._device)
-        vocab_size = self.facts.vocab_size
+        rows = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
+        head = self._project if self._split_head else torch.clone
+        return score_rows(rows, head, jobs, self.facts.vocab_size, self._chunk_bytes)
+
+    def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What meets the head: hidden states [B, L, d], or else logits [B, L, V]."""
+        self._forget_lengths(input_ids.shape[1])
         if self._split_head:
             decoder = self._model.get_decoder()
-            hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, L, d]
-            rows = hidden.flatten(0, 1)[index]
-            return score_rows(rows, self._project, jobs, vocab_size, self._chunk_bytes)
-        logits = self._model(input_ids=input_ids, use_cache=False).logits  # [B, L, V]
-        rows = logits.flatten(0, 1)[index]
-        return score_rows(rows, torch.clone, jobs, vocab_size, self._chunk_bytes)
+            return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self._model(input_ids=input_ids, use_cache=False).logits
+
+    def _forget_lengths(self, tokens: int) -> None:
+        """Let no longer sequence of before change the positions of those that come."""
+        if self._rope is not None and self._rope.keeps_lengths(tokens):
+            one = torch.full((1, 1), self._pad, device=self._device)
+            self._model(input_ids=one, use_cache=False)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         return project(self._model, hidden)
@@ -140,8 +163,9 @@ class TransformersBackend:
     @torch.inference_mode()
     def generate_batch(self, jobs: Sequence[GenerateJob], callers: Callers[Completion]) -> None:
         """Completions of any mixture of jobs, each answered when it has ended and is scored."""
-        for group in within_context(jobs, self.facts.max_model_len):
+        for group, use_cache in self._generation_groups(jobs):
             handout = _Handout(self.score_batch, jobs, group, callers)
+            self._forget_lengths(max(jobs[i].tokens for i in group))
             generate_rows(
                 self._model,
                 [jobs[i] for i in group],
@@ -151,8 +175,32 @@ class TransformersBackend:
                 handout.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
                 tokenizer=self._tokenizer,
+                use_cache=use_cache,
             )
             handout.score()
+
+    def _generation_groups(self, jobs: Sequence[GenerateJob]) -> list[tuple[list[int], bool]]:
+        """Indices of jobs that are written together, and whether over a cache.
+
+        A completion whose positions may change while it is written is alone, without a cache: keys
+        in it would have the positions of before.
+        """
+        rope = self._rope
+        groups: list[tuple[list[int], bool]] = []
+        steady: dict[int, list[int]] = {}
+        for index, job in enumerate(jobs):
+            regime = 0 if rope is None else rope.regime(job.tokens)
+            if rope is not None and rope.regime(len(job.prompt)) != regime:
+                groups.append(([index], False))
+            else:
+                steady.setdefault(regime, []).append(index)
+        for some in steady.values():
+            if self._way != "batched":
+                groups += [([i], self._way == "alone") for i in some]
+                continue
+            within = within_context([jobs[i] for i in some], self.facts.max_model_len)
+            groups += [([some[place] for place in group], True) for group in within]
+        return groups
 
     def _timed(self, name: str, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
         def timed(jobs: Any, callers: Any) -> None:

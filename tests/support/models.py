@@ -21,6 +21,30 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+# Options of tiny models, by family, whose positions, states or caches are unlike Llama's.
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0], "factor": 10.0,
+    },
+}  # fmt: skip
+DYNAMIC: dict[str, Any] = {
+    "max_position_embeddings": 24,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "rwkv": {"attention_hidden_size": 32, "context_length": 256},
+    "recurrent_gemma": {
+        "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8, "head_dim": 8,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "minimax": {
+        "num_local_experts": 2, "head_dim": 8, "block_size": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 260 tokens with a chat template that marks generations."""

@@ -25,10 +25,12 @@ def model():
 def engine(
     model, *, temperature=1.0, batch_size=None, max_new_tokens=24, vocab_size=64, stop_ids=(STOP,)
 ):
-    return TransformersRollouts(
+    rollouts = TransformersRollouts(
         model, stop_ids=stop_ids, pad_token_id=0, max_new_tokens=max_new_tokens,
         temperature=temperature, batch_size=batch_size, vocab_size=vocab_size,
     )  # fmt: skip
+    rollouts.prepare()  # whose forward passes no test means to count
+    return rollouts
 
 
 def requests(count):
@@ -143,9 +145,10 @@ def watched(model):
 
 
 def test_a_finished_row_is_handed_over_at_once_and_costs_nothing_any_more(model):
+    rollouts = engine(model, stop_ids=MANY_STOPS)
     with watched(model) as shapes:
         given = []
-        for group in engine(model, stop_ids=MANY_STOPS).generate(requests(12)):
+        for group in rollouts.generate(requests(12)):
             lengths = {len(rollout.token_ids) for _, rollout in group}
             assert lengths == {len(shapes)}  # as many forward passes as tokens
             given += [len(rollout.token_ids) for _, rollout in group]
@@ -167,8 +170,9 @@ def test_waiting_prompts_take_the_places_of_finished_rows(model):
 
 
 def test_places_are_taken_when_a_quarter_of_them_is_free(model):
+    rollouts = engine(model, batch_size=8, stop_ids=MANY_STOPS)
     with watched(model) as shapes:
-        run(engine(model, batch_size=8, stop_ids=MANY_STOPS), requests(24))
+        run(rollouts, requests(24))
     prefills = [rows for rows, width in shapes if width > 1]
     assert prefills[0] == 8
     assert min(prefills[1:-1]) >= 2
@@ -214,8 +218,9 @@ def test_adapters_write_what_the_merged_model_writes():
 def test_gradient_checkpointing_takes_no_cache_away():
     training = small_model().train()
     training.gradient_checkpointing_enable()
+    rollouts = engine(training)
     with watched(training) as shapes:
-        written = run(engine(training), requests(6))
+        written = run(rollouts, requests(6))
     assert all(width == 1 for _, width in shapes[1:])
     plain = run(engine(small_model()), requests(6))
     assert [r.token_ids.tolist() for r in written] == [r.token_ids.tolist() for r in plain]

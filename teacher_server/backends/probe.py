@@ -1,0 +1,194 @@
+"""Trials of a model as it loads: what a neighbour, a later token or a cache changes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from shared.errors import ConfigurationError
+from shared.rope import LengthDependentRope, length_dependent_rope
+from teacher_server.backends.base import GenerateJob
+from teacher_server.backends.generation import generate_rows
+
+logger = logging.getLogger(__name__)
+
+SHORT, LONG = 8, 32  # tokens of the sequence that is scored, and of its neighbour
+# Left-padded prompts of a trial, and the tokens that each row writes: one leaves early.
+PROMPTS, BUDGETS = (6, 11, 5, 8), (4, 2, 5, 3)
+# Largest error of what meets the head, relative to its size. A wrong state or position is off
+# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
+# of the tokens share in them is rounded much more coarsely.
+TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
+
+# A model of another shape, arguments it does not take, or a cache of its own.
+_CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+
+States = Callable[[torch.Tensor], torch.Tensor]
+Way = Literal["batched", "alone", "uncached"]
+
+
+def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether states [n, d] agree but for the rounding of a model in ``dtype``.
+
+    States that are not finite tell nothing, and count as equal: each request will be refused.
+    """
+    found, expected = found.float(), expected.float()
+    finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [d]
+    found, expected = found[:, finite], expected[:, finite]
+    wide = dtype in (torch.float32, torch.float64)
+    tolerance = TOLERANCE if wide else HALF_TOLERANCE
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@torch.inference_mode()
+def check_causal(model: Any, name: str, states: States) -> None:
+    """Refuse a model that looks into the future: an encoder, however it is loaded.
+
+    Args:
+        name: of the checkpoint, for the error.
+        states: what meets the head, [B, L, d], of input ids [B, L], as scoring computes it.
+
+    Raises:
+        ConfigurationError: a changed last token changes what comes before it.
+    """
+    ids = _ids(model, SHORT)[None].repeat(2, 1)  # [2, L]
+    ids[1, -1] = (ids[1, -1] + 1) % _rows(model)
+    one, other = states(ids[:1])[0, :-1], states(ids[1:])[0, :-1]  # [L - 1, d]
+    if not same_states(other, one, model.dtype):
+        kind = model.config.get_text_config().model_type
+        raise ConfigurationError(
+            f"{name}: a later token changes the scores of earlier ones, so this {kind} model is an "
+            "encoder, not a causal language model; serve a causal one (is_decoder in its config)"
+        )
+
+
+@torch.inference_mode()
+def companions(
+    model: Any, max_model_len: int, states: States
+) -> tuple[Callable[[Sequence[int]], list[list[int]]], LengthDependentRope | None]:
+    """Return which sequences, by their lengths, may be scored in one forward pass.
+
+    And the rope, where sequences of up to ``max_model_len`` meet several sets of its frequencies.
+    That is told from the config; anything else by a short sequence beside a longer one.
+    """
+    name = type(model).__name__
+    rope = length_dependent_rope(model.config)
+    if rope is not None and (rope.each_length or max_model_len > rope.original):
+        if max_model_len > rope.original:
+            logger.warning(
+                "%s changes its positions with the longest sequence of a batch: those over %d "
+                "tokens are computed apart from shorter ones",
+                name,
+                rope.original,
+            )
+        return rope.groups, rope
+    short = _ids(model, SHORT)
+    beside = _ids(model, min(LONG, max_model_len)).flip(0)[None].repeat(2, 1)  # [2, L]
+    size = min(SHORT, beside.shape[1])
+    beside[0] = 0
+    beside[0, :size] = short[:size]
+    alone = states(short[None, :size])[0]  # [n, d]
+    if same_states(states(beside)[0, :size], alone, model.dtype):
+        return lambda lengths: [list(range(len(lengths)))], None
+    logger.warning(
+        "%s scores a sequence otherwise beside a longer one: sequences are computed one by one",
+        name,
+    )
+    return lambda lengths: [[index] for index in range(len(lengths))], None
+
+
+def generation_way(model: Any, pad: int, vocab_size: int) -> Way | None:
+    """Return how completions come out right: told by writing a few, each compared with itself.
+
+    Left-padded prompts of unlike length in one batch over a cache, each alone over a cache, or each
+    alone without one. None where nothing gives what the model's plain forward pass does.
+    """
+    errors = []
+    name = type(model).__name__
+    ways: tuple[Way, ...] = ("batched", "alone", "uncached")
+    for way in ways:
+        try:
+            if _writes_right(model, way, pad, vocab_size):
+                break
+            errors.append(f"{way}: other states than alone")
+        except _CANNOT_RUN as error:
+            errors.append(f"{way}: {type(error).__name__}: {error}")
+    else:
+        logger.warning(
+            "%s (%s) does not generate right (%s): /v1/generate is refused; serve it by "
+            "--backend vllm for that",
+            name,
+            model.config.get_text_config().model_type,
+            "; ".join(" ".join(error.split())[:120] for error in errors),
+        )
+        return None
+    if way != "batched":
+        logger.warning(
+            "%s does not write in a batch what it writes alone: completions are generated one at "
+            "a time%s",
+            name,
+            "" if way == "alone" else ", without a cache",
+        )
+    return way
+
+
+@torch.inference_mode()
+def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
+    ids = _ids(model, sum(PROMPTS), vocab_size).cpu().numpy().astype(np.uint32)
+    prompts = np.split(ids, np.cumsum(PROMPTS)[:-1])
+    jobs = [
+        GenerateJob(prompt, budget, 0.0, 1.0, 0, (index,))
+        for index, (prompt, budget) in enumerate(zip(prompts, BUDGETS, strict=True))
+    ]
+    groups = [list(range(len(jobs)))] if way == "batched" else [[i] for i in range(len(jobs))]
+    for group in groups:
+        waiting = [True] * len(group)
+        written: dict[int, Any] = {}
+        with _met_by_head(model) as seen:  # [B, 1, d] of each token, the last one of its pass
+            generate_rows(
+                model,
+                [jobs[i] for i in group],
+                (),
+                pad,
+                partial(list, waiting),
+                written.update,
+                vocab_size=vocab_size,
+                use_cache=way != "uncached",
+            )
+        for row, index in enumerate(group):
+            tokens = written[row].token_ids
+            found = torch.stack([step[row, -1] for step in seen[: len(tokens)]])  # [T, d]
+            whole = np.concatenate([jobs[index].prompt, tokens[:-1]]).astype(np.int64)
+            with _met_by_head(model) as plain:
+                model(input_ids=torch.from_numpy(whole)[None].to(model.device), use_cache=False)
+            if not same_states(found, plain[0][0, -len(tokens) :], model.dtype):
+                return False
+    return True
+
+
+@contextmanager
+def _met_by_head(model: Any) -> Iterator[list[torch.Tensor]]:
+    """What the output layer is given, [B, L, d] each time."""
+    seen: list[torch.Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _rows(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _ids(model: Any, count: int, vocab_size: int | None = None) -> torch.Tensor:
+    """[count] int64, ids that are mostly unlike."""
+    return (7 * torch.arange(count, device=model.device) + 3) % (vocab_size or _rows(model))
