@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.sparse import SparseLogprobs
-from shared.text import StopStrings, completion_text
+from shared.text import StopSearch, StopStrings, completion_text
 from student_trainer.checks import check_evaluate
 from student_trainer.config import (
     COMMANDS,
@@ -54,7 +55,6 @@ from student_trainer.references import measure
 from student_trainer.rollouts import (
     RolloutEngine,
     RolloutRequest,
-    StopDetector,
     TransformersRollouts,
     VllmEngine,
     VllmRollouts,
@@ -346,7 +346,7 @@ def _generate(
         logger.warning(
             "%d of %d completions are there already", len(unfinished.texts), len(requests)
         )
-    stops = problems[0].stop_strings  # rows of one form
+    stops = StopStrings(problems[0].stop_strings)  # rows of one form
     vocab_size = min(len(parts.tokenizer), model.get_output_embeddings().weight.shape[0])
     longest = max(len(request.prompt_ids) for request in requests) + generation.max_new_tokens
     with (
@@ -358,7 +358,7 @@ def _generate(
                 number = missing[index]
                 prompt_ids = requests[number].prompt_ids
                 text = completion_text(parts.tokenizer, prompt_ids, rollout.token_ids)
-                text, stopped = StopStrings(stops).cut(text)
+                text, stopped = stops.cut(text)
                 unfinished.add(number, text, truncated=rollout.truncated and not stopped)
             count(len(group))
 
@@ -369,12 +369,12 @@ def _engine(
     generation: GenerationArguments,
     args: EvaluateArguments,
     parts: _Parts,
-    stops: Sequence[str],
+    stops: StopStrings,
     vocab_size: int,
     longest: int,
 ) -> Iterator[RolloutEngine]:
     """Who writes the completions, of prompt and completion of up to ``longest`` tokens."""
-    detector = StopDetector(parts.tokenizer, stops) if stops else None
+    search = partial(StopSearch, parts.tokenizer, stops=stops) if stops.texts else None
     if args.rollout_engine == "transformers":
         yield TransformersRollouts(
             model,
@@ -384,7 +384,7 @@ def _engine(
             temperature=args.temperature,
             batch_size=generation.generation_batch_size or 32,
             vocab_size=vocab_size,
-            stop_strings=detector,
+            stop_strings=search,
         )
         return
     with VllmEngine(
@@ -400,7 +400,7 @@ def _engine(
             max_new_tokens=generation.max_new_tokens,
             temperature=args.temperature,
             vocab_size=vocab_size,
-            stop_strings=detector,
+            stop_strings=search,
         )
         rollouts.sync(0)
         yield rollouts

@@ -1,7 +1,6 @@
 """Prompts -> completions, sampled by the student as it is now."""
 
-from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest
-from student_trainer.rollouts.stops import StopDetector
+from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest, StartSearch
 from student_trainer.rollouts.transformers import TransformersRollouts
 from student_trainer.rollouts.vllm import VllmEngine, VllmRollouts
 
@@ -9,7 +8,7 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "RolloutRequest",
-    "StopDetector",
+    "StartSearch",
     "TransformersRollouts",
     "VllmEngine",
     "VllmRollouts",

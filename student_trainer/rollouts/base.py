@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shared.text import Ids, StopSearch
+
+# Begins to look for stop strings in the completion of a prompt [P].
+StartSearch = Callable[[Ids], StopSearch]
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
-from student_trainer.rollouts.base import Rollout, RolloutRequest
+from shared.text import StopSearch
+from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.rollouts.sampling import sample_tokens
-from student_trainer.rollouts.stops import StopDetector
 from student_trainer.trial import CANNOT_RUN, met_by_head, same_states
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class TransformersRollouts:
         vocab_size: ids from here on are never sampled (padding rows of the output layer).
         one_group: of a sharded model, hand all rollouts over together, because the caller runs the
             model between groups and ranks would do so at different times.
-        stop_strings: strings that end a completion too; the tokens that spell one stay part of it.
+        stop_strings: begins to look for strings that end a completion too; the tokens that spell
+            one stay part of it.
     """
 
     elsewhere = False
@@ -80,7 +81,7 @@ class TransformersRollouts:
         batch_size: int | None,
         vocab_size: int,
         one_group: bool = False,
-        stop_strings: StopDetector | None = None,
+        stop_strings: StartSearch | None = None,
     ) -> None:
         self.model = model
         self.stop_ids = frozenset(stop_ids)
@@ -241,6 +242,7 @@ class TransformersRollouts:
             prompts=[request.prompt_ids for _, request in asked],
             tokens=[[] for _ in asked],
             draws=[uniforms(*r.key, count=self.max_new_tokens) for _, r in asked],
+            searches=[self.stop_strings and self.stop_strings(r.prompt_ids) for _, r in asked],
             mask=torch.ones(len(asked), 0, dtype=torch.long, device=self._device),
             cache=None,
         )
@@ -353,11 +355,10 @@ class TransformersRollouts:
         """What has ended, and the rows that go on."""
         ended: list[tuple[int, Rollout]] = []
         left: list[int] = []
-        columns = zip(rows.indices, rows.prompts, rows.tokens, strict=True)
-        for row, (index, prompt, ids) in enumerate(columns):
-            stopped = ids[-1] in self.stop_ids or (
-                self.stop_strings is not None and self.stop_strings.end(prompt, ids)
-            )
+        columns = zip(rows.indices, rows.tokens, rows.searches, strict=True)
+        for row, (index, ids, search) in enumerate(columns):
+            found = search is not None and search.add(ids[-1])
+            stopped = found or ids[-1] in self.stop_ids
             if stopped or len(ids) == self.max_new_tokens:
                 ended.append((index, Rollout(np.array(ids, np.uint32), truncated=not stopped)))
             else:
@@ -395,6 +396,7 @@ class _Rows:
         prompts: ids [P] of each.
         tokens: what is written so far.
         draws: one uniform for each token that may be written.
+        searches: for stop strings in what is written; None where there are none.
         mask: [B, W] int64, which columns of the cache are tokens of the row.
         cache: of W tokens; all but the last one written. None before there is one, or for good.
     """
@@ -403,6 +405,7 @@ class _Rows:
     prompts: list[NDArray[np.uint32]]
     tokens: list[list[int]]
     draws: list[Any]
+    searches: list[StopSearch | None]
     mask: torch.Tensor
     cache: Any
 
@@ -432,7 +435,7 @@ class _Rows:
             self.mask = self.mask[:, first:]
             for layer in self.cache.layers:
                 layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
-        for name in ("indices", "prompts", "tokens", "draws"):
+        for name in ("indices", "prompts", "tokens", "draws", "searches"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in kept])
         return self
@@ -450,6 +453,7 @@ class _Rows:
             prompts=self.prompts + other.prompts,
             tokens=self.tokens + other.tokens,
             draws=self.draws + other.draws,
+            searches=self.searches + other.searches,
             mask=torch.cat(masks),
             cache=self.cache,
         )

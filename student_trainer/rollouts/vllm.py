@@ -23,10 +23,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
+from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.merging import adapts_tied_weights
-from student_trainer.rollouts.base import Rollout, RolloutRequest
-from student_trainer.rollouts.stops import StopDetector
+from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -155,13 +155,14 @@ class VllmEngine:
         self,
         prompts: Sequence[list[int]],
         params: Sequence[Any],
-        stops: StopDetector | None = None,
+        searches: Sequence[StopSearch] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """(index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
 
         Args:
-            stops: strings that end a completion too, which then has no ``finish_reason``. The
-                engine has no tokenizer, so they are looked for here, after each token.
+            searches: for strings that end a completion too, which then has no ``finish_reason``.
+                The engine has no tokenizer, so they are looked for here, after each token; the
+                parameters ask for ``CUMULATIVE`` outputs.
 
         Raises:
             RolloutError: the engine is dead, or was closed meanwhile.
@@ -169,6 +170,7 @@ class VllmEngine:
         from vllm.inputs import tokens_input
 
         running: dict[str, int] = {}
+        known = [0] * len(prompts)  # tokens that were looked at
         try:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = f"rollout-{self._requests}"
@@ -183,7 +185,11 @@ class VllmEngine:
                     written, name = output.outputs[0], output.request_id
                     if output.finished:
                         yield running.pop(name), written
-                    elif stops is not None and stops.end(prompts[running[name]], written.token_ids):
+                        continue
+                    index = running[name]
+                    new = written.token_ids[known[index] :]
+                    known[index] += len(new)
+                    if searches is not None and any(map(searches[index].add, new)):
                         with self._open():
                             self._engine.abort_request([name])
                         yield running.pop(name), written
@@ -272,7 +278,8 @@ class VllmRollouts:
         max_new_tokens: longest completion.
         temperature: of the sampling; 0 is greedy.
         vocab_size: ids from here on are not sampled (padding rows of the output layer).
-        stop_strings: strings that end a completion too; the tokens that spell one stay part of it.
+        stop_strings: begins to look for strings that end a completion too; the tokens that spell
+            one stay part of it.
     """
 
     elsewhere = True
@@ -285,7 +292,7 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
-        stop_strings: StopDetector | None = None,
+        stop_strings: StartSearch | None = None,
     ) -> None:
         self.engine = engine
         self._stops = stop_strings
@@ -323,7 +330,8 @@ class VllmRollouts:
         ]
         prompts = [request.prompt_ids.tolist() for request in requests]
         ends = ("stop", "length") if self._stops is None else ("stop", "length", None)
-        for index, written in self.engine.run(prompts, params, self._stops):
+        searches = None if self._stops is None else [self._stops(prompt) for prompt in prompts]
+        for index, written in self.engine.run(prompts, params, searches):
             if written.finish_reason not in ends:
                 raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
             ids = np.asarray(written.token_ids, np.uint32)

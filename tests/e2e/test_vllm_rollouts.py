@@ -1,6 +1,7 @@
 """The student's completions by a real vLLM engine beside the trainer, on CPU."""
 
 import threading
+from functools import partial
 
 import numpy as np
 import psutil
@@ -10,10 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.errors import RolloutError
-from shared.text import completion_text
+from shared.text import StopSearch, StopStrings, completion_text
 from student_trainer.rollouts import (
     RolloutRequest,
-    StopDetector,
     TransformersRollouts,
     VllmEngine,
     VllmRollouts,
@@ -149,19 +149,18 @@ class TestEngine:
         texts = [
             completion_text(tokenizer, asked[i].prompt_ids, whole[i].token_ids) for i in range(8)
         ]
-        detector = StopDetector(tokenizer, [text[3:5] for text in texts if len(text) > 5])
+        stops = StopStrings(tuple(text[3:5] for text in texts if len(text) > 5))
+        search = partial(StopSearch, tokenizer, stops=stops)
         early = dict(
-            item for group in rollouts(vllm, stops=detector).generate(asked) for item in group
+            item for group in rollouts(vllm, stops=search).generate(asked) for item in group
         )
         for i in range(8):
-            ids = whole[i].token_ids
-            ends = [
-                t + 1 for t in range(len(ids)) if detector.end(asked[i].prompt_ids, ids[: t + 1])
-            ]
-            assert early[i].token_ids.tolist() == ids[: ends[0] if ends else None].tolist()
-            assert early[i].truncated == (whole[i].truncated and not ends)
-        assert sum(map(len, (r.token_ids for r in early.values()))) < sum(
-            map(len, (r.token_ids for r in whole.values()))
+            ids, looking = whole[i].token_ids, search(asked[i].prompt_ids)
+            end = next((t + 1 for t, token in enumerate(ids) if looking.add(token)), None)
+            assert early[i].token_ids.tolist() == ids[:end].tolist()
+            assert early[i].truncated == (whole[i].truncated and end is None)
+        assert sum(len(r.token_ids) for r in early.values()) < sum(
+            len(r.token_ids) for r in whole.values()
         )
 
     @pytest.mark.parametrize(("count", "length"), [(8, 6), (60, 200)], ids=["whole", "in pieces"])
