@@ -57,13 +57,16 @@ from shared.protocol import (
 from shared.sparse import SparseLogprobs
 from shared.text import StopStrings
 from shared.validation import check_generate_request, check_score_request
-from teacher_server import openai
 from teacher_server.admission import Admission, ClientGoneError, Held
 from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.docs_page import PAGE
 from teacher_server.in_flight import InFlight
 from teacher_server.metrics import Metrics, State
+from teacher_server.openai.adapter import OpenAIAdapter
+from teacher_server.openai.answers import error_body, model_card
+from teacher_server.openai.plan import OpenAIPlan, check_model
+from teacher_server.openai.schema import ChatRequest, CompletionRequest
 from teacher_server.pool import FairPool
 from teacher_server.settings import Settings
 
@@ -192,7 +195,7 @@ class TeacherApp:
         self.in_flight = InFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
-        self.speaker = openai.Speaker(settings.model, trust_remote_code=settings.trust_remote_code)
+        self.openai = OpenAIAdapter(settings.model, trust_remote_code=settings.trust_remote_code)
         self.api = self._build()
         metrics.show_state(lambda: self.state)
         metrics.build.info(
@@ -470,35 +473,34 @@ class TeacherApp:
 
     async def _models(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style list of the one model."""
-        return _json({"object": "list", "data": [openai.model_card(self._loaded()[1])]})
+        return _json({"object": "list", "data": [model_card(self._loaded()[1])]})
 
     async def _model(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style description of the model."""
         info = self._loaded()[1]
-        openai.check_model(request.path_params["name"], info)
-        return _json(openai.model_card(info))
+        check_model(request.path_params["name"], info)
+        return _json(model_card(info))
 
     async def _completions(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style completions, with vLLM's prompt_logprobs."""
-        return await self._speak(request, request_id, openai.CompletionRequest)
+        return await self._speak(request, request_id, CompletionRequest)
 
     async def _chat(self, request: Request, request_id: str) -> Answer:
         """OpenAI-style chat completions."""
-        return await self._speak(request, request_id, openai.ChatRequest)
+        return await self._speak(request, request_id, ChatRequest)
 
     async def _speak(
         self,
         request: Request,
         request_id: str,
-        model: type[openai.CompletionRequest] | type[openai.ChatRequest],
+        model: type[CompletionRequest] | type[ChatRequest],
     ) -> Answer:
         backend, info = self._loaded()
         body = await self._body(request, (wire.JSON_MEDIA_TYPE,))
-        work, to_score, to_write = await self._in_pool(
+        plan, to_score, to_write = await self._in_pool(
             request, len(body.data) * _TOKENIZED, self._plan, model, body, info,
             request.state.client,
         )  # fmt: skip
-        asked = work.asked
         jobs: list[tuple[bytes, ScoreJob | GenerateJob]] = [*to_score, *to_write]
         size = sum(job.answer_bytes for _, job in jobs) * _OPENAI_COPIES
         request.state.held.add(size)
@@ -507,7 +509,9 @@ class TeacherApp:
                 _both(
                     _all([self._scored(backend, *job) for job in to_score], "prompt"),
                     _all(
-                        [self._generated(backend, *job) for job in to_write], "prompt", asked.n or 1
+                        [self._generated(backend, *job) for job in to_write],
+                        "prompt",
+                        plan.request.n or 1,
                     ),
                 ),
                 lambda: _disconnected(request),
@@ -515,23 +519,23 @@ class TeacherApp:
             self._count_scored([job for _, job in to_score])
             self._count_generated([job for _, job in to_write], written)
             answer = await self._in_pool(
-                request, size, self.speaker.answer, work, scored, written, info, request_id
+                request, size, self.openai.answer, plan, scored, written, info, request_id
             )
             return _Reply(memoryview(answer), media_type=wire.JSON_MEDIA_TYPE)
 
     def _plan(
         self,
-        model: type[openai.CompletionRequest] | type[openai.ChatRequest],
+        model: type[CompletionRequest] | type[ChatRequest],
         body: _Body,
         info: InfoResponse,
         client: str,
-    ) -> tuple[openai.Work, list[tuple[bytes, ScoreJob]], list[tuple[bytes, GenerateJob]]]:
-        """What an OpenAI-style request asks for, and its jobs with their keys."""
-        work = self.speaker.plan(wire.load(model, body.data, body.media_type, max_bytes=body.limit),
-                                 info)  # fmt: skip
-        to_score = [] if work.score is None else _score_jobs(work.score, client)
-        to_write = [] if work.generate is None else _generate_jobs(work.generate, client, work.stop)
-        return work, _keyed(to_score), _keyed(to_write)
+    ) -> tuple[OpenAIPlan, list[tuple[bytes, ScoreJob]], list[tuple[bytes, GenerateJob]]]:
+        """Return the jobs of an OpenAI-style request, with their keys."""
+        request = wire.load(model, body.data, body.media_type, max_bytes=body.limit)
+        plan = self.openai.plan(request, info)
+        to_score = [] if plan.score is None else _score_jobs(plan.score, client)
+        to_write = [] if plan.generate is None else _generate_jobs(plan.generate, client, plan.stop)
+        return plan, _keyed(to_score), _keyed(to_write)
 
     async def _get_info(self, request: Request, request_id: str) -> Answer:
         """What the teacher is, its limits and what it can do."""
@@ -822,7 +826,7 @@ def _problem(error: ProtocolError, request_id: str) -> _Reply:
 
 
 def _openai_error(error: ProtocolError, request_id: str) -> _Reply:
-    return _refused(error, request_id, openai.error_body(error), wire.JSON_MEDIA_TYPE)
+    return _refused(error, request_id, error_body(error), wire.JSON_MEDIA_TYPE)
 
 
 def _refused(error: ProtocolError, request_id: str, body: bytes, media_type: str) -> _Reply:
@@ -855,8 +859,8 @@ _BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel]]] = {
 _OPENAI: dict[str, type[BaseModel] | None] = {
     "/v1/models": None,
     "/v1/models/{name:path}": None,
-    "/v1/completions": openai.CompletionRequest,
-    "/v1/chat/completions": openai.ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
 }
 
 

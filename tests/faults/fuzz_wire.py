@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["shared", "teacher_server.openai"]):
         ScoreSequence,
     )
     from shared.validation import check_generate_request, check_score_request
-    from teacher_server.openai import ChatRequest, CompletionRequest
+    from teacher_server.openai.schema import ChatRequest, CompletionRequest
 
 from tests.support import stub
 

@@ -425,7 +425,7 @@ def test_openai_routes_refuse_with_openais_error(tmp_path, path):
 
 
 def test_openai_routes_hide_what_went_wrong_inside(app):
-    app.speaker.plan = lambda asked, info: 1 / 0
+    app.openai.plan = lambda asked, info: 1 / 0
     response = call(app, "POST", "/v1/completions", json={"model": "m", "prompt": [5]})
     assert response.status_code == 500
     assert "division" not in response.text

@@ -1,0 +1,134 @@
+"""Log-probs and errors in OpenAI's form, and answers of any size as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from shared.errors import ProtocolError
+from shared.protocol import InfoResponse
+from shared.sparse import SparseLogprobs
+from teacher_server.openai.schema import Ids
+
+# Items of a list that are written as JSON at a time: meanwhile no other thread runs.
+_WRITTEN_ITEMS = 1024
+# JSON has no −inf.
+LOWEST = -9999.0
+
+
+class WrittenJson(str):
+    """JSON that is written already: of a million log-probs, a million maps would be left."""
+
+
+# Tokens [T] and their rows; None where there are none.
+Part = tuple[Ids, SparseLogprobs | None]
+
+
+def model_card(info: InfoResponse) -> dict[str, Any]:
+    """The served model, as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
+    return {
+        "id": info.teacher.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "sparse-gkd",
+        "root": info.teacher.model,
+        "parent": None,
+        "max_model_len": info.max_model_len,
+    }
+
+
+def error_body(error: ProtocolError) -> bytes:
+    """OpenAI's error object."""
+    body = {
+        "message": error.detail,
+        "type": error.slug(),
+        "param": error.field,
+        "code": error.status,
+    }
+    return json.dumps({"error": body}).encode()
+
+
+def written(value: Any) -> Iterator[str]:
+    """``value`` as JSON in small pieces: json's own loop lets no other thread run."""
+    if isinstance(value, WrittenJson):
+        yield value
+    elif isinstance(value, dict):
+        before = "{"
+        for name, item in value.items():
+            yield f"{before}{json.dumps(name)}: "
+            yield from written(item)
+            before = ", "
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and any(isinstance(item, dict | WrittenJson) for item in value):
+        before = "["
+        for item in value:
+            yield before
+            yield from written(item)
+            before = ", "
+        yield "]"
+    elif isinstance(value, list) and len(value) > _WRITTEN_ITEMS:
+        before = "["
+        for start in range(0, len(value), _WRITTEN_ITEMS):
+            yield before + json.dumps(value[start : start + _WRITTEN_ITEMS])[1:-1]
+            before = ", "
+        yield "]"
+    else:
+        yield json.dumps(value)
+
+
+def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
+
+    A token has the same value in both lists. Of several tokens that read alike, which are one key,
+    the most probable one counts: the largest value of a row is that of its most probable token.
+    """
+    tokens: list[str] = []
+    own: list[float | None] = []
+    top: list[WrittenJson | None] = []
+    for ids, scores in parts:
+        tokens += [name(token_id) for token_id in ids.tolist()]
+        if scores is None:
+            own += [None] * len(ids)
+            top += [None] * len(ids)
+            continue
+        following = zip(ids.tolist(), scores.next_token_logprob.tolist(), strict=True)
+        for (token_id, logprob), row in zip(following, _top(scores, k), strict=True):
+            value = dict(row).get(token_id, max(logprob, LOWEST))
+            named = {name(token_id): value}
+            for i, other in row:
+                named[name(i)] = max(other, named.get(name(i), other))
+            own.append(value)
+            top.append(WrittenJson(json.dumps(named)))
+    offsets = np.cumsum([0, *map(len, tokens)])[:-1].tolist()
+    return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
+
+
+def chat_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+    """OpenAI's ``logprobs`` of a chat completion."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        token = name(token_id)
+        return {"token": token, "logprob": max(logprob, LOWEST), "bytes": list(token.encode())}
+
+    ((ids, scores),) = parts  # a chat echoes nothing
+    assert scores is not None
+    own = scores.next_token_logprob.tolist()
+    return {
+        "content": [
+            WrittenJson(
+                json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]})
+            )
+            for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
+        ]
+    }
+
+
+def _top(scores: SparseLogprobs, k: int) -> Iterator[list[tuple[int, float]]]:
+    """The k most probable (id, log-prob) of each row; k may be 0, which no engine is asked for."""
+    rows = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
+    for ids, logprobs in rows:
+        clamped = [max(value, LOWEST) for value in logprobs]
+        yield list(zip(ids, clamped, strict=True))
