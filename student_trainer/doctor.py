@@ -24,7 +24,8 @@ from typing import Literal
 
 from shared import __version__
 from shared.errors import SparseGKDError, TeacherUnauthorizedError, TeacherUnreachableError
-from student_trainer.terminal import Style, has_colours, painted, printable
+from shared.printable import printable
+from student_trainer.terminal import Style, has_colours, painted
 
 Status = Literal["ok", "warn", "fail", "off"]
 

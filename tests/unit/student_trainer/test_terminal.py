@@ -4,8 +4,9 @@ import io
 
 import pytest
 
+from shared.printable import printable
 from student_trainer import progress
-from student_trainer.terminal import has_colours, painted, printable
+from student_trainer.terminal import has_colours, painted
 
 
 class Stream(io.StringIO):
