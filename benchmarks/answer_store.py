@@ -1,8 +1,7 @@
 """The store behind `--teacher_cache`: answers a second, and bytes on disk, beside bare LMDB's.
 
 LMDB is what it was before, and is left out where it is not installed: it is faster, and cannot
-outlive damage to its file. Half a million completions of 100 tokens at k = 64 are 20 GB; a step asks
-for as many as its batch has rows.
+outlive damage to its file. A step asks for as many answers as its batch has rows.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 LONGEST_LINE = 2_000  # characters
 
 
 def printable(text: str) -> str:
-    """Return the text with its control characters spelled out; line breaks stay."""
+    """Return the text with its control characters spelled out; line breaks and tabs stay."""
     if text.isprintable():
         return text
-    return "".join(c if c == "\n" or c.isprintable() else _spelled(c) for c in text)
+    return "".join(c if c in "\n\t" or c.isprintable() else _spelled(c) for c in text)
 
 
 def one_line(text: str, longest: int = LONGEST_LINE) -> str:
@@ -18,6 +20,18 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
     if cut.isprintable():
         return cut
     return "".join(c if c.isprintable() else _spelled(c) for c in cut)
+
+
+def code_span(text: str) -> str:
+    """Return Markdown that shows the text as it stands, on one line, whatever it holds.
+
+    Source: CommonMark 0.31, 6.1: within backticks nothing else is read but as many backticks.
+    """
+    text = one_line(text)
+    runs = {len(run) for run in re.findall("`+", text)}
+    fence = "`" * next(length for length in range(1, len(text) + 2) if length not in runs)
+    pad = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) or not text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _spelled(character: str) -> str:

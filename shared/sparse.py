@@ -120,6 +120,15 @@ class SparseLogprobs(BaseModel):
                     f"{name}: the teacher answered {field}{list(index)} = {array[index]}, which is "
                     "no log-prob: it is above 0"
                 )
+        if not drawn:
+            ordered = np.sort(self.token_ids, axis=1)
+            twice = ordered[:, 1:] == ordered[:, :-1]
+            if twice.any():
+                row, place = (int(i) for i in np.argwhere(twice)[0])
+                raise TeacherAnswerError(
+                    f"{name}: the teacher answered token id {ordered[row, place]} twice in row "
+                    f"{row}"
+                )
         named = self.token_ids == next_ids[:, None]  # [T, k]
         again = named.any(axis=1)
         top = self.logprobs.astype(np.float32)
@@ -137,13 +146,6 @@ class SparseLogprobs(BaseModel):
             )
         if drawn:
             return
-        ordered = np.sort(self.token_ids, axis=1)
-        twice = ordered[:, 1:] == ordered[:, :-1]
-        if twice.any():
-            row, place = (int(i) for i in np.argwhere(twice)[0])
-            raise TeacherAnswerError(
-                f"{name}: the teacher answered token id {ordered[row, place]} twice in row {row}"
-            )
         rises = np.diff(top, axis=1) > _SLACK
         if rises.any():
             row, place = (int(i) for i in np.argwhere(rises)[0])

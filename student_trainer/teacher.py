@@ -112,7 +112,12 @@ def check_info(where: str, info: InfoResponse) -> None:
             f"{where}: eos_token_ids names {outside[0]}, which is outside the teacher's vocabulary "
             f"of {info.vocab_size}. Check eos_token_id in its generation_config.json"
         )
-    for field, value in info.teacher.model_dump().items():
+    names = {
+        **info.teacher.model_dump(),
+        "tokenizer": info.tokenizer.fingerprint,
+        "tokenizer's encoding": info.tokenizer.encoding or "",
+    }
+    for field, value in names.items():
         if len(value) > _LONGEST_NAME or not value.isprintable():
             raise TeacherAnswerError(
                 f"{where}: the teacher's {field} is {one_line(value, 100)}; expected were at most "
@@ -567,7 +572,7 @@ class SparseGkdTeacher(Teacher):
 
     def _changed(self, url: str, identity: TeacherIdentity) -> TeacherChangedError:
         return TeacherChangedError(
-            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. "
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity!s:.500}. "
             "Bring the first one back, or pass --accept_teacher_change"
         )
 
@@ -629,4 +634,5 @@ def _readable(where: str) -> Iterator[None]:
     try:
         yield
     except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
-        raise TeacherAnswerError(f"{where} answered something else: {error}") from error
+        text = one_line(str(error))
+        raise TeacherAnswerError(f"{where} answered something else: {text}") from error
