@@ -32,6 +32,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from shared.printable import one_line
+
 
 class SparseGKDError(Exception):
     """Root of every error this project raises on purpose."""
@@ -147,13 +149,19 @@ _BY_STATUS: dict[int, type[ProtocolError]] = {
 def error_from_problem(
     status: int, problem: Mapping[str, Any], *, retry_after: float | None = None
 ) -> ProtocolError:
-    """The exception that a problem document stands for; an unknown status keeps the root class."""
+    """The exception that a problem document stands for; an unknown status keeps the root class.
+
+    Its texts are a stranger's: control characters are spelled out, and what is too long is cut.
+    """
     detail = str(problem.get("detail") or f"the server answered {status} without a detail")
-    field, request_id = problem.get("field"), problem.get("request_id")
+    field, request_id = (
+        one_line(text, 200) if isinstance(text, str) else None
+        for text in (problem.get("field"), problem.get("request_id"))
+    )
     return _BY_STATUS.get(status, ProtocolError)(
-        detail,
-        field=field if isinstance(field, str) else None,
-        request_id=request_id if isinstance(request_id, str) else None,
+        one_line(detail),
+        field=field,
+        request_id=request_id,
         retry_after=retry_after,
     )
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from shared.printable import printable
+
 LogFormat = Literal["text", "json"]
 
 _VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # its processes read it too
@@ -56,6 +58,10 @@ def bound_field(name: str) -> Any:
 
 class TextFormatter(logging.Formatter):
     """The message, and behind it the bound fields. What is in ``extra`` alone, messages say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        # A stranger's text, in a message or a traceback, shall not write over a terminal.
+        return printable(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         fields = " ".join(f"{name}={value}" for name, value in _fields.get().items())
@@ -134,4 +140,4 @@ def last_words(program: str, error: str) -> None:
     if in_json():
         logging.getLogger(program).critical("%s", error)
     else:
-        sys.stderr.write(f"{program}: error: {error}\n")
+        sys.stderr.write(printable(f"{program}: error: {error}") + "\n")

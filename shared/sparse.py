@@ -103,7 +103,8 @@ class SparseLogprobs(BaseModel):
     ) -> None:
         """Refuse what cannot be distributions over the tokens that followed.
 
-        A token's two log-probs in one row must agree, and a next token outside the top-k be less
+        No id stands twice in a row, and its most probable ones stand first. A token's two log-probs
+        in one row must agree, and a next token outside the top-k be less
         probable than those in it: rows of another sequence, or in another order, are found out.
 
         Args:
@@ -122,6 +123,15 @@ class SparseLogprobs(BaseModel):
                     f"{name}: the teacher answered {field}{list(index)} = {array[index]}, which is "
                     "no log-prob: it is above 0"
                 )
+        if not drawn:
+            ordered = np.sort(self.token_ids, axis=1)
+            twice = ordered[:, 1:] == ordered[:, :-1]
+            if twice.any():
+                row, place = (int(i) for i in np.argwhere(twice)[0])
+                raise TeacherAnswerError(
+                    f"{name}: the teacher answered token id {ordered[row, place]} twice in row "
+                    f"{row}"
+                )
         named = self.token_ids == next_ids[:, None]  # [T, k]
         again = named.any(axis=1)
         top = self.logprobs.astype(np.float32)
@@ -139,6 +149,14 @@ class SparseLogprobs(BaseModel):
             )
         if drawn:
             return
+        rises = np.diff(top, axis=1) > _SLACK
+        if rises.any():
+            row, place = (int(i) for i in np.argwhere(rises)[0])
+            raise TeacherAnswerError(
+                f"{name}: the teacher answered logprobs[{row}, {place + 1}] = "
+                f"{top[row, place + 1]} after {top[row, place]}; a top-k goes from the most "
+                "probable down"
+            )
         mass = np.exp(top).sum(axis=1) + np.exp(self.tail_logprob)
         mass += np.where(again, 0.0, np.exp(own))
         if (mass > 1.0 + _SLACK).any():

@@ -1,118 +1,143 @@
 """Answers on disk, found by what was asked: shared by ranks and runs, bounded, and checked.
 
-An LMDB environment: readers never wait, a writer that is killed leaves what was committed before,
-and its lock passes to the next one. It belongs on a local disk; LMDB's locks and memory map do not
-work over network file systems.
+An SQLite database in a folder. Its file may be damaged in any way, before a run or during it: a
+record carries a checksum, and one that is not what was written counts as missing; a database that
+cannot be read is set aside, and another one begun. The file is read and never mapped into memory
+(hence no write-ahead log, whose index is), so that damage is an error and not a SIGBUS. It belongs
+on a local disk: SQLite's locks do not work over every network file system.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from mmap import PAGESIZE
 from pathlib import Path
-
-import lmdb
+from typing import TypeVar
 
 from shared.errors import ConfigurationError, TeacherUnreachableError
 
 logger = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
+_APPLICATION = 0x73676B64  # "sgkd", by which the file is known
 _CHECKSUM_BYTES = 16
-# LMDB writes a changed page anew before it gives the old one back, and long records need pages
-# that stand together: what is stored stays below this share of the file.
-_FILLED = 0.75
-_ATTEMPTS = 4
+_PAGE = 4096
+_OVERFLOW = _PAGE - 4  # bytes of a long record on each of its pages
+_FEWEST_PAGES = 64
+_SHARE = 4  # of the bound, which the records of one call may fill
+_WAIT_SECONDS = 60.0  # for another process's transaction
 _USES_AT_ONCE = 1024
+_OLDEST_AT_ONCE = 64
+
+# `entries` is small and says where each record is: one that cannot be read any more is replaced by
+# another one, without touching its pages.
+_SCHEMA = """
+CREATE TABLE entries (key BLOB PRIMARY KEY, id INTEGER, used INTEGER) WITHOUT ROWID;
+CREATE INDEX by_use ON entries (used);
+CREATE TABLE records (id INTEGER PRIMARY KEY, stored BLOB);
+CREATE TABLE notes (name TEXT PRIMARY KEY, stored BLOB) WITHOUT ROWID;
+"""
+_PRAGMAS = (
+    "mmap_size = 0",
+    "journal_mode = TRUNCATE",
+    "synchronous = NORMAL",
+    "secure_delete = OFF",
+    "cell_size_check = ON",
+    "trusted_schema = OFF",
+)
+# The statements here are right, so that an error in one is the file's.
+_DAMAGE = {
+    sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_SCHEMA,
+    sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_RANGE, sqlite3.SQLITE_NOTADB,
+}  # fmt: skip
+_DAMAGE_IN_DETAIL = {
+    sqlite3.SQLITE_IOERR_READ,
+    sqlite3.SQLITE_IOERR_SHORT_READ,
+    sqlite3.SQLITE_IOERR_CORRUPTFS,
+    sqlite3.SQLITE_READONLY_DBMOVED,  # removed under a run
+}
 
 
 class AnswerStore:
     """Records under keys; the first one under a key stands. Safe in threads and processes.
 
     Args:
-        folder: made where it does not exist. A process opens it once at a time.
+        folder: made where it does not exist.
         max_bytes: largest size of the file. Where a record would not fit, those go whose last use
             is longest ago. Where it is smaller than the file, that is what is stored in it: a file
             does not shrink.
 
     Attributes:
-        corrupt: records found so far whose checksum was wrong.
+        corrupt: records found so far that are not what was written.
 
     Raises:
-        ConfigurationError: the folder cannot be used, or holds something else.
+        ConfigurationError: the folder cannot be used.
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
-        pages = max(max_bytes // PAGESIZE, 64)
         self.corrupt = 0
-        self._limit = int(_FILLED * pages) * PAGESIZE
+        self._folder = Path(folder)
+        self._limit = max(max_bytes // _PAGE, _FEWEST_PAGES)  # pages
         self._lock = threading.Lock()
         self._closed = False
-        self._full = False
+        self._told: set[str] = set()
         self._used: dict[bytes, None] = {}  # since the last transaction that wrote
+        self._db: sqlite3.Connection | None = None
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            file = Path(folder) / "data.mdb"
-            size = file.stat().st_size if file.exists() else 0
-            if size > pages * PAGESIZE:  # of a run that stored more; throwing out takes pages too
-                pages = size // PAGESIZE * 9 // 8
-            # Without metasync a power cut may undo the last commits; it breaks nothing.
-            self._env = lmdb.open(
-                str(folder),
-                map_size=pages * PAGESIZE,
-                max_dbs=4,
-                metasync=False,
-                readahead=False,
-            )
-            self._env.reader_check()  # readers that were killed keep pages from being used again
-            self._records = self._env.open_db(b"records")  # key -> checksum, record
-            self._order = self._env.open_db(b"order")  # number of its last use -> key
-            self._numbers = self._env.open_db(b"numbers")  # key -> number of its last use
-            self._notes = self._env.open_db(b"notes")
-        except (OSError, lmdb.Error) as error:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._number = _newest(self._folder) or 1
+            try:
+                self._db = _opened(self._file)
+            except sqlite3.Error as error:
+                if not _is_damage(error):
+                    raise
+                self._set_aside(error)
+            if self._db is None:
+                raise OSError("it takes no new file")
+        except (OSError, sqlite3.Error) as error:
             raise ConfigurationError(
                 f"--teacher_cache {folder} cannot be used ({error}): give a folder of its own on a "
-                "local disk, or delete it to begin anew"
+                "local disk that can be written to"
             ) from error
+        if (self._folder / "data.mdb").exists():
+            logger.warning(
+                "--teacher_cache %s holds an LMDB cache of an earlier version, which is not read: "
+                "delete data.mdb and lock.mdb; its answers are asked for anew",
+                folder,
+            )
+
+    @property
+    def _file(self) -> Path:
+        return self._folder / f"answers-{self._number}.sqlite"
 
     def close(self) -> None:
         """Note what was used, and close."""
-        self._note_uses()
         with self._lock:
+            if not self._closed:
+                self._note_uses()
             self._closed = True
-            self._env.close()
+            self._disconnect()
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The record of each key; None where there is none, or not the one that was written."""
-        found: list[bytes | None] = []
-        with self._transaction() as txn:
-            for key in keys:
-                try:
-                    stored = txn.get(key, db=self._records)
-                except (lmdb.CorruptedError, lmdb.PageNotFoundError):
-                    stored = b""
-                record = None if stored is None else _checked(key, bytes(stored))
-                found.append(record)
-                if record is not None:
-                    self._used[key] = None
-                elif stored is not None:
-                    self.corrupt += 1
-                    logger.warning("A corrupt answer in the teacher cache is asked for anew")
-        if len(self._used) >= _USES_AT_ONCE:
-            self._note_uses()
-        return found
+        with self._lock:
+            found = self._try(lambda db: [self._record(db, key) for key in keys], write=False)
+            if len(self._used) >= _USES_AT_ONCE:
+                self._note_uses()
+        return [None] * len(keys) if found is None else found
 
     def count(self, keys: Sequence[bytes]) -> int:
         """How many of the keys have a record, unread."""
-        found = 0
-        with self._transaction() as txn:
-            for key in keys:
-                with suppress(lmdb.CorruptedError, lmdb.PageNotFoundError):  # as good as missing
-                    found += txn.get(key, db=self._records) is not None
-        return found
+        with self._lock:
+            found = self._try(lambda db: sum(_id(db, key) is not None for key in keys), write=False)
+        return found or 0
 
     def add(self, records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
         """Store records; returns what stands under each key from now on.
@@ -120,128 +145,328 @@ class AnswerStore:
         That is another process's where it came first, so that all learn from the same answer. A
         corrupt one is replaced. What cannot be stored stands for this call alone.
         """
-        wanted = sum(_size(record) for record in records.values())
-        if wanted > self._limit // _ATTEMPTS:
+        wanted = sum(map(_pages, records.values()))
+        if wanted > self._limit // _SHARE:
             logger.warning(
                 "%d answers of %d bytes are not stored: --teacher_cache_max_gb is too small",
-                len(records), wanted,
+                len(records), wanted * _PAGE,
             )  # fmt: skip
             return dict(records)
-        for attempt in range(_ATTEMPTS):
-            try:
-                # More each time: pages are free only after the transaction behind the next one.
-                self._make_room((1 + attempt) * wanted)
-                return self._put(records)
-            except lmdb.MapFullError:
-                self._env.reader_check()
-            except lmdb.Error as error:
-                logger.warning("The teacher cache takes no more: %s", error)
-                break
-        else:
-            logger.warning("The teacher cache has no room for %d bytes in one piece", wanted)
-        return dict(records)
+        with self._lock:
+            bad = self._try(lambda db: _bad(db, records), write=False) or {}
+            standing = self._try(lambda db: self._put(db, records, bad, wanted))
+        return dict(records) if standing is None else standing
+
+    def reject(self, records: Mapping[bytes, bytes]) -> None:
+        """Throw out records that the checksum could not tell from right ones, and count them."""
+        with self._lock:
+            for _ in records:
+                self._count_corrupt()
+            self._try(lambda db: _remove(db, records))
 
     def note(self, name: str, value: bytes) -> None:
         """Keep a value that is never thrown out, where there is room for it.
 
         Without it answers are found all the same; only a run without a teacher does not know whose.
         """
-        try:
-            with self._transaction(write=True) as txn:
-                txn.put(name.encode(), value, db=self._notes)
-        except lmdb.Error as error:
-            logger.warning("The teacher cache could not note which teacher %s is: %s", name, error)
+        stored = _checksum(name.encode(), value) + value
+        with self._lock:
+            if self._try(lambda db: _put_note(db, name, stored)) is None:
+                logger.warning("The teacher cache could not note which teacher %s is", name)
 
     def notes(self) -> dict[str, bytes]:
-        with self._transaction() as txn:
-            items = txn.cursor(db=self._notes).iternext()
-            return {bytes(name).decode(): bytes(value) for name, value in items}
+        """The values by name, without those that are not what was noted."""
+        with self._lock:
+            return self._try(self._read_notes, write=False) or {}
 
-    def _put(self, records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        standing: dict[bytes, bytes] = {}
-        with self._transaction(write=True) as txn:
-            for key, record in records.items():
-                stored = txn.get(key, db=self._records)
-                before = None if stored is None else _checked(key, bytes(stored))
-                if before is None:
-                    txn.put(key, _checksum(key, record) + record, db=self._records)
-                standing[key] = record if before is None else before
-                self._mark_used(txn, key)
-        return standing
+    # What follows is called with the lock held.
 
-    def _make_room(self, wanted: int) -> None:
-        """Throw out what was not used for longest, until ``wanted`` bytes fit."""
-        self._note_uses()
-        with self._transaction() as txn:
-            if self._size(txn) + wanted <= self._limit:
-                return
-        if not self._full:
-            self._full = True
-            logger.warning(
-                "The teacher cache is full: what was used longest ago makes room for new answers. "
-                "Raise --teacher_cache_max_gb to keep all"
-            )
-        with self._transaction(write=True) as txn:
-            oldest = txn.cursor(db=self._order)
-            while self._size(txn) + wanted > self._limit and oldest.first():
-                key = bytes(oldest.value())
-                oldest.delete()
-                txn.delete(key, db=self._numbers)
-                txn.delete(key, db=self._records)
+    def _try(self, work: Callable[[sqlite3.Connection], R], *, write: bool = True) -> R | None:
+        """What ``work`` in a transaction returns; None where nothing can be read or stored.
 
-    def _size(self, txn: lmdb.Transaction) -> int:
-        """Bytes of the pages that hold something."""
-        stats = [txn.stat(db) for db in (self._records, self._order, self._numbers)]
-        return PAGESIZE * sum(
-            stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] for stat in stats
+        A damaged database is set aside, and ``work`` done in the next one.
+
+        Raises:
+            TeacherUnreachableError: closed.
+        """
+        if self._closed:
+            raise TeacherUnreachableError("the teacher cache is closed")
+        for _ in range(2):
+            if write:
+                self._follow()
+            if self._db is None:
+                return None
+            try:
+                with _transaction(self._db, write):
+                    return work(self._db)
+            except (sqlite3.Error, MemoryError) as error:
+                if not _is_damage(error):
+                    self._warn_once(
+                        "takes no more" if write else "cannot be read",
+                        f"({error}): answers that are not kept are asked for again",
+                    )
+                    return None
+                self._set_aside(error)
+        return None
+
+    def _follow(self) -> None:
+        """Open the database that another process has begun since."""
+        newest = _newest(self._folder)
+        if newest is not None and newest > self._number:
+            self._begin(newest)
+
+    def _set_aside(self, error: Exception) -> None:
+        number, damaged = self._number, self._file
+        self._begin(max(number + 1, _newest(self._folder) or 0))
+        logger.warning(
+            "The teacher cache %s cannot be read (%s) and is set aside; answers are kept in %s "
+            "from now on. Delete the first to have its room",
+            damaged, error, self._file.name,
+        )  # fmt: skip
+        for file in self._folder.glob("answers-*.sqlite"):  # a bad disk shall not fill up
+            if (_number(file) or number) < number:
+                with suppress(OSError):
+                    file.unlink()
+
+    def _begin(self, number: int) -> None:
+        self._disconnect()
+        self._number = number
+        self._used.clear()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._db = _opened(self._file)
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("%s cannot be used (%s): answers are not kept", self._file, error)
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+        self._db = None
+
+    def _record(self, db: sqlite3.Connection, key: bytes) -> bytes | None:
+        number = _id(db, key)
+        if number is None:
+            return None
+        record = _checked(key, _stored(db, number))
+        if record is None:
+            self._count_corrupt()
+        else:
+            self._used[key] = None
+        return record
+
+    def _read_notes(self, db: sqlite3.Connection) -> dict[str, bytes]:
+        notes: dict[str, bytes] = {}
+        for name, stored in db.execute("SELECT name, stored FROM notes").fetchall():
+            right = isinstance(name, str) and isinstance(stored, bytes)
+            value = _checked(name.encode(), stored) if right else None
+            if value is None:
+                self._count_corrupt()
+            else:
+                notes[name] = value
+        return notes
+
+    def _count_corrupt(self) -> None:
+        self.corrupt += 1
+        self._warn_once(
+            "holds an answer that is not what was written",
+            "and is asked for anew; teacher_cache_corrupt counts further ones",
         )
 
+    def _warn_once(self, what: str, more: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("The teacher cache %s %s", what, more)
+
+    def _put(
+        self,
+        db: sqlite3.Connection,
+        records: Mapping[bytes, bytes],
+        bad: Mapping[bytes, int],
+        wanted: int,
+    ) -> dict[bytes, bytes]:
+        _mark_used(db, self._used)
+        self._make_room(db, wanted)
+        standing: dict[bytes, bytes] = {}
+        for key, record in records.items():
+            number = _id(db, key)
+            before = None
+            if number is not None and bad.get(key) != number:
+                before = _checked(key, _stored(db, number))
+            if before is None:  # the pages of a bad one are left alone: they may be another's
+                new = db.execute(
+                    "INSERT INTO records (stored) VALUES (?)", (_checksum(key, record) + record,)
+                ).lastrowid
+                db.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, 0)", (key, new))
+            standing[key] = record if before is None else before
+        _mark_used(db, standing)
+        self._used.clear()
+        return standing
+
+    def _make_room(self, db: sqlite3.Connection, wanted: int) -> None:
+        """Throw out what was not used for longest, until ``wanted`` pages fit."""
+        while _filled(db) + wanted > self._limit:
+            self._warn_once(
+                "is full:",
+                "what was used longest ago makes room for new answers. Raise "
+                "--teacher_cache_max_gb to keep all",
+            )
+            oldest = db.execute(
+                "SELECT key, id FROM entries ORDER BY used LIMIT ?", (_OLDEST_AT_ONCE,)
+            ).fetchall()
+            for key, number in oldest:
+                db.execute("DELETE FROM records WHERE id = ?", (number,))
+                if db.execute("DELETE FROM entries WHERE key = ?", (key,)).rowcount != 1:
+                    raise sqlite3.DatabaseError("an entry of its index is nowhere else")
+                if _filled(db) + wanted <= self._limit:
+                    break
+            if not oldest:
+                raise sqlite3.DatabaseError("it is full of nothing")
+
     def _note_uses(self) -> None:
-        if not self._used:
-            return
-        try:
-            with self._transaction(write=True) as txn:
-                for key in self._used:
-                    if txn.get(key, db=self._numbers) is not None:  # not thrown out meanwhile
-                        self._mark_used(txn, key)
-                self._used.clear()
-        except lmdb.Error as error:
-            logger.warning("The teacher cache could not note what was used: %s", error)
+        if self._used:
+            self._try(lambda db: _mark_used(db, self._used))
+            self._used.clear()
 
-    def _mark_used(self, txn: lmdb.Transaction, key: bytes) -> None:
-        before = txn.get(key, db=self._numbers)
-        if before is not None:
-            txn.delete(before, db=self._order)
-        last = txn.cursor(db=self._order)
-        number = int.from_bytes(last.key(), "big") + 1 if last.last() else 0
-        stamp = number.to_bytes(8, "big")
-        txn.put(stamp, key, db=self._order)
-        txn.put(key, stamp, db=self._numbers)
 
-    @contextmanager
-    def _transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction]:
-        with self._lock:
-            if self._closed:
-                raise TeacherUnreachableError("the teacher cache is closed")
-            try:
-                txn = self._env.begin(write=write)
-            except lmdb.MapResizedError:  # by a process that may store more
-                self._env.set_mapsize(0)
-                txn = self._env.begin(write=write)
-            with txn:
-                yield txn
+def _opened(file: Path) -> sqlite3.Connection:
+    """A connection to the database in a file, which is made where it does not exist.
+
+    Raises:
+        sqlite3.Error: it cannot be read, or is another program's.
+    """
+    db = sqlite3.connect(file, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute(f"PRAGMA page_size = {_PAGE}")
+        for pragma in _PRAGMAS:
+            db.execute(f"PRAGMA {pragma}")
+        with _transaction(db, write=True):
+            if _pragma(db, "schema_version") == 0:
+                for statement in _SCHEMA.strip().split("\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {_APPLICATION}")
+            if _pragma(db, "application_id") != _APPLICATION or _pragma(db, "page_size") != _PAGE:
+                raise sqlite3.DatabaseError("it is another program's")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection, write: bool) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+    try:
+        yield
+        if write:
+            db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error is due to what is in the file; else to a full disk, a lock, or rights."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:  # memory for a size that cannot be, text that is none, or raised here
+        return True
+    return code & 0xFF in _DAMAGE or code in _DAMAGE_IN_DETAIL
+
+
+def _newest(folder: Path) -> int | None:
+    """The number of the database in use: each that is set aside is followed by the next."""
+    return max(filter(None, map(_number, folder.glob("answers-*.sqlite"))), default=None)
+
+
+def _number(file: Path) -> int | None:
+    match = re.fullmatch(r"answers-([1-9]\d{0,8})\.sqlite", file.name)
+    return int(match[1]) if match else None
+
+
+def _pragma(db: sqlite3.Connection, name: str) -> int:
+    """A number in the file's head.
+
+    Raises:
+        sqlite3.DatabaseError: it is none.
+    """
+    (value,) = db.execute(f"PRAGMA {name}").fetchone()
+    if not isinstance(value, int):
+        raise sqlite3.DatabaseError(f"{name} is {value!r:.60}")
+    return value
+
+
+def _filled(db: sqlite3.Connection) -> int:
+    """Pages that hold something."""
+    pages, free = _pragma(db, "page_count"), _pragma(db, "freelist_count")
+    if not 0 <= free < pages:
+        raise sqlite3.DatabaseError(f"{free} of {pages} pages are free")
+    return pages - free
+
+
+def _id(db: sqlite3.Connection, key: bytes) -> int | None:
+    row = db.execute("SELECT id FROM entries WHERE key = ?", (key,)).fetchone()
+    return None if row is None else row[0]
+
+
+def _stored(db: sqlite3.Connection, number: int) -> bytes | None:
+    """A record with its checksum; None where it cannot be read."""
+    try:
+        row = db.execute("SELECT stored FROM records WHERE id = ?", (number,)).fetchone()
+    except (sqlite3.Error, MemoryError) as error:
+        if not _is_damage(error):
+            raise
+        return None
+    return row[0] if row is not None and isinstance(row[0], bytes) else None
+
+
+def _bad(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> dict[bytes, int]:
+    """The entries whose record is not what was written.
+
+    Asked before a transaction that writes: SQLite ends one in which it meets damage.
+    """
+    bad: dict[bytes, int] = {}
+    for key in keys:
+        number = _id(db, key)
+        if number is not None and _checked(key, _stored(db, number)) is None:
+            bad[key] = number
+    return bad
+
+
+def _remove(db: sqlite3.Connection, records: Mapping[bytes, bytes]) -> None:
+    for key, record in records.items():
+        number = _id(db, key)
+        if number is not None and _checked(key, _stored(db, number)) == record:
+            db.execute("DELETE FROM records WHERE id = ?", (number,))
+            db.execute("DELETE FROM entries WHERE key = ?", (key,))
+
+
+def _mark_used(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> None:
+    (last,) = db.execute("SELECT max(used) FROM entries").fetchone()
+    if last is not None and not (isinstance(last, int) and 0 <= last < 1 << 62):
+        raise sqlite3.DatabaseError(f"the last use is {last!r:.60}")
+    stamps = enumerate(keys, 1 + (last or 0))
+    db.executemany("UPDATE entries SET used = ? WHERE key = ?", stamps)
+
+
+def _put_note(db: sqlite3.Connection, name: str, stored: bytes) -> bool:
+    db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, stored))
+    return True
 
 
 def _checksum(key: bytes, record: bytes) -> bytes:
-    return hashlib.blake2b(record, key=key[:64], digest_size=_CHECKSUM_BYTES).digest()
+    key = hashlib.sha256(key).digest()  # blake2b takes no longer one
+    return hashlib.blake2b(record, key=key, digest_size=_CHECKSUM_BYTES).digest()
 
 
-def _checked(key: bytes, stored: bytes) -> bytes | None:
+def _checked(key: bytes, stored: bytes | None) -> bytes | None:
     """The record without its checksum; None where that is wrong."""
+    if stored is None:
+        return None
     record = stored[_CHECKSUM_BYTES:]
     return record if stored[:_CHECKSUM_BYTES] == _checksum(key, record) else None
 
 
-def _size(record: bytes) -> int:
-    """Bytes of the pages that a record takes at most, its part of the indices included."""
-    return (len(record) // PAGESIZE + 2) * PAGESIZE
+def _pages(record: bytes) -> int:
+    """Pages that a record takes at most, its part of the indices included."""
+    return len(record) // _OVERFLOW + 3

@@ -10,24 +10,45 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from shared import codec, wire
-from shared.errors import ProtocolError, TeacherChangedError, TeacherUnreachableError
+from shared.errors import (
+    ProtocolError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TeacherUnreachableError,
+)
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.answer_store import AnswerStore
-from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
+from student_trainer.teacher import (
+    Sampling,
+    Sequences,
+    Teacher,
+    check_completion,
+    check_info,
+    check_scores,
+    requested_width,
+    sequence_of,
+    with_scores,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
 
+OneSequence: TypeAlias = tuple[NDArray[np.uint32], int]  # token_ids [L], completion_start
+# The answer that a record under a key holds, checked; raises one of `_UNUSABLE`.
+Reader: TypeAlias = Callable[[bytes, bytes], M]
+
+_UNUSABLE = (ProtocolError, TeacherAnswerError)
+_NAME = "--teacher_cache"
 _FORMAT = 1  # part of each key: records of another form are never found
 _MAX_BYTES = 1 << 30
 
@@ -35,9 +56,10 @@ _MAX_BYTES = 1 << 30
 class CachedTeacher(Teacher):
     """`Teacher` that asks another one only for what the store does not hold.
 
-    The teacher's answers are checked before they are stored; a stored one is used only if its
-    checksum is right. Of several answers to one question the first stands, also for those who asked
-    at the same time, so that a run repeats to the last bit from its store.
+    The teacher's answers are checked before they are stored. A stored one is used only if its
+    checksum is right and it passes the same checks; else it counts as missing. Of several answers
+    to one question the first stands, also for those who asked at the same time, so that a run
+    repeats to the last bit from its store.
 
     Args:
         teacher: not yet connected.
@@ -135,16 +157,20 @@ class CachedTeacher(Teacher):
         top_k: int,
         temperature: float,
         requested: Sequence[NDArray[np.uint32]] | None,
-        known: Mapping[bytes, bytes],
+        known: Mapping[bytes, SparseLogprobs],
     ) -> list[SparseLogprobs]:
-        """`score`, where some records may be known already."""
+        """`score`, where some scores may be known already."""
         ids = [None] * len(sequences) if requested is None else list(requested)
         keys = [
             self._score_key(sequence, top_k, temperature, more)
             for sequence, more in zip(sequences, ids, strict=True)
         ]
-        records = self._look_up(keys, known)
-        missing = _first_places(keys, records)
+        widths = map(requested_width, ids)
+        read = self._score_reader(
+            dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
+        )
+        found = {**known, **self._look_up([key for key in keys if key not in known], read)}
+        missing = _first_places(keys, found)
         if missing:
             scores = self._reached(f"{len(missing)} of {len(keys)} scores are missing").score(
                 [sequences[i] for i in missing],
@@ -152,33 +178,35 @@ class CachedTeacher(Teacher):
                 temperature=temperature,
                 requested=None if requested is None else [requested[i] for i in missing],
             )
-            new = {keys[i]: _dump(score) for i, score in zip(missing, scores, strict=True)}
-            records |= self._store.add(new)
-        return [_load(SparseLogprobs, records[key]) for key in keys]
+            new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
+            found |= self._keep(new, read)
+        return [found[key] for key in keys]
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
         top_k = sampling.top_k
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
-        records = self._look_up(keys, {})
-        missing = _first_places(keys, records)
-        fresh: dict[bytes, bytes] = {}  # scores that came with new completions
+        read = self._completion_reader(sampling)
+        found = self._look_up(keys, read)
+        missing = _first_places(keys, found)
+        fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
         if missing:
             asked = [prompts[i] for i in missing]
             completions = self._reached(
                 f"{len(missing)} of {len(keys)} completions are missing"
             ).generate(asked, sampling)
-            new: dict[bytes, bytes] = {}
+            new: dict[bytes, Completion] = {}
+            scored: dict[bytes, tuple[OneSequence, int]] = {}
             for i, completion in zip(missing, completions, strict=True):
-                new[keys[i]] = _dump(completion.model_copy(update={"scores": None}))
+                new[keys[i]] = completion.model_copy(update={"scores": None})
                 if completion.scores is not None and top_k is not None:
                     sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
-                    fresh[key] = _dump(completion.scores)
-            fresh = self._store.add(fresh)
-            records |= self._store.add(new)
-        written = [_load(Completion, records[key]) for key in keys]
+                    fresh[key], scored[key] = completion.scores, (sequence, 0)
+            fresh = self._keep(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._keep(new, read)
+        written = [found[key] for key in keys]
         if top_k is None:
             return written
         sequences = [sequence_of(p, c) for p, c in zip(prompts, written, strict=True)]
@@ -191,11 +219,12 @@ class CachedTeacher(Teacher):
 
     def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
         """How many of the prompts `generate` needs no teacher for."""
-        records = self._store.get([self._completion_key(p, sampling) for p in prompts])
+        keys = [self._completion_key(prompt, sampling) for prompt in prompts]
+        found = self._read(keys, self._completion_reader(sampling))
         sequences = [
-            sequence_of(prompt, _load(Completion, record))
-            for prompt, record in zip(prompts, records, strict=True)
-            if record is not None
+            sequence_of(prompt, found[key])
+            for key, prompt in zip(keys, prompts, strict=True)
+            if key in found
         ]
         if sampling.top_k is None:
             return len(sequences)
@@ -210,9 +239,13 @@ class CachedTeacher(Teacher):
         """What the teacher at these addresses was; of any, if the store knows only one."""
         notes = self._store.notes()
         here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
+        if len(here) != 1:
+            return None
         try:
-            return _load(InfoResponse, here.pop()) if len(here) == 1 else None
-        except ProtocolError:
+            known = _load(InfoResponse, here.pop())
+            check_info(_NAME, known)
+            return known
+        except _UNUSABLE:
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
@@ -242,14 +275,64 @@ class CachedTeacher(Teacher):
                 self._connected = True
         return self._teacher
 
-    def _look_up(self, keys: Sequence[bytes], known: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        """The records there are, those known among them; the others are looked up and counted."""
-        asked = [key for key in keys if key not in known]
-        records = dict(zip(asked, self._store.get(asked), strict=True))
+    def _score_reader(
+        self, asked: Mapping[bytes, tuple[OneSequence, int]], top_k: int
+    ) -> Reader[SparseLogprobs]:
+        """A reader of scores.
+
+        Args:
+            asked: for each key the sequence, and how many further ids were requested in each row.
+        """
+
+        def read(key: bytes, record: bytes) -> SparseLogprobs:
+            (sequence, width), score = asked[key], _load(SparseLogprobs, record)
+            rows = self.info.vocab_size
+            check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=rows)
+            return score
+
+        return read
+
+    def _completion_reader(self, sampling: Sampling) -> Reader[Completion]:
+        def read(key: bytes, record: bytes) -> Completion:
+            completion = _load(Completion, record)
+            longest, rows = sampling.max_new_tokens, self.info.vocab_size
+            check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=rows)
+            return completion
+
+        return read
+
+    def _look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
+        """The answers there are, counted."""
+        found = self._read(keys, read)
         with self._counting:
-            self._looked_up += len(asked)
-            self._found += sum(records[key] is not None for key in asked)
-        return {**known, **{key: r for key, r in records.items() if r is not None}}
+            self._looked_up += len(keys)
+            self._found += sum(key in found for key in keys)
+        return found
+
+    def _read(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
+        """The answers there are; a record that cannot be one is thrown out."""
+        different = list(dict.fromkeys(keys))
+        records = zip(different, self._store.get(different), strict=True)
+        return self._read_records({key: r for key, r in records if r is not None}, read)
+
+    def _keep(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
+        """Store answers; returns what stands: another process's where that came first."""
+        records = {key: _dump(message) for key, message in new.items()}
+        standing = self._store.add(records)
+        others = {key: record for key, record in standing.items() if record != records[key]}
+        return {**new, **self._read_records(others, read)}
+
+    def _read_records(self, records: Mapping[bytes, bytes], read: Reader[M]) -> dict[bytes, M]:
+        found: dict[bytes, M] = {}
+        bad: dict[bytes, bytes] = {}
+        for key, record in records.items():
+            try:
+                found[key] = read(key, record)
+            except _UNUSABLE:
+                bad[key] = record
+        if bad:
+            self._store.reject(bad)
+        return found
 
     def _score_key(
         self,
@@ -279,11 +362,11 @@ class CachedTeacher(Teacher):
         return hashlib.sha256(asked).digest()
 
 
-def _first_places(keys: Sequence[bytes], records: Mapping[bytes, bytes]) -> list[int]:
-    """Where each key that has no record stands first."""
+def _first_places(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
+    """Where each key that was not found stands first."""
     places: dict[bytes, int] = {}
     for place, key in enumerate(keys):
-        if key not in records:
+        if key not in found:
             places.setdefault(key, place)
     return list(places.values())
 

@@ -29,8 +29,9 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TeacherUnreachableError,
 )
+from shared.printable import printable
 from shared.protocol import InfoResponse
-from student_trainer.terminal import Style, has_colours, painted, printable
+from student_trainer.terminal import Style, has_colours, painted
 
 Status = Literal["ok", "warn", "fail", "off"]
 

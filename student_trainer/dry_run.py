@@ -17,6 +17,7 @@ from accelerate import PartialState
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError
+from shared.printable import printable
 from shared.text import Ids, completion_text
 from student_trainer.config import (
     CommonTrainingArguments,
@@ -35,7 +36,7 @@ from student_trainer.model_card import method_of
 from student_trainer.pipeline import Method
 from student_trainer.support import ScoredSample, sparse_distribution
 from student_trainer.teacher import Teacher
-from student_trainer.terminal import has_colours, painted, printable
+from student_trainer.terminal import has_colours, painted
 
 if TYPE_CHECKING:
     from student_trainer.train import Prepared, Recipe

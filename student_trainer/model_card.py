@@ -6,6 +6,7 @@ It goes wherever the weights go, so it names no address, no key and no folder of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,7 @@ import transformers
 import yaml
 
 from shared import __version__
+from shared.printable import code_span
 from shared.protocol import TeacherIdentity
 from student_trainer.config import CommonTrainingArguments, DistillArguments
 
@@ -119,8 +121,9 @@ def _story(
     if flags["teacher_support"] == "sampled":
         seen = f"{k} draws from its distribution"
     return (
-        f"{text}\n\nThe teacher was `{_public(teacher.model)}` ({teacher.dtype}, {teacher.backend} "
-        f"{teacher.version}; fingerprint `{teacher.fingerprint[:16]}`), of which the student saw "
+        f"{text}\n\nThe teacher was {code_span(_public(teacher.model))} "
+        f"({code_span(teacher.dtype)}, {code_span(f'{teacher.backend} {teacher.version}')}; "
+        f"fingerprint {code_span(teacher.fingerprint[:16])}), of which the student saw "
         f"{seen} at each position. The loss is the {divergence} at temperature "
         f"{flags['temperature']:g}."
     )
@@ -170,7 +173,11 @@ def _default(flag: Field[Any]) -> Any:
 
 def _is_local(name: str) -> bool:
     """Whether it is a path; as the Hub's names have at most one slash and no such beginning."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    with suppress(OSError):  # longer than the name of a file can be
+        return Path(name).exists()
+    return False
 
 
 def _public(value: Any) -> str:

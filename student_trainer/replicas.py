@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Literal, TypeVar
 
 import httpx
@@ -42,6 +42,8 @@ from shared.errors import (
     UnavailableError,
     error_from_problem,
 )
+from shared.printable import one_line
+from student_trainer.deadlines import BoundedTransport, bounded
 from student_trainer.threads import in_thread
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _ATTEMPTS_AT_A_500 = 3
 _MAX_ANSWER_BYTES = 1 << 30
 _MAX_REFUSAL_BYTES = 1 << 16
+_MAX_HEAD_BYTES = 1 << 18  # all answers of 1xx before it included
 _backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
 # The same request may succeed later, at the same place.
@@ -102,7 +105,12 @@ class Body:
             httpx.TransportError: cut; `httpx.ReadTimeout`, when it takes too long.
         """
         size = 0
-        for chunk in self._response.iter_raw():
+        chunks = self._response.iter_raw()
+        while True:
+            with bounded(self._deadline):
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
             size += len(chunk)
             self._count(len(chunk))
             if size > self._most:
@@ -180,7 +188,9 @@ class Replicas:
         if api_key is not None:
             headers["Authorization"] = f"Bearer {api_key}"
         try:
-            self._http = httpx.Client(headers=headers, transport=_transport())
+            self._http = httpx.Client(
+                headers=headers, cookies=_no_cookies(), transport=_transport()
+            )
         except OSError as error:  # ssl.SSLError is one
             raise ConfigurationError(
                 f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {error.strerror or error}; give "
@@ -307,7 +317,13 @@ class Replicas:
         request = self._http.build_request(
             method, url, content=body, headers=headers, timeout=timeout
         )
-        sending = in_thread(partial(self._http.send, request, stream=True), name="teacher")
+        until = time.monotonic() + seconds
+
+        def send() -> httpx.Response:
+            with bounded(until, _MAX_HEAD_BYTES):
+                return self._http.send(request, stream=True)
+
+        sending = in_thread(send, name="teacher")
         waited = 0.0
         while seconds - waited > _REMIND_SECONDS and wait([sending], _REMIND_SECONDS).not_done:
             waited += _REMIND_SECONDS
@@ -316,7 +332,7 @@ class Replicas:
             )
         try:
             response = sending.result(seconds - waited)
-        except TimeoutError as error:  # the thread goes on until the connection ends
+        except TimeoutError as error:  # behind a proxy the thread goes on until the other side ends
             sending.add_done_callback(_close_answer)
             raise httpx.ReadTimeout(f"no head of an answer in {seconds:g} s") from error
         with contextlib.closing(response):
@@ -324,11 +340,12 @@ class Replicas:
 
     def _check_form(self, where: str, response: httpx.Response) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
-        kind = response.headers.get("Content-Type", self._media_types[0])
+        kind = one_line(response.headers.get("Content-Type", self._media_types[0]), 100)
         if encoding != "identity" or kind.split(";")[0].strip().lower() not in self._media_types:
             raise TeacherAnswerError(
-                f"{where} answered {kind} (Content-Encoding: {encoding}); asked for was plain "
-                f"{self._media_types[0]}. Check what stands between: a gateway, or its login page"
+                f"{where} answered {kind} (Content-Encoding: {one_line(encoding, 100)}); asked for "
+                f"was plain {self._media_types[0]}. Check what stands between: a gateway, or its "
+                "login page"
             )
 
     def _refusal(self, url: str, response: httpx.Response) -> ProtocolError:
@@ -551,8 +568,9 @@ def _check_redirect(url: str, response: httpx.Response) -> None:
     """Raises `TeacherAnswerError`: keys and prompts go nowhere but to the addresses given."""
     if response.is_redirect:
         raise TeacherAnswerError(
-            f"{url} answers {response.status_code} and points to {response.headers['Location']}: "
-            "give the teacher's own address as --teacher_url"
+            f"{url} answers {response.status_code} and points to "
+            f"{one_line(response.headers['Location'], 200)}: give the teacher's own address as "
+            "--teacher_url"
         )
 
 
@@ -568,6 +586,11 @@ def _check_trust(url: str, error: httpx.TransportError) -> None:
         ) from error
 
 
+def _no_cookies() -> CookieJar:
+    """A jar that takes none: answers may not depend on what a teacher said before."""
+    return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+
+
 def _transport() -> httpx.HTTPTransport | None:
     """With TCP's keep-alive, where the system lets it be set; to a proxy as httpx does itself."""
     if set(urllib.request.getproxies()) - {"no"}:
@@ -576,7 +599,7 @@ def _transport() -> httpx.HTTPTransport | None:
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
-    return httpx.HTTPTransport(socket_options=options)
+    return BoundedTransport(options)
 
 
 def _close_answer(sending: Future[httpx.Response]) -> None:

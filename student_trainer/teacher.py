@@ -29,6 +29,7 @@ from shared.errors import (
     TokenizerMismatchError,
     error_from_problem,
 )
+from shared.printable import one_line
 from shared.protocol import (
     PROTOCOL_VERSION,
     Completion,
@@ -55,6 +56,7 @@ R = TypeVar("R")
 
 Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
 
+_LONGEST_NAME = 1_000  # characters
 _MAX_ANSWER_BYTES = 1 << 30
 _MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # of an answer; and once more of each sequence in it
 
@@ -95,6 +97,96 @@ def with_scores(
         completion.model_copy(update={"scores": score})
         for completion, score in zip(completions, scores, strict=True)
     ]
+
+
+def check_info(where: str, info: InfoResponse) -> None:
+    """Check what a teacher says of itself, before anything rests on it.
+
+    Raises:
+        TeacherAnswerError: an end token outside its vocabulary, or a name that would write over a
+            terminal or break a line of a log.
+    """
+    outside = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
+    if outside:
+        raise TeacherAnswerError(
+            f"{where}: eos_token_ids names {outside[0]}, which is outside the teacher's vocabulary "
+            f"of {info.vocab_size}. Check eos_token_id in its generation_config.json"
+        )
+    names = {
+        **info.teacher.model_dump(),
+        "tokenizer": info.tokenizer.fingerprint,
+        "tokenizer's encoding": info.tokenizer.encoding or "",
+    }
+    for field, value in names.items():
+        if len(value) > _LONGEST_NAME or not value.isprintable():
+            raise TeacherAnswerError(
+                f"{where}: the teacher's {field} is {one_line(value, 100)}; expected were at most "
+                f"{_LONGEST_NAME} characters, none of them a control character"
+            )
+
+
+def check_scores(
+    name: str,
+    score: SparseLogprobs,
+    sequence: tuple[NDArray[np.uint32], int],
+    *,
+    top_k: int,
+    width: int = 0,
+    vocab_size: int,
+    drawn: bool = False,
+) -> None:
+    """Check that scores fit one sequence, wherever they come from.
+
+    Args:
+        name: how the message calls the sequence.
+        sequence: (token_ids [L], completion_start).
+        top_k: log-probs asked for in each of T rows, T = L − completion_start.
+        width: requested ids of each row.
+        vocab_size: the teacher's.
+        drawn: the support is drawn from the teacher.
+
+    Raises:
+        TeacherAnswerError: a wrong shape, a token id outside, a non-finite log-prob, or what cannot
+            be the distributions of this sequence.
+    """
+    ids, start = sequence
+    expected = (len(ids) - start, top_k)
+    if score.token_ids.shape != expected:
+        raise TeacherAnswerError(
+            f"{name}: expected top-k arrays of shape {expected}, got {score.token_ids.shape}"
+        )
+    found = score.requested_logprobs
+    if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+        raise TeacherAnswerError(
+            f"{name}: expected log-probs of {width} requested ids in "
+            f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+        )
+    if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
+        raise TeacherAnswerError(
+            f"{name}: token id {int(score.token_ids.max())} is outside "
+            f"the teacher's vocabulary of {vocab_size}"
+        )
+    score.require_finite(name)
+    score.require_plausible(name, ids[start:], drawn=drawn)
+
+
+def check_completion(name: str, completion: Completion, *, longest: int, vocab_size: int) -> None:
+    """Check the tokens of a completion, wherever it comes from.
+
+    Args:
+        name: how the message calls it.
+        longest: tokens asked for at most.
+        vocab_size: the teacher's.
+
+    Raises:
+        TeacherAnswerError: no token, too many, or one outside the vocabulary.
+    """
+    ids = completion.token_ids
+    if not 1 <= len(ids) <= longest or int(ids.max()) >= vocab_size:
+        raise TeacherAnswerError(
+            f"{name} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; asked for were 1 to "
+            f"{longest} of a vocabulary of {vocab_size}"
+        )
 
 
 class Teacher(Protocol):
@@ -202,26 +294,15 @@ class Teacher(Protocol):
         widths = [0] * len(scores) if requested is None else requested
         triples = zip(scores, sequences, widths, strict=True)
         for number, (score, (ids, start), width) in enumerate(triples, offset):
-            name = f"{url}, sequence {number}"
-            expected = (len(ids) - start, top_k)
-            if score.token_ids.shape != expected:
-                raise TeacherAnswerError(
-                    f"{name}: expected top-k arrays of shape {expected}, "
-                    f"got {score.token_ids.shape}"
-                )
-            found = score.requested_logprobs
-            if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
-                raise TeacherAnswerError(
-                    f"{name}: expected log-probs of {width} requested ids in "
-                    f"{expected[0]} rows, got {'none' if found is None else found.shape}"
-                )
-            if score.token_ids.size and int(score.token_ids.max()) >= self.info.vocab_size:
-                raise TeacherAnswerError(
-                    f"{name}: token id {int(score.token_ids.max())} is outside "
-                    f"the teacher's vocabulary of {self.info.vocab_size}"
-                )
-            score.require_finite(name)
-            score.require_plausible(name, ids[start:], drawn=drawn)
+            check_scores(
+                f"{url}, sequence {number}",
+                score,
+                (ids, start),
+                top_k=top_k,
+                width=width,
+                vocab_size=self.info.vocab_size,
+                drawn=drawn,
+            )
         self._replicas.count_scored(sum(len(score) for score in scores))
 
     def score(
@@ -307,7 +388,7 @@ class SparseGkdTeacher(Teacher):
             ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
             for (ids, start), more in zip(sequences, asked, strict=True)
         ]
-        widths = [_width(more) for more in asked]
+        widths = [requested_width(more) for more in asked]
         envelope = ScoreRequest(
             sequences=[],
             top_k=top_k,
@@ -441,13 +522,12 @@ class SparseGkdTeacher(Teacher):
         completion: Completion,
         sampling: Sampling,
     ) -> None:
-        ids, longest = completion.token_ids, sampling.max_new_tokens
-        if not 1 <= len(ids) <= longest or int(ids.max()) >= self.info.vocab_size:
-            raise TeacherAnswerError(
-                f"{url}: completion {index} has {len(ids)} tokens and ids up to "
-                f"{ids.max(initial=0)}; asked for were 1 to {longest} of a vocabulary of "
-                f"{self.info.vocab_size}"
-            )
+        check_completion(
+            f"{url}: completion {index}",
+            completion,
+            longest=sampling.max_new_tokens,
+            vocab_size=self.info.vocab_size,
+        )
         if sampling.top_k is None:
             return
         if completion.scores is None:
@@ -492,7 +572,7 @@ class SparseGkdTeacher(Teacher):
 
     def _changed(self, url: str, identity: TeacherIdentity) -> TeacherChangedError:
         return TeacherChangedError(
-            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. "
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity!s:.500}. "
             "Bring the first one back, or pass --accept_teacher_change"
         )
 
@@ -514,6 +594,7 @@ class SparseGkdTeacher(Teacher):
                 f"{url} speaks protocol version {info.protocol_version}, this trainer "
                 f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
             )
+        check_info(url, info)
         return info
 
 
@@ -535,7 +616,7 @@ def _answer_bytes(cost: tuple[int, ...]) -> int:
     return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
 
 
-def _width(requested: NDArray[np.uint32] | None) -> int:
+def requested_width(requested: NDArray[np.uint32] | None) -> int:
     return 0 if requested is None else requested.shape[1]
 
 
@@ -553,4 +634,5 @@ def _readable(where: str) -> Iterator[None]:
     try:
         yield
     except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
-        raise TeacherAnswerError(f"{where} answered something else: {error}") from error
+        text = one_line(str(error))
+        raise TeacherAnswerError(f"{where} answered something else: {text}") from error

@@ -41,10 +41,3 @@ def painted(text: str, style: Style, colours: bool) -> str:
         return text
     code = _CODES[style]
     return "\n".join(f"\033[{code}m{line}\033[0m" if line else "" for line in text.split("\n"))
-
-
-def printable(text: str) -> str:
-    """Text of strangers with its control characters spelled out; line breaks stay."""
-    return "".join(
-        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
-    )

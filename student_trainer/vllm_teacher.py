@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from shared.errors import (
     ConfigurationError,
@@ -36,7 +37,15 @@ from shared.sparse import SparseLogprobs
 from shared.tokenizer_file import PROBES
 from student_trainer.parts import in_parts
 from student_trainer.replicas import Replicas, Unreachable
-from student_trainer.teacher import Sampling, Sequences, Teacher, sequence_of, with_scores
+from student_trainer.teacher import (
+    Sampling,
+    Sequences,
+    Teacher,
+    check_completion,
+    check_info,
+    sequence_of,
+    with_scores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +55,7 @@ _ROOM = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
 # What is left beside log-probs in float32 cannot be told from nothing below this.
 _RESOLUTION = 2.0**-24
 _MAX_VOCABULARY = 1 << 24
+_ABOVE_0 = 0.01  # what rounding may do to a log-prob of 0
 
 
 class VllmTeacher(Teacher):
@@ -178,7 +188,7 @@ class VllmTeacher(Teacher):
         costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
         def ask(first: int, last: int) -> list[Completion]:
-            _, choices = self._complete(
+            url, choices = self._complete(
                 prompts[first:last],
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
@@ -186,7 +196,15 @@ class VllmTeacher(Teacher):
                 stop_token_ids=[int(i) for i in sampling.stop_token_ids],
                 return_token_ids=True,
             )
-            return [_read_completion(choice) for choice in choices]
+            completions = [_read_completion(choice) for choice in choices]
+            for number, completion in enumerate(completions, first):
+                check_completion(
+                    f"{url}: completion {number}",
+                    completion,
+                    longest=sampling.max_new_tokens,
+                    vocab_size=self.info.vocab_size,
+                )
+            return completions
 
         completions = in_parts(costs, _ROOM, ask)
         if sampling.top_k is not None:
@@ -220,15 +238,19 @@ class VllmTeacher(Teacher):
         model, choices = answer.get("model"), answer.get("choices")
         if model != self.info.teacher.model:
             raise TeacherChangedError(
-                f"{self.info.teacher.model} was asked, {url} answered as {model!r}; check "
+                f"{self.info.teacher.model} was asked, {url} answered as {model!r:.200}; check "
                 "--teacher_url"
             )
         if not isinstance(choices, list) or len(choices) != len(prompts):
             raise TeacherAnswerError(
                 f"{len(prompts)} prompts were sent, {url} answered "
-                f"{len(choices) if isinstance(choices, list) else choices!r} choices"
+                f"{len(choices) if isinstance(choices, list) else f'{choices!r:.60}'} choices"
             )
-        by_index = {choice.get("index"): choice for choice in choices if isinstance(choice, dict)}
+        by_index = {
+            choice["index"]: choice
+            for choice in choices
+            if isinstance(choice, dict) and isinstance(choice.get("index"), int)
+        }
         if by_index.keys() != set(range(len(prompts))):
             raise TeacherAnswerError(
                 f"{len(prompts)} prompts were sent, {url} answered choices of {list(by_index)}"
@@ -248,7 +270,7 @@ class VllmTeacher(Teacher):
         if not isinstance(rows, list) or len(rows) != len(ids):
             raise TeacherAnswerError(
                 f"{len(ids)} rows of prompt_logprobs were asked for, the teacher answered "
-                f"{len(rows) if isinstance(rows, list) else rows!r}"
+                f"{len(rows) if isinstance(rows, list) else f'{rows!r:.60}'}"
             )
         count = len(ids) - start
         token_ids = np.zeros((count, top_k), np.uint32)
@@ -256,7 +278,7 @@ class VllmTeacher(Teacher):
         next_logprob = np.zeros(count, np.float32)
         tail = np.full(count, -np.inf, np.float32)
         for t, next_id in enumerate(ids[start:].tolist()):
-            named = _read_row(rows[start + t], t)
+            named = _read_row(rows[start + t], t, self.info.vocab_size)
             if next_id not in named or len(named) < top_k:
                 raise TeacherAnswerError(
                     f"row {t} names {len(named)} tokens, {top_k} and token {next_id} were asked for"
@@ -280,16 +302,18 @@ class VllmTeacher(Teacher):
     def _get_info(self, url: str) -> InfoResponse:
         """What vLLM says of its model; what it does not say is the student's."""
         models = self._ask(url, "GET", "/v1/models").get("data")
-        own = [m for m in models or [] if isinstance(m, dict) and m.get("parent") is None]
-        if not own or not isinstance(own[0].get("max_model_len"), int):
+        models = models if isinstance(models, list) else []
+        own = [m for m in models if isinstance(m, dict) and m.get("parent") is None]
+        length = own[0].get("max_model_len") if own else None
+        if not isinstance(length, int) or length < 2:
             raise TeacherAnswerError(
                 f"{url}/v1/models names no model of vLLM; start it with `vllm serve MODEL`, or use "
                 "--teacher_protocol sparse-gkd for `teacher-server serve`"
             )
-        return InfoResponse(
+        info = InfoResponse(
             protocol_version=PROTOCOL_VERSION,
             teacher=TeacherIdentity(
-                model=str(own[0]["id"]),
+                model=str(own[0].get("id")),
                 fingerprint="unknown",
                 dtype="unknown",
                 backend="vllm serve",
@@ -297,7 +321,7 @@ class VllmTeacher(Teacher):
             ),
             tokenizer=tokenizer_identity(self._tokenizer),
             vocab_size=self._rows,  # until they are counted
-            max_model_len=int(own[0]["max_model_len"]) - 1,  # scoring generates one token more
+            max_model_len=length - 1,  # scoring generates one token more
             eos_token_ids=[],
             limits=Limits(
                 max_sequences=_ROOM[0],
@@ -307,6 +331,8 @@ class VllmTeacher(Teacher):
             ),
             capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
         )
+        check_info(url, info)
+        return info
 
     def _rejoins(self, url: str) -> bool:
         """Whether a replica that is back is the teacher that the others are."""
@@ -397,19 +423,32 @@ class VllmTeacher(Teacher):
         return answer
 
 
-def _read_row(row: Any, number: int) -> dict[int, float]:
+def _read_row(row: Any, number: int, vocab_size: int) -> dict[int, float]:
     """{token id: log-prob} of one row of ``prompt_logprobs``."""
     try:
-        return {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
+        named = {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
+        if len(named) == len(row) and all(
+            0 <= token_id < vocab_size and not logprob > _ABOVE_0
+            for token_id, logprob in named.items()
+        ):
+            return named
+        raise ValueError("an id outside the vocabulary or twice, or a log-prob above 0")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TeacherAnswerError(f"row {number} of prompt_logprobs is malformed") from error
+        raise TeacherAnswerError(
+            f"row {number} of prompt_logprobs is malformed: {error!r:.200}"
+        ) from error
 
 
 def _read_completion(choice: Mapping[str, Any]) -> Completion:
     token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(token_ids, list) or not token_ids or reason not in ("stop", "length"):
         raise TeacherAnswerError(
-            f"a completion came without token_ids or with finish_reason {reason!r}; "
+            f"a completion came without token_ids or with finish_reason {reason!r:.60}; "
             "return_token_ids needs vLLM 0.10.2 or later"
         )
-    return Completion(token_ids=np.array(token_ids, np.uint32), finish_reason=reason)
+    try:
+        return Completion.model_validate({"token_ids": token_ids, "finish_reason": reason})
+    except ValidationError as error:
+        raise TeacherAnswerError(
+            f"a completion came with token_ids that are none: {token_ids!r:.60}"
+        ) from error

@@ -224,7 +224,7 @@ class TeacherApp:
             tokenizer=facts.tokenizer,
             vocab_size=facts.vocab_size,
             max_model_len=facts.max_model_len,
-            eos_token_ids=list(facts.eos_token_ids),
+            eos_token_ids=[i for i in facts.eos_token_ids if 0 <= i < facts.vocab_size],
             limits=Limits(
                 max_body_bytes=self.settings.max_request_bytes,
                 max_tokens=self.settings.max_request_tokens,

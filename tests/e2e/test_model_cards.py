@@ -13,7 +13,7 @@ def test_a_distilled_folder_loads_and_names_teacher_and_numbers(world, tmp_path)
     assert distill(world, tmp_path / "out", max_steps=1, lmbda=1) == 0
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "transformers"
-    assert "The teacher was `teacher` (float32, transformers" in card.text
+    assert "The teacher was `teacher` (`float32`, `transformers" in card.text
     assert "| divergence in training, nats a token |" in card.text
     assert str(tmp_path) not in card.content
     assert world.url not in card.content

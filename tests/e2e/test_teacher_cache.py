@@ -1,12 +1,13 @@
 """Training from stored answers: a real server fills the store, and is gone afterwards."""
 
+import os
 from dataclasses import replace
 
 import pytest
 
 from student_trainer.cli import main
 from tests.e2e.test_distillation import assert_same_weights, flags, history
-from tests.support.cache import corrupt_one_record
+from tests.support.cache import corrupt_one_record, database
 from tests.support.server import running_server
 
 METHODS = {"supervised KD": {}, "SeqKD": {"seq_kd": "true"}}
@@ -52,7 +53,11 @@ def test_a_run_without_its_answers_says_how_many_are_missing_and_what_to_do(
         assert run(world, tmp_path / "a", corrupted, max_steps=2) == 0
         corrupt_one_record(corrupted)
         assert run(world, tmp_path / "b", corrupted, max_steps=2) == 0
+        file = database(corrupted)
+        os.truncate(file, file.stat().st_size // 2)
+        assert run(world, tmp_path / "c", corrupted, max_steps=2) == 0
     assert sum(logged(tmp_path / "b", "teacher_cache_corrupt")) == 1
+    assert logged(tmp_path / "c", "loss") == pytest.approx(logged(tmp_path / "a", "loss"), rel=1e-5)
     assert logged(tmp_path / "b", "loss") == pytest.approx(logged(tmp_path / "a", "loss"), rel=1e-5)
 
     assert run(world, tmp_path / "again", cache, max_steps=2) == 0  # what it needs is there

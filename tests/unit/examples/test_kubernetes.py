@@ -1,8 +1,13 @@
 """The manifests agree with the commands, with each other and with the image."""
 
+import contextlib
+import os
 import re
+import shlex
 import shutil
+import ssl
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ import yaml
 from teacher_server.app import TeacherApp
 from teacher_server.auth import ApiKeys
 from teacher_server.metrics import Metrics
+from tests.support.certificates import make_authority
 from tests.support.flags import read_server, read_trainer, with_key
 from tests.support.http import until
 
@@ -25,7 +31,9 @@ def manifests(text):
 ALL = {
     **manifests((FOLDER / "teacher.yaml").read_text()),
     **manifests((FOLDER / "trainer.yaml").read_text()),
+    **manifests((FOLDER / "network.yaml").read_text()),
 }
+POLICIES = [one["spec"] for (kind, _), one in ALL.items() if kind == "NetworkPolicy"]
 TEACHERS, TRAINER = ALL["StatefulSet", "teacher"], ALL["Job", "trainer"]
 PODS = {"teacher": TEACHERS["spec"]["template"], "trainer": TRAINER["spec"]["template"]}
 
@@ -40,10 +48,18 @@ def trainer_words():
     return args[args.index("student_trainer") + 1 :]
 
 
+@pytest.fixture(scope="module")
+def secret(tmp_path_factory):
+    return make_authority(tmp_path_factory.mktemp("tls") / "authority")
+
+
 @pytest.fixture
-def settings(tmp_path, monkeypatch):
+def settings(tmp_path, monkeypatch, secret):
     command, *words = container("teacher")["args"]
     assert command == "teacher-server"
+    files = {"/tls/tls.crt": str(secret.certificate), "/tls/tls.key": str(secret.key)}
+    for mounted, file in files.items():
+        words = [word.replace(mounted, file) for word in words]
     return read_server(with_key(words, tmp_path), monkeypatch)
 
 
@@ -53,6 +69,7 @@ def test_probes_ask_what_the_server_answers(settings):
     for name in ("startupProbe", "readinessProbe", "livenessProbe"):
         probe = container("teacher")[name]["httpGet"]
         assert probe["port"] == container("teacher")["ports"][0]["name"]
+        assert probe["scheme"] == "HTTPS"
         assert "get" in paths[probe["path"]]
         asked[name] = probe["path"]
     # A teacher that drains takes no more work, and shall not be killed for it.
@@ -71,7 +88,7 @@ def test_the_trainer_asks_every_replica_by_its_name(settings, tmp_path):
     (port,) = service["spec"]["ports"]
     assert port["port"] == container("teacher")["ports"][0]["containerPort"] == settings.port
     assert teacher.teacher_url == [
-        f"http://teacher-{i}.{service['metadata']['name']}:{settings.port}"
+        f"https://teacher-{i}.{service['metadata']['name']}:{settings.port}"
         for i in range(TEACHERS["spec"]["replicas"])
     ]
     startup = container("teacher")["startupProbe"]
@@ -88,7 +105,7 @@ def test_a_process_for_each_gpu_of_each_node():
     assert int(given["num_processes"]) == nodes * gpus
     service = ALL["Service", PODS["trainer"]["spec"]["subdomain"]]
     assert given["main_process_ip"] == f"trainer-0.{service['metadata']['name']}"
-    (node,) = container("trainer")["env"]
+    (node,) = (one for one in container("trainer")["env"] if "valueFrom" in one)
     assert given["machine_rank"] == f"$({node['name']})"
     assert (ROOT / given["config_file"]).exists()  # the image holds examples/
 
@@ -105,7 +122,9 @@ def test_a_process_for_each_gpu_of_each_node():
 )
 def test_a_run_is_done_once_it_has_results(tmp_path, ranks, code):
     shell, option, script, name = container("trainer")["args"][:4]
-    words = [shell, option, script.replace("/runs/student", str(tmp_path)), name]
+    # What is read of a secret, and written to a mount, does not exist here.
+    script = script.replace("/runs/student", str(tmp_path)).replace("/tmp/auth", f"{tmp_path}/auth")
+    words = [shell, option, script.replace("/tls/tls.crt", "/dev/null"), name]
     with subprocess.Popen([*words, "sh", "-c", ranks], cwd=tmp_path) as process:
         if "begun" in ranks:
             until((tmp_path / "begun").exists, 20)
@@ -144,6 +163,96 @@ def test_the_key_is_a_secret_mounted_where_the_flag_looks(name):
         "generic teacher-key --from-literal=teacher.key="
         in (FOLDER / "kustomization.yaml").read_text()
     )
+
+
+def ports_open():
+    """(name of the pods, port) of each port that a container or a Service names."""
+    for name in PODS:
+        yield from ((name, port["containerPort"]) for port in container(name)["ports"])
+        yield from ((name, port["port"]) for port in ALL["Service", name]["spec"]["ports"])
+
+
+def admitted(name, port):
+    """Labels of the pods that some policy lets in; None where no policy covers the pods."""
+    labels = PODS[name]["metadata"]["labels"]
+    covering = [
+        one
+        for one in POLICIES
+        if "Ingress" in one["policyTypes"]
+        and one["podSelector"].get("matchLabels", {}).items() <= labels.items()
+    ]
+    if not covering:
+        return None
+    return [
+        peer["podSelector"]["matchLabels"]
+        for one in covering
+        for rule in one.get("ingress", [])
+        if "ports" not in rule or port in [entry["port"] for entry in rule["ports"]]
+        for peer in rule["from"]
+    ]
+
+
+@pytest.mark.parametrize(("name", "port"), sorted(set(ports_open())))
+def test_only_the_trainer_reaches_a_port(name, port):
+    assert admitted(name, port) == [PODS["trainer"]["metadata"]["labels"]]
+    if name == "teacher":
+        assert admitted(name, port + 1) == []
+
+
+def test_pods_that_nobody_thought_of_are_reached_by_nobody():
+    (everything,) = (one for one in POLICIES if one["podSelector"] == {})
+    assert "ingress" not in everything
+
+
+def test_the_key_travels_under_tls_alone(settings, tmp_path):
+    *_, teacher, _ = read_trainer(with_key(trainer_words(), tmp_path))
+    assert teacher.teacher_api_key_file
+    assert {url.partition(":")[0] for url in teacher.teacher_url} == {"https"}
+    assert settings.ssl_certfile
+    assert settings.ssl_keyfile
+    for name in PODS:
+        assert {"name": "tls", "mountPath": "/tls", "readOnly": True} in container(name)[
+            "volumeMounts"
+        ]
+        volumes = {v["name"]: v for v in PODS[name]["spec"]["volumes"]}
+        assert volumes["tls"]["secret"]["secretName"] == "teacher-tls"
+    assert volumes["tls"]["secret"]["items"] == [{"key": "tls.crt", "path": "tls.crt"}]
+    assert "create secret tls teacher-tls " in (FOLDER / "kustomization.yaml").read_text()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_the_certificate_is_trusted_under_each_replicas_name(tmp_path):
+    (line,) = re.findall(r"^# (openssl req .*)$", (FOLDER / "kustomization.yaml").read_text(), re.M)
+    subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    script = container("trainer")["args"][2].splitlines()[0]
+    assert script.endswith("> /tmp/authorities.pem")
+    (trusted,) = (e["value"] for e in container("trainer")["env"] if e["name"] == "SSL_CERT_FILE")
+    assert trusted == "/tmp/authorities.pem"
+    subprocess.run(
+        ["sh", "-c", script.replace("/tls/", "./").replace("/tmp/auth", "./auth")],
+        cwd=tmp_path, check=True, timeout=60,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    client = ssl.create_default_context(cafile=tmp_path / "authorities.pem")
+    assert client.cert_store_stats()["x509_ca"] > 50  # the Hub's too
+    for replica in range(TEACHERS["spec"]["replicas"]):
+        shake_hands(client, server, f"teacher-{replica}.teacher")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(client, server, "elsewhere")
+
+
+def shake_hands(client, server, name):
+    """A TLS handshake in memory."""
+    back, forth = ssl.MemoryBIO(), ssl.MemoryBIO()
+    here = client.wrap_bio(back, forth, server_hostname=name)
+    there = server.wrap_bio(forth, back, server_side=True)
+    for _ in range(4):
+        for side in (here, there):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    assert here.version() == "TLSv1.3"
 
 
 @pytest.mark.parametrize("name", ["teacher", "trainer"])

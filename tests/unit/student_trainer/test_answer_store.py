@@ -6,16 +6,17 @@ import os
 import random
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 
-import lmdb
 import pytest
 
 from shared.errors import ConfigurationError, TeacherUnreachableError
 from student_trainer.answer_store import AnswerStore
+from tests.support.cache import database
 
 MIB = 1 << 20
 
@@ -59,11 +60,11 @@ def test_records_are_there_when_the_store_is_opened_again(tmp_path):
 
 
 def test_a_disk_that_takes_no_more_costs_answers_and_notes_but_not_the_run(tmp_path, caplog):
-    """By the limit of a file's size, which LMDB meets in the middle of a write, as a full disk."""
+    """By the limit of a file's size, which is met in the middle of a write, as a full disk."""
     store = opened(tmp_path)
     fill(store, range(3))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "data.mdb").stat().st_size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (database(tmp_path).stat().st_size, limits[1]))
     try:
         for name in range(40):
             store.note(f"http://teacher-{name}", bytes(4000))
@@ -92,7 +93,7 @@ def test_a_record_with_flipped_bytes_in_the_file_is_missing_and_counted_and_repl
     store = opened(tmp_path)
     fill(store, range(3), size)
     store.close()
-    file = tmp_path / "data.mdb"
+    file = database(tmp_path)
     data = bytearray(file.read_bytes())
     places = [data.find(record(1, size)[-50:])]
     while (more := data.find(record(1, size)[-50:], places[-1] + 1)) >= 0:
@@ -114,10 +115,10 @@ def test_a_record_under_another_ones_key_is_corrupt(tmp_path):
     store = opened(tmp_path)
     fill(store, range(2))
     store.close()
-    with lmdb.open(str(tmp_path), max_dbs=4) as env:
-        records = env.open_db(b"records")
-        with env.begin(write=True) as txn:
-            txn.put(key(0), txn.get(key(1), db=records), db=records)
+    with sqlite3.connect(database(tmp_path)) as db:
+        (other,) = db.execute("SELECT id FROM entries WHERE key = ?", (key(1),)).fetchone()
+        db.execute("UPDATE entries SET id = ? WHERE key = ?", (other, key(0)))
+    db.close()
     store = opened(tmp_path)
     assert store.get([key(0)]) == [None]
     assert store.corrupt == 1
@@ -132,18 +133,18 @@ def test_the_file_stays_within_its_bound_whatever_the_sizes(tmp_path):
         new = {key((number, i)): record((number, i), size) for i, size in enumerate(sizes)}
         assert store.add(new) == new
         assert store.get(list(new)) == list(new.values())  # the last ones are always there
-    assert 2 * MIB < (tmp_path / "data.mdb").stat().st_size <= 4 * MIB
+    assert 2 * MIB < database(tmp_path).stat().st_size <= 4 * MIB
     store.close()
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, caplog):
     store = opened(tmp_path, 2 * MIB)
-    fill(store, range(40), 20_000)
-    assert kept(store, [0, 1, 2], 20_000) == [0, 1, 2]  # used again
+    fill(store, range(40), 30_000)
+    assert kept(store, [0, 1, 2], 30_000) == [0, 1, 2]  # used again
     store.close()  # remembered over runs
     store = opened(tmp_path, 2 * MIB)
-    fill(store, range(40, 80), 20_000)
-    remaining = kept(store, range(80), 20_000)
+    fill(store, range(40, 80), 30_000)
+    remaining = kept(store, range(80), 30_000)
     assert remaining[:3] == [0, 1, 2]
     assert remaining[3:] == list(range(80 - len(remaining) + 3, 80))
     assert 40 < len(remaining) < 79
@@ -184,12 +185,23 @@ def test_a_closed_store_says_so(tmp_path):
         store.get([key(1)])
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "data.mdb").write_bytes(b"something else" * 1000)
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes(b"something else")
     with pytest.raises(ConfigurationError, match=r"--teacher_cache .* cannot be used"):
-        opened(tmp_path)
-    with pytest.raises(ConfigurationError, match="cannot be used"):
-        opened(tmp_path / "data.mdb")
+        opened(tmp_path / "file")
+    (tmp_path / "taken" / "answers-1.sqlite").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=r"--teacher_cache .* cannot be used"):
+        opened(tmp_path / "taken")
+
+
+def test_a_cache_of_an_earlier_version_is_left_alone_and_told(tmp_path, caplog):
+    (tmp_path / "data.mdb").write_bytes(b"of LMDB")
+    store = opened(tmp_path)
+    fill(store, range(3))
+    assert kept(store, range(3)) == [0, 1, 2]
+    store.close()
+    assert "delete data.mdb and lock.mdb" in caplog.text
+    assert (tmp_path / "data.mdb").read_bytes() == b"of LMDB"
 
 
 def _write(folder, names, max_bytes, size=3000):
@@ -221,7 +233,7 @@ def test_two_processes_write_at_once(tmp_path):
 def test_a_process_that_may_store_more_does_not_disturb_this_one(tmp_path):
     store = opened(tmp_path, 2 * MIB)
     in_processes((tmp_path, list(range(400)), 32 * MIB, 20_000))
-    assert (tmp_path / "data.mdb").stat().st_size > 8 * MIB  # beyond what this one has mapped
+    assert database(tmp_path).stat().st_size > 7 * MIB  # beyond its own bound
     assert kept(store, range(400), 20_000) == list(range(400))
     store.close()
 

@@ -8,10 +8,12 @@ import pytest
 
 from shared import wire
 from shared.errors import TeacherChangedError, TeacherUnreachableError
-from student_trainer.answer_store import AnswerStore
+from shared.protocol import Completion
+from shared.sparse import SparseLogprobs
+from student_trainer.answer_store import AnswerStore, _checksum
 from student_trainer.cached_teacher import CachedTeacher
 from student_trainer.teacher import Sampling, SparseGkdTeacher
-from tests.support.cache import corrupt_one_record
+from tests.support.cache import corrupt_one_record, database, rewritten
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, score_response, scores
 
 K = 3
@@ -163,6 +165,105 @@ def test_a_corrupt_answer_is_asked_for_anew_and_counted(stub, tmp_path):
         np.testing.assert_array_equal(scores[0].logprobs, scores[1].logprobs)
         teacher.score([A, B], top_k=K)
         assert teacher.take_lookups() == (2, 2, 0)
+
+
+def lied(field, value):
+    """A change of scores, whose checksum is made anew: only what they say is wrong."""
+
+    def change(score):
+        array = getattr(score, field).copy()
+        array[0] = value
+        return score.model_copy(update={field: array})
+
+    return change
+
+
+LIES = {
+    "mass above 1": lied("logprobs", -0.01),
+    "above 0": lied("tail_logprob", 1.0),
+    "NaN": lied("next_token_logprob", np.nan),
+    "an id outside": lied("token_ids", 100),
+    "an id twice": lied("token_ids", [2, 7, 2]),
+    "the least probable first": lied("logprobs", [-6.0, -5.0, -4.7]),
+    "a row too few": lambda score: scores(1, K),
+    "too narrow": lambda score: scores(2, K - 1),
+    "a completion": lambda score: Completion(token_ids=ids(5), finish_reason="stop"),
+}
+
+
+@pytest.mark.parametrize("change", LIES.values(), ids=LIES.keys())
+def test_a_record_that_cannot_be_an_answer_is_asked_for_anew_and_told_once(
+    stub, tmp_path, caplog, change
+):
+    with cached(tmp_path, stub.url) as teacher:
+        right = teacher.score([A, B], top_k=K)
+        keys = [teacher._score_key(sequence, K, 1.0) for sequence in (A, B)]
+
+    def rewrite(stored):  # a checksum is of key and record
+        (key,) = (key for key in keys if _checksum(key, stored[16:]) == stored[:16])
+        score = wire.load(SparseLogprobs, stored[16:], wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 20)
+        record = wire.dump(change(score), wire.MSGPACK_MEDIA_TYPE)
+        return _checksum(key, record) + record
+
+    assert rewritten(tmp_path, rewrite, all=True) == 2
+    with cached(tmp_path, stub.url) as teacher:
+        again = teacher.score([A, B], top_k=K)
+        assert teacher.take_lookups() == (2, 0, 2)
+        for one, other in zip(again, right, strict=True):
+            np.testing.assert_array_equal(one.token_ids, other.token_ids)
+            np.testing.assert_array_equal(one.logprobs, other.logprobs)
+        teacher.score([A, B], top_k=K)
+        assert teacher.take_lookups() == (2, 2, 0)
+    assert len(stub.requests) == 2
+    assert caplog.text.count("is not what was written") == 1
+
+
+def test_a_completion_that_cannot_be_one_is_written_anew(stub, tmp_path):
+    sampling = replace(SAMPLING, top_k=None)
+    with cached(tmp_path, stub.url) as teacher:
+        right = teacher.generate([ids(5, 6)], sampling)
+        key = teacher._completion_key(ids(5, 6), sampling)
+
+    def rewrite(stored):
+        wrong = Completion(token_ids=ids(5, 100), finish_reason="stop")
+        record = wire.dump(wrong, wire.MSGPACK_MEDIA_TYPE)
+        return _checksum(key, record) + record
+
+    rewritten(tmp_path, rewrite)
+    with cached(tmp_path, stub.url) as teacher:
+        assert teacher.count_completions([ids(5, 6)], sampling) == 0
+        (again,) = teacher.generate([ids(5, 6)], sampling)
+        assert again.token_ids.tolist() == right[0].token_ids.tolist() == [5, 1]
+
+
+def test_another_processs_answer_that_cannot_be_right_does_not_stand(stub, tmp_path):
+    with cached(tmp_path, stub.url) as teacher:
+        store, key = teacher._store, teacher._score_key(A, K, 1.0)
+
+        def answer(request):
+            wrong = LIES["mass above 1"](scores(2, K))
+            store.add({key: wire.dump(wrong, wire.MSGPACK_MEDIA_TYPE)})
+            return packed(score_response(request))
+
+        stub.script = [answer]
+        (used,) = teacher.score([A], top_k=K)
+        np.testing.assert_array_equal(used.logprobs, scores(2, K).logprobs)
+
+
+def test_a_note_with_a_flipped_bit_is_not_used(stub, tmp_path):
+    with cached(tmp_path, stub.url):
+        pass
+    file = database(tmp_path)
+    data = bytearray(file.read_bytes())
+    place = data.find(b"max_model_len")
+    assert place > 0
+    while place > 0:
+        data[place + len(b"max_model_len")] ^= 0x01
+        place = data.find(b"max_model_len", place + 1)
+    file.write_bytes(data)
+    with cached(tmp_path, stub.url, starts_alone=True) as teacher:
+        assert teacher.connected
+        assert teacher.info.max_model_len == 64
 
 
 def test_without_a_teacher_the_answers_of_then_are_given(tmp_path, caplog):

@@ -48,7 +48,7 @@ def test_teacher_data_method_flags_and_numbers_are_told():
     schedule = {"eval_strategy": "epoch", "lr_scheduler_type": "cosine"}
     text = distilled(lmbda=1, beta=0, learning_rate=3e-5, eval_dataset_name="org/held", **schedule)
     for told in (
-        "# student\n", "`teacher` (bfloat16, vllm 0.32.0; fingerprint `ffffffffffffffff`)",
+        "# student\n", "`teacher` (`bfloat16`, `vllm 0.32.0`; fingerprint `ffffffffffffffff`)",
         "on-policy GKD", "forward KL at temperature 1", "1234 rows of `org/rows`",
         "| `--learning_rate` | `3e-05` |", "| `--beta` | `0.0` |",
         "| `--eval_strategy` | `epoch` |", "| `--lr_scheduler_type` | `cosine` |",

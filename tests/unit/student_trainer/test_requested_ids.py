@@ -33,7 +33,8 @@ def client_of(width_answered, **limits):
                 more = np.full((rows, width_answered), np.log(0.1), np.float32)
             sequences.append(
                 SparseLogprobs(
-                    token_ids=np.zeros((rows, asked.top_k), np.uint32), logprobs=floats,
+                    token_ids=np.tile(np.arange(asked.top_k, dtype=np.uint32), (rows, 1)),
+                    logprobs=floats,
                     next_token_logprob=floats[:, 0], tail_logprob=floats[:, 0],
                     requested_logprobs=more,
                 )

@@ -4,8 +4,9 @@ import io
 
 import pytest
 
+from shared.printable import printable
 from student_trainer import progress
-from student_trainer.terminal import has_colours, painted, printable
+from student_trainer.terminal import has_colours, painted
 
 
 class Stream(io.StringIO):
@@ -41,7 +42,7 @@ def test_colours_end_with_each_line():
 
 
 def test_control_characters_are_spelled_out():
-    assert printable("é\n\t\x1b[2J\u202e") == "é\n\\t\\x1b[2J\\u202e"
+    assert printable("é\n\t\x1b[2J\u202e") == "é\n\t\\x1b[2J\\u202e"
 
 
 def count_to_100(monkeypatch, seconds, *, terminal=False, **options):

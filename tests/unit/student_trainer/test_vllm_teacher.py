@@ -290,6 +290,21 @@ def first_row(answer):
         ),
         (lambda a: first_row(a).update({"7": None}), TeacherAnswerError, "row 0.*malformed"),
         (
+            lambda a: first_row(a).update({"07": {"logprob": -5.0}}),
+            TeacherAnswerError,
+            "row 0.*malformed.*twice",
+        ),
+        (
+            lambda a: first_row(a).update({"-1": {"logprob": -5.0}}),
+            TeacherAnswerError,
+            "row 0.*malformed.*outside",
+        ),
+        (
+            lambda a: first_row(a).update({"7": {"logprob": 1e9}}),
+            TeacherAnswerError,
+            "row 0.*malformed.*above 0",
+        ),
+        (
             lambda a: first_row(a).update({"7": {"logprob": float("nan")}}),
             TeacherAnswerError,
             r"sequence 0: the teacher answered next_token_logprob\[0\] = nan",
@@ -302,6 +317,24 @@ def test_an_answer_that_cannot_be_used_stops_the_run(stub, change, error, messag
         with pytest.raises(error, match=message):
             teacher.score(SEQUENCES, top_k=4)
     assert len(stub.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "token_ids", [[-1], [2**40], ["x"], [[1]], [10**6], [1] * 9], ids=lambda given: str(given)
+)
+def test_a_completion_that_cannot_be_one_stops_the_run(stub, token_ids):
+    with connected(stub) as teacher:
+        stub.script = [spoilt(lambda a: a["choices"][0].update(token_ids=token_ids))(stub)]
+        with pytest.raises(TeacherAnswerError, match="completion"):
+            teacher.generate(
+                [np.array([5], np.uint32)], Sampling(8, 0.0, seed=0, stop_token_ids=[1])
+            )
+
+
+def test_a_name_that_would_write_over_a_terminal_is_refused(stub):
+    stub.model = "\x1b[2J\nWARNING"
+    with pytest.raises(TeacherAnswerError, match=r"model is \\x1b\[2J\\nWARNING"), connected(stub):
+        pass
 
 
 def test_what_is_not_vllm_is_refused_with_the_other_protocol(stub):

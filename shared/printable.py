@@ -1,0 +1,38 @@
+"""Text of strangers, made safe to show: on a terminal, in a log, in a report."""
+
+from __future__ import annotations
+
+import re
+
+LONGEST_LINE = 2_000  # characters
+
+
+def printable(text: str) -> str:
+    """Return the text with its control characters spelled out; line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() else _spelled(c) for c in text)
+
+
+def one_line(text: str, longest: int = LONGEST_LINE) -> str:
+    """Return the text as one line: line breaks are spelled out too, and what is too long is cut."""
+    cut = text if len(text) <= longest else text[:longest] + " …"
+    if cut.isprintable():
+        return cut
+    return "".join(c if c.isprintable() else _spelled(c) for c in cut)
+
+
+def code_span(text: str) -> str:
+    """Return Markdown that shows the text as it stands, on one line, whatever it holds.
+
+    Source: CommonMark 0.31, 6.1: within backticks nothing else is read but as many backticks.
+    """
+    text = one_line(text)
+    runs = {len(run) for run in re.findall("`+", text)}
+    fence = "`" * next(length for length in range(1, len(text) + 2) if length not in runs)
+    pad = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) or not text else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape").decode()

@@ -1,0 +1,103 @@
+"""HTTP connections whose every read and write ends at one time, however the other side drips.
+
+httpx's own timeouts begin anew with each byte: a head that drips, or `100 Continue` without end,
+would keep a thread and a connection for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import httpcore
+import httpx
+
+_PIECE = 1 << 18  # bytes written at once: a write that makes little progress is seen to
+
+
+@dataclass
+class _Bounds:
+    until: float  # of time.monotonic
+    bytes_left: float
+
+
+_bounds: ContextVar[_Bounds | None] = ContextVar("_bounds", default=None)
+
+
+@contextlib.contextmanager
+def bounded(until: float, most: float = float("inf")) -> Iterator[None]:
+    """Bound what this thread reads and writes on connections of `BoundedTransport`.
+
+    Args:
+        until: by `time.monotonic`; later reads and writes raise `httpx.TimeoutException`.
+        most: bytes read; more raise `httpx.RemoteProtocolError`.
+    """
+    token = _bounds.set(_Bounds(until, most))
+    try:
+        yield
+    finally:
+        _bounds.reset(token)
+
+
+class BoundedTransport(httpx.HTTPTransport):
+    """`httpx.HTTPTransport` whose connections keep to `bounded`."""
+
+    def __init__(self, socket_options: Iterable[httpcore.SOCKET_OPTION]) -> None:
+        super().__init__(socket_options=list(socket_options))
+        # httpx 0.28 has no argument for it, and httpcore 1.0 takes it for each new connection.
+        self._pool._network_backend = _Backend()
+
+
+class _Backend(httpcore.SyncBackend):
+    def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
+        return _Stream(super().connect_tcp(*arguments, **options))
+
+
+class _Stream(httpcore.NetworkStream):
+    def __init__(self, stream: httpcore.NetworkStream) -> None:
+        self._stream = stream
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        data = self._stream.read(max_bytes, _left(timeout, httpcore.ReadTimeout))
+        bounds = _bounds.get()
+        if bounds is not None:
+            bounds.bytes_left -= len(data)
+            if bounds.bytes_left < 0:
+                raise httpcore.RemoteProtocolError("a head without end")
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        for first in range(0, len(buffer), _PIECE):
+            left = _left(timeout, httpcore.WriteTimeout)
+            self._stream.write(buffer[first : first + _PIECE], left)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        left = _left(timeout, httpcore.ConnectTimeout)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _left(timeout: float | None, error: type[httpcore.TimeoutException]) -> float | None:
+    """The timeout, or what is left until the end where that is less."""
+    bounds = _bounds.get()
+    if bounds is None:
+        return timeout
+    left = bounds.until - time.monotonic()
+    if left <= 0:
+        raise error("the time for the whole is over")
+    return left if timeout is None else min(timeout, left)
