@@ -203,7 +203,8 @@ class AnswerStore:
                 if not _is_damage(error):
                     self._warn_once(
                         "takes no more" if write else "cannot be read",
-                        f"({error}): answers that are not kept are asked for again",
+                        f"({str(error) or type(error).__name__}): answers that are not kept are "
+                        "asked for again",
                     )
                     return None
                 self._set_aside(error)
@@ -368,8 +369,10 @@ def _transaction(db: sqlite3.Connection, write: bool) -> Iterator[None]:
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error is due to what is in the file; else to a full disk, a lock, or rights."""
+    if isinstance(error, MemoryError):  # this machine may be short of it
+        return False
     code = getattr(error, "sqlite_errorcode", None)
-    if code is None:  # memory for a size that cannot be, text that is none, or raised here
+    if code is None:  # text that is none, or raised here
         return True
     return code & 0xFF in _DAMAGE or code in _DAMAGE_IN_DETAIL
 

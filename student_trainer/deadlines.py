@@ -17,7 +17,7 @@ from typing import Any
 import httpcore
 import httpx
 
-_PIECE = 1 << 18  # bytes written at once: a write that makes little progress is seen to
+_PIECE = 1 << 14  # bytes written at once: a write that makes little progress is seen to
 
 
 @dataclass

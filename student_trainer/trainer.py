@@ -121,6 +121,9 @@ class DistillationTrainer(DurableTrainer):
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
+        if length_dependent_rope(model.config) is not None:
+            # Each rank has the frequencies of its own sequences; DDP would send the first rank's.
+            trainer_arguments["args"].ddp_broadcast_buffers = False
         super().__init__(model, inputs=inputs, data_collator=list, **trainer_arguments)
         self.loss_is_scaled_for_ga = True  # normalised over the whole optimizer step, see below
         self.method = method
@@ -188,12 +191,22 @@ class DistillationTrainer(DurableTrainer):
         rope = length_dependent_rope(self.model.config)
         if rope is None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return
-        single = self.args.per_device_train_batch_size == 1 and self.max_tokens_per_batch is None
-        if not single and (longest is None or longest > rope.original):
+        most = rope.original - 1 if rope.each_length else rope.original
+        if longest is not None and longest <= most:
+            return
+        sizes = {self.args.per_device_train_batch_size}
+        if self.eval_dataset is not None:
+            sizes.add(self.args.per_device_eval_batch_size)
+        # With frequencies of each length's own, one sequence may take two passes.
+        alone = not rope.each_length and sizes == {1} and self.max_tokens_per_batch is None
+        if not alone:
+            one = "" if rope.each_length else (
+                "pass --per_device_train_batch_size 1 and --per_device_eval_batch_size 1 without "
+                "--max_tokens_per_batch, or "
+            )  # fmt: skip
             raise ConfigurationError(
                 f"sharded over ranks, a model that changes its positions at {rope.original} tokens "
-                "learns one sequence at a time: pass --per_device_train_batch_size 1 without "
-                f"--max_tokens_per_batch, or --max_length {rope.original}"
+                f"must take as many forward passes on each rank: {one}pass --max_length {most}"
             )
 
     def prepare_rollouts(self) -> None:

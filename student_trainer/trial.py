@@ -31,9 +31,13 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
     try:
         try:
             return trial(), ""
+        except torch.OutOfMemoryError:
+            raise
         except CANNOT_RUN:
             config._attn_implementation = "eager"
             return trial(), ""
+    except torch.OutOfMemoryError:
+        raise
     except CANNOT_RUN as error:
         return False, f"{type(error).__name__}: {error}"
     finally:
@@ -56,11 +60,17 @@ def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @contextmanager
 def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
-    """What the output layer is given, [B, L, d] each time."""
+    """What the output layer is given, [B, L, d] each time, in the dtype that it computes in.
+
+    Under autocast that is coarser than the dtype of what it is given.
+    """
     seen: list[torch.Tensor] = []
-    hook = causal_lm.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
+
+    def keep(_: Any, args: Any, output: torch.Tensor) -> None:
+        dtype = min((args[0].dtype, output.dtype), key=lambda dtype: dtype.itemsize)
+        seen.append(args[0].to(dtype))
+
+    hook = causal_lm.get_output_embeddings().register_forward_hook(keep)
     try:
         yield seen
     finally:

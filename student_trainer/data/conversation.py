@@ -18,6 +18,7 @@ from student_trainer.data.messages import Message
 
 Form = Literal["messages", "prompt", "conversations", "instruction"]
 
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Who speaks, by the names that ShareGPT's descendants use.
 SPEAKERS = {
     "system": "system", "developer": "developer",
@@ -84,9 +85,24 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     else:
         prompt, completion = _spoken(where, row, form)
     assert not isinstance(completion, str)
+    _check_near_columns(where, row)
     tools = _column_of(where, row, "tools")
     kwargs = _column_of(where, row, "chat_template_kwargs")
     return Conversation(prompt, completion, tools or None, kwargs or {})
+
+
+def _check_near_columns(where: str, row: Mapping[str, Any]) -> None:
+    """Raise `DatasetError` for a column that was meant for the template, by its name and form."""
+    for column, value in row.items():
+        structured = isinstance(value, list | dict) or str(value).lstrip()[:1] in ("[", "{")
+        if not value or not structured or column in _TEMPLATE_COLUMNS:
+            continue
+        near = difflib.get_close_matches(column, _TEMPLATE_COLUMNS, n=1, cutoff=0.8)
+        meant = ["tools"] if column == "functions" else near
+        if meant:
+            raise DatasetError(
+                f"{where}: nothing reads the column {column!r}; did you mean {meant[0]!r}?"
+            )
 
 
 def form_of(row: Mapping[str, Any], options: DataArguments) -> Form | None:
@@ -155,6 +171,11 @@ def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message],
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
             raise DatasetError(f"{where}: {form} hold no turn before the assistant's")
+        if messages[-2]["role"] == "assistant":
+            raise DatasetError(
+                f"{where}: {form} end with two turns of the assistant; join them, or give a begun "
+                "answer at the end of the prompt column and its rest as the completion column"
+            )
         return messages[:-1], messages[-1]
     return messages, None
 
@@ -242,6 +263,9 @@ def _prompted(
 ) -> tuple[Any, Message | str | None]:
     """Return prompt and completion of the two columns: messages, or both as text."""
     prompt, completion = row[options.prompt_column], row.get(options.completion_column)
+    turns = _messages_in(prompt)
+    if turns is not None:
+        prompt, completion = turns, _messages_in(completion) or completion
     if isinstance(prompt, list):
         messages = _check_messages(where, options.prompt_column, prompt)
         messages = _with_system(where, row, messages)
@@ -261,6 +285,20 @@ def _prompted(
         turn = None if completion is None else {"role": "assistant", "content": completion}
         return _with_system(where, row, [{"role": "user", "content": prompt}]), turn
     return prompt, completion
+
+
+def _messages_in(value: Any) -> list[Any] | None:
+    """Return the messages that a text is JSON of, as CSV cells have them; None for other text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        turns = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    told = isinstance(turns, list) and all(
+        isinstance(turn, dict) and "role" in turn and "content" in turn for turn in turns
+    )
+    return turns if told and turns else None
 
 
 def _text_of(where: str, row: dict[str, Any], column: str) -> str | None:
@@ -311,6 +349,11 @@ def _check_messages(where: str, column: str, value: Any) -> list[dict[str, Any]]
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DatasetError(f"{where}: {column}[{number}] must be an object with role, content")
+        weight = message.get("weight")
+        if weight is not None and (isinstance(weight, str) or weight not in (0, 1)):
+            raise DatasetError(
+                f"{where}: {column}[{number}] has weight {weight!r}; it may be 0, not learned, or 1"
+            )
         if message.get("content") is None and not message.get("tool_calls"):
             raise DatasetError(f"{where}: {column}[{number}] has no content")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,17 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names under which templates read an assistant's thoughts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+# What messages of OpenAI's form have.
+KEYS = (
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+    "weight",
+    *REASONING,
+)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THOUGHT = re.compile(r"\A(.*?)</think>", re.DOTALL)
 
@@ -56,6 +68,7 @@ def _normalised(where: str, message: Message, template: str) -> Message:
         if role != "assistant":
             raise DatasetError(f"{where} has tool_calls, but its role is {role!r}")
         made["tool_calls"] = _tool_calls(where, made["tool_calls"])
+    _check_keys(where, message, template)
     thoughts = reasoning_of(message)
     for name in REASONING:
         made.pop(name, None)
@@ -65,12 +78,40 @@ def _normalised(where: str, message: Message, template: str) -> Message:
     return made
 
 
+def _check_keys(where: str, message: Message, template: str) -> None:
+    """Raise `DatasetError` for what a message holds and no template would print."""
+    thoughts = {name: message[name] for name in REASONING if message.get(name)}
+    if thoughts and message["role"] != "assistant":
+        raise DatasetError(
+            f"{where} has {next(iter(thoughts))}, but its role is {message['role']!r}; only an "
+            "assistant thinks"
+        )
+    if len(set(map(str, thoughts.values()))) > 1:
+        raise DatasetError(f"{where} has unlike {' and '.join(thoughts)}; keep one of them")
+    for key in message:
+        if key in KEYS or message[key] is None:
+            continue
+        if re.search(rf"(?:\.|['\"]){re.escape(key)}\b", template):  # a key of the template's own
+            continue
+        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
+        if near:
+            raise DatasetError(
+                f"{where} has {key!r}, which nothing reads; did you mean {near[0]!r}?"
+            )
+
+
 def reasoning_of(message: Message) -> str | None:
     """Return what an assistant thought before its answer, where that is a field of its own."""
     for name in REASONING:
         if isinstance(message.get(name), str):
             return str(message[name])
     return None
+
+
+def before_thoughts(content: str) -> str:
+    """Return the text in front of ``<think>``, where a thought follows that ends."""
+    found = _THOUGHT.match(content)
+    return "" if found is None or "<think>" not in found[1] else found[1].split("<think>", 1)[0]
 
 
 def split_thoughts(content: str) -> tuple[str | None, str]:

@@ -23,6 +23,7 @@ from student_trainer.data.encode import Encoder
 from student_trainer.data.messages import (
     REASONING,
     Message,
+    before_thoughts,
     leaves_of,
     normalise,
     reasoning_of,
@@ -306,6 +307,12 @@ class _Row:
         for number, message in enumerate(messages):
             place = f"{self.where}: messages[{number}]"
             content = message.get("content") or ""
+            if message["role"] == "assistant" and not _prints(text, before_thoughts(content)):
+                raise DatasetError(
+                    f"{place}: {self.template.name} drops what stands before <think>, "
+                    f"{before_thoughts(content).strip()[:40]!r}; put the thought first, or drop "
+                    "one of them"
+                )
             if message["role"] == "assistant":
                 content = "" if "tool_calls" in message else split_thoughts(content)[1]
             if number == hidden or not _prints(text, content):
@@ -385,6 +392,8 @@ class _Row:
                 "learned cannot be told from it. Give other --chat_template_kwargs or another "
                 "--chat_template, or prompt and completion as plain text"
             )
+        if inline is not None and inline.strip() and not _prints(completion, inline):
+            return completion, (THOUGHTS_LEFT_OUT,)
         is_empty = thoughts is None and _EMPTY.match(completion)
         return completion, ((EMPTY_THOUGHT,) if is_empty else ())
 

@@ -119,6 +119,8 @@ class TransformersRollouts:
                 if not self._writes_right(way):
                     errors.append(f"{way}: other states than alone")
                     continue
+            except torch.OutOfMemoryError:
+                raise
             except CANNOT_RUN as error:
                 errors.append(f"{way}: {type(error).__name__}: {error}")
                 continue

@@ -117,6 +117,8 @@ def generation_way(model: Any, pad: int, vocab_size: int) -> Way | None:
             if _writes_right(model, way, pad, vocab_size):
                 break
             errors.append(f"{way}: other states than alone")
+        except torch.OutOfMemoryError:
+            raise
         except _CANNOT_RUN as error:
             errors.append(f"{way}: {type(error).__name__}: {error}")
     else:

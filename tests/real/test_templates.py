@@ -13,6 +13,7 @@ import pytest
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.data.conversation import Conversation
+from student_trainer.data.template import THOUGHTS_LEFT_OUT
 from tests.support.templates import (
     TEMPLATES,
     TODAY,
@@ -360,3 +361,36 @@ def test_thoughts_before_a_call_are_dropped_once_there_is_an_answer():
         "<|channel|>analysis<|message|>It says grey.<|end|><|start|>assistant<|channel|>final"
         "<|message|>It is grey.<|return|>"
     )
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "glm-4.5"])
+def test_text_before_a_thought_is_printed_or_refused(name):
+    row = {"messages": [ASK, assistant("the tag <think> is odd </think> really")]}
+    with pytest.raises(DatasetError, match=r"drops what stands before <think>, 'the tag'"):
+        learned(name, row)
+
+
+def test_a_thought_that_its_mode_leaves_out_is_noted_wherever_it_stands():
+    row = {"messages": [ASK, assistant("In HTML: </think> closes it.")]}
+    [example] = cached("qwen3", thinking=False)(0, "data.jsonl:7", row)
+    assert example.notes == (THOUGHTS_LEFT_OUT,)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({**assistant("y"), "reasoning": "r1", "thinking": "r2"}, "unlike reasoning and thinking"),
+        ({**assistant("y"), "reasoning_text": "r"}, "did you mean"),
+        ({**assistant("y"), "tool_call": [call()]}, "did you mean 'tool_calls'?"),
+    ],
+    ids=["two thoughts", "thought", "call"],
+)
+def test_what_a_message_holds_and_nothing_reads_is_refused(message, told):
+    with pytest.raises(DatasetError, match=told):
+        learned("qwen3", {"messages": [ASK, message]})
+
+
+def test_only_an_assistant_thinks():
+    row = {"messages": [{**ASK, "reasoning_content": "r"}, assistant("y")]}
+    with pytest.raises(DatasetError, match=r"messages\[0\] has reasoning_content, but its role"):
+        learned("qwen3", row)
