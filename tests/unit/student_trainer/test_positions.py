@@ -102,16 +102,29 @@ def test_an_encoder_learns_nothing():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "longest", "refused"),
-    [(2, 25, True), (2, None, True), (2, 24, False), (1, 25, False)],
+    ("kind", "sizes", "longest", "refused"),
+    [
+        ("longrope", (2, 1), 25, True),
+        ("longrope", (2, 1), None, True),
+        ("longrope", (2, 8), 24, False),
+        ("longrope", (1, 1), 25, False),
+        ("longrope", (1, 8), 25, True),  # held-out rows meet in evaluation
+        ("dynamic", (1, 1), 24, True),  # one sequence of that length takes two passes
+        ("dynamic", (2, 8), 23, False),
+    ],
 )
-def test_ranks_that_share_weights_meet_equally_often(batch_size, longest, refused):
+def test_ranks_that_share_weights_meet_equally_often(kind, sizes, longest, refused):
+    family, options = KINDS[kind]
+    train, held_out = sizes
     trainer = SimpleNamespace(
-        model=build("phi3", **LONGROPE), is_fsdp_enabled=True, is_deepspeed_enabled=False,
-        args=SimpleNamespace(per_device_train_batch_size=batch_size), max_tokens_per_batch=None,
+        model=build(family, **options), is_fsdp_enabled=True, is_deepspeed_enabled=False,
+        args=SimpleNamespace(
+            per_device_train_batch_size=train, per_device_eval_batch_size=held_out
+        ),
+        max_tokens_per_batch=None, eval_dataset=[],
     )  # fmt: skip
     if refused:
-        with pytest.raises(ConfigurationError, match="--per_device_train_batch_size 1"):
+        with pytest.raises(ConfigurationError, match=r"pass --max_length 2[34]"):
             DistillationTrainer._check_positions(trainer, longest)
     else:
         DistillationTrainer._check_positions(trainer, longest)
