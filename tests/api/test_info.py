@@ -109,4 +109,4 @@ def test_every_reference_of_the_openapi_document_leads_somewhere(teacher):
 def test_the_documentation_page_reads_that_document(teacher):
     page = httpx.get(f"{teacher.url}/docs")
     assert page.headers["content-type"].startswith("text/html")
-    assert "/openapi.json" in page.text
+    assert 'fetch("openapi.json")' in page.text

@@ -89,7 +89,7 @@ HOSTILE = {
     },
     "memory": {
         "memory hog": 'x = [0] * (10 ** 10)',
-        "memory by doubling": "x = b'x' * (1 << 22)\nwhile True: x += x",
+        "memory by doubling": "x = b'x' * (1 << 26)\nwhile True: x += x",
         "result too large": 'def f(x): return [0] * 10 ** 9',
     },
     "forbidden": {
