@@ -59,6 +59,21 @@ def test_records_are_there_when_the_store_is_opened_again(tmp_path):
     store.close()
 
 
+def test_a_lack_of_memory_costs_answers_and_not_the_cache(tmp_path, monkeypatch, caplog):
+    store = opened(tmp_path)
+    fill(store, range(3))
+
+    def starved(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("student_trainer.answer_store._transaction", starved)
+        assert kept(store, range(3)) == []
+    assert kept(store, range(3)) == [0, 1, 2]
+    assert "cannot be read (MemoryError)" in caplog.text
+    store.close()
+
+
 def test_a_disk_that_takes_no_more_costs_answers_and_notes_but_not_the_run(tmp_path, caplog):
     """By the limit of a file's size, which is met in the middle of a write, as a full disk."""
     store = opened(tmp_path)

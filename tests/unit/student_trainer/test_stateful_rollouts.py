@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
 from shared.errors import RolloutError
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from student_trainer.trial import met_by_head
 from tests.support.models import DYNAMIC, LONGROPE, STATEFUL, small_model
 
 STOPS = tuple(range(1, 9))  # completions of very different lengths
@@ -157,3 +158,22 @@ def test_half_precision_is_no_fault(caplog):
     for family, options in {"llama": {}, "mixtral": {"num_local_experts": 4}}.items():
         engine(build(family, **options).bfloat16()).prepare()
     assert not [r for r in caplog.records if "rollouts are generated" in r.message]
+
+
+def test_a_trial_is_judged_by_the_dtype_that_the_head_computes_in():
+    """Under autocast the states are float32, and all that makes them rounds to bfloat16."""
+    model = build("llama")
+    with torch.autocast("cpu", torch.bfloat16), met_by_head(model) as seen:
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert [states.dtype for states in seen] == [torch.bfloat16]
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_model(monkeypatch):
+    writer = engine(build("llama"))
+
+    def forward(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(type(writer), "_writes_right", forward)
+    with pytest.raises(torch.OutOfMemoryError):
+        writer.prepare()
