@@ -393,6 +393,12 @@ def ran(request, public, tmp_path_factory):
         programs = [Program(code, "f", TEST) for code in codes]
         seen = [sentinel.stat()]
         results = run_programs(programs, timeout=3.0, workers=2)
+        # On a machine with much else to do a program may run out of time before its call.
+        ended = enumerate(zip(ATTACKS, results, strict=True))
+        late = [i for i, (name, r) in ended if name in CALLS and r.outcome == "timeout"]
+        again = run_programs([programs[i] for i in late], timeout=60.0, workers=1)
+        for i, result in zip(late, again, strict=True):
+            results[i] = result
         seen.append(sentinel.stat())
     children = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
     yield request.param, dict(zip(ATTACKS, results, strict=True)), folder, seen, children
@@ -406,14 +412,7 @@ def test_no_attack_comes_through(ran):
     # One right program among them, else nothing ran.
     through = {name: result for name, result in results.items() if result.passed}
     assert through == {}
-    # On a machine with much else to do a program may run out of time before its call.
-    strange = {
-        name: result
-        for name, result in results.items()
-        if name in CALLS and "AssertionError" not in result.detail and result.outcome != "timeout"
-    }
-    refused = [n for n, result in results.items() if n in CALLS and "Assert" in result.detail]
-    assert len(refused) >= 0.9 * len(CALLS)
+    strange = {n: r for n, r in results.items() if n in CALLS and "AssertionError" not in r.detail}
     assert strange == {}  # each was refused, none just did not get so far
 
 
