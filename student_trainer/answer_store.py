@@ -134,7 +134,7 @@ class AnswerStore:
         return [None] * len(keys) if found is None else found
 
     def count(self, keys: Sequence[bytes]) -> int:
-        """How many of the keys have a record, unread."""
+        """Count the keys that have a record, without reading it."""
         with self._lock:
             found = self._try(lambda db: sum(_id(db, key) is not None for key in keys), write=False)
         return found or 0
@@ -182,7 +182,7 @@ class AnswerStore:
     # What follows is called with the lock held.
 
     def _try(self, work: Callable[[sqlite3.Connection], R], *, write: bool = True) -> R | None:
-        """What ``work`` in a transaction returns; None where nothing can be read or stored.
+        """Return what ``work`` returns in a transaction; None where nothing can be read or stored.
 
         A damaged database is set aside, and ``work`` done in the next one.
 
@@ -368,7 +368,7 @@ def _transaction(db: sqlite3.Connection, write: bool) -> Iterator[None]:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error is due to what is in the file; else to a full disk, a lock, or rights."""
+    """Tell an error due to what is in the file from a full disk, a lock, or missing rights."""
     if isinstance(error, MemoryError):  # this machine may be short of it
         return False
     code = getattr(error, "sqlite_errorcode", None)

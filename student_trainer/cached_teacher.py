@@ -363,7 +363,7 @@ class CachedTeacher(Teacher):
 
 
 def _first_places(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
-    """Where each key that was not found stands first."""
+    """Return the first place of each key that was not found."""
     places: dict[bytes, int] = {}
     for place, key in enumerate(keys):
         if key not in found:

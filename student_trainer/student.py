@@ -160,7 +160,7 @@ def install_sparse_loss(model: Any) -> None:
 
 
 def _is_causal(causal_lm: Any, forward: Any) -> bool:
-    """Whether a changed last token leaves the logits before it as they were."""
+    """Tell whether a changed last token leaves the states before it as they were."""
     weight = causal_lm.get_output_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None].repeat(2, 1) % weight.shape[0]  # [2, 8]
     ids[1, -1] = 0
@@ -176,7 +176,7 @@ def _apart(
     inputs: Mapping[str, torch.Tensor],
     rope: LengthDependentRope,
 ) -> torch.Tensor:
-    """What ``compute`` gives for each sequence alone, [B, L, d], in as few passes as that takes.
+    """Return ``compute`` of each sequence as if alone, [B, L, d], in as few passes as that takes.
 
     A packed row is computed as it is: `decide_packing` sees to it that none mixes positions.
     """

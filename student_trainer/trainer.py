@@ -200,13 +200,15 @@ class DistillationTrainer(DurableTrainer):
         # With frequencies of each length's own, one sequence may take two passes.
         alone = not rope.each_length and sizes == {1} and self.max_tokens_per_batch is None
         if not alone:
-            one = "" if rope.each_length else (
-                "pass --per_device_train_batch_size 1 and --per_device_eval_batch_size 1 without "
-                "--max_tokens_per_batch, or "
-            )  # fmt: skip
+            remedy = f"pass --max_length {most}"
+            if not rope.each_length:
+                remedy += (
+                    ", or --per_device_train_batch_size 1 and --per_device_eval_batch_size 1 "
+                    "without --max_tokens_per_batch"
+                )
             raise ConfigurationError(
                 f"sharded over ranks, a model that changes its positions at {rope.original} tokens "
-                f"must take as many forward passes on each rank: {one}pass --max_length {most}"
+                f"must take as many forward passes on each rank: {remedy}"
             )
 
     def prepare_rollouts(self) -> None:

@@ -60,7 +60,7 @@ def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @contextmanager
 def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
-    """What the output layer is given, [B, L, d] each time, in the dtype that it computes in.
+    """Collect the inputs of the output layer, [B, L, d] each, in the dtype that it computes in.
 
     Under autocast that is coarser than the dtype of what it is given.
     """

@@ -305,7 +305,7 @@ class TeacherApp:
         return ended
 
     def _identify(self, request: Request) -> None:
-        """Who asks: a key, or an address. Nothing of the body is read.
+        """Return the client: a key, or an address. Nothing of the body is read.
 
         Raises:
             UnauthorizedError: no key, where one is needed.

@@ -1,4 +1,4 @@
-"""What strangers may do to a connection: heads in time, bodies in sensible pieces."""
+"""Limits of a connection: heads that end in time, bodies in pieces of a sensible size."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class GuardedProtocol(H11Protocol):
 
     @property
     def awaits_head(self) -> bool:
-        """Whether no request is under way, or only the beginning of its head."""
+        """True while no request is under way, or only the beginning of its head."""
         return bool(self.conn.their_state is h11.IDLE)
 
     def _watch_head(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.errors import ConfigurationError, DatasetError
+from shared.printable import one_line
 from student_trainer.config import DataArguments
 from student_trainer.data.messages import Message
 
@@ -72,7 +73,7 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     if form == "prompt":
         prompt, completion = _prompted(where, row, options)
         if isinstance(prompt, str):
-            for column in ("tools", "chat_template_kwargs", "system"):
+            for column in (*_TEMPLATE_COLUMNS, "system"):
                 if row.get(column) and (column == "system" or _column_of(where, row, column)):
                     raise DatasetError(
                         f"{where}: the column {column} is for a chat template, which a prompt of "
@@ -215,15 +216,11 @@ def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> li
         if messages[0].get("content") != system:
             raise DatasetError(
                 f"{where}: the system column and the first message are two system prompts, "
-                f"{_start(system)} and {_start(messages[0].get('content'))}; keep one"
+                f"{one_line(repr(system), 40)} and "
+                f"{one_line(repr(messages[0].get('content')), 40)}; keep one"
             )
         return messages
     return [{"role": "system", "content": system}, *messages]
-
-
-def _start(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _instructed(

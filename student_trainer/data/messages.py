@@ -111,7 +111,8 @@ def reasoning_of(message: Message) -> str | None:
 def before_thoughts(content: str) -> str:
     """Return the text in front of ``<think>``, where a thought follows that ends."""
     found = _THOUGHT.match(content)
-    return "" if found is None or "<think>" not in found[1] else found[1].split("<think>", 1)[0]
+    before, tag, _ = ("", "", "") if found is None else found[1].partition("<think>")
+    return before if tag else ""
 
 
 def split_thoughts(content: str) -> tuple[str | None, str]:

@@ -307,13 +307,13 @@ class _Row:
         for number, message in enumerate(messages):
             place = f"{self.where}: messages[{number}]"
             content = message.get("content") or ""
-            if message["role"] == "assistant" and not _prints(text, before_thoughts(content)):
-                raise DatasetError(
-                    f"{place}: {self.template.name} drops what stands before <think>, "
-                    f"{before_thoughts(content).strip()[:40]!r}; put the thought first, or drop "
-                    "one of them"
-                )
             if message["role"] == "assistant":
+                before = before_thoughts(content)
+                if not _prints(text, before):
+                    raise DatasetError(
+                        f"{place}: {self.template.name} drops what stands before <think>, "
+                        f"{before.strip()[:40]!r}; put the thought first, or drop one of them"
+                    )
                 content = "" if "tool_calls" in message else split_thoughts(content)[1]
             if number == hidden or not _prints(text, content):
                 raise DatasetError(

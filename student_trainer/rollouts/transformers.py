@@ -140,7 +140,7 @@ class TransformersRollouts:
 
     @torch.no_grad()
     def _writes_right(self, way: Way) -> bool:
-        """Whether a few tokens have the logits of a plain forward pass of each sequence alone.
+        """Tell whether a few tokens get the states of a plain forward pass of each sequence alone.
 
         Prompts of unlike length; a row leaves, the others change places, and a new one joins.
         """
@@ -233,7 +233,7 @@ class TransformersRollouts:
         return free if running.can_join and free >= self.batch_size / 4 else 0
 
     def _outgrows(self, request: RolloutRequest) -> bool:
-        """Whether positions may change while it is written: it may pass the original length."""
+        """Tell whether a completion may pass the original length, where positions change."""
         longest = len(request.prompt_ids) + self.max_new_tokens
         return self._rope is not None and self._rope.regime(longest) != 0
 
@@ -278,7 +278,7 @@ class TransformersRollouts:
         return self._forward(input_ids, rows.mask, rows.cache)
 
     def _changes_positions(self, rows: _Rows) -> bool:
-        """Whether the keys in the cache have other positions than those to come."""
+        """Tell whether the keys in the cache have other positions than those to come."""
         rope = self._rope
         return rope is not None and any(
             rope.regime(length) != rope.regime(length - 1) for length in rows.lengths
@@ -370,7 +370,7 @@ class TransformersRollouts:
 
 @dataclass
 class _Trial:
-    """What is seen of a trial.
+    """The record of a trial.
 
     Attributes:
         met: by the output layer, [B, L, d] in each forward pass.

@@ -183,16 +183,17 @@ class VllmEngine:
                     outputs = self._engine.step()
                 for output in outputs:
                     written, name = output.outputs[0], output.request_id
-                    if output.finished:
-                        yield running.pop(name), written
-                        continue
-                    index = running[name]
-                    new = written.token_ids[known[index] :]
-                    known[index] += len(new)
-                    if searches is not None and any(map(searches[index].add, new)):
-                        with self._open():
-                            self._engine.abort_request([name])
-                        yield running.pop(name), written
+                    index, ended = running[name], output.finished
+                    if searches is not None and not ended:
+                        new = written.token_ids[known[index] :]
+                        known[index] += len(new)
+                        if any(map(searches[index].add, new)):
+                            ended = True
+                            with self._open():
+                                self._engine.abort_request([name])
+                    if ended:
+                        del running[name]
+                        yield index, written
         except GeneratorExit:  # the caller went away
             with suppress(RolloutError), self._open():
                 self._engine.abort_request(list(running))
@@ -315,16 +316,14 @@ class VllmRollouts:
             RolloutError: the engine is dead, or ended a completion in a way of its own.
         """
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind as Kind
 
-        kinds = RequestOutputKind
-        kind = kinds.FINAL_ONLY if self._stops is None else kinds.CUMULATIVE
         params = [
             SamplingParams(
                 **self._params,
                 seed=int(uniforms(*request.key, count=1)[0] * 2**53),
                 detokenize=False,
-                output_kind=kind,
+                output_kind=Kind.FINAL_ONLY if self._stops is None else Kind.CUMULATIVE,
             )
             for request in requests
         ]

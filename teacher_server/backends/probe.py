@@ -176,7 +176,7 @@ def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
 
 @contextmanager
 def _met_by_head(model: Any) -> Iterator[list[torch.Tensor]]:
-    """What the output layer is given, [B, L, d] each time."""
+    """Collect the inputs of the output layer, [B, L, d] each."""
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
         lambda _, args: seen.append(args[0])

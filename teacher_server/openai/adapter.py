@@ -28,7 +28,7 @@ from teacher_server.openai.tokenizer import ServedTokenizer
 
 @dataclass(frozen=True)
 class _Echo:
-    """What of a prompt comes before each of its completions."""
+    """The prompt as it comes before each of its completions."""
 
     text: str
     parts: list[Part]
@@ -52,7 +52,7 @@ class OpenAIAdapter:
         info: InfoResponse,
         request_id: str,
     ) -> bytearray:
-        """The JSON of an answer.
+        """Return the JSON of an answer.
 
         Args:
             plan: from `plan`.

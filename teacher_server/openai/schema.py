@@ -126,7 +126,7 @@ _TokenIds = Annotated[
 
 
 class _Fields(BaseModel):
-    """What is JSON of ours: immutable, and an unknown field is an error."""
+    """A JSON object that is immutable; an unknown field is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -134,7 +134,7 @@ class _Fields(BaseModel):
 
 
 class _Sampling(_Fields):
-    """What both kinds of request say of how to generate; null is the default.
+    """The fields that say how to generate, in both kinds of request; null is the default.
 
     Attributes:
         stop: texts that end a completion, up to 16.
@@ -207,7 +207,7 @@ class ChatMessage(_Fields):
     name: str | None = None
 
     def to_template(self) -> dict[str, str]:
-        """As chat templates read it, with the text of its parts in one."""
+        """Return the message as chat templates read it, with the text of its parts in one."""
         content = self.content
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
