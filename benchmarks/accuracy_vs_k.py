@@ -26,19 +26,19 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.report import print_report
-from student_trainer.config import DataArguments, ModelArguments
+from student_trainer.config.arguments import DataArguments, ModelArguments
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.tokenize import tokenize_rows
-from student_trainer.loading import load_model, load_stop_ids, load_tokenizer
 from student_trainer.losses import (
     SparseDistribution,
     Tail,
     generalized_jsd,
     sparse_generalized_jsd,
 )
+from student_trainer.model.load import load_model, load_stop_ids, load_tokenizer
+from student_trainer.reporting.svg import write_chart
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
-from student_trainer.svg import write_chart
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -179,7 +179,7 @@ def support_of(case: Case, k: int, support: str) -> SparseDistribution:
 
 
 def sampled(case: Case, k: int, seed: int = 0) -> SparseDistribution:
-    """The estimate from k draws of each row: see `student_trainer.support`."""
+    """The estimate from k draws of each row: see `student_trainer.pipeline.targets`."""
     log_p = case.teacher.log_softmax(dim=-1)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.multinomial(log_p.exp(), k, replacement=True, generator=generator)

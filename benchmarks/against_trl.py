@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from benchmarks.report import Cell, print_report
-from student_trainer.pipeline import Method
+from student_trainer.pipeline.pipeline import Method
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
 

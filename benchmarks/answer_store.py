@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import print_report
-from student_trainer.answer_store import AnswerStore
+from student_trainer.teacher.store import AnswerStore
 
 _BATCH = 16  # answers of one request
 _BYTES = 40_000  # of an answer: 100 tokens at k = 64

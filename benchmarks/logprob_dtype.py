@@ -24,7 +24,7 @@ from benchmarks.report import print_report
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample
 from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 
 K = 64
 BETAS = (0.0, 0.5, 1.0)

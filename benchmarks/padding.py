@@ -26,8 +26,8 @@ from student_trainer.data.micro_batches import of_sizes, within_budget
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
 from student_trainer.losses import HardLabels
-from student_trainer.student import SparseTargets, install_sparse_loss
-from student_trainer.support import ScoredSample, sparse_distribution
+from student_trainer.model.forward import SparseTargets, install_sparse_loss
+from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 
 BYTES_PER_TOKEN = 3.5  # of English and numbers, about, in vocabularies of 32,000 to 150,000
 NOTES = (

@@ -80,10 +80,10 @@ def train(run: Run) -> None:
     from transformers import AutoModelForCausalLM, TrainingArguments
 
     from student_trainer.data.sample import Example
-    from student_trainer.pipeline import Method
+    from student_trainer.pipeline.pipeline import Method
     from student_trainer.rollouts import Rollout
-    from student_trainer.teacher import SparseGkdTeacher
-    from student_trainer.trainer import DistillationTrainer
+    from student_trainer.teacher.sparse import SparseGkdTeacher
+    from student_trainer.training.trainer import DistillationTrainer
     from tests.support.models import save_model, save_tokenizer
 
     share = run.prompts / PROMPTS

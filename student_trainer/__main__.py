@@ -1,3 +1,3 @@
-from student_trainer.cli import program
+from student_trainer.commands.main import program
 
 program()

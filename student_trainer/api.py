@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError
-from student_trainer.config import LoadedModel, parse_keywords
-from student_trainer.student import remove_sparse_loss
-from student_trainer.train import Recipe, distilled
+from student_trainer.commands.train import distilled
+from student_trainer.config.arguments import LoadedModel
+from student_trainer.config.parse import parse_keywords
+from student_trainer.model.forward import remove_sparse_loss
+from student_trainer.training.recipe import Recipe
 
 Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 

@@ -14,17 +14,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from shared.errors import ConfigurationError, DatasetError, InvalidRequestError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
-from student_trainer.checks import api_key_of, check_teacher
-from student_trainer.config import DataArguments, TeacherArguments
+from student_trainer.config.arguments import DataArguments, TeacherArguments
+from student_trainer.config.checks import api_key_of, check_teacher
 from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.tokenize import tokenize_rows
-from student_trainer.loading import check_loaded_tokenizer
 from student_trainer.losses import SparseDistribution
-from student_trainer.support import ScoredSample, sparse_distribution
-from student_trainer.teacher import Sampling, SparseGkdTeacher, sequence_of
-from student_trainer.train import check_vocabulary
+from student_trainer.model.load import check_loaded_tokenizer
+from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
+from student_trainer.teacher.base import Sampling, sequence_of
+from student_trainer.teacher.compatible import check_vocabulary
+from student_trainer.teacher.sparse import SparseGkdTeacher
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Row: TypeAlias = Mapping[str, Any]

@@ -57,17 +57,17 @@ from shared.protocol import (
 from shared.sparse import SparseLogprobs
 from shared.text import StopStrings
 from shared.validation import check_generate_request, check_score_request
-from teacher_server.admission import Admission, ClientGoneError, Held
-from teacher_server.auth import ApiKeys
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
-from teacher_server.docs_page import PAGE
-from teacher_server.in_flight import InFlight
+from teacher_server.http.docs_page import PAGE
+from teacher_server.limits.admission import Admission, ClientGoneError, Held
+from teacher_server.limits.auth import ApiKeys
+from teacher_server.limits.pool import FairPool
+from teacher_server.limits.single_flight import InFlight
 from teacher_server.metrics import Metrics, State
 from teacher_server.openai.adapter import OpenAIAdapter
 from teacher_server.openai.answers import error_body, model_card
 from teacher_server.openai.plan import OpenAIPlan, check_model
 from teacher_server.openai.schema import ChatRequest, CompletionRequest
-from teacher_server.pool import FairPool
 from teacher_server.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
-from teacher_server.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ from shared.completion import SHELLS, Words, script, words_of
 from shared.errors import ConfigurationError
 from shared.yaml_file import config_path, flag_words, read_config
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.backends.base import Backend
-from teacher_server.event_loop import limit_log_lines, survive_full_tables, watch_lag
-from teacher_server.http_protocol import GuardedProtocol, raise_descriptor_limit
+from teacher_server.http.event_loop import limit_log_lines, survive_full_tables, watch_lag
+from teacher_server.http.protocol import GuardedProtocol, raise_descriptor_limit
+from teacher_server.limits.auth import ENVIRONMENT, ApiKeys, load_keys
 from teacher_server.metrics import Metrics
 from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings

@@ -12,10 +12,11 @@ from unittest import mock
 from markdown_text import escaped
 from transformers import TrainingArguments
 
-import student_trainer.cli
+import student_trainer.commands.main
 import teacher_server.cli
-from student_trainer.checks import UNSUPPORTED
-from student_trainer.config import COMMANDS, CommonTrainingArguments
+from student_trainer.config.arguments import CommonTrainingArguments
+from student_trainer.config.checks import UNSUPPORTED
+from student_trainer.config.parse import ARGUMENTS
 
 _TITLES = {
     "ModelArguments": "Model",
@@ -42,20 +43,20 @@ class _FoundError(Exception):
 
 def student_trainer_page() -> str:
     """Every command of the trainer: first the flags that several share, by what they are about."""
-    main = student_trainer.cli.main
+    main = student_trainer.commands.main.main
     lines = [
         "# student-trainer",
         "",
         "From the command's own parser. A flag may be written with dashes instead of underscores; "
         "`--config FILE.yaml` holds the same names, and the command line wins.",
         "",
-        f"```text\n{student_trainer.cli.USAGE}\n```",
+        f"```text\n{student_trainer.commands.main.USAGE}\n```",
     ]
     of_command = {
-        name: _by_name(_parser(main, f"student-trainer {name}", [name])) for name in COMMANDS
+        name: _by_name(_parser(main, f"student-trainer {name}", [name])) for name in ARGUMENTS
     }
     for name, group in _groups():
-        takers = [c for c, groups in COMMANDS.items() if any(issubclass(g, group) for g in groups)]
+        takers = [c for c, groups in ARGUMENTS.items() if any(issubclass(g, group) for g in groups)]
         told = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
         about = inspect.cleandoc(group.__doc__ or "").split("\n\n")[0]
         lines += ["", f"## {name}", "", f"{escaped(about)} For {told}.", ""]
@@ -113,7 +114,7 @@ def _by_name(
 
 def _groups() -> Iterable[tuple[str, type[Any]]]:
     """Every dataclass of flags once, with the title of its section."""
-    every = dict.fromkeys(g for groups in COMMANDS.values() for g in groups)
+    every = dict.fromkeys(g for groups in ARGUMENTS.values() for g in groups)
     trained = dict.fromkeys(g for g in every if issubclass(g, CommonTrainingArguments))
     for group in [*(g for g in every if g not in trained), CommonTrainingArguments, *trained]:
         if _own(group):

@@ -10,7 +10,7 @@ from typing import Any
 from markdown_text import escaped
 
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 

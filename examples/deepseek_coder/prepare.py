@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DatasetError
+from student_trainer.config.suites import HUB
 from student_trainer.data.rows import load_rows
-from student_trainer.evaluation.suites import HUB
 
 Row = dict[str, Any]
 

@@ -32,9 +32,9 @@ from typing import Any
 
 from examples.mini_humaneval import prepare
 from shared.errors import SparseGKDError
-from student_trainer import cli
-from student_trainer.report import Chart, Report, SideBySide, Table, render
-from student_trainer.run_folder import find_runs
+from student_trainer.commands import main as cli
+from student_trainer.reporting.page import Chart, Report, SideBySide, Table, render
+from student_trainer.reporting.runs import find_runs
 from student_trainer.study.served import served
 from student_trainer.study.spec import Cell, load_study, substituted, words_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shared.errors import DatasetError
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.conversation import PlainText, read_row
 from student_trainer.data.messages import text_of
 from student_trainer.data.sample import Example

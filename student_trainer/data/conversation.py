@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.printable import one_line
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.messages import Message
 
 Form = Literal["messages", "prompt", "conversations", "instruction"]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from shared import __version__
 from shared.errors import DatasetError, RowTooLongError
 from shared.identity import tokenizer_identity
-from student_trainer.config import ROW_OPTIONS, DataArguments
+from student_trainer.config.arguments import ROW_OPTIONS, DataArguments
 from student_trainer.data.conversation import Conversation, PlainText, json_value, read_row
 from student_trainer.data.encode import Encoder
 from student_trainer.data.sample import Example, Sample

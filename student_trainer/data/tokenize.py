@@ -21,7 +21,7 @@ from shared.errors import ConfigurationError, DatasetError, RowTooLongError
 from student_trainer.data import token_cache
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example
-from student_trainer.progress import tracked
+from student_trainer.runtime.progress import tracked
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -1,1 +1,1 @@
-"""Is a completion right? Text in, verdicts out: no model is known here."""
+"""Answers checked and scored: suites, checkers, the sandbox, pass@k, perplexity."""

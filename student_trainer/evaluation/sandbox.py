@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from shared.errors import ConfigurationError
-from student_trainer.progress import tracked
+from student_trainer.runtime.progress import tracked
 
 Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed"]
 

@@ -7,19 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.errors import DatasetError
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.conversation import PlainText, form_of, json_value, read_row
 from student_trainer.data.messages import Message
 from student_trainer.evaluation.checkers import parse_checker
-
-# What a file can hold; "auto" tells from the first row's fields.
-FORMS = ("auto", "humaneval", "gsm8k", "rows")
-
-# Name, configuration and split on the Hub of what is published there.
-HUB: dict[str, tuple[str, str | None, str]] = {
-    "humaneval": ("openai/openai_humaneval", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-}
 
 # What follows a function that is complete; the list of the paper (arXiv 2107.03374, section 3).
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

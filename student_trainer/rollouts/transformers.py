@@ -26,9 +26,9 @@ from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from shared.text import StopSearch
+from student_trainer.model.probe import CANNOT_RUN, met_by_head, same_states
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.rollouts.sampling import sample_tokens
-from student_trainer.trial import CANNOT_RUN, met_by_head, same_states
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
 from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
-from student_trainer.merging import adapts_tied_weights
+from student_trainer.model.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
-from student_trainer.signals import signals_as_exits
+from student_trainer.runtime.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
 # Mean difference in log-prob between trainer and engine that is rounding, not other weights.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import ConfigurationError
-from student_trainer.signals import signals_as_exits
+from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from shared.errors import ConfigurationError
-from student_trainer.config import COMMANDS
+from student_trainer.config.parse import ARGUMENTS
 from student_trainer.study.spec import Cell, Study, references, words_of
 
 
@@ -24,17 +24,17 @@ def check_flags(study: Study) -> None:
         ConfigurationError: an unknown flag or a value of the wrong type, with file and key.
     """
     parsers = {
-        name: HfArgumentParser(types, allow_abbrev=False) for name, types in COMMANDS.items()
+        name: HfArgumentParser(types, allow_abbrev=False) for name, types in ARGUMENTS.items()
     }
     for cell in study.cells.values():
-        if cell.command in COMMANDS:
+        if cell.command in ARGUMENTS:
             for key, value in cell.flags.items():
                 _check(study, cell, key, value, parsers[cell.command])
 
 
 def _check(study: Study, cell: Cell, key: str, value: Any, parser: HfArgumentParser) -> None:
     source = f"{study.path}: {cell.source}.flags.{key}"
-    known = {f.name for kind in COMMANDS[cell.command] for f in fields(kind) if f.init}
+    known = {f.name for kind in ARGUMENTS[cell.command] for f in fields(kind) if f.init}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see student-trainer {cell.command} --help"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from student_trainer.reporting.svg import Interval, write_interval_chart, write_interval_rows
 from student_trainer.study.spec import Study, Table
 from student_trainer.study.statistics import Estimate, estimate, paired_difference
-from student_trainer.svg import Interval, write_interval_chart, write_interval_rows
 
 # Cell -> seed -> metric; the seed is None for what is made once for all.
 Values = Mapping[str, Mapping[int | None, float]]

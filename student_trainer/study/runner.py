@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CellFailedError, ConfigurationError
-from student_trainer.signals import signals_as_exits
+from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Job
 from student_trainer.study.served import served
 from student_trainer.study.spec import TRAINER_COMMANDS
@@ -28,7 +28,11 @@ MARKER = ".study"
 # All cells are forked from one process, which has imported torch and transformers once: that takes
 # seconds, as long as some cells.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOAD = ["student_trainer.train", "student_trainer.evaluate", "student_trainer.loading"]
+_PRELOAD = [
+    "student_trainer.training.recipe",
+    "student_trainer.commands.evaluate",
+    "student_trainer.model.load",
+]
 _FOLDER = re.compile(r"\{([^{}]*)\}")
 
 
@@ -249,10 +253,10 @@ def _execute(command: str, words: list[str], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if command in TRAINER_COMMANDS:
-        from student_trainer import cli
-
+        sys.argv = ["student-trainer", command, *words]
         with signals_as_exits():  # a cell that is told to end has failed: it begins anew
-            sys.exit(cli.main([command, *words]))
+            runpy.run_module("student_trainer", run_name="__main__", alter_sys=True)
+        return
     sys.argv = [command, *words]
     runpy.run_module(command, run_name="__main__", alter_sys=True)
 

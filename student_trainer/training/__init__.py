@@ -1,1 +1,1 @@
-"""What a training run is, beside its steps."""
+"""A run: its recipe, the trainer, evaluation, checkpoints and metrics."""

@@ -41,7 +41,7 @@ from teacher_server.backends.checkpoint import (
     local_folder,
 )
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
-from teacher_server.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
 

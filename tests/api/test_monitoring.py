@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.monitoring import ALERTS, PROMETHEUS, ROOT, alerts, drawn, exposed, metrics_in

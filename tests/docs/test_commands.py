@@ -25,14 +25,14 @@ import torch
 import yaml
 from packaging.requirements import Requirement
 
-import student_trainer.cli
-import student_trainer.train
+import student_trainer.commands.main
+import student_trainer.training.recipe
 import teacher_server.cli
 import teacher_server.settings
 from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
 from teacher_server.backends.transformers import TransformersBackend
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.models import save_model, save_tokenizer
@@ -247,13 +247,15 @@ class Page:
         if words[0] == "evaluate":
             words += [word for pair in SHRUNKEN_EVALUATION.items() for word in pair]
         if not any(flags in joined for flags in ONLY_CHECKED):
-            assert student_trainer.cli.main(words) == 0, words
+            assert student_trainer.commands.main.main(words) == 0, words
             return "ran"
         with (
-            mock.patch.object(student_trainer.train, "read_rows", side_effect=ParsedError),
+            mock.patch.object(
+                student_trainer.training.recipe, "read_rows", side_effect=ParsedError
+            ),
             pytest.raises(ParsedError),
         ):
-            student_trainer.cli.main(words)
+            student_trainer.commands.main.main(words)
         return "parsed"
 
     def serve(self, text):

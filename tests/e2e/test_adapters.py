@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 
-from student_trainer.cli import main
-from student_trainer.config import ModelArguments
-from student_trainer.loading import load_model
+from student_trainer.commands.main import main
+from student_trainer.config.arguments import ModelArguments
+from student_trainer.model.load import load_model
 from tests.e2e.test_distillation import distill, flags
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model as load_plainly

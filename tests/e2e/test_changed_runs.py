@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support.models import save_model, save_tokenizer
 from tests.support.server import running_server
 
@@ -62,7 +62,7 @@ def other_template(world, folder):
 def test_another_run_is_refused_before_the_student_loads(
     world, begun, tmp_path, capsys, monkeypatch, change, named
 ):
-    monkeypatch.setattr("student_trainer.train.load_student", _no_student)
+    monkeypatch.setattr("student_trainer.training.recipe.load_student", _no_student)
     files = sorted(begun.rglob("*"))
     capsys.readouterr()
     assert distill(world, begun, max_steps=4, **change(world, tmp_path)) == 2

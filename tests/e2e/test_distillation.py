@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support import trainer_process
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from student_trainer.losses import generalized_jsd
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from student_trainer import evaluate as evaluate_module
-from student_trainer.cli import main
+from student_trainer.commands import evaluate as evaluate_module
+from student_trainer.commands.main import main
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.rollouts import Rollout
 from tests.support.models import save_model, save_tokenizer

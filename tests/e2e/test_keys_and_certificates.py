@@ -89,7 +89,7 @@ def test_a_whole_run_leaves_no_key_behind(guarded, world, tmp_path):
     code = (
         "import logging, sys\n"
         "logging.basicConfig(level=1, stream=sys.stderr)\n"
-        "from student_trainer.cli import main\n"
+        "from student_trainer.commands.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     with (tmp_path / "trainer.log").open("wb") as log:

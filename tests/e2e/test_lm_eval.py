@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.docs.test_commands import ROOT, blocks, commands
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model

@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.e2e.test_distillation import (
     assert_same_weights,
     distill,

@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, trainer
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.e2e.test_distillation import distill, flags
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from shared.identity import tokenizer_identity
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support import stub
 from tests.support.paced import PacedTeacher
 

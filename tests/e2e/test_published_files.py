@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from student_trainer.evaluation.passk import read_samples
 from tests.e2e.test_distillation import distill, history
 from tests.support.data import published
@@ -54,7 +54,7 @@ def test_distillation_on_gsm8k_as_published(world, tmp_path, lmbda):
 def test_a_gsm8k_prompt_is_one_user_turn_and_its_answer_is_learned(world):
     from transformers import AutoTokenizer
 
-    from student_trainer.config import DataArguments
+    from student_trainer.config.arguments import DataArguments
     from student_trainer.data.examples import RowTokenizer
     from student_trainer.data.rows import load_rows
     from student_trainer.data.tokenize import tokenize_rows

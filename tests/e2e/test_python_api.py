@@ -264,6 +264,6 @@ def test_every_public_name_is_there():
 
 
 def test_importing_the_package_does_not_import_torch():
-    code = "import sys, student_trainer.cli; print('torch' in sys.modules)"
+    code = "import sys, student_trainer.commands.main; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

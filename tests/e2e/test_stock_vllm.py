@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from shared.protocol import ScoreSequence
-from student_trainer.cli import main
-from student_trainer.teacher import Sampling
-from student_trainer.vllm_teacher import VllmTeacher
+from student_trainer.commands.main import main
+from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.vllm import VllmTeacher
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import dense_logprobs, largest_error, load_model
 from tests.support.server import running_server, running_stock_vllm

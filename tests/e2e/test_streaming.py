@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from student_trainer.api import distill
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 
 
 def sft(world, output, **options):

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from student_trainer.config import ModelArguments
+from student_trainer.config.arguments import ModelArguments
 from student_trainer.data.sample import Sample
-from student_trainer.loading import load_model as load_student
 from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
-from student_trainer.proposals import TopTokenProposals
-from student_trainer.student import install_sparse_loss
-from student_trainer.support import ScoredSample, sparse_distribution
-from student_trainer.teacher import SparseGkdTeacher
+from student_trainer.model.forward import install_sparse_loss
+from student_trainer.model.load import load_model as load_student
+from student_trainer.model.top_tokens import TopTokenProposals
+from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.e2e.test_distillation import (
     METHODS,
     assert_same_weights,

@@ -6,7 +6,7 @@ import httpx
 import pytest
 import yaml
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 
 
 def test_a_teacher_is_served_once_for_its_cells_and_then_stopped(world, tmp_path, capsys):

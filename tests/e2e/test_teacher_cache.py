@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.e2e.test_distillation import assert_same_weights, flags, history
 from tests.support.cache import corrupt_one_record, database
 from tests.support.server import running_server

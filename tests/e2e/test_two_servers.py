@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from student_trainer.teacher import SparseGkdTeacher
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.http import metric
 from tests.support.server import free_port, start_server, wait_until_ready
 

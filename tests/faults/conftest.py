@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from shared.identity import tokenizer_identity
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support import stub
 from tests.support.paced import PacedTeacher
 from tests.support.world import make_world

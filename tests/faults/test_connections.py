@@ -7,9 +7,9 @@ import time
 import httpx
 import pytest
 
-from teacher_server import http_protocol
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.http import protocol as http_protocol
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.engine import Engine

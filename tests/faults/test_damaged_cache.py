@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.answer_store import AnswerStore
+from student_trainer.teacher.store import AnswerStore
 
 MIB = 1 << 20
 COUNT = 200

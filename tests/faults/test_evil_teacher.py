@@ -20,10 +20,11 @@ from shared.errors import (
     TeacherUnreachableError,
 )
 from shared.protocol import Problem, ScoreResponse
-from student_trainer.cli import main
-from student_trainer.config import COMMANDS, parse
-from student_trainer.model_card import model_card
-from student_trainer.teacher import Sampling, SparseGkdTeacher
+from student_trainer.commands.main import main
+from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.training.model_card import model_card
 from tests.support import stub
 from tests.support.fault_proxy import FaultProxy, answered, changed
 from tests.support.http import until
@@ -269,7 +270,7 @@ def test_a_name_with_markdown_in_it_is_text_in_the_model_card(name, field):
         identity = client.info.teacher
     words = ["--model_name_or_path=org/base", "--dataset_name=org/rows", "--output_dir=out",
              "--teacher_url=http://host:8000"]  # fmt: skip
-    flags = parse(words, *COMMANDS["distill"], prog="", description="")
+    flags = parse(words, *ARGUMENTS["distill"], prog="", description="")
     card = model_card("student", [], arguments=flags, teacher=identity, rows=3)
     _, _, text = card.split("---\n", 2)
     tokens = [

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support.trainer_process import assert_same_weights, checkpoints
 
 MIB = 2**20

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.link import link
 from shared.errors import TeacherUnreachableError
 from shared.protocol import ScoreSequence
-from student_trainer.teacher import SparseGkdTeacher
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.namespaces import command, skipped_where_forbidden
@@ -117,7 +117,7 @@ def test_a_machine_that_is_lost_and_replaced_is_asked_again_long_before_the_time
 ):
     """No packet ends the connections to the first one, and the second knows nothing of them."""
     seconds = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
-    monkeypatch.setattr("student_trainer.replicas._KEEPALIVE", seconds)
+    monkeypatch.setattr("student_trainer.teacher.balancer._KEEPALIVE", seconds)
     with contextlib.ExitStack() as life:
         with machine(tmp_path, seconds=120) as wire:
             client = life.enter_context(SparseGkdTeacher([wire.url], timeout=300))
@@ -148,7 +148,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
 
 @pytest.mark.slow_fault
 def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
-    monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
     with SparseGkdTeacher([wire.url], timeout=1) as client:
         client.connect()
         wire.falls_apart()

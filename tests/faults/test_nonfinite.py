@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from student_trainer.data.order import TrainingOrder
-from student_trainer.nonfinite import load_batch
+from student_trainer.training.nonfinite import load_batch
 from tests.support.trainer_process import assert_same_weights, checkpoints, two_ranks
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.unit.test_untrusted_checkpoints import Exploit
 
 

@@ -15,7 +15,7 @@ import torch
 from shared import codec, wire
 from shared.protocol import Problem
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.engine import Engine

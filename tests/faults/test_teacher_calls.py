@@ -22,7 +22,8 @@ from shared.errors import (
     TeacherUnreachableError,
 )
 from shared.protocol import ScoreResponse, ScoreSequence
-from student_trainer.teacher import Sampling, SparseGkdTeacher
+from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import fault_proxy as fault
 from tests.support import stub
 from tests.support.certificates import make_authority
@@ -412,7 +413,7 @@ AT_THE_START = {
     ("broken", "error", "said"), AT_THE_START.values(), ids=AT_THE_START.keys()
 )
 def test_what_is_no_teacher_is_told_at_the_start(proxy, broken, error, said, monkeypatch):
-    monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.5)
+    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.5)
     proxy.ready = broken
     with (
         pytest.raises(error, match=said) as caught,

@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import ScoreSequence
-from student_trainer.teacher import SparseGkdTeacher
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.paced import scores_of
@@ -98,7 +98,7 @@ def test_a_stopped_teacher_answers_when_it_goes_on(running):
 
 
 def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, caplog, monkeypatch):
-    monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
     first, second = free_port(), free_port()
     process = running(first)
     running(second)
@@ -111,7 +111,7 @@ def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, capl
 
 
 def test_a_teacher_stopped_for_good_is_named_after_the_timeout(running, monkeypatch):
-    monkeypatch.setattr("student_trainer.replicas._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
     port = free_port()
     process = running(port)
     with client_of(port, timeout=1.0) as client:

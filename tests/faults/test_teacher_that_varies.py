@@ -10,9 +10,9 @@ import pytest
 from shared import wire
 from shared.errors import TeacherAnswerError
 from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
-from student_trainer.cli import main
-from student_trainer.self_check import check_repeats
-from student_trainer.teacher import SparseGkdTeacher
+from student_trainer.commands.main import main
+from student_trainer.pipeline.repeatability import check_repeats
+from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub
 from tests.support.paced import scores_of
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support.trainer_process import assert_same_weights, checkpoints, running
 
 # What the trainer is about to do when it dies.

@@ -10,7 +10,7 @@ import time
 import pytest
 import yaml
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.support.trainer_process import assert_same_weights, checkpoints, running, two_ranks
 
 ONLY_THEN = {"save_steps": 100}  # no checkpoint but that of the signal and the last

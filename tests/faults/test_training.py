@@ -12,7 +12,7 @@ import pytest
 
 from shared import wire
 from shared.protocol import ScoreResponse
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from tests.e2e.test_overlap import assert_same_to_the_last_bit, words
 from tests.support import fault_proxy as fault
 from tests.support import stub, stub_process

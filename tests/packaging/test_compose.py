@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from student_trainer import cli as student_trainer
+from student_trainer.commands import main as student_trainer
 from teacher_server import cli as teacher_server
 
 ROOT = Path(__file__).parents[2]

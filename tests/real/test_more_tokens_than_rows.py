@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from student_trainer.cli import main
 from student_trainer.client import TeacherClient
-from student_trainer.config import ModelArguments
-from student_trainer.loading import load_tokenizer
+from student_trainer.commands.main import main
+from student_trainer.config.arguments import ModelArguments
+from student_trainer.model.load import load_tokenizer
 from tests.support.real import model_folder
 from tests.support.server import running_server
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from student_trainer.cli import main
-from student_trainer.config import ModelArguments
-from student_trainer.loading import load_stop_ids, load_text_end, load_tokenizer
+from student_trainer.commands.main import main
+from student_trainer.config.arguments import ModelArguments
+from student_trainer.model.load import load_stop_ids, load_text_end, load_tokenizer
 from tests.support.real import model_folder
 
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from shared.identity import encoding_fingerprint, parting_text
 from shared.text import completion_text, decoded, encoded, lost, token_text
 from shared.tokenizer_file import PROBES
-from student_trainer.config import ModelArguments
-from student_trainer.loading import load_tokenizer
+from student_trainer.config.arguments import ModelArguments
+from student_trainer.model.load import load_tokenizer
 from teacher_server.backends import checkpoint
 from tests.support.data import published
 from tests.support.real import TOKENIZERS, tokenizer_folder

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from student_trainer.checks import check_distill, check_evaluate, check_rollouts
-from student_trainer.config import COMMANDS, parse
-from student_trainer.train import Recipe, check_recipe
+from student_trainer.config.checks import check_distill, check_evaluate, check_rollouts
+from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.training.recipe import Recipe, check_recipe
 from teacher_server import cli
-from teacher_server.auth import load_keys
+from teacher_server.limits.auth import load_keys
 from teacher_server.settings import Settings
 
 
@@ -25,7 +25,7 @@ def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
         ConfigurationError: it refuses them.
     """
     command, *flags = words
-    parts = parse(flags, *COMMANDS[command], prog=f"student-trainer {command}", description="")
+    parts = parse(flags, *ARGUMENTS[command], prog=f"student-trainer {command}", description="")
     if command == "evaluate":
         model, dataset, generation, _, teacher, args = parts
         check_evaluate(model, dataset, generation, teacher, args)

@@ -17,7 +17,7 @@ import httpx
 import uvicorn
 
 from teacher_server.app import TeacherApp
-from teacher_server.http_protocol import GuardedProtocol
+from teacher_server.http.protocol import GuardedProtocol
 
 
 def free_port() -> int:

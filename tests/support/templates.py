@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.template import TemplateOptions
 from tests.support.real import tokenizer_folder

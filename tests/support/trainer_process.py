@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from student_trainer.cli import main
-from student_trainer.threads import leave
+from student_trainer.commands.main import main
+from student_trainer.runtime.threads import leave
 from tests.support.server import free_port
 
 # All are forked from one process that has imported torch: that takes longer than a run.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["student_trainer.train"])
+_CONTEXT.set_forkserver_preload(["student_trainer.training.recipe"])
 
 Moment = tuple[str, str]  # an event of Python's audit, and how its first argument ends
 

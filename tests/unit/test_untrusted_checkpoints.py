@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from shared.errors import ConfigurationError
-from student_trainer.config import ModelArguments
-from student_trainer.loading import load_config, load_model, load_tokenizer
+from student_trainer.config.arguments import ModelArguments
+from student_trainer.model.load import load_config, load_model, load_tokenizer
 from teacher_server.backends.transformers import TransformersBackend
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings

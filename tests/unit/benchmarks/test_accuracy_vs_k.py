@@ -18,7 +18,7 @@ from benchmarks.accuracy_vs_k import (
     truncated,
 )
 from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
-from student_trainer.svg import write_chart
+from student_trainer.reporting.svg import write_chart
 
 V = 60
 

@@ -7,7 +7,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from student_trainer.train import Recipe, check_recipe
+from student_trainer.training.recipe import Recipe, check_recipe
 from tests.support.flags import (
     command_lines,
     read_server,

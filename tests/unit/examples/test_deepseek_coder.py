@@ -8,7 +8,7 @@ import pytest
 
 from examples.deepseek_coder import prepare
 from shared.errors import DatasetError
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 from student_trainer.data.rows import load_rows
 from tests.support.data import published
 from tests.support.flags import read_server, read_trainer, server_lines, trainer_lines, with_key

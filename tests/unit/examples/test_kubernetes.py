@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from tests.support.certificates import make_authority
 from tests.support.flags import read_server, read_trainer, with_key

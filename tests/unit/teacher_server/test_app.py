@@ -16,7 +16,7 @@ from shared.protocol import (
     ScoreResponse,
 )
 from teacher_server.app import TeacherApp
-from teacher_server.auth import ApiKeys
+from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.engine import Engine

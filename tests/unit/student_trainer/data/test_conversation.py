@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigurationError, DatasetError
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.conversation import (
     SPEAKERS,
     Conversation,

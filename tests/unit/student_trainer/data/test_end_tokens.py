@@ -4,7 +4,7 @@ import pytest
 from transformers import GenerationConfig
 
 from shared.identity import tokenizer_identity
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.end_tokens import compare_ends, stop_token_ids, text_end_id
 from student_trainer.data.examples import RowTokenizer
 from tests.support.stub import info

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigurationError, DatasetError, RowTooLongError
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data import token_cache, tokenize
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample

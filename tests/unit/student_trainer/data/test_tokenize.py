@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from shared.errors import DatasetError, RowTooLongError
-from student_trainer.config import DataArguments
+from student_trainer.config.arguments import DataArguments
 from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows

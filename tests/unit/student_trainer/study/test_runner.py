@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from student_trainer.cli import main
+from student_trainer.commands.main import main
 
 STEP = "tests.support.study_step"
 

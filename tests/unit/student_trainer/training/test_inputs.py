@@ -9,7 +9,8 @@ import pytest
 from transformers import TrainingArguments
 
 from shared.errors import ConfigurationError
-from student_trainer.config import COMMANDS, DataArguments
+from student_trainer.config.arguments import DataArguments
+from student_trainer.config.parse import ARGUMENTS
 from student_trainer.data.encode import Encoder
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.template import ChatTemplate, TemplateOptions
@@ -100,7 +101,7 @@ def test_each_flag_of_ours_has_its_place_once():
     ours = {
         field.name
         for command in ("sft", "distill")
-        for kind in COMMANDS[command]
+        for kind in ARGUMENTS[command]
         for field in dataclasses.fields(kind)
         if field.init and field.name not in theirs
     }

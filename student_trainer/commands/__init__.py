@@ -1,0 +1,1 @@
+"""The commands of `student-trainer`, one file each."""

@@ -1,0 +1,100 @@
+"""`student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
+
+Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
+130 Ctrl-C. `docs/command-line.md` has them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, get_args
+
+from shared import __version__, logs
+from shared.errors import (
+    ConfigurationError,
+    DatasetError,
+    SparseGKDError,
+    TeacherUnauthorizedError,
+    TokenizerMismatchError,
+)
+from shared.yaml_file import config_path, read_config
+from student_trainer.commands.registry import COMMANDS
+from student_trainer.runtime.terminal import no_bars_in_logs
+from student_trainer.runtime.threads import leave
+
+_LIST = "\n".join(f"  {name.ljust(10)} {command.help}" for name, command in COMMANDS.items())
+USAGE = f"""\
+usage: student-trainer COMMAND [flags]
+
+commands:
+{_LIST}
+
+student-trainer COMMAND --help lists the flags that matter. Commands from sft to merge have
+--help_all, which lists those of transformers too, and --config FILE.yaml, which holds the same
+names; sft, distill, precompute and study have --dry_run, which tells what a run would do.
+--log_format json, with any command, makes each line that is logged a JSON object.
+
+exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; SIGTERM while
+training saves a checkpoint and ends with 0."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = _log_as_told(list(sys.argv[1:] if argv is None else argv))
+    if not words or words[0] in ("-h", "--help"):
+        _print(USAGE)
+        return 0 if words else 2
+    if words[0] == "--version":
+        _print(f"student-trainer {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
+    no_bars_in_logs()
+    try:
+        command = COMMANDS[words[0]].load()
+        logs.adopt("transformers", "huggingface_hub", "datasets")
+        command(words[1:])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (
+        ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
+    ) as error:  # fmt: skip
+        return _fail(str(error), 2)
+    except SparseGKDError as error:
+        return _fail(str(error), 1)
+    except ImportError as error:  # a flag asked for a package that is not installed
+        return _fail(str(error), 2)
+    return 0
+
+
+def program() -> NoReturn:
+    """`main`, with its exit code."""
+    leave(main())
+
+
+def _log_as_told(words: list[str]) -> list[str]:
+    """The words without ``--log_format``, which is obeyed before anything large is imported."""
+    path = config_path(words)
+    if path is not None:
+        with contextlib.suppress(ConfigurationError):  # is raised where all flags are read
+            form = read_config(path).get("log_format")
+            words = words if form is None else [f"--log_format={form}", *words]
+    parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
+    parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
+    flags, rest = parser.parse_known_args(words)
+    logs.setup(flags.log_format, level="warning", text="%(message)s")
+    logging.getLogger("student_trainer").setLevel(logging.INFO)
+    return rest
+
+
+def _fail(message: str, code: int) -> int:
+    logs.last_words("student-trainer", message)
+    return code
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,49 @@
+"""`student-trainer completion`: what a shell needs to complete commands, flags and values."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from shared.completion import SHELLS, Words, script, words_of
+
+_DESCRIPTION = """\
+Print a completion script. In bash: eval "$(student-trainer completion bash)", or put the output
+into ~/.local/share/bash-completion/completions/student-trainer. In zsh, after compinit: source
+<(student-trainer completion zsh). In fish: into ~/.config/fish/completions/student-trainer.fish."""
+
+
+def completion(argv: Sequence[str]) -> None:
+    """Print the completion script of a shell."""
+    arguments = _parser().parse_args(list(argv))
+    sys.stdout.write(script(arguments.shell, "student-trainer", commands()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="student-trainer completion", description=_DESCRIPTION, allow_abbrev=False
+    )
+    parser.add_argument("shell", choices=SHELLS)
+    return parser
+
+
+def commands() -> dict[str, Words]:
+    """Every command with its flags."""
+    # Imported here, so that --help does not wait for torch.
+    from student_trainer.commands.doctor import make_parser as doctor
+    from student_trainer.commands.registry import COMMANDS
+    from student_trainer.config.parse import ARGUMENTS, make_parser
+    from student_trainer.reporting.command import make_parser as report
+    from student_trainer.study.command import make_parser as study
+
+    others = {"completion": _parser, "doctor": doctor, "report": report, "study": study}
+    found = {}
+    for name, command in COMMANDS.items():
+        if name in others:
+            found[name] = words_of(others[name](), command.help)
+        else:
+            types = ARGUMENTS["distill" if name == "precompute" else name]
+            prog = f"student-trainer {name}"
+            found[name] = words_of(make_parser(*types, prog=prog, description=""), command.help)
+    return found

@@ -1,0 +1,419 @@
+"""What overlaps with what: generation batches from prompts to scored samples.
+
+Every finished group of completions leaves for the teacher at once, in requests no larger than a
+micro-batch, so the teacher scores while the student still generates, and the first micro-batch is
+trained while the last is still being scored. Batches of later steps are begun ahead: those that do
+not depend on the student's weights by up to ``prefetch_steps``, and those that do by up to
+``staleness``, with the weights as they are; an engine of processes of its own writes them while the
+step before trains. How far is counted in steps and never measured in time: what is learned is the
+same however fast the teacher is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ConfigurationError, DatasetError
+from shared.protocol import Completion
+from shared.sampling import uniforms
+from shared.sparse import SparseLogprobs
+from student_trainer.data.micro_batches import by_length
+from student_trainer.data.sample import Example, Sample, completed
+from student_trainer.pipeline.prefetched import AheadBatch
+from student_trainer.pipeline.targets import ScoredSample
+from student_trainer.rollouts import RolloutEngine, RolloutRequest
+from student_trainer.runtime.threads import in_thread
+from student_trainer.runtime.timeline import Timeline
+from student_trainer.teacher.base import Sampling, Teacher
+
+R = TypeVar("R")
+
+_Written = list[list[Completion]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which completions are learned from, and how the teacher scores them.
+
+    SFT is no teacher at all; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1.
+    With ``sampled`` the rows are scored at ``top_k`` draws from the teacher, not at its top-k.
+    """
+
+    lmbda: float
+    seq_kd: bool
+    seq_kd_temperature: float
+    temperature: float
+    top_k: int
+    max_new_tokens: int
+    seed: int
+    stop_ids: tuple[int, ...]
+    sampled: bool = False
+
+    def on_policy(self, step: int) -> bool:
+        """The coin of a step: depends on seed and step alone, so it is the same on every rank."""
+        return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)
+
+    def sample_seed(self, step: int) -> int | None:
+        """Of the draws of a step, new in each: a sequence that comes again is drawn anew."""
+        return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
+
+    def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
+        """How the teacher writes a completion; ``scored``: and scores it in the same call."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seed=self.seed,
+            stop_token_ids=self.stop_ids,
+            top_k=self.top_k if scored else None,
+            score_temperature=self.temperature,
+        )
+
+
+@dataclass
+class PendingBatch:
+    """A generation batch on its way: samples as far as known, answers still in flight.
+
+    Attributes:
+        step: that learns it.
+        weight_version: optimizer steps behind the weights that it was begun with.
+        answers: for each sample, the request that scores it and its place in that.
+        scores: what came without a request of its own.
+        writing: the thread that writes the student's completions, where there is one.
+    """
+
+    step: int
+    examples: list[Example]
+    on_policy: bool
+    weight_version: int
+    samples: dict[int, Sample] = field(default_factory=dict)
+    requested: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
+    answers: dict[int, tuple[Future[list[SparseLogprobs]], int]] = field(default_factory=dict)
+    scores: dict[int, SparseLogprobs] = field(default_factory=dict)
+    completions: list[tuple[list[int], Future[list[Completion]]]] = field(default_factory=list)
+    writing: Future[None] | None = None
+
+
+class Pipeline:
+    """Turns examples into scored samples.
+
+    Args:
+        method: what to do.
+        teacher: None for SFT.
+        rollouts: None when no step is on-policy.
+        upcoming: the examples of any step.
+        staleness: steps by which what depends on the student's weights is begun ahead. 0 is
+            strictly on-policy. Pacing bounds it; no sample is thrown away.
+        prefetch_steps: steps by which everything else is begun ahead.
+        request_size: sequences in a request.
+        share: gives every rank's new teacher completions to all ranks, so that each prompt is
+            generated once whichever rank meets it next.
+        remember: keep the teacher's completions for the prompts that come again.
+        together: waits for the teacher on every rank, and fails on all where it fails on one.
+        propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
+            student's own most probable ones. Called equally often on every rank.
+        timeline: is told what goes on: "generating" (proposals included), waiting for the
+            "teacher", and requests.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        teacher: Teacher | None,
+        rollouts: RolloutEngine | None,
+        *,
+        upcoming: Callable[[int], list[Example]],
+        staleness: int = 0,
+        prefetch_steps: int = 0,
+        request_size: int = 8,
+        share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
+        together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
+        propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
+        timeline: Timeline | None = None,
+        remember: bool = True,
+    ) -> None:
+        self._remember = remember
+        self.method = method
+        self.teacher = teacher
+        self.rollouts = rollouts
+        self._upcoming = upcoming
+        self._staleness = staleness
+        self._prefetch_steps = prefetch_steps
+        self._request_size = request_size
+        self._share = share
+        self._together = together
+        self._propose = propose
+        self._timeline = timeline or Timeline()
+        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
+        self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
+
+    def take(self, step: int, last: int) -> PendingBatch:
+        """The batch of ``step``, after all batches up to ``last`` are begun that may run ahead.
+
+        Raises:
+            DatasetError: an off-policy row has no completion to learn from.
+        """
+        furthest = step + max(self._staleness, self._prefetch_steps)
+        for ahead in range(step, min(furthest, max(step, last)) + 1):
+            if ahead not in self._begun and ahead - step <= self._lead(ahead):
+                self._begun[ahead] = self._begin(ahead, weight_version=step)
+        for learned in [begun for begun in self._begun if begun < step]:
+            del self._begun[learned]
+        return self._begun[step]
+
+    def samples(self, batch: PendingBatch) -> list[Sample]:
+        """All samples of the batch, in the order of the examples, once they are written.
+
+        Called once for each batch, on every rank.
+        """
+        if batch.writing is not None:
+            with self._timeline.during("generating"):
+                _finish(batch)
+        new: dict[bytes, Completion] = {}
+        written: _Written = []
+        if self.method.seq_kd and not batch.on_policy:
+            written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
+        for (indices, _), completions in zip(batch.completions, written, strict=True):
+            for index, completion in zip(indices, completions, strict=True):
+                example = batch.examples[index]
+                batch.samples[index] = _teacher_sample(example, completion)
+                if completion.scores is not None:
+                    batch.scores[index] = completion.scores
+                new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
+        batch.completions.clear()  # they hold the scores, which go with their micro-batches
+        if self._scores_late(batch):
+            self._score(batch, list(range(len(batch.examples))))
+        if self.method.seq_kd and not batch.on_policy and self._remember:
+            self._written.update(self._share(new))
+        return [batch.samples[index] for index in range(len(batch.examples))]
+
+    def scored(self, batch: PendingBatch, indices: Sequence[int]) -> list[ScoredSample]:
+        """Wait for the scores of some of the samples, and of no others."""
+        for index in indices:
+            if index in batch.answers:
+                answer, place = batch.answers.pop(index)
+                batch.scores[index] = self._wait(answer)[place]
+        return [
+            ScoredSample(
+                batch.samples[i],
+                batch.scores.pop(i, None),
+                batch.requested.get(i),
+                sampled=self.method.sampled,
+            )
+            for i in indices
+        ]
+
+    def finish_writing(self) -> None:
+        """Wait until the rollout engine has written all that it was asked for."""
+        for batch in self._begun.values():
+            _finish(batch)
+
+    def ahead(self, step: int) -> list[AheadBatch]:
+        """What was begun for ``step`` and later ones, and cannot be begun again: the weights that
+        it came from are gone, or are those that a checkpoint keeps."""
+        self.finish_writing()
+        return [
+            AheadBatch(
+                batch.step,
+                batch.weight_version,
+                batch.on_policy,
+                [example.index for example in batch.examples],
+                [batch.samples[index] for index in range(len(batch.examples))],
+                [batch.requested[index] for index in range(len(batch.requested))],
+            )
+            for batch in self._begun.values()
+            if batch.step >= step and not self._independent_of_weights(batch.step)
+        ]
+
+    def resume(self, ahead: Sequence[AheadBatch]) -> None:
+        """Go on with what `ahead` told before the run was interrupted; scored again.
+
+        Raises:
+            ConfigurationError: it is of other rows, or further ahead than ``staleness`` allows.
+        """
+        for saved in ahead:
+            examples = self._upcoming(saved.step)
+            if [example.index for example in examples] != saved.examples:
+                raise ConfigurationError(
+                    f"the checkpoint holds completions for step {saved.step + 1}, but this run "
+                    "has other rows in it: resume with the same data, --seed, batch sizes and "
+                    "number of processes, or delete ahead-*.npz there to generate anew"
+                )
+            if saved.step - saved.weight_version > self._staleness:
+                raise ConfigurationError(
+                    f"the checkpoint holds completions for step {saved.step + 1} of the weights "
+                    f"after step {saved.weight_version}: resume with --rollout_staleness "
+                    f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
+                )
+            batch = PendingBatch(saved.step, examples, saved.on_policy, saved.weight_version)
+            batch.samples.update(enumerate(saved.samples))
+            batch.requested.update(enumerate(saved.requested))
+            self._submit(batch, list(batch.samples))
+            self._begun[saved.step] = batch
+
+    def _lead(self, step: int) -> int:
+        """Steps by which the batch of ``step`` may be begun ahead."""
+        if self._independent_of_weights(step):
+            return max(self._staleness, self._prefetch_steps)
+        return self._staleness
+
+    def _independent_of_weights(self, step: int) -> bool:
+        if self.teacher is None:
+            return True
+        proposed = self._propose is not None and not self.method.seq_kd  # SeqKD's come at the end
+        return not (self.method.on_policy(step) or proposed)
+
+    def _begin(self, step: int, weight_version: int) -> PendingBatch:
+        """Start a generation batch.
+
+        The student's completions are sampled here and now; only what runs ahead, and by an engine
+        elsewhere, is left to a thread.
+        """
+        on_policy = self.teacher is not None and self.method.on_policy(step)
+        batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
+        if batch.on_policy:
+            self._sample_from_student(batch, step)
+        elif self.method.seq_kd and self.teacher is not None:
+            self._ask_teacher(batch)
+        else:
+            for index, example in enumerate(batch.examples):
+                batch.samples[index] = dataset_sample(example)
+            self._score(batch, list(batch.samples))
+        return batch
+
+    def _wait(self, answer: Future[list[R]]) -> list[R]:
+        if answer.done():
+            return answer.result()
+        with self._timeline.during("teacher"):
+            return answer.result()
+
+    def _scores_late(self, batch: PendingBatch) -> bool:
+        """Whether nothing of the batch is scored before all of it is written.
+
+        The teacher generates and scores in one call, when the student has not seen the completion
+        yet. Where the student proposes ids, SeqKD therefore scores in a second call; all samples
+        of the batch at once, because how many were written before differs between ranks. So it does
+        where the support is drawn, which that one call cannot.
+        """
+        late = self._propose is not None or self.method.sampled
+        return late and self.method.seq_kd and not batch.on_policy
+
+    def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
+        assert self.rollouts is not None
+        requests = [
+            RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
+            for example in batch.examples
+        ]
+        if any(begun.writing for begun in self._begun.values()):
+            with self._timeline.during("generating"):
+                self.finish_writing()  # with the weights that the engine has still
+        with self._timeline.during("syncing"):
+            self.rollouts.sync(batch.weight_version)
+        ahead = step > batch.weight_version
+        if ahead and self.rollouts.elsewhere and self._propose is None:
+            batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
+        else:
+            with self._timeline.during("generating", step=step + 1):
+                self._write(batch, requests)
+
+    def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
+        """Completions by the student, each group scored when it is there."""
+        assert self.rollouts is not None
+        for group in self.rollouts.generate(requests):
+            for index, rollout in group:
+                batch.samples[index] = completed(
+                    batch.examples[index],
+                    rollout.token_ids,
+                    "student",
+                    truncated=rollout.truncated,
+                    weight_version=batch.weight_version,
+                )
+            self._score(batch, sorted(index for index, _ in group))
+
+    def _ask_teacher(self, batch: PendingBatch) -> None:
+        assert self.teacher is not None
+        unwritten: list[int] = []
+        for index, example in enumerate(batch.examples):
+            completion = self._written.get(_key(example.prompt_ids))
+            if completion is None:
+                unwritten.append(index)
+            else:
+                batch.samples[index] = _teacher_sample(example, completion)
+        late = self._scores_late(batch)
+        if not late:
+            self._score(batch, list(batch.samples))
+        if unwritten:
+            sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
+            prompts = [batch.examples[i].prompt_ids for i in unwritten]
+            future = self.teacher.submit(self.teacher.generate, prompts, sampling)
+            self._timeline.request(future, prompts=len(unwritten))
+            batch.completions.append((unwritten, future))
+
+    def _score(self, batch: PendingBatch, indices: list[int]) -> None:
+        """Have samples scored, at the ids that are proposed for them too."""
+        if self.teacher is None or not indices:
+            return
+        if self._propose is not None:
+            with self._timeline.during("generating"):
+                requested = self._propose([batch.samples[i] for i in indices])
+            batch.requested.update(zip(indices, requested, strict=True))
+        self._submit(batch, indices)
+
+    def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
+        assert self.teacher is not None
+        # What depends on the student's weights is never asked again, so no cache keeps it.
+        teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
+        # As they are trained, so that what the first micro-batch waits for is asked first.
+        lengths = [len(batch.samples[i].token_ids) for i in indices]
+        order = by_length(lengths, shortest_first=batch.on_policy)
+        indices = [indices[place] for place in order]
+        for first in range(0, len(indices), self._request_size):
+            part = indices[first : first + self._request_size]
+            samples = [batch.samples[i] for i in part]
+            answer = teacher.submit(
+                teacher.score,
+                [(s.token_ids, s.completion_start) for s in samples],
+                top_k=self.method.top_k,
+                temperature=self.method.temperature,
+                requested=[batch.requested[i] for i in part] if batch.requested else None,
+                sample_seed=self.method.sample_seed(batch.step),
+            )
+            rows = sum(len(sample.completion_mask) for sample in samples)
+            self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)
+            batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
+
+
+def _finish(batch: PendingBatch) -> None:
+    """Wait for the batch's thread."""
+    if batch.writing is not None:
+        batch.writing.result()
+        batch.writing = None
+
+
+def dataset_sample(example: Example) -> Sample:
+    """The dataset's own completion of the example.
+
+    Raises:
+        DatasetError: the row is a bare prompt.
+    """
+    if example.sample is None:
+        raise DatasetError(
+            f"{example.name}: no completion to learn from. Bare prompts are for distill with "
+            "--lmbda 1 (the student writes the completions) or --seq_kd (the teacher does)"
+        )
+    return example.sample
+
+
+def _teacher_sample(example: Example, completion: Completion) -> Sample:
+    truncated = completion.finish_reason == "length"
+    return completed(example, completion.token_ids, "teacher", truncated=truncated)
+
+
+def _key(prompt_ids: NDArray[np.uint32]) -> bytes:
+    return hashlib.sha256(prompt_ids.astype("<u4").tobytes()).digest()

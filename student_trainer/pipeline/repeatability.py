@@ -1,0 +1,67 @@
+"""Whether a teacher says the same twice: what it says at random cannot be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import TeacherAnswerError
+from shared.sparse import SparseLogprobs
+from student_trainer.data.sample import Example
+from student_trainer.pipeline.pipeline import Method
+from student_trainer.teacher.base import Teacher
+
+_ROWS = 2
+_TOKENS = 512  # of each row at most
+
+
+def check_repeats(
+    teacher: Teacher, examples: Sequence[Example], method: Method, *, tolerance: float
+) -> None:
+    """Have the first rows scored twice; not where only a cache's memory of the teacher is there.
+
+    Probabilities are compared and not their logs, since rounding moves the log of an improbable
+    token by more than any fault moves the loss.
+
+    Args:
+        tolerance: the most by which the probability of a next token, or of the token of any rank,
+            may change.
+
+    Raises:
+        TeacherAnswerError: it changed by more; shows both numbers.
+    """
+    if not teacher.connected:
+        return
+    examples = examples[:_ROWS]
+    sequences = [(_tokens(example), 1) for example in examples]  # all but the first is scored
+    first, second = (
+        teacher.live.score(sequences, top_k=method.top_k, temperature=method.temperature)
+        for _ in range(2)
+    )
+    teacher.take_traffic()  # not part of a training step
+    for example, a, b in zip(examples, first, second, strict=True):
+        once, again = _probabilities(a), _probabilities(b)
+        change = np.abs(once - again)  # [T, 1 + k]
+        row, column = np.unravel_index(change.argmax(), change.shape)
+        if change[row, column] > tolerance:
+            which = f"most probable token number {column}" if column else "next token"
+            raise TeacherAnswerError(
+                f"the teacher was asked twice about {example.name}, and gave the {which} after "
+                f"token {row + 1} the probability {once[row, column]:.4f}, then "
+                f"{again[row, column]:.4f}; --teacher_repeat_tolerance is {tolerance:g}. Look for "
+                "dropout, a kernel that races, or replicas that differ; raise it if this teacher "
+                "is meant to be so noisy"
+            )
+
+
+def _tokens(example: Example) -> NDArray[np.uint32]:
+    ids = example.prompt_ids if example.sample is None else example.sample.token_ids
+    return ids[:_TOKENS] if len(ids) > 1 else np.repeat(ids, 2)  # one alone predicts nothing scored
+
+
+def _probabilities(scores: SparseLogprobs) -> NDArray[np.float64]:
+    """[T, 1 + k] of the next token, and of the most probable ones by rank."""
+    logprobs = [scores.next_token_logprob[:, None], scores.logprobs]
+    return np.exp(np.concatenate(logprobs, axis=1, dtype=np.float64))

@@ -1,0 +1,1 @@
+"""Pages and charts of what runs left in their folders."""

@@ -1,0 +1,1 @@
+"""Terminal, signals, threads and clocks; nothing here knows of models."""

@@ -1,0 +1,313 @@
+"""What the trainer asks of a teacher, and the client of sparse-gkd's own server.
+
+HTTP ends here and in the two modules beside it: `student_trainer.teacher.balancer` and
+`student_trainer.teacher.vllm`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import (
+    TeacherAnswerError,
+    TeacherChangedError,
+)
+from shared.printable import one_line
+from shared.protocol import (
+    Completion,
+    InfoResponse,
+)
+from shared.sparse import SparseLogprobs
+from student_trainer.teacher.balancer import Replicas
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Sequences = Sequence[tuple[NDArray[np.uint32], int]]  # (token_ids [L], completion_start) pairs
+
+_LONGEST_NAME = 1_000  # characters
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher writes completions.
+
+    Attributes:
+        max_new_tokens: of each completion, at most.
+        temperature: of the sampling; 0 is greedy.
+        seed: a completion is a function of it and of the prompt.
+        stop_token_ids: each ends a completion, as its last token.
+        top_k: the completions are scored too, with so many log-probs for each row; None: not.
+        score_temperature: at which the logits of these scores are normalised.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    stop_token_ids: Sequence[int]
+    top_k: int | None = None
+    score_temperature: float = 1.0
+
+
+def sequence_of(
+    prompt: NDArray[np.uint32], completion: Completion
+) -> tuple[NDArray[np.uint32], int]:
+    """(token_ids [L], completion_start), as `Teacher.score` takes them."""
+    return np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt)
+
+
+def with_scores(
+    completions: Sequence[Completion], scores: Sequence[SparseLogprobs]
+) -> list[Completion]:
+    """The completions, each with its own scores."""
+    return [
+        completion.model_copy(update={"scores": score})
+        for completion, score in zip(completions, scores, strict=True)
+    ]
+
+
+def check_info(where: str, info: InfoResponse) -> None:
+    """Check what a teacher says of itself, before anything rests on it.
+
+    Raises:
+        TeacherAnswerError: an end token outside its vocabulary, or a name that would write over a
+            terminal or break a line of a log.
+    """
+    outside = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
+    if outside:
+        raise TeacherAnswerError(
+            f"{where}: eos_token_ids names {outside[0]}, which is outside the teacher's vocabulary "
+            f"of {info.vocab_size}. Check eos_token_id in its generation_config.json"
+        )
+    names = {
+        **info.teacher.model_dump(),
+        "tokenizer": info.tokenizer.fingerprint,
+        "tokenizer's encoding": info.tokenizer.encoding or "",
+    }
+    for field, value in names.items():
+        if len(value) > _LONGEST_NAME or not value.isprintable():
+            raise TeacherAnswerError(
+                f"{where}: the teacher's {field} is {one_line(value, 100)}; expected were at most "
+                f"{_LONGEST_NAME} characters, none of them a control character"
+            )
+
+
+def check_scores(
+    name: str,
+    score: SparseLogprobs,
+    sequence: tuple[NDArray[np.uint32], int],
+    *,
+    top_k: int,
+    width: int = 0,
+    vocab_size: int,
+    drawn: bool = False,
+) -> None:
+    """Check that scores fit one sequence, wherever they come from.
+
+    Args:
+        name: how the message calls the sequence.
+        sequence: (token_ids [L], completion_start).
+        top_k: log-probs asked for in each of T rows, T = L − completion_start.
+        width: requested ids of each row.
+        vocab_size: the teacher's.
+        drawn: the support is drawn from the teacher.
+
+    Raises:
+        TeacherAnswerError: a wrong shape, a token id outside, a non-finite log-prob, or what cannot
+            be the distributions of this sequence.
+    """
+    ids, start = sequence
+    expected = (len(ids) - start, top_k)
+    if score.token_ids.shape != expected:
+        raise TeacherAnswerError(
+            f"{name}: expected top-k arrays of shape {expected}, got {score.token_ids.shape}"
+        )
+    found = score.requested_logprobs
+    if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
+        raise TeacherAnswerError(
+            f"{name}: expected log-probs of {width} requested ids in "
+            f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+        )
+    if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
+        raise TeacherAnswerError(
+            f"{name}: token id {int(score.token_ids.max())} is outside "
+            f"the teacher's vocabulary of {vocab_size}"
+        )
+    score.require_finite(name)
+    score.require_plausible(name, ids[start:], drawn=drawn)
+
+
+def check_completion(name: str, completion: Completion, *, longest: int, vocab_size: int) -> None:
+    """Check the tokens of a completion, wherever it comes from.
+
+    Args:
+        name: how the message calls it.
+        longest: tokens asked for at most.
+        vocab_size: the teacher's.
+
+    Raises:
+        TeacherAnswerError: no token, too many, or one outside the vocabulary.
+    """
+    ids = completion.token_ids
+    if not 1 <= len(ids) <= longest or int(ids.max()) >= vocab_size:
+        raise TeacherAnswerError(
+            f"{name} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; asked for were 1 to "
+            f"{longest} of a vocabulary of {vocab_size}"
+        )
+
+
+class Teacher(Protocol):
+    """A served teacher, whatever it speaks; safe to use from several threads.
+
+    Scores are at the temperature asked for. Errors of every call but `close`:
+        InvalidRequestError: the teacher cannot do this; names the field and the limit.
+        PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much; names it.
+        TeacherUnreachableError: no answer within the timeout.
+        TeacherUnauthorizedError: the teacher wants a key, or another one.
+        TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
+        TeacherChangedError: another teacher answered.
+    """
+
+    _replicas: Replicas
+    _info: InfoResponse | None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._replicas.close()
+
+    @property
+    def info(self) -> InfoResponse:
+        """What is known of the teacher since `connect`."""
+        if self._info is None:
+            raise RuntimeError("call connect() first")
+        return self._info
+
+    @property
+    def connected(self) -> bool:
+        """Whether the teacher itself was met, and not only a cache that knows it."""
+        return self._info is not None
+
+    def take_traffic(self) -> tuple[int, int]:
+        """(bytes received, completion tokens scored) since the last call."""
+        return self._replicas.take_traffic()
+
+    @property
+    def live(self) -> Teacher:
+        """The teacher for what is asked once and never again: past a cache, if there is one."""
+        return self
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """(answers looked up in a cache, found there, found corrupt) since the last call."""
+        return 0, 0, 0
+
+    def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and read what the teacher is.
+
+        Raises:
+            TeacherUnreachableError: one is not ready within the timeout.
+            TeacherChangedError: replicas are not one and the same teacher.
+            TeacherAnswerError: something else listens there.
+        """
+        self._replicas.wait_until_ready()
+        urls = self._replicas.urls
+        for url in urls:
+            info = self._replicas.ask(url, self._get_info)
+            if self._info is None:
+                self._info = info
+            elif info.teacher != self._info.teacher:
+                raise TeacherChangedError(
+                    f"the replicas are different teachers: {urls[0]} is {self._info.teacher}, "
+                    f"{url} is {info.teacher}. Serve one model, or give one --teacher_url"
+                )
+        return self.info
+
+    def _get_info(self, url: str) -> InfoResponse:
+        """What one replica says of itself."""
+        ...
+
+    def _check(
+        self,
+        scores: Sequence[SparseLogprobs],
+        sequences: Sequences,
+        top_k: int,
+        requested: Sequence[int] | None = None,
+        *,
+        url: str,
+        offset: int,
+        drawn: bool = False,
+    ) -> None:
+        """Check that scores fit what was asked, and count their rows.
+
+        Args:
+            requested: number m of requested ids of each sequence; None for none.
+            url: of the replica that answered, for messages.
+            offset: number of the first sequence, for messages.
+            drawn: the supports are draws from the teacher.
+
+        Raises:
+            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob, or
+                what cannot be the distributions of these sequences.
+        """
+        if len(scores) != len(sequences):
+            raise TeacherAnswerError(
+                f"{len(sequences)} sequences were sent, {url} answered {len(scores)}"
+            )
+        widths = [0] * len(scores) if requested is None else requested
+        triples = zip(scores, sequences, widths, strict=True)
+        for number, (score, (ids, start), width) in enumerate(triples, offset):
+            check_scores(
+                f"{url}, sequence {number}",
+                score,
+                (ids, start),
+                top_k=top_k,
+                width=width,
+                vocab_size=self.info.vocab_size,
+                drawn=drawn,
+            )
+        self._replicas.count_scored(sum(len(score) for score in scores))
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
+    ) -> list[SparseLogprobs]:
+        """Teacher distributions of every completion row, in the order given.
+
+        Args:
+            top_k: log-probs for each row.
+            temperature: at which the teacher's logits are normalised.
+            requested: for each sequence, ids [T, m] that its rows are scored at too.
+            sample_seed: the ids are ``top_k`` draws, as in `shared.protocol.ScoreRequest`.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
+    ) -> list[Completion]:
+        """One completion of each prompt [P], with its scores where ``sampling`` asks for them."""
+        ...
+
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        """``call``, which is this teacher's `score` or `generate`, in the background."""
+        return self._replicas.submit(call, *arguments, **options)

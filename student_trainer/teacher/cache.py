@@ -1,0 +1,379 @@
+"""A teacher behind a store of its answers: what was asked before is not asked again.
+
+A score depends on the teacher and the question alone, so its key is a hash of both. A completion's
+key is the prompt, seed and sampling; its scores lie under the same keys as if the sequence had been
+scored, so that it does not matter in which way they were asked for first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from shared import codec, wire
+from shared.errors import (
+    ProtocolError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TeacherUnreachableError,
+)
+from shared.protocol import Completion, InfoResponse, LogprobDtype
+from shared.sparse import SparseLogprobs
+from student_trainer.teacher.base import (
+    Sampling,
+    Sequences,
+    Teacher,
+    check_completion,
+    check_info,
+    check_scores,
+    sequence_of,
+    with_scores,
+)
+from student_trainer.teacher.sparse import requested_width
+from student_trainer.teacher.store import AnswerStore
+
+M = TypeVar("M", bound=BaseModel)
+
+logger = logging.getLogger(__name__)
+
+OneSequence: TypeAlias = tuple[NDArray[np.uint32], int]  # token_ids [L], completion_start
+# The answer that a record under a key holds, checked; raises one of `_UNUSABLE`.
+Reader: TypeAlias = Callable[[bytes, bytes], M]
+
+_UNUSABLE = (ProtocolError, TeacherAnswerError)
+_NAME = "--teacher_cache"
+_FORMAT = 1  # part of each key: records of another form are never found
+_MAX_BYTES = 1 << 30
+
+
+class CachedTeacher(Teacher):
+    """`Teacher` that asks another one only for what the store does not hold.
+
+    The teacher's answers are checked before they are stored. A stored one is used only if its
+    checksum is right and it passes the same checks; else it counts as missing. Of several answers
+    to one question the first stands, also for those who asked at the same time, so that a run
+    repeats to the last bit from its store.
+
+    Args:
+        teacher: not yet connected.
+        store: closed with this teacher.
+        logprob_dtype: that ``teacher`` asks for.
+        starts_alone: `connect` goes on without a teacher that is switched off, if the store knows
+            what it was. It is waited for once something is missing.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        store: AnswerStore,
+        *,
+        logprob_dtype: LogprobDtype,
+        starts_alone: bool,
+    ) -> None:
+        self._teacher = teacher
+        self._store = store
+        self._dtype = logprob_dtype
+        self._starts_alone = starts_alone
+        self._replicas = teacher._replicas
+        self._info = None
+        self._connected = False
+        self._connecting = threading.Lock()
+        self._counting = threading.Lock()
+        self._looked_up = self._found = self._corrupt = 0
+
+    def close(self) -> None:
+        self._teacher.close()
+        self._store.close()
+
+    def connect(self) -> InfoResponse:
+        known = self._known() if self._starts_alone else None
+        if known is not None and self._replicas.switched_off():
+            logger.warning(
+                "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
+                "and it is waited for only if one is missing",
+                ", ".join(self._replicas.urls), known.teacher,
+            )  # fmt: skip
+            self._info = known
+            return known
+        self._info = self._teacher.connect()
+        self._connected = True
+        for url in self._replicas.urls:
+            self._store.note(url, _dump(self._info))
+        return self._info
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    @property
+    def live(self) -> Teacher:
+        return self._reached("this question is not cached")
+
+    def require(self, missing: int, wanted: int) -> None:
+        """Wait for the teacher now if any of the answers that a run will need is missing.
+
+        Raises:
+            TeacherUnreachableError: it is not ready in time; says how many are missing.
+        """
+        if missing:
+            self._reached(f"{missing} of {wanted} answers that this run needs are missing")
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        with self._counting:
+            taken = self._looked_up, self._found, self._store.corrupt - self._corrupt
+            self._looked_up = self._found = 0
+            self._corrupt = self._store.corrupt
+        return taken
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
+    ) -> list[SparseLogprobs]:
+        if sample_seed is not None:  # new in each step, so never asked again
+            return self.live.score(
+                sequences,
+                top_k=top_k,
+                temperature=temperature,
+                requested=requested,
+                sample_seed=sample_seed,
+            )
+        return self._scores(sequences, top_k, temperature, requested, {})
+
+    def _scores(
+        self,
+        sequences: Sequences,
+        top_k: int,
+        temperature: float,
+        requested: Sequence[NDArray[np.uint32]] | None,
+        known: Mapping[bytes, SparseLogprobs],
+    ) -> list[SparseLogprobs]:
+        """`score`, where some scores may be known already."""
+        ids = [None] * len(sequences) if requested is None else list(requested)
+        keys = [
+            self._score_key(sequence, top_k, temperature, more)
+            for sequence, more in zip(sequences, ids, strict=True)
+        ]
+        widths = map(requested_width, ids)
+        read = self._score_reader(
+            dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
+        )
+        found = {**known, **self._look_up([key for key in keys if key not in known], read)}
+        missing = _first_places(keys, found)
+        if missing:
+            scores = self._reached(f"{len(missing)} of {len(keys)} scores are missing").score(
+                [sequences[i] for i in missing],
+                top_k=top_k,
+                temperature=temperature,
+                requested=None if requested is None else [requested[i] for i in missing],
+            )
+            new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
+            found |= self._keep(new, read)
+        return [found[key] for key in keys]
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
+    ) -> list[Completion]:
+        top_k = sampling.top_k
+        keys = [self._completion_key(prompt, sampling) for prompt in prompts]
+        read = self._completion_reader(sampling)
+        found = self._look_up(keys, read)
+        missing = _first_places(keys, found)
+        fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
+        if missing:
+            asked = [prompts[i] for i in missing]
+            completions = self._reached(
+                f"{len(missing)} of {len(keys)} completions are missing"
+            ).generate(asked, sampling)
+            new: dict[bytes, Completion] = {}
+            scored: dict[bytes, tuple[OneSequence, int]] = {}
+            for i, completion in zip(missing, completions, strict=True):
+                new[keys[i]] = completion.model_copy(update={"scores": None})
+                if completion.scores is not None and top_k is not None:
+                    sequence = sequence_of(prompts[i], completion)
+                    key = self._score_key(sequence, top_k, sampling.score_temperature)
+                    fresh[key], scored[key] = completion.scores, (sequence, 0)
+            fresh = self._keep(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._keep(new, read)
+        written = [found[key] for key in keys]
+        if top_k is None:
+            return written
+        sequences = [sequence_of(p, c) for p, c in zip(prompts, written, strict=True)]
+        scores = self._scores(sequences, top_k, sampling.score_temperature, None, fresh)
+        return with_scores(written, scores)
+
+    def count_scores(self, sequences: Sequences, *, top_k: int, temperature: float) -> int:
+        """How many of the sequences `score` needs no teacher for."""
+        return self._store.count([self._score_key(s, top_k, temperature) for s in sequences])
+
+    def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
+        """How many of the prompts `generate` needs no teacher for."""
+        keys = [self._completion_key(prompt, sampling) for prompt in prompts]
+        found = self._read(keys, self._completion_reader(sampling))
+        sequences = [
+            sequence_of(prompt, found[key])
+            for key, prompt in zip(keys, prompts, strict=True)
+            if key in found
+        ]
+        if sampling.top_k is None:
+            return len(sequences)
+        return self.count_scores(
+            sequences, top_k=sampling.top_k, temperature=sampling.score_temperature
+        )
+
+    def _get_info(self, url: str) -> InfoResponse:
+        return self._teacher._get_info(url)
+
+    def _known(self) -> InfoResponse | None:
+        """What the teacher at these addresses was; of any, if the store knows only one."""
+        notes = self._store.notes()
+        here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
+        if len(here) != 1:
+            return None
+        try:
+            known = _load(InfoResponse, here.pop())
+            check_info(_NAME, known)
+            return known
+        except _UNUSABLE:
+            logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
+            return None
+
+    def _reached(self, why: str) -> Teacher:
+        """The teacher itself; waits for it where `connect` did not.
+
+        Raises:
+            TeacherUnreachableError: it is not ready in time.
+            TeacherChangedError: it is not the one whose answers are stored.
+        """
+        with self._connecting:
+            if not self._connected:
+                logger.warning("The teacher is waited for: %s in --teacher_cache", why)
+                try:
+                    info = self._teacher.connect()
+                except TeacherUnreachableError as error:
+                    raise TeacherUnreachableError(
+                        f"{why} in --teacher_cache: {error}. `student-trainer precompute` with the "
+                        "same flags fills the cache"
+                    ) from error
+                if info.teacher != self.info.teacher:
+                    raise TeacherChangedError(
+                        f"{why} in --teacher_cache, and the teacher is another one now: it was "
+                        f"{self.info.teacher}, it is {info.teacher}. Bring the first one back, or "
+                        "start again to ask this one for everything"
+                    )
+                self._connected = True
+        return self._teacher
+
+    def _score_reader(
+        self, asked: Mapping[bytes, tuple[OneSequence, int]], top_k: int
+    ) -> Reader[SparseLogprobs]:
+        """A reader of scores.
+
+        Args:
+            asked: for each key the sequence, and how many further ids were requested in each row.
+        """
+
+        def read(key: bytes, record: bytes) -> SparseLogprobs:
+            (sequence, width), score = asked[key], _load(SparseLogprobs, record)
+            rows = self.info.vocab_size
+            check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=rows)
+            return score
+
+        return read
+
+    def _completion_reader(self, sampling: Sampling) -> Reader[Completion]:
+        def read(key: bytes, record: bytes) -> Completion:
+            completion = _load(Completion, record)
+            longest, rows = sampling.max_new_tokens, self.info.vocab_size
+            check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=rows)
+            return completion
+
+        return read
+
+    def _look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
+        """The answers there are, counted."""
+        found = self._read(keys, read)
+        with self._counting:
+            self._looked_up += len(keys)
+            self._found += sum(key in found for key in keys)
+        return found
+
+    def _read(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
+        """The answers there are; a record that cannot be one is thrown out."""
+        different = list(dict.fromkeys(keys))
+        records = zip(different, self._store.get(different), strict=True)
+        return self._read_records({key: r for key, r in records if r is not None}, read)
+
+    def _keep(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
+        """Store answers; returns what stands: another process's where that came first."""
+        records = {key: _dump(message) for key, message in new.items()}
+        standing = self._store.add(records)
+        others = {key: record for key, record in standing.items() if record != records[key]}
+        return {**new, **self._read_records(others, read)}
+
+    def _read_records(self, records: Mapping[bytes, bytes], read: Reader[M]) -> dict[bytes, M]:
+        found: dict[bytes, M] = {}
+        bad: dict[bytes, bytes] = {}
+        for key, record in records.items():
+            try:
+                found[key] = read(key, record)
+            except _UNUSABLE:
+                bad[key] = record
+        if bad:
+            self._store.reject(bad)
+        return found
+
+    def _score_key(
+        self,
+        sequence: tuple[NDArray[np.uint32], int],
+        top_k: int,
+        temperature: float,
+        requested: NDArray[np.uint32] | None = None,
+    ) -> bytes:
+        ids, start = np.asarray(sequence[0], np.uint32), int(sequence[1])
+        return self._key(
+            "score", ids, start, int(top_k), float(temperature), requested, self._dtype
+        )
+
+    def _completion_key(self, prompt: NDArray[np.uint32], sampling: Sampling) -> bytes:
+        return self._key(
+            "completion",
+            np.asarray(prompt, np.uint32),
+            int(sampling.max_new_tokens),
+            float(sampling.temperature),
+            int(sampling.seed),
+            sorted({int(i) for i in sampling.stop_token_ids}),
+            self.info.eos_token_ids,
+        )
+
+    def _key(self, *question: Any) -> bytes:
+        asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *question])
+        return hashlib.sha256(asked).digest()
+
+
+def _first_places(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
+    """Return the first place of each key that was not found."""
+    places: dict[bytes, int] = {}
+    for place, key in enumerate(keys):
+        if key not in found:
+            places.setdefault(key, place)
+    return list(places.values())
+
+
+def _dump(message: BaseModel) -> bytes:
+    return wire.dump(message, wire.MSGPACK_MEDIA_TYPE)
+
+
+def _load(kind: type[M], record: bytes) -> M:
+    return wire.load(kind, record, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_BYTES)

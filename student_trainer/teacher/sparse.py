@@ -1,0 +1,359 @@
+"""The client of sparse-gkd's own server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from shared import codec, wire
+from shared.errors import (
+    InvalidRequestError,
+    MalformedRequestError,
+    PayloadTooLargeError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TokenizerMismatchError,
+    error_from_problem,
+)
+from shared.printable import one_line
+from shared.protocol import (
+    PROTOCOL_VERSION,
+    Completion,
+    GenerateEnd,
+    GenerateEvent,
+    GenerateRequest,
+    InfoResponse,
+    Limits,
+    LogprobDtype,
+    ScoreRequest,
+    ScoreResponse,
+    ScoreSequence,
+    TeacherIdentity,
+)
+from shared.sparse import SparseLogprobs
+from student_trainer.teacher.balancer import FAILURES, Replicas, Unreachable
+from student_trainer.teacher.base import (
+    Sampling,
+    Sequences,
+    Teacher,
+    check_completion,
+    check_info,
+    sequence_of,
+)
+from student_trainer.teacher.split import in_parts
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+_MAX_ANSWER_BYTES = 1 << 30
+_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # of an answer; and once more of each sequence in it
+
+
+class SparseGkdTeacher(Teacher):
+    """`Teacher` that speaks the protocol of `shared.protocol`.
+
+    Args:
+        urls: addresses of replicas of one teacher, such as ``http://host:8000``.
+        timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
+        accept_change: go on when the teacher's identity changes in the middle of a run.
+        logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
+        api_key: the teacher's, sent as ``Authorization: Bearer``.
+        unreachable: as in `Replicas`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float = 600.0,
+        accept_change: bool = False,
+        logprob_dtype: LogprobDtype = "float32",
+        api_key: str | None = None,
+        unreachable: Unreachable = "wait",
+    ) -> None:
+        self.accept_change = accept_change
+        self.logprob_dtype = logprob_dtype
+        self._info = None
+        self._lock = threading.Lock()
+        self._replicas = Replicas(
+            urls,
+            timeout=timeout,
+            media_type=wire.MSGPACK_MEDIA_TYPE,
+            ready="/ready",
+            rejoins=self._rejoins,
+            start="teacher-server serve MODEL",
+            api_key=api_key,
+            unreachable=unreachable,
+        )
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
+    ) -> list[SparseLogprobs]:
+        asked = [None] * len(sequences) if requested is None else list(requested)
+        items = [
+            ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
+            for (ids, start), more in zip(sequences, asked, strict=True)
+        ]
+        widths = [requested_width(more) for more in asked]
+        envelope = ScoreRequest(
+            sequences=[],
+            top_k=top_k,
+            temperature=temperature,
+            logprob_dtype=self.logprob_dtype,
+            sample_seed=sample_seed,
+        )
+        costs = [
+            (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))
+            for (ids, start), width, item in zip(sequences, widths, items, strict=True)
+        ]
+
+        def ask(first: int, last: int) -> list[SparseLogprobs]:
+            request = envelope.model_copy(update={"sequences": items[first:last]})
+            tokens = sum(len(ids) for ids, _ in sequences[first:last])
+            body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
+            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_answer_bytes, costs[first:last]))
+
+            def scored(url: str) -> list[SparseLogprobs]:
+                answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
+                self._check(
+                    answer.sequences,
+                    sequences[first:last],
+                    top_k,
+                    widths[first:last],
+                    url=url,
+                    offset=first,
+                    drawn=sample_seed is not None,
+                )
+                return answer.sequences
+
+            return self._replicas.call(scored, lambda: tokens)
+
+        return in_parts(costs, _room(self.info.limits, envelope), ask)
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
+    ) -> list[Completion]:
+        envelope = GenerateRequest(
+            prompts=[],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop_token_ids=np.asarray(sampling.stop_token_ids, dtype=np.uint32),
+            top_k=sampling.top_k,
+            score_temperature=sampling.score_temperature,
+            logprob_dtype=self.logprob_dtype,
+            stream=True,
+        )
+        rows, top_k = sampling.max_new_tokens, sampling.top_k or 0
+        costs = [(1, len(ids) + rows, rows * top_k, len(codec.encode(ids))) for ids in prompts]
+        finished: dict[int, Completion] = {}
+
+        def accept(url: str, index: int, completion: Completion) -> None:
+            self._check_completion(url, index, prompts[index], completion, sampling)
+            finished[index] = completion
+
+        def missing(first: int, last: int) -> list[int]:
+            return [index for index in range(first, last) if index not in finished]
+
+        def ask(first: int, last: int) -> list[Completion]:
+            # A completion is a function of seed and prompt alone: what a cut connection or a part
+            # that was too large has brought already is not asked for again.
+            while indices := missing(first, last):
+                request = envelope.model_copy(update={"prompts": [prompts[i] for i in indices]})
+                body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
+                receive = partial(self._receive, body=body, indices=indices, accept=accept)
+                self._replicas.call(
+                    receive, lambda: sum(costs[index][1] for index in missing(first, last))
+                )
+            return [finished[index] for index in range(first, last)]
+
+        return in_parts(costs, _room(self.info.limits, envelope), ask)
+
+    def _receive(
+        self,
+        url: str,
+        *,
+        body: bytes,
+        indices: Sequence[int],
+        accept: Callable[[str, int, Completion], None],
+    ) -> None:
+        """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
+
+        Args:
+            body: a `GenerateRequest` of the prompts whose numbers are ``indices``.
+
+        Raises:
+            TeacherAnswerError: not such an answer, or not what was asked for.
+            TeacherChangedError: another teacher's; none of its completions was accepted.
+            ProtocolError, httpx.TransportError: no completion came; `Replicas.call` tries again.
+        """
+        path = "/v1/generate"
+        waiting = dict(enumerate(indices))  # place in the request -> number of the prompt
+        try:
+            with self._replicas.stream(url, "POST", path, body) as chunks:
+                for message in _messages(url + path, chunks):
+                    self._check_identity(url, message.teacher)
+                    if isinstance(message, GenerateEnd):
+                        if message.problem is not None:
+                            problem = message.problem
+                            raise error_from_problem(problem.status, problem.model_dump())
+                        continue
+                    index = waiting.pop(message.prompt, None)
+                    if index is None or message.sample != 0:
+                        raise TeacherAnswerError(
+                            f"{url}{path} answered completion {message.sample} of prompt "
+                            f"{message.prompt}, which was not asked for or had come before"
+                        )
+                    accept(url, index, message.completion)
+                    chunks.extend()
+        except FAILURES as error:
+            if len(waiting) == len(indices):
+                raise
+            logger.warning(
+                "The answer of %s broke off (%s); %d of its %d completions are asked for again",
+                url, error, len(waiting), len(indices),
+            )  # fmt: skip
+        else:
+            if waiting:
+                raise TeacherAnswerError(
+                    f"{len(indices)} completions were asked for, {url} answered "
+                    f"{len(indices) - len(waiting)}"
+                )
+
+    def _check_completion(
+        self,
+        url: str,
+        index: int,
+        prompt: NDArray[np.uint32],
+        completion: Completion,
+        sampling: Sampling,
+    ) -> None:
+        check_completion(
+            f"{url}: completion {index}",
+            completion,
+            longest=sampling.max_new_tokens,
+            vocab_size=self.info.vocab_size,
+        )
+        if sampling.top_k is None:
+            return
+        if completion.scores is None:
+            raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
+        sequences = [sequence_of(prompt, completion)]
+        self._check([completion.scores], sequences, sampling.top_k, url=url, offset=index)
+
+    def _call(
+        self,
+        method: str,
+        url: str,
+        path: str,
+        answer: type[M],
+        body: bytes | None = None,
+        *,
+        most: int = _MAX_ANSWER_BYTES,
+    ) -> M:
+        content = self._replicas.request(url, method, path, body, most=most)
+        with _readable(url + path):
+            message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
+        if isinstance(message, ScoreResponse):
+            self._check_identity(url, message.teacher)
+        return message
+
+    def _check_identity(self, url: str, identity: TeacherIdentity) -> None:
+        if identity == self.info.teacher:
+            return
+        error = self._changed(url, identity)
+        if not self.accept_change:
+            raise error
+        info, known = self._get_info(url), self.info
+        same = (info.tokenizer.fingerprint, info.vocab_size, info.tokenizer.encoding)
+        if same != (known.tokenizer.fingerprint, known.vocab_size, known.tokenizer.encoding):
+            raise TokenizerMismatchError(
+                f"{error} It has another tokenizer too: {info.vocab_size} rows, vocabulary "
+                f"{info.tokenizer.fingerprint} and encoding {info.tokenizer.encoding}, not "
+                f"{known.vocab_size}, {known.tokenizer.fingerprint} and {known.tokenizer.encoding}"
+            )
+        logger.warning("%s", error)
+        with self._lock:
+            self._info = info
+
+    def _changed(self, url: str, identity: TeacherIdentity) -> TeacherChangedError:
+        return TeacherChangedError(
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity!s:.500}. "
+            "Bring the first one back, or pass --accept_teacher_change"
+        )
+
+    def _rejoins(self, url: str) -> bool:
+        """Whether a replica that is back is the teacher that the others are.
+
+        Another one is accepted, when told so, only once no replica of the first is left: two
+        teachers never answer side by side.
+        """
+        identity = self._get_info(url).teacher
+        if identity != self.info.teacher and not self.accept_change:
+            raise self._changed(url, identity)
+        return identity == self.info.teacher
+
+    def _get_info(self, url: str) -> InfoResponse:
+        info = self._call("GET", url, "/v1/info", InfoResponse)
+        if info.protocol_version != PROTOCOL_VERSION:
+            raise TeacherAnswerError(
+                f"{url} speaks protocol version {info.protocol_version}, this trainer "
+                f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
+            )
+        check_info(url, info)
+        return info
+
+
+def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
+    """Sequences, tokens, log-probs and bytes that fit a request beside its other fields."""
+    list_header = 4  # more than that of the envelope's empty list
+    body = limits.max_body_bytes - _size(envelope) - list_header
+    return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
+
+
+def _size(message: BaseModel) -> int:
+    """Bytes in a request's body."""
+    return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
+
+
+def _answer_bytes(cost: tuple[int, ...]) -> int:
+    """Most bytes in the answer to one sequence: an id and a float32 for each log-prob."""
+    _, tokens, logprobs, _ = cost
+    return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
+
+
+def requested_width(requested: NDArray[np.uint32] | None) -> int:
+    return 0 if requested is None else requested.shape[1]
+
+
+def _messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
+    # A generator: what the reader of a message raises does not come by here.
+    with _readable(where):
+        yield from wire.stream_messages(
+            chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
+        )
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """What cannot be decoded is a `TeacherAnswerError`."""
+    try:
+        yield
+    except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
+        text = one_line(str(error))
+        raise TeacherAnswerError(f"{where} answered something else: {text}") from error

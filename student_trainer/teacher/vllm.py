@@ -1,0 +1,454 @@
+"""A stock `vllm serve` as teacher: completions with vLLM's ``prompt_logprobs``, at vLLM's price.
+
+The price: log-probs of the prompt's rows are computed and sent too, every log-prob is some 70 bytes
+of JSON, and nothing proves that the teacher's vocabulary is the student's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from shared.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    MalformedRequestError,
+    TeacherAnswerError,
+    TeacherChangedError,
+    TokenizerMismatchError,
+)
+from shared.identity import tokenizer_identity
+from shared.protocol import (
+    PROTOCOL_VERSION,
+    Capabilities,
+    Completion,
+    InfoResponse,
+    Limits,
+    TeacherIdentity,
+)
+from shared.sparse import SparseLogprobs
+from shared.tokenizer_file import PROBES
+from student_trainer.teacher.balancer import Replicas, Unreachable
+from student_trainer.teacher.base import (
+    Sampling,
+    Sequences,
+    Teacher,
+    check_completion,
+    check_info,
+    sequence_of,
+    with_scores,
+)
+from student_trainer.teacher.split import in_parts
+
+logger = logging.getLogger(__name__)
+
+_PROBED_TOKENS = 4096
+# Bounds an answer to some 75 MB of JSON: all rows are sent, those of the prompts too.
+_ROOM = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
+# What is left beside log-probs in float32 cannot be told from nothing below this.
+_RESOLUTION = 2.0**-24
+_MAX_VOCABULARY = 1 << 24
+_ABOVE_0 = 0.01  # what rounding may do to a log-prob of 0
+
+
+class VllmTeacher(Teacher):
+    """`student_trainer.teacher.base.Teacher` over vLLM's own OpenAI-style server.
+
+    vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked (see
+    there); ``info`` holds the student's tokenizer for the teacher's, and a warning says so. An
+    answer carries the model's name alone: other weights under the same name go unseen.
+
+    Args:
+        urls: addresses of replicas of one teacher, such as ``http://host:8000``.
+        tokenizer: the student's.
+        rows: of the student's output layer.
+        top_k: log-probs that will be asked for.
+        timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
+        accept_change: go on when a replica comes back under another version of vLLM.
+        api_key: one of vLLM's ``--api-key``.
+        unreachable: as in `Replicas`.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        tokenizer: Any,
+        rows: int,
+        top_k: int,
+        timeout: float = 600.0,
+        accept_change: bool = False,
+        api_key: str | None = None,
+        unreachable: Unreachable = "wait",
+    ) -> None:
+        self.accept_change = accept_change
+        self._tokenizer = tokenizer
+        self._rows = rows
+        self._top_k = top_k
+        self._info = None
+        self._replicas = Replicas(
+            urls,
+            timeout=timeout,
+            media_type="application/json",
+            ready="/health",
+            rejoins=self._rejoins,
+            start="vllm serve MODEL",
+            api_key=api_key,
+            unreachable=unreachable,
+        )
+
+    def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and check what vLLM lets one check.
+
+        That is: the same model under the same version at every address, the tokenization of some
+        4,000 tokens from all over the vocabulary and of every special token, how many token ids the
+        model knows, and that ``top_k`` log-probs are served.
+
+        Raises:
+            TeacherUnreachableError: one is not ready within the timeout.
+            TeacherChangedError: replicas differ.
+            TokenizerMismatchError: teacher and student tokenize differently.
+            ConfigurationError: vLLM serves fewer log-probs; names the flag that raises its limit.
+            TeacherAnswerError: this is not vLLM.
+        """
+        super().connect()
+        urls = self._replicas.urls
+        for url in urls:
+            self._replicas.ask(url, self._check_tokenizer)
+            self._replicas.ask(url, self._check_top_k)
+        vocab_size = self._replicas.ask(urls[0], self._count_token_ids)
+        self._info = self.info.model_copy(update={"vocab_size": vocab_size})
+        logger.warning(
+            "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "
+            "nothing proves that its weights are those you mean, or its vocabulary the student's. "
+            "Checked are its name, its context (%d), how many token ids it knows (%d), and how it "
+            "tokenizes %d tokens. `teacher-server serve` lets all of it be checked",
+            urls[0], self.info.teacher.model, self.info.teacher.version,
+            self.info.max_model_len + 1, vocab_size, min(len(self._tokenizer), _PROBED_TOKENS),
+        )  # fmt: skip
+        return self.info
+
+    def score(
+        self,
+        sequences: Sequences,
+        *,
+        top_k: int,
+        temperature: float = 1.0,
+        requested: Sequence[NDArray[np.uint32]] | None = None,
+        sample_seed: int | None = None,
+    ) -> list[SparseLogprobs]:
+        """Teacher distributions of every completion row, in the order given.
+
+        Raises: as `Teacher`; `InvalidRequestError` for requested ids, which vLLM does not score,
+            for a support that is drawn, and for a temperature other than 1, which it never applies
+            to log-probs of a prompt.
+        """
+        if requested is not None:
+            raise InvalidRequestError(
+                "vLLM scores no requested ids; use `teacher-server serve`",
+                field="requested_token_ids",
+            )
+        if sample_seed is not None:
+            raise InvalidRequestError(
+                "vLLM draws no support; use `teacher-server serve`", field="sample_seed"
+            )
+        if temperature != 1.0:
+            raise InvalidRequestError(
+                f"temperature {temperature}: vLLM never applies a temperature to the log-probs of "
+                "a prompt; use 1.0, or `teacher-server serve`",
+                field="temperature",
+            )
+        costs = [(1, len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
+
+        def ask(first: int, last: int) -> list[SparseLogprobs]:
+            part = sequences[first:last]
+            url, choices = self._complete(
+                [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
+            )
+            scores = [
+                self._read_scores(choice, ids, start, top_k)
+                for choice, (ids, start) in zip(choices, part, strict=True)
+            ]
+            self._check(scores, part, top_k, url=url, offset=first)
+            return scores
+
+        return in_parts(costs, _ROOM, ask)
+
+    def generate(
+        self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
+    ) -> list[Completion]:
+        """As `Teacher`, scored in a second pass."""
+        costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
+
+        def ask(first: int, last: int) -> list[Completion]:
+            url, choices = self._complete(
+                prompts[first:last],
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                stop_token_ids=[int(i) for i in sampling.stop_token_ids],
+                return_token_ids=True,
+            )
+            completions = [_read_completion(choice) for choice in choices]
+            for number, completion in enumerate(completions, first):
+                check_completion(
+                    f"{url}: completion {number}",
+                    completion,
+                    longest=sampling.max_new_tokens,
+                    vocab_size=self.info.vocab_size,
+                )
+            return completions
+
+        completions = in_parts(costs, _ROOM, ask)
+        if sampling.top_k is not None:
+            scores = self.score(
+                [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
+                top_k=sampling.top_k,
+                temperature=sampling.score_temperature,
+            )
+            completions = with_scores(completions, scores)
+        return completions
+
+    def _complete(
+        self, prompts: Sequence[NDArray[np.uint32]], *, max_tokens: int, **options: Any
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """Who answered, and one choice of `/v1/completions` for each prompt, in order."""
+        body = {
+            "model": self.info.teacher.model,
+            "prompt": [ids.tolist() for ids in prompts],
+            "max_tokens": max_tokens,
+            # Said outright: the checkpoint's generation_config.json may set others.
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            **options,
+        }
+        tokens = sum(len(ids) + max_tokens for ids in prompts)
+        url, answer = self._replicas.call(
+            lambda url: (url, self._ask(url, "POST", "/v1/completions", body)), lambda: tokens
+        )
+        model, choices = answer.get("model"), answer.get("choices")
+        if model != self.info.teacher.model:
+            raise TeacherChangedError(
+                f"{self.info.teacher.model} was asked, {url} answered as {model!r:.200}; check "
+                "--teacher_url"
+            )
+        if not isinstance(choices, list) or len(choices) != len(prompts):
+            raise TeacherAnswerError(
+                f"{len(prompts)} prompts were sent, {url} answered "
+                f"{len(choices) if isinstance(choices, list) else f'{choices!r:.60}'} choices"
+            )
+        by_index = {
+            choice["index"]: choice
+            for choice in choices
+            if isinstance(choice, dict) and isinstance(choice.get("index"), int)
+        }
+        if by_index.keys() != set(range(len(prompts))):
+            raise TeacherAnswerError(
+                f"{len(prompts)} prompts were sent, {url} answered choices of {list(by_index)}"
+            )
+        return url, [by_index[index] for index in range(len(prompts))]
+
+    def _read_scores(
+        self, choice: Mapping[str, Any], ids: NDArray[np.uint32], start: int, top_k: int
+    ) -> SparseLogprobs:
+        """The completion rows of one choice.
+
+        A row names its top-k and, where that is not among them, the token that came next. The tail
+        is what they leave of 1, in float64 from log-probs that were float32: mass below 2⁻²⁴ reads
+        as that, and none is left only where the row names the whole vocabulary.
+        """
+        rows = choice.get("prompt_logprobs")
+        if not isinstance(rows, list) or len(rows) != len(ids):
+            raise TeacherAnswerError(
+                f"{len(ids)} rows of prompt_logprobs were asked for, the teacher answered "
+                f"{len(rows) if isinstance(rows, list) else f'{rows!r:.60}'}"
+            )
+        count = len(ids) - start
+        token_ids = np.zeros((count, top_k), np.uint32)
+        logprobs = np.zeros((count, top_k), np.float32)
+        next_logprob = np.zeros(count, np.float32)
+        tail = np.full(count, -np.inf, np.float32)
+        for t, next_id in enumerate(ids[start:].tolist()):
+            named = _read_row(rows[start + t], t, self.info.vocab_size)
+            if next_id not in named or len(named) < top_k:
+                raise TeacherAnswerError(
+                    f"row {t} names {len(named)} tokens, {top_k} and token {next_id} were asked for"
+                )
+            next_logprob[t] = named[next_id]
+            if len(named) < self.info.vocab_size:
+                mass = math.fsum(map(math.exp, named.values()))
+                tail[t] = math.log(max(1.0 - mass, _RESOLUTION))
+            if len(named) > top_k:
+                del named[next_id]
+            top = sorted(named.items(), key=lambda item: -item[1])[:top_k]
+            token_ids[t] = [token_id for token_id, _ in top]
+            logprobs[t] = [logprob for _, logprob in top]
+        return SparseLogprobs(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            next_token_logprob=next_logprob,
+            tail_logprob=tail,
+        )
+
+    def _get_info(self, url: str) -> InfoResponse:
+        """What vLLM says of its model; what it does not say is the student's."""
+        models = self._ask(url, "GET", "/v1/models").get("data")
+        models = models if isinstance(models, list) else []
+        own = [m for m in models if isinstance(m, dict) and m.get("parent") is None]
+        length = own[0].get("max_model_len") if own else None
+        if not isinstance(length, int) or length < 2:
+            raise TeacherAnswerError(
+                f"{url}/v1/models names no model of vLLM; start it with `vllm serve MODEL`, or use "
+                "--teacher_protocol sparse-gkd for `teacher-server serve`"
+            )
+        info = InfoResponse(
+            protocol_version=PROTOCOL_VERSION,
+            teacher=TeacherIdentity(
+                model=str(own[0].get("id")),
+                fingerprint="unknown",
+                dtype="unknown",
+                backend="vllm serve",
+                version=str(self._ask(url, "GET", "/version").get("version")),
+            ),
+            tokenizer=tokenizer_identity(self._tokenizer),
+            vocab_size=self._rows,  # until they are counted
+            max_model_len=length - 1,  # scoring generates one token more
+            eos_token_ids=[],
+            limits=Limits(
+                max_sequences=_ROOM[0],
+                max_tokens=_ROOM[1],
+                max_logprobs=_ROOM[2],
+                max_top_k=self._top_k,
+            ),
+            capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
+        )
+        check_info(url, info)
+        return info
+
+    def _rejoins(self, url: str) -> bool:
+        """Whether a replica that is back is the teacher that the others are."""
+        identity = self._get_info(url).teacher
+        if identity == self.info.teacher:
+            return True
+        if self.accept_change and identity.model == self.info.teacher.model:
+            logger.warning("%s is vLLM %s now", url, identity.version)
+            return True
+        raise TeacherChangedError(
+            f"{url} is another teacher now: it was {self.info.teacher}, it is {identity}. Bring "
+            "the first one back; --accept_teacher_change accepts another version of vLLM alone"
+        )
+
+    def _check_tokenizer(self, url: str) -> None:
+        """Raises `TokenizerMismatchError`: text from all over the vocabulary is cut otherwise."""
+        size = len(self._tokenizer)
+        spread = list(range(0, size, max(1, size // _PROBED_TOKENS)))
+        special = "".join(self._tokenizer.all_special_tokens)
+        text = self._tokenizer.decode(spread, skip_special_tokens=True) + special
+        text = "\n".join([text, *PROBES])
+        ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        body = {"model": self._model(), "prompt": text, "add_special_tokens": False}
+        theirs = self._ask(url, "POST", "/tokenize", body).get("tokens")
+        if theirs == ours:
+            return
+        if not isinstance(theirs, list):
+            raise TeacherAnswerError(f"{url}/tokenize answered no tokens")
+        place = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            min(len(ours), len(theirs)),
+        )
+        raise TokenizerMismatchError(
+            f"teacher and student tokenize differently: of one text the teacher at {url} makes "
+            f"{len(theirs)} tokens, the student {len(ours)}, and they part at token {place} "
+            f"({theirs[place:][:1]} and {ours[place:][:1]}). Distil within one tokenizer family"
+        )
+
+    def _check_top_k(self, url: str) -> None:
+        """Raises `ConfigurationError` where vLLM does not serve as many log-probs."""
+        body = {"prompt": [[0, 0]], "max_tokens": 1, "prompt_logprobs": self._top_k}
+        try:
+            self._ask(url, "POST", "/v1/completions", {"model": self._model(), **body})
+        except MalformedRequestError as error:
+            raise ConfigurationError(
+                f"--top_k_logprobs {self._top_k}: {url} refuses it ({error}). Restart it with "
+                f"`vllm serve {self._model()} --max-logprobs {self._top_k}`, or lower "
+                "--top_k_logprobs (vLLM's own limit is 20)"
+            ) from error
+
+    def _count_token_ids(self, url: str) -> int:
+        """Rows of the teacher's output layer: vLLM does not say it, but refuses ids beyond them."""
+        known, unknown = 0, self._rows
+        while self._knows(url, unknown):
+            known, unknown = unknown, 2 * unknown
+            if unknown > _MAX_VOCABULARY:
+                raise TeacherAnswerError(f"{url} takes any token id: this is not vLLM")
+        while unknown - known > 1:
+            middle = (known + unknown) // 2
+            if self._knows(url, middle):
+                known = middle
+            else:
+                unknown = middle
+        return unknown
+
+    def _knows(self, url: str, token_id: int) -> bool:
+        body = {"model": self._model(), "prompt": [[token_id]], "max_tokens": 1}
+        try:
+            self._ask(url, "POST", "/v1/completions", body)
+        except MalformedRequestError:
+            return False
+        return True
+
+    def _model(self) -> str:
+        return self.info.teacher.model
+
+    def _ask(
+        self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        content = self._replicas.request(url, method, path, data)
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise TeacherAnswerError(f"{url}{path} answered something else: {error}") from error
+        if not isinstance(answer, dict):
+            raise TeacherAnswerError(f"{url}{path} answered {type(answer).__name__}, not an object")
+        return answer
+
+
+def _read_row(row: Any, number: int, vocab_size: int) -> dict[int, float]:
+    """{token id: log-prob} of one row of ``prompt_logprobs``."""
+    try:
+        named = {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
+        if len(named) == len(row) and all(
+            0 <= token_id < vocab_size and not logprob > _ABOVE_0
+            for token_id, logprob in named.items()
+        ):
+            return named
+        raise ValueError("an id outside the vocabulary or twice, or a log-prob above 0")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TeacherAnswerError(
+            f"row {number} of prompt_logprobs is malformed: {error!r:.200}"
+        ) from error
+
+
+def _read_completion(choice: Mapping[str, Any]) -> Completion:
+    token_ids, reason = choice.get("token_ids"), choice.get("finish_reason")
+    if not isinstance(token_ids, list) or not token_ids or reason not in ("stop", "length"):
+        raise TeacherAnswerError(
+            f"a completion came without token_ids or with finish_reason {reason!r:.60}; "
+            "return_token_ids needs vLLM 0.10.2 or later"
+        )
+    try:
+        return Completion.model_validate({"token_ids": token_ids, "finish_reason": reason})
+    except ValidationError as error:
+        raise TeacherAnswerError(
+            f"a completion came with token_ids that are none: {token_ids!r:.60}"
+        ) from error

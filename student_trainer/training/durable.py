@@ -1,0 +1,209 @@
+"""transformers' Trainer for runs that are left alone.
+
+Checkpoints are whole or not there; SIGTERM saves one and stops, and so does a teacher that is lost,
+on all ranks alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from shared.errors import CheckpointError, ProtocolError, TeacherError, TeacherUnreachableError
+from student_trainer.runtime.random_state import RandomState
+from student_trainer.runtime.signals import first_signal_asks
+from student_trainer.training.checkpoints import (
+    keep_latest,
+    publish,
+    remove_unfinished,
+    unfinished,
+    writing,
+)
+from student_trainer.training.inputs import keep_inputs
+
+_PATIENCE = 5.0  # seconds that SIGTERM leaves the teacher; torchrun leaves its processes 30
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+
+class DurableTrainer(Trainer):
+    """Takes transformers' Trainer's arguments.
+
+    Args:
+        inputs: what the run is trained with, for its checkpoints; see `training.inputs`.
+
+    Attributes:
+        stopped: by SIGTERM, before the last step.
+    """
+
+    def __init__(
+        self, model: Any, *, inputs: Mapping[str, Any] | None = None, **trainer_arguments: Any
+    ) -> None:
+        self._inputs = inputs
+        super().__init__(model, **trainer_arguments)
+        self.stopped = False
+        self._waiting = False  # for the teacher
+        self._saved_step = -1  # of the last checkpoint
+        self._writing_checkpoint = False
+        self._random_state: RandomState | None = None  # at the end of the last step
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set.
+
+        Raises:
+            CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
+        """
+        if self.args.should_save:
+            remove_unfinished(self._output)
+        with first_signal_asks(_PATIENCE, self._wait_no_longer) as asked:
+            self.add_callback(_AfterStep(self, asked))
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except (TeacherError, ProtocolError):
+                self._save_what_was_learned()
+                self.stopped = asked.is_set() and self.state.global_step > 0
+                if not self.stopped:
+                    raise
+                return None
+            except UnpicklingError as error:
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} does not load, and nothing in it was run: it is "
+                    "damaged, or holds more than tensors and numbers. Go on from another one by "
+                    "--resume_from_checkpoint FOLDER, or delete it"
+                ) from error
+
+    def _wait_no_longer(self) -> None:
+        if self._waiting:
+            raise TeacherUnreachableError("told to end while it waited for the teacher")
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """As the Trainer's, which would go one step too far after the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**arguments)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(unfinished(self._output) if self._writing_checkpoint else self._output)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process.
+
+        Raises:
+            CheckpointError: the disk takes no more.
+        """
+        output, step = self._output, self.state.global_step
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with writing(f"the checkpoint after step {step}", output):
+            self._writing_checkpoint = True
+            super()._save_checkpoint(model, trial)
+            self._writing_checkpoint = False
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(output / name)
+                if self.args.should_save:  # the file says where it was written
+                    self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            if self.args.should_save and self._inputs is not None:
+                keep_inputs(self._inputs, unfinished(output) / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(output, name)
+        self._saved_step = step
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            keep_latest(output, self.args.save_total_limit, newest=name, best=best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Waits for the folder to have its name: the upload goes on in the background."""
+
+    def _finalize_training(self, *arguments: Any) -> Any:
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer does so too, but a deletion of its own can be cut short.
+            keep_latest(self._output, 1, newest=Path(best).name, best=best)
+        return super()._finalize_training(*arguments)
+
+    @property
+    def _output(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+    def _save_what_was_learned(self) -> None:
+        """A checkpoint as of the end of the last step, whatever of the next one was done since.
+
+        A run that goes on from it ends as one that was never interrupted.
+        """
+        step = self.state.global_step
+        if self._random_state is None or self._saved_step == step:  # nothing new
+            return
+        self._random_state.restore()
+        self._save_checkpoint(self.model, None)
+        self.accelerator.wait_for_everyone()
+        logger.warning(
+            "Saved %s/%s-%d: the same command with --resume_from_checkpoint auto goes on",
+            self._output, PREFIX_CHECKPOINT_DIR, step,
+        )  # fmt: skip
+
+    def _together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
+        """What ``wait`` brings from the teacher; all ranks fail where one does.
+
+        None is left waiting for another's gradients, and all can save a checkpoint.
+
+        Args:
+            meets: the ranks exchange something in what follows. Where they do not, one that fails
+                waits here until the others come to where they do.
+
+        Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
+        """
+        error: Exception | None = None
+        try:
+            self._waiting = True
+            brought = wait()
+        except (TeacherError, ProtocolError) as failure:
+            error = failure
+        finally:
+            self._waiting = False
+        if self.accelerator.num_processes > 1 and (meets or error is not None):
+            failed = self._sum_over_ranks(torch.tensor(float(error is not None)))
+            if failed and error is None:
+                error = TeacherUnreachableError(
+                    "another process of this run lost its teacher, and says how"
+                )
+        if error is not None:
+            raise error
+        return brought
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        summed = self.accelerator.reduce(values.to(self.args.device), "sum")
+        return summed.cpu()
+
+
+class _AfterStep(TrainerCallback):
+    """Keeps the random state, and saves and stops after the step in which any rank was told to end;
+    all ranks after the same."""
+
+    def __init__(self, trainer: DurableTrainer, asked: threading.Event) -> None:
+        self.trainer = trainer
+        self.asked = asked
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._random_state = RandomState.now()
+        if self.trainer._sum_over_ranks(torch.tensor(float(self.asked.is_set()))):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+            self.trainer.stopped = state.global_step < state.max_steps
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped:  # in its middle
+            control.should_save = control.should_evaluate = False

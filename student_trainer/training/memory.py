@@ -1,0 +1,114 @@
+"""What a step holds in memory, told from the configuration: no weight is loaded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from student_trainer.config.arguments import (
+    AdapterArguments,
+    CommonTrainingArguments,
+    ModelArguments,
+    uses_deepspeed,
+    uses_fsdp,
+)
+from student_trainer.losses.fused import CHUNK_BYTES
+from student_trainer.model.load import load_skeleton
+
+# NF4 with double quantisation (QLoRA, arXiv 2305.14314): 4 bits, an 8-bit scale for each 64 weights
+# and a 32-bit one for each 256 of those.
+_BYTES_OF_4_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process that nothing shards; activations, caches and kernels come on top.
+
+    Attributes:
+        parameters, trainable: counts, not bytes.
+        weights, gradients: of all parameters; of those that are trained.
+        buckets: in which DDP exchanges gradients between processes: a second copy of them.
+        optimizer: its state after the first step; None where --optim does not tell without a GPU.
+        casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
+        loss: a chunk of logits, and the gradient of the output layer where it is trained.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    buckets: int
+    optimizer: int | None
+    casts: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        step = self.gradients + self.buckets + (self.optimizer or 0)
+        return self.weights + step + self.casts + self.loss
+
+
+def estimate_memory(
+    model: ModelArguments, adapters: AdapterArguments, args: CommonTrainingArguments, *, tokens: int
+) -> Memory:
+    """Exact for weights, gradients and optimizer, unless weights are quantised.
+
+    Args:
+        tokens: learned in a micro-batch, at most.
+
+    Raises:
+        ConfigurationError: there is no such model, or the adapters do not fit it.
+    """
+    skeleton = load_skeleton(
+        model, adapters, gradient_checkpointing=bool(args.gradient_checkpointing)
+    )
+    parameters = list(skeleton.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    head = skeleton.get_output_embeddings().weight
+    linear = [m.weight for m in skeleton.modules() if isinstance(m, nn.Linear)]
+    weights = bytes_of(parameters)
+    if adapters.load_in_4bit:
+        whole = [w for w in linear if not w.requires_grad and w is not head]
+        weights += round(_BYTES_OF_4_BIT * sum(w.numel() for w in whole)) - bytes_of(whole)
+    casts = 0
+    if args.bf16 or args.fp16:
+        casts = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
+    if adapters.load_in_4bit:
+        casts = 0  # a layer is unpacked as it is used, and no copy stays
+    sharded = uses_fsdp(args) or uses_deepspeed(args)
+    return Memory(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in trained),
+        weights=weights,
+        gradients=bytes_of(trained),
+        buckets=bytes_of(trained) if args.world_size > 1 and not sharded else 0,
+        optimizer=_optimizer_bytes(args, skeleton, trained),
+        casts=casts,
+        loss=min(CHUNK_BYTES, 4 * len(head) * tokens) + 4 * head.numel() * head.requires_grad,
+    )
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _optimizer_bytes(
+    args: CommonTrainingArguments, model: Any, trained: list[nn.Parameter]
+) -> int | None:
+    """Of the state that the optimizer itself makes in a step on the meta device, which is none."""
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        options.pop("fused", None)  # the same state, in a kernel that wants a device
+        optimizer = kind(trained, **options)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+    except Exception:  # whatever a library raises about a missing GPU, or tensors without numbers
+        return None
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return bytes_of(value for value in states if isinstance(value, torch.Tensor))

@@ -1,0 +1,191 @@
+"""README.md of a trained model: what it is made of, for people and for the Hugging Face Hub.
+
+It goes wherever the weights go, so it names no address, no key and no folder of this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from shared import __version__
+from shared.printable import code_span
+from shared.protocol import TeacherIdentity
+from student_trainer.config.arguments import CommonTrainingArguments, DistillArguments
+
+# Told elsewhere on the card, or of this machine alone, or an address or a key.
+_UNTOLD = {
+    "model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir", "logging_dir",
+    "teacher_url", "teacher_api_key_file", "teacher_timeout", "teacher_cache",
+    "teacher_cache_max_gb", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
+    "hub_always_push", "hub_revision", "push_to_hub", "resume_from_checkpoint", "run_name",
+    "report_to", "dataloader_pin_memory", "project", "trackio_space_id", "use_cpu",
+    "disable_tqdm", "local_rank", "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config",
+    "trace_steps", "remove_unused_columns", "logging_first_step", "logging_steps",
+    "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level",
+    "log_level_replica",
+}  # fmt: skip
+_GKD = "on-policy GKD"
+_NUMBERS = {
+    "loss": "training loss",
+    "divergence": "divergence in training, nats a token",
+    "eval_loss": "held-out loss, nats a token",
+    "eval_divergence": "held-out divergence, nats a token",
+    "eval_pass@1": "held-out pass@1",
+    "eval_exact_match": "held-out exact match",
+    "top1_agreement": "same most probable token",
+    "train_runtime": "seconds",
+}
+
+
+def model_card(
+    name: str,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    arguments: Sequence[Any],
+    teacher: TeacherIdentity | None,
+    rows: int,
+) -> str:
+    """The card as text.
+
+    Args:
+        name: of the model.
+        history: what was logged.
+        arguments: dataclasses of flags, as `config.parse` gives them for `sft` or `distill`; the
+            Trainer's own are the last.
+        teacher: who taught, or None for SFT.
+        rows: trained on.
+    """
+    flags = {f.name: getattr(part, f.name) for part in arguments for f in fields(part)}
+    base, datasets = str(flags["model_name_or_path"]), list(flags["dataset_name"])
+    adapters = bool(flags["use_peft"])
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparse-gkd", "sft" if teacher is None else "knowledge-distillation"],
+    }
+    if not _is_local(base):
+        metadata["base_model"] = base
+    published = [name for name in datasets if not _is_local(name)]
+    if published:
+        metadata["datasets"] = published
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
+        f"# {name}\n",
+        _story(flags, method_of(arguments[-1]), teacher, rows) + "\n",
+        f"## Use\n\n{_use(base, adapters)}",
+        f"## Numbers\n\n{_numbers(history)}",
+        f"## Flags\n\nThose that are not the default:\n\n{_table(_told(arguments))}",
+        f"sparse-gkd {__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__.split('+')[0]}.\n",
+    ]
+    return "\n".join(sections)
+
+
+def method_of(args: CommonTrainingArguments) -> str:
+    """What the method is called in the literature."""
+    if not isinstance(args, DistillArguments):
+        return "supervised fine-tuning (SFT)"
+    off_policy = "SeqKD" if args.seq_kd else "supervised KD"
+    if args.lmbda == 0:
+        return off_policy
+    return _GKD if args.lmbda == 1 else f"a mixture of {_GKD} and {off_policy}"
+
+
+def _story(
+    flags: Mapping[str, Any], method: str, teacher: TeacherIdentity | None, rows: int
+) -> str:
+    method = method.replace(_GKD, f"{_GKD} ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))")
+    base = _public(flags["model_name_or_path"])
+    named = " and ".join(f"`{_public(name)}`" for name in flags["dataset_name"])
+    trained = "LoRA adapters for" if flags["use_peft"] else "All weights of"
+    text = f"{trained} `{base}`, trained by {method} on {rows} rows of {named}."
+    if teacher is None:
+        return text
+    beta = flags["beta"]
+    divergence = {0.0: "forward KL", 1.0: "reverse KL"}.get(
+        beta, f"generalized JSD with beta {beta:g}"
+    )
+    k = flags["top_k_logprobs"]
+    seen = f"its {k} most probable tokens and an exact tail"
+    if flags["tail"] == "renormalize":
+        seen = f"its {k} most probable tokens, without a tail"
+    if flags["teacher_support"] == "sampled":
+        seen = f"{k} draws from its distribution"
+    return (
+        f"{text}\n\nThe teacher was {code_span(_public(teacher.model))} "
+        f"({code_span(teacher.dtype)}, {code_span(f'{teacher.backend} {teacher.version}')}; "
+        f"fingerprint {code_span(teacher.fingerprint[:16])}), of which the student saw "
+        f"{seen} at each position. The loss is the {divergence} at temperature "
+        f"{flags['temperature']:g}."
+    )
+
+
+def _use(base: str, adapters: bool) -> str:
+    if not adapters:
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\n```\n'
+        )
+    return (
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER_OR_REPOSITORY")\n```\n\n'
+        f"The adapters are for `{_public(base)}`.\n"
+    )
+
+
+def _numbers(history: Sequence[Mapping[str, Any]]) -> str:
+    found: dict[str, Any] = {}
+    for entry in history:
+        found |= {name: entry[name] for name in _NUMBERS if name in entry}
+    steps = {"optimizer steps": history[-1]["step"]} if history else {}
+    return _table(steps | {_NUMBERS[n]: f"{found[n]:.4g}" for n in _NUMBERS if n in found})
+
+
+def _told(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Flags that are neither the default nor nobody's business."""
+    told: dict[str, Any] = {}
+    for part in arguments:
+        for flag in fields(part):
+            value = getattr(part, flag.name)
+            value = value.value if isinstance(value, Enum) else value
+            usual = value in (None, "", []) or value == _default(flag)
+            plain = isinstance(value, str | int | float | list)
+            if flag.init and flag.name not in _UNTOLD and plain and not usual:
+                told[f"`--{flag.name}`"] = f"`{_public(value)}`"
+    return told
+
+
+def _default(flag: Field[Any]) -> Any:
+    if flag.default_factory is not MISSING:
+        return flag.default_factory()
+    return flag.default.value if isinstance(flag.default, Enum) else flag.default
+
+
+def _is_local(name: str) -> bool:
+    """Whether it is a path; as the Hub's names have at most one slash and no such beginning."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return True
+    with suppress(OSError):  # longer than the name of a file can be
+        return Path(name).exists()
+    return False
+
+
+def _public(value: Any) -> str:
+    """The value; of a path on this machine the last part alone."""
+    text = str(value)
+    return Path(text).name if isinstance(value, str) and _is_local(text) else text
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"| | |\n| --- | --- |\n{lines}"

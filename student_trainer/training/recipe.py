@@ -1,0 +1,435 @@
+"""`sft` and `distill`: from flags to a trained model in a folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from shared.errors import (
+    ConfigurationError,
+)
+from student_trainer.config.arguments import (
+    AdapterArguments,
+    CommonTrainingArguments,
+    DataArguments,
+    DatasetArguments,
+    DistillArguments,
+    GenerationArguments,
+    ModelArguments,
+    TeacherArguments,
+    TemplateArguments,
+    checkpoint_of,
+    traced_steps,
+)
+from student_trainer.config.checks import (
+    api_key_of,
+    check_common,
+    check_generation,
+)
+from student_trainer.data.conversation import PlainText, read_row
+from student_trainer.data.end_tokens import compare_ends
+from student_trainer.data.examples import RowTokenizer
+from student_trainer.data.order import TrainingOrder
+from student_trainer.data.rows import (
+    Row,
+)
+from student_trainer.data.sample import Example
+from student_trainer.data.sources import _LOOK, Rows
+from student_trainer.data.stream import ExampleStream, RowStream
+from student_trainer.data.template import ChatTemplate, TemplateOptions
+from student_trainer.data.template_date import keep_date, read_date
+from student_trainer.evaluation.checkers import missing_fences
+from student_trainer.model.load import (
+    context_length,
+    load_config,
+    load_stop_ids,
+    load_student,
+    load_text_end,
+    load_tokenizer,
+)
+from student_trainer.pipeline.pipeline import Method
+from student_trainer.pipeline.planned_requests import count_missing, questions
+from student_trainer.rollouts import VllmEngine
+from student_trainer.runtime.signals import first_signal_asks
+from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.cache import CachedTeacher
+from student_trainer.teacher.compatible import check_vocabulary
+from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.store import AnswerStore
+from student_trainer.teacher.vllm import VllmTeacher
+from student_trainer.training.checkpoints import writing
+from student_trainer.training.cut_completions import CutCompletions
+from student_trainer.training.examples import make_examples
+from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
+from student_trainer.training.model_card import model_card
+from student_trainer.training.text_end import KeepEndTokens
+from student_trainer.training.trainer import DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
+
+    model: ModelArguments
+    adapters: AdapterArguments
+    dataset: DatasetArguments
+    data: DataArguments
+    generation: GenerationArguments
+    template: TemplateArguments = field(default_factory=TemplateArguments)
+
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        return (
+            self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
+        )  # fmt: skip
+
+
+def open_teacher(
+    teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
+) -> Teacher:
+    """The client that ``--teacher_protocol`` names, not yet connected; behind ``--teacher_cache``.
+
+    Args:
+        starts_alone: a cache that knows the teacher does not wait for it.
+    """
+    assert teacher.teacher_url is not None  # checked with the flags
+    if teacher.teacher_protocol == "vllm":
+        return VllmTeacher(
+            teacher.teacher_url,
+            tokenizer=load_tokenizer(model),
+            rows=int(load_config(model).get_text_config().vocab_size),
+            top_k=teacher.top_k_logprobs,
+            timeout=teacher.teacher_timeout,
+            accept_change=teacher.accept_teacher_change,
+            api_key=api_key_of(teacher),
+            unreachable=teacher.teacher_unreachable,
+        )
+    client = SparseGkdTeacher(
+        teacher.teacher_url,
+        timeout=teacher.teacher_timeout,
+        accept_change=teacher.accept_teacher_change,
+        logprob_dtype=teacher.teacher_logprob_dtype,
+        api_key=api_key_of(teacher),
+        unreachable=teacher.teacher_unreachable,
+    )
+    if teacher.teacher_cache is None:
+        return client
+    size = int(teacher.teacher_cache_max_gb * 1e9)
+    store = AnswerStore(teacher.teacher_cache, max_bytes=size)
+    return CachedTeacher(
+        client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
+    )
+
+
+def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
+    """Raises `ConfigurationError` for what cannot work, before a teacher is waited for."""
+    check_common(recipe.model, recipe.adapters, recipe.dataset, recipe.data, args)
+    check_generation(recipe.generation)
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
+            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
+        )
+    checkpoint_of(args)
+
+
+def run(
+    recipe: Recipe,
+    prepared: Prepared,
+    args: CommonTrainingArguments,
+    *,
+    teacher: Teacher | None,
+    distill: DistillArguments | None,
+    flags: Sequence[Any],
+) -> DistillationTrainer:
+    checkpoint = checkpoint_of(args)
+    set_seed(args.seed)
+    method, train, held_out = prepared.method, prepared.train, prepared.held_out
+    inputs = training_inputs(
+        flags,
+        None if isinstance(train, ExampleStream) else train,
+        prepared.template,
+        rows_a_step=args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.world_size,
+        teacher=None if teacher is None else teacher.info.teacher,
+    )
+    if checkpoint is not None:
+        check_resumed(Path(checkpoint), inputs)
+    _make_folder(args)
+    if args.should_save:
+        with writing("what it is trained with", Path(args.output_dir or "")):
+            keep_inputs(inputs, Path(args.output_dir or ""))
+    student = load_student(
+        recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
+    )
+    longest = prepared.max_length
+    if not isinstance(train, ExampleStream):
+        longest = longest_rollout(train, held_out, method)
+    with open_engine(student, recipe, distill, longest) as engine:
+        trainer = DistillationTrainer(
+            student,
+            args=args,
+            method=method,
+            beta=0.0 if distill is None else distill.beta,
+            teacher=teacher,
+            vocab_size=prepared.vocab_size,
+            tail="bucket" if distill is None else distill.tail,
+            sft_weight=0.0 if distill is None else distill.sft_weight,
+            kernel=args.loss_kernel,
+            student_top_m=0 if distill is None else distill.student_top_m,
+            rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
+            generation_batch_size=recipe.generation.generation_batch_size,
+            vllm=engine,
+            max_tokens_per_batch=args.max_tokens_per_batch,
+            packing=args.packing,
+            longest=prepared.max_length,
+            staleness=0 if distill is None else distill.rollout_staleness,
+            prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
+            trace_steps=traced_steps(args),
+            inputs=inputs,
+            card=partial(
+                model_card,
+                arguments=flags,
+                teacher=None if teacher is None else teacher.info.teacher,
+                rows=len(train),
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=prepared.tokenizer,
+        )
+        if method.lmbda > 0 or method.seq_kd:
+            trainer.add_callback(CutCompletions(method.max_new_tokens))
+        if prepared.keep_end_tokens:
+            trainer.add_callback(KeepEndTokens(student))
+        if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
+            learned = [train[i] for i in rows_of_run(args, trainer.order)]
+            measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
+            teacher.require(*count_missing(teacher, questions(method, learned, measured)))
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped:
+        logger.warning(
+            "told to end: saved after step %d of %d; the same command with "
+            "--resume_from_checkpoint auto goes on",
+            trainer.state.global_step,
+            trainer.state.max_steps,
+        )
+        _end(trainer)
+        return trainer
+    output = Path(args.output_dir or "")
+    # The run is over but for its files: told to end now, it ends with them whole.
+    with first_signal_asks(math.inf, lambda: None), writing("the trained model", output):
+        trainer.save_model()
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        trainer.create_model_card()
+    trainer.log_metrics("train", result.metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    _end(trainer)
+    return trainer
+
+
+def _end(trainer: DistillationTrainer) -> None:
+    """Together: a process that ends while the others' group still runs is aborted now and then."""
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `distill` and `precompute` make of rows and flags, before there is a student."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    method: Method
+    train: list[Example] | ExampleStream
+    held_out: list[Example] | None
+    template: ChatTemplate
+    max_length: int
+    keep_end_tokens: bool  # the model's own, which are not the tokenizer's
+
+
+def prepare(
+    recipe: Recipe,
+    rows: Rows,
+    args: CommonTrainingArguments,
+    *,
+    distill: DistillArguments | None = None,
+    teacher: Teacher | None = None,
+    asked: TeacherArguments | None = None,
+) -> Prepared:
+    """Return what a run learns from, as its flags say.
+
+    Args:
+        distill, teacher, asked: the flags of the method, the connected teacher and the flags of
+            the teacher; None for SFT.
+
+    Raises:
+        DatasetError, ConfigurationError: rows or flags that cannot be learned.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
+    vocab_size = int(config.get_text_config().vocab_size)
+    context = context_length(config)
+    if teacher is not None:
+        check_vocabulary(tokenizer, vocab_size, teacher.info)
+        vocab_size = min(vocab_size, teacher.info.vocab_size)
+        context = min(context, teacher.info.max_model_len)
+    if distill is not None and distill.student_top_m > vocab_size:
+        raise ConfigurationError(
+            f"--request_student_top_m {distill.student_top_m} is over the shared "
+            f"vocabulary of {vocab_size}"
+        )
+    stop_ids = load_stop_ids(recipe.model, tokenizer)
+    if teacher is not None and PartialState().is_main_process:
+        told = compare_ends(tokenizer, stop_ids, teacher.info)
+        if told is not None:
+            logger.warning("%s", told)
+    method = _method(
+        args, distill, recipe.generation, 1 if asked is None else asked.top_k_logprobs, stop_ids
+    )
+    folders = date_folders(args, None if asked is None else asked.teacher_cache)
+    today = read_date(recipe.template.chat_template_date, folders)
+    template = TemplateOptions(recipe.template.kwargs, gather_object([today])[0])
+    text_end = load_text_end(recipe.model, tokenizer)
+    row_tokenizer = RowTokenizer(
+        tokenizer,
+        method.stop_ids,
+        recipe.data,
+        max_length_of(recipe.data, context),
+        template,
+        one_sequence=method.lmbda == 0 and not method.seq_kd,
+        text_end=text_end,
+    )
+    if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
+        raise ConfigurationError(
+            f"--chat_template_date {recipe.template.chat_template_date} has no effect: "
+            f"{row_tokenizer.chat.name} prints no date. Drop it"
+        )
+    train, held_out = make_examples(rows, row_tokenizer, method, context, args, vocab_size)
+    checkers = [example.checker for example in held_out or [] if example.checker]
+    missing_fences(checkers, unsafe=args.unsafe_sandbox)
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train) < batch:
+        raise ConfigurationError(
+            f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
+        )
+    return Prepared(
+        tokenizer,
+        vocab_size,
+        method,
+        train,
+        held_out,
+        row_tokenizer.chat,
+        row_tokenizer.max_length,
+        text_end is not None and _are_plain_text(rows.train, recipe.data),
+    )
+
+
+def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:
+    """Return whether no row is a conversation; of a stream, its first rows tell."""
+    some = rows.head(_LOOK) if isinstance(rows, RowStream) else rows
+    return all(isinstance(read_row(where, row, data), PlainText) for where, row in some)
+
+
+def date_folders(args: CommonTrainingArguments, teacher_cache: str | None) -> list[Path]:
+    """Return where the date of the chat template is kept: with what depends on it."""
+    return [Path(folder) for folder in (args.output_dir, teacher_cache) if folder]
+
+
+def keep_template_date(prepared: Prepared, folders: Sequence[Path]) -> None:
+    """Keep the date that the chat template prints, if it prints one, in each folder."""
+    if prepared.template.prints_date and PartialState().is_main_process:
+        keep_date(prepared.template.options.today, folders)
+
+
+def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:
+    """Numbers of the rows that this rank learns."""
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(args.num_train_epochs * order.steps_per_epoch)
+    taken = (order.micro_batches(step) for step in range(min(steps, order.steps_per_epoch)))
+    return sorted({row for micro_batches in taken for rows in micro_batches for row in rows})
+
+
+def longest_rollout(
+    train: Sequence[Example], held_out: Sequence[Example] | None, method: Method
+) -> int:
+    """Tokens of the longest prompt that the student is asked, and a whole completion.
+
+    Of held-out rows those with a checker: others may fill the context.
+    """
+    asked = [*train, *(example for example in held_out or [] if example.checker is not None)]
+    return max(len(example.prompt_ids) for example in asked) + method.max_new_tokens
+
+
+def open_engine(
+    student: Any, recipe: Recipe, distill: DistillArguments | None, max_model_len: int
+) -> AbstractContextManager[VllmEngine | None]:
+    """What ``--rollout_engine`` asks for beside the student; nothing for transformers."""
+    if distill is None or distill.rollout_engine == "transformers":
+        return nullcontext()
+    dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
+    if distill.bf16 or distill.fp16:  # what the student computes in
+        dtype = "bfloat16" if distill.bf16 else "float16"
+    return VllmEngine(
+        student,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        gpu_memory_utilization=distill.vllm_gpu_memory_utilization,
+        max_num_seqs=recipe.generation.generation_batch_size,
+    )
+
+
+def max_length_of(data: DataArguments, context: int) -> int:
+    """Return the longest prompt and completion, in tokens.
+
+    Raises:
+        ConfigurationError: it is over the ``context`` of student and teacher.
+    """
+    if data.max_length is not None and data.max_length > context:
+        raise ConfigurationError(
+            f"--max_length {data.max_length} is over the context of student and teacher, {context}"
+        )
+    return data.max_length or context
+
+
+def _make_folder(args: CommonTrainingArguments) -> None:
+    folder = Path(args.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"--output_dir {folder}: {error.strerror or error}") from error
+
+
+def _method(
+    args: CommonTrainingArguments,
+    distill: DistillArguments | None,
+    generation: GenerationArguments,
+    top_k: int,
+    stop_ids: list[int],
+) -> Method:
+    return Method(
+        lmbda=0.0 if distill is None else distill.lmbda,
+        seq_kd=False if distill is None else distill.seq_kd,
+        seq_kd_temperature=0.0 if distill is None else distill.seq_kd_temperature,
+        temperature=1.0 if distill is None else distill.temperature,
+        top_k=top_k,
+        max_new_tokens=generation.max_new_tokens,
+        seed=args.seed,
+        stop_ids=tuple(stop_ids),
+        sampled=distill is not None and distill.teacher_support == "sampled",
+    )

@@ -1,0 +1,1 @@
+"""HTTP as such: connections, the event loop, bodies, replies."""

@@ -1,0 +1,45 @@
+"""Work in the background does not outlive the process badly."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPUTES = """
+import threading, time, torch
+from student_trainer.runtime.threads import in_thread, leave
+
+def work():
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        torch.randn(100_000).sort()
+"""
+OURS = "in_thread(work, name='work'); time.sleep(0.2)"
+OF_A_LIBRARY = "threading.Thread(target=work, daemon=True).start(); time.sleep(0.2)"
+ENDS = """
+import atexit
+atexit.register(print, "last words")
+print("a line, and no end of it", end=" ")
+leave(3)
+"""
+
+
+def run(program, **environment):
+    # Gloo's threads abort a process as these do, only now and then.
+    return subprocess.run(
+        [sys.executable, "-c", COMPUTES + program],
+        capture_output=True, text=True, timeout=120, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_a_process_ends_well_while_a_thread_computes():
+    ended = run(OURS)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("thread", [OURS, OF_A_LIBRARY, ""])
+def test_a_rank_ends_with_its_exit_code_whatever_threads_do(thread):
+    ended = run(thread + ENDS, LOCAL_RANK="0")
+    assert ended.stderr == ""
+    assert (ended.returncode, ended.stdout) == (3, "a line, and no end of it last words\n")

@@ -1,0 +1,113 @@
+"""The card says what a model is made of, in the Hub's metadata too, and nothing of the machine."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from shared.protocol import TeacherIdentity
+from student_trainer.config.arguments import DistillArguments, SFTArguments
+from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.training.model_card import method_of, model_card
+
+TEACHER = TeacherIdentity(
+    model="/data/secret-folder/teacher", fingerprint="f" * 64, dtype="bfloat16", backend="vllm",
+    version="0.32.0",
+)  # fmt: skip
+HISTORY = [
+    {"step": 1, "loss": 2.0, "divergence": 0.5},
+    {"step": 10, "eval_divergence": 0.25, "eval_pass@1": 0.125},
+    {"step": 10, "train_runtime": 61.0},
+]
+
+
+def card_of(command, teacher, **options):
+    settings = {
+        "model_name_or_path": "org/base", "dataset_name": "org/rows", "output_dir": "/x/out",
+        **options,
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    arguments = parse(words, *ARGUMENTS[command], prog="", description="")
+    return model_card("student", HISTORY, arguments=arguments, teacher=teacher, rows=1234)
+
+
+def distilled(**options):
+    return card_of("distill", TEACHER, teacher_url="http://10.0.0.7:8000", **options)
+
+
+def test_the_metadata_are_those_of_the_hub():
+    data = ModelCard(distilled()).data
+    assert data.base_model == "org/base"
+    assert data.datasets == ["org/rows"]
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert data.tags == ["sparse-gkd", "knowledge-distillation"]
+    adapters = ModelCard(card_of("sft", None, use_peft=True)).data
+    assert adapters.library_name == "peft"
+    assert adapters.tags == ["sparse-gkd", "sft"]
+
+
+def test_teacher_data_method_flags_and_numbers_are_told():
+    schedule = {"eval_strategy": "epoch", "lr_scheduler_type": "cosine"}
+    text = distilled(lmbda=1, beta=0, learning_rate=3e-5, eval_dataset_name="org/held", **schedule)
+    for told in (
+        "# student\n", "`teacher` (`bfloat16`, `vllm 0.32.0`; fingerprint `ffffffffffffffff`)",
+        "on-policy GKD", "forward KL at temperature 1", "1234 rows of `org/rows`",
+        "| `--learning_rate` | `3e-05` |", "| `--beta` | `0.0` |",
+        "| `--eval_strategy` | `epoch` |", "| `--lr_scheduler_type` | `cosine` |",
+        "| held-out divergence, nats a token | 0.25 |", "| held-out pass@1 | 0.125 |",
+        "| optimizer steps | 10 |", "AutoModelForCausalLM",
+    ):  # fmt: skip
+        assert told in text
+    assert "AutoPeftModelForCausalLM" in card_of("sft", None, use_peft=True)
+
+
+def test_flags_at_their_defaults_are_not_told():
+    assert "| `--" not in card_of("sft", None)
+
+
+def test_nothing_of_this_machine_and_no_key_is_on_it(tmp_path, monkeypatch):
+    key, rows, base = tmp_path / "secret.key", tmp_path / "rows.jsonl", tmp_path / "base"
+    key.write_text("k" * 40)
+    rows.touch()
+    base.mkdir()
+    monkeypatch.setenv("TEACHER_API_KEY", "e" * 40)
+    text = distilled(
+        model_name_or_path=base, dataset_name=rows, eval_dataset_name=rows, hub_token="h" * 40,
+        teacher_api_key_file=key, teacher_cache=tmp_path / "cache", run_name="private",
+    )  # fmt: skip
+    for secret in (
+        str(tmp_path), "10.0.0.7", "k" * 40, "e" * 40, "h" * 40, "secret", "private", "/x/out"
+    ):  # fmt: skip
+        assert secret not in text
+    assert "`base`" in text
+    assert "`rows.jsonl`" in text
+    data = ModelCard(text).data
+    assert data.base_model is None  # the Hub would look for it
+    assert data.datasets is None
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"lmbda": 0.0}, "supervised KD"),
+        ({"lmbda": 0.0, "seq_kd": True}, "SeqKD"),
+        ({"lmbda": 1.0}, "on-policy GKD"),
+        ({"lmbda": 0.5}, "a mixture of on-policy GKD"),
+        ({"lmbda": 0.5, "seq_kd": True}, "and SeqKD"),
+    ],
+)
+def test_methods_are_called_by_their_names(tmp_path, options, name):
+    assert name in method_of(DistillArguments(output_dir=str(tmp_path), **options))
+    assert method_of(SFTArguments(output_dir=str(tmp_path))) == "supervised fine-tuning (SFT)"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "its 64 most probable tokens and an exact tail"),
+        ({"tail": "renormalize"}, "its 64 most probable tokens, without a tail"),
+        ({"teacher_support": "sampled", "top_k_logprobs": 8, "beta": 0}, "8 draws from its"),
+        ({"beta": 0.25, "temperature": 2}, "generalized JSD with beta 0.25 at temperature 2."),
+    ],
+)
+def test_what_the_student_saw_of_the_teacher_is_told(options, told):
+    assert told in distilled(**options)

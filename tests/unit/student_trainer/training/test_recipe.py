@@ -1,0 +1,113 @@
+"""What is compared between teacher and student before the first step."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from shared.errors import ConfigurationError, TokenizerMismatchError
+from shared.identity import tokenizer_identity
+from shared.protocol import Capabilities, Limits
+from shared.tokenizer_file import PROBES
+from student_trainer.config.arguments import DistillArguments, ModelArguments, TeacherArguments
+from student_trainer.data.sample import Example
+from student_trainer.pipeline.pipeline import Method
+from student_trainer.teacher.compatible import check_request, check_vocabulary
+from student_trainer.training.recipe import longest_rollout, open_teacher
+from tests.support.stub import info
+
+
+def teacher_of(tokenizer, vocab_size=260, **changes):
+    identity = tokenizer_identity(tokenizer).model_copy(update=changes)
+    return info(tokenizer=identity, vocab_size=vocab_size)
+
+
+def test_log_probs_travel_as_float16_unless_told_otherwise():
+    for flags, dtype in (({}, "float16"), ({"teacher_logprob_dtype": "float32"}, "float32")):
+        teacher = TeacherArguments(["http://host:8000"], **flags)
+        with open_teacher(teacher, ModelArguments("student")) as client:
+            assert client.logprob_dtype == dtype
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(260, 260), (272, 260), (260, 272), (264, 288)])
+def test_padded_output_layers_are_accepted(tokenizer, student, teacher):
+    check_vocabulary(tokenizer, student, teacher_of(tokenizer, teacher))
+
+
+def test_different_vocabularies_are_refused_with_both_fingerprints(tokenizer):
+    other = teacher_of(tokenizer, fingerprint="f" * 64)
+    with pytest.raises(TokenizerMismatchError) as caught:
+        check_vocabulary(tokenizer, 260, other)
+    assert "f" * 64 in str(caught.value)
+    assert tokenizer_identity(tokenizer).fingerprint in str(caught.value)
+
+
+def test_tokens_without_a_row_are_a_warning_with_their_number_and_the_first(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tokenizer, 250, teacher_of(tokenizer))
+    (record,) = caplog.records
+    assert record.message.startswith("10 of the tokenizer's tokens have no row")
+    assert f"{tokenizer.convert_ids_to_tokens(250)!r} (id 250)" in record.message
+
+
+def test_one_vocabulary_that_cuts_text_otherwise_is_refused_with_the_text(tokenizer):
+    identity = tokenizer_identity(tokenizer)
+    marks = identity.encoding.split(":")
+    marks[2] = "0" * 8
+    with pytest.raises(TokenizerMismatchError, match="cut text otherwise") as caught:
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, encoding=":".join(marks)))
+    assert repr(PROBES[1]) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [(None, "is older"), ("99:abc", "versions 1 and 99")]
+)
+def test_an_encoding_that_cannot_be_compared_is_a_warning(tokenizer, caplog, encoding, message):
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, encoding=encoding))
+    assert [message in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("chat_template", "{{ x }}"), ("special_token_ids", {"eos_token": 99})]
+)
+def test_a_difference_beside_the_vocabulary_is_a_warning_with_both_values(
+    tokenizer, caplog, field, value
+):
+    with caplog.at_level(logging.WARNING):
+        check_vocabulary(tokenizer, 260, teacher_of(tokenizer, **{field: value}))
+    (record,) = caplog.records
+    assert f"{field} differs" in record.message
+    assert repr(value) in record.message
+    assert repr(getattr(tokenizer_identity(tokenizer), field)) in record.message
+
+
+def arguments(tmp_path, **options):
+    return DistillArguments(output_dir=str(tmp_path), **options)
+
+
+def test_what_the_teacher_cannot_do_is_refused(tmp_path):
+    one = TeacherArguments(top_k_logprobs=16)
+    plain = Capabilities(temperature=False, requested_token_ids=False, generate=False)
+    teacher = info(limits=Limits(max_top_k=8), capabilities=plain)
+    with pytest.raises(ConfigurationError, match="16 is over the teacher's limit of 8"):
+        check_request(teacher, arguments(tmp_path), one)
+    few = TeacherArguments(top_k_logprobs=8)
+    with pytest.raises(ConfigurationError, match=r"--temperature 0\.5.*\(stub\) cannot apply"):
+        check_request(teacher, arguments(tmp_path, temperature=0.5), few)
+    with pytest.raises(ConfigurationError, match="--seq_kd: this teacher does not generate"):
+        check_request(teacher, arguments(tmp_path, seq_kd=True), few)
+    with pytest.raises(ConfigurationError, match=r"--teacher_support sampled.*\(stub\) draws no"):
+        check_request(teacher, arguments(tmp_path, teacher_support="sampled"), few)
+    check_request(teacher, arguments(tmp_path), few)
+
+
+def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
+    def example(length, checker=None):
+        return Example(0, "row", np.zeros(length, np.uint32), None, checker, "text")
+
+    method = Method(1.0, False, 0.0, 1.0, 2, max_new_tokens=8, seed=0, stop_ids=(1,))
+    held_out = [example(20, {"kind": "exact_match"}), example(30)]
+    assert longest_rollout([example(10)], held_out, method) == 28
+    assert longest_rollout([example(25)], held_out, method) == 33
+    assert longest_rollout([example(10)], None, method) == 18
