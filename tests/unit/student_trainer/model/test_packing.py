@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.test_head import SHARED, assert_same, gradients, refusing, tiny
+from tests.unit.student_trainer.model.test_head import SHARED, assert_same, gradients, refusing, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

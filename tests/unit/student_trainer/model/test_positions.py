@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.test_stateful_rollouts import build
+from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
 from shared.errors import ConfigurationError
 from student_trainer.data.collate import model_inputs, predicting_rows

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.unit.student_trainer.test_head import (
+from tests.unit.student_trainer.model.test_head import (
     SHARED,
     assert_same,
     batch,

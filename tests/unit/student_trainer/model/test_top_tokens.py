@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.test_head import SHARED, Halved, tiny
+from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import install_sparse_loss

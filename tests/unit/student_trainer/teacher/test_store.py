@@ -255,7 +255,7 @@ def test_a_process_that_may_store_more_does_not_disturb_this_one(tmp_path):
 
 WRITER = textwrap.dedent("""
     import itertools, sys
-    from tests.unit.student_trainer.test_answer_store import MIB, fill, opened
+    from tests.unit.student_trainer.teacher.test_store import MIB, fill, opened
 
     store = opened(sys.argv[1], 4 * MIB)  # small, so that it throws out too
     for number in itertools.count(int(sys.argv[2])):

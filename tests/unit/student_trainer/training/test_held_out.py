@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.test_head import SHARED, Halved, tiny
+from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data.collate import model_inputs, predicting_rows

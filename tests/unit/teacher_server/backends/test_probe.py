@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tests.unit.teacher_server.test_transformers_backend import backend, error_of, generated
+from tests.unit.teacher_server.backends.test_transformers_backend import backend, error_of, generated
 from transformers import LlamaModel
 
 from shared.errors import ConfigurationError
