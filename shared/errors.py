@@ -36,7 +36,13 @@ from shared.printable import one_line
 
 
 class SparseGKDError(Exception):
-    """Root of every error this project raises on purpose."""
+    """Root of every error this project raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it: 1 a run that failed, 2 wrong flags, key or data.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class ProtocolError(SparseGKDError):
@@ -177,6 +183,8 @@ class TeacherUnreachableError(TeacherError):
 class TeacherUnauthorizedError(TeacherError):
     """The teacher takes no requests from this trainer: no key, or another one than its own."""
 
+    exit_code = 2
+
 
 class TeacherAnswerError(TeacherError):
     """An answer that cannot be used: not decodable, wrong shape, or non-finite log-probs."""
@@ -189,6 +197,8 @@ class TeacherChangedError(TeacherError):
 class TokenizerMismatchError(TeacherError):
     """Teacher and student do not share a vocabulary, so token ids mean different things."""
 
+    exit_code = 2
+
 
 class RolloutError(SparseGKDError):
     """The student cannot generate: its logits are not finite, or its engine failed."""
@@ -196,6 +206,8 @@ class RolloutError(SparseGKDError):
 
 class ConfigurationError(SparseGKDError):
     """A flag or setting that cannot work, found before any model loads."""
+
+    exit_code = 2
 
 
 class CheckpointError(SparseGKDError):
@@ -212,6 +224,8 @@ class CellFailedError(SparseGKDError):
 
 class DatasetError(SparseGKDError):
     """A row that cannot be trained on; the message names the file and line, or the row."""
+
+    exit_code = 2
 
 
 class RowTooLongError(DatasetError):

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,18 @@ from shared.errors import (
     ConfigurationError,
 )
 from student_trainer.config.arguments import (
-    AdapterArguments,
-    CommonTrainingArguments,
     DataArguments,
-    DatasetArguments,
-    DistillArguments,
     GenerationArguments,
     ModelArguments,
+    Recipe,
     TeacherArguments,
-    TemplateArguments,
-    checkpoint_of,
     traced_steps,
 )
-from student_trainer.config.checks import (
-    api_key_of,
-    check_common,
-    check_generation,
+from student_trainer.config.checks import api_key_of
+from student_trainer.config.training_arguments import (
+    CommonTrainingArguments,
+    DistillArguments,
+    checkpoint_of,
 )
 from student_trainer.data.conversation import PlainText, read_row
 from student_trainer.data.end_tokens import compare_ends
@@ -78,24 +74,6 @@ from student_trainer.training.trainer import DistillationTrainer
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
-
-    model: ModelArguments
-    adapters: AdapterArguments
-    dataset: DatasetArguments
-    data: DataArguments
-    generation: GenerationArguments
-    template: TemplateArguments = field(default_factory=TemplateArguments)
-
-    @property
-    def flags(self) -> tuple[Any, ...]:
-        return (
-            self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
-        )  # fmt: skip
-
-
 def open_teacher(
     teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
 ) -> Teacher:
@@ -131,18 +109,6 @@ def open_teacher(
     return CachedTeacher(
         client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
     )
-
-
-def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
-    """Raises `ConfigurationError` for what cannot work, before a teacher is waited for."""
-    check_common(recipe.model, recipe.adapters, recipe.dataset, recipe.data, args)
-    check_generation(recipe.generation)
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
-            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    checkpoint_of(args)
 
 
 def run(
