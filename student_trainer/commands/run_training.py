@@ -40,7 +40,7 @@ def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
         dry_run(recipe, prepared, args)
         return
     keep_template_date(prepared, date_folders(args, None))
-    run(recipe, prepared, args, teacher=None, distill=None, flags=(*recipe.flags, args))
+    run(recipe, prepared, args, teacher=None, flags=(*recipe.flags, args))
 
 
 def run_distill(
@@ -59,7 +59,7 @@ def run_distill(
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
         check_request(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
-        prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
+        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
@@ -68,7 +68,7 @@ def run_distill(
             return None
         keep_template_date(prepared, date_folders(args, teacher.teacher_cache))
         all_flags = (*recipe.flags, teacher, args)
-        return run(recipe, prepared, args, teacher=client, distill=args, flags=all_flags)
+        return run(recipe, prepared, args, teacher=client, flags=all_flags)
 
 
 def run_precompute(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlags) -> None:
@@ -85,7 +85,7 @@ def run_precompute(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlag
         teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
         check_request(client.connect(), args, teacher)
-        prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
+        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )

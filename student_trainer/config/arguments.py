@@ -569,6 +569,15 @@ class DivergenceFlags:
         return self.request_student_top_m
 
 
+# SFT as a distillation: forward KL to the data's one-hot distribution, of the data's completions.
+SFT = DivergenceFlags(lmbda=0.0, beta=0.0, teacher_prefetch_steps=0)
+
+
+def divergence_of(flags: RunFlags) -> DivergenceFlags:
+    """Return the flags of completions and divergence; `SFT` where there is no teacher."""
+    return flags if isinstance(flags, DivergenceFlags) else SFT
+
+
 @dataclass
 class DistillFlags(DivergenceFlags, TrainingFlags):
     """Distillation from a served teacher."""
