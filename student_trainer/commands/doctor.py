@@ -146,7 +146,7 @@ def _python() -> Finding:
 
 def requirements() -> dict[str, list[str]]:
     """Of each extra ("" for none) the requirements as written, of the source tree or the wheel."""
-    source = Path(__file__).parents[1] / "pyproject.toml"
+    source = Path(__file__).parents[2] / "pyproject.toml"
     if source.exists():
         project = tomllib.loads(source.read_text())["project"]
         return {"": project["dependencies"], **project["optional-dependencies"]}
@@ -159,7 +159,7 @@ def requirements() -> dict[str, list[str]]:
 
 def _tested() -> dict[str, str]:
     """The versions that constraints.txt pins, where there is a source tree."""
-    file = Path(__file__).parents[1] / "constraints.txt"
+    file = Path(__file__).parents[2] / "constraints.txt"
     if not file.exists():
         return {}
     pairs = (line.partition("==") for line in file.read_text().splitlines())

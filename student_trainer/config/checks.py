@@ -63,7 +63,8 @@ def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
         ConfigurationError: it cannot work.
     """
     model, adapters, dataset, data = recipe.model, recipe.adapters, recipe.dataset, recipe.data
-    _require(args.output_dir, "--output_dir", "a folder for the trained model")
+    if not args.output_dir:
+        raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
     if uses_deepspeed(args) and importlib.util.find_spec("deepspeed") is None:
         raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
     check_model(model)

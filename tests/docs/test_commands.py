@@ -26,7 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import student_trainer.commands.main
-import student_trainer.training.recipe
+import student_trainer.commands.run_training
 import teacher_server.cli
 import teacher_server.settings
 from shared.errors import ConfigurationError
@@ -251,7 +251,7 @@ class Page:
             return "ran"
         with (
             mock.patch.object(
-                student_trainer.training.recipe, "read_rows", side_effect=ParsedError
+                student_trainer.commands.run_training, "read_rows", side_effect=ParsedError
             ),
             pytest.raises(ParsedError),
         ):

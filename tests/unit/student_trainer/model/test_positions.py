@@ -1,7 +1,6 @@
 """Students whose positions depend on the longest sequence of a batch learn each as if alone."""
 
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from student_trainer.evaluation.perplexity import measure
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
-from student_trainer.training.trainer import DistillationTrainer
+from student_trainer.training.positions import check_positions
 from tests.support.models import DYNAMIC, LONGROPE
 from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
@@ -115,16 +114,9 @@ def test_an_encoder_learns_nothing():
 )
 def test_ranks_that_share_weights_meet_equally_often(kind, sizes, longest, refused):
     family, options = KINDS[kind]
-    train, held_out = sizes
-    trainer = SimpleNamespace(
-        model=build(family, **options), is_fsdp_enabled=True, is_deepspeed_enabled=False,
-        args=SimpleNamespace(
-            per_device_train_batch_size=train, per_device_eval_batch_size=held_out
-        ),
-        max_tokens_per_batch=None, eval_dataset=[],
-    )  # fmt: skip
+    config = build(family, **options).config
     if refused:
         with pytest.raises(ConfigurationError, match=r"pass --max_length 2[34]"):
-            DistillationTrainer._check_positions(trainer, longest)
+            check_positions(config, longest=longest, batch_sizes={*sizes}, regrouped=False)
     else:
-        DistillationTrainer._check_positions(trainer, longest)
+        check_positions(config, longest=longest, batch_sizes={*sizes}, regrouped=False)

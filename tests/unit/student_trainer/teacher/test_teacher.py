@@ -329,7 +329,7 @@ def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
     """In a process of its own: it ends while the teacher still thinks."""
     asks = (
         "import sys, time, numpy as np\n"
-        "from student_trainer.teacher.base import SparseGkdTeacher\n"
+        "from student_trainer.teacher.sparse import SparseGkdTeacher\n"
         "client = SparseGkdTeacher([sys.argv[1]], timeout=60)\n"
         "client.connect()\n"
         "sequence = np.arange(6, dtype=np.uint32), 2\n"
