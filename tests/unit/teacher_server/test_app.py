@@ -518,7 +518,7 @@ def test_with_keys_a_client_is_its_key_whatever_it_calls_itself(app):
 
 
 def test_an_answer_too_large_for_json_is_refused_and_fine_in_msgpack(app, monkeypatch):
-    monkeypatch.setattr("teacher_server.app._MAX_JSON_ARRAYS", 47)  # two rows of k = 2 take 48
+    monkeypatch.setattr("teacher_server.http.replies.MAX_JSON_ARRAYS", 47)  # two rows of k = 2 take 48
     refused = problem(call(app, "POST", "/v1/score", json=body(1)), 422)
     assert refused.field == "sequences"
     assert "48 bytes of arrays; the limit in JSON is 47" in refused.detail
