@@ -93,23 +93,21 @@ class Exchange:
             PayloadTooLargeError: the request alone takes more than the server holds of all.
             OverloadedError: there is no room for it now.
         """
-        total, limit = self.held.bytes + size, self.admission.bytes.limit
-        if total > limit:
-            raise PayloadTooLargeError(
-                f"the request and its answer take {total} bytes while the answer is made; the "
-                f"limit of all requests together is {limit}. Ask for fewer sequences, tokens or "
-                "log-probs in a request, or raise --max-held-mib of the server",
-                field=field,
-            )
+        _check_possible(
+            self.held.bytes + size, self.admission.bytes.limit, "bytes, its answer included",
+            "--max-held-mib", field,
+        )  # fmt: skip
         self.held.add(size)
 
     def admit(self, tokens: int, jobs: int) -> AbstractContextManager[None]:
         """Hold a place in the queue for ``jobs`` that bring ``tokens``.
 
         Raises:
+            PayloadTooLargeError: the request alone brings more than the whole queue takes.
             UnavailableError: the server is draining.
-            OverloadedError: the queue has no room.
+            OverloadedError: the queue has no room now.
         """
+        _check_possible(tokens, self.admission.tokens.limit, "tokens", "--max-queued-tokens")
         self.work = {"sequences": jobs, "tokens": tokens}
         return self.admission.admit(self.client, tokens, jobs)
 
@@ -136,3 +134,16 @@ class Exchange:
     async def _disconnected(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
+
+
+def _check_possible(
+    amount: int, limit: int, things: str, flag: str, field: str | None = None
+) -> None:
+    """Raise `PayloadTooLargeError` for more than ``limit``: trying again later cannot help."""
+    if amount > limit:
+        raise PayloadTooLargeError(
+            f"the request alone takes {amount} {things}; the server's limit of all requests "
+            f"together is {limit}. Send fewer or shorter sequences at once, ask for fewer "
+            f"log-probs, or raise {flag}",
+            field=field,
+        )
