@@ -1,4 +1,4 @@
-"""The wrapper of every route: request id, key, metrics, a line in the log, and errors as answers."""
+"""The wrapper of every route: request id, key, metrics, a log line, and errors as answers."""
 
 from __future__ import annotations
 

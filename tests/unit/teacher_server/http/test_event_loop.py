@@ -5,7 +5,12 @@ import logging
 import time
 
 from teacher_server.http import event_loop, replies
-from teacher_server.http.event_loop import OncePerMinute, survive_full_tables, watch_lag
+from teacher_server.http.event_loop import (
+    OncePerMinute,
+    limit_log_lines,
+    survive_full_tables,
+    watch_lag,
+)
 
 
 def test_a_stall_is_seen():
