@@ -1,4 +1,4 @@
-"""Requests -> jobs for the backend, each with a key that names what it asks for."""
+"""The jobs that requests become, each with a key that names all it asks for."""
 
 from __future__ import annotations
 
@@ -95,34 +95,33 @@ def job_key(job: Job) -> bytes:
     Raises:
         TypeError: a field holds a value of a type that is not hashed here.
     """
-    digest = hashlib.sha256()
-    _add(digest, job)
+    buffers: list[Any] = []
+    digest = hashlib.sha256(repr(_described(job, buffers)).encode())
+    for buffer in buffers:
+        digest.update(buffer)
     return digest.digest()
 
 
-def _add(digest: Any, value: Any) -> None:
-    """Add a value to a hash; its type and length go first, so that no two values read alike."""
+def _described(value: Any, buffers: list[Any]) -> Any:
+    """Return ``value`` as nested tuples that say its type and size, no two values alike.
+
+    The content of arrays and bytes is appended to ``buffers``, uncopied where it is contiguous.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
     kind = type(value).__name__
     if isinstance(value, np.ndarray):
         array = np.ascontiguousarray(value)
-        digest.update(f"{array.dtype.str} {array.shape};".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-    elif isinstance(value, bytes):
-        digest.update(f"{kind} {len(value)};".encode())
-        digest.update(value)
-    elif isinstance(value, tuple):
-        digest.update(f"{kind} {len(value)};".encode())
-        for item in value:
-            _add(digest, item)
-    elif is_dataclass(value):
-        digest.update(f"{kind} {len(fields(value))};".encode())
-        for field in fields(value):
-            _add(digest, getattr(value, field.name))
-    elif value is None or isinstance(value, bool | int | float | str):
-        text = repr(value)
-        digest.update(f"{kind} {len(text)};{text};".encode())
-    else:
-        raise TypeError(f"a job holds a {kind}, which its key cannot count; teach `job_key` to")
+        buffers.append(array.reshape(-1).view(np.uint8))
+        return kind, array.dtype.str, array.shape
+    if isinstance(value, bytes):
+        buffers.append(value)
+        return kind, len(value)
+    if isinstance(value, tuple):
+        return kind, *(_described(item, buffers) for item in value)
+    if is_dataclass(value):
+        return kind, *(_described(getattr(value, one.name), buffers) for one in fields(value))
+    raise TypeError(f"a job holds a {kind}, which its key cannot count; teach `job_key` to")
 
 
 def _draw_key(seed: int | None, sequence: ScoreSequence) -> bytes | None:

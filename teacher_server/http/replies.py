@@ -1,4 +1,4 @@
-"""Answers on their way out: whole or in a stream, and errors as documents."""
+"""The answers of the server: whole or in a stream, and errors as documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/info`, `/health`, `/ready` and `/metrics`: what the server is, and how it is."""
+"""`/v1/info`, `/health`, `/ready` and `/metrics`: the server's identity and its state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/completions` and `/v1/chat/completions`, as OpenAI's clients speak."""
+"""`/v1/models`, `/v1/completions` and `/v1/chat/completions`, for OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOKENIZED = 8
 
 @dataclass(frozen=True)
 class _Work:
-    """A request as jobs: ``score`` for its prompts, and ``generate`` for its completions."""
+    """A request as jobs: ``score`` for its prompts, ``generate`` for its completions."""
 
     plan: OpenAIPlan
     score: list[Keyed[ScoreJob]]
@@ -71,6 +71,7 @@ async def _answer(
     exchange: Exchange,
     message: type[CompletionRequest] | type[ChatRequest],
 ) -> Answer:
+    """Return completions in OpenAI's form; ``message`` is the type of the request."""
     backend, info = service.loaded()
     body = await read_body(exchange, info.limits.max_body_bytes, (wire.JSON_MEDIA_TYPE,))
     work = await exchange.in_pool(
