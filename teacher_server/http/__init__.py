@@ -1,1 +1,1 @@
-"""HTTP as such: connections, the event loop, bodies, replies."""
+"""The HTTP of the server, without a model: connections, bodies, replies, and what they share."""

@@ -40,3 +40,5 @@ PAGE = """\
 </script>
 </html>
 """
+# The page's own style and script, and nothing from elsewhere.
+POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -46,7 +46,7 @@ class OncePerMinute(logging.Filter):
 
 def limit_log_lines() -> None:
     """Let what strangers cause fill no log: one line of a kind each minute."""
-    for name in ("uvicorn.error", "teacher_server.app", __name__):
+    for name in ("uvicorn.error", "teacher_server.http.replies", __name__):
         logging.getLogger(name).addFilter(OncePerMinute())
 
 

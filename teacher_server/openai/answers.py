@@ -1,4 +1,4 @@
-"""Log-probs and errors in OpenAI's form, and answers of any size as JSON."""
+"""Log-probs in OpenAI's form, and answers of any size as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import ProtocolError
 from shared.protocol import InfoResponse
 from shared.sparse import SparseLogprobs
 from teacher_server.openai.schema import Ids
@@ -38,17 +37,6 @@ def model_card(info: InfoResponse) -> dict[str, Any]:
         "parent": None,
         "max_model_len": info.max_model_len,
     }
-
-
-def error_body(error: ProtocolError) -> bytes:
-    """OpenAI's error object."""
-    body = {
-        "message": error.detail,
-        "type": error.slug(),
-        "param": error.field,
-        "code": error.status,
-    }
-    return json.dumps({"error": body}).encode()
 
 
 def written(value: Any) -> Iterator[str]:

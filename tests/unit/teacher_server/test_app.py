@@ -518,7 +518,9 @@ def test_with_keys_a_client_is_its_key_whatever_it_calls_itself(app):
 
 
 def test_an_answer_too_large_for_json_is_refused_and_fine_in_msgpack(app, monkeypatch):
-    monkeypatch.setattr("teacher_server.app._MAX_JSON_ARRAYS", 47)  # two rows of k = 2 take 48
+    monkeypatch.setattr(
+        "teacher_server.http.replies.MAX_JSON_ARRAYS", 47
+    )  # two rows of k = 2 take 48
     refused = problem(call(app, "POST", "/v1/score", json=body(1)), 422)
     assert refused.field == "sequences"
     assert "48 bytes of arrays; the limit in JSON is 47" in refused.detail
@@ -526,6 +528,49 @@ def test_an_answer_too_large_for_json_is_refused_and_fine_in_msgpack(app, monkey
     assert call(app, "POST", "/v1/score", json=body(1), headers=accept).status_code == 200
     prompt = {"prompts": [[5]], "max_new_tokens": 3, "top_k": 1}
     assert "60 bytes" in problem(call(app, "POST", "/v1/generate", json=prompt), 422).detail
+
+
+def test_an_answer_that_never_fits_is_too_large_and_not_for_later(app):
+    app.admission.bytes.limit = 600
+    asked = {**body(1, 2), "top_k": 2}  # two rows of 24 bytes each, 16 times that in JSON
+    refused = call(app, "POST", "/v1/score", json=asked)
+    told = problem(refused, 413)
+    assert "retry-after" not in refused.headers
+    assert told.field == "sequences"
+    assert re.search(r"takes \d+ bytes.* is 600\. .*raise --max-held-mib", told.detail)
+    # As large as the limit allows, it is a matter of what others hold.
+    app.admission.bytes.limit = int(re.search(r"takes (\d+) bytes", told.detail)[1])
+    assert call(app, "POST", "/v1/score", json=asked).status_code == 200
+    app.admission.bytes.take("another", 1)
+    assert "Try again later" in problem(call(app, "POST", "/v1/score", json=asked), 429).detail
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions_that_never_fit_are_too_large_and_not_for_later(app, stream):
+    app.admission.bytes.limit = 1000
+    asked = {"prompts": [[5]], "max_new_tokens": 50, "stream": stream}
+    told = problem(call(app, "POST", "/v1/generate", json=asked), 413)
+    assert told.field == "prompts"
+    assert "--max-held-mib" in told.detail
+
+
+def test_an_openai_answer_that_never_fits_is_too_large_and_not_for_later(app):
+    app.admission.bytes.limit = 1000
+    asked = {"model": "m", "prompt": [5, 6], "max_tokens": 50}
+    refused = call(app, "POST", "/v1/completions", json=asked)
+    assert refused.status_code == 413
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("payload-too-large", 413)
+    assert re.search(r"takes \d+ bytes.* is 1000\. .*raise --max-held-mib", error["message"])
+
+
+def test_more_tokens_than_the_queue_ever_takes_are_not_for_later(app):
+    """Scoring the prompts and completing them, each within the request's limit, is too much."""
+    asked = {"model": "m", "prompt": [[5] * 50] * 3, "max_tokens": 10, "prompt_logprobs": 1}
+    refused = call(app, "POST", "/v1/completions", json=asked)
+    assert refused.status_code == 413
+    message = refused.json()["error"]["message"]
+    assert re.search(r"takes 330 tokens.* is 200\. .*raise --max-queued-tokens", message)
 
 
 def test_a_dead_engine_is_not_alive(app):

@@ -4,7 +4,13 @@ import asyncio
 import logging
 import time
 
-from teacher_server.http.event_loop import OncePerMinute, survive_full_tables, watch_lag
+from teacher_server.http import event_loop, replies
+from teacher_server.http.event_loop import (
+    OncePerMinute,
+    limit_log_lines,
+    survive_full_tables,
+    watch_lag,
+)
 
 
 def test_a_stall_is_seen():
@@ -50,3 +56,16 @@ def test_a_full_table_of_descriptors_is_one_line_without_traceback(caplog):
     assert first.exc_info is None
     assert "No descriptor is free" in first.getMessage()
     assert second.exc_info
+
+
+def test_what_strangers_cause_is_logged_where_lines_are_limited():
+    loggers = [logging.getLogger("uvicorn.error"), event_loop.logger, replies.logger]
+    before = [list(logger.filters) for logger in loggers]
+    try:
+        limit_log_lines()
+        for logger, filters in zip(loggers, before, strict=True):
+            (added,) = [one for one in logger.filters if one not in filters]
+            assert isinstance(added, OncePerMinute)
+    finally:
+        for logger, filters in zip(loggers, before, strict=True):
+            logger.filters[:] = filters
