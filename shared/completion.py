@@ -1,6 +1,6 @@
-"""Completion scripts for bash, zsh and fish, from what a command's parsers know.
+"""Write shell-completion scripts for bash, zsh and fish from a command's parsers.
 
-The scripts hold all words themselves: asking the command at each TAB would wait for torch.
+The scripts hold all flags and choices, because asking the command at each TAB would import torch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ SHELLS = ("bash", "zsh", "fish")
 
 @dataclass(frozen=True)
 class Words:
-    """What a subcommand can be followed by.
+    """The arguments that a subcommand takes, for shell completion.
 
     Attributes:
-        help: of the subcommand, a line.
-        flags: each long flag with its help.
-        values: of a flag that takes one of a few, these.
+        help: one line about the subcommand.
+        flags: help of each long flag.
+        values: choices of each flag that has choices.
         switches: flags that are complete without a value.
-        words: of the subcommand itself, if it takes one of a few.
+        words: choices of the subcommand's own argument, if it has any.
     """
 
     help: str
@@ -33,11 +33,14 @@ class Words:
 
 
 def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
-    """Of a parser of one subcommand; flags under their first long name, without ``--no_`` twins."""
+    """Return the arguments of a subcommand's parser.
+
+    Each flag is listed under its first long name, without its ``--no_`` twin.
+    """
     flags: dict[str, str] = {}
     values: dict[str, list[str]] = {}
     switches, positional, seen = set(), list[str](), set[str]()
-    for action in parser._actions:  # argparse has no public name for them
+    for action in parser._actions:  # argparse has no public list of its actions
         names = [name for name in action.option_strings if name.startswith("--")]
         choices = [str(choice) for choice in action.choices or ()]
         if not action.option_strings:
@@ -53,7 +56,7 @@ def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
 
 
 def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
-    """What the shell is to read; ``shell`` is one of `SHELLS`."""
+    """Return the completion script of a command for ``shell``, one of `SHELLS`."""
     if shell == "fish":
         return _fish(prog, commands)
     if shell == "bash":
@@ -63,14 +66,14 @@ def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
 
 
 def _bash(prog: str, commands: Mapping[str, Words]) -> str:
-    """A function that zsh's bashcompinit understands as well; other words complete to files."""
+    """Return a bash function, which zsh's bashcompinit runs too; the rest completes to files."""
     name = "_" + prog.replace("-", "_")
     values = [
         f'    "{command} {flag}") words="{" ".join(choices)}" ;;'
         for command, known in commands.items()
         for flag, choices in known.values.items()
     ]
-    # After any other flag that takes a value there is a file, or what only the user knows.
+    # Any other flag that takes a value completes to files, because its values are unknown here.
     open_ended = [
         f'    "{command} {flag}") return ;;'
         for command, known in commands.items()
@@ -121,6 +124,6 @@ def _fish(prog: str, commands: Mapping[str, Words]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """For fish, which knows no quote within quotes but an escaped one."""
+    """Quote text for fish, which escapes single quotes within single quotes."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""What a teacher accepts: requests against its limits, before any work is done.
+"""Check requests against a teacher's limits before any work is done.
 
 Every refusal is an `InvalidRequestError` (422) that names the field, the value and the limit. The
 server checks what arrives; the trainer's client splits its work so as never to be refused.
@@ -22,7 +22,11 @@ from shared.protocol import (
 
 
 def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
-    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot score."""
+    """Refuse a request that the teacher of ``info`` cannot score.
+
+    Raises:
+        InvalidRequestError: names the field, the value and the limit.
+    """
     limits = info.limits
     _check_count("sequences", len(request.sequences), limits.max_sequences)
     _check_top_k(request.top_k, info)
@@ -39,7 +43,11 @@ def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
 
 
 def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None:
-    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot generate."""
+    """Refuse a request that the teacher of ``info`` cannot generate.
+
+    Raises:
+        InvalidRequestError: names the field, the value and the limit.
+    """
     limits = info.limits
     if not info.capabilities.generate:
         raise InvalidRequestError("this teacher does not generate", field="prompts")
@@ -72,7 +80,11 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
 
 
 def _check_sequence(field: str, sequence: ScoreSequence, info: InfoResponse) -> tuple[int, int]:
-    """Number of completion rows T and of requested ids m."""
+    """Return a sequence's completion length T and its requested ids m at each position.
+
+    Raises:
+        InvalidRequestError: the teacher of ``info`` cannot score it.
+    """
     length = len(sequence.token_ids)
     if length > info.max_model_len:
         raise InvalidRequestError(

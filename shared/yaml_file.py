@@ -1,4 +1,4 @@
-"""YAML files, and flags from them. Nothing heavy is imported here."""
+"""Read YAML files, and turn their values into command-line arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shared.errors import ConfigurationError
 
 
 def read_yaml(path: Path, name: str) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no YAML; it is called ``name`` there.
+        ConfigurationError: the file cannot be read or is not YAML; the message calls it ``name``.
     """
     try:
         return yaml.safe_load(path.read_text())
@@ -28,7 +28,7 @@ def read_yaml(path: Path, name: str) -> Any:
 
 
 def config_path(words: Sequence[str]) -> Path | None:
-    """The file that ``--config`` names among a command's flags."""
+    """Return the file that ``--config`` names in a command's arguments, or None."""
     for index, word in enumerate(words):
         if word == "--config" and index + 1 < len(words):
             return Path(words[index + 1])
@@ -38,10 +38,10 @@ def config_path(words: Sequence[str]) -> Path | None:
 
 
 def read_config(path: Path) -> dict[Any, Any]:
-    """What the file that ``--config`` names says, by the names of flags.
+    """Return the content of the file that ``--config`` names, by flag name.
 
     Raises:
-        ConfigurationError: it cannot be read, or is something else.
+        ConfigurationError: the file cannot be read, or does not hold ``name: value`` lines.
     """
     content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict):
@@ -50,12 +50,12 @@ def read_config(path: Path) -> dict[Any, Any]:
 
 
 def word_of(value: Any) -> str:
-    """A value as a command line says it."""
+    """Return a value as a command line writes it."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def flag_words(name: str, value: Any, word: Callable[[Any], str] = word_of) -> list[str]:
-    """A flag with its value, or with several; none where the value is None."""
+    """Return the arguments for a flag with its value or values; none for a value of None."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
