@@ -1,4 +1,4 @@
-"""Prompts -> completions by the model's own `generate`, each row by its own rules."""
+"""Generate completions by the model's own `generate`, each by the rules of its job."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def generate_rows(
     tokenizer: Any = None,
     use_cache: bool = True,
 ) -> None:
-    """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
+    """Generate one left-padded batch whose jobs may differ in lengths, stop tokens and sampling.
 
     Args:
-        eos_token_ids: end every row, beside its own stop tokens.
+        eos_token_ids: end every completion, beside a job's own stop tokens.
         pad: any valid id; the attention mask hides it.
-        waiting: which rows somebody still waits for; the others end at once.
-        ended: is told after each token which rows have ended in it, and with what. A row that
-            nobody waits for is never among them.
+        waiting: tells for each job whether somebody still waits for it; the others end at once.
+        ended: is called after each token with the completions that it ended, by index of the job. A
+            job that nobody waits for is never among them.
         vocab_size: ids from here on, padding of the output layer, are never generated.
-        tokenizer: for the text of rows that have stop strings.
-        use_cache: else each token is a forward pass over all before it.
+        tokenizer: for the text of jobs with stop strings.
+        use_cache: False makes each token a forward pass over all before it.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -65,8 +65,8 @@ def generate_rows(
         if job.stop is not None
     }
     stops = [sorted({*eos_token_ids, *job.stop_token_ids}) for job in jobs]
-    # Set on the model: `generate` would fill what is unset from the checkpoint's own defaults,
-    # and a repetition penalty there is not what the request asked for.
+    # Set on the model, because `generate` fills unset fields from the checkpoint's defaults, which
+    # may hold a repetition penalty that no request asked for.
     model.generation_config = GenerationConfig(
         max_new_tokens=max(job.max_new_tokens for job in jobs),
         do_sample=False,
@@ -84,9 +84,9 @@ def generate_rows(
 
 
 def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list[int]]:
-    """Indices of jobs in groups, each of which fits the context as one padded batch.
+    """Group the indices of jobs so that each group fits the context as one padded batch.
 
-    Alone every job fits; a long prompt beside a long completion would run past the last position.
+    Each job fits alone, but a long prompt beside a long completion would exceed the context.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt)):
@@ -101,7 +101,7 @@ def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list
 
 
 class _StopRows(StoppingCriteria):
-    """Ends each row at its own stops and length, or when nobody waits for it any more."""
+    """A criterion that ends each completion at its stops or length, or when nobody waits for it."""
 
     def __init__(
         self,
@@ -145,10 +145,11 @@ class _StopRows(StoppingCriteria):
 
 
 class _SampleRows(LogitsProcessor):
-    """Picks each row's token by its own parameters; `generate` then takes the one id left.
+    """A processor that samples each completion's next token by the parameters of its job.
 
-    Sampling is by inverse CDF from one uniform a token, fixed by the job's key, over the softmax
-    of the logits after temperature, top-k and top-p. Rows with equal parameters go together.
+    It leaves one id, which `generate` then takes. Sampling is by inverse CDF from one uniform a
+    token, fixed by the job's key, over the softmax of the logits after temperature, top-k and
+    top-p. Jobs with equal parameters are sampled together.
     """
 
     def __init__(self, jobs: Sequence[GenerateJob], device: torch.device, vocab_size: int) -> None:
@@ -182,7 +183,8 @@ class _SampleRows(LogitsProcessor):
             logits = warp(input_ids[rows], scores[rows].float())
             cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [n, V]
             total = cdf[:, -1:]
-            # Below the total, and searched from the right: never an id of zero probability.
+            # A point below the total, searched from the right, never picks an id of zero
+            # probability.
             point = torch.minimum(
                 draws[:, self.step, None] * total, total.nextafter(torch.zeros_like(total))
             )

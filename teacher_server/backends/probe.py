@@ -1,4 +1,4 @@
-"""Trials of a model as it loads: what a neighbour, a later token or a cache changes."""
+"""Probe a model as it loads for effects of a batch neighbour, a later token or a cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from teacher_server.backends.generation import generate_rows
 logger = logging.getLogger(__name__)
 
 SHORT, LONG = 8, 32  # tokens of the sequence that is scored, and of its neighbour
-# Left-padded prompts of a trial, and the tokens that each row writes: one leaves early.
+# Lengths of the probe's left-padded prompts and of their completions, one of which ends early.
 PROMPTS, BUDGETS = (6, 11, 5, 8), (4, 2, 5, 3)
-# Largest error of what meets the head, relative to its size. A wrong state or position is off
-# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
-# of the tokens share in them is rounded much more coarsely.
+# Largest relative error of the head's inputs. A wrong state or position is off by tens of percent,
+# rounding in half precision by one to five. Logits would tell less, because their common part is
+# rounded much more coarsely.
 TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
-# A model of another shape, arguments it does not take, or a cache of its own.
+# Errors of a model with another structure, other arguments or a cache of its own.
 _CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 States = Callable[[torch.Tensor], torch.Tensor]
@@ -34,9 +34,10 @@ Way = Literal["batched", "alone", "uncached"]
 
 
 def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether states [n, d] agree but for the rounding of a model in ``dtype``.
+    """Return whether states [n, d] agree up to the rounding of a model in ``dtype``.
 
-    States that are not finite tell nothing, and count as equal: each request will be refused.
+    States that are not finite count as equal, because they tell nothing and each request is
+    refused.
     """
     found, expected = found.float(), expected.float()
     finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [d]
@@ -48,11 +49,11 @@ def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 @torch.inference_mode()
 def check_causal(model: Any, name: str, states: States) -> None:
-    """Refuse a model that looks into the future: an encoder, however it is loaded.
+    """Refuse a model whose later tokens change earlier states, such as an encoder.
 
     Args:
         name: of the checkpoint, for the error.
-        states: what meets the head, [B, L, d], of input ids [B, L], as scoring computes it.
+        states: computes the head's inputs [B, L, d] of input ids [B, L], as scoring does.
 
     Raises:
         ConfigurationError: a changed last token changes what comes before it.
@@ -72,10 +73,11 @@ def check_causal(model: Any, name: str, states: States) -> None:
 def companions(
     model: Any, max_model_len: int, states: States
 ) -> tuple[Callable[[Sequence[int]], list[list[int]]], LengthDependentRope | None]:
-    """Return which sequences, by their lengths, may be scored in one forward pass.
+    """Return a function that groups sequences, by their lengths, for common forward passes.
 
-    And the rope, where sequences of up to ``max_model_len`` meet several sets of its frequencies.
-    That is told from the config; anything else by a short sequence beside a longer one.
+    Also return the rope, where sequences of up to ``max_model_len`` meet several sets of its
+    frequencies. The rope is known from the config; any other effect is probed with a short sequence
+    beside a longer one.
     """
     name = type(model).__name__
     rope = length_dependent_rope(model.config)
@@ -104,10 +106,11 @@ def companions(
 
 
 def generation_way(model: Any, pad: int, vocab_size: int) -> Way | None:
-    """Return how completions come out right: told by writing a few, each compared with itself.
+    """Return the fastest way to generate correct completions, found by generating a few.
 
-    Left-padded prompts of unlike length in one batch over a cache, each alone over a cache, or each
-    alone without one. None where nothing gives what the model's plain forward pass does.
+    The ways are left-padded prompts of unlike lengths in one batch with a cache, each alone with a
+    cache, and each alone without one. None where no way gives the states of the model's plain
+    forward pass.
     """
     errors = []
     name = type(model).__name__
@@ -152,7 +155,7 @@ def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
     for group in groups:
         waiting = [True] * len(group)
         written: dict[int, Any] = {}
-        with _met_by_head(model) as seen:  # [B, 1, d] of each token, the last one of its pass
+        with _met_by_head(model) as seen:  # [B, L, d] of each pass; its last state gives the token
             generate_rows(
                 model,
                 [jobs[i] for i in group],
@@ -192,5 +195,5 @@ def _rows(model: Any) -> int:
 
 
 def _ids(model: Any, count: int, vocab_size: int | None = None) -> torch.Tensor:
-    """[count] int64, ids that are mostly unlike."""
+    """Return ids [count], int64, most of them different."""
     return (7 * torch.arange(count, device=model.device) + 3) % (vocab_size or _rows(model))

@@ -1,4 +1,4 @@
-"""Threads for work on bodies and texts, which clients share evenly."""
+"""Run work on bodies and texts in threads that clients share evenly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from teacher_server.limits.fairness import FairClock
 
 R = TypeVar("R")
 
-# What work counts at least, in bytes: small bodies have their own costs too.
+# The least bytes that work counts, because small bodies have costs too.
 _LEAST_COST = 4096
 
 
@@ -29,10 +29,10 @@ class _Turn:
 
 
 class FairPool:
-    """Runs functions in threads; clients take turns by what their work costs.
+    """A pool of threads in which clients take turns by what their work costs.
 
-    One client keeps half of the threads busy at most, so that another finds one soon. A caller who
-    leaves gives its turn up; what has begun runs to its end, and keeps its thread until then.
+    One client keeps at most half of the threads busy, so that another finds one soon. A caller who
+    leaves gives up its turn; what has begun runs to its end and keeps its thread until then.
 
     Args:
         threads: at least 2.
@@ -70,7 +70,7 @@ class FairPool:
             raise
 
     def _begin(self) -> None:
-        """Start what has a thread now."""
+        """Start waiting functions for which there is a free thread."""
         while self._free:
             able = [turn for turn in self._waiting if self._busy[turn.client] < self._most]
             if not able:

@@ -1,4 +1,4 @@
-"""Text <-> token ids of the served model, and OpenAI's requests and answers <-> jobs."""
+"""Turn OpenAI's requests into jobs, and the results of the jobs into answers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from teacher_server.openai.tokenizer import ServedTokenizer
 
 @dataclass(frozen=True)
 class _Echo:
-    """The prompt as it comes before each of its completions."""
+    """The prompt as an answer repeats it before each of its completions."""
 
     text: str
     parts: list[Part]
 
 
 class OpenAIAdapter:
-    """Requests -> jobs, and what became of the jobs -> answers, for one served model."""
+    """An adapter between OpenAI's requests and answers and the jobs of one served model."""
 
     def __init__(self, model: str, *, trust_remote_code: bool) -> None:
         self._tokenizer = ServedTokenizer(model, trust_remote_code=trust_remote_code)
@@ -56,8 +56,8 @@ class OpenAIAdapter:
 
         Args:
             plan: from `plan`.
-            scored: of ``plan.score``, in order.
-            completions: of ``plan.generate``, n of each prompt, in order.
+            scored: the scores of ``plan.score``, in order.
+            completions: the completions of ``plan.generate``, n of each prompt, in order.
             info: the teacher.
             request_id: part of the answer's id.
         """
@@ -140,7 +140,7 @@ class OpenAIAdapter:
         return choice
 
     def _echo(self, plan: OpenAIPlan, number: int, scores: SparseLogprobs | None) -> _Echo:
-        """A prompt as an answer begins with it: text as it was sent, ids with special tokens."""
+        """Return a prompt as an answer repeats it: text as sent, ids with special tokens."""
         assert isinstance(plan.request, CompletionRequest)
         text, ids = plan.request.prompt[number], plan.prompts[number]
         if not isinstance(text, str):
@@ -151,9 +151,10 @@ class OpenAIAdapter:
     def _ended(
         self, plan: OpenAIPlan, prompt: Ids, completion: Completion, info: InfoResponse
     ) -> tuple[str, str, str | int | None]:
-        """Text of a completion, finish reason, and vLLM's stop reason.
+        """Return the text of a completion, its finish reason, and vLLM's stop reason.
 
-        That is the stop string or stop token; None for the end token and for the length limit.
+        The stop reason is the stop string or stop token; None for the end token and for the length
+        limit.
         """
         request, ids, reason = plan.request, completion.token_ids, completion.finish_reason
         text = self._text(prompt, ids, request)
@@ -175,9 +176,9 @@ class OpenAIAdapter:
     def _prompt_rows(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int
     ) -> list[WrittenJson | None]:
-        """vLLM's ``prompt_logprobs``: the token that stands there, and the k most probable.
+        """Return vLLM's ``prompt_logprobs``: each prompt token and the k most probable ones there.
 
-        The rank of a token outside the top-k is given as k + 1: it is that or more.
+        The rank of a token outside the top-k is given as k + 1, the least that it can be.
         """
         rows: list[WrittenJson | None] = [None]  # nothing comes before the first token
         if scores is None:

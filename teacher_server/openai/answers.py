@@ -1,4 +1,4 @@
-"""Log-probs and errors in OpenAI's form, and answers of any size as JSON."""
+"""Write log-probs, errors and answers of any size as OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from shared.protocol import InfoResponse
 from shared.sparse import SparseLogprobs
 from teacher_server.openai.schema import Ids
 
-# Items of a list that are written as JSON at a time: meanwhile no other thread runs.
+# Items of a list that json writes at a time, because it holds the GIL meanwhile.
 _WRITTEN_ITEMS = 1024
-# JSON has no −inf.
+# Stands for a log-prob of −inf, which JSON does not have.
 LOWEST = -9999.0
 
 
 class WrittenJson(str):
-    """JSON that is written already: of a million log-probs, a million maps would be left."""
+    """A string of finished JSON, which takes less memory than the maps it was written from."""
 
 
-# Tokens [T] and their rows; None where there are none.
+# Tokens [T] and their scores, or None.
 Part = tuple[Ids, SparseLogprobs | None]
 
 
 def model_card(info: InfoResponse) -> dict[str, Any]:
-    """The served model, as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
+    """Return the served model as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
     return {
         "id": info.teacher.model,
         "object": "model",
@@ -41,7 +41,7 @@ def model_card(info: InfoResponse) -> dict[str, Any]:
 
 
 def error_body(error: ProtocolError) -> bytes:
-    """OpenAI's error object."""
+    """Return an error as OpenAI's error object."""
     body = {
         "message": error.detail,
         "type": error.slug(),
@@ -52,7 +52,7 @@ def error_body(error: ProtocolError) -> bytes:
 
 
 def written(value: Any) -> Iterator[str]:
-    """``value`` as JSON in small pieces: json's own loop lets no other thread run."""
+    """Yield ``value`` as JSON in small pieces, because json's own loop holds the GIL."""
     if isinstance(value, WrittenJson):
         yield value
     elif isinstance(value, dict):
@@ -80,10 +80,10 @@ def written(value: Any) -> Iterator[str]:
 
 
 def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
+    """Return OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
 
-    A token has the same value in both lists. Of several tokens that read alike, which are one key,
-    the most probable one counts: the largest value of a row is that of its most probable token.
+    A token has the same value in both lists. Tokens with the same text share one key, which holds
+    the most probable one's value.
     """
     tokens: list[str] = []
     own: list[float | None] = []
@@ -107,7 +107,7 @@ def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
 
 
 def chat_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a chat completion."""
+    """Return OpenAI's ``logprobs`` of a chat completion."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = name(token_id)
@@ -127,7 +127,7 @@ def chat_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
 
 
 def _top(scores: SparseLogprobs, k: int) -> Iterator[list[tuple[int, float]]]:
-    """The k most probable (id, log-prob) of each row; k may be 0, which no engine is asked for."""
+    """Yield the k most probable (id, log-prob) pairs of each position; k may be 0."""
     rows = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
     for ids, logprobs in rows:
         clamped = [max(value, LOWEST) for value in logprobs]
