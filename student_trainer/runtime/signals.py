@@ -1,4 +1,4 @@
-"""Being told to end, as an exception that clears up on its way out."""
+"""Turn signals that end a process into exceptions and events, so that it can clean up."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def signals_as_exits() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit where they would end the process at once.
+    """Make SIGTERM and SIGHUP raise SystemExit in the block, where they would end the process.
 
-    What is ignored (nohup) or handled stays so. In the main thread alone, which hears signals.
+    Signals that are ignored (nohup) or handled stay so. Other threads than the main one, which gets
+    the signals, change nothing.
     """
     main = threading.current_thread() is threading.main_thread()
     numbers = [
@@ -33,9 +34,10 @@ def signals_as_exits() -> Iterator[None]:
 
 @contextmanager
 def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
-    """The event that the first SIGTERM sets, where it would end the process; a second one does.
+    """Yield an event that the first SIGTERM sets, where it would end the process; a second one does.
 
-    What is ignored or handled stays so. In the main thread alone, which hears signals.
+    A signal that is ignored or handled stays so. Other threads than the main one, which gets the
+    signals, change nothing.
 
     Args:
         patience: seconds after which, and then each second, ``remind`` is called in that thread,
