@@ -59,10 +59,10 @@ from shared.text import StopStrings
 from shared.validation import check_generate_request, check_score_request
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob, ScoreOptions
 from teacher_server.http.docs_page import PAGE
-from teacher_server.limits.admission import Admission, ClientGoneError, Held
+from teacher_server.limits.admission import Admission, ClientGoneError, HeldBytes
 from teacher_server.limits.auth import ApiKeys
 from teacher_server.limits.pool import FairPool
-from teacher_server.limits.single_flight import InFlight
+from teacher_server.limits.single_flight import SingleFlight
 from teacher_server.metrics import Metrics, State
 from teacher_server.openai.adapter import OpenAIAdapter
 from teacher_server.openai.answers import error_body, model_card
@@ -192,7 +192,7 @@ class TeacherApp:
             metrics,
         )  # fmt: skip
         self.pool = FairPool(min(16, max(4, os.cpu_count() or 1)))
-        self.in_flight = InFlight(metrics.shared.inc)
+        self.in_flight = SingleFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
         self.openai = OpenAIAdapter(settings.model, trust_remote_code=settings.trust_remote_code)
@@ -320,7 +320,7 @@ class TeacherApp:
             client = "" if request.client is None else request.client.host
             request.state.name = request.headers.get(_CLIENT_ID, "")[:_LONGEST_CLIENT_ID]
         request.state.client = client
-        request.state.held = Held(self.admission.bytes, client)
+        request.state.held = HeldBytes(self.admission.bytes, client)
 
     def _shown(self, error: Exception, request_id: str) -> ProtocolError:
         """What the caller is told of ``error``; the log keeps what was not meant for it."""
@@ -354,11 +354,11 @@ class TeacherApp:
 
         Scores depend on the job alone; but another client's may wait for that client's turn.
         """
-        return await self.in_flight.ask(key, lambda: backend.score(job))
+        return await self.in_flight.run(key, lambda: backend.score(job))
 
     async def _generated(self, backend: Backend, key: bytes, job: GenerateJob) -> Completion:
         """As `_scored`: a job with a seed, or a greedy one, is written the same again."""
-        return await self.in_flight.ask(key, lambda: backend.generate(job))
+        return await self.in_flight.run(key, lambda: backend.generate(job))
 
     async def _generate(self, request: Request, request_id: str) -> Answer:
         """Completions of prompts, with sparse log-probs when asked."""

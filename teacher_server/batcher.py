@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
-from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ A = TypeVar("A")
 @dataclass(eq=False)
 class _Waiting(Generic[J, A]):
     job: J
-    start: int  # on the clock of `FairClock`
+    start: int  # in the order of `FairQueue`
     place: int  # in order of arrival
     answer: asyncio.Future[A]
     since: float = field(default_factory=time.perf_counter)
@@ -73,7 +73,7 @@ class Callers(Generic[A]):
 class Batcher(Generic[J, A]):
     """A queue that joins jobs of all clients into batches for one model.
 
-    Clients take turns by `FairClock`. A batch takes the job whose turn it is, then those nearest to
+    Clients take turns by `FairQueue`. A batch takes the job whose turn it is, then those nearest to
     it in length, first of the same client, as long as the padded batch (longest × count) fits
     ``max_batch_tokens``, up to `MAX_BATCH_JOBS`. What does not fit waits for its turn; the job of a
     client that waited longest is always its first. A batch that fails is tried again in halves,
@@ -100,7 +100,7 @@ class Batcher(Generic[J, A]):
         self._executor = executor
         self._max_batch_tokens = max_batch_tokens
         self._observe = observe
-        self._clock = FairClock(LEAST_JOB_TOKENS)
+        self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._places = itertools.count()
         self._waiting: list[_Waiting[J, A]] = []  # a heap
         self._gone = 0  # number of them that nobody waits for
@@ -113,7 +113,7 @@ class Batcher(Generic[J, A]):
         if self._task is None:
             # An empty context, because the task serves all requests and not only the first one.
             self._task = asyncio.create_task(self._serve(), context=contextvars.Context())
-        start = self._clock.start(job.client, job.tokens)
+        start = self._fair_queue.start(job.client, job.tokens)
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         waiting: _Waiting[J, A] = _Waiting(job, start, next(self._places), answer)
         heapq.heappush(self._waiting, waiting)
@@ -128,7 +128,7 @@ class Batcher(Generic[J, A]):
         """Give up the turn of a job that nobody waits for, unless it runs already."""
         if not waiting.queued:
             return
-        self._clock.dropped(waiting.job.client, waiting.job.tokens)
+        self._fair_queue.dropped(waiting.job.client, waiting.job.tokens)
         self._gone += 1
         if self._gone > max(_CHOICE, len(self._waiting) // 2):
             self._waiting = [one for one in self._waiting if not one.answer.done()]
@@ -168,7 +168,7 @@ class Batcher(Generic[J, A]):
         if not choice:
             return []
         first = choice[0]
-        self._clock.begun(first.start)
+        self._fair_queue.begun(first.start)
         longest = 0
         batch: list[_Waiting[J, A]] = []
 

@@ -39,7 +39,7 @@ from teacher_server.backends.checkpoint import (
     local_folder,
 )
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
-from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
 
@@ -84,7 +84,7 @@ class VllmBackend:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._tokens = metrics.batch_tokens
-        self._clock = FairClock(LEAST_JOB_TOKENS)
+        self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._in_worker = True
         self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config
@@ -114,13 +114,13 @@ class VllmBackend:
     @contextlib.contextmanager
     def _turn(self, job: ScoreJob | GenerateJob) -> Iterator[int]:
         """Yield the job's priority in the engine's queue, where the lowest is next."""
-        start = self._clock.start(job.client, job.tokens)
+        start = self._fair_queue.start(job.client, job.tokens)
         try:
             yield start
         except asyncio.CancelledError:
-            self._clock.dropped(job.client, job.tokens)
+            self._fair_queue.dropped(job.client, job.tokens)
             raise
-        self._clock.begun(start)  # told late, because only the engine knows when it began
+        self._fair_queue.begun(start)  # told late, because only the engine knows when it began
 
     async def generate(self, job: GenerateJob) -> Completion:
         if job.temperature and not COLDEST <= job.temperature <= HOTTEST:

@@ -24,7 +24,7 @@ class ClientGoneError(Exception):
     """A caller that closed the connection, so nobody waits for the answer."""
 
 
-class Room:
+class Quota:
     """A quota of one resource, which all requests share.
 
     A client that holds some already must leave as much free: one client fills at most half of the
@@ -81,11 +81,11 @@ class Room:
         self._gauge.inc(amount)
 
 
-class Held:
+class HeldBytes:
     """The bytes that one request holds: its body, then its answer until it is sent."""
 
-    def __init__(self, room: Room, client: str) -> None:
-        self._room = room
+    def __init__(self, quota: Quota, client: str) -> None:
+        self._quota = quota
         self._client = client
         self.bytes = 0
 
@@ -95,11 +95,11 @@ class Held:
         Raises:
             OverloadedError: the quota does not allow it.
         """
-        self._room.take(self._client, size, already=self.bytes)
+        self._quota.take(self._client, size, already=self.bytes)
         self.bytes += size
 
     def free(self) -> None:
-        self._room.give(self._client, self.bytes)
+        self._quota.give(self._client, self.bytes)
         self.bytes = 0
 
 
@@ -118,9 +118,9 @@ class Admission:
     ) -> None:
         self.request_timeout = request_timeout
         self.draining = False
-        self.tokens = Room(max_queued_tokens, "tokens", metrics.queued_tokens)
-        self.bytes = Room(max_held_bytes, "bytes", metrics.held_bytes)
-        self.jobs = Room(MAX_QUEUED_JOBS, "sequences", metrics.queued_jobs)
+        self.tokens = Quota(max_queued_tokens, "tokens", metrics.queued_tokens)
+        self.bytes = Quota(max_held_bytes, "bytes", metrics.held_bytes)
+        self.jobs = Quota(MAX_QUEUED_JOBS, "sequences", metrics.queued_jobs)
         metrics.max_queued_tokens.set(max_queued_tokens)
         metrics.max_held_bytes.set(max_held_bytes)
         self._idle = asyncio.Event()

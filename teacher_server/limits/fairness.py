@@ -6,7 +6,7 @@ from __future__ import annotations
 LEAST_JOB_TOKENS = 16
 
 
-class FairClock:
+class FairQueue:
     """A fair queue that gives each job a start, counted in tokens; the least start is next.
 
     A client's job starts where its last one ends, clients side by side, so what a client queues

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from teacher_server.limits.fairness import FairClock
+from teacher_server.limits.fairness import FairQueue
 
 R = TypeVar("R")
 
@@ -23,7 +23,7 @@ _LEAST_COST = 4096
 class _Turn:
     client: str
     cost: int
-    start: int  # on the clock of `FairClock`
+    start: int  # in the order of `FairQueue`
     function: Callable[[], Any]
     result: asyncio.Future[Any]
 
@@ -43,7 +43,7 @@ class FairPool:
         self._free = threads
         self._most = max(1, threads // 2)
         self._busy: Counter[str] = Counter()
-        self._clock = FairClock(_LEAST_COST)
+        self._fair_queue = FairQueue(_LEAST_COST)
         self._waiting: list[_Turn] = []
 
     async def run(self, client: str, cost: int, function: Callable[..., R], *arguments: Any) -> R:
@@ -54,7 +54,7 @@ class FairPool:
         """
         context = contextvars.copy_context()
         turn = _Turn(
-            client, cost, self._clock.start(client, cost),
+            client, cost, self._fair_queue.start(client, cost),
             lambda: context.run(function, *arguments),
             asyncio.get_running_loop().create_future(),
         )  # fmt: skip
@@ -66,7 +66,7 @@ class FairPool:
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-                self._clock.dropped(client, cost)
+                self._fair_queue.dropped(client, cost)
             raise
 
     def _begin(self) -> None:
@@ -77,7 +77,7 @@ class FairPool:
                 return
             turn = min(able, key=lambda turn: turn.start)
             self._waiting.remove(turn)
-            self._clock.begun(turn.start)
+            self._fair_queue.begun(turn.start)
             self._free -= 1
             self._busy[turn.client] += 1
             loop = turn.result.get_loop()

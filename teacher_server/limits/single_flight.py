@@ -16,7 +16,7 @@ class _Work:
     callers: int = 0
 
 
-class InFlight:
+class SingleFlight:
     """The work that is running, by key, so that equal requests share it.
 
     A request that is sent again, because its connection was cut or a gateway timed out, shares the
@@ -30,7 +30,7 @@ class InFlight:
         self._on_shared = on_shared
         self._work: dict[bytes, _Work] = {}
 
-    async def ask(self, key: bytes, work: Callable[[], Coroutine[Any, Any, A]]) -> A:
+    async def run(self, key: bytes, work: Callable[[], Coroutine[Any, Any, A]]) -> A:
         """Return the result of ``work``, begun now or by an earlier caller with the same ``key``.
 
         The work is cancelled once all its callers are gone. Its exception is raised to each of
