@@ -49,12 +49,12 @@ def read_config(path: Path) -> dict[Any, Any]:
     return content
 
 
-def word_of(value: Any) -> str:
+def to_argument(value: Any) -> str:
     """Return a value as a command line writes it."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def flag_words(name: str, value: Any, word: Callable[[Any], str] = word_of) -> list[str]:
+def flag_arguments(name: str, value: Any, word: Callable[[Any], str] = to_argument) -> list[str]:
     """Return the arguments for a flag with its value or values; none for a value of None."""
     if value is None:
         return []

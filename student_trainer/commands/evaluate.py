@@ -39,7 +39,7 @@ from student_trainer.data.template import TemplateOptions
 from student_trainer.data.template_date import read_date
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions, missing_fences
-from student_trainer.evaluation.journal import Unfinished
+from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.evaluation.suites import Problem, problems_of
@@ -94,7 +94,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     of = _told(problems, model_arguments, generation, told, args)
-    with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
+    with EvaluationJournal(folder / "unfinished.jsonl", of) as unfinished:
         _generate(model, requests, problems, parts, generation, args, unfinished)
     completions = [unfinished.texts[number] for number in range(len(requests))]
     truncated = [unfinished.truncated[number] for number in range(len(requests))]
@@ -337,7 +337,7 @@ def _generate(
     parts: _Parts,
     generation: GenerationArguments,
     args: EvaluateArguments,
-    unfinished: Unfinished,
+    unfinished: EvaluationJournal,
 ) -> None:
     """Fill in what is missing."""
     missing = [number for number in range(len(requests)) if number not in unfinished.texts]

@@ -14,7 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from shared.errors import ConfigurationError
-from shared.yaml_file import config_path, flag_words, read_config, word_of
+from shared.yaml_file import config_path, flag_arguments, read_config, to_argument
 from student_trainer.config.arguments import (
     AdapterArguments,
     DataArguments,
@@ -141,7 +141,7 @@ def _to_words(values: Mapping[Any, Any], known: set[str], where: str, *, what: s
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigurationError(f"{where}: unknown {what} {key!r}{hint}")
-        words += flag_words(key, value, _to_word)
+        words += flag_arguments(key, value, _to_word)
     return words
 
 
@@ -150,4 +150,4 @@ def _to_word(value: Any) -> str:
         value = value.value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
-    return word_of(value)
+    return to_argument(value)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 
-class Unfinished:
+class EvaluationJournal:
     """A file of completions by number, under a first line that identifies the evaluation.
 
     Completions of the same evaluation are read into ``texts`` and ``truncated``; those of another

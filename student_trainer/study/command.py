@@ -14,7 +14,7 @@ from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner
-from student_trainer.study.spec import TRAINER_COMMANDS, Study, load_study, words_of
+from student_trainer.study.spec import TRAINER_COMMANDS, Study, load_study, to_argv
 
 
 def study(argv: Sequence[str]) -> None:
@@ -36,7 +36,7 @@ def study(argv: Sequence[str]) -> None:
     # Planned for all seeds, because the report includes those that were run earlier.
     plan = make_plan(found, sorted({*found.seeds, *seeds}))
     jobs = select(found, plan, seeds, arguments.only)
-    runner = Runner(folder, words_of(found.serve), _say)
+    runner = Runner(folder, to_argv(found.serve), _say)
     if arguments.dry_run:
         for job in jobs:
             _say(f"{runner.state(job):<8} {job.folder}\n         $ {runner.command(job)}")

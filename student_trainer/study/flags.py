@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from shared.errors import ConfigurationError
 from student_trainer.config.parse import ARGUMENTS
-from student_trainer.study.spec import Cell, Study, references, words_of
+from student_trainer.study.spec import Cell, Study, references, to_argv
 
 
 def check_flags(study: Study) -> None:
@@ -45,7 +45,7 @@ def _check(study: Study, cell: Cell, key: str, value: Any, parser: HfArgumentPar
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            parser.parse_known_args(words_of({key: plain}))
+            parser.parse_known_args(to_argv({key: plain}))
     except SystemExit as error:
         message = errors.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         raise ConfigurationError(f"{source}: {message}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from shared import __version__
 from shared.errors import ConfigurationError
-from student_trainer.study.spec import Cell, Study, nearest, references, substituted, words_of
+from student_trainer.study.spec import Cell, Study, nearest, references, substituted, to_argv
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
 
     def words(stand_ins: Mapping[str, str]) -> list[str]:
         by = {**stand_ins, "seed": str(seed)}
-        return words_of({key: substituted(value, by) for key, value in cell.flags.items()})
+        return to_argv({key: substituted(value, by) for key, value in cell.flags.items()})
 
     teacher = inputs[cell.teacher] if cell.teacher else None
     everything = [
         __version__,
         cell.command,
         sorted(words({name: job.digest for name, job in inputs.items()})),
-        [teacher.digest, words_of(serve)] if teacher else None,
+        [teacher.digest, to_argv(serve)] if teacher else None,
         sorted(filter(None, map(_file_digest, cell.flags.values()))),
     ]
     return Job(

@@ -111,7 +111,7 @@ def substituted(value: Any, by: Mapping[str, str]) -> Any:
     return _REFERENCE.sub(lambda found: by.get(found[1], found[0]), value)
 
 
-def words_of(flags: Mapping[str, Any]) -> list[str]:
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Return flags as command-line arguments, without those that are null."""
     words = []
     for key, value in flags.items():

@@ -24,7 +24,7 @@ from teacher_server.backends.base import GenerateJob
 
 
 @torch.inference_mode()
-def generate_rows(
+def generate_completions(
     model: Any,
     jobs: Sequence[GenerateJob],
     eos_token_ids: Sequence[int],
@@ -76,9 +76,9 @@ def generate_rows(
     model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
-        logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
+        logits_processor=LogitsProcessorList([_SampleEachJob(jobs, device, vocab_size)]),
         stopping_criteria=StoppingCriteriaList(
-            [_StopRows(jobs, stops, searches, width, waiting, ended, device)]
+            [_StopEachJob(jobs, stops, searches, width, waiting, ended, device)]
         ),
     )
 
@@ -100,7 +100,7 @@ def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list
     return groups
 
 
-class _StopRows(StoppingCriteria):
+class _StopEachJob(StoppingCriteria):
     """A criterion that ends each completion at its stops or length, or when nobody waits for it."""
 
     def __init__(
@@ -144,7 +144,7 @@ class _StopRows(StoppingCriteria):
         return ~self.running
 
 
-class _SampleRows(LogitsProcessor):
+class _SampleEachJob(LogitsProcessor):
     """A processor that samples each completion's next token by the parameters of its job.
 
     It leaves one id, which `generate` then takes. Sampling is by inverse CDF from one uniform a

@@ -29,7 +29,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def score_rows(
+def score_positions(
     hidden: torch.Tensor,
     head: Head,
     jobs: Sequence[ScoreJob],

@@ -27,10 +27,10 @@ from teacher_server.backends.checkpoint import (
     load_tokenizer,
     local_folder,
 )
-from teacher_server.backends.generation import generate_rows, within_context
-from teacher_server.backends.probe import check_causal, companions, generation_way
+from teacher_server.backends.generation import generate_completions, within_context
+from teacher_server.backends.probe import probe_batching, probe_causality, probe_generation
 from teacher_server.backends.projection import keep_float32_logits
-from teacher_server.backends.scoring import score_rows
+from teacher_server.backends.scoring import score_positions
 from teacher_server.batcher import Batcher, Callers
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
@@ -67,10 +67,12 @@ class TransformersBackend:
         keep_float32_logits(self._model)
         self._split_head = _head_is_separable(self._model)
         self._rope: LengthDependentRope | None = None
-        check_causal(self._model, settings.model, self._states)
-        self._companions, self._rope = companions(self._model, facts.max_model_len, self._states)
-        self._way = generation_way(self._model, self._pad, facts.tokenizer.vocab_size)
-        can = facts.capabilities.model_copy(update={"generate": self._way is not None})
+        probe_causality(self._model, settings.model, self._states)
+        self._groups_of_lengths, self._rope = probe_batching(
+            self._model, facts.max_model_len, self._states
+        )
+        self._mode = probe_generation(self._model, self._pad, facts.tokenizer.vocab_size)
+        can = facts.capabilities.model_copy(update={"generate": self._mode is not None})
         self.facts = replace(facts, capabilities=can)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._timeout = settings.request_timeout
@@ -117,7 +119,7 @@ class TransformersBackend:
     def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
         """Score a batch, in one forward pass where no sequence changes another."""
         answers: dict[int, SparseLogprobs] = {}
-        for group in self._companions([job.tokens for job in jobs]):
+        for group in self._groups_of_lengths([job.tokens for job in jobs]):
             answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
         return [answers[index] for index in range(len(jobs))]
 
@@ -141,7 +143,7 @@ class TransformersBackend:
         index = torch.from_numpy(rows).to(self._device)
         rows = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
         head = self._project if self._split_head else torch.clone
-        return score_rows(rows, head, jobs, self.facts.vocab_size, self._chunk_bytes)
+        return score_positions(rows, head, jobs, self.facts.vocab_size, self._chunk_bytes)
 
     def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the head's inputs, hidden states [B, L, d], or else logits [B, L, V]."""
@@ -164,20 +166,20 @@ class TransformersBackend:
     def generate_batch(self, jobs: Sequence[GenerateJob], callers: Callers[Completion]) -> None:
         """Generate completions of any mixture of jobs; answer each when it is scored."""
         for group, use_cache in self._generation_groups(jobs):
-            handout = _Handout(self.score_batch, jobs, group, callers)
+            delivery = _Delivery(self.score_batch, jobs, group, callers)
             self._forget_lengths(max(jobs[i].tokens for i in group))
-            generate_rows(
+            generate_completions(
                 self._model,
                 [jobs[i] for i in group],
                 self.facts.eos_token_ids,
                 self._pad,
-                handout.waiting,
-                handout.ended,
+                delivery.waiting,
+                delivery.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
                 tokenizer=self._tokenizer,
                 use_cache=use_cache,
             )
-            handout.score()
+            delivery.score()
 
     def _generation_groups(self, jobs: Sequence[GenerateJob]) -> list[tuple[list[int], bool]]:
         """Return groups of jobs, by index, that are generated together, and whether with a cache.
@@ -195,8 +197,8 @@ class TransformersBackend:
             else:
                 steady.setdefault(regime, []).append(index)
         for some in steady.values():
-            if self._way != "batched":
-                groups += [([i], self._way == "alone") for i in some]
+            if self._mode != "batched":
+                groups += [([i], self._mode == "alone") for i in some]
                 continue
             within = within_context([jobs[i] for i in some], self.facts.max_model_len)
             groups += [([some[place] for place in group], True) for group in within]
@@ -227,7 +229,7 @@ class TransformersBackend:
         return timed
 
 
-class _Handout:
+class _Delivery:
     """A delivery of finished completions to their callers, scored if the job asks for it.
 
     Args:

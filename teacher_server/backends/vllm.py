@@ -135,7 +135,7 @@ class VllmBackend:
     async def _generate(self, job: GenerateJob, priority: int) -> Completion:
         self._tokens.labels("generate").inc(job.tokens)
         search = None if job.stop is None else StopSearch(self._tokenizer, job.prompt, job.stop)
-        ids, reason = await self._write(
+        ids, reason = await self._generate_ids(
             job.prompt.tolist(),
             priority,
             search,
@@ -215,7 +215,7 @@ class VllmBackend:
                 return output
         raise InternalError("vLLM answered nothing")
 
-    async def _write(
+    async def _generate_ids(
         self, prompt: list[int], priority: int, search: StopSearch | None, **params: Any
     ) -> tuple[NDArray[np.uint32], str | None]:
         """Generate token ids and return them with their finish reason; a stop string ends them."""

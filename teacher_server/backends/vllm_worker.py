@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from shared.sparse import SparseLogprobs
 from shared.vllm_sampling import SeededSampling
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_rows
+from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_positions
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class StepScorer:
             elif row != request.rows:
                 request.failure = f"row {row} came after {request.rows} rows"
                 continue
-            part = _rows_of(job, row, last - first)
+            part = _part_of(job, row, last - first)
             where = span.offset + first - span.position
             work.append((request, part, slice(where, where + last - first)))
             request.rows += last - first
@@ -225,7 +225,7 @@ class StepScorer:
         rows = torch.cat([hidden[where] for _, _, where in work])
         try:
             jobs = [job for _, job, _ in work]
-            scored = score_rows(rows, self._head, jobs, self._vocab_size, self._chunk_bytes)
+            scored = score_positions(rows, self._head, jobs, self._vocab_size, self._chunk_bytes)
         except Exception as error:  # no error of one sequence may end the engine
             if len(work) > 1:
                 for item in work:
@@ -237,7 +237,7 @@ class StepScorer:
             request.parts.append(scores)
 
 
-def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
+def _part_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
     """Return the job of ``count`` of a job's positions, from ``row`` on."""
     start = job.completion_start + row
     requested = job.requested_token_ids

@@ -17,9 +17,9 @@ from teacher_server.openai.answers import (
     LOWEST,
     Part,
     WrittenJson,
-    chat_rows,
-    completion_rows,
-    written,
+    chat_logprobs,
+    completion_logprobs,
+    json_pieces,
 )
 from teacher_server.openai.plan import OpenAIPlan, make_plan
 from teacher_server.openai.schema import ChatRequest, CompletionRequest, Ids, OpenAIRequest
@@ -71,7 +71,7 @@ class OpenAIAdapter:
             one = next(rows) if plan.score is not None and len(prompt) > 1 else None
             prompt_rows = None
             if plan.prompt_logprobs is not None:
-                prompt_rows = self._prompt_rows(prompt, one, plan.prompt_logprobs)
+                prompt_rows = self._prompt_logprobs(prompt, one, plan.prompt_logprobs)
             echo = self._echo(plan, number, one) if plan.echo else None
             for completion in completions[number * n : (number + 1) * n]:
                 ended = self._ended(plan, prompt, completion, info)
@@ -97,7 +97,7 @@ class OpenAIAdapter:
         if chat and request.return_token_ids:
             body["prompt_token_ids"] = plan.prompts[0].tolist()
         answer = bytearray()
-        for piece in written(body):
+        for piece in json_pieces(body):
             answer += piece.encode()
         return answer
 
@@ -130,7 +130,7 @@ class OpenAIAdapter:
             parts = [*parts, (ids, completion.scores)]
         if plan.logprobs is not None and parts:
             as_ids = bool(request.return_tokens_as_token_ids)
-            write = chat_rows if isinstance(request, ChatRequest) else completion_rows
+            write = chat_logprobs if isinstance(request, ChatRequest) else completion_logprobs
             name = "token_id:{}".format if as_ids else self._tokenizer.token
             choice["logprobs"] = write(parts, plan.logprobs, name)
         if request.return_token_ids:
@@ -173,7 +173,7 @@ class OpenAIAdapter:
         skip = request.skip_special_tokens
         return completion_text(self._tokenizer.tokenizer, prompt, ids, skip_special_tokens=skip)
 
-    def _prompt_rows(
+    def _prompt_logprobs(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int
     ) -> list[WrittenJson | None]:
         """Return vLLM's ``prompt_logprobs``: each prompt token and the k most probable ones there.

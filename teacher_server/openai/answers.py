@@ -51,7 +51,7 @@ def error_body(error: ProtocolError) -> bytes:
     return json.dumps({"error": body}).encode()
 
 
-def written(value: Any) -> Iterator[str]:
+def json_pieces(value: Any) -> Iterator[str]:
     """Yield ``value`` as JSON in small pieces, because json's own loop holds the GIL."""
     if isinstance(value, WrittenJson):
         yield value
@@ -59,14 +59,14 @@ def written(value: Any) -> Iterator[str]:
         before = "{"
         for name, item in value.items():
             yield f"{before}{json.dumps(name)}: "
-            yield from written(item)
+            yield from json_pieces(item)
             before = ", "
         yield "}" if value else "{}"
     elif isinstance(value, list) and any(isinstance(item, dict | WrittenJson) for item in value):
         before = "["
         for item in value:
             yield before
-            yield from written(item)
+            yield from json_pieces(item)
             before = ", "
         yield "]"
     elif isinstance(value, list) and len(value) > _WRITTEN_ITEMS:
@@ -79,7 +79,7 @@ def written(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+def completion_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
     """Return OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
 
     A token has the same value in both lists. Tokens with the same text share one key, which holds
@@ -106,7 +106,7 @@ def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
 
-def chat_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+def chat_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
     """Return OpenAI's ``logprobs`` of a chat completion."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 @dataclass(frozen=True)
-class Words:
+class CommandArguments:
     """The arguments that a subcommand takes, for shell completion.
 
     Attributes:
@@ -22,17 +22,17 @@ class Words:
         flags: help of each long flag.
         values: choices of each flag that has choices.
         switches: flags that are complete without a value.
-        words: choices of the subcommand's own argument, if it has any.
+        choices: of the subcommand's own argument, if it has any.
     """
 
     help: str
     flags: dict[str, str] = field(default_factory=dict)
     values: dict[str, list[str]] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
-    words: Sequence[str] = ()
+    choices: Sequence[str] = ()
 
 
-def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
+def arguments_of(parser: argparse.ArgumentParser, help: str) -> CommandArguments:
     """Return the arguments of a subcommand's parser.
 
     Each flag is listed under its first long name, without its ``--no_`` twin.
@@ -52,10 +52,10 @@ def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
                 values[names[0]] = choices
             if action.nargs in (0, "?"):
                 switches.add(names[0])
-    return Words(help, flags, values, frozenset(switches), positional)
+    return CommandArguments(help, flags, values, frozenset(switches), positional)
 
 
-def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
+def completion_script(shell: str, prog: str, commands: Mapping[str, CommandArguments]) -> str:
     """Return the completion script of a command for ``shell``, one of `SHELLS`."""
     if shell == "fish":
         return _fish(prog, commands)
@@ -65,7 +65,7 @@ def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
     return start + _bash(prog, commands)
 
 
-def _bash(prog: str, commands: Mapping[str, Words]) -> str:
+def _bash(prog: str, commands: Mapping[str, CommandArguments]) -> str:
     """Return a bash function, which zsh's bashcompinit runs too; the rest completes to files."""
     name = "_" + prog.replace("-", "_")
     values = [
@@ -81,7 +81,7 @@ def _bash(prog: str, commands: Mapping[str, Words]) -> str:
         if flag not in known.switches and flag not in known.values
     ]
     flags = [
-        f'        {command}) words="{" ".join([*known.words, *known.flags])}" ;;'
+        f'        {command}) words="{" ".join([*known.choices, *known.flags])}" ;;'
         for command, known in commands.items()
     ]
     return "\n".join([
@@ -105,14 +105,14 @@ def _bash(prog: str, commands: Mapping[str, Words]) -> str:
     ])  # fmt: skip
 
 
-def _fish(prog: str, commands: Mapping[str, Words]) -> str:
+def _fish(prog: str, commands: Mapping[str, CommandArguments]) -> str:
     begin = f"complete -c {prog}"
     lines = [f"{begin} -n __fish_use_subcommand -f"]
     for command, known in commands.items():
         lines.append(f"{begin} -n __fish_use_subcommand -a {command} -d {_quoted(known.help)}")
         inside = f"{begin} -n {shlex.quote(f'__fish_seen_subcommand_from {command}')}"
-        if known.words:
-            lines.append(f"{inside} -f -a {shlex.quote(' '.join(known.words))}")
+        if known.choices:
+            lines.append(f"{inside} -f -a {shlex.quote(' '.join(known.choices))}")
         for flag, help in known.flags.items():
             line = f"{inside} -l {flag.removeprefix('--')}"
             if flag in known.values:
