@@ -46,15 +46,15 @@ class SparseLogprobs(BaseModel):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> SparseLogprobs:
-        rows, k = self.token_ids.shape
+        positions, k = self.token_ids.shape
         shapes = {
-            "logprobs": (self.logprobs.shape, (rows, k)),
-            "next_token_logprob": (self.next_token_logprob.shape, (rows,)),
-            "tail_logprob": (self.tail_logprob.shape, (rows,)),
+            "logprobs": (self.logprobs.shape, (positions, k)),
+            "next_token_logprob": (self.next_token_logprob.shape, (positions,)),
+            "tail_logprob": (self.tail_logprob.shape, (positions,)),
         }
         if self.requested_logprobs is not None:
             requested = self.requested_logprobs.shape
-            shapes["requested_logprobs"] = (requested, (rows, requested[1]))
+            shapes["requested_logprobs"] = (requested, (positions, requested[1]))
         for name, (found, expected) in shapes.items():
             if found != expected:
                 raise ValueError(f"{name} has shape {list(found)}, expected {list(expected)}")
@@ -129,10 +129,9 @@ class SparseLogprobs(BaseModel):
             ordered = np.sort(self.token_ids, axis=1)
             twice = ordered[:, 1:] == ordered[:, :-1]
             if twice.any():
-                row, place = (int(i) for i in np.argwhere(twice)[0])
+                t, place = (int(i) for i in np.argwhere(twice)[0])
                 raise TeacherAnswerError(
-                    f"{name}: the teacher answered token id {ordered[row, place]} twice in row "
-                    f"{row}"
+                    f"{name}: the teacher answered token id {ordered[t, place]} twice in row {t}"
                 )
         named = self.token_ids == next_ids[:, None]  # [T, k]
         again = named.any(axis=1)
@@ -144,26 +143,26 @@ class SparseLogprobs(BaseModel):
         if not drawn:
             wrong |= ~again & (own > top.min(axis=1, initial=np.inf) + _SLACK)
         if wrong.any():
-            row = int(np.argmax(wrong))
+            t = int(np.argmax(wrong))
             raise TeacherAnswerError(
-                f"{name}: the teacher answered next_token_logprob[{row}] = {own[row]}, and its "
+                f"{name}: the teacher answered next_token_logprob[{t}] = {own[t]}, and its "
                 "top-k contradicts that: the rows are of another sequence, or in another order"
             )
         if drawn:
             return
         rises = np.diff(top, axis=1) > _SLACK
         if rises.any():
-            row, place = (int(i) for i in np.argwhere(rises)[0])
+            t, place = (int(i) for i in np.argwhere(rises)[0])
             raise TeacherAnswerError(
-                f"{name}: the teacher answered logprobs[{row}, {place + 1}] = "
-                f"{top[row, place + 1]} after {top[row, place]}; a top-k goes from the most "
+                f"{name}: the teacher answered logprobs[{t}, {place + 1}] = "
+                f"{top[t, place + 1]} after {top[t, place]}; a top-k goes from the most "
                 "probable down"
             )
         mass = np.exp(top).sum(axis=1) + np.exp(self.tail_logprob)
         mass += np.where(again, 0.0, np.exp(own))
         if (mass > 1.0 + _SLACK).any():
-            row = int(np.argmax(mass))
+            t = int(np.argmax(mass))
             raise TeacherAnswerError(
-                f"{name}: the probabilities that the teacher answered in row {row} sum to "
-                f"{mass[row]:.4g}, which is more than 1"
+                f"{name}: the probabilities that the teacher answered in row {t} sum to "
+                f"{mass[t]:.4g}, which is more than 1"
             )

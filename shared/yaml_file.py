@@ -27,13 +27,13 @@ def read_yaml(path: Path, name: str) -> Any:
         raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 
 
-def config_path(words: Sequence[str]) -> Path | None:
+def config_path(argv: Sequence[str]) -> Path | None:
     """Return the file that ``--config`` names in a command's arguments, or None."""
-    for index, word in enumerate(words):
-        if word == "--config" and index + 1 < len(words):
-            return Path(words[index + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            return Path(argv[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
     return None
 
 
@@ -54,10 +54,10 @@ def to_argument(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def flag_arguments(name: str, value: Any, word: Callable[[Any], str] = to_argument) -> list[str]:
+def flag_arguments(name: str, value: Any, write: Callable[[Any], str] = to_argument) -> list[str]:
     """Return the arguments for a flag with its value or values; none for a value of None."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
-        return [f"--{name}", *map(word, value)]
-    return [f"--{name}={word(value)}"]
+        return [f"--{name}", *map(write, value)]
+    return [f"--{name}={write(value)}"]

@@ -26,7 +26,7 @@ class Job:
     Attributes:
         seed: None where it runs once for all seeds.
         folder: of its output, relative to the study's; also its identity.
-        words: flags; ``{FOLDER}`` stands for another job's output folder.
+        argv: flags; ``{FOLDER}`` stands for another job's output folder.
         inputs, teacher: folders of other jobs.
         digest: of command, flags and everything that flows in.
     """
@@ -34,7 +34,7 @@ class Job:
     cell: Cell
     seed: int | None
     folder: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     inputs: tuple[str, ...]
     teacher: str | None
     digest: str
@@ -100,7 +100,7 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
     seeded = any("seed" in references(value) for value in cell.flags.values())
     seeded = seeded or any(job.seed is not None for job in inputs.values())
 
-    def words(stand_ins: Mapping[str, str]) -> list[str]:
+    def argv(stand_ins: Mapping[str, str]) -> list[str]:
         by = {**stand_ins, "seed": str(seed)}
         return to_argv({key: substituted(value, by) for key, value in cell.flags.items()})
 
@@ -108,7 +108,7 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
     everything = [
         __version__,
         cell.command,
-        sorted(words({name: job.digest for name, job in inputs.items()})),
+        sorted(argv({name: job.digest for name, job in inputs.items()})),
         [teacher.digest, to_argv(serve)] if teacher else None,
         sorted(filter(None, map(_file_digest, cell.flags.values()))),
     ]
@@ -116,7 +116,7 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
         cell=cell,
         seed=seed if seeded else None,
         folder=f"seed-{seed}/{cell.name}" if seeded else f"shared/{cell.name}",
-        words=tuple(words({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
+        argv=tuple(argv({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
         inputs=tuple(job.folder for job in inputs.values()),
         teacher=teacher.folder if teacher else None,
         digest=hashlib.sha256(json.dumps(everything).encode()).hexdigest(),

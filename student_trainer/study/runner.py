@@ -67,7 +67,7 @@ class Runner:
 
     def command(self, job: Job) -> str:
         """Return the job's command line, with a stand-in for the address of a teacher."""
-        return _typed(job, self._words(job, "http://TEACHER"))
+        return _typed(job, self._argv(job, "http://TEACHER"))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the jobs that are not done.
@@ -116,13 +116,13 @@ class Runner:
         since = time.perf_counter()
         if job.teacher is not None:
             self._keep_serving(job.teacher)
-        words = self._words(job, self._url)
+        argv = self._argv(job, self._url)
         log = output.with_name(output.name + ".log")
-        code = _in_a_process(job.cell.command, words, log)
+        code = _in_a_process(job.cell.command, argv, log)
         if code != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise CellFailedError(
-                f"{job.folder} ended with {code}:\n$ {_typed(job, words)}\n{tail}\n"
+                f"{job.folder} ended with {code}:\n$ {_typed(job, argv)}\n{tail}\n"
                 f"The whole log is {log}"
             )
         if not output.exists():
@@ -130,18 +130,18 @@ class Runner:
                 f"{job.folder} wrote nothing into its --output_dir {output}; the log is {log}"
             )
         seconds = time.perf_counter() - since
-        made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, words)}
+        made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, argv)}
         marker = self._marker_path(job)
         unfinished = marker.with_name(marker.name + ".new")
         unfinished.write_text(json.dumps(made, indent=2) + "\n")
         unfinished.replace(marker)
         return seconds
 
-    def _words(self, job: Job, url: str) -> list[str]:
-        words = [_FOLDER.sub(lambda f: str(self._output(f[1])), word) for word in job.words]
+    def _argv(self, job: Job, url: str) -> list[str]:
+        argv = [_FOLDER.sub(lambda f: str(self._output(f[1])), argument) for argument in job.argv]
         if job.teacher is not None:
-            words.append(f"--teacher_url={url}")
-        return [*words, f"--output_dir={self._output(job.folder)}"]
+            argv.append(f"--teacher_url={url}")
+        return [*argv, f"--output_dir={self._output(job.folder)}"]
 
     def _keep_serving(self, teacher: str) -> None:
         if self._served == teacher:
@@ -223,15 +223,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _typed(job: Job, words: Sequence[str]) -> str:
+def _typed(job: Job, argv: Sequence[str]) -> str:
     command = job.cell.command
     program = ["student-trainer"] if command in TRAINER_COMMANDS else ["python", "-m"]
-    return shlex.join([*program, command, *words])
+    return shlex.join([*program, command, *argv])
 
 
-def _in_a_process(command: str, words: Sequence[str], log: Path) -> int:
+def _in_a_process(command: str, argv: Sequence[str], log: Path) -> int:
     """Run a command in a process that does not outlive this one; return its exit code."""
-    process = _CONTEXT.Process(target=_execute, args=(command, list(words), str(log)))
+    process = _CONTEXT.Process(target=_execute, args=(command, list(argv), str(log)))
     process.start()
     try:
         process.join()
@@ -246,18 +246,18 @@ def _in_a_process(command: str, words: Sequence[str], log: Path) -> int:
     return process.exitcode
 
 
-def _execute(command: str, words: list[str], log: str) -> None:
+def _execute(command: str, argv: list[str], log: str) -> None:
     """Run a command in the new process, with standard output and errors in the log."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if command in TRAINER_COMMANDS:
-        sys.argv = ["student-trainer", command, *words]
+        sys.argv = ["student-trainer", command, *argv]
         with signals_as_exits():  # a cell that is told to end has failed, and will run again
             runpy.run_module("student_trainer", run_name="__main__", alter_sys=True)
         return
-    sys.argv = [command, *words]
+    sys.argv = [command, *argv]
     runpy.run_module(command, run_name="__main__", alter_sys=True)
 
 

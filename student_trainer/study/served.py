@@ -26,17 +26,17 @@ def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["serve", str(model), "--port", str(port), *flags]
+    argv = ["serve", str(model), "--port", str(port), *flags]
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "teacher_server", *words],
+            [sys.executable, "-m", "teacher_server", *argv],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(server, url, log)
-            yield url, shlex.join(["teacher-server", *words])
+            yield url, shlex.join(["teacher-server", *argv])
         finally:
             server.terminate()
             try:

@@ -113,13 +113,13 @@ def substituted(value: Any, by: Mapping[str, str]) -> Any:
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Return flags as command-line arguments, without those that are null."""
-    words = []
+    argv = []
     for key, value in flags.items():
         if isinstance(value, list):
-            words += [f"--{key}", *(str(item) for item in value)]
+            argv += [f"--{key}", *(str(item) for item in value)]
         elif value is not None:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
 
 
 def nearest(names: Iterable[str], name: str) -> str:

@@ -55,13 +55,13 @@ def generate_completions(
     width = max(len(job.prompt) for job in jobs)
     input_ids = torch.full((len(jobs), width), pad)  # [B, P]
     attention_mask = torch.zeros_like(input_ids)
-    for row, job in enumerate(jobs):
+    for index, job in enumerate(jobs):
         first = width - len(job.prompt)
-        input_ids[row, first:] = torch.from_numpy(job.prompt.astype(np.int64))
-        attention_mask[row, first:] = 1
+        input_ids[index, first:] = torch.from_numpy(job.prompt.astype(np.int64))
+        attention_mask[index, first:] = 1
     searches = {
-        row: StopSearch(tokenizer, job.prompt, job.stop)
-        for row, job in enumerate(jobs)
+        index: StopSearch(tokenizer, job.prompt, job.stop)
+        for index, job in enumerate(jobs)
         if job.stop is not None
     }
     stops = [sorted({*eos_token_ids, *job.stop_token_ids}) for job in jobs]
@@ -127,18 +127,18 @@ class _StopEachJob(StoppingCriteria):
         length = input_ids.shape[1] - self.prompt_width
         self.running &= torch.tensor(self.waiting(), device=input_ids.device)
         stopped = (input_ids[:, -1:] == self.stops).any(dim=1)  # [B]
-        for row, search in self.searches.items():
-            if self.running[row] and search.add(int(input_ids[row, -1])):
-                stopped[row] = True
+        for index, search in self.searches.items():
+            if self.running[index] and search.add(int(input_ids[index, -1])):
+                stopped[index] = True
         now = self.running & (stopped | (self.lengths <= length))
         self.running &= ~now
         self.ended(
             {
-                row: Completion(
-                    token_ids=input_ids[row, self.prompt_width :].cpu().numpy().astype(np.uint32),
-                    finish_reason="stop" if stopped[row] else "length",
+                index: Completion(
+                    token_ids=input_ids[index, self.prompt_width :].cpu().numpy().astype(np.uint32),
+                    finish_reason="stop" if stopped[index] else "length",
                 )
-                for row in now.nonzero()[:, 0].tolist()
+                for index in now.nonzero()[:, 0].tolist()
             }
         )
         return ~self.running
@@ -157,19 +157,19 @@ class _SampleEachJob(LogitsProcessor):
         self.vocab_size = vocab_size
         longest = max(job.max_new_tokens for job in jobs)
         alike: dict[tuple[float, int, float], list[int]] = {}
-        for row, job in enumerate(jobs):
+        for index, job in enumerate(jobs):
             if job.temperature > 0:
                 key = (job.temperature, job.sampling_top_k, job.top_p)
-                alike.setdefault(key, []).append(row)
+                alike.setdefault(key, []).append(index)
         self.groups = [
             (
-                torch.tensor(rows, device=device),
+                torch.tensor(indices, device=device),
                 torch.from_numpy(
-                    np.stack([uniforms("generate", *jobs[i].key, count=longest) for i in rows])
+                    np.stack([uniforms("generate", *jobs[i].key, count=longest) for i in indices])
                 ).to(device),  # [n, steps]
                 _warpers(*key),
             )
-            for key, rows in alike.items()
+            for key, indices in alike.items()
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -179,8 +179,8 @@ class _SampleEachJob(LogitsProcessor):
                 "or serve it with --dtype float32"
             )
         scores[:, self.vocab_size :] = float("-inf")
-        for rows, draws, warp in self.groups:
-            logits = warp(input_ids[rows], scores[rows].float())
+        for indices, draws, warp in self.groups:
+            logits = warp(input_ids[indices], scores[indices].float())
             cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [n, V]
             total = cdf[:, -1:]
             # A point below the total, searched from the right, never picks an id of zero
@@ -189,7 +189,7 @@ class _SampleEachJob(LogitsProcessor):
                 draws[:, self.step, None] * total, total.nextafter(torch.zeros_like(total))
             )
             chosen = torch.searchsorted(cdf, point, right=True)  # [n, 1]
-            scores[rows] = torch.full_like(logits, float("-inf")).scatter_(1, chosen, 0.0)
+            scores[indices] = torch.full_like(logits, float("-inf")).scatter_(1, chosen, 0.0)
         self.step += 1
         return scores
 

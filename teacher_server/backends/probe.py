@@ -166,9 +166,9 @@ def _generates_correctly(model: Any, mode: Mode, pad: int, vocab_size: int) -> b
                 vocab_size=vocab_size,
                 use_cache=mode != "uncached",
             )
-        for row, index in enumerate(group):
-            tokens = written[row].token_ids
-            found = torch.stack([step[row, -1] for step in seen[: len(tokens)]])  # [T, d]
+        for place, index in enumerate(group):
+            tokens = written[place].token_ids
+            found = torch.stack([step[place, -1] for step in seen[: len(tokens)]])  # [T, d]
             whole = np.concatenate([jobs[index].prompt, tokens[:-1]]).astype(np.int64)
             with _head_inputs(model) as plain:
                 model(input_ids=torch.from_numpy(whole)[None].to(model.device), use_cache=False)

@@ -48,7 +48,7 @@ def score_positions(
     Raises:
         InternalError: the model answered NaN or infinity for one of the jobs.
     """
-    first_row = np.cumsum([0, *(job.rows for job in jobs)])  # where each job begins in ``hidden``
+    starts = np.cumsum([0, *(job.rows for job in jobs)])  # where each job begins in ``hidden``
     alike: dict[tuple[int, int, bool], list[int]] = {}
     for index, job in enumerate(jobs):
         alike.setdefault((job.top_k, _width(job), job.draw_key is None), []).append(index)
@@ -56,8 +56,8 @@ def score_positions(
     # Jobs are grouped by k, so that neither an answer nor its memory depends on the other jobs of
     # the batch: which of two equal tokens ranks first may depend on k.
     for members in alike.values():
-        rows = np.concatenate([np.arange(first_row[i], first_row[i + 1]) for i in members])
-        states = hidden[torch.from_numpy(rows).to(hidden.device)]
+        indices = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+        states = hidden[torch.from_numpy(indices).to(hidden.device)]
         alike_jobs = [jobs[i] for i in members]
         arrays = _score_alike(states, head, alike_jobs, vocab_size, chunk_bytes)
         last = 0
@@ -160,7 +160,7 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     are searched. A block is every (V / BLOCK)-th token, so that maxima over blocks read contiguous
     memory. Equal logits may come in another order than torch's.
     """
-    rows, vocab_size = logits.shape
+    count, vocab_size = logits.shape
     blocks = vocab_size // BLOCK
     left = vocab_size - blocks * BLOCK  # last columns, which fill no block
     if 2 * k > blocks:
@@ -172,7 +172,7 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     candidates = (best[:, :, None] + steps).flatten(1)  # [n, k · B] token ids
     if left:
         last = torch.arange(blocks * BLOCK, vocab_size, device=logits.device)
-        candidates = torch.cat([candidates, last.expand(rows, left)], dim=1)
+        candidates = torch.cat([candidates, last.expand(count, left)], dim=1)
     values, places = logits.gather(1, candidates).topk(k, dim=-1)
     return values, candidates.gather(1, places)
 
@@ -196,8 +196,8 @@ def _points(jobs: Sequence[ScoreJob]) -> np.ndarray:
     for job in jobs:
         assert job.draw_key is not None
         # Fixed by the position in the sequence, because vLLM may score a sequence in several steps.
-        first, rows = job.completion_start, job.rows
-        parts.append(uniform_rows(job.draw_key, first=first, rows=rows, width=job.top_k))
+        first, positions = job.completion_start, job.rows
+        parts.append(uniform_rows(job.draw_key, first=first, rows=positions, width=job.top_k))
     return np.concatenate(parts)
 
 

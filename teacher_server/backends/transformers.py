@@ -132,18 +132,18 @@ class TransformersBackend:
         """
         width = max(job.tokens for job in jobs)
         input_ids = torch.full((len(jobs), width), self._pad)  # [B, L]
-        for row, job in enumerate(jobs):
-            input_ids[row, : job.tokens] = torch.from_numpy(job.token_ids.astype(np.int64))
-        rows = np.concatenate(
+        for number, job in enumerate(jobs):
+            input_ids[number, : job.tokens] = torch.from_numpy(job.token_ids.astype(np.int64))
+        positions = np.concatenate(
             [
-                np.arange(job.completion_start - 1, job.tokens - 1) + row * width
-                for row, job in enumerate(jobs)
+                np.arange(job.completion_start - 1, job.tokens - 1) + number * width
+                for number, job in enumerate(jobs)
             ]
         )
-        index = torch.from_numpy(rows).to(self._device)
-        rows = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
+        index = torch.from_numpy(positions).to(self._device)
+        states = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
         head = self._project if self._split_head else torch.clone
-        return score_positions(rows, head, jobs, self.facts.vocab_size, self._chunk_bytes)
+        return score_positions(states, head, jobs, self.facts.vocab_size, self._chunk_bytes)
 
     def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return the head's inputs, hidden states [B, L, d], or else logits [B, L, V]."""
@@ -257,10 +257,10 @@ class _Delivery:
         flags = self._callers.waiting()
         return [flags[index] for index in self._group]
 
-    def ended(self, rows: dict[int, Completion]) -> None:
+    def ended(self, completions: dict[int, Completion]) -> None:
         """Take the completions that the last token ended, by their index in the group."""
-        for row, completion in rows.items():
-            index = self._group[row]
+        for place, completion in completions.items():
+            index = self._group[place]
             if self._jobs[index].score is None:
                 self._callers.answer(index, completion)
             else:
@@ -295,8 +295,8 @@ def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _head_is_separable(model: Any) -> bool:
     """Return whether decoder and `project` give the model's own logits of eight tokens."""
     head: Any = model.get_output_embeddings()
-    rows = int(head.weight.shape[0])
-    input_ids = torch.arange(8, device=head.weight.device)[None] % rows  # [1, 8]
+    vocab_size = int(head.weight.shape[0])
+    input_ids = torch.arange(8, device=head.weight.device)[None] % vocab_size  # [1, 8]
     theirs = model(input_ids=input_ids, use_cache=False).logits.float()
     try:
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state

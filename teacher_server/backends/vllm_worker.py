@@ -101,17 +101,17 @@ def unpack_scores(data: NDArray[np.uint8], job: ScoreJob) -> SparseLogprobs:
     """
     if int(data[:4].view("<u4")[0]) != _SCORED:
         raise RuntimeError(bytes(data[4:]).decode(errors="replace"))
-    rows, k, asked = job.rows, job.top_k, job.requested_token_ids
+    positions, k, requested = job.rows, job.top_k, job.requested_token_ids
     logprob = np.dtype("<f2" if job.logprob_dtype == "float16" else "<f4")
-    width = 0 if asked is None else int(asked.shape[1])
+    width = 0 if requested is None else int(requested.shape[1])
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-        "token_ids": ((rows, k), np.dtype("<u4")),
-        "logprobs": ((rows, k), logprob),
-        "next_token_logprob": ((rows,), np.dtype("<f4")),
-        "tail_logprob": ((rows,), np.dtype("<f4")),
-        "requested_logprobs": ((rows, width), logprob),
+        "token_ids": ((positions, k), np.dtype("<u4")),
+        "logprobs": ((positions, k), logprob),
+        "next_token_logprob": ((positions,), np.dtype("<f4")),
+        "tail_logprob": ((positions,), np.dtype("<f4")),
+        "requested_logprobs": ((positions, width), logprob),
     }
-    wanted = {name: shapes[name] for name in _fields(asked is not None)}
+    wanted = {name: shapes[name] for name in _fields(requested is not None)}
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values()]
     if data.nbytes != 4 + sum(sizes):
         raise RuntimeError(f"{data.nbytes} bytes of scores came, not {4 + sum(sizes)}")
@@ -148,7 +148,7 @@ class Span:
 class _Request:
     job: ScoreJob
     parts: list[SparseLogprobs] = field(default_factory=list)
-    rows: int = 0  # scored so far
+    positions: int = 0  # scored so far
     failure: str | None = None
 
 
@@ -193,21 +193,21 @@ class StepScorer:
             last = min(job.tokens - 1, span.position + span.count)
             if first >= last:
                 continue
-            row = first - (job.completion_start - 1)
-            if row == 0:
-                request.parts, request.rows, request.failure = [], 0, None
-            elif row != request.rows:
-                request.failure = f"row {row} came after {request.rows} rows"
+            index = first - (job.completion_start - 1)
+            if index == 0:
+                request.parts, request.positions, request.failure = [], 0, None
+            elif index != request.positions:
+                request.failure = f"row {index} came after {request.positions} rows"
                 continue
-            part = _part_of(job, row, last - first)
+            part = _part_of(job, index, last - first)
             where = span.offset + first - span.position
             work.append((request, part, slice(where, where + last - first)))
-            request.rows += last - first
+            request.positions += last - first
         self._score(hidden, work)
         answers = {}
         for span in reached:
             request = self._requests[span.request_id]
-            if request.rows == request.job.rows or request.failure is not None:
+            if request.positions == request.job.rows or request.failure is not None:
                 answers[span.request_id] = (
                     pack_scores(request.parts)
                     if request.failure is None
@@ -222,10 +222,10 @@ class StepScorer:
         """Score all parts together or, if that fails, one by one, so that only a bad one fails."""
         if not work:
             return
-        rows = torch.cat([hidden[where] for _, _, where in work])
+        states = torch.cat([hidden[where] for _, _, where in work])
         try:
             jobs = [job for _, job, _ in work]
-            scored = score_positions(rows, self._head, jobs, self._vocab_size, self._chunk_bytes)
+            scored = score_positions(states, self._head, jobs, self._vocab_size, self._chunk_bytes)
         except Exception as error:  # no error of one sequence may end the engine
             if len(work) > 1:
                 for item in work:
@@ -237,16 +237,16 @@ class StepScorer:
             request.parts.append(scores)
 
 
-def _part_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
-    """Return the job of ``count`` of a job's positions, from ``row`` on."""
-    start = job.completion_start + row
+def _part_of(job: ScoreJob, first: int, count: int) -> ScoreJob:
+    """Return the job of ``count`` of a job's positions, from number ``first`` on."""
+    start = job.completion_start + first
     requested = job.requested_token_ids
     return ScoreJob(
         token_ids=job.token_ids[: start + count],
         completion_start=start,
         top_k=job.top_k,
         temperature=job.temperature,
-        requested_token_ids=None if requested is None else requested[row : row + count],
+        requested_token_ids=None if requested is None else requested[first : first + count],
         logprob_dtype=job.logprob_dtype,
         draw_key=job.draw_key,
     )

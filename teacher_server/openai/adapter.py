@@ -65,19 +65,19 @@ class OpenAIAdapter:
         if plan.generate is None:
             nothing = Completion(token_ids=np.zeros(0, np.uint32), finish_reason="length")
             completions = [nothing] * (len(plan.prompts) * n)
-        rows = iter(scored)
+        scores_of_prompts = iter(scored)
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(plan.prompts):
-            one = next(rows) if plan.score is not None and len(prompt) > 1 else None
-            prompt_rows = None
+            one = next(scores_of_prompts) if plan.score is not None and len(prompt) > 1 else None
+            prompt_logprobs = None
             if plan.prompt_logprobs is not None:
-                prompt_rows = self._prompt_logprobs(prompt, one, plan.prompt_logprobs)
+                prompt_logprobs = self._prompt_logprobs(prompt, one, plan.prompt_logprobs)
             echo = self._echo(plan, number, one) if plan.echo else None
             for completion in completions[number * n : (number + 1) * n]:
                 ended = self._ended(plan, prompt, completion, info)
                 index = len(choices)
                 choices.append(
-                    self._choice(plan, index, prompt, completion, prompt_rows, echo, ended)
+                    self._choice(plan, index, prompt, completion, prompt_logprobs, echo, ended)
                 )
         generated = sum(len(completion.token_ids) for completion in completions)
         prompt_tokens = sum(len(prompt) for prompt in plan.prompts)
@@ -107,7 +107,7 @@ class OpenAIAdapter:
         index: int,
         prompt: Ids,
         completion: Completion,
-        prompt_rows: list[WrittenJson | None] | None,
+        prompt_logprobs: list[WrittenJson | None] | None,
         echo: _Echo | None,
         ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class OpenAIAdapter:
             choice["message"] = {"role": "assistant", "content": text}
         else:
             text = text if echo is None else echo.text + text
-            choice |= {"text": text, "prompt_logprobs": prompt_rows}
+            choice |= {"text": text, "prompt_logprobs": prompt_logprobs}
         choice["logprobs"] = None
         parts = [] if echo is None else echo.parts
         if completion.scores is not None:
@@ -180,16 +180,16 @@ class OpenAIAdapter:
 
         The rank of a token outside the top-k is given as k + 1, the least that it can be.
         """
-        rows: list[WrittenJson | None] = [None]  # nothing comes before the first token
+        entries: list[WrittenJson | None] = [None]  # nothing comes before the first token
         if scores is None:
-            return rows
+            return entries
         for t, next_id in enumerate(prompt[1:].tolist()):
             named = {next_id: (float(scores.next_token_logprob[t]), k + 1)}
             top = zip(scores.token_ids[t].tolist(), scores.logprobs[t].tolist(), strict=True)
             for rank, (token_id, logprob) in enumerate(top, start=1):
                 if rank <= k or token_id == next_id:
                     named[token_id] = (logprob, rank)
-            row = {
+            entry = {
                 str(token_id): {
                     "logprob": max(logprob, LOWEST),
                     "rank": rank,
@@ -197,5 +197,5 @@ class OpenAIAdapter:
                 }
                 for token_id, (logprob, rank) in named.items()
             }
-            rows.append(WrittenJson(json.dumps(row)))
-        return rows
+            entries.append(WrittenJson(json.dumps(entry)))
+        return entries

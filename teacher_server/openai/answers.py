@@ -95,10 +95,10 @@ def completion_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, A
             top += [None] * len(ids)
             continue
         following = zip(ids.tolist(), scores.next_token_logprob.tolist(), strict=True)
-        for (token_id, logprob), row in zip(following, _top(scores, k), strict=True):
-            value = dict(row).get(token_id, max(logprob, LOWEST))
+        for (token_id, logprob), pairs in zip(following, _top(scores, k), strict=True):
+            value = dict(pairs).get(token_id, max(logprob, LOWEST))
             named = {name(token_id): value}
-            for i, other in row:
+            for i, other in pairs:
                 named[name(i)] = max(other, named.get(name(i), other))
             own.append(value)
             top.append(WrittenJson(json.dumps(named)))
@@ -119,16 +119,16 @@ def chat_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
     return {
         "content": [
             WrittenJson(
-                json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]})
+                json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in pairs]})
             )
-            for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
+            for i, logprob, pairs in zip(ids.tolist(), own, _top(scores, k), strict=True)
         ]
     }
 
 
 def _top(scores: SparseLogprobs, k: int) -> Iterator[list[tuple[int, float]]]:
     """Yield the k most probable (id, log-prob) pairs of each position; k may be 0."""
-    rows = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
-    for ids, logprobs in rows:
+    positions = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
+    for ids, logprobs in positions:
         clamped = [max(value, LOWEST) for value in logprobs]
         yield list(zip(ids, clamped, strict=True))
