@@ -137,7 +137,7 @@ def adopt(*libraries: str) -> None:
         logger.propagate = True
 
 
-def last_words(program: str, error: str) -> None:
+def log_failure(program: str, error: str) -> None:
     """Write to stderr why a command ends."""
     if in_json():
         logging.getLogger(program).critical("%s", error)

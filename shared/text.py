@@ -25,7 +25,7 @@ Ids = Sequence[int] | NDArray[np.integer[Any]]
 
 _CONTEXT = 16  # tokens of a prompt that are decoded with a completion
 _HELD = 32  # tokens that may wait for the rest of a character
-_HALF = "\ufffd"  # what a decoder gives for half a character
+_INCOMPLETE = "\ufffd"  # what a decoder gives for an incomplete character
 _SHOWN = 24  # characters of a text on either side of a difference
 
 
@@ -40,7 +40,7 @@ def decoded(tokenizer: Any, token_ids: Ids, *, skip_special_tokens: bool = True)
     Each incomplete character becomes one U+FFFD, also where a tokenizer with byte fallback would
     lose the complete characters beside it.
     """
-    ids = _mended(_byte_tokens(tokenizer), [int(i) for i in token_ids])
+    ids = _without_incomplete_characters(_byte_tokens(tokenizer), [int(i) for i in token_ids])
     return str(
         tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -66,7 +66,7 @@ def completion_text(
         return ""
     context, before = _context(tokenizer, prompt_ids, skip_special_tokens)
     full = decoded(tokenizer, [*context, *completion], skip_special_tokens=skip_special_tokens)
-    return _without(before, full)
+    return _added_text(before, full)
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
@@ -99,7 +99,7 @@ class GrowingText:
         """Return what the next token adds to ``text``; nothing while a character is incomplete."""
         self._held.append(int(token_id))
         new = self._new()
-        if new.endswith(_HALF) and len(self._held) < _HELD:
+        if new.endswith(_INCOMPLETE) and len(self._held) < _HELD:
             return ""
         return self._settle(new)
 
@@ -190,7 +190,7 @@ def check_round_trip(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> None:
         DatasetError: names the first text that does not come back, and what came instead.
     """
     for where, text in texts:
-        back = lost(tokenizer, text)
+        back = round_trip_change(tokenizer, text)
         if back is not None:
             raise DatasetError(
                 f"{where}: the tokenizer loses text: {difference(text, back)}. The model would "
@@ -199,7 +199,7 @@ def check_round_trip(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> None:
             )
 
 
-def lost(tokenizer: Any, text: str) -> str | None:
+def round_trip_change(tokenizer: Any, text: str) -> str | None:
     """Return what a text becomes by encoding and decoding, or None if it is unchanged."""
     back = decoded(tokenizer, encoded(tokenizer, text), skip_special_tokens=False)
     if _same(text, back):
@@ -210,7 +210,7 @@ def lost(tokenizer: Any, text: str) -> str | None:
 
 def difference(text: str, back: str) -> str:
     """Describe two texts around the first character in which they differ."""
-    at = _alike(text, back)
+    at = _common_prefix_length(text, back)
     first = max(0, at - _SHOWN)
     return (
         f"{text[first : at + _SHOWN]!r} comes back as {back[first : at + _SHOWN]!r} "
@@ -242,17 +242,17 @@ def _context(tokenizer: Any, prompt_ids: Ids, skip_special_tokens: bool) -> tupl
         size *= 4
 
 
-def _without(before: str, full: str) -> str:
+def _added_text(before: str, full: str) -> str:
     """Return ``full`` without ``before``, whose incomplete last characters may be complete now."""
     start = before
-    while not full.startswith(start) and start.endswith(_HALF):
+    while not full.startswith(start) and start.endswith(_INCOMPLETE):
         start = start[:-1]
     if full.startswith(start):
         return full[len(start) :]
-    return full[_alike(before, full) :]
+    return full[_common_prefix_length(before, full) :]
 
 
-def _alike(a: str, b: str) -> int:
+def _common_prefix_length(a: str, b: str) -> int:
     """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
@@ -277,7 +277,7 @@ def _byte_tokens(tokenizer: Any) -> dict[int, int]:
     return {token_id: byte for byte, token_id in enumerate(ids)}
 
 
-def _mended(byte_tokens: dict[int, int], ids: list[int]) -> list[int]:
+def _without_incomplete_characters(byte_tokens: dict[int, int], ids: list[int]) -> list[int]:
     """Replace the byte tokens of each incomplete character by those of U+FFFD.
 
     Decoders with byte fallback decode a run of byte tokens as a whole, and drop it where one byte
@@ -286,13 +286,13 @@ def _mended(byte_tokens: dict[int, int], ids: list[int]) -> list[int]:
     if byte_tokens.keys().isdisjoint(ids):
         return ids
     tokens = {byte: token_id for token_id, byte in byte_tokens.items()}
-    mended: list[int] = []
+    replaced: list[int] = []
     run = bytearray()
     for token_id in [*ids, -1]:
         if token_id in byte_tokens:
             run.append(byte_tokens[token_id])
             continue
-        mended += [tokens[byte] for byte in run.decode(errors="replace").encode()]
+        replaced += [tokens[byte] for byte in run.decode(errors="replace").encode()]
         run.clear()
-        mended.append(token_id)
-    return mended[:-1]
+        replaced.append(token_id)
+    return replaced[:-1]

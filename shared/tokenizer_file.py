@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from shared.text import decoded, difference, encoded, lost
+from shared.text import decoded, difference, encoded, round_trip_change
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ _ADDS_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTo
 _MAY_LACK = "\r"
 
 
-def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, name: str) -> Any:
+def verified_tokenizer(
+    tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, name: str
+) -> Any:
     """Return a tokenizer that does what its file says: the given one, or one loaded anew.
 
     Args:
@@ -67,7 +69,7 @@ def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, 
                     f"describes ({still}); install another version of transformers"
                 )
         _add_lost_bos(tokenizer, file.with_name("tokenizer_config.json"), name)
-    check_survival(tokenizer, name=name)
+    check_keeps_text(tokenizer, name=name)
     return tokenizer
 
 
@@ -95,7 +97,7 @@ def _add_lost_bos(tokenizer: Any, config: Path, name: str) -> None:
     )  # fmt: skip
 
 
-def check_survival(tokenizer: Any, *, name: str) -> None:
+def check_keeps_text(tokenizer: Any, *, name: str) -> None:
     """Refuse a tokenizer that loses white space, or characters that are in its vocabulary.
 
     Raises:
@@ -104,15 +106,15 @@ def check_survival(tokenizer: Any, *, name: str) -> None:
     unsayable: set[str] = set()
     for text in PROBES:
         try:
-            back = lost(tokenizer, text)
+            back = round_trip_change(tokenizer, text)
         except Exception:  # tokenizers raises it where a vocabulary without unk lacks a word
             back = ""
         if back is None:
             continue
-        missing = {char for char in set(text) if _unsayable(tokenizer, char)}
+        missing = {char for char in set(text) if _lacks(tokenizer, char)}
         unsayable |= missing
         rest = "".join(char for char in text if char not in missing)
-        back = lost(tokenizer, rest) if rest.strip() else None
+        back = round_trip_change(tokenizer, rest) if rest.strip() else None
         if back is not None:
             raise ConfigurationError(
                 f"{name}: the tokenizer loses text: {difference(rest, back)}. Its files do not "
@@ -163,7 +165,7 @@ def differs_from_file(tokenizer: Any, file: Path) -> str | None:
     return None
 
 
-def _unsayable(tokenizer: Any, char: str) -> bool:
+def _lacks(tokenizer: Any, char: str) -> bool:
     """Return whether a vocabulary lacks a character; white space that vanishes is not lacking."""
     try:
         ids = encoded(tokenizer, char)

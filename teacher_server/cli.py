@@ -348,5 +348,5 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
 
 
 def _fail(error: Exception, code: int) -> int:
-    logs.last_words("teacher-server", str(error))
+    logs.log_failure("teacher-server", str(error))
     return code

@@ -123,7 +123,7 @@ def drop_privileges(libc: Any) -> list[str]:
     return ["no capabilities", "no_new_privs"]
 
 
-def become_another() -> list[int]:
+def become_unused_user() -> list[int]:
     """Change from root to an unused user id, which owns no file; stay root where that is refused.
 
     Python may be installed where only root may read (`/root`). It is then imported through open
@@ -180,7 +180,7 @@ def _move_imports(moved: dict[str, str]) -> None:
     sys.path_importer_cache.clear()
 
 
-def fence_of(libc: Any) -> tuple[Callable[[], None], list[int]]:
+def make_fence(libc: Any) -> tuple[Callable[[], None], list[int]]:
     """Return a function that fences in the process that calls it, and descriptors it needs.
 
     Raises:

@@ -64,7 +64,7 @@ def serve(seconds: float, memory_bytes: int, *, unsafe: bool) -> None:
 
     control = _start_zygote(limit, unsafe=unsafe)
     state = control.recv(1 << 16)
-    _say_line(json.loads(state or b'{"held": [], "missing": ["any (the zygote ended)"]}'))
+    _write_line(json.loads(state or b'{"held": [], "missing": ["any (the zygote ended)"]}'))
     while state:
         calls, call = os.pipe()
         answer, answers = os.pipe()
@@ -76,10 +76,10 @@ def serve(seconds: float, memory_bytes: int, *, unsafe: bool) -> None:
         line = sys.stdin.readline()
         if not line:
             return
-        _say_line(_judge(line, request, readable, control, seconds))
+        _write_line(_judge(line, request, readable, control, seconds))
 
 
-def _say_line(message: object) -> None:
+def _write_line(message: object) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -91,7 +91,7 @@ def _judge(
     with contextlib.suppress(BrokenPipeError):
         _send(request, line.encode())
     os.close(request)
-    said = _heard(readable, since + timeout)
+    said = _read_to_end(readable, since + timeout)
     os.close(readable)
     control.send(_END)
     program, tests = struct.unpack("=ii", control.recv(8))
@@ -112,7 +112,7 @@ def _judge(
     return {"outcome": outcome, "detail": detail, "seconds": seconds}
 
 
-def _heard(end: int, deadline: float) -> bytes | None:
+def _read_to_end(end: int, deadline: float) -> bytes | None:
     """Return everything up to the end of the pipe, or None if that does not come in time."""
     said = b""
     while select.select([end], [], [], max(deadline - time.monotonic(), 0.0))[0]:
@@ -152,15 +152,15 @@ def _start_zygote(limit: Callable[[], None], *, unsafe: bool) -> _socket.socket:
         try:
             ours.close()
             for number in (0, 1):  # stdin and stdout are the server's
-                _point_at_nothing(number)
-            _breed(theirs, libc, limit, held, missing, unsafe=unsafe)
+                _redirect_to_null(number)
+            _run_zygote(theirs, libc, limit, held, missing, unsafe=unsafe)
         finally:
             os._exit(0)
     theirs.close()
     return ours
 
 
-def _breed(
+def _run_zygote(
     control: _socket.socket,
     libc: Any,
     limit: Callable[[], None],
@@ -179,25 +179,25 @@ def _breed(
     if libc is not None:
         libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
         try:
-            enclose, kept = _fences.fence_of(libc)
+            enclose, kept = _fences.make_fence(libc)
         except _fences.MissingFenceError as error:
             missing.append(str(error))
         root = os.geteuid() == 0
-        kept += _fences.become_another()
+        kept += _fences.become_unused_user()
         held += ["user id"] if root and os.geteuid() != 0 else []
         try:
             held += _fences.drop_privileges(libc)
         except _fences.MissingFenceError as error:
             missing.append(str(error))
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which a new user id clears
-        if not missing and (fault := _trial(enclose)):
+        if not missing and (fault := _probe_fence(enclose)):
             missing.append(fault)
         if not missing:
             held += ["Landlock", "seccomp"]
     control.send(json.dumps({"held": held, "missing": missing}).encode())
     if missing and not unsafe:
         return
-    _take_away_what_tells_nothing()
+    _remove_silent_functions()
     for name in [n for n in sys.modules if n.split(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]
     running: list[int] = []
@@ -227,7 +227,7 @@ def _breed(
             os.close(end)
 
 
-def _trial(enclose: Callable[[], None]) -> str:
+def _probe_fence(enclose: Callable[[], None]) -> str:
     """Try the fence in a child; return what is missing of it, "" when it holds."""
     readable, report = os.pipe()
     child = os.fork()
@@ -274,7 +274,7 @@ def _children() -> list[int]:
         return []
 
 
-def _point_at_nothing(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, number)
     os.close(nothing)
@@ -284,7 +284,7 @@ def _begin(limit: Callable[[], None], *kept: int) -> None:
     """Begin a session of its own within the limits, with only these files open."""
     os.setsid()
     for number in (0, 1, 2):
-        _point_at_nothing(number)
+        _redirect_to_null(number)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     limit()
     since = 3
@@ -297,7 +297,7 @@ def _begin(limit: Callable[[], None], *kept: int) -> None:
 # The audit hook, which names what a program tried before the kernel refuses it.
 
 
-def _take_away_what_tells_nothing() -> None:
+def _remove_silent_functions() -> None:
     for module in (os, sys.modules["posix"], signal, sys.modules["_signal"]):
         for name in _SILENT:
             vars(module).pop(name, None)

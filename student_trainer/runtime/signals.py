@@ -33,7 +33,7 @@ def signals_as_exits() -> Iterator[None]:
 
 
 @contextmanager
-def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
+def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
     """Yield an event that the first SIGTERM sets, where it would end the process; a second does.
 
     A signal that is ignored or handled stays so. Other threads than the main one, which gets the

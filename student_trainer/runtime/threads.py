@@ -39,14 +39,14 @@ def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
 
 
 @atexit.register
-def _let_end() -> None:
+def _wait_for_threads() -> None:
     """Wait for daemon threads, because one inside PyTorch at exit aborts the process."""
     until = time.monotonic() + _PATIENCE
     for thread in list(_threads):
         thread.join(max(0.0, until - time.monotonic()))
 
 
-def leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """End the program, without finalizing the interpreter where a launcher has started it.
 
     After a collective operation Gloo's threads release its tensors at some later time. One that

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from shared.tokenizer_file import trusted
+from shared.tokenizer_file import verified_tokenizer
 
 
 def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
@@ -34,7 +34,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options = {"trust_remote_code": trust_remote_code}
-    return trusted(
+    return verified_tokenizer(
         from_pretrained(AutoTokenizer, model, **options),
         _tokenizer_file(model),
         lambda: from_pretrained(PreTrainedTokenizerFast, model, **options),

@@ -145,7 +145,7 @@ class OpenAIAdapter:
         text, ids = plan.request.prompt[number], plan.prompts[number]
         if not isinstance(text, str):
             text = decoded(self._tokenizer.tokenizer, ids, skip_special_tokens=False)
-        parts: list[Part] = [(ids[:1], None)]  # nothing comes before the first token
+        parts: list[Part] = [(ids[:1], None)]  # the first token has no log-prob
         return _Echo(text, parts if scores is None else [*parts, (ids[1:], scores)])
 
     def _ended(
@@ -180,7 +180,7 @@ class OpenAIAdapter:
 
         The rank of a token outside the top-k is given as k + 1, the least that it can be.
         """
-        entries: list[WrittenJson | None] = [None]  # nothing comes before the first token
+        entries: list[WrittenJson | None] = [None]  # the first token has no log-prob
         if scores is None:
             return entries
         for t, next_id in enumerate(prompt[1:].tolist()):

@@ -113,7 +113,7 @@ def chat_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
         token = name(token_id)
         return {"token": token, "logprob": max(logprob, LOWEST), "bytes": list(token.encode())}
 
-    ((ids, scores),) = parts  # a chat echoes nothing
+    ((ids, scores),) = parts  # a chat answer repeats no prompt
     assert scores is not None
     own = scores.next_token_logprob.tolist()
     return {
