@@ -508,8 +508,8 @@ def _run_tests(requests: int, call: int, answer: int, report: int) -> None:
         exec(compile(request["test"], "<test>", "exec"), test)
 
         def candidate(*arguments: Any, **options: Any) -> Any:
-            asked = [_encoded(arguments), _encoded(options)]
-            result, after = _ask(call, answer, asked)
+            message = [_encoded(arguments), _encoded(options)]
+            result, after = _ask(call, answer, message)
             changed = [a if isinstance(a, list | dict | set) else None for a in arguments]
             if list(map(type, changed)) != list(map(type, after)):
                 raise _Ended("failed", _NO_MESSAGE)

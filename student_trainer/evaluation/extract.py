@@ -282,15 +282,15 @@ class _Reader:
         if not found:
             whole = self._parsed(lines)
             return ("" if whole is None else self._prompt), "    ", False
-        row = self._prompt.count("\n", 0, found[-1].start())
-        while row and lines[row - 1].startswith("@"):
-            row -= 1
-        before = self._prompt.split("\n")[:row]
+        number = self._prompt.count("\n", 0, found[-1].start())
+        while number and lines[number - 1].startswith("@"):
+            number -= 1
+        before = self._prompt.split("\n")[:number]
         if self._parsed(before) is None:
             statements, _ = self._islands(before)
             before = [s.source for s in statements if s.binds]
-        body = _indentation(lines[-1]) if len(lines) > row + 1 else ""
-        for line in lines[row + 1 :]:
+        body = _indentation(lines[-1]) if len(lines) > number + 1 else ""
+        for line in lines[number + 1 :]:
             if line.lstrip().startswith(('"""', "'''", 'r"""')):
                 body = _indentation(line)
                 break
@@ -360,9 +360,9 @@ class _Reader:
         for match in indented[:_VIEWS]:
             if self._left < 0:
                 return
-            row, width = text.count("\n", 0, match.start()), match[1]
+            number, width = text.count("\n", 0, match.start()), match[1]
             outer = next(
-                (x for x in reversed(lines[:row]) if x.strip() and not x.startswith(width)), ""
+                (x for x in reversed(lines[:number]) if x.strip() and not x.startswith(width)), ""
             )
             if not _HEADER.match(outer):  # else it is a method or a nested function
                 yield [line.removeprefix(width) for line in lines]

@@ -146,13 +146,13 @@ def _checked_row(where: str, row: dict[str, Any]) -> Problem:
     read = read_row(where, row, DataArguments())
     if isinstance(read, PlainText):
         return Problem(task_id, {"prompt": read.prompt}, checker, read.completion or "")
-    asked = {
+    given = {
         "prompt": read.prompt,
         "tools": read.tools,
         "chat_template_kwargs": dict(read.template_kwargs),
     }
     answer = "" if read.completion is None else read.completion
-    return Problem(task_id, {k: v for k, v in asked.items() if v}, checker, answer)
+    return Problem(task_id, {k: v for k, v in given.items() if v}, checker, answer)
 
 
 def _require(where: str, row: dict[str, Any], names: set[str]) -> None:

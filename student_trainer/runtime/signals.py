@@ -43,14 +43,14 @@ def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threa
         patience: seconds after which, and then each second, ``remind`` is called in that thread,
             wherever it is; it may raise. Infinite for never.
     """
-    asked = threading.Event()
+    event = threading.Event()
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield asked
+        yield event
         return
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
+        event.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, lambda number, frame: remind())
         if math.isfinite(patience):
@@ -58,9 +58,9 @@ def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threa
 
     signal.signal(signal.SIGTERM, ask)
     try:
-        yield asked
+        yield event
     finally:
-        if asked.is_set():
+        if event.is_set():
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -294,7 +294,7 @@ class ScoringExtension(SeededSampling):
         """Hook the model runner and return its version, ``V1`` or ``V2``.
 
         Args:
-            vocab_size: rows of the output layer.
+            vocab_size: size of the output layer.
             chunk_bytes: of float32 logits made at once.
 
         Raises:
