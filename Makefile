@@ -16,7 +16,7 @@ help:
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make test-real    tests on published tokenizers and models, which it fetches (800 MB)"
 	@echo "make test-faults  every fault of docs/reliability.md, the slow ones too"
-	@echo "make check        lint, format, types, docs, and what is known of the pinned versions"
+	@echo "make check        lint, format, types, layers, docs, and what is known of the pinned versions"
 	@echo "make docs         the documentation site, into build/site"
 	@echo "make audit        the last, strictly: every version must be known to PyPI"
 	@echo "make clean        remove .venv, runs and caches"
@@ -65,6 +65,7 @@ check: .venv/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	@$(MAKE) --no-print-directory audit-known
 
 # Strict: a link to nothing is a failure. The variable silences an advertisement.

@@ -28,6 +28,8 @@ import numpy as np
 from benchmarks.link import link
 from benchmarks.report import Cell, print_report
 from shared.sampling import uniforms
+from student_trainer.config.training_arguments import CommonTrainingArguments
+from student_trainer.training.plan import TrainingPlan
 
 ROUND_TRIP, BITS_PER_SECOND = 0.02, 1e9
 PROMPT, COMPLETION, TOP_K, VOCAB_SIZE = 32, 128, 64, 260
@@ -77,7 +79,7 @@ def serve(seconds_per_token: float) -> None:
 def train(run: Run) -> None:
     """The real trainer; its log goes to ``run.output``."""
     import torch
-    from transformers import AutoModelForCausalLM, TrainingArguments
+    from transformers import AutoModelForCausalLM
 
     from student_trainer.data.sample import Example
     from student_trainer.pipeline.pipeline import Method
@@ -108,9 +110,10 @@ def train(run: Run) -> None:
     class PacedTrainer(DistillationTrainer):
         """A micro-batch takes its time from when its scores are there."""
 
-        def _micro_batch(self, *arguments: Any, **options: Any) -> Any:
+        def _scored(self, *arguments: Any, **options: Any) -> Any:
+            scored = super()._scored(*arguments, **options)
             self.scored = time.perf_counter()
-            return super()._micro_batch(*arguments, **options)
+            return scored
 
         def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
             loss = super().training_step(*arguments, **options)
@@ -137,15 +140,16 @@ def train(run: Run) -> None:
         save_model(Path(folder), hidden_size=16)
         trainer = PacedTrainer(
             AutoModelForCausalLM.from_pretrained(folder),
-            args=TrainingArguments(
+            TrainingPlan(method, VOCAB_SIZE, beta=0.5, staleness=run.staleness),
+            teacher=teacher,
+            args=CommonTrainingArguments(
                 output_dir=folder, max_steps=WARM_UP + STEPS + run.staleness,
                 logging_steps=1, report_to="none",
                 per_device_train_batch_size=run.prompts // MICRO_BATCHES, save_strategy="no",
                 gradient_accumulation_steps=MICRO_BATCHES, disable_tqdm=True, use_cpu=True,
                 ddp_find_unused_parameters=False, remove_unused_columns=False,
             ),
-            method=method, beta=0.5, teacher=teacher, vocab_size=VOCAB_SIZE,
-            staleness=run.staleness, train_dataset=rows, processing_class=tokenizer,
+            train_dataset=rows, processing_class=tokenizer,
         )  # fmt: skip
         trainer.pipeline.rollouts = PacedRollouts()
         trainer.train()

@@ -37,7 +37,13 @@ from shared.printable import one_line
 
 
 class SparseGKDError(Exception):
-    """The root of every error that this project raises on purpose."""
+    """The root of every error that this project raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it: 1 a run that failed, 2 wrong flags, key or data.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class ProtocolError(SparseGKDError):
@@ -178,6 +184,8 @@ class TeacherUnreachableError(TeacherError):
 class TeacherUnauthorizedError(TeacherError):
     """A teacher that refuses this trainer's requests: no key, or another one than its own."""
 
+    exit_code = 2
+
 
 class TeacherAnswerError(TeacherError):
     """An answer that cannot be used: not decodable, wrong shape, or non-finite log-probs."""
@@ -190,6 +198,8 @@ class TeacherChangedError(TeacherError):
 class TokenizerMismatchError(TeacherError):
     """A teacher and a student without a common vocabulary, so token ids mean different things."""
 
+    exit_code = 2
+
 
 class RolloutError(SparseGKDError):
     """A student that cannot generate: its logits are not finite, or its engine failed."""
@@ -197,6 +207,8 @@ class RolloutError(SparseGKDError):
 
 class ConfigurationError(SparseGKDError):
     """A flag or setting that cannot work, found before any model loads."""
+
+    exit_code = 2
 
 
 class CheckpointError(SparseGKDError):
@@ -213,6 +225,8 @@ class CellFailedError(SparseGKDError):
 
 class DatasetError(SparseGKDError):
     """A row that cannot be trained on; the message names the file and line, or the row."""
+
+    exit_code = 2
 
 
 class RowTooLongError(DatasetError):

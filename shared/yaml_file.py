@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,10 @@ def to_argument(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def flag_arguments(name: str, value: Any, write: Callable[[Any], str] = to_argument) -> list[str]:
+def flag_arguments(name: str, value: Any) -> list[str]:
     """Return the arguments for a flag with its value or values; none for a value of None."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
-        return [f"--{name}", *map(write, value)]
-    return [f"--{name}={write(value)}"]
+        return [f"--{name}", *map(to_argument, value)]
+    return [f"--{name}={to_argument(value)}"]

@@ -6,6 +6,8 @@ The public names for notebooks and training loops of one's own; docs/python-api.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from student_trainer import moved
+
 if TYPE_CHECKING:
     from shared.errors import SparseGKDError
     from student_trainer.api import DistillationResult, distill
@@ -38,6 +40,9 @@ _MODULES = {
     "distill": "student_trainer.api",
     "teacher_distribution": "student_trainer.client",
 }
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

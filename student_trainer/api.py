@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError
-from student_trainer.commands.train import distilled
-from student_trainer.config.arguments import LoadedModel
+from student_trainer.commands.run_training import run_distill
+from student_trainer.config.arguments import LoadedModel, Recipe
+from student_trainer.config.checks import check_distillation
 from student_trainer.config.parse import parse_keywords
 from student_trainer.model.forward import remove_sparse_loss
-from student_trainer.training.recipe import Recipe
 
 Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 
@@ -119,7 +119,8 @@ def distill(
         recipe.model.loaded = LoadedModel(model, tokenizer)
     recipe.dataset.rows = _rows(dataset)
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
-    trainer = distilled(recipe, teacher, args)
+    check_distillation(recipe, teacher, args)
+    trainer = run_distill(recipe, teacher, args)
     assert trainer is not None  # it was not dry
     history = trainer.state.log_history
     metrics = {name: value for entry in history for name, value in entry.items()}

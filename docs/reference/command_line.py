@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 import student_trainer.commands.main
 import teacher_server.cli
-from student_trainer.config.arguments import CommonTrainingArguments
+from student_trainer.config.arguments import DivergenceFlags, RunFlags
 from student_trainer.config.checks import UNSUPPORTED
 from student_trainer.config.parse import ARGUMENTS
 
@@ -26,8 +26,8 @@ _TITLES = {
     "GenerationArguments": "Generation",
     "TemplateArguments": "Chat template",
     "TeacherArguments": "Teacher",
-    "CommonTrainingArguments": "Training",
-    "DistillArguments": "Distillation",
+    "RunFlags": "Training",
+    "DivergenceFlags": "Distillation",
     "EvaluateArguments": "Evaluation",
     "MergeArguments": "Merging",
 }
@@ -115,10 +115,8 @@ def _by_name(
 def _groups() -> Iterable[tuple[str, type[Any]]]:
     """Every dataclass of flags once, with the title of its section."""
     every = dict.fromkeys(g for groups in ARGUMENTS.values() for g in groups)
-    trained = dict.fromkeys(g for g in every if issubclass(g, CommonTrainingArguments))
-    for group in [*(g for g in every if g not in trained), CommonTrainingArguments, *trained]:
-        if _own(group):
-            yield _TITLES[group.__name__], group
+    for group in [*(g for g in every if not issubclass(g, RunFlags)), RunFlags, DivergenceFlags]:
+        yield _TITLES[group.__name__], group
 
 
 def _own(group: type[Any]) -> list[str]:
@@ -152,7 +150,7 @@ def _names(action: argparse.Action) -> list[str]:
 def _of_transformers(by_name: dict[str, list[argparse.Action]]) -> list[str]:
     """What is inherited: a line each, and what is refused here."""
     inherited = [f.name for f in fields(TrainingArguments) if f.name in by_name]
-    inherited = [name for name in inherited if name not in _own(CommonTrainingArguments)]
+    inherited = [name for name in inherited if name not in _own(RunFlags)]
     lines = [
         "",
         "## TrainingArguments",

@@ -19,13 +19,8 @@ from numpy.typing import NDArray
 from shared.errors import ConfigurationError
 from shared.printable import printable
 from shared.text import Ids, completion_text
-from student_trainer.config.arguments import (
-    CommonTrainingArguments,
-    DistillArguments,
-    TeacherArguments,
-    uses_deepspeed,
-    uses_fsdp,
-)
+from student_trainer.config.arguments import TeacherArguments, uses_deepspeed, uses_fsdp
+from student_trainer.config.training_arguments import CommonTrainingArguments, DistillArguments
 from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample
@@ -39,7 +34,8 @@ from student_trainer.training.memory import Memory, estimate_memory
 from student_trainer.training.model_card import method_of
 
 if TYPE_CHECKING:
-    from student_trainer.training.recipe import Prepared, Recipe
+    from student_trainer.config.arguments import Recipe
+    from student_trainer.training.recipe import Prepared
 
 _ROWS = 4
 _OF_STREAM = 64  # rows that a dry run looks at

@@ -16,10 +16,7 @@ from typing import NoReturn, get_args
 from shared import __version__, logs
 from shared.errors import (
     ConfigurationError,
-    DatasetError,
     SparseGKDError,
-    TeacherUnauthorizedError,
-    TokenizerMismatchError,
 )
 from shared.yaml_file import config_path, read_config
 from student_trainer.commands.registry import COMMANDS
@@ -60,12 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command(words[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except (
-        ConfigurationError, DatasetError, TeacherUnauthorizedError, TokenizerMismatchError,
-    ) as error:  # fmt: skip
-        return _fail(str(error), 2)
     except SparseGKDError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), error.exit_code)
     except ImportError as error:  # a flag asked for a package that is not installed
         return _fail(str(error), 2)
     return 0

@@ -1,4 +1,4 @@
-"""`merge`: LoRA adapters into their base model."""
+"""`merge`: LoRA adapters into their base model. torch is imported once the flags are checked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import replace
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.config.checks import check_merge
 from student_trainer.config.parse import ARGUMENTS, parse
-from student_trainer.model.load import load_model, load_tokenizer
-from student_trainer.model.merging import probe, require_same
 
 
 def merge(argv: Sequence[str]) -> None:
@@ -19,6 +17,9 @@ def merge(argv: Sequence[str]) -> None:
         argv, *ARGUMENTS["merge"], prog="student-trainer merge", description=merge.__doc__ or ""
     )
     check_merge(args)
+    from student_trainer.model.load import load_model, load_tokenizer
+    from student_trainer.model.merging import probe, require_same
+
     model = ModelArguments(
         model_name_or_path=args.model_name_or_path,
         torch_dtype=args.torch_dtype,

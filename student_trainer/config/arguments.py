@@ -1,35 +1,25 @@
-"""Every flag of the trainer, and how flags are read.
+"""Every flag of the trainer, as dataclasses of plain values.
 
-`sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below. A YAML
-file given by ``--config`` holds the same names; the command line overrides it. What flags may not
-say, alone or together, stands in `student_trainer.config.checks`.
+`sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below;
+`config.training_arguments` makes the real ones of them, once all is checked. What flags may not
+say, alone or together, stands in `config.checks`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import ConfigurationError
-from student_trainer.runtime.terminal import can_move
+from student_trainer.config.flags import flag
+from student_trainer.config.trainer_flags import TrainerFlags
 
-T = TypeVar("T")
-
-
-def _flag(default: Any, help: str, **metadata: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -47,21 +37,41 @@ class ModelArguments:
     ``loaded`` is no flag: what a caller in Python has at hand, in the place of a name.
     """
 
-    model_name_or_path: str = _flag(
-        "", "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id."
+    model_name_or_path: str = flag(
+        "",
+        "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id.",
+        group="model",
+        resume="told",
+        private=True,
     )
-    model_revision: str = _flag("main", "Branch, tag or commit on the Hub.")
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "float32", "Dtype of the weights; auto takes the checkpoint's.", aliases=["--dtype"]
+    model_revision: str = flag(
+        "main", "Branch, tag or commit on the Hub.", group="model", resume="told"
     )
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
-    eos_token: str | None = _flag(
-        None, "Token that ends a completion, where the chat template ends turns with another one."
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "float32",
+        "Dtype of the weights; auto takes the checkpoint's.",
+        aliases=("--dtype",),
+        group="model",
+        resume="told",
     )
-    chat_template: str | None = _flag(
-        None, "File with a chat template (Jinja), in the place of the tokenizer's own."
+    trust_remote_code: bool = flag(
+        False, "Run model code that comes with the checkpoint.", group="model"
     )
-    attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, …")
+    eos_token: str | None = flag(
+        None,
+        "Token that ends a completion, where the chat template ends turns with another one.",
+        group="model",
+        resume="same",
+    )
+    chat_template: str | None = flag(
+        None,
+        "File with a chat template (Jinja), in the place of the tokenizer's own.",
+        group="chat template",
+        resume="told",
+    )
+    attn_implementation: str | None = flag(
+        None, "eager, sdpa, flash_attention_2, …", group="model", resume="told"
+    )
     loaded: LoadedModel | None = field(default=None, init=False)
 
 
@@ -69,14 +79,35 @@ class ModelArguments:
 class AdapterArguments:
     """LoRA and QLoRA instead of full weights."""
 
-    use_peft: bool = _flag(False, "Train LoRA adapters instead of all weights.")
-    lora_r: int = _flag(16, "Rank of the adapters.")
-    lora_alpha: int = _flag(32, "Scale of the adapters: alpha / r.")
-    lora_dropout: float = _flag(0.0, "Dropout before the adapters.")
-    lora_target_modules: list[str] | None = _flag(
-        None, "Modules to adapt; default all linear layers but the output layer."
+    use_peft: bool = flag(
+        False, "Train LoRA adapters instead of all weights.", group="LoRA", resume="same"
     )
-    load_in_4bit: bool = _flag(False, "QLoRA: NF4 base weights (needs a GPU and bitsandbytes).")
+    lora_r: int = flag(
+        16, "Rank of the adapters.", group="LoRA", resume="same", needs=("use_peft", True)
+    )
+    lora_alpha: int = flag(
+        32,
+        "Scale of the adapters: alpha / r.",
+        group="LoRA",
+        resume="same",
+        needs=("use_peft", True),
+    )
+    lora_dropout: float = flag(
+        0.0, "Dropout before the adapters.", group="LoRA", resume="told", needs=("use_peft", True)
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Modules to adapt; default all linear layers but the output layer.",
+        group="LoRA",
+        resume="same",
+        needs=("use_peft", True),
+    )
+    load_in_4bit: bool = flag(
+        False,
+        "QLoRA: NF4 base weights (needs a GPU and bitsandbytes).",
+        group="LoRA",
+        resume="same",
+    )
 
 
 @dataclass
@@ -86,14 +117,22 @@ class DatasetArguments:
     ``rows`` are no flag: what a caller in Python has at hand, in the place of a name.
     """
 
-    dataset_name: list[str] = _flag(
+    dataset_name: list[str] = flag(
         [],
         "File of rows (Parquet, Arrow, JSONL, JSON, CSV, TSV; text also compressed), a folder of "
         "such files or of save_to_disk, a glob, or a Hub id; several are put together.",
+        group="data",
+        resume="told",
+        private=True,
     )
-    dataset_config: str | None = _flag(None, "Configuration name of a Hub dataset.")
-    dataset_split: str = _flag(
-        "train", "Split of a Hub dataset, a saved DatasetDict, or a folder whose files name splits."
+    dataset_config: str | None = flag(
+        None, "Configuration name of a Hub dataset.", group="data", resume="told"
+    )
+    dataset_split: str = flag(
+        "train",
+        "Split of a Hub dataset, a saved DatasetDict, or a folder whose files name splits.",
+        group="data",
+        resume="told",
     )
     rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
 
@@ -108,48 +147,77 @@ class DatasetArguments:
 class DataArguments:
     """What is learned from a row, and which rows are held out; ``eval_rows`` are no flag."""
 
-    eval_dataset_name: str | None = _flag(None, "Held-out rows, for --eval_strategy.")
-    eval_dataset_split: str = _flag("test", "As --dataset_split, of the held-out rows.")
-    dataset_weights: list[float] | None = _flag(
+    eval_dataset_name: str | None = flag(
+        None, "Held-out rows, for --eval_strategy.", group="evaluation and logs", private=True
+    )
+    eval_dataset_split: str = flag(
+        "test", "As --dataset_split, of the held-out rows.", group="evaluation and logs"
+    )
+    dataset_weights: list[float] | None = flag(
         None,
         "Relative share of each --dataset_name in an epoch, such as 2 1: rows are repeated until "
         "the shares are right, and none is left out. Default: each row once.",
+        group="data",
+        resume="same",
     )
-    streaming: bool = _flag(
+    streaming: bool = flag(
         False,
         "Read and tokenize rows while the run goes on, for what does not fit in memory; needs "
         "--max_steps.",
+        group="data",
+        resume="same",
     )
-    shuffle_buffer_size: int | None = _flag(
-        None, "Rows that --streaming holds to draw the next one from. Default: 10000."
+    shuffle_buffer_size: int | None = flag(
+        None,
+        "Rows that --streaming holds to draw the next one from. Default: 10000.",
+        group="data",
+        resume="same",
     )
-    dataset_num_proc: int | None = _flag(
+    dataset_num_proc: int | None = flag(
         None,
         "Processes that tokenize, from 2,000 rows on. Default: as many as CPUs, up to 8.",
+        group="data",
     )
-    prompt_column: str = _flag(
+    prompt_column: str = flag(
         "prompt",
         "Column of the prompt; a text column of another name (question in GSM8K) is a user turn.",
+        group="data",
+        resume="told",
     )
-    completion_column: str = _flag(
-        "completion", "Column of the completion (answer in GSM8K: then an assistant turn)."
+    completion_column: str = flag(
+        "completion",
+        "Column of the completion (answer in GSM8K: then an assistant turn).",
+        group="data",
+        resume="told",
     )
-    max_length: int | None = _flag(
-        None, "Longest prompt + completion, in tokens; completions are cut at it. Default: context."
+    max_length: int | None = flag(
+        None,
+        "Longest prompt + completion, in tokens; completions are cut at it. Default: context.",
+        group="data",
+        resume="told",
     )
-    skip_long_rows: bool = _flag(
-        False, "Leave out rows without room for a completion, and say how many, instead of failing."
+    skip_long_rows: bool = flag(
+        False,
+        "Leave out rows without room for a completion, and say how many, instead of failing.",
+        group="data",
+        resume="told",
     )
-    assistant_turns: Literal["last", "all"] = _flag(
+    assistant_turns: Literal["last", "all"] = flag(
         "last",
         "Which turns of the assistant are learned. all: each after its own history; on-policy each "
         "history is a prompt.",
+        group="data",
+        resume="same",
     )
-    assistant_only_loss: bool = _flag(False, "Old name of --assistant_turns all.")
-    split_special_tokens: bool | None = _flag(
+    assistant_only_loss: bool = flag(
+        False, "Old name of --assistant_turns all.", group="data", resume="told"
+    )
+    split_special_tokens: bool | None = flag(
         None,
         "How plain text that spells a special token, such as <s>, is read. true: as text. false: "
         "as the token. Default: an error. In messages it is always text.",
+        group="data",
+        resume="told",
     )
     eval_rows: Iterable[Mapping[str, Any]] | None = field(default=None, init=False)
 
@@ -169,15 +237,18 @@ ROW_OPTIONS = (
 class TemplateArguments:
     """What the chat template is told, for prompts and completions alike."""
 
-    chat_template_kwargs: str | None = _flag(
+    chat_template_kwargs: str | None = flag(
         None,
         "JSON object for the chat template, such as '{\"enable_thinking\": false}'. A row's own "
         "column of this name comes first.",
+        group="chat template",
+        resume="same",
     )
-    chat_template_date: str | None = _flag(
+    chat_template_date: str | None = flag(
         None,
         "Date (YYYY-MM-DD) that templates print which print today's. Default: that of the run's "
         "first start, or of --teacher_cache.",
+        group="chat template",
     )
 
     def __post_init__(self) -> None:
@@ -210,9 +281,16 @@ class TemplateArguments:
 class GenerationArguments:
     """How completions are sampled."""
 
-    max_new_tokens: int = _flag(128, "Longest completion that is generated, in tokens.")
-    generation_batch_size: int | None = _flag(
-        None, "Prompts generated at once; default as many as a step has (`evaluate`: 32)."
+    max_new_tokens: int = flag(
+        128,
+        "Longest completion that is generated, in tokens.",
+        group="rollouts and generation",
+        resume="same",
+    )
+    generation_batch_size: int | None = flag(
+        None,
+        "Prompts generated at once; default as many as a step has (`evaluate`: 32).",
+        group="rollouts and generation",
     )
 
 
@@ -220,173 +298,212 @@ class GenerationArguments:
 class TeacherArguments:
     """The served teacher."""
 
-    teacher_url: list[str] | None = _flag(
+    teacher_url: list[str] | None = flag(
         None,
         "Address of a teacher server, such as http://host:8000; repeat for replicas: one that "
         "fails is left out until it is ready again.",
-        action="extend",
+        extends=True,
+        group="teacher",
+        private=True,
     )
-    teacher_protocol: Literal["sparse-gkd", "vllm"] = _flag(
+    teacher_protocol: Literal["sparse-gkd", "vllm"] = flag(
         "sparse-gkd",
         "vllm: the addresses are of a stock `vllm serve`; slower, at --temperature 1 only, and "
         "weights and vocabulary are not proved to be the right ones.",
+        group="teacher",
+        resume="told",
     )
-    teacher_api_key_file: str | None = _flag(
+    teacher_api_key_file: str | None = flag(
         None,
         "File that holds the teacher's API key; default: the environment variable TEACHER_API_KEY.",
+        group="teacher",
+        private=True,
     )
-    teacher_timeout: float = _flag(
+    teacher_timeout: float = flag(
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
         "at most an equal share of it for each replica, and is then asked in halves if the teacher "
         "is ready.",
+        group="teacher",
+        private=True,
     )
-    teacher_unreachable: Literal["wait", "stop"] = _flag(
+    teacher_unreachable: Literal["wait", "stop"] = flag(
         "wait",
         "Once a request failed and no teacher is ready any more: wait for one, up to "
         "--teacher_timeout, or stop at once. Either way a run that ends saves a checkpoint first.",
+        group="teacher",
     )
-    top_k_logprobs: int = _flag(64, "Teacher log-probs for each position (top-k).")
-    teacher_logprob_dtype: Literal["float16", "float32"] = _flag(
+    top_k_logprobs: int = flag(
+        64, "Teacher log-probs for each position (top-k).", group="teacher", resume="same"
+    )
+    teacher_logprob_dtype: Literal["float16", "float32"] = flag(
         "float16",
         "Of the top-k on the wire; the next token and the tail are float32 always, and the rounded "
         "top-k is made to sum to one with them. float32 takes a third more bytes.",
+        group="teacher",
+        resume="told",
     )
-    teacher_repeat_tolerance: float = _flag(
+    teacher_repeat_tolerance: float = flag(
         0.05,
         "Probability by which the teacher's answers to two rows may differ when it is asked twice, "
         "before training; at more it is refused.",
+        group="teacher",
     )
-    accept_teacher_change: bool = _flag(
-        False, "Go on when another teacher answers at the same address in the middle of a run."
+    accept_teacher_change: bool = flag(
+        False,
+        "Go on when another teacher answers at the same address in the middle of a run.",
+        group="teacher",
     )
-    teacher_cache: str | None = _flag(
+    teacher_cache: str | None = flag(
         None,
         "Folder, on a local disk, that keeps the teacher's answers for later epochs, other ranks "
         "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
         "a teacher. What depends on the student's weights is not kept.",
+        group="teacher",
+        private=True,
     )
-    teacher_cache_max_gb: float = _flag(
-        10.0, "Size of --teacher_cache; what was used longest ago makes room for new answers."
+    teacher_cache_max_gb: float = flag(
+        10.0,
+        "Size of --teacher_cache; what was used longest ago makes room for new answers.",
+        group="teacher",
+        private=True,
     )
 
 
 @dataclass
-class CommonTrainingArguments(TrainingArguments):
-    """transformers' TrainingArguments, with defaults that this trainer needs."""
+class RunFlags:
+    """The trainer's flags beside transformers' own, and those of which it needs another default."""
 
-    output_dir: str | None = _flag(None, "Folder for checkpoints, the final model and logs.")
-    logging_first_step: bool = _flag(True, "Log the first step.")
-    remove_unused_columns: bool = _flag(False, "Not used: rows become token ids here.")
-    disable_tqdm: bool | None = _flag(
-        None, "A line for each log instead of a bar. Default: where there is no terminal."
+    output_dir: str | None = flag(
+        None, "Folder for checkpoints, the final model and logs.", group="training", private=True
     )
-    greater_is_better: bool | None = _flag(
+    logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
+    remove_unused_columns: bool = flag(
+        False, "Not used: rows become token ids here.", group=None, private=True
+    )
+    disable_tqdm: bool | None = flag(
+        None,
+        "A line for each log instead of a bar. Default: where there is no terminal.",
+        group=None,
+        private=True,
+    )
+    greater_is_better: bool | None = flag(
         None,
         "Whether more of --metric_for_best_model is better. Default: not of loss and divergence.",
+        group=None,
     )
-    loss_kernel: Literal["auto", "torch", "triton"] = _flag(
+    loss_kernel: Literal["auto", "torch", "triton"] = flag(
         "auto",
         "Who computes the divergence: auto takes Triton on a GPU and PyTorch elsewhere; torch and "
         "triton force one.",
+        group="memory and speed",
     )
-    max_tokens_per_batch: int | None = _flag(
+    max_tokens_per_batch: int | None = flag(
         None,
         "Regroup the samples of each optimizer step by length into the fewest micro-batches of at "
         "most so many tokens, padding included; a longer sample is alone. Default: as many as "
         "--per_device_train_batch_size in each.",
+        group="memory and speed",
     )
-    packing: Literal["auto", "on", "off"] = _flag(
+    packing: Literal["auto", "on", "off"] = flag(
         "auto",
         "Sequences of a micro-batch end to end in one row, without padding, where the model is "
         "seen to give them the same logits. auto: with flash attention, otherwise padded; on: with "
         "any (other kernels pay with a mask over the whole row), or an error; off: padded.",
+        group="memory and speed",
     )
-    nonfinite: Literal["stop", "skip"] = _flag(
+    nonfinite: Literal["stop", "skip"] = flag(
         "stop",
         "What becomes of a step whose loss or gradient is NaN or infinite. stop: the run ends "
         "before the optimizer's step, with the batch in --output_dir. skip: the weights stay as "
         "they are, and the log counts skipped_steps.",
+        group="training",
     )
-    unsafe_sandbox: bool = _flag(
+    unsafe_sandbox: bool = flag(
         False,
         "Run model-written programs also where the kernel refuses a fence (seccomp, Landlock): "
         "they have your rights then. Default: an error that names it.",
+        group="evaluation and logs",
     )
-    trace_steps: str | None = _flag(
+    trace_steps: str | None = flag(
         None,
         "N or N-M: write trace.json in --output_dir, what went on when in these steps, for "
         "https://ui.perfetto.dev.",
+        group="evaluation and logs",
+        private=True,
     )
-    ddp_find_unused_parameters: bool | None = _flag(
-        False, "Only for models that leave parameters out of a step (mixtures of experts)."
+    ddp_find_unused_parameters: bool | None = flag(
+        False,
+        "Only for models that leave parameters out of a step (mixtures of experts).",
+        group=None,
     )
-    dry_run: bool = _flag(
+    dry_run: bool = flag(
         False,
         "Check flags, data and teacher, show four rows as they are learned, what the teacher says "
         "of them, and an estimate of memory and traffic; load no weights, write nothing, and stop.",
+        group="the command itself",
     )
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ConfigurationError("--output_dir is missing: give a folder for the trained model")
-        if uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
-            raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
-        # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-            if uses_deepspeed(self) and "LOCAL_RANK" in os.environ:
-                import deepspeed
-
-                # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
-                deepspeed.init_distributed("gloo")
-        if self.disable_tqdm is None and not can_move():
-            self.disable_tqdm = True
-        best = self.metric_for_best_model
-        if self.greater_is_better is None and best is not None:
-            # transformers takes the greatest of whatever is not called a loss.
-            self.greater_is_better = not best.endswith(("loss", "divergence"))
-        super().__post_init__()
 
 
 @dataclass
-class SFTArguments(CommonTrainingArguments):
+class TrainingFlags(RunFlags, TrainerFlags):
+    """What `sft` and `distill` are both told of training."""
+
+
+@dataclass
+class SFTFlags(TrainingFlags):
     """Supervised fine-tuning: forward KL to the data's one-hot distribution. Needs no teacher."""
 
 
 @dataclass
-class DistillArguments(CommonTrainingArguments):
+class DivergenceFlags:
     """Which completions, and which divergence (GKD, arXiv 2306.13649)."""
 
-    lmbda: float = _flag(
-        0.5, "Probability that a step is on-policy: 0 dataset or teacher completions, 1 student's."
+    lmbda: float = flag(
+        0.5,
+        "Probability that a step is on-policy: 0 dataset or teacher completions, 1 student's.",
+        group="method and divergence",
+        resume="same",
     )
-    beta: float = _flag(
+    beta: float = flag(
         0.5,
         "Generalized JSD: 0 is forward KL(teacher‖student), 1 reverse KL(student‖teacher), between "
         "them a mixture. Discontinuous at both ends: near 0 and 1 the interior form tends to 0, so "
         "0.9 is about 12 times weaker than 1.",
+        group="method and divergence",
+        resume="same",
     )
-    temperature: float = _flag(1.0, "Divides both logits in the divergence; no T² factor.")
-    teacher_support: Literal["top_k", "sampled"] = _flag(
+    temperature: float = flag(
+        1.0,
+        "Divides both logits in the divergence; no T² factor.",
+        group="method and divergence",
+        resume="same",
+    )
+    teacher_support: Literal["top_k", "sampled"] = flag(
         "top_k",
         "Which tokens the teacher's log-probs are of. top_k: its --top_k_logprobs most probable "
         "ones. sampled: so many draws from its whole distribution, new in each step: a gradient "
         "that is right in the mean at any number of them, but noisy; only for --beta 0.",
+        group="method and divergence",
+        resume="same",
     )
-    tail: Literal["bucket", "renormalize"] = _flag(
+    tail: Literal["bucket", "renormalize"] = flag(
         "bucket",
         "What becomes of the probability off the support. bucket: one more outcome, so the value "
         "is never above the dense divergence. renormalize: dropped, and both sides rescaled over "
         "the support, as some systems do; biased, there to compare with them.",
+        group="method and divergence",
+        resume="same",
     )
-    sft_weight: float = _flag(
+    sft_weight: float = flag(
         0.0,
         "Share w of the hard labels: (1 − w)·divergence + w·cross-entropy on completions of the "
         "dataset or the teacher (not on the student's own). Holds the student to known good "
         "completions where the teacher is unsure or wrong.",
+        group="method and divergence",
+        resume="same",
     )
-    request_student_top_m: int | None = _flag(
+    request_student_top_m: int | None = flag(
         None,
         "Ask the teacher for the student's own M most probable tokens in each row too, and join "
         "them to the support. What the student likes and the teacher does not is where reverse KL "
@@ -394,30 +511,54 @@ class DistillArguments(CommonTrainingArguments):
         "--rollout_staleness says; with --seq_kd the teacher scores its completions in a second "
         "call. Default: 16 for --beta 1, which is far from the dense gradient without, otherwise "
         "none.",
+        group="method and divergence",
+        resume="same",
     )
-    seq_kd: bool = _flag(
-        False, "Off-policy completions come from the teacher (SeqKD), not from the dataset."
+    seq_kd: bool = flag(
+        False,
+        "Off-policy completions come from the teacher (SeqKD), not from the dataset.",
+        group="method and divergence",
+        resume="same",
     )
-    seq_kd_temperature: float = _flag(0.0, "Sampling temperature of the teacher; 0 is greedy.")
-    rollout_temperature: float = _flag(1.0, "Sampling temperature of the student's rollouts.")
-    rollout_staleness: int = _flag(
+    seq_kd_temperature: float = flag(
+        0.0,
+        "Sampling temperature of the teacher; 0 is greedy.",
+        group="rollouts and generation",
+        resume="same",
+        needs=("seq_kd", True),
+    )
+    rollout_temperature: float = flag(
+        1.0,
+        "Sampling temperature of the student's rollouts.",
+        group="rollouts and generation",
+        resume="same",
+    )
+    rollout_staleness: int = flag(
         0,
         "Steps by which rollouts, and ids that the student proposes, run ahead of the weights that "
         "learn from them. 0 is strictly on-policy; at 1 the teacher scores the next step's "
         "completions while this step trains.",
+        group="rollouts and generation",
+        resume="told",
     )
-    teacher_prefetch_steps: int = _flag(
+    teacher_prefetch_steps: int = flag(
         2,
         "Steps by which completions that do not depend on the student's weights are scored ahead, "
         "at least --rollout_staleness; their scores are held in memory meanwhile.",
+        group="memory and speed",
     )
-    rollout_engine: Literal["transformers", "vllm"] = _flag(
+    rollout_engine: Literal["transformers", "vllm"] = flag(
         "transformers",
         "Who writes the student's completions. transformers: the student itself. vllm: an engine "
         "beside it that is given the weights before each on-policy step.",
+        group="rollouts and generation",
+        resume="told",
     )
-    vllm_gpu_memory_utilization: float = _flag(
-        0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
+    vllm_gpu_memory_utilization: float = flag(
+        0.3,
+        "Share of the GPU's memory for --rollout_engine vllm, its weights included.",
+        group="rollouts and generation",
+        needs=("rollout_engine", "vllm"),
     )
 
     @property
@@ -428,59 +569,110 @@ class DistillArguments(CommonTrainingArguments):
         return self.request_student_top_m
 
 
+# SFT as a distillation: forward KL to the data's one-hot distribution, of the data's completions.
+SFT = DivergenceFlags(lmbda=0.0, beta=0.0, teacher_prefetch_steps=0)
+
+
+def divergence_of(flags: RunFlags) -> DivergenceFlags:
+    """Return the flags of completions and divergence; `SFT` where there is no teacher."""
+    return flags if isinstance(flags, DivergenceFlags) else SFT
+
+
+@dataclass
+class DistillFlags(DivergenceFlags, TrainingFlags):
+    """Distillation from a served teacher."""
+
+
 @dataclass
 class EvaluateArguments:
     """Score a model on rows that carry a checker."""
 
-    suite: str = _flag(
+    suite: str = flag(
         "auto",
         "humaneval or gsm8k, from the Hub; or a JSONL file or folder of HumanEval's or GSM8K's "
         "rows as published, or of rows with a checker. With --dataset_name: what that holds, "
         "humaneval, gsm8k, rows, or auto, which tells from the fields.",
+        group="data",
     )
-    raw_prompt: bool = _flag(
+    raw_prompt: bool = flag(
         False,
         "Let the model continue HumanEval's prompts as in the paper, up to what begins after the "
         "function; default where the tokenizer has no chat template. With one, the model is asked "
         "for a code block.",
+        group="data",
     )
-    temperature: float = _flag(0.0, "Sampling temperature; 0 is greedy.")
-    n: int = _flag(1, "Completions for each problem.")
-    seed: int = _flag(42, "Seed of the sampling.")
-    limit: int | None = _flag(None, "Only the first problems.")
-    check_timeout: float = _flag(5.0, "Seconds a completion's own tests may take.")
-    unsafe_sandbox: bool = _flag(
+    temperature: float = flag(0.0, "Sampling temperature; 0 is greedy.", group="generation")
+    n: int = flag(1, "Completions for each problem.", group="generation")
+    seed: int = flag(42, "Seed of the sampling.", group="generation")
+    limit: int | None = flag(None, "Only the first problems.", group="data")
+    check_timeout: float = flag(
+        5.0, "Seconds a completion's own tests may take.", group="checks and results"
+    )
+    unsafe_sandbox: bool = flag(
         False,
         "Run model-written programs also where the kernel refuses a fence (seccomp, Landlock): "
         "they have your rights then. Default: an error that names it.",
+        group="checks and results",
     )
-    rollout_engine: Literal["transformers", "vllm"] = _flag(
-        "transformers", "Who writes the completions; vllm is an engine beside the model."
+    rollout_engine: Literal["transformers", "vllm"] = flag(
+        "transformers",
+        "Who writes the completions; vllm is an engine beside the model.",
+        group="generation",
     )
-    vllm_gpu_memory_utilization: float = _flag(
-        0.3, "Share of the GPU's memory for --rollout_engine vllm, its weights included."
+    vllm_gpu_memory_utilization: float = flag(
+        0.3,
+        "Share of the GPU's memory for --rollout_engine vllm, its weights included.",
+        group="generation",
+        needs=("rollout_engine", "vllm"),
     )
-    beta: float = _flag(
+    beta: float = flag(
         0.0,
         "Of the divergence to --teacher_url on the references: 0 forward KL, 1 reverse KL, between "
         "them generalized JSD.",
+        group="teacher",
     )
-    output_dir: str = _flag("", "Folder for results.json and samples.jsonl.")
+    output_dir: str = flag(
+        "", "Folder for results.json and samples.jsonl.", group="checks and results"
+    )
 
 
 @dataclass
 class MergeArguments:
     """LoRA adapters into their base model, for serving or as a student."""
 
-    model_name_or_path: str = _flag("", "Folder of a run with --use_peft.")
-    output_dir: str = _flag("", "New folder for the merged model and its tokenizer.")
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag(
-        "auto", "Dtype of the merged weights; auto takes the base model's.", aliases=["--dtype"]
+    model_name_or_path: str = flag("", "Folder of a run with --use_peft.", group="model")
+    output_dir: str = flag("", "New folder for the merged model and its tokenizer.", group="model")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "Dtype of the merged weights; auto takes the base model's.",
+        aliases=("--dtype",),
+        group="model",
     )
-    trust_remote_code: bool = _flag(False, "Run model code that comes with the checkpoint.")
+    trust_remote_code: bool = flag(
+        False, "Run model code that comes with the checkpoint.", group="model"
+    )
 
 
-def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
+@dataclass(frozen=True)
+class Recipe:
+    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
+
+    model: ModelArguments
+    adapters: AdapterArguments
+    dataset: DatasetArguments
+    data: DataArguments
+    generation: GenerationArguments
+    template: TemplateArguments = field(default_factory=TemplateArguments)
+
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        """The parts, one after another."""
+        return (
+            self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
+        )  # fmt: skip
+
+
+def traced_steps(args: RunFlags) -> tuple[int, int] | None:
     """First and last step of ``--trace_steps``, counted from 1.
 
     Raises:
@@ -497,39 +689,11 @@ def traced_steps(args: CommonTrainingArguments) -> tuple[int, int] | None:
     return first, last
 
 
-def checkpoint_of(args: CommonTrainingArguments) -> str | None:
-    """The checkpoint folder to resume from.
-
-    ``true`` is the last one in ``--output_dir``; ``auto`` as well, or none where there is none yet:
-    for services that start again by the same command.
-
-    Raises:
-        ConfigurationError: there is no such checkpoint.
-    """
-    given = args.resume_from_checkpoint
-    if given is None or given.lower() == "false":
-        return None
-    if given.lower() in ("true", "auto"):
-        folder = Path(args.output_dir or "")
-        last: str | None = get_last_checkpoint(folder) if folder.is_dir() else None
-        if last is None and given.lower() == "true":
-            raise ConfigurationError(
-                f"--resume_from_checkpoint {given}: {folder} holds no checkpoint to resume from"
-            )
-        return last
-    if not (Path(given) / "trainer_state.json").exists():
-        raise ConfigurationError(
-            f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint-N folder, "
-            "or true for the last one in --output_dir"
-        )
-    return given
-
-
-def uses_deepspeed(args: TrainingArguments) -> bool:
-    """Whether it was asked for by ``--deepspeed`` or by accelerate's launcher."""
+def uses_deepspeed(args: TrainingFlags | TrainingArguments) -> bool:
+    """Return whether it is asked for by ``--deepspeed`` or by accelerate's launcher."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def uses_fsdp(args: TrainingArguments) -> bool:
-    """Whether it was asked for by ``--fsdp`` or by accelerate's launcher."""
+def uses_fsdp(args: TrainingFlags | TrainingArguments) -> bool:
+    """Return whether it is asked for by ``--fsdp`` or by accelerate's launcher."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"

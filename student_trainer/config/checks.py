@@ -1,4 +1,7 @@
-"""What flags may not say, alone or together: refused before any model loads."""
+"""What flags may not say, alone or together: refused before torch is imported.
+
+`config.machine` has the checks that ask torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-from transformers import TrainingArguments
-from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
-
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import (
     AdapterArguments,
-    CommonTrainingArguments,
     DataArguments,
     DatasetArguments,
-    DistillArguments,
+    DistillFlags,
     EvaluateArguments,
     GenerationArguments,
     MergeArguments,
     ModelArguments,
+    Recipe,
     TeacherArguments,
+    TrainingFlags,
     traced_steps,
     uses_deepspeed,
     uses_fsdp,
 )
+from student_trainer.config.flags import flags_of
 from student_trainer.config.suites import FORMS, HUB
+from student_trainer.config.trainer_flags import trainer_flags
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,7 @@ _COUNTS = (
     "gradient_accumulation_steps",
 )
 _METRICS = ("loss", "divergence", "pass@1", "exact_match")
-# What to install for --report_to, where that is called otherwise.
-_PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
-# TrainingArguments that transformers' Trainer reads in rooms that are rebuilt here.
+# Flags of transformers that have no effect here, or not the one that they promise.
 UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
     "use_liger_kernel": "replaces the forward pass; the loss here is fused already: drop it",
@@ -59,15 +56,18 @@ UNSUPPORTED = {
 }
 
 
-def check_common(
-    model: ModelArguments,
-    adapters: AdapterArguments,
-    dataset: DatasetArguments,
-    data: DataArguments,
-    args: CommonTrainingArguments,
-) -> None:
-    """Raises `ConfigurationError` for what neither `sft` nor `distill` can work with."""
+def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
+    """Check what `sft` and `distill` are both told.
+
+    Raises:
+        ConfigurationError: it cannot work.
+    """
+    model, adapters, dataset, data = recipe.model, recipe.adapters, recipe.dataset, recipe.data
+    _require(args.output_dir, "--output_dir", "a folder for the trained model")
+    if uses_deepspeed(args) and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
     check_model(model)
+    check_generation(recipe.generation)
     check_adapters(adapters)
     check_datasets(dataset, data, args)
     if args.unsafe_sandbox and not data.eval_dataset_name:
@@ -80,10 +80,8 @@ def check_common(
             "would name their base without these. First run `student-trainer merge "
             f"--model_name_or_path {model.model_name_or_path} --output_dir DIR`, and train on DIR"
         )
-    if str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") and not data.eval_dataset_name:
-        raise ConfigurationError(
-            f"--eval_strategy {args.eval_strategy.value} needs --eval_dataset_name"
-        )
+    if args.eval_strategy != "no" and not data.eval_dataset_name:
+        raise ConfigurationError(f"--eval_strategy {args.eval_strategy} needs --eval_dataset_name")
     if data.assistant_only_loss:
         logger.warning("--assistant_only_loss is the old name of --assistant_turns all")
     if data.max_length is not None and data.max_length < 2:
@@ -106,46 +104,20 @@ def check_common(
             f"{', '.join(_METRICS)}"
         )
     for name, remedy in UNSUPPORTED.items():
-        value, default = getattr(args, name), CommonTrainingArguments.__dataclass_fields__[name]
-        if value != default.default:
+        value = getattr(args, name)
+        if value != trainer_flags()[name].default:
             raise ConfigurationError(f"--{name} {value} {remedy}")
-    loader: Any = args.accelerator_config
-    if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
-        raise ConfigurationError(
-            "--accelerator_config: split_batches, dispatch_batches and even_batches have no "
-            "effect here; drop them"
-        )
     traced_steps(args)
-    if args.fp16 and not torch.accelerator.is_available():
-        raise ConfigurationError("--fp16 needs a GPU; use --bf16, or neither")
     if args.nonfinite == "skip" and (args.fp16 or uses_deepspeed(args)):
         raise ConfigurationError(
             "--nonfinite skip: the loss scaler of --fp16 skips steps by itself, and so does "
             "DeepSpeed; drop it"
         )
-    available = get_available_reporting_integrations()
-    for name in args.report_to:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigurationError(
-                f"--report_to {name} is not one of {', '.join(INTEGRATION_TO_CALLBACK)} or none"
-            )
-        if name not in available:
-            raise ConfigurationError(
-                f"--report_to {name} is not installed here: pip install "
-                f"{_PACKAGES.get(name, name)}. There is {', '.join(available)} or none"
-            )
-    if args.loss_kernel == "triton":
-        if importlib.util.find_spec("triton") is None:
-            raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ConfigurationError("--loss_kernel triton needs a GPU; use auto or torch")
-    _check_fsdp(args)
-    _check_zero3(args)
+    if args.loss_kernel == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigurationError("--loss_kernel triton: not installed; pip install triton")
 
 
-def check_datasets(
-    dataset: DatasetArguments, data: DataArguments, args: CommonTrainingArguments
-) -> None:
+def check_datasets(dataset: DatasetArguments, data: DataArguments, args: TrainingFlags) -> None:
     """Raises `ConfigurationError` for names, weights and ways of reading that cannot work."""
     names, weights = dataset.dataset_name, data.dataset_weights
     _require("".join(names), "--dataset_name", "a file, a folder, a glob or a Hub id")
@@ -191,36 +163,10 @@ def check_datasets(
             "tokenizes rows as they come; drop it"
         )
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-        if getattr(getattr(args, name), "value", getattr(args, name)) == "epoch":
+        if getattr(args, name) == "epoch":
             raise ConfigurationError(
                 f"--{name} epoch: with --streaming the run has no epochs; use steps"
             )
-
-
-def _check_zero3(args: TrainingArguments) -> None:
-    if args.deepspeed_plugin is None:
-        return
-    zero = args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        raise ConfigurationError(
-            "--deepspeed: under ZeRO-3 --output_dir would hold no model but DeepSpeed's own parts; "
-            'set "stage3_gather_16bit_weights_on_model_save": true in its "zero_optimization", or '
-            "zero3_save_16bit_model: true for accelerate"
-        )
-
-
-def _check_fsdp(args: TrainingArguments) -> None:
-    if args.fsdp and args.world_size == 1:
-        raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
-    if args.world_size == 1 or not uses_fsdp(args):
-        return
-    # The defaults of transformers and of accelerate.
-    version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
-    if int(version) != 2:
-        raise ConfigurationError(
-            f"--fsdp: version {version} is not supported, whose wrappers rollouts go round; set "
-            "--fsdp_config '{\"version\": 2}', or fsdp_version: 2 for accelerate"
-        )
 
 
 def check_model(model: ModelArguments) -> None:
@@ -242,17 +188,9 @@ def holds_adapters(folder: str) -> bool:
 
 
 def check_adapters(adapters: AdapterArguments) -> None:
-    if adapters.load_in_4bit:
-        if not adapters.use_peft:
-            raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
-        if not torch.cuda.is_available():
-            raise ConfigurationError("--load_in_4bit needs a CUDA GPU; drop it to train on a CPU")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigurationError("--load_in_4bit needs bitsandbytes: pip install bitsandbytes")
-    defaults = AdapterArguments()
-    for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"):
-        if not adapters.use_peft and getattr(adapters, name) != getattr(defaults, name):
-            raise ConfigurationError(f"--{name} has no effect without --use_peft")
+    if adapters.load_in_4bit and not adapters.use_peft:
+        raise ConfigurationError("--load_in_4bit trains adapters only: add --use_peft")
+    _check_needs(adapters)
     if adapters.lora_r < 1:
         raise ConfigurationError(f"--lora_r {adapters.lora_r} must be at least 1")
 
@@ -270,14 +208,19 @@ def check_merge(args: MergeArguments) -> None:
         raise ConfigurationError(f"--output_dir {output} exists already; give a new folder")
 
 
-def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
+def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillFlags) -> None:
+    """Check all that `distill` is told.
+
+    Raises:
+        ConfigurationError: it cannot work.
+    """
+    check_distill(args, teacher)
+    check_rollouts(args, recipe.adapters)
+    check_recipe(recipe, args)
+
+
+def check_distill(args: DistillFlags, teacher: TeacherArguments) -> None:
     """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
-    if args.world_size > 1 and teacher.teacher_timeout >= args.ddp_timeout:
-        raise ConfigurationError(
-            f"--teacher_timeout {teacher.teacher_timeout:g}: processes wait {args.ddp_timeout} s "
-            "for one another, and would be ended before one of them gives its teacher up; raise "
-            "--ddp_timeout above it"
-        )
     for name in ("lmbda", "beta"):
         value = getattr(args, name)
         if not 0.0 <= value <= 1.0:
@@ -316,8 +259,7 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
             "--seq_kd has no effect with --lmbda 1: every step is on-policy. "
             "Drop --seq_kd, or lower --lmbda"
         )
-    if not args.seq_kd and args.seq_kd_temperature != DistillArguments.seq_kd_temperature:
-        raise ConfigurationError("--seq_kd_temperature has no effect without --seq_kd")
+    _check_needs(args)
     if teacher.teacher_protocol == "vllm" and args.temperature != 1.0:
         raise ConfigurationError(
             f"--temperature {args.temperature}: vLLM never applies a temperature to the log-probs "
@@ -326,7 +268,7 @@ def check_distill(args: DistillArguments, teacher: TeacherArguments) -> None:
     check_teacher(teacher)
 
 
-def _check_support(args: DistillArguments, teacher: TeacherArguments) -> None:
+def _check_support(args: DistillFlags, teacher: TeacherArguments) -> None:
     """What a support that is drawn cannot be combined with."""
     if args.teacher_support != "sampled":
         return
@@ -357,7 +299,7 @@ def _check_support(args: DistillArguments, teacher: TeacherArguments) -> None:
         )
 
 
-def _check_ahead(args: DistillArguments) -> None:
+def _check_ahead(args: DistillFlags) -> None:
     """What runs ahead of the steps that learn from it."""
     for name in ("rollout_staleness", "teacher_prefetch_steps"):
         if getattr(args, name) < 0:
@@ -369,7 +311,7 @@ def _check_ahead(args: DistillArguments) -> None:
             "no rollouts. Drop it; --teacher_prefetch_steps is for what the student does not write"
         )
     prefetch = args.teacher_prefetch_steps
-    if prefetch == DistillArguments.teacher_prefetch_steps:
+    if prefetch == DistillFlags.teacher_prefetch_steps:
         return
     if args.lmbda == 1.0:
         raise ConfigurationError(
@@ -384,7 +326,7 @@ def _check_ahead(args: DistillArguments) -> None:
         )
 
 
-def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
+def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
     """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
     _check_engine(args)
     if args.rollout_engine != "vllm":
@@ -409,14 +351,11 @@ def check_rollouts(args: DistillArguments, adapters: AdapterArguments) -> None:
         )
 
 
-def _check_engine(args: DistillArguments | EvaluateArguments) -> None:
-    share = args.vllm_gpu_memory_utilization
+def _check_engine(args: DistillFlags | EvaluateArguments) -> None:
+    _check_needs(args)
     if args.rollout_engine != "vllm":
-        if share != type(args).vllm_gpu_memory_utilization:
-            raise ConfigurationError(
-                "--vllm_gpu_memory_utilization has no effect without --rollout_engine vllm"
-            )
         return
+    share = args.vllm_gpu_memory_utilization
     if importlib.util.find_spec("vllm") is None:
         raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
     if not 0 < share < 1:
@@ -556,9 +495,7 @@ def _check_cache(teacher: TeacherArguments) -> None:
         )
 
 
-def check_precompute(
-    args: DistillArguments, teacher: TeacherArguments, data: DataArguments
-) -> None:
+def check_precompute(args: DistillFlags, teacher: TeacherArguments, data: DataArguments) -> None:
     """Raises `ConfigurationError` where nothing can be asked before there is a student."""
     if teacher.teacher_cache is None:
         raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
@@ -611,3 +548,18 @@ def _is_address(url: str) -> bool:
 def _require(value: str | None, flag: str, what: str) -> None:
     if not value:
         raise ConfigurationError(f"{flag} is missing: give {what}")
+
+
+def _check_needs(part: Any) -> None:
+    """Check that no flag is given without the one that it needs, see `flags.flag`.
+
+    Raises:
+        ConfigurationError: names both.
+    """
+    for one in flags_of(type(part)).values():
+        if one.needs is None or getattr(part, one.name) == one.default:
+            continue
+        name, value = one.needs
+        if getattr(part, name) != value:
+            told = f"--{name}" if value is True else f"--{name} {value}"
+            raise ConfigurationError(f"--{one.name} has no effect without {told}")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
-from dataclasses import fields
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from shared.errors import ConfigurationError
+from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.parse import ARGUMENTS
-from student_trainer.study.spec import Cell, Study, references, to_argv
+from student_trainer.study.spec import Cell, Study, references
 
 
 def check_flags(study: Study) -> None:
@@ -24,28 +20,23 @@ def check_flags(study: Study) -> None:
     Raises:
         ConfigurationError: an unknown flag or a value of the wrong type, with file and key.
     """
-    parsers = {
-        name: HfArgumentParser(types, allow_abbrev=False) for name, types in ARGUMENTS.items()
-    }
     for cell in study.cells.values():
         if cell.command in ARGUMENTS:
+            kinds = ARGUMENTS[cell.command]
+            known = {name: one for kind in kinds for name, one in flags_of(kind).items()}
             for key, value in cell.flags.items():
-                _check(study, cell, key, value, parsers[cell.command])
+                _check(study, cell, key, value, known)
 
 
-def _check(study: Study, cell: Cell, key: str, value: Any, parser: HfArgumentParser) -> None:
+def _check(study: Study, cell: Cell, key: str, value: Any, known: dict[str, Flag]) -> None:
     source = f"{study.path}: {cell.source}.flags.{key}"
-    known = {f.name for kind in ARGUMENTS[cell.command] for f in fields(kind) if f.init}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see student-trainer {cell.command} --help"
         raise ConfigurationError(f"{source}: {cell.command} has no such flag; {hint}")
     # A seed is a number, and other references become the names of folders.
     plain = "0" if references(value) == ["seed"] else value
-    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            parser.parse_known_args(to_argv({key: plain}))
-    except SystemExit as error:
-        message = errors.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        raise ConfigurationError(f"{source}: {message}") from error
+        known[key].read(plain)
+    except ValueError as error:
+        raise ConfigurationError(f"{source}: {error}") from error

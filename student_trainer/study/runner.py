@@ -30,7 +30,7 @@ MARKER = ".study"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = [
     "student_trainer.training.recipe",
-    "student_trainer.commands.evaluate",
+    "student_trainer.commands.run_evaluation",
     "student_trainer.model.load",
 ]
 _FOLDER = re.compile(r"\{([^{}]*)\}")

@@ -15,10 +15,8 @@ from shared.errors import (
 from shared.identity import parting_text, tokenizer_identity
 from shared.protocol import InfoResponse, TeacherIdentity, TokenizerIdentity
 from shared.text import encoded
-from student_trainer.config.arguments import (
-    DistillArguments,
-    TeacherArguments,
-)
+from student_trainer.config.arguments import TeacherArguments
+from student_trainer.config.training_arguments import DistillArguments
 
 logger = logging.getLogger(__name__)
 

@@ -1,24 +1,35 @@
 """transformers' Trainer for runs that are left alone.
 
 Checkpoints are whole or not there; SIGTERM saves one and stops, and so does a teacher that is lost,
-on all ranks alike.
+on all ranks alike. What `DurableTrainer` overrides of the Trainer:
+
+=============================== ==============================================================
+method                          why
+=============================== ==============================================================
+train                           SIGTERM and a lost teacher end it with a checkpoint
+_run_epoch                      a run resumed at its last step would go one too far
+_get_output_dir,                a checkpoint is written beside, then renamed
+_save_checkpoint,
+_push_from_checkpoint
+_finalize_training              the Trainer's own deletion can be cut short
+=============================== ==============================================================
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shared.errors import CheckpointError, ProtocolError, TeacherError, TeacherUnreachableError
+from shared.errors import CheckpointError, ProtocolError, TeacherError
 from student_trainer.runtime.random_state import RandomState
+from student_trainer.runtime.ranks import Ranks
 from student_trainer.runtime.signals import sigterm_event
 from student_trainer.training.checkpoints import (
     keep_latest,
@@ -33,8 +44,6 @@ _PATIENCE = 5.0  # seconds that SIGTERM leaves the teacher; torchrun leaves its 
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
-
 
 class DurableTrainer(Trainer):
     """Takes transformers' Trainer's arguments.
@@ -44,6 +53,7 @@ class DurableTrainer(Trainer):
 
     Attributes:
         stopped: by SIGTERM, before the last step.
+        ranks: the processes of the run.
     """
 
     def __init__(
@@ -51,8 +61,8 @@ class DurableTrainer(Trainer):
     ) -> None:
         self._inputs = inputs
         super().__init__(model, **trainer_arguments)
+        self.ranks = Ranks(self.accelerator)
         self.stopped = False
-        self._waiting = False  # for the teacher
         self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step
@@ -65,7 +75,7 @@ class DurableTrainer(Trainer):
         """
         if self.args.should_save:
             remove_unfinished(self._output)
-        with sigterm_event(_PATIENCE, self._wait_no_longer) as asked:
+        with sigterm_event(_PATIENCE, self.ranks.wait_no_longer) as asked:
             self.add_callback(_AfterStep(self, asked))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -81,10 +91,6 @@ class DurableTrainer(Trainer):
                     "damaged, or holds more than tensors and numbers. Go on from another one by "
                     "--resume_from_checkpoint FOLDER, or delete it"
                 ) from error
-
-    def _wait_no_longer(self) -> None:
-        if self._waiting:
-            raise TeacherUnreachableError("told to end while it waited for the teacher")
 
     def _run_epoch(self, **arguments: Any) -> None:
         """As the Trainer's, which would go one step too far after the last step's checkpoint."""
@@ -155,39 +161,6 @@ class DurableTrainer(Trainer):
             self._output, PREFIX_CHECKPOINT_DIR, step,
         )  # fmt: skip
 
-    def _together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
-        """What ``wait`` brings from the teacher; all ranks fail where one does.
-
-        None is left waiting for another's gradients, and all can save a checkpoint.
-
-        Args:
-            meets: the ranks exchange something in what follows. Where they do not, one that fails
-                waits here until the others come to where they do.
-
-        Raises: as ``wait``; `TeacherUnreachableError` on the ranks whose own teacher answered.
-        """
-        error: Exception | None = None
-        try:
-            self._waiting = True
-            brought = wait()
-        except (TeacherError, ProtocolError) as failure:
-            error = failure
-        finally:
-            self._waiting = False
-        if self.accelerator.num_processes > 1 and (meets or error is not None):
-            failed = self._sum_over_ranks(torch.tensor(float(error is not None)))
-            if failed and error is None:
-                error = TeacherUnreachableError(
-                    "another process of this run lost its teacher, and says how"
-                )
-        if error is not None:
-            raise error
-        return brought
-
-    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        summed = self.accelerator.reduce(values.to(self.args.device), "sum")
-        return summed.cpu()
-
 
 class _AfterStep(TrainerCallback):
     """Keeps the random state, and saves and stops after the step in which any rank was told to end;
@@ -199,7 +172,7 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._random_state = RandomState.now()
-        if self.trainer._sum_over_ranks(torch.tensor(float(self.asked.is_set()))):
+        if self.trainer.ranks.any(self.asked.is_set()):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             self.trainer.stopped = state.global_step < state.max_steps

@@ -12,9 +12,7 @@ from shared.errors import (
     RowTooLongError,
 )
 from shared.text import check_round_trip
-from student_trainer.config.arguments import (
-    CommonTrainingArguments,
-)
+from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.data.check import check_token_ids, texts_of
 from student_trainer.data.examples import RowTokenizer, row_of
 from student_trainer.data.mixture import mix

@@ -19,6 +19,8 @@ from shared import __version__
 from shared.errors import ConfigurationError
 from shared.identity import tokenizer_identity
 from shared.protocol import TeacherIdentity
+from student_trainer.config.flags import Resume, marked
+from student_trainer.config.trainer_flags import SAME, TOLD
 from student_trainer.data.sample import Example
 from student_trainer.data.template import ChatTemplate
 
@@ -27,33 +29,11 @@ logger = logging.getLogger(__name__)
 FILE = "training_inputs.json"
 _TEACHER = "the teacher's weights"
 
-# Flags that a run must go on with.
-SAME = (
-    "eos_token", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit",
-    "dataset_weights", "streaming", "shuffle_buffer_size", "assistant_turns", "max_new_tokens",
-    "chat_template_kwargs", "top_k_logprobs", "lmbda", "beta", "temperature", "teacher_support",
-    "tail", "sft_weight", "request_student_top_m", "seq_kd", "seq_kd_temperature",
-    "rollout_temperature", "seed", "dataloader_drop_last",
-)  # fmt: skip
-# Flags whose change is told: files may have moved, and a run may well be made longer.
-TOLD = (
-    "model_name_or_path", "model_revision", "torch_dtype", "attn_implementation", "lora_dropout",
-    "chat_template", "dataset_name", "dataset_config", "dataset_split", "prompt_column",
-    "completion_column", "max_length", "skip_long_rows", "assistant_only_loss",
-    "split_special_tokens", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_steps",
-    "num_train_epochs", "bf16", "fp16", "rollout_staleness", "rollout_engine",
-    "teacher_logprob_dtype", "teacher_protocol",
-)  # fmt: skip
-# Flags of ours that change nothing of what is learned.
-FREE = (
-    "trust_remote_code", "eval_dataset_name", "eval_dataset_split", "dataset_num_proc",
-    "generation_batch_size", "chat_template_date", "teacher_url", "teacher_api_key_file",
-    "teacher_timeout", "teacher_unreachable", "teacher_repeat_tolerance", "accept_teacher_change",
-    "teacher_cache", "teacher_cache_max_gb", "loss_kernel", "max_tokens_per_batch", "packing",
-    "nonfinite", "trace_steps", "dry_run", "unsafe_sandbox", "teacher_prefetch_steps",
-    "vllm_gpu_memory_utilization",
-)  # fmt: skip
+
+def _resumed_as(kinds: Sequence[type[Any]], mark: Resume) -> list[str]:
+    """Return the flags that are marked so, see `config.flags.Resume`, sorted."""
+    theirs = {"same": SAME, "told": TOLD, "free": ()}[mark]
+    return sorted({*marked(kinds, "resume", mark), *theirs})
 
 
 def training_inputs(
@@ -74,6 +54,7 @@ def training_inputs(
             accept that.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
+    kinds = [type(kind) for kind in flags]
     tokenizer = tokenizer_identity(template.encoder.tokenizer)
     same = {
         "the training rows as tokens": None if examples is None else _fingerprint(examples),
@@ -81,9 +62,15 @@ def training_inputs(
         "the chat template": hashlib.sha256(template.source.encode()).hexdigest(),
         "the date in prompts": str(template.options.today) if template.prints_date else None,
         "rows a step": rows_a_step,
-        **{f"--{name}": _plain(values[name]) for name in SAME if name in values},
+        **{
+            f"--{name}": _plain(values[name])
+            for name in _resumed_as(kinds, "same")
+            if name in values
+        },
     }
-    told = {f"--{name}": _plain(values[name]) for name in TOLD if name in values}
+    told = {
+        f"--{name}": _plain(values[name]) for name in _resumed_as(kinds, "told") if name in values
+    }
     if teacher is not None:
         accepted = values.get("accept_teacher_change", False)
         (told if accepted else same)[_TEACHER] = teacher.fingerprint

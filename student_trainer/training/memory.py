@@ -12,11 +12,11 @@ from transformers import Trainer
 
 from student_trainer.config.arguments import (
     AdapterArguments,
-    CommonTrainingArguments,
     ModelArguments,
     uses_deepspeed,
     uses_fsdp,
 )
+from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.losses.fused import CHUNK_BYTES
 from student_trainer.model.load import load_skeleton
 

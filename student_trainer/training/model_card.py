@@ -19,20 +19,10 @@ import yaml
 from shared import __version__
 from shared.printable import code_span
 from shared.protocol import TeacherIdentity
-from student_trainer.config.arguments import CommonTrainingArguments, DistillArguments
+from student_trainer.config.arguments import DivergenceFlags, RunFlags
+from student_trainer.config.flags import marked
+from student_trainer.config.trainer_flags import PRIVATE
 
-# Told elsewhere on the card, or of this machine alone, or an address or a key.
-_UNTOLD = {
-    "model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir", "logging_dir",
-    "teacher_url", "teacher_api_key_file", "teacher_timeout", "teacher_cache",
-    "teacher_cache_max_gb", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
-    "hub_always_push", "hub_revision", "push_to_hub", "resume_from_checkpoint", "run_name",
-    "report_to", "dataloader_pin_memory", "project", "trackio_space_id", "use_cpu",
-    "disable_tqdm", "local_rank", "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config",
-    "trace_steps", "remove_unused_columns", "logging_first_step", "logging_steps",
-    "logging_strategy", "save_steps", "save_strategy", "save_total_limit", "log_level",
-    "log_level_replica",
-}  # fmt: skip
 _GKD = "on-policy GKD"
 _NUMBERS = {
     "loss": "training loss",
@@ -90,9 +80,9 @@ def model_card(
     return "\n".join(sections)
 
 
-def method_of(args: CommonTrainingArguments) -> str:
+def method_of(args: RunFlags) -> str:
     """What the method is called in the literature."""
-    if not isinstance(args, DistillArguments):
+    if not isinstance(args, DivergenceFlags):
         return "supervised fine-tuning (SFT)"
     off_policy = "SeqKD" if args.seq_kd else "supervised KD"
     if args.lmbda == 0:
@@ -154,13 +144,14 @@ def _numbers(history: Sequence[Mapping[str, Any]]) -> str:
 def _told(arguments: Sequence[Any]) -> dict[str, Any]:
     """Flags that are neither the default nor nobody's business."""
     told: dict[str, Any] = {}
+    private = {*PRIVATE, *marked([type(part) for part in arguments], "private", True)}
     for part in arguments:
         for flag in fields(part):
             value = getattr(part, flag.name)
             value = value.value if isinstance(value, Enum) else value
             usual = value in (None, "", []) or value == _default(flag)
             plain = isinstance(value, str | int | float | list)
-            if flag.init and flag.name not in _UNTOLD and plain and not usual:
+            if flag.init and flag.name not in private and plain and not usual:
                 told[f"`--{flag.name}`"] = f"`{_public(value)}`"
     return told
 

@@ -1,18 +1,91 @@
-"""The batch of a step whose loss or gradient was not finite, in a file, to be looked at again."""
+"""A step whose loss or gradient is not finite: stopped or skipped, its batch kept in a file."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
 
+from shared.errors import NonFiniteError
 from shared.sparse import SparseLogprobs
 from student_trainer.pipeline.prefetched import samples_from_arrays, samples_to_arrays, split_rows
 from student_trainer.pipeline.targets import ScoredSample
+from student_trainer.runtime.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 _SCORES = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob", "requested_logprobs")
+
+
+class NonFiniteGuard:
+    """A guard before the optimizer: no weights learn from a step that is not finite.
+
+    Args:
+        folder: keeps the batch of a step that ends the run.
+        ranks: stop or skip alike.
+    """
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self._loss: float | torch.Tensor = 0.0
+        self._batch: list[list[ScoredSample]] = []
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        self._loss, self._batch = 0.0, []
+
+    @property
+    def began(self) -> bool:
+        """Whether a micro-batch of this step was learned already."""
+        return bool(self._batch)
+
+    def add_batch(self, scored: list[ScoredSample]) -> None:
+        """Take note of a micro-batch of this step."""
+        self._batch.append(scored)
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Add to the loss of this step; stays on its device."""
+        self._loss = self._loss + loss.detach()
+
+    def check(self, step: int, grad_norm: Any, *, skip: bool) -> bool:
+        """Return whether all ranks may learn from the step.
+
+        Args:
+            step: counted from 1.
+            grad_norm: of the step's gradient; None where a loss scaler looks at it.
+            skip: return False for a step that is not finite, instead of an error.
+
+        Raises:
+            NonFiniteError: names the file that keeps this rank's batch.
+        """
+        loss, norm = float(self._loss), 0.0
+        if grad_norm is not None:
+            norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        if not self._ranks.any(not (math.isfinite(loss) and math.isfinite(norm))):
+            return True
+        rank = self._ranks.rank
+        found = f"step {step}: the loss is {loss} and the norm of the gradient {norm} (rank {rank})"
+        if skip:
+            logger.warning("%s; the step is skipped", found)
+            return False
+        file = self._folder / f"nonfinite-step{step}-rank{rank}.npz"
+        try:
+            save_batch(file, self._batch)
+            kept = f"Its batch is in {file}, for student_trainer.training.nonfinite.load_batch"
+        except OSError as error:
+            kept = f"Its batch could not be kept in {file}: {error.strerror or error}"
+        raise NonFiniteError(
+            f"{found}. {kept}; no checkpoint was written after it. Look for rows that are unlike "
+            "the others, or lower --learning_rate; --nonfinite skip with --resume_from_checkpoint "
+            "auto leaves it out"
+        )
 
 
 def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> None:

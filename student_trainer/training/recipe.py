@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,18 @@ from shared.errors import (
     ConfigurationError,
 )
 from student_trainer.config.arguments import (
-    AdapterArguments,
-    CommonTrainingArguments,
     DataArguments,
-    DatasetArguments,
-    DistillArguments,
     GenerationArguments,
     ModelArguments,
+    Recipe,
     TeacherArguments,
-    TemplateArguments,
-    checkpoint_of,
+    divergence_of,
     traced_steps,
 )
-from student_trainer.config.checks import (
-    api_key_of,
-    check_common,
-    check_generation,
+from student_trainer.config.checks import api_key_of
+from student_trainer.config.training_arguments import (
+    CommonTrainingArguments,
+    checkpoint_of,
 )
 from student_trainer.data.conversation import PlainText, read_row
 from student_trainer.data.end_tokens import compare_ends
@@ -72,28 +68,11 @@ from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.training.model_card import model_card
+from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.text_end import KeepEndTokens
 from student_trainer.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
-
-    model: ModelArguments
-    adapters: AdapterArguments
-    dataset: DatasetArguments
-    data: DataArguments
-    generation: GenerationArguments
-    template: TemplateArguments = field(default_factory=TemplateArguments)
-
-    @property
-    def flags(self) -> tuple[Any, ...]:
-        return (
-            self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
-        )  # fmt: skip
 
 
 def open_teacher(
@@ -133,30 +112,30 @@ def open_teacher(
     )
 
 
-def check_recipe(recipe: Recipe, args: CommonTrainingArguments) -> None:
-    """Raises `ConfigurationError` for what cannot work, before a teacher is waited for."""
-    check_common(recipe.model, recipe.adapters, recipe.dataset, recipe.data, args)
-    check_generation(recipe.generation)
-    if args.n_gpu > 1:
-        raise ConfigurationError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process a GPU with "
-            "`accelerate launch -m student_trainer …`, or set CUDA_VISIBLE_DEVICES to one"
-        )
-    checkpoint_of(args)
-
-
 def run(
     recipe: Recipe,
     prepared: Prepared,
     args: CommonTrainingArguments,
     *,
     teacher: Teacher | None,
-    distill: DistillArguments | None,
     flags: Sequence[Any],
 ) -> DistillationTrainer:
+    """Train, and write the model with all that belongs to it; return the trainer after its run.
+
+    Args:
+        teacher: connected; None for SFT.
+        flags: the dataclasses of all flags, the Trainer's last.
+
+    Raises:
+        ConfigurationError: the checkpoint was trained with something else.
+        CheckpointError: the disk takes no more.
+        TeacherError: the teacher is lost, or answered what cannot be right.
+        NonFiniteError: a loss or a gradient was NaN or infinite.
+    """
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
+    identity = None if teacher is None else teacher.info.teacher
     inputs = training_inputs(
         flags,
         None if isinstance(train, ExampleStream) else train,
@@ -164,7 +143,7 @@ def run(
         rows_a_step=args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * args.world_size,
-        teacher=None if teacher is None else teacher.info.teacher,
+        teacher=identity,
     )
     if checkpoint is not None:
         check_resumed(Path(checkpoint), inputs)
@@ -172,40 +151,21 @@ def run(
     if args.should_save:
         with writing("what it is trained with", Path(args.output_dir or "")):
             keep_inputs(inputs, Path(args.output_dir or ""))
+    card = partial(model_card, arguments=flags, teacher=identity, rows=len(train))
+    plan = replace(plan_of(recipe, prepared, args), inputs=inputs, card=card)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
     longest = prepared.max_length
     if not isinstance(train, ExampleStream):
         longest = longest_rollout(train, held_out, method)
-    with open_engine(student, recipe, distill, longest) as engine:
+    with open_engine(student, recipe, args, longest) as engine:
         trainer = DistillationTrainer(
             student,
-            args=args,
-            method=method,
-            beta=0.0 if distill is None else distill.beta,
+            plan,
             teacher=teacher,
-            vocab_size=prepared.vocab_size,
-            tail="bucket" if distill is None else distill.tail,
-            sft_weight=0.0 if distill is None else distill.sft_weight,
-            kernel=args.loss_kernel,
-            student_top_m=0 if distill is None else distill.student_top_m,
-            rollout_temperature=1.0 if distill is None else distill.rollout_temperature,
-            generation_batch_size=recipe.generation.generation_batch_size,
             vllm=engine,
-            max_tokens_per_batch=args.max_tokens_per_batch,
-            packing=args.packing,
-            longest=prepared.max_length,
-            staleness=0 if distill is None else distill.rollout_staleness,
-            prefetch_steps=0 if distill is None else distill.teacher_prefetch_steps,
-            trace_steps=traced_steps(args),
-            inputs=inputs,
-            card=partial(
-                model_card,
-                arguments=flags,
-                teacher=None if teacher is None else teacher.info.teacher,
-                rows=len(train),
-            ),
+            args=args,
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=prepared.tokenizer,
@@ -242,6 +202,28 @@ def run(
     return trainer
 
 
+def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> TrainingPlan:
+    """Return what the flags say that a run does, without its card and inputs."""
+    divergence = divergence_of(args)
+    return TrainingPlan(
+        method=prepared.method,
+        vocab_size=prepared.vocab_size,
+        beta=divergence.beta,
+        tail=divergence.tail,
+        sft_weight=divergence.sft_weight,
+        kernel=args.loss_kernel,
+        student_top_m=divergence.student_top_m,
+        rollout_temperature=divergence.rollout_temperature,
+        generation_batch_size=recipe.generation.generation_batch_size,
+        max_tokens_per_batch=args.max_tokens_per_batch,
+        packing=args.packing,
+        longest=prepared.max_length,
+        staleness=divergence.rollout_staleness,
+        prefetch_steps=divergence.teacher_prefetch_steps,
+        trace_steps=traced_steps(args),
+    )
+
+
 def _end(trainer: DistillationTrainer) -> None:
     """Together: a process that ends while the others' group still runs is aborted now and then."""
     trainer.accelerator.wait_for_everyone()
@@ -267,15 +249,13 @@ def prepare(
     rows: Rows,
     args: CommonTrainingArguments,
     *,
-    distill: DistillArguments | None = None,
     teacher: Teacher | None = None,
     asked: TeacherArguments | None = None,
 ) -> Prepared:
     """Return what a run learns from, as its flags say.
 
     Args:
-        distill, teacher, asked: the flags of the method, the connected teacher and the flags of
-            the teacher; None for SFT.
+        teacher, asked: the connected teacher, and its flags; None for SFT.
 
     Raises:
         DatasetError, ConfigurationError: rows or flags that cannot be learned.
@@ -288,9 +268,10 @@ def prepare(
         check_vocabulary(tokenizer, vocab_size, teacher.info)
         vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    if distill is not None and distill.student_top_m > vocab_size:
+    divergence = divergence_of(args)
+    if divergence.student_top_m > vocab_size:
         raise ConfigurationError(
-            f"--request_student_top_m {distill.student_top_m} is over the shared "
+            f"--request_student_top_m {divergence.student_top_m} is over the shared "
             f"vocabulary of {vocab_size}"
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
@@ -299,7 +280,7 @@ def prepare(
         if told is not None:
             logger.warning("%s", told)
     method = _method(
-        args, distill, recipe.generation, 1 if asked is None else asked.top_k_logprobs, stop_ids
+        args, recipe.generation, 1 if asked is None else asked.top_k_logprobs, stop_ids
     )
     folders = date_folders(args, None if asked is None else asked.teacher_cache)
     today = read_date(recipe.template.chat_template_date, folders)
@@ -377,19 +358,20 @@ def longest_rollout(
 
 
 def open_engine(
-    student: Any, recipe: Recipe, distill: DistillArguments | None, max_model_len: int
+    student: Any, recipe: Recipe, args: CommonTrainingArguments, max_model_len: int
 ) -> AbstractContextManager[VllmEngine | None]:
-    """What ``--rollout_engine`` asks for beside the student; nothing for transformers."""
-    if distill is None or distill.rollout_engine == "transformers":
+    """Open what ``--rollout_engine`` names beside the student; nothing for transformers."""
+    divergence = divergence_of(args)
+    if divergence.rollout_engine == "transformers":
         return nullcontext()
     dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
-    if distill.bf16 or distill.fp16:  # what the student computes in
-        dtype = "bfloat16" if distill.bf16 else "float16"
+    if args.bf16 or args.fp16:  # what the student computes in
+        dtype = "bfloat16" if args.bf16 else "float16"
     return VllmEngine(
         student,
         max_model_len=max_model_len,
         dtype=dtype,
-        gpu_memory_utilization=distill.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=divergence.vllm_gpu_memory_utilization,
         max_num_seqs=recipe.generation.generation_batch_size,
     )
 
@@ -416,20 +398,17 @@ def _make_folder(args: CommonTrainingArguments) -> None:
 
 
 def _method(
-    args: CommonTrainingArguments,
-    distill: DistillArguments | None,
-    generation: GenerationArguments,
-    top_k: int,
-    stop_ids: list[int],
+    args: CommonTrainingArguments, generation: GenerationArguments, top_k: int, stop_ids: list[int]
 ) -> Method:
+    divergence = divergence_of(args)
     return Method(
-        lmbda=0.0 if distill is None else distill.lmbda,
-        seq_kd=False if distill is None else distill.seq_kd,
-        seq_kd_temperature=0.0 if distill is None else distill.seq_kd_temperature,
-        temperature=1.0 if distill is None else distill.temperature,
+        lmbda=divergence.lmbda,
+        seq_kd=divergence.seq_kd,
+        seq_kd_temperature=divergence.seq_kd_temperature,
+        temperature=divergence.temperature,
         top_k=top_k,
         max_new_tokens=generation.max_new_tokens,
         seed=args.seed,
         stop_ids=tuple(stop_ids),
-        sampled=distill is not None and distill.teacher_support == "sampled",
+        sampled=divergence.teacher_support == "sampled",
     )

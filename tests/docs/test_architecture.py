@@ -1,6 +1,7 @@
-"""The tables of docs/architecture.md name what there is, and every folder."""
+"""The tables of docs/architecture.md name what there is, every folder, and the order of layers."""
 
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -26,3 +27,20 @@ def test_every_folder_is_named():
     }
     assert len(folders) > 5
     assert sorted(folders - NAMED) == []
+
+
+def test_the_trainers_packages_stand_in_the_order_that_import_linter_holds():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = (c for c in settings["contracts"] if c.get("containers") == ["student_trainer"])
+    rank = {
+        name.strip(): number
+        for number, layer in enumerate(contract["layers"])
+        for name in re.split("[|:]", layer)
+    }
+    named = [
+        Path(path).stem
+        for cell in TABLES
+        for path in re.findall(r"`student_trainer/([\w/.]+)`", cell)
+    ]
+    assert sorted(named) == sorted(rank)
+    assert [rank[name] for name in named] == sorted(rank[name] for name in named)

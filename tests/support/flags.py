@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from student_trainer.config.checks import check_distill, check_evaluate, check_rollouts
+from student_trainer.config.arguments import Recipe
+from student_trainer.config.checks import (
+    check_distillation,
+    check_evaluate,
+    check_recipe,
+)
+from student_trainer.config.machine import check_machine
 from student_trainer.config.parse import ARGUMENTS, parse
-from student_trainer.training.recipe import Recipe, check_recipe
+from student_trainer.config.training_arguments import CommonTrainingArguments, training_arguments
 from teacher_server import cli
 from teacher_server.limits.auth import load_keys
 from teacher_server.settings import Settings
@@ -30,12 +36,25 @@ def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
         model, dataset, generation, _, teacher, args = parts
         check_evaluate(model, dataset, generation, teacher, args)
     elif command in ("sft", "distill"):
-        args = parts[-1]
-        if command == "distill":
-            check_distill(args, parts[-2])
-            check_rollouts(args, parts[1])
-        check_recipe(Recipe(*parts[:6]), args)
+        parts = (*parts[:-1], checked(parts))
     return parts
+
+
+def checked(parts: Sequence[Any]) -> CommonTrainingArguments:
+    """The Trainer's arguments of `sft` or `distill`, of what `parse` returned.
+
+    Raises:
+        ConfigurationError: a flag is refused.
+    """
+    recipe, flags = Recipe(*parts[:6]), parts[-1]
+    teacher = parts[6] if len(parts) == 8 else None
+    if teacher is not None:
+        check_distillation(recipe, teacher, flags)
+    else:
+        check_recipe(recipe, flags)
+    args = training_arguments(flags)
+    check_machine(recipe, args, teacher)
+    return args
 
 
 def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settings:

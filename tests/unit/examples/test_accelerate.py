@@ -7,7 +7,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from student_trainer.training.recipe import Recipe, check_recipe
+from student_trainer.config.arguments import Recipe
+from student_trainer.config.machine import check_machine
 from tests.support.flags import (
     command_lines,
     read_server,
@@ -54,7 +55,7 @@ def test_the_trainer_takes_what_the_launcher_says(launched, monkeypatch):
         assert zero["stage"] == (2 if name == "zero2" else 3)
         offloaded = "cpu" if name == "zero3_offload" else "none"
         assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == offloaded
-    check_recipe(Recipe(*parts), trainer)
+    check_machine(Recipe(*parts), trainer)
     assert environment.get("FSDP_VERSION") == ("2" if name == "fsdp2" else None)
     assert [args.multi_gpu, args.use_fsdp, args.use_deepspeed] == [
         name == "ddp", name == "fsdp2", name.startswith("zero"),

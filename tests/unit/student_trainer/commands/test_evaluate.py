@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.mini_humaneval.prepare import make_dataset
 from examples.mini_humaneval.settings import Settings
-from student_trainer.commands import evaluate as evaluate_module
-from student_trainer.commands.evaluate import where_from
+from student_trainer.commands import run_evaluation as evaluate_module
 from student_trainer.commands.main import main
+from student_trainer.commands.run_evaluation import where_from
 from student_trainer.config.arguments import DatasetArguments
 from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.journal import EvaluationJournal

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import MergeArguments, checkpoint_of, traced_steps
-from student_trainer.config.checks import check_distill, check_merge, check_rollouts
+from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
+from student_trainer.config.checks import check_merge, check_recipe
+from student_trainer.config.machine import check_machine
 from student_trainer.config.parse import ARGUMENTS, parse, parse_keywords
-from student_trainer.training.recipe import Recipe, check_recipe
+from student_trainer.config.training_arguments import checkpoint_of, training_arguments
+from tests.support.flags import checked
 
 LAUNCH_LINE = (
     "--model_name_or_path {model} --teacher_url http://127.0.0.1:8000 --dataset_name data.jsonl "
@@ -34,11 +36,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 def read(words: list[str]):
     parsed = parse(words, *TYPES, prog="student-trainer distill", description="")
-    model, adapters, dataset, data, generation, template, teacher, args = parsed
-    check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
-    check_distill(args, teacher)
-    check_rollouts(args, adapters)
-    return parsed
+    return (*parsed[:-1], checked(parsed))
 
 
 def words(model_folder: Path, *more: str) -> list[str]:
@@ -170,7 +168,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package(
     model_folder, monkeypatch, name
 ):
     monkeypatch.setattr(
-        "student_trainer.config.checks.get_available_reporting_integrations",
+        "student_trainer.config.machine.get_available_reporting_integrations",
         lambda: ["tensorboard"],
     )
     with pytest.raises(ConfigurationError) as caught:
@@ -191,16 +189,16 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package(
 )
 def test_several_trackers_may_be_named(model_folder, monkeypatch, given, expected):
     monkeypatch.setattr(
-        "student_trainer.config.checks.get_available_reporting_integrations",
+        "student_trainer.config.machine.get_available_reporting_integrations",
         lambda: ["tensorboard", "wandb"],
     )
     assert read(words(model_folder, "--report_to", *given))[-1].report_to == expected
 
 
-def pretend_vllm(monkeypatch, *, installed):
+def pretend(monkeypatch, package, *, installed):
     find, found = importlib.util.find_spec, object() if installed else None
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: found if name == "vllm" else find(name, *a)
+        importlib.util, "find_spec", lambda name, *a: found if name == package else find(name, *a)
     )
 
 
@@ -214,7 +212,7 @@ def pretend_vllm(monkeypatch, *, installed):
     ],
 )
 def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more, message):
-    pretend_vllm(monkeypatch, installed=True)
+    pretend(monkeypatch, "vllm", installed=True)
     read(words(model_folder, "--rollout_engine", "vllm"))
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, "--rollout_engine", "vllm", *more))
@@ -222,14 +220,14 @@ def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more
 
 
 def test_vllm_rollouts_of_a_sharded_student_are_refused(model_folder, monkeypatch):
-    pretend_vllm(monkeypatch, installed=True)
+    pretend(monkeypatch, "vllm", installed=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigurationError, match="needs whole weights on each rank"):
         read(words(model_folder, "--rollout_engine", "vllm"))
 
 
 def test_vllm_rollouts_without_vllm_are_refused(model_folder, monkeypatch):
-    pretend_vllm(monkeypatch, installed=False)
+    pretend(monkeypatch, "vllm", installed=False)
     with pytest.raises(ConfigurationError, match="--rollout_engine vllm: not installed; pip"):
         read(words(model_folder, "--rollout_engine", "vllm"))
     with pytest.raises(ConfigurationError, match="no effect without --rollout_engine vllm"):
@@ -280,13 +278,14 @@ def test_sharding_needs_the_second_fsdp(model_folder, monkeypatch, more, environ
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     given = words(model_folder, *more)
-    *parts, _, args = parse(given, *TYPES, prog="student-trainer distill", description="")
+    *parts, _, flags = parse(given, *TYPES, prog="student-trainer distill", description="")
+    args = training_arguments(flags)
     monkeypatch.setattr(type(args), "world_size", 2)
     if message is None:
-        check_recipe(Recipe(*parts), args)
+        check_machine(Recipe(*parts), args)
         return
     with pytest.raises(ConfigurationError) as caught:
-        check_recipe(Recipe(*parts), args)
+        check_machine(Recipe(*parts), args)
     assert message in str(caught.value)
 
 
@@ -298,21 +297,23 @@ def test_sharding_needs_the_second_fsdp(model_folder, monkeypatch, more, environ
     ],
 )
 def test_what_deepspeed_does_by_itself_is_refused(model_folder, monkeypatch, flag, value, message):
-    model, adapters, dataset, data, generation, template, _, args = read(words(model_folder))
-    setattr(args, flag, value)
-    check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
+    *parts, _, flags = parse(words(model_folder), *TYPES, prog="distill", description="")
+    setattr(flags, flag, value)
+    check_recipe(Recipe(*parts), flags)
+    pretend(monkeypatch, "deepspeed", installed=True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ConfigurationError, match=message):
-        check_recipe(Recipe(model, adapters, dataset, data, generation, template), args)
+        check_recipe(Recipe(*parts), flags)
 
 
 def test_ranks_wait_longer_for_one_another_than_for_a_teacher(model_folder, monkeypatch):
-    *_, teacher, args = read(words(model_folder, "--teacher_timeout", "1800"))
+    *parts, teacher, args = read(words(model_folder, "--teacher_timeout", "1800"))
+    recipe = Recipe(*parts)
     monkeypatch.setattr(type(args), "world_size", 2)
     with pytest.raises(ConfigurationError, match="--teacher_timeout 1800: processes wait 1800 s"):
-        check_distill(args, teacher)
+        check_machine(recipe, args, teacher)
     args.ddp_timeout = 1801
-    check_distill(args, teacher)
+    check_machine(recipe, args, teacher)
 
 
 @pytest.mark.parametrize(
@@ -327,10 +328,10 @@ def test_zero_3_must_save_a_model(model_folder, zero, refused):
     *parts, _, args = read(words(model_folder))
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
     if not refused:
-        check_recipe(Recipe(*parts), args)
+        check_machine(Recipe(*parts), args)
         return
     with pytest.raises(ConfigurationError, match="stage3_gather_16bit_weights_on_model_save"):
-        check_recipe(Recipe(*parts), args)
+        check_machine(Recipe(*parts), args)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +350,9 @@ def test_keywords_may_be_what_libraries_call_the_values(model_folder, tmp_path):
         "dataset_name": "data.jsonl", "output_dir": tmp_path, "torch_dtype": torch.bfloat16,
         "save_strategy": SaveStrategy.NO,
     }  # fmt: skip
-    model, *_, args = parse_keywords("distill", keywords)
-    assert (model.torch_dtype, args.save_strategy) == ("bfloat16", SaveStrategy.NO)
+    model, *_, flags = parse_keywords("distill", keywords)
+    assert (model.torch_dtype, flags.save_strategy) == ("bfloat16", "no")
+    assert training_arguments(flags).save_strategy == SaveStrategy.NO
 
 
 def test_traced_steps_are_one_or_a_range(model_folder):
@@ -387,6 +389,11 @@ def test_yaml_holds_the_same_names_and_the_command_line_wins(model_folder, tmp_p
     ("content", "message"),
     [
         ("lamda: 1\n", "unknown key 'lamda'; did you mean lmbda?"),
+        ("lmbda: half\n", "key lmbda: invalid float value: 'half'"),
+        ("max_steps: true\n", "key max_steps: invalid int value: True"),
+        ("bf16: maybe\n", "key bf16: invalid value: 'maybe' (choose from true, false)"),
+        ("tail: none\n", "key tail: invalid choice: 'none' (choose from 'bucket', 'renormalize')"),
+        ("lmbda: [0, 1]\n", "key lmbda: expected one value, got [0, 1]"),
         ("- a\n", "must hold `name: value` lines"),
         ("a: [\n", "is not valid YAML"),
     ],
@@ -397,6 +404,16 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
     with pytest.raises(ConfigurationError) as caught:
         read(["--config", str(path)])
     assert message in str(caught.value)
+
+
+def test_an_unquoted_no_in_yaml_is_the_choice_no(model_folder, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("save_strategy: no\neval_strategy: No\n")
+    args = read(words(model_folder, "--config", str(path)))[-1]
+    # The line gives --save_strategy, which wins over the file.
+    assert (args.save_strategy, args.eval_strategy) == (SaveStrategy.STEPS, IntervalStrategy.NO)
+    *_, flags = parse(["--config", str(path)], *TYPES, prog="", description="")
+    assert (flags.save_strategy, flags.eval_strategy) == ("no", "no")
 
 
 def test_missing_yaml_is_refused(tmp_path):

@@ -5,7 +5,6 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.model.test_head import SHARED, assert_same, gradients, refusing, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,6 +15,13 @@ from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.model.top_tokens import TopTokenProposals
 from tests.support.losses import top_k
+from tests.unit.student_trainer.model.test_head import (
+    SHARED,
+    assert_same,
+    gradients,
+    refusing,
+    tiny,
+)
 
 # Windows shorter than the row, so that a wrong distance would show.
 PACKED = {

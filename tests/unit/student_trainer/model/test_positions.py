@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
 from shared.errors import ConfigurationError
 from student_trainer.data.collate import model_inputs, predicting_rows
@@ -17,6 +16,7 @@ from student_trainer.model.packing import decide_packing
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.training.trainer import DistillationTrainer
 from tests.support.models import DYNAMIC, LONGROPE
+from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
 KINDS = {"longrope": ("phi3", LONGROPE), "dynamic": ("llama", DYNAMIC)}
 

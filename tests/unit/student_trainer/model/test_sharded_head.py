@@ -3,6 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.multiprocessing import spawn
+
+from student_trainer.model.forward import SparseTargets, TopTokens, install_sparse_loss
 from tests.unit.student_trainer.model.test_head import (
     SHARED,
     assert_same,
@@ -11,13 +18,6 @@ from tests.unit.student_trainer.model.test_head import (
     gradients,
     tiny,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.multiprocessing import spawn
-
-from student_trainer.model.forward import SparseTargets, TopTokens, install_sparse_loss
 
 RANKS = 2
 LAYERS = 2

@@ -8,7 +8,8 @@ from shared import wire
 from shared.errors import ConfigurationError, TeacherAnswerError
 from shared.protocol import ScoreRequest, ScoreResponse
 from shared.sparse import SparseLogprobs
-from student_trainer.config.arguments import DistillArguments, TeacherArguments
+from student_trainer.config.arguments import TeacherArguments
+from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.teacher.compatible import check_request
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.unit.shared.test_validation import info

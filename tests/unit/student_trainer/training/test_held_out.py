@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 from shared.sparse import SparseLogprobs
 from student_trainer.data.collate import model_inputs, predicting_rows
@@ -15,6 +14,7 @@ from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.reporting.runs import HELD_OUT_FILE, read_held_out
 from student_trainer.training import held_out
+from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 
 class Letters:

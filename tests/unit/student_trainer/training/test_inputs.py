@@ -4,35 +4,30 @@ import dataclasses
 import datetime
 import json
 import logging
+from typing import get_args
 
 import pytest
 from transformers import TrainingArguments
 
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import DataArguments
+from student_trainer.config.flags import Resume, flag, marked
 from student_trainer.config.parse import ARGUMENTS
+from student_trainer.config.trainer_flags import PRIVATE, SAME, TOLD
 from student_trainer.data.encode import Encoder
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.template import ChatTemplate, TemplateOptions
-from student_trainer.training.inputs import (
-    FILE,
-    FREE,
-    SAME,
-    TOLD,
-    check_resumed,
-    keep_inputs,
-    training_inputs,
-)
+from student_trainer.training.inputs import FILE, check_resumed, keep_inputs, training_inputs
 
 ROW = {"prompt": "say", "completion": "it"}
 
 
 @dataclasses.dataclass
 class Flags:
-    beta: float = 0.5
+    beta: float = flag(0.5, "", group="", resume="same")
     learning_rate: float = 1e-4
     max_steps: int = 10
-    teacher_url: str = "http://host:1"
+    teacher_url: str = flag("http://host:1", "", group="")
 
 
 def inputs(tokenizer, *, row=ROW, template="{{ messages }}", today=None, rows=8, **flags):
@@ -96,16 +91,11 @@ def test_a_damaged_file_is_named(tokenizer, tmp_path, content):
         check_resumed(tmp_path, inputs(tokenizer))
 
 
-def test_each_flag_of_ours_has_its_place_once():
+@pytest.mark.parametrize("command", ["sft", "distill"])
+def test_each_flag_of_ours_is_placed_and_those_of_transformers_exist(command):
+    kinds = ARGUMENTS[command]
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    ours = {
-        field.name
-        for command in ("sft", "distill")
-        for kind in ARGUMENTS[command]
-        for field in dataclasses.fields(kind)
-        if field.init and field.name not in theirs
-    }
-    placed = [*SAME, *TOLD, *FREE]
-    assert len(placed) == len(set(placed))
-    assert ours <= set(placed)
-    assert set(placed) - ours <= theirs
+    ours = {field.name for kind in kinds for field in dataclasses.fields(kind) if field.init}
+    placed = {name for mark in get_args(Resume) for name in marked(kinds, "resume", mark)}
+    assert ours - theirs <= placed
+    assert {*SAME, *TOLD, *PRIVATE} <= theirs | {"logging_dir"}

@@ -6,12 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from student_trainer.commands.main import main
-from student_trainer.config.arguments import (
-    AdapterArguments,
-    CommonTrainingArguments,
-    ModelArguments,
-    SFTArguments,
-)
+from student_trainer.config.arguments import AdapterArguments, ModelArguments
+from student_trainer.config.training_arguments import CommonTrainingArguments, SFTArguments
 from student_trainer.model.load import load_student
 from student_trainer.training.memory import bytes_of, estimate_memory
 from tests.support.models import save_model

@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from shared.protocol import TeacherIdentity
-from student_trainer.config.arguments import DistillArguments, SFTArguments
+from student_trainer.config.arguments import DistillFlags, SFTFlags
 from student_trainer.config.parse import ARGUMENTS, parse
 from student_trainer.training.model_card import method_of, model_card
 
@@ -96,8 +96,8 @@ def test_nothing_of_this_machine_and_no_key_is_on_it(tmp_path, monkeypatch):
     ],
 )
 def test_methods_are_called_by_their_names(tmp_path, options, name):
-    assert name in method_of(DistillArguments(output_dir=str(tmp_path), **options))
-    assert method_of(SFTArguments(output_dir=str(tmp_path))) == "supervised fine-tuning (SFT)"
+    assert name in method_of(DistillFlags(output_dir=str(tmp_path), **options))
+    assert method_of(SFTFlags(output_dir=str(tmp_path))) == "supervised fine-tuning (SFT)"
 
 
 @pytest.mark.parametrize(

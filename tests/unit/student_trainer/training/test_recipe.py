@@ -9,7 +9,8 @@ from shared.errors import ConfigurationError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
 from shared.tokenizer_file import PROBES
-from student_trainer.config.arguments import DistillArguments, ModelArguments, TeacherArguments
+from student_trainer.config.arguments import ModelArguments, TeacherArguments
+from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example
 from student_trainer.pipeline.pipeline import Method
 from student_trainer.teacher.compatible import check_request, check_vocabulary

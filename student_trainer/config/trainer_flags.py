@@ -1,0 +1,132 @@
+"""The flags of transformers' `TrainingArguments`, known without importing transformers.
+
+`trainer_flags.json` holds them as the pinned version has them. With another version installed they
+are read from that, which takes the seconds that its import takes. After an upgrade:
+
+    python -m student_trainer.config.trainer_flags
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, field, make_dataclass
+from enum import Enum
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from student_trainer.config.flags import Flag, Kind
+
+FILE = Path(__file__).with_name("trainer_flags.json")
+# Those that `--help` lists, with their group; `--help_all` lists them all.
+GROUPS = {
+    "learning_rate": "training", "lr_scheduler_type": "training", "warmup_steps": "training",
+    "num_train_epochs": "training", "max_steps": "training",
+    "per_device_train_batch_size": "training", "gradient_accumulation_steps": "training",
+    "seed": "training", "save_steps": "training", "save_total_limit": "training",
+    "resume_from_checkpoint": "training", "bf16": "memory and speed",
+    "gradient_checkpointing": "memory and speed", "eval_strategy": "evaluation and logs",
+    "eval_steps": "evaluation and logs", "logging_steps": "evaluation and logs",
+    "report_to": "evaluation and logs",
+}  # fmt: skip
+# Their change is told when a run is resumed (as `config.flags.Resume` says), or refused.
+TOLD = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_steps", "num_train_epochs", "bf16",
+    "fp16",
+)  # fmt: skip
+SAME = ("seed", "dataloader_drop_last")
+# A model card does not tell them: addresses, keys, and what is of this machine or of logs alone.
+PRIVATE = (
+    "logging_dir", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
+    "hub_always_push", "hub_revision", "push_to_hub", "resume_from_checkpoint", "run_name",
+    "report_to", "dataloader_pin_memory", "project", "trackio_space_id", "use_cpu", "local_rank",
+    "ddp_timeout", "ddp_backend", "deepspeed", "fsdp_config", "logging_steps", "logging_strategy",
+    "save_steps", "save_strategy", "save_total_limit", "log_level", "log_level_replica",
+)  # fmt: skip
+
+
+@cache
+def trainer_flags() -> dict[str, Flag]:
+    """Return the flags of the installed transformers, by name."""
+    saved = json.loads(FILE.read_text())
+    if saved["transformers"] != version("transformers"):
+        return read_from_transformers()
+    flags = {}
+    for entry in saved["flags"]:
+        entry["choices"], entry["aliases"] = tuple(entry["choices"]), tuple(entry["aliases"])
+        flags[entry["name"]] = Flag(**entry, group=GROUPS.get(entry["name"]))
+    return flags
+
+
+def read_from_transformers() -> dict[str, Flag]:
+    """Read the flags from `TrainingArguments` itself."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, add_help=False)
+    flags: dict[str, Flag] = {}
+    for action in parser._actions:  # argparse has no public name for them
+        if action.dest not in flags:  # a second one is the --no_ twin of a switch
+            flags[action.dest] = _flag_of(action)
+    return flags
+
+
+def _flag_of(action: argparse.Action) -> Flag:
+    switch = action.nargs == "?"
+    types: dict[str, Kind] = {"string_to_bool": "bool", "int": "int", "float": "float"}
+    own = {f"--{action.dest}", f"--{action.dest.replace('_', '-')}"}
+    kind = types.get(getattr(action.type, "__name__", ""), "str")
+    if kind == "bool" and isinstance(action.default, str):
+        kind = "str"  # a switch that takes texts as well
+    return Flag(
+        name=action.dest,
+        kind=kind,
+        default=_plain(action.default),
+        help=" ".join((action.help or "").split()),
+        choices=tuple(str(_plain(choice)) for choice in action.choices or ()),
+        # This field may hold several; its parser takes one.
+        several=action.nargs == "+" or action.dest == "report_to",
+        switch=switch and kind == "str",
+        aliases=tuple(name for name in action.option_strings if name not in own),
+        group=GROUPS.get(action.dest),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+if TYPE_CHECKING:
+
+    class TrainerFlags:
+        """What `TrainingArguments` holds, as plain values; not checked, and nothing is set up."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+
+    def _field(flag: Flag) -> Any:
+        default = flag.default
+        if isinstance(default, list | dict):
+            return field(default_factory=lambda: default, metadata={"flag": flag})
+        return field(default=default, metadata={"flag": flag})
+
+    TrainerFlags = make_dataclass(
+        "TrainerFlags", [(name, Any, _field(flag)) for name, flag in trainer_flags().items()]
+    )
+
+
+def save() -> None:
+    """Write `trainer_flags.json` from the installed transformers."""
+    flags = [asdict(flag) for flag in read_from_transformers().values()]
+    for entry in flags:
+        for name in ("group", "needs", "extends"):
+            del entry[name]
+    saved = {"transformers": version("transformers"), "flags": flags}
+    FILE.write_text(json.dumps(saved, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    save()

@@ -1,0 +1,107 @@
+"""transformers' `TrainingArguments` of a run, made of its flags once these are checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from shared.errors import ConfigurationError
+from student_trainer.config.arguments import (
+    DistillFlags,
+    DivergenceFlags,
+    RunFlags,
+    TrainingFlags,
+    uses_deepspeed,
+)
+from student_trainer.config.trainer_flags import trainer_flags
+from student_trainer.runtime.terminal import can_move
+
+
+@dataclass
+class CommonTrainingArguments(RunFlags, TrainingArguments):
+    """transformers' TrainingArguments, with defaults that this trainer needs."""
+
+    def __post_init__(self) -> None:
+        if uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
+            raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
+        # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            if uses_deepspeed(self) and "LOCAL_RANK" in os.environ:
+                import deepspeed
+
+                # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
+                deepspeed.init_distributed("gloo")
+        if self.disable_tqdm is None and not can_move():
+            self.disable_tqdm = True
+        best = self.metric_for_best_model
+        if self.greater_is_better is None and best is not None:
+            # transformers takes the greatest of whatever is not called a loss.
+            self.greater_is_better = not best.endswith(("loss", "divergence"))
+        super().__post_init__()
+
+
+@dataclass
+class SFTArguments(CommonTrainingArguments):
+    """Supervised fine-tuning."""
+
+
+@dataclass
+class DistillArguments(DivergenceFlags, CommonTrainingArguments):
+    """Distillation from a served teacher."""
+
+
+def training_arguments(flags: TrainingFlags) -> CommonTrainingArguments:
+    """Make the Trainer's arguments, which sets up devices and process groups.
+
+    Raises:
+        ConfigurationError: a value or a combination that transformers refuses.
+    """
+    kind = DistillArguments if isinstance(flags, DistillFlags) else SFTArguments
+    usual, ours = trainer_flags(), {one.name for one in fields(RunFlags)}
+    given = {
+        one.name: getattr(flags, one.name)
+        for one in fields(flags)
+        # transformers' own defaults may depend on the machine.
+        if one.name in ours
+        or one.name not in usual
+        or getattr(flags, one.name) != usual[one.name].default
+    }
+    try:
+        return kind(**given)
+    except (ValueError, ImportError) as error:
+        raise ConfigurationError(str(error)) from error
+
+
+def checkpoint_of(args: CommonTrainingArguments) -> str | None:
+    """The checkpoint folder to resume from.
+
+    ``true`` is the last one in ``--output_dir``; ``auto`` as well, or none where there is none yet:
+    for services that start again by the same command.
+
+    Raises:
+        ConfigurationError: there is no such checkpoint.
+    """
+    given = args.resume_from_checkpoint
+    if given is None or given.lower() == "false":
+        return None
+    if given.lower() in ("true", "auto"):
+        folder = Path(args.output_dir or "")
+        last: str | None = get_last_checkpoint(folder) if folder.is_dir() else None
+        if last is None and given.lower() == "true":
+            raise ConfigurationError(
+                f"--resume_from_checkpoint {given}: {folder} holds no checkpoint to resume from"
+            )
+        return last
+    if not (Path(given) / "trainer_state.json").exists():
+        raise ConfigurationError(
+            f"--resume_from_checkpoint {given}: no checkpoint there; give a checkpoint-N folder, "
+            "or true for the last one in --output_dir"
+        )
+    return given

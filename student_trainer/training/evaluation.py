@@ -1,0 +1,221 @@
+"""Held-out rows: the divergence on fixed completions, and checkers on the student's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+
+from shared.text import completion_text
+from student_trainer.data.sample import Example, Sample, completed
+from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
+from student_trainer.pipeline.targets import ScoredSample
+from student_trainer.reporting.runs import read_held_out
+from student_trainer.rollouts import RolloutEngine, RolloutRequest
+from student_trainer.runtime.ranks import Ranks
+from student_trainer.teacher.base import Teacher
+from student_trainer.training import held_out
+from student_trainer.training.micro_batch import MicroBatch, MicroBatchBuilder
+from student_trainer.training.plan import TrainingPlan
+
+
+@dataclass
+class HeldOutEvaluation:
+    """An evaluation of the student as it is, the same whenever it is called.
+
+    Attributes:
+        builder: of micro-batches.
+        teacher: connected; None for SFT.
+        rollouts: write the student's greedy completions.
+        on_device: a micro-batch as the model takes it.
+        autocast: the context in which the loss is computed.
+        folder: gets the file that `held_out` writes.
+        unsafe_sandbox: run programs also where the kernel refuses a fence.
+    """
+
+    plan: TrainingPlan
+    builder: MicroBatchBuilder
+    teacher: Teacher | None
+    rollouts: RolloutEngine
+    tokenizer: Any
+    ranks: Ranks
+    on_device: Callable[[MicroBatch], MicroBatch]
+    autocast: Callable[[], AbstractContextManager[Any]]
+    folder: Path
+    unsafe_sandbox: bool
+
+    def __post_init__(self) -> None:
+        self._scored: dict[int, list[ScoredSample]] = {}  # by dataset
+        self._first_look: dict[str, Any] | None = None
+
+    def resume(self) -> None:
+        """Go on with the file that the run wrote before it was interrupted."""
+        self._first_look = read_held_out(self.folder)
+
+    def run(
+        self,
+        model: Any,
+        examples: list[Example],
+        *,
+        dataset: int,
+        batch_size: int,
+        step: int,
+        before_rollouts: Callable[[], None],
+    ) -> dict[str, float]:
+        """Measure, and return ``loss``, ``divergence`` and what the checkers say, of all ranks.
+
+        The completions compared are the dataset's own; a bare prompt gets the teacher's greedy one,
+        written once. A few samples are shown token by token, see `held_out`.
+
+        Args:
+            dataset: tells one dataset from another; its samples are scored only once.
+            step: of the optimizer.
+            before_rollouts: called before the student writes.
+        """
+        measured, real = self.ranks.share([e for e in examples if self._has_completion(e)])
+        scored = self._score_once(dataset, measured)
+        sums = np.zeros(2)
+        for first in range(0, len(scored), batch_size):
+            last = min(first + batch_size, max(real, first + 1))
+            found = self._divergence(model, scored[first:last])
+            if first < real:
+                sums += found
+        checked = self._check(examples, step, before_rollouts)
+        own = {e.index: (text, r.passed) for e, text, r in checked.mine}
+        self._show(model, measured, scored, own, step)
+        divergence, tokens = self.ranks.sum(torch.tensor(sums)).tolist()
+        metrics: dict[str, float] = {}
+        if tokens:
+            metrics["loss"] = divergence / tokens
+            if self.teacher is not None:
+                metrics["divergence"] = divergence / tokens
+        return metrics | summarize(gather_object([r for _, _, r in checked.mine[: checked.real]]))
+
+    def _has_completion(self, example: Example) -> bool:
+        """Return whether the dataset has a completion, or the teacher can write one."""
+        writes = self.teacher is not None and self.teacher.info.capabilities.generate
+        return example.sample is not None or writes
+
+    def _score_once(self, dataset: int, examples: list[Example]) -> list[ScoredSample]:
+        """Return the samples that the divergence is measured on, fixed through the run."""
+        if dataset not in self._scored:
+            bare = [e for e in examples if e.sample is None]
+            written = iter(self._written_by_teacher(bare))
+            samples = [next(written) if e.sample is None else e.sample for e in examples]
+            scores: Sequence[Any] = [None] * len(samples)
+            if self.teacher is not None:
+                score = partial(
+                    self.teacher.score,
+                    [(s.token_ids, s.completion_start) for s in samples],
+                    top_k=self.plan.method.top_k,
+                    temperature=self.plan.method.temperature,
+                )
+                scores = self.ranks.together(score)
+                self.teacher.take_traffic()  # not part of a training step
+            self._scored[dataset] = [
+                ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
+            ]
+        return self._scored[dataset]
+
+    def _written_by_teacher(self, bare: list[Example]) -> list[Sample]:
+        """Return the teacher's greedy completions of bare prompts."""
+        if self.teacher is None:
+            return []
+        teacher, sampling = self.teacher, self.plan.method.sampling(0.0, scored=False)
+        prompts = [example.prompt_ids for example in bare]
+        # A rank without prompts meets the others here, too.
+        completions = self.ranks.together(
+            lambda: teacher.generate(prompts, sampling) if prompts else []
+        )
+        return [
+            completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
+            for e, c in zip(bare, completions, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _divergence(self, model: Any, scored: Sequence[ScoredSample]) -> NDArray[np.float64]:
+        """Return [sum of divergences, tokens] of a few samples."""
+        batch = self.on_device(self.builder.held_out(scored))
+        model.eval()
+        with self.autocast():
+            outputs = model(**batch)
+        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].rows)])
+
+    def _check(
+        self, examples: list[Example], step: int, before_rollouts: Callable[[], None]
+    ) -> _Checked:
+        share, real = self.ranks.share([e for e in examples if e.checker is not None])
+        if share:
+            before_rollouts()
+            self.rollouts.sync(step)
+        checked = check_examples(self.rollouts, self.tokenizer, share, unsafe=self.unsafe_sandbox)
+        return _Checked(
+            [(e, text, result) for e, (text, result) in zip(share, checked, strict=True)], real
+        )
+
+    def _show(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        scored: Sequence[ScoredSample],
+        own: dict[int, tuple[str, bool]],
+        step: int,
+    ) -> None:
+        """Write what `held_out` shows; every rank looks at as many, and the first one writes."""
+        shown = [held_out.cut(item) for item in scored[: held_out.COUNT]]
+        model.eval()
+        looks = []
+        for item in shown:
+            inputs = self.on_device(self.builder.held_out([item]))
+            with self.autocast():
+                looks.append(held_out.look(model, inputs, self.tokenizer))
+        if not shown or self.ranks.rank != 0:
+            return
+        chosen = examples[: len(shown)]
+        content = held_out.write(
+            self.folder,
+            [
+                held_out.described(item, example.name, example.prompt, self.tokenizer)
+                for item, example in zip(shown, chosen, strict=True)
+            ],
+            looks,
+            [own.get(example.index) for example in chosen],
+            step=step,
+            first=self._first_look,
+            beta=self.plan.beta,
+            temperature=self.plan.method.temperature,
+            teacher=self.teacher is not None,
+        )
+        self._first_look = self._first_look or content
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """This rank's examples with the student's text and its verdict; the first ``real`` count."""
+
+    mine: list[tuple[Example, str, CheckResult]]
+    real: int
+
+
+def check_examples(
+    rollouts: RolloutEngine, tokenizer: Any, examples: Sequence[Example], *, unsafe: bool = False
+) -> list[tuple[str, CheckResult]]:
+    """Return the student's own completions of examples that carry a checker, and the verdicts."""
+    requests = [RolloutRequest(e.prompt_ids, key=("evaluation", e.index)) for e in examples]
+    texts, truncated = [""] * len(examples), [False] * len(examples)
+    for group in rollouts.generate(requests):
+        for index, rollout in group:
+            prompt_ids = examples[index].prompt_ids
+            texts[index] = completion_text(tokenizer, prompt_ids, rollout.token_ids)
+            truncated[index] = rollout.truncated
+    checkers = [e.checker for e in examples if e.checker]
+    results = check_completions(checkers, texts, truncated=truncated, unsafe=unsafe)
+    return list(zip(texts, results, strict=True))

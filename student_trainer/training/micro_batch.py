@@ -1,0 +1,63 @@
+"""Scored samples become the inputs of one forward pass, and what it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.losses import Tail
+from student_trainer.model.forward import SparseTargets
+from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
+from student_trainer.training.plan import TrainingPlan
+
+MicroBatch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MicroBatchBuilder:
+    """A builder of micro-batches.
+
+    Attributes:
+        pad_token_id: fills the right of short sequences.
+        packed: sequences stand in one row instead.
+    """
+
+    plan: TrainingPlan
+    pad_token_id: int
+    packed: bool
+
+    def training(self, scored: Sequence[ScoredSample], normalizer: float) -> MicroBatch:
+        """Build a micro-batch to learn from.
+
+        Args:
+            normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
+        """
+        return self._build(scored, normalizer, self.plan.tail, self.plan.sft_weight)
+
+    def held_out(self, scored: Sequence[ScoredSample]) -> MicroBatch:
+        """Build a micro-batch whose loss is the sum of the divergences, with the exact tail."""
+        return self._build(scored, 1.0, "bucket", 0.0)
+
+    def _build(
+        self, scored: Sequence[ScoredSample], normalizer: float, tail: Tail, sft_weight: float
+    ) -> MicroBatch:
+        samples = [item.sample for item in scored]
+        masks = [sample.completion_mask for sample in samples]
+        weights, labels = hard_labels(scored, sft_weight)
+        return {
+            **model_inputs(samples, self.pad_token_id, packed=self.packed),
+            "sparse_targets": SparseTargets(
+                rows=predicting_rows(samples, masks, packed=self.packed),
+                teacher=sparse_distribution(scored, self.plan.vocab_size),
+                beta=self.plan.beta,
+                temperature=self.plan.method.temperature,
+                normalizer=normalizer,
+                vocab_size=self.plan.vocab_size,
+                tail=tail,
+                weights=weights,
+                labels=labels,
+                kernel=self.plan.kernel,
+            ),
+        }
