@@ -1,7 +1,6 @@
-"""What the teacher server and the student trainer agree on.
+"""The protocol between the teacher server and the student trainer.
 
-Imports neither of them, and none of torch, transformers or vllm: numpy, msgpack, pydantic and the
-standard library are enough to speak the protocol.
+It imports neither of them: numpy, msgpack, pydantic and the standard library suffice to speak it.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Files of API keys, as both sides read them."""
+"""Read files of API keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from shared.errors import ConfigurationError
 
 
 def read_keys(path: str, flag: str) -> list[str]:
-    """The keys of a file: one a line; empty lines and those that begin with ``#`` are none.
+    """Return the keys of a file, one a line, without empty lines and ``#`` comments.
 
     Raises:
-        ConfigurationError: unreadable, no key in it, or a line that is none. Never shows a key.
+        ConfigurationError: the file is unreadable, holds no key, or has a malformed line. The
+            message never shows a key.
     """
     try:
         text = Path(path).read_text(errors="replace")
@@ -27,10 +28,10 @@ def read_keys(path: str, flag: str) -> list[str]:
 
 
 def check_key(key: str, where: str) -> str:
-    """The key, when an HTTP header can carry it.
+    """Return the key if an HTTP header can carry it.
 
     Raises:
-        ConfigurationError: it cannot; says where it stands, and never what it is.
+        ConfigurationError: it cannot. The message says where the key stands, and never shows it.
     """
     if key and key.isascii() and key.isprintable() and " " not in key:
         return key

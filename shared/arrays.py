@@ -1,4 +1,4 @@
-"""numpy arrays as pydantic fields.
+"""The pydantic field types of numpy arrays.
 
 One schema serves both media types: msgpack brings arrays, JSON brings nested lists. JSON has no
 infinity, so a log-prob of −inf is ``null`` there.
@@ -14,17 +14,17 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_NDIM = 3
-# Elements of a list that numpy reads at a time: meanwhile no other thread runs.
+# Elements of a list that numpy converts at a time, because it holds the GIL meanwhile.
 _PIECE = 1 << 15
 
 
 def _reject(message: str) -> PydanticCustomError:
-    # The message is data, not a template: braces in it must not be read as placeholders.
+    # The message is passed as data, because braces in a template would be read as placeholders.
     return PydanticCustomError("array", "{reason}", {"reason": message})
 
 
 def _from_lists(value: list[Any], kind: str) -> NDArray[Any]:
-    # Before numpy sees it: one long string would make it pad every element to that width.
+    # Checked before numpy, which would pad every element to the width of the longest string.
     _check_leaves(value, (int,) if kind == "u" else (int, float, type(None)), MAX_NDIM)
     if kind == "f":
         value = _null_to_minus_infinity(value)

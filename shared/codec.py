@@ -1,9 +1,9 @@
-"""msgpack <-> plain structures with numpy arrays.
+"""Encode plain structures with numpy arrays as msgpack, and decode them.
 
 An array travels as a map of exactly three keys, ``{"dtype": "<f4", "shape": [T, k], "data": bin}``,
 its buffer little-endian and in C order. Decoding trusts no length: the body's size is checked
-first, msgpack's own limits stop lists and maps from being allocated by a forged header, and an
-array is a view into the bytes that really arrived, so a claimed shape can never allocate anything.
+first, msgpack's own limits keep a forged header from allocating lists and maps, and an array is a
+view into the received bytes, so a forged shape allocates nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from shared.arrays import MAX_NDIM
 from shared.errors import MalformedRequestError, PayloadTooLargeError
 
 MEDIA_TYPE = "application/msgpack"
-MAX_DEPTH = 1_024  # msgpack's own
-# A list's header makes msgpack allocate 8 bytes an element before it reads one, at each of up to
-# 1,024 nesting levels: this bounds what a forged message can take to 64 MiB, untouched.
+MAX_DEPTH = 1_024  # msgpack's own limit
+# msgpack allocates 8 bytes an element from a list's header alone, at each of up to 1,024 nesting
+# levels: this limit bounds what a forged message can allocate to 64 MiB.
 MAX_LIST_LENGTH = 8_192
 MAX_MAP_LENGTH = 256
 MAX_STRING_BYTES = 1 << 20
-# An empty list or map is one byte on the wire and about 64 in memory: what a message holds outside
-# its arrays is counted while it is unpacked.
+# An empty list or map is one byte on the wire and about 64 in memory, so a message's items outside
+# arrays are counted while it is unpacked.
 MAX_ITEMS = 1 << 20
 
 _ARRAY_KEYS = {"dtype", "shape", "data"}
@@ -60,18 +60,18 @@ def decode(data: bytes | bytearray, *, max_bytes: int) -> Any:
 
 
 def decode_stream(chunks: Iterable[bytes], *, max_bytes: int) -> Iterator[Any]:
-    """Unpack messages that stand one after another, each as soon as it is complete.
+    """Unpack concatenated messages, and yield each as soon as it is complete.
 
     Args:
         chunks: the bytes, cut anywhere.
-        max_bytes: of all chunks together.
+        max_bytes: limit for all chunks together.
 
     Raises:
         PayloadTooLargeError: more than ``max_bytes`` bytes, or `MAX_ITEMS` items outside arrays.
         MalformedRequestError: something is not well-formed, or the last message is cut short.
     """
     unpacker = msgpack.Unpacker(max_buffer_size=max_bytes, **_bounds(max_bytes))
-    size = end = 0  # of what came, and of the last complete message
+    size = end = 0  # bytes received; end of the last complete message
     for chunk in chunks:
         size += len(chunk)
         if size > max_bytes:
@@ -95,7 +95,7 @@ def _malformed(error: Exception) -> MalformedRequestError:
 
 
 def _bounds(size: int) -> dict[str, Any]:
-    """How msgpack unpacks messages of ``size`` bytes in all: what they may make it allocate."""
+    """Return options that bound what msgpack allocates while it unpacks ``size`` bytes."""
     items = 0
 
     def counted(container: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The one tree of errors.
+"""The tree of all errors that this project raises.
 
 SparseGKDError
 ├── ProtocolError             travels over HTTP as an RFC 9457 problem document
@@ -13,16 +13,17 @@ SparseGKDError
 │   ├── InternalError             500
 │   ├── UnavailableError          503
 │   └── DeadlineExceededError     504
-├── TeacherError              what the trainer can find wrong with a teacher
+├── TeacherError              a teacher that the trainer cannot use
 │   ├── TeacherUnreachableError
 │   ├── TeacherUnauthorizedError
 │   ├── TeacherAnswerError
 │   ├── TeacherChangedError
 │   └── TokenizerMismatchError
+├── RolloutError              the student cannot generate
 ├── ConfigurationError        flags and settings, before any model loads
-├── CheckpointError           the disk takes no more
+├── CheckpointError           a checkpoint or model that could not be written
 ├── NonFiniteError            names the step and the file that keeps its batch
-├── CellFailedError           a command of a study
+├── CellFailedError           a command of a study that failed
 └── DatasetError              names the file and line, or the row
     └── RowTooLongError
 """
@@ -36,7 +37,7 @@ from shared.printable import one_line
 
 
 class SparseGKDError(Exception):
-    """Root of every error this project raises on purpose.
+    """The root of every error that this project raises on purpose.
 
     Attributes:
         exit_code: of a command that ends with it: 1 a run that failed, 2 wrong flags, key or data.
@@ -77,7 +78,7 @@ class ProtocolError(SparseGKDError):
         return cls.title.lower().replace(" ", "-")
 
     def to_problem(self, request_id: str) -> dict[str, Any]:
-        """The RFC 9457 document: type, title, status, detail, request_id and the field, if any."""
+        """Return the RFC 9457 document: type, title, status, detail, request_id and any field."""
         problem: dict[str, Any] = {
             "type": f"urn:sparse-gkd:problem:{self.slug()}",
             "title": self.title,
@@ -155,9 +156,9 @@ _BY_STATUS: dict[int, type[ProtocolError]] = {
 def error_from_problem(
     status: int, problem: Mapping[str, Any], *, retry_after: float | None = None
 ) -> ProtocolError:
-    """The exception that a problem document stands for; an unknown status keeps the root class.
+    """Return the exception of a problem document; an unknown status gives a `ProtocolError`.
 
-    Its texts are a stranger's: control characters are spelled out, and what is too long is cut.
+    The texts are untrusted: control characters are escaped, and long texts are cut.
     """
     detail = str(problem.get("detail") or f"the server answered {status} without a detail")
     field, request_id = (
@@ -173,15 +174,15 @@ def error_from_problem(
 
 
 class TeacherError(SparseGKDError):
-    """What the trainer can find wrong with a teacher."""
+    """A teacher that the trainer cannot use."""
 
 
 class TeacherUnreachableError(TeacherError):
-    """No teacher answered within the time allowed."""
+    """A teacher that did not answer within the time allowed."""
 
 
 class TeacherUnauthorizedError(TeacherError):
-    """The teacher takes no requests from this trainer: no key, or another one than its own."""
+    """A teacher that refuses this trainer's requests: no key, or another one than its own."""
 
     exit_code = 2
 
@@ -191,17 +192,17 @@ class TeacherAnswerError(TeacherError):
 
 
 class TeacherChangedError(TeacherError):
-    """Another teacher answers at the same address, or replicas differ."""
+    """A different teacher at the same address, or replicas that differ."""
 
 
 class TokenizerMismatchError(TeacherError):
-    """Teacher and student do not share a vocabulary, so token ids mean different things."""
+    """A teacher and a student without a common vocabulary, so token ids mean different things."""
 
     exit_code = 2
 
 
 class RolloutError(SparseGKDError):
-    """The student cannot generate: its logits are not finite, or its engine failed."""
+    """A student that cannot generate: its logits are not finite, or its engine failed."""
 
 
 class ConfigurationError(SparseGKDError):
@@ -211,7 +212,7 @@ class ConfigurationError(SparseGKDError):
 
 
 class CheckpointError(SparseGKDError):
-    """A checkpoint or the trained model could not be written; earlier ones are untouched."""
+    """A checkpoint or trained model that could not be written; earlier ones are untouched."""
 
 
 class NonFiniteError(SparseGKDError):
@@ -219,7 +220,7 @@ class NonFiniteError(SparseGKDError):
 
 
 class CellFailedError(SparseGKDError):
-    """A command of a study failed; the message ends with its log."""
+    """A command of a study that failed; the message ends with its log."""
 
 
 class DatasetError(SparseGKDError):

@@ -1,4 +1,4 @@
-"""Fingerprints: is this the same tokenizer, is this the same teacher?"""
+"""Compute fingerprints that identify tokenizers and teachers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shared.protocol import TokenizerIdentity
 from shared.text import encoded
 from shared.tokenizer_file import PROBES
 
-# Of `encoding_fingerprint`: grows with every change of the texts.
+# The version of `encoding_fingerprint`, raised with every change of `PROBES`.
 ENCODING_VERSION = 1
 
 _BLOCK = 1 << 20
@@ -21,7 +21,7 @@ _MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.b
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 (hex) over the sorted (token, id) pairs, added and special tokens included.
+    """Return the SHA-256 (hex) of the sorted (token, id) pairs, special tokens included.
 
     Each pair is hashed as JSON, so no token can be confused with a separator.
     """
@@ -32,10 +32,10 @@ def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
 
 
 def encoding_fingerprint(tokenizer: Any) -> str:
-    """Version, and the first 32 bits (hex) of SHA-256 over the ids of each of `PROBES`.
+    """Return a version and, for each of `PROBES`, 32 bits (hex) of the SHA-256 of its ids.
 
-    Tokenizers of one vocabulary whose fingerprints are equal cut these texts alike, however they
-    were loaded: only ids are compared, without special tokens around them. A text that a tokenizer
+    Tokenizers of one vocabulary with equal fingerprints encode these texts alike, however they were
+    loaded: only ids are compared, without special tokens around them. A text that a tokenizer
     refuses counts as no tokens.
     """
     marks = [_mark(tokenizer, text) for text in PROBES]
@@ -43,10 +43,10 @@ def encoding_fingerprint(tokenizer: Any) -> str:
 
 
 def parting_text(ours: str, theirs: str) -> str | None:
-    """Return the first of `PROBES` that two encodings cut otherwise, or None.
+    """Return the first of `PROBES` that two tokenizers encode differently, or None.
 
     Raises:
-        ValueError: they are of different versions, and say nothing of each other.
+        ValueError: the fingerprints are of different versions and cannot be compared.
     """
     mine, other = ours.split(":"), theirs.split(":")
     if mine[0] != other[0] or len(mine) != len(other):
@@ -58,13 +58,13 @@ def parting_text(ours: str, theirs: str) -> str | None:
 def _mark(tokenizer: Any, text: str) -> str:
     try:
         ids = encoded(tokenizer, text)
-    except Exception:  # tokenizers raises it for a word outside a vocabulary without unk
+    except Exception:  # tokenizers raises it where a vocabulary without unk lacks a word
         ids = []
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]
 
 
 def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
-    """Identity of a transformers tokenizer."""
+    """Return the identity of a transformers tokenizer."""
     vocabulary = {**tokenizer.get_vocab(), **tokenizer.get_added_vocab()}
     special = {
         name: tokenizer.convert_tokens_to_ids(token)
@@ -82,11 +82,11 @@ def tokenizer_identity(tokenizer: Any) -> TokenizerIdentity:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """SHA-256 (hex) over a model folder's configuration and weight files.
+    """Return the SHA-256 (hex) of a model folder's configuration and weight files.
 
     Files up to 64 MiB are read whole. Of a larger one its size and 64 evenly spaced blocks of 1 MiB
-    are read, so a 66 GB teacher is identified in seconds; training changes every block, an edit of
-    single bytes between the blocks would go unseen.
+    are read, so that a 66 GB teacher is identified in seconds. Training changes every block; an
+    edit of single bytes between the blocks goes unseen.
 
     Raises:
         FileNotFoundError: the folder holds no configuration.

@@ -1,7 +1,7 @@
-"""Log records as lines on stderr: text for people, or a JSON object each for machines.
+"""Write log records to stderr, as text for people or as JSON lines for machines.
 
-What belongs to a record beside its message are fields: `logging`'s own ``extra``, and what `bound`
-or `bind` put around the code that logs, such as the id of the request it works for.
+A record has fields beside its message: `logging`'s own ``extra``, and those that `bound` or `bind`
+add to all records of a context, such as the id of a request.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from shared.printable import printable
 
 LogFormat = Literal["text", "json"]
 
-_VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # its processes read it too
+_VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # vLLM's own processes read it
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("_fields", default=MappingProxyType({}))
-# What every record has; uvicorn's coloured copy of the message tells nothing more.
+# Attributes that every record has, and uvicorn's coloured copy of the message.
 _NO_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
     "asctime",
@@ -37,13 +37,13 @@ _NO_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {
 
 
 def bind(**fields: Any) -> None:
-    """Add fields to all records from here on, in this thread or task and those it starts."""
+    """Add fields to all later records of this thread or task and of those it starts."""
     _fields.set({**_fields.get(), **fields})
 
 
 @contextmanager
 def bound(**fields: Any) -> Iterator[None]:
-    """As `bind`, until the end of the block; what was bound within it ends with it."""
+    """Add fields to all records inside the block; fields bound inside it end with it."""
     token = _fields.set({**_fields.get(), **fields})
     try:
         yield
@@ -52,15 +52,15 @@ def bound(**fields: Any) -> Iterator[None]:
 
 
 def bound_field(name: str) -> Any:
-    """The value bound here; None where there is none."""
+    """Return the value bound to a field here, or None."""
     return _fields.get().get(name)
 
 
 class TextFormatter(logging.Formatter):
-    """The message, and behind it the bound fields. What is in ``extra`` alone, messages say."""
+    """A formatter that appends the bound fields to the message and leaves out ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        # A stranger's text, in a message or a traceback, shall not write over a terminal.
+        # Untrusted text in a message or traceback must not control the terminal.
         return printable(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
@@ -69,9 +69,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line, in ASCII: time (ISO 8601, UTC), level, logger, message, then the fields.
+    """A formatter that writes a record as one JSON object a line, in ASCII.
 
-    A traceback, if there is one, is the field ``exception``.
+    The object holds time (ISO 8601, UTC), level, logger, message and the fields. A traceback, if
+    there is one, is the field ``exception``.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -98,18 +99,19 @@ def _representable(value: Any) -> Any:
 
 
 def setup(form: LogFormat, *, level: str, text: str) -> None:
-    """Log to stderr from here on; what else writes there is silenced, or made to log, for JSON.
+    """Configure logging to stderr; with JSON, nothing else is written there.
 
-    Before the libraries are imported: what they read of the environment, they read then.
+    Progress bars are turned off then, and warnings and crashes are logged. Call it before the
+    libraries are imported, because they read the environment at import.
 
     Args:
-        form: of the lines.
-        level: the least that is logged.
-        text: the line in `logging`'s own notation, for people.
+        form: text or JSON.
+        level: the least level that is logged.
+        text: format of text lines, in `logging`'s own notation.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(text))
-    # A program that calls this one keeps its own handlers, unless it asks for JSON.
+    # A program that embeds this one keeps its own handlers unless it asks for JSON.
     logging.basicConfig(level=level.upper(), handlers=[handler], force=form == "json")
     if form == "json":
         logging.captureWarnings(True)
@@ -123,20 +125,20 @@ def setup(form: LogFormat, *, level: str, text: str) -> None:
 
 
 def in_json() -> bool:
-    """Whether `setup` was told so."""
+    """Return whether `setup` was asked for JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
 
 
 def adopt(*libraries: str) -> None:
-    """Let libraries that have brought handlers of their own log as all else does, in JSON."""
+    """Remove the handlers of libraries while logging JSON, so that their records are JSON too."""
     for library in libraries if in_json() else ():
         logger = logging.getLogger(library)
         logger.handlers.clear()
         logger.propagate = True
 
 
-def last_words(program: str, error: str) -> None:
-    """Why a command ends, on stderr."""
+def log_failure(program: str, error: str) -> None:
+    """Write to stderr why a command ends."""
     if in_json():
         logging.getLogger(program).critical("%s", error)
     else:

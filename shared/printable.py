@@ -1,4 +1,4 @@
-"""Text of strangers, made safe to show: on a terminal, in a log, in a report."""
+"""Make untrusted text safe to show on a terminal, in a log or in a report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ LONGEST_LINE = 2_000  # characters
 
 
 def printable(text: str) -> str:
-    """Return the text with its control characters spelled out; line breaks and tabs stay."""
+    """Return the text with escaped control characters; line breaks and tabs stay."""
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() else _spelled(c) for c in text)
 
 
 def one_line(text: str, longest: int = LONGEST_LINE) -> str:
-    """Return the text as one line: line breaks are spelled out too, and what is too long is cut."""
+    """Return the text as one line: line breaks are escaped too, and a long text is cut."""
     cut = text if len(text) <= longest else text[:longest] + " …"
     if cut.isprintable():
         return cut
@@ -23,9 +23,9 @@ def one_line(text: str, longest: int = LONGEST_LINE) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return Markdown that shows the text as it stands, on one line, whatever it holds.
+    """Return a Markdown code span that shows the text unchanged, on one line.
 
-    Source: CommonMark 0.31, 6.1: within backticks nothing else is read but as many backticks.
+    Source: CommonMark 0.31, 6.1: a code span ends only at as many backticks as it began with.
     """
     text = one_line(text)
     runs = {len(run) for run in re.findall("`+", text)}

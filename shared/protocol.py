@@ -1,4 +1,4 @@
-"""Requests, answers, versions and limits of the HTTP protocol.
+"""The requests, answers, versions and limits of the HTTP protocol.
 
 The models below are the wire schema of both media types: msgpack with arrays as raw buffers (see
 `shared.codec`), and JSON with arrays as nested lists. Token ids travel, never text.
@@ -15,15 +15,15 @@ from shared.sparse import SparseLogprobs
 from shared.unknown_fields import refuse_unknown_fields
 
 PROTOCOL_VERSION = 1
-# Below it float32 logits, divided by it, are no longer finite.
+# Float32 logits divided by less are no longer finite.
 MIN_TEMPERATURE = 1e-6
 
 LogprobDtype = Literal["float32", "float16"]
 FinishReason = Literal["stop", "length"]
 
-# Ends of a completion in a request: they travel with each of its copies.
+# The most stop tokens of a request; each of its completions carries them.
 MAX_STOP_TOKEN_IDS = 1024
-# Lists are refused from here on, before what they hold is read; a request's limit is far below it.
+# Longer lists are refused before their items are read; the limits of requests are far lower.
 _LONGEST_LIST = 1 << 16
 
 # Every number fits the integers of msgpack, numpy and the engines.
@@ -36,7 +36,7 @@ _Temperature = Annotated[float, Field(strict=True, gt=0, le=1e4, allow_inf_nan=F
 
 
 class Message(BaseModel):
-    """Base of every structure on the wire: immutable, and unknown fields are an error."""
+    """The base of every structure on the wire: immutable, and unknown fields are an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
@@ -46,9 +46,9 @@ class Message(BaseModel):
 
 
 class TeacherIdentity(Message):
-    """Which teacher answered; rides on every answer.
+    """The identity of the teacher that answered, part of every answer.
 
-    Two answers with equal identities come from the same function of the request.
+    Answers with equal identities come from the same function of the request.
     """
 
     model: str
@@ -59,15 +59,15 @@ class TeacherIdentity(Message):
 
 
 class TokenizerIdentity(Message):
-    """What a tokenizer is known by.
+    """The identity of a tokenizer.
 
     Attributes:
         fingerprint: of the vocabulary, the (token, id) pairs.
         vocab_size: tokens in it.
         special_token_ids: may differ without harm.
         chat_template: may differ without harm.
-        encoding: how it cuts text, from `shared.identity.encoding_fingerprint`; None where an older
-            server does not say.
+        encoding: how it encodes text, from `shared.identity.encoding_fingerprint`; None from an
+            older server.
     """
 
     fingerprint: str
@@ -78,7 +78,7 @@ class TokenizerIdentity(Message):
 
 
 class Problem(Message):
-    """RFC 9457 problem document, the body of every refusal."""
+    """An RFC 9457 problem document, the body of every refusal."""
 
     type: str
     title: str
@@ -89,12 +89,12 @@ class Problem(Message):
 
 
 class ScoreSequence(Message):
-    """One sequence to score.
+    """A sequence to score.
 
     Attributes:
         token_ids: [L] prompt and completion.
         completion_start: position of the first completion token, 1 ≤ completion_start < L.
-        requested_token_ids: [T, m] further ids to score in each row, T = L − completion_start.
+        requested_token_ids: [T, m] further ids to score at each position, T = L − completion_start.
     """
 
     token_ids: TokenIds1D
@@ -103,15 +103,17 @@ class ScoreSequence(Message):
 
 
 class ScoreRequest(Message):
-    """`POST /v1/score`: a pure function of (teacher, request), so safe to retry and to cache.
+    """The body of `POST /v1/score`, whose answer is a pure function of (teacher, request).
+
+    So it is safe to retry and to cache.
 
     Attributes:
-        top_k: ids in each row of the answer.
+        top_k: ids at each position of the answer.
         temperature: at which the teacher's logits are normalised.
         logprob_dtype: of the answer's arrays, next token and tail excepted.
-        sample_seed: when set, the ids of a row are not the most probable ones but ``top_k`` draws
-            from the teacher's distribution, with replacement. They are fixed by the seed, the
-            sequence and the row, whatever is scored along with it.
+        sample_seed: when set, the ids at a position are not the most probable ones but ``top_k``
+            draws from the teacher's distribution, with replacement. The seed, the sequence and the
+            position fix them, whatever is scored in the same batch.
     """
 
     sequences: Annotated[list[ScoreSequence], Field(max_length=_LONGEST_LIST, fail_fast=True)]
@@ -122,7 +124,7 @@ class ScoreRequest(Message):
 
 
 class ScoreResponse(Message):
-    """One `SparseLogprobs` for each sequence, in the order of the request."""
+    """The answer of `POST /v1/score`: a `SparseLogprobs` for each sequence, in request order."""
 
     sequences: list[SparseLogprobs]
     teacher: TeacherIdentity
@@ -130,7 +132,7 @@ class ScoreResponse(Message):
 
 
 class GenerateRequest(Message):
-    """`POST /v1/generate`.
+    """The body of `POST /v1/generate`.
 
     Attributes:
         prompts: each [L] token ids.
@@ -140,13 +142,13 @@ class GenerateRequest(Message):
         top_p: nucleus sampling.
         sampling_top_k: sample among the k most probable tokens; 0 is all.
         seed: the same seed gives the same completions; None draws one.
-        stop_token_ids: end a completion, beside the model's own end tokens, and stay part of it;
-            at most `MAX_STOP_TOKEN_IDS`.
+        stop_token_ids: end a completion, beside the model's own end tokens, and stay part of it; at
+            most `MAX_STOP_TOKEN_IDS`.
         top_k: when set, each completion carries the same arrays as `/v1/score` would give.
         score_temperature: temperature of those arrays.
         logprob_dtype: dtype of those arrays.
-        stream: answer with each completion as soon as it is finished and scored: a sequence of
-            `GenerateEvent`, then a `GenerateEnd`, instead of a `GenerateResponse`.
+        stream: answer with each completion as soon as it is finished and scored: `GenerateEvent`s,
+            then a `GenerateEnd`, instead of a `GenerateResponse`.
     """
 
     prompts: Annotated[list[TokenIds1D], Field(max_length=_LONGEST_LIST, fail_fast=True)]
@@ -164,7 +166,7 @@ class GenerateRequest(Message):
 
 
 class Completion(Message):
-    """One completion: its token ids [T], the stop token included when one was generated."""
+    """A completion: its token ids [T], including the stop token if one was generated."""
 
     token_ids: TokenIds1D
     finish_reason: FinishReason
@@ -172,7 +174,7 @@ class Completion(Message):
 
 
 class GenerateResponse(Message):
-    """``completions[i][j]`` is the j-th of n completions of prompt i."""
+    """The answer of `POST /v1/generate`: ``completions[i][j]`` is the j-th one of prompt i."""
 
     completions: list[list[Completion]]
     teacher: TeacherIdentity
@@ -180,7 +182,7 @@ class GenerateResponse(Message):
 
 
 class GenerateEvent(Message):
-    """One finished completion of a streamed answer; they come in the order they finish.
+    """A finished completion of a streamed answer; events come in the order of finishing.
 
     Attributes:
         prompt: index of its prompt in the request.
@@ -194,7 +196,7 @@ class GenerateEvent(Message):
 
 
 class GenerateEnd(Message):
-    """The last item of a streamed answer, whose absence tells that the answer was cut off.
+    """The last item of a streamed answer; without it the answer was cut off.
 
     Attributes:
         problem: why the other completions do not come; None when all have come.
@@ -206,7 +208,7 @@ class GenerateEnd(Message):
 
 
 class Limits(Message):
-    """What one request may ask for; a request over a limit is refused whole.
+    """The limits of one request; a request over a limit is refused whole.
 
     Attributes:
         max_body_bytes: size of a request body.
@@ -214,7 +216,7 @@ class Limits(Message):
         max_tokens: tokens of all sequences, or of all prompts and their longest completions.
         max_top_k: largest ``top_k``; never above the vocabulary.
         max_requested_token_ids: largest m of ``requested_token_ids``.
-        max_logprobs: rows × (top_k + m) of the whole answer, which bounds its size.
+        max_logprobs: positions × (top_k + m) of the whole answer, which bounds its size.
     """
 
     max_body_bytes: _Positive = 64 << 20
@@ -226,7 +228,7 @@ class Limits(Message):
 
 
 class Capabilities(Message):
-    """What the backend can do; a request for anything else is refused, never ignored."""
+    """The abilities of the backend; a request for anything else is refused, never ignored."""
 
     temperature: bool
     requested_token_ids: bool
@@ -235,10 +237,10 @@ class Capabilities(Message):
 
 
 class InfoResponse(Message):
-    """`GET /v1/info`.
+    """The answer of `GET /v1/info`.
 
     Attributes:
-        vocab_size: rows of the teacher's output layer, padding included.
+        vocab_size: size of the teacher's output layer, padding included.
         max_model_len: longest sequence in tokens.
         eos_token_ids: tokens that end the teacher's completions.
     """

@@ -1,4 +1,4 @@
-"""Rotary positions whose frequencies depend on how long the longest sequence of a batch is.
+"""Describe rotary positions whose frequencies depend on the longest sequence of a batch.
 
 Teacher and student must both keep such sequences apart, or a neighbour changes their log-probs.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LengthDependentRope:
-    """Which lengths have the same frequencies.
+    """A rule that tells which sequence lengths share their rotary frequencies.
 
     Attributes:
-        original: tokens up to which all sequences have those the model was first trained with.
-        each_length: each length beyond has its own (dynamic NTK), instead of one set for all of
-            them (longrope).
+        original: longest length in tokens that has the frequencies of the original training.
+        each_length: whether each longer length has frequencies of its own (dynamic NTK), instead of
+            one set for all longer ones (longrope).
     """
 
     original: int
@@ -40,13 +40,13 @@ class LengthDependentRope:
         """Return whether a forward pass over ``longest`` tokens changes later ones.
 
         transformers keeps the frequencies of dynamic NTK until a sequence is shorter than the
-        original length: one token between brings the model back.
+        original length: a forward pass over one token resets the model.
         """
         return self.each_length and longest >= self.original
 
 
 def length_dependent_rope(config: Any) -> LengthDependentRope | None:
-    """Return what a transformers config says of it; None where no length changes the frequencies.
+    """Return the length-dependent rope of a transformers config, or None if it has none.
 
     Source: `transformers.modeling_rope_utils.dynamic_rope_update`.
     """

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is sampled, not on where.
+"""Draw random numbers that depend on what is sampled, not on where.
 
 One uniform per generated token, from a counter-based generator keyed by content: the same seed
 gives the same completion whatever the batch, the rank or the device it is sampled on.
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 def uniforms(*key: int | bytes | str, count: int) -> NDArray[np.float64]:
-    """``count`` uniforms in [0, 1), float64 [count], fixed by ``key``.
+    """Return ``count`` uniforms in [0, 1), float64 [count], fixed by ``key``.
 
     A longer stream begins with the shorter one. Source: Philox 4x64 (Salmon et al., SC 2011),
     keyed by SHA-256 of the key's parts, each preceded by its length.
@@ -22,9 +22,9 @@ def uniforms(*key: int | bytes | str, count: int) -> NDArray[np.float64]:
 
 
 def uniform_rows(*key: int | bytes | str, first: int, rows: int, width: int) -> NDArray[np.float64]:
-    """Rows ``first`` and following of an endless table of uniforms, float64 [rows, width].
+    """Return rows ``first`` and following of an endless table of uniforms, float64 [rows, width].
 
-    A row depends on ``key``, its number and ``width`` alone, and costs nothing for those before it.
+    A row depends on ``key``, its number and ``width`` alone; rows before ``first`` cost nothing.
     """
     counts = -(-width // 4)  # the generator makes four numbers of each count
     bits = _philox(*key)

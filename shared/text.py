@@ -1,8 +1,8 @@
-"""Token ids -> text, with what stands in front of them.
+"""Decode token ids to text in the context of the tokens before them.
 
-The text of a part is not always the part of the text: a SentencePiece tokenizer drops the first
-space of whatever it decodes, and a character may be cut between two tokens. So the text of a
-completion is what the completion adds to the end of its prompt.
+A part decoded alone may differ from its share of the whole text: a SentencePiece tokenizer drops
+the first space of whatever it decodes, and a character may be split between two tokens. So the text
+of a completion is what the completion adds to the end of its prompt.
 
 Tokenizers are those of transformers, or anything with their ``encode``-like call and ``decode``.
 """
@@ -25,7 +25,7 @@ Ids = Sequence[int] | NDArray[np.integer[Any]]
 
 _CONTEXT = 16  # tokens of a prompt that are decoded with a completion
 _HELD = 32  # tokens that may wait for the rest of a character
-_HALF = "\ufffd"  # what a decoder gives for half a character
+_INCOMPLETE = "\ufffd"  # what a decoder gives for an incomplete character
 _SHOWN = 24  # characters of a text on either side of a difference
 
 
@@ -35,12 +35,12 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
 
 
 def decoded(tokenizer: Any, token_ids: Ids, *, skip_special_tokens: bool = True) -> str:
-    """Return the text of ids alone, white space as it is.
+    """Return the text of token ids alone, with unchanged white space.
 
-    Each half character is one U+FFFD, also where a tokenizer with byte fallback would give up the
-    whole characters beside it.
+    Each incomplete character becomes one U+FFFD, also where a tokenizer with byte fallback would
+    lose the complete characters beside it.
     """
-    ids = _mended(_byte_tokens(tokenizer), [int(i) for i in token_ids])
+    ids = _without_incomplete_characters(_byte_tokens(tokenizer), [int(i) for i in token_ids])
     return str(
         tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -53,8 +53,8 @@ def completion_text(
 ) -> str:
     """Return what a completion adds to the text of its prompt.
 
-    A character whose first bytes end the prompt counts to the completion that ends it. The work
-    does not grow with the prompt: its last tokens are enough.
+    A character whose first bytes end the prompt belongs to the completion. Only the prompt's last
+    tokens are decoded, so the work does not grow with the prompt.
 
     Args:
         prompt_ids: [P], may be empty.
@@ -66,24 +66,24 @@ def completion_text(
         return ""
     context, before = _context(tokenizer, prompt_ids, skip_special_tokens)
     full = decoded(tokenizer, [*context, *completion], skip_special_tokens=skip_special_tokens)
-    return _without(before, full)
+    return _added_text(before, full)
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """Return the text of one token inside a text: its leading space, if it has one, included."""
+    """Return the text of one token inside a text, with its leading space if it has one."""
     anchor = _anchor(tokenizer)
     return completion_text(tokenizer, anchor, [token_id], skip_special_tokens=False)
 
 
 class GrowingText:
-    """The text of a completion that grows by a token at a time.
+    """The text of a completion that grows one token at a time.
 
     Args:
         prompt_ids: [P] the tokens before the completion.
         skip_special_tokens: leave special tokens out of the text.
 
     Attributes:
-        text: of all tokens so far, less a last character that is not whole yet.
+        text: of all tokens so far, without an incomplete last character.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class GrowingText:
         self._held: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """Return what the next token adds to ``text``; nothing while a character is not whole."""
+        """Return what the next token adds to ``text``; nothing while a character is incomplete."""
         self._held.append(int(token_id))
         new = self._new()
-        if new.endswith(_HALF) and len(self._held) < _HELD:
+        if new.endswith(_INCOMPLETE) and len(self._held) < _HELD:
             return ""
         return self._settle(new)
 
     def end(self) -> str:
-        """Return what is still to come when no token follows: half a character is U+FFFD."""
+        """Return the rest when no token follows; an incomplete character is U+FFFD."""
         return self._settle(self._new())
 
     def _new(self) -> str:
@@ -120,7 +120,7 @@ class GrowingText:
 
 
 def token_pieces(tokenizer: Any, prompt_ids: Ids, completion_ids: Ids) -> list[str]:
-    """Return what each token adds to the text; that of a character's first bytes is empty.
+    """Return what each token adds to the text; the first bytes of a character add nothing.
 
     Special tokens are shown.
     """
@@ -133,20 +133,20 @@ def token_pieces(tokenizer: Any, prompt_ids: Ids, completion_ids: Ids) -> list[s
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Texts that end a completion.
+    """The texts that end a completion.
 
     Attributes:
         texts: none of them empty.
-        skip_special_tokens: whether they are looked for in the text without special tokens.
+        skip_special_tokens: whether they are searched in the text without special tokens.
     """
 
     texts: tuple[str, ...]
     skip_special_tokens: bool = True
 
     def find(self, text: str, start: int = 0) -> tuple[int, int, str] | None:
-        """Return (first character, end, stop string) of the one that ends first, or None.
+        """Return (start, end, stop string) of the stop string that ends first, or None.
 
-        Of those that end at the same character the first of ``texts`` is meant.
+        Of several that end at the same character, the first of ``texts`` is returned.
         """
         found = [(text.find(stop, start), stop) for stop in self.texts]
         ends = [(at, at + len(stop), stop) for at, stop in found if at >= 0]
@@ -159,7 +159,7 @@ class StopStrings:
 
 
 class StopSearch:
-    """Looks for stop strings in a completion while it is generated."""
+    """A search for stop strings in a completion while it is generated."""
 
     def __init__(self, tokenizer: Any, prompt_ids: Ids, stops: StopStrings) -> None:
         self._text = GrowingText(
@@ -169,7 +169,7 @@ class StopSearch:
         self._longest = max(map(len, stops.texts))
 
     def add(self, token_id: int) -> bool:
-        """Return whether the text holds a stop string with this token."""
+        """Return whether the text with this token holds a stop string."""
         new = self._text.add(token_id)
         known = len(self._text.text) - len(new)
         start = max(0, known - self._longest + 1)
@@ -179,8 +179,9 @@ class StopSearch:
 def check_round_trip(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> None:
     """Refuse texts that encoding and decoding would change, white space included.
 
-    Equal are texts of the same characters in Unicode's canonical form. A space at the very start,
-    which SentencePiece may add or drop, and white space around special tokens do not count.
+    Texts are equal if they have the same characters in Unicode's canonical form. A space at the
+    very start, which SentencePiece may add or drop, and white space around special tokens do not
+    count.
 
     Args:
         texts: (where it stands, text) pairs.
@@ -189,7 +190,7 @@ def check_round_trip(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> None:
         DatasetError: names the first text that does not come back, and what came instead.
     """
     for where, text in texts:
-        back = lost(tokenizer, text)
+        back = round_trip_change(tokenizer, text)
         if back is not None:
             raise DatasetError(
                 f"{where}: the tokenizer loses text: {difference(text, back)}. The model would "
@@ -198,8 +199,8 @@ def check_round_trip(tokenizer: Any, texts: Iterable[tuple[str, str]]) -> None:
             )
 
 
-def lost(tokenizer: Any, text: str) -> str | None:
-    """Return what comes back of a text, or None where it comes back whole; see above."""
+def round_trip_change(tokenizer: Any, text: str) -> str | None:
+    """Return what a text becomes by encoding and decoding, or None if it is unchanged."""
     back = decoded(tokenizer, encoded(tokenizer, text), skip_special_tokens=False)
     if _same(text, back):
         return None
@@ -208,8 +209,8 @@ def lost(tokenizer: Any, text: str) -> str | None:
 
 
 def difference(text: str, back: str) -> str:
-    """Return both texts around the first character in which they differ."""
-    at = _alike(text, back)
+    """Describe two texts around the first character in which they differ."""
+    at = _common_prefix_length(text, back)
     first = max(0, at - _SHOWN)
     return (
         f"{text[first : at + _SHOWN]!r} comes back as {back[first : at + _SHOWN]!r} "
@@ -223,7 +224,7 @@ def _same(text: str, back: str) -> bool:
 
 
 def _around_added_tokens(tokenizer: Any, text: str) -> re.Pattern[str] | None:
-    """What finds added tokens in a text with the white space around them."""
+    """Return a pattern of a text's added tokens with the white space around them, or None."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     known = {str(token) for token in added.values()}
     inside = [re.escape(token) for token in known if token.strip() and token in text]
@@ -231,7 +232,7 @@ def _around_added_tokens(tokenizer: Any, text: str) -> re.Pattern[str] | None:
 
 
 def _context(tokenizer: Any, prompt_ids: Ids, skip_special_tokens: bool) -> tuple[list[int], str]:
-    """Last tokens of a prompt that have a text, and that text; all if none have."""
+    """Return the last tokens of a prompt that have a text, and that text; all if none have."""
     size = _CONTEXT
     while True:
         context = [int(i) for i in prompt_ids[-size:]]
@@ -241,56 +242,57 @@ def _context(tokenizer: Any, prompt_ids: Ids, skip_special_tokens: bool) -> tupl
         size *= 4
 
 
-def _without(before: str, full: str) -> str:
-    """``full`` less ``before``, whose last half characters may have become whole."""
+def _added_text(before: str, full: str) -> str:
+    """Return ``full`` without ``before``, whose incomplete last characters may be complete now."""
     start = before
-    while not full.startswith(start) and start.endswith(_HALF):
+    while not full.startswith(start) and start.endswith(_INCOMPLETE):
         start = start[:-1]
     if full.startswith(start):
         return full[len(start) :]
-    return full[_alike(before, full) :]
+    return full[_common_prefix_length(before, full) :]
 
 
-def _alike(a: str, b: str) -> int:
-    """Number of characters that two texts begin with alike."""
+def _common_prefix_length(a: str, b: str) -> int:
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(a, b, strict=False))
     return next((at for at, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 @functools.lru_cache(maxsize=16)
 def _anchor(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens of a text that neither begins nor ends with a space."""
+    """Return the tokens of a text that neither begins nor ends with a space."""
     return tuple(encoded(tokenizer, "a"))
 
 
 @functools.lru_cache(maxsize=16)
 def _byte_tokens(tokenizer: Any) -> dict[int, int]:
-    """{token id: byte} of a tokenizer with byte fallback; empty for others."""
+    """Return {token id: byte} of a tokenizer with byte fallback, {} for others."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = tokenizer.get_vocab()
     if any(name not in vocabulary for name in names):
         return {}
     ids = [int(vocabulary[name]) for name in names]
-    if tokenizer.decode(ids[0x41:0x43]) != "AB":  # they are no more than names
+    if tokenizer.decode(ids[0x41:0x43]) != "AB":  # tokens that only have such names
         return {}
     return {token_id: byte for byte, token_id in enumerate(ids)}
 
 
-def _mended(byte_tokens: dict[int, int], ids: list[int]) -> list[int]:
-    """Ids with the bytes of U+FFFD in place of each half character, for decoders of byte fallback.
+def _without_incomplete_characters(byte_tokens: dict[int, int], ids: list[int]) -> list[int]:
+    """Replace the byte tokens of each incomplete character by those of U+FFFD.
 
-    They decode a run of byte tokens as one, and none of it where one byte does not fit.
+    Decoders with byte fallback decode a run of byte tokens as a whole, and drop it where one byte
+    does not fit.
     """
     if byte_tokens.keys().isdisjoint(ids):
         return ids
     tokens = {byte: token_id for token_id, byte in byte_tokens.items()}
-    mended: list[int] = []
+    replaced: list[int] = []
     run = bytearray()
     for token_id in [*ids, -1]:
         if token_id in byte_tokens:
             run.append(byte_tokens[token_id])
             continue
-        mended += [tokens[byte] for byte in run.decode(errors="replace").encode()]
+        replaced += [tokens[byte] for byte in run.decode(errors="replace").encode()]
         run.clear()
-        mended.append(token_id)
-    return mended[:-1]
+        replaced.append(token_id)
+    return replaced[:-1]

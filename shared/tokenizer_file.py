@@ -1,7 +1,7 @@
-"""Does a loaded tokenizer do what its ``tokenizer.json`` says, and does text survive it?
+"""Check that a tokenizer does what its ``tokenizer.json`` says, and that it loses no text.
 
-transformers builds some tokenizers anew from the vocabulary alone, with the rules of the class that
-a configuration names (transformers issues 45488 and 48206): one that cuts bytes then loses spaces.
+transformers rebuilds some tokenizers from the vocabulary alone, with the rules of the class that a
+configuration names (transformers issues 45488 and 48206): a byte-level one then loses spaces.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from shared.text import decoded, difference, encoded, lost
+from shared.text import decoded, difference, encoded, round_trip_change
 
 logger = logging.getLogger(__name__)
 
-# Changing one of them changes every fingerprint: raise `shared.identity.ENCODING_VERSION` then.
+# Changing a text changes every fingerprint, so raise `shared.identity.ENCODING_VERSION` with it.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "def f(x):\n    if x > 1:\n        return x + 1  # one more\n",
@@ -35,12 +35,14 @@ PROBES = (
 )
 # Classes that read ``add_bos_token`` in every version of transformers before 5.
 _ADDS_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
-# A vocabulary may lack it: text whose lines end in CRLF is rare.
+# A vocabulary may lack the carriage return, because text with CRLF line ends is rare.
 _MAY_LACK = "\r"
 
 
-def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, name: str) -> Any:
-    """Return the tokenizer, or where it does not do what its file says one that does.
+def verified_tokenizer(
+    tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, name: str
+) -> Any:
+    """Return a tokenizer that does what its file says: the given one, or one loaded anew.
 
     Args:
         tokenizer: as transformers loaded it.
@@ -67,15 +69,15 @@ def trusted(tokenizer: Any, file: Path | None, load_file: Callable[[], Any], *, 
                     f"describes ({still}); install another version of transformers"
                 )
         _add_lost_bos(tokenizer, file.with_name("tokenizer_config.json"), name)
-    check_survival(tokenizer, name=name)
+    check_keeps_text(tokenizer, name=name)
     return tokenizer
 
 
 def _add_lost_bos(tokenizer: Any, config: Path, name: str) -> None:
-    """Begin plain text with BOS where the tokenizer was published as one that does.
+    """Make a tokenizer begin plain text with BOS if it was published as one that does.
 
-    DeepSeek's ``tokenizer.json`` adds no token; the class that its configuration names did, up to
-    transformers 4, because of ``add_bos_token``.
+    DeepSeek's ``tokenizer.json`` adds no token; up to transformers 4 the class that its
+    configuration names did, because of ``add_bos_token``.
     """
     try:
         published = json.loads(config.read_text(encoding="utf-8"))
@@ -95,8 +97,8 @@ def _add_lost_bos(tokenizer: Any, config: Path, name: str) -> None:
     )  # fmt: skip
 
 
-def check_survival(tokenizer: Any, *, name: str) -> None:
-    """Refuse a tokenizer that loses white space, or anything its vocabulary can say.
+def check_keeps_text(tokenizer: Any, *, name: str) -> None:
+    """Refuse a tokenizer that loses white space, or characters that are in its vocabulary.
 
     Raises:
         ConfigurationError: says which text came back changed.
@@ -104,15 +106,15 @@ def check_survival(tokenizer: Any, *, name: str) -> None:
     unsayable: set[str] = set()
     for text in PROBES:
         try:
-            back = lost(tokenizer, text)
-        except Exception:  # tokenizers raises it for a word outside a vocabulary without unk
+            back = round_trip_change(tokenizer, text)
+        except Exception:  # tokenizers raises it where a vocabulary without unk lacks a word
             back = ""
         if back is None:
             continue
-        missing = {char for char in set(text) if _unsayable(tokenizer, char)}
+        missing = {char for char in set(text) if _lacks(tokenizer, char)}
         unsayable |= missing
         rest = "".join(char for char in text if char not in missing)
-        back = lost(tokenizer, rest) if rest.strip() else None
+        back = round_trip_change(tokenizer, rest) if rest.strip() else None
         if back is not None:
             raise ConfigurationError(
                 f"{name}: the tokenizer loses text: {difference(rest, back)}. Its files do not "
@@ -128,10 +130,10 @@ def check_survival(tokenizer: Any, *, name: str) -> None:
 
 
 def differs_from_file(tokenizer: Any, file: Path) -> str | None:
-    """Return in what a tokenizer differs from ``tokenizer.json``, or None.
+    """Describe how a tokenizer differs from ``tokenizer.json``; return None if it does not.
 
-    Compared are the ids of `PROBES`, the text they give, and the parts that cut text: what the
-    configuration may set beside the file, special tokens around a text, is not.
+    The ids of `PROBES`, the text decoded from them and the parts that encode text are compared.
+    Special tokens around a text are not, because the configuration may set them beside the file.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     remote = type(tokenizer).__module__.startswith("transformers_modules")
@@ -152,7 +154,7 @@ def differs_from_file(tokenizer: Any, file: Path) -> str | None:
     for text in PROBES:
         try:
             ids = own.encode(text, add_special_tokens=False).ids
-        except Exception:  # a word outside a vocabulary without unk
+        except Exception:  # a vocabulary without unk lacks a word
             continue
         if encoded(tokenizer, text) != ids:
             return f"it cuts {text[:24]!r} otherwise"
@@ -163,8 +165,8 @@ def differs_from_file(tokenizer: Any, file: Path) -> str | None:
     return None
 
 
-def _unsayable(tokenizer: Any, char: str) -> bool:
-    """Whether a vocabulary lacks a character; white space that vanishes without a word is lost."""
+def _lacks(tokenizer: Any, char: str) -> bool:
+    """Return whether a vocabulary lacks a character; white space that vanishes is not lacking."""
     try:
         ids = encoded(tokenizer, char)
     except Exception:
@@ -178,7 +180,7 @@ def _unsayable(tokenizer: Any, char: str) -> bool:
 
 
 def _plain(part: Any, *, decodes: bool) -> Any:
-    """A part of a tokenizer as JSON, less what changes no text."""
+    """Return a part of a tokenizer as JSON, without options that change no text."""
     return None if part is None else _simple(json.loads(part.__getstate__()), decodes)
 
 
@@ -188,10 +190,10 @@ def _simple(value: Any, decodes: bool) -> Any:
             simple = (_simple(one, decodes) for one in value[inner])
             parts = [one for one in simple if one is not None]
             return parts[0] if len(parts) == 1 else parts or None
-    if decodes and value.get("type") == "ByteLevel":  # as a decoder it reads none of its options
+    if decodes and value.get("type") == "ByteLevel":  # as a decoder it ignores its options
         return {"type": "ByteLevel"}
     kept = {name: one for name, one in value.items() if name != "trim_offsets"}
-    if "prepend_scheme" in kept:  # older files say it twice
+    if "prepend_scheme" in kept:  # older files state the option twice
         kept.pop("add_prefix_space", None)
     return kept
 

@@ -1,4 +1,4 @@
-"""Fields that a message does not have: the first one is named, with the one that was meant."""
+"""Refuse unknown fields of a message, naming the first one and the known field nearest to it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
 
-# The kind of pydantic's error; its context holds the field's name.
+# The type of the pydantic error, whose context holds the field's name.
 UNKNOWN_FIELD = "unknown_field"
 
 _LONGEST_NAME = 64
 
 
 def refuse_unknown_fields(cls: type[BaseModel], value: Any) -> Any:
-    """Return ``value`` as it is: a validator that runs before all others of a message.
+    """Refuse a map with a field that ``cls`` does not have; return other values unchanged.
 
-    It stops at the first unknown field. pydantic would name them all, one error each, behind every
-    field that is missing.
+    A validator that runs before all others of a message. It stops at the first unknown field, where
+    pydantic would name them all, one error each, behind every missing field.
 
     Raises:
         PydanticCustomError: a map with a field that ``cls`` does not have.
@@ -33,7 +33,7 @@ def refuse_unknown_fields(cls: type[BaseModel], value: Any) -> Any:
 def _unknown(name: str, known: list[str]) -> PydanticCustomError:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
-    # The message is data, not a template: braces in it must not be read as placeholders.
+    # The message is passed as data, because braces in a template would be read as placeholders.
     return PydanticCustomError(
         UNKNOWN_FIELD, "{reason}", {"reason": f"not permitted here; {hint}", "name": name}
     )

@@ -1,4 +1,4 @@
-"""What a teacher accepts: requests against its limits, before any work is done.
+"""Check requests against a teacher's limits before any work is done.
 
 Every refusal is an `InvalidRequestError` (422) that names the field, the value and the limit. The
 server checks what arrives; the trainer's client splits its work so as never to be refused.
@@ -22,7 +22,11 @@ from shared.protocol import (
 
 
 def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
-    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot score."""
+    """Refuse a request that the teacher of ``info`` cannot score.
+
+    Raises:
+        InvalidRequestError: names the field, the value and the limit.
+    """
     limits = info.limits
     _check_count("sequences", len(request.sequences), limits.max_sequences)
     _check_top_k(request.top_k, info)
@@ -31,15 +35,19 @@ def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
         raise InvalidRequestError("this teacher draws no samples", field="sample_seed")
     tokens = entries = 0
     for index, sequence in enumerate(request.sequences):
-        rows, width = _check_sequence(f"sequences.{index}", sequence, info)
+        positions, width = _check_sequence(f"sequences.{index}", sequence, info)
         tokens += len(sequence.token_ids)
-        entries += rows * (request.top_k + width)
+        entries += positions * (request.top_k + width)
     _check_total("sequences", "tokens", tokens, limits.max_tokens)
     _check_total("sequences", "log-probs in the answer", entries, limits.max_logprobs)
 
 
 def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None:
-    """Raises `InvalidRequestError` for anything the teacher of ``info`` cannot generate."""
+    """Refuse a request that the teacher of ``info`` cannot generate.
+
+    Raises:
+        InvalidRequestError: names the field, the value and the limit.
+    """
     limits = info.limits
     if not info.capabilities.generate:
         raise InvalidRequestError("this teacher does not generate", field="prompts")
@@ -66,13 +74,17 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
     if request.top_k is not None:
         _check_top_k(request.top_k, info)
         _check_temperature("score_temperature", request.score_temperature, info.capabilities)
-        rows = request.max_new_tokens * len(request.prompts) * request.n
-        entries = rows * request.top_k
+        positions = request.max_new_tokens * len(request.prompts) * request.n
+        entries = positions * request.top_k
         _check_total("top_k", "log-probs in the answer", entries, limits.max_logprobs)
 
 
 def _check_sequence(field: str, sequence: ScoreSequence, info: InfoResponse) -> tuple[int, int]:
-    """Number of completion rows T and of requested ids m."""
+    """Return a sequence's completion length T and its requested ids m at each position.
+
+    Raises:
+        InvalidRequestError: the teacher of ``info`` cannot score it.
+    """
     length = len(sequence.token_ids)
     if length > info.max_model_len:
         raise InvalidRequestError(
@@ -87,22 +99,22 @@ def _check_sequence(field: str, sequence: ScoreSequence, info: InfoResponse) -> 
             "tokens: one token comes before the completion, and the completion is not empty",
             field=f"{field}.completion_start",
         )
-    rows = length - start
+    positions = length - start
     requested = sequence.requested_token_ids
     if requested is None:
-        return rows, 0
+        return positions, 0
     field = f"{field}.requested_token_ids"
     if not info.capabilities.requested_token_ids:
         raise InvalidRequestError("this teacher cannot score requested ids", field=field)
-    if requested.shape[0] != rows:
+    if requested.shape[0] != positions:
         raise InvalidRequestError(
-            f"{requested.shape[0]} rows for {rows} completion tokens", field=field
+            f"{requested.shape[0]} rows for {positions} completion tokens", field=field
         )
     width, limit = requested.shape[1], info.limits.max_requested_token_ids
     if width > limit:
         raise InvalidRequestError(f"{width} ids in a row; the limit is {limit}", field=field)
     _check_range(field, requested, info.vocab_size)
-    return rows, width
+    return positions, width
 
 
 def _check_token_ids(field: str, token_ids: NDArray[np.uint32], vocab_size: int) -> None:

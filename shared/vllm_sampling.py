@@ -1,4 +1,4 @@
-"""Mixed into vLLM's worker by ``--worker-extension-cls``; imports no vllm."""
+"""A vLLM worker extension that keeps seeded sampling on a CPU from ending the engine."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 
 class SeededSampling:
-    """Seeded completions on a CPU, where vLLM's own end the engine.
+    """A worker extension (``--worker-extension-cls``) that makes seeded sampling work on a CPU.
 
-    vLLM samples after every piece of a prompt that is prefilled in several, throws all but the last
-    token away, and winds the request's generator back by an offset. A CPU's generator has none: it
-    raises, and the engine is dead. Here such rows are sampled without their generator, so there is
-    nothing to wind back.
+    vLLM samples after every piece of a prompt that is prefilled in several, discards all but the
+    last token, and winds the request's generator back by an offset. A CPU's generator has none: it
+    raises, and the engine dies. Here such requests are sampled without their generator, so nothing
+    is wound back.
     """
 
     def spare_generators(self) -> None:
-        """Hook the model runner; where generators have offsets there is nothing to do."""
+        """Hook the model runner on a CPU; do nothing where generators have offsets."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         if runner.device.type != "cpu":
             return

@@ -1,4 +1,4 @@
-"""Messages <-> bytes, in either media type; one message, or a stream of them."""
+"""Encode messages as bytes and decode them, in either media type, singly or as a stream."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from shared.unknown_fields import UNKNOWN_FIELD
 
 JSON_MEDIA_TYPE = "application/json"
 MSGPACK_MEDIA_TYPE = codec.MEDIA_TYPE
-NDJSON_MEDIA_TYPE = "application/x-ndjson"  # a JSON document a line
-MSGPACK_STREAM_MEDIA_TYPE = "application/x-msgpack-stream"  # maps back to back
-# How a stream of messages is called, by the media type of each message.
+NDJSON_MEDIA_TYPE = "application/x-ndjson"  # one JSON document a line
+MSGPACK_STREAM_MEDIA_TYPE = "application/x-msgpack-stream"  # concatenated maps
+# The media type of a stream, by the media type of its messages.
 STREAM_MEDIA_TYPES = {
     JSON_MEDIA_TYPE: NDJSON_MEDIA_TYPE,
     MSGPACK_MEDIA_TYPE: MSGPACK_STREAM_MEDIA_TYPE,
 }
 
-# Parsed JSON takes up to 30 times its text, and the parser lets no other thread run meanwhile; JSON
-# is for people, arrays go in msgpack.
+# Parsed JSON takes up to 30 times the memory of its text, and the parser holds the GIL, so large
+# arrays must come as msgpack.
 MAX_JSON_ITEMS = 1 << 20
 MAX_JSON_CONTAINERS = 1 << 16
-# Of a request: room for the text of a long context, escaped.
+# The largest JSON body of a request, in which the escaped text of a long context fits.
 MAX_JSON_REQUEST_BYTES = 8 << 20
-# Kinds of pydantic's errors whose message names the value, or that there is none.
+# Types of pydantic errors whose message already tells the value, or that it is missing.
 _SAY_ALL = ("array", "value_error", "missing", "too_long", UNKNOWN_FIELD)
-# An integer of more digits is read as a float, which is out of every range.
+# An integer with more digits is read as a float, which is outside every field's range.
 _MOST_DIGITS = 300
 _COUNTED_BYTES = 1 << 20
 
@@ -40,7 +40,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def dump(message: BaseModel, media_type: str) -> bytes:
-    """The message in ``media_type``; of a stream's, as one item of it."""
+    """Encode a message in ``media_type``; for the media type of a stream, as one item of it."""
     if media_type in (MSGPACK_MEDIA_TYPE, MSGPACK_STREAM_MEDIA_TYPE):
         return codec.encode(message.model_dump())
     text = message.model_dump_json().encode()
@@ -65,12 +65,12 @@ def load(model: type[M], data: bytes | bytearray, media_type: str, *, max_bytes:
 def stream_messages(
     chunks: Iterable[bytes], media_type: str, *, max_bytes: int
 ) -> Iterator[GenerateEvent | GenerateEnd]:
-    """Parse and validate a streamed answer, each item as soon as it has come.
+    """Parse and validate a streamed answer, and yield each item as soon as it is complete.
 
     Args:
         chunks: the body, cut anywhere.
-        media_type: of the stream: msgpack or JSON lines.
-        max_bytes: of the whole body.
+        media_type: of the stream, msgpack or JSON lines.
+        max_bytes: limit for the whole body.
 
     Raises:
         PayloadTooLargeError: more than ``max_bytes`` bytes, or too many items.
@@ -93,7 +93,7 @@ def stream_messages(
 
 
 def _lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
-    """Lines without their ends; what stands behind the last line's end is a line cut short."""
+    """Yield lines without their ends; refuse a body that ends in the middle of one."""
     size = 0
     line = bytearray()
     for chunk in chunks:
@@ -125,7 +125,7 @@ def _validate(model: type[M], value: Any) -> M:
 
 
 def _shown(value: Any) -> str:
-    """A wrong value, as far as it fits a line; of lists, maps and arrays the type."""
+    """Describe a wrong value on one line: a scalar by its value, anything else by its type."""
     if value is None or isinstance(value, bool | int | float | str):
         return f"{value!r:.60}"
     return f"a value of type {type(value).__name__}"
@@ -146,7 +146,11 @@ def _load_json(data: bytes | bytearray, max_bytes: int) -> Any:
 
 
 def _check_items(data: bytes | bytearray) -> None:
-    """Raises `PayloadTooLargeError` for more values than are read, before one is."""
+    """Refuse JSON with too many values before any of it is parsed.
+
+    Raises:
+        PayloadTooLargeError: over `MAX_JSON_ITEMS` items, or `MAX_JSON_CONTAINERS` lists and maps.
+    """
     commas = containers = 0
     for start in range(0, len(data), _COUNTED_BYTES):
         piece = data[start : start + _COUNTED_BYTES]
@@ -159,7 +163,7 @@ def _check_items(data: bytes | bytearray) -> None:
             )
 
 
-# Functions of Python: between two numbers the parser lets other threads run.
+# Written in Python, so that other threads can run between two numbers.
 def _integer(text: str) -> int | float:
     return int(text) if len(text) <= _MOST_DIGITS else float(text)
 

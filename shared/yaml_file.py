@@ -1,9 +1,9 @@
-"""YAML files, and flags from them. Nothing heavy is imported here."""
+"""Read YAML files, and turn their values into command-line arguments."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from shared.errors import ConfigurationError
 
 
 def read_yaml(path: Path, name: str) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no YAML; it is called ``name`` there.
+        ConfigurationError: the file cannot be read or is not YAML; the message calls it ``name``.
     """
     try:
         return yaml.safe_load(path.read_text())
@@ -27,21 +27,21 @@ def read_yaml(path: Path, name: str) -> Any:
         raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 
 
-def config_path(words: Sequence[str]) -> Path | None:
-    """The file that ``--config`` names among a command's flags."""
-    for index, word in enumerate(words):
-        if word == "--config" and index + 1 < len(words):
-            return Path(words[index + 1])
-        if word.startswith("--config="):
-            return Path(word.removeprefix("--config="))
+def config_path(argv: Sequence[str]) -> Path | None:
+    """Return the file that ``--config`` names in a command's arguments, or None."""
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            return Path(argv[index + 1])
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config="))
     return None
 
 
 def read_config(path: Path) -> dict[Any, Any]:
-    """What the file that ``--config`` names says, by the names of flags.
+    """Return the content of the file that ``--config`` names, by flag name.
 
     Raises:
-        ConfigurationError: it cannot be read, or is something else.
+        ConfigurationError: the file cannot be read, or does not hold ``name: value`` lines.
     """
     content = read_yaml(path, f"--config {path}")
     if not isinstance(content, dict):
@@ -49,15 +49,15 @@ def read_config(path: Path) -> dict[Any, Any]:
     return content
 
 
-def word_of(value: Any) -> str:
-    """A value as a command line says it."""
+def to_argument(value: Any) -> str:
+    """Return a value as a command line writes it."""
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def flag_words(name: str, value: Any, word: Callable[[Any], str] = word_of) -> list[str]:
-    """A flag with its value, or with several; none where the value is None."""
+def flag_arguments(name: str, value: Any) -> list[str]:
+    """Return the arguments for a flag with its value or values; none for a value of None."""
     if value is None:
         return []
     if isinstance(value, list | tuple):
-        return [f"--{name}", *map(word, value)]
-    return [f"--{name}={word(value)}"]
+        return [f"--{name}", *map(to_argument, value)]
+    return [f"--{name}={to_argument(value)}"]

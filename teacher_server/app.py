@@ -18,7 +18,7 @@ from teacher_server.http.endpoint import EndpointWrapper
 from teacher_server.limits.admission import Admission
 from teacher_server.limits.auth import ApiKeys
 from teacher_server.limits.pool import FairPool
-from teacher_server.limits.single_flight import InFlight
+from teacher_server.limits.single_flight import SingleFlight
 from teacher_server.metrics import Metrics, State
 from teacher_server.openai.adapter import OpenAIAdapter
 from teacher_server.routes.table import ROUTES
@@ -38,7 +38,7 @@ class TeacherApp:
             metrics,
         )  # fmt: skip
         self.pool = FairPool(min(16, max(4, os.cpu_count() or 1)))
-        self.in_flight = InFlight(metrics.shared.inc)
+        self.in_flight = SingleFlight(metrics.shared.inc)
         self.backend: Backend | None = None
         self.info: InfoResponse | None = None
         self.openai = OpenAIAdapter(settings.model, trust_remote_code=settings.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Many requests -> token-budgeted model batches -> many answers."""
+"""Join the jobs of many requests into token-budgeted batches of the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from shared.errors import UnavailableError
-from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 
 logger = logging.getLogger(__name__)
 
-# Jobs of a batch, however short: what each costs beside its tokens adds up to this much delay.
+# The most jobs of a batch, however short, because each has costs beside its tokens.
 MAX_BATCH_JOBS = 256
-# Jobs that a batch is chosen from, those whose turn is next: choosing takes a moment of the event
-# loop, however many wait.
+# Jobs that a batch is chosen from, the next ones in turn, so that choosing stays fast however many
+# wait.
 _CHOICE = 4 * MAX_BATCH_JOBS
 
 
@@ -40,7 +40,7 @@ A = TypeVar("A")
 @dataclass(eq=False)
 class _Waiting(Generic[J, A]):
     job: J
-    start: int  # on the clock of `FairClock`
+    start: int  # in the order of `FairQueue`
     place: int  # in order of arrival
     answer: asyncio.Future[A]
     since: float = field(default_factory=time.perf_counter)
@@ -55,37 +55,37 @@ class _Waiting(Generic[J, A]):
 
 
 class Callers(Generic[A]):
-    """Those who wait for a running batch, as the thread that runs it sees them."""
+    """The callers of a running batch, as the thread that runs it sees them."""
 
     def __init__(self, batch: Sequence[_Waiting[Any, A]], loop: asyncio.AbstractEventLoop) -> None:
         self._batch = batch
         self._loop = loop
 
     def waiting(self) -> list[bool]:
-        """For each job, whether somebody still waits for its answer."""
+        """Return for each job whether somebody still waits for its answer."""
         return [not waiting.answer.done() for waiting in self._batch]
 
     def answer(self, index: int, answer: A) -> None:
-        """Answer one job now, whatever the others still need."""
+        """Answer one job now, before the rest of its batch."""
         self._loop.call_soon_threadsafe(self._batch[index].settle, answer)
 
 
 class Batcher(Generic[J, A]):
-    """Joins jobs of all clients into batches for one model.
+    """A queue that joins jobs of all clients into batches for one model.
 
-    Clients take turns by `FairClock`. A batch takes the job whose turn it is, then those nearest to
-    it in length, in order of arrival and first of the same client, as long as the padded batch
-    (longest × count) fits ``max_batch_tokens``, up to `MAX_BATCH_JOBS`; what does not fit waits,
-    and its turn comes: of one client, the job that waited longest is always the first. A batch that
-    fails is tried again in halves, without the jobs that have an answer, so one bad job fails alone
-    and a batch too large for the memory is split. Jobs whose caller went away are dropped unrun.
+    Clients take turns by `FairQueue`. A batch takes the job whose turn it is, then those nearest to
+    it in length, first of the same client, as long as the padded batch (longest × count) fits
+    ``max_batch_tokens``, up to `MAX_BATCH_JOBS`. What does not fit waits for its turn; the job of a
+    client that waited longest is always its first. A batch that fails is tried again in halves,
+    without the jobs that have an answer, so one bad job fails alone and a batch too large for the
+    memory is split. Jobs whose caller went away are dropped.
 
     Args:
         run: answers each job of a batch that somebody waits for, as soon as it can; called in
             ``executor``. It may ask who still waits, and end early when nobody does.
         executor: the thread that owns the model, shared by all batchers of one model.
         max_batch_tokens: padded tokens of a batch; a longer single job still runs, alone.
-        observe: is told (seconds that each job has waited, padded tokens) of each batch.
+        observe: is called with (seconds that each job has waited, padded tokens) of each batch.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class Batcher(Generic[J, A]):
         self._executor = executor
         self._max_batch_tokens = max_batch_tokens
         self._observe = observe
-        self._clock = FairClock(LEAST_JOB_TOKENS)
+        self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._places = itertools.count()
         self._waiting: list[_Waiting[J, A]] = []  # a heap
-        self._gone = 0  # of them, those that nobody waits for
+        self._gone = 0  # number of them that nobody waits for
         self._running: list[_Waiting[J, A]] = []
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def submit(self, job: J) -> A:
-        """The answer of one job, or the exception it failed with."""
+        """Queue a job, and return its answer or raise the exception it failed with."""
         if self._task is None:
-            # It serves all requests, so what is bound to the first one is not its own.
+            # An empty context, because the task serves all requests and not only the first one.
             self._task = asyncio.create_task(self._serve(), context=contextvars.Context())
-        start = self._clock.start(job.client, job.tokens)
+        start = self._fair_queue.start(job.client, job.tokens)
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         waiting: _Waiting[J, A] = _Waiting(job, start, next(self._places), answer)
         heapq.heappush(self._waiting, waiting)
@@ -128,7 +128,7 @@ class Batcher(Generic[J, A]):
         """Give up the turn of a job that nobody waits for, unless it runs already."""
         if not waiting.queued:
             return
-        self._clock.dropped(waiting.job.client, waiting.job.tokens)
+        self._fair_queue.dropped(waiting.job.client, waiting.job.tokens)
         self._gone += 1
         if self._gone > max(_CHOICE, len(self._waiting) // 2):
             self._waiting = [one for one in self._waiting if not one.answer.done()]
@@ -154,10 +154,10 @@ class Batcher(Generic[J, A]):
                 self._arrived.clear()
             if self._running:
                 await self._answer(self._running)
-                self._running = []  # answers may be large, and the next batch far off
+                self._running = []  # frees the answers, which may be large, before the next batch
 
     def _take(self) -> list[_Waiting[J, A]]:
-        """The next batch, by the rule above; removes it from the queue."""
+        """Remove the next batch from the queue, and return it."""
         choice: list[_Waiting[J, A]] = []
         while self._waiting and len(choice) < _CHOICE:
             waiting = heapq.heappop(self._waiting)
@@ -168,7 +168,7 @@ class Batcher(Generic[J, A]):
         if not choice:
             return []
         first = choice[0]
-        self._clock.begun(first.start)
+        self._fair_queue.begun(first.start)
         longest = 0
         batch: list[_Waiting[J, A]] = []
 
@@ -193,13 +193,13 @@ class Batcher(Generic[J, A]):
     async def _answer(self, batch: list[_Waiting[J, A]]) -> None:
         if await self._try(batch):
             return
-        # Here the exception is gone, and with it the tensors its frames held: halves need the room.
+        # Done outside the except block, so that the exception's frames no longer hold tensors.
         middle = len(batch) // 2
         for half in (batch[:middle], batch[middle:]):
             await self._answer([waiting for waiting in half if not waiting.answer.done()])
 
     async def _try(self, batch: list[_Waiting[J, A]]) -> bool:
-        """False when a batch of several failed and is to be split."""
+        """Run a batch; return False if it has several jobs and failed."""
         if not batch:
             return True
         jobs = [waiting.job for waiting in batch]
@@ -208,7 +208,8 @@ class Batcher(Generic[J, A]):
             await loop.run_in_executor(self._executor, self._run, jobs, Callers(batch, loop))
         except Exception as error:
             if len(batch) > 1:
-                # As text: a log record would keep the exception, and all that its frames hold.
+                # As text, because a log record would keep the exception and the tensors of its
+                # frames.
                 logger.warning(
                     "A batch of %d failed (%r); trying its halves", len(batch), str(error)
                 )

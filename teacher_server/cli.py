@@ -23,9 +23,9 @@ from typing import Any, get_args
 import uvicorn
 
 from shared import __version__, logs
-from shared.completion import SHELLS, Words, script, words_of
 from shared.errors import ConfigurationError
-from shared.yaml_file import config_path, flag_words, read_config
+from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
+from shared.yaml_file import config_path, flag_arguments, read_config
 from teacher_server.app import TeacherApp
 from teacher_server.backends.base import Backend
 from teacher_server.http.event_loop import limit_log_lines, survive_full_tables, watch_lag
@@ -42,7 +42,9 @@ end_with_parent()  # both commands' main modules import this one
 # Connections that the kernel keeps until they are accepted.
 _WAITING_CONNECTIONS = 1024
 _COMPLETION = {
-    "completion": Words("a script that completes flags in bash, zsh or fish", words=SHELLS)
+    "completion": CommandArguments(
+        "a script that completes flags in bash, zsh or fish", choices=SHELLS
+    )
 }
 _EPILOG = """\
 vLLM's engine flags
@@ -68,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     parsed, engine_flags = parser.parse_known_args(words)
     if parsed.command == "completion":
-        commands = {"serve": words_of(serve, "load a model and answer requests"), **_COMPLETION}
-        sys.stdout.write(script(parsed.shell, "teacher-server", commands))
+        commands = {"serve": arguments_of(serve, "load a model and answer requests"), **_COMPLETION}
+        sys.stdout.write(completion_script(parsed.shell, "teacher-server", commands))
         return 0
     del parsed.command, parsed.config
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
@@ -112,7 +114,7 @@ def _with_file(words: Sequence[str]) -> list[str]:
 def _flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
-    return flag_words(name, value)
+    return flag_arguments(name, value)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -346,5 +348,5 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
 
 
 def _fail(error: Exception, code: int) -> int:
-    logs.last_words("teacher-server", str(error))
+    logs.log_failure("teacher-server", str(error))
     return code

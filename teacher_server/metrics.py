@@ -1,4 +1,4 @@
-"""What Prometheus can ask: requests, tokens, queue, batches, and seconds of each.
+"""The Prometheus metrics: requests, tokens, queue, batches, and seconds of each.
 
 docs/operating.md says what each metric means.
 """
@@ -29,14 +29,14 @@ _LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _KINDS = ("score", "generate")
 
-disable_created_metrics()  # half of all lines, of which Prometheus makes nothing
+disable_created_metrics()  # half of all lines, which Prometheus does not use
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own.
+    """The metrics of one server, in a registry of their own.
 
-    What can be foretold of labels is there from the start, at zero: of a line that begins at one,
-    Prometheus does not see the first increase.
+    Labels that are known in advance start at zero, because Prometheus does not see the first
+    increase of a series that starts at one.
     """
 
     def __init__(self) -> None:
@@ -120,12 +120,12 @@ class Metrics:
             self.rejected.labels(error.slug())
 
     def show_state(self, state: Callable[[], State]) -> None:
-        """Ask for the state whenever somebody looks."""
+        """Read the state from ``state`` at each scrape."""
         for name in get_args(State):
             self._state.labels(name).set_function(partial(_is, state, name))
 
     def batch_observer(self, kind: str) -> Callable[[Sequence[float], int], None]:
-        """A function that is told (seconds that each job has waited, padded tokens) of a batch."""
+        """Return a function that records (seconds each job waited, padded tokens) of a batch."""
 
         def observe(waited: Sequence[float], padded_tokens: int) -> None:
             self.batch_size.labels(kind).observe(len(waited))
@@ -136,9 +136,9 @@ class Metrics:
         return observe
 
     def exposition(self) -> bytes:
-        """Prometheus text format.
+        """Return all metrics in Prometheus' text format.
 
-        Behind the server's own stands the default registry: the process, and vLLM's engine.
+        The default registry follows the server's own: the process, and vLLM's engine.
         """
         return generate_latest(self.registry) + generate_latest(REGISTRY)
 

@@ -1,4 +1,4 @@
-"""An engine's processes end with the server, even if it is killed while they load."""
+"""End an engine's processes with the server, even if it is killed while they load."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _POLL_SECONDS = 0.2
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing has spawned: end it when its parent or the server has gone.
+    """End a process that multiprocessing has spawned when its parent or the server has gone.
 
     Called where the server's main module is imported. A spawned process imports that again before
     anything else, so vLLM's engine and workers, each the parent of the next, are watched from the
-    beginning. vLLM's own watch begins when a worker has loaded, and there is none for an engine.
+    beginning. vLLM itself watches a worker only once it has loaded, and an engine never.
     """
-    # How multiprocessing calls the main module of the parent there; here it is the same module.
+    # In a spawned process __mp_main__ is the parent's main module; in the server both are one
+    # module.
     if sys.modules.get("__mp_main__", sys.modules["__main__"]) is sys.modules["__main__"]:
         os.environ[_SERVER] = str(os.getpid())
         return
@@ -29,7 +30,7 @@ def end_with_parent() -> None:
 
 
 def _end_after(parent: int, server: int) -> None:
-    # An orphan gets another parent; one that was orphaned before this began misses the server.
+    # An orphan gets another parent; one that was orphaned before this began finds no server.
     while os.getppid() == parent and _exists(server):
         time.sleep(_POLL_SECONDS)
     os._exit(1)

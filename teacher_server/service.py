@@ -12,7 +12,7 @@ from shared.protocol import Completion, InfoResponse
 from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import Backend, GenerateJob, ScoreJob
 from teacher_server.jobs import Keyed
-from teacher_server.limits.single_flight import InFlight
+from teacher_server.limits.single_flight import SingleFlight
 from teacher_server.metrics import Metrics
 from teacher_server.openai.adapter import OpenAIAdapter
 
@@ -38,7 +38,7 @@ class Service:
 
     loaded: Callable[[], tuple[Backend, InfoResponse]]
     check_alive: Callable[[], None]
-    in_flight: InFlight
+    in_flight: SingleFlight
     metrics: Metrics
     openai: OpenAIAdapter
 
@@ -59,14 +59,14 @@ class Service:
 
     async def _score_one(self, backend: Backend, one: Keyed[ScoreJob]) -> SparseLogprobs:
         # Another client's equal job is not shared: it may wait for that client's turn.
-        return await self.in_flight.ask(one.key, lambda: backend.score(one.job))
+        return await self.in_flight.run(one.key, lambda: backend.score(one.job))
 
     async def generate_one(self, backend: Backend, one: Keyed[GenerateJob]) -> Completion:
         """Return a completion, that of an equal job under way if there is one.
 
         A job without a seed has a key of its own, unless it is greedy.
         """
-        return await self.in_flight.ask(one.key, lambda: backend.generate(one.job))
+        return await self.in_flight.run(one.key, lambda: backend.generate(one.job))
 
     def count_scored(self, jobs: Sequence[Keyed[ScoreJob]]) -> None:
         """Count the tokens of jobs that are done."""

@@ -1,4 +1,4 @@
-"""What `teacher-server serve` can be told, checked before the model loads."""
+"""The settings of `teacher-server serve`, checked before the model loads."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ BackendName = Literal["auto", "transformers", "vllm"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
-# What the largest answer takes while it is made: 8 bytes a log-prob and its id, in two copies.
+# Memory of the largest answer while it is made: two copies of 8 bytes a log-prob and its id.
 LARGEST_ANSWER_BYTES = 16 * Limits().max_logprobs
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Flags of `serve`; times in seconds, sizes in tokens unless said otherwise.
+    """The flags of `serve`; times in seconds, sizes in tokens unless said otherwise.
 
     Raises:
-        ConfigurationError: a value that cannot work, a certificate that does not load, or a model
-            folder that is none.
+        ConfigurationError: a value that cannot work, a certificate that does not load, or a path
+            that is no model folder.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Settings:
     score_chunk_mib: int = 128
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
-    # vLLM's own, as given: ("--tensor-parallel-size", "2", …)
+    # vLLM's own flags as given: ("--tensor-parallel-size", "2", …)
     engine_flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
-        """Whether only processes of this machine reach ``host``."""
+        """The reach of ``host``: True if only processes of this machine reach it."""
         try:
             return ip_address(self.host).is_loopback
         except ValueError:
@@ -100,7 +100,7 @@ class Settings:
 
     @property
     def engine(self) -> Literal["transformers", "vllm"]:
-        """The backend that ``auto`` stands for: vLLM where it is installed."""
+        """The backend to run; ``auto`` stands for vLLM where it is installed."""
         if self.backend != "auto":
             return self.backend
         return "vllm" if find_spec("vllm") is not None else "transformers"
@@ -114,9 +114,9 @@ class Settings:
         if self.ssl_keyfile is not None:
             given += f" --ssl-keyfile {self.ssl_keyfile}"
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:  # without a password, OpenSSL would ask for one at the terminal
+        try:  # an empty password keeps OpenSSL from asking for one at the terminal
             context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile, password="")
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # ssl.SSLError included
             raise ConfigurationError(
                 f"{given}: {error.strerror or error}; give PEM files of a certificate, its chain "
                 "included, and of its private key, without a password"

@@ -36,7 +36,7 @@ from student_trainer.commands import main as cli
 from student_trainer.reporting.page import Chart, Report, SideBySide, Table, render
 from student_trainer.reporting.runs import find_runs
 from student_trainer.study.served import served
-from student_trainer.study.spec import Cell, load_study, substituted, words_of
+from student_trainer.study.spec import Cell, load_study, substituted, to_argv
 
 STUDY = Path(__file__).with_name("study.yaml")
 MODELS = {
@@ -159,7 +159,7 @@ class Quickstart:
         folders = {cell: str(self.folder / folder) for folder, cell in CELLS.items()}
         by = {**folders, "data": str(self.folder), "seed": str(self.seed)}
         flags = {key: substituted(value, by) for key, value in cell.flags.items()}
-        return [cell.command, *words_of(flags), f"--output_dir={output}"]
+        return [cell.command, *to_argv(flags), f"--output_dir={output}"]
 
     def _evaluate(self, model: str) -> Evaluated:
         output = self.folder / "evaluation" / model
@@ -183,7 +183,7 @@ class Quickstart:
         """The teacher, in a process of its own."""
         since = time.perf_counter()
         log = self.folder / "teacher-server.log"
-        with served(self.folder / model, words_of(self.study.serve), log) as (url, command):
+        with served(self.folder / model, to_argv(self.study.serve), log) as (url, command):
             self.seconds["teacher server start"] = time.perf_counter() - since
             self.commands.append(command)
             print(f"\n$ {command} &", flush=True)

@@ -21,7 +21,7 @@ from shared.errors import (
 from shared.yaml_file import config_path, read_config
 from student_trainer.commands.registry import COMMANDS
 from student_trainer.runtime.terminal import no_bars_in_logs
-from student_trainer.runtime.threads import leave
+from student_trainer.runtime.threads import end_process
 
 _LIST = "\n".join(f"  {name.ljust(10)} {command.help}" for name, command in COMMANDS.items())
 USAGE = f"""\
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> NoReturn:
     """`main`, with its exit code."""
-    leave(main())
+    end_process(main())
 
 
 def _log_as_told(words: list[str]) -> list[str]:
@@ -85,7 +85,7 @@ def _log_as_told(words: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
-    logs.last_words("student-trainer", message)
+    logs.log_failure("student-trainer", message)
     return code
 
 

@@ -37,7 +37,7 @@ from student_trainer.data.template import TemplateOptions
 from student_trainer.data.template_date import read_date
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.evaluation.checkers import CheckResult, check_completions, missing_fences
-from student_trainer.evaluation.journal import Unfinished
+from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.evaluation.suites import Problem, problems_of
@@ -88,7 +88,7 @@ def run_evaluation(
     model = load_model(model_arguments)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     of = _told(problems, model_arguments, generation, told, args)
-    with Unfinished(folder / "unfinished.jsonl", of) as unfinished:
+    with EvaluationJournal(folder / "unfinished.jsonl", of) as unfinished:
         _generate(model, requests, problems, parts, generation, args, unfinished)
     completions = [unfinished.texts[number] for number in range(len(requests))]
     truncated = [unfinished.truncated[number] for number in range(len(requests))]
@@ -331,7 +331,7 @@ def _generate(
     parts: _Parts,
     generation: GenerationArguments,
     args: EvaluateArguments,
-    unfinished: Unfinished,
+    unfinished: EvaluationJournal,
 ) -> None:
     """Fill in what is missing."""
     missing = [number for number in range(len(requests)) if number not in unfinished.texts]

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shared.completion import SHELLS, Words, script, words_of
+from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
 
 _DESCRIPTION = """\
 Print a completion script. In bash: eval "$(student-trainer completion bash)", or put the output
@@ -17,7 +17,7 @@ into ~/.local/share/bash-completion/completions/student-trainer. In zsh, after c
 def completion(argv: Sequence[str]) -> None:
     """Print the completion script of a shell."""
     arguments = _parser().parse_args(list(argv))
-    sys.stdout.write(script(arguments.shell, "student-trainer", commands()))
+    sys.stdout.write(completion_script(arguments.shell, "student-trainer", commands()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def commands() -> dict[str, Words]:
+def commands() -> dict[str, CommandArguments]:
     """Every command with its flags."""
     # Imported here, so that --help does not wait for torch.
     from student_trainer.commands.doctor import make_parser as doctor
@@ -41,9 +41,9 @@ def commands() -> dict[str, Words]:
     found = {}
     for name, command in COMMANDS.items():
         if name in others:
-            found[name] = words_of(others[name](), command.help)
+            found[name] = arguments_of(others[name](), command.help)
         else:
             types = ARGUMENTS["distill" if name == "precompute" else name]
             prog = f"student-trainer {name}"
-            found[name] = words_of(make_parser(*types, prog=prog, description=""), command.help)
+            found[name] = arguments_of(make_parser(*types, prog=prog, description=""), command.help)
     return found

@@ -1,1 +1,1 @@
-"""Answers checked and scored: suites, checkers, the sandbox, pass@k, perplexity."""
+"""Check and score completions: suites, checkers, the sandbox, pass@k, perplexity."""

@@ -1,11 +1,11 @@
 """The kernel's fences around model-written programs: Linux on x86_64 and aarch64.
 
-Loaded by `_harness.py` in an interpreter without site-packages. The promise rests on what every
+Loaded by `_harness.py` in an interpreter without site-packages. The sandbox relies on what every
 process may ask of a kernel: a seccomp filter that allows by list, Landlock, no capabilities,
 `no_new_privs` and limits. Namespaces and another user come on top where they are allowed.
 
-The filter is written out here, because it is one flat list, and libseccomp is neither on every
-machine nor has it a binding with releases of these years.
+The filter is written out here, because it is one flat list, and libseccomp is not on every machine
+and has no maintained binding.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# System calls by number, for (x86_64, aarch64); none where an architecture has no such call.
-# They read, wait, ask for the time, manage the process's own memory and end it. None makes a
+# Numbers of system calls on (x86_64, aarch64); None where an architecture has no such call. They
+# read, wait, ask for the time, manage the process's own memory and end it. None of them makes a
 # process or thread, a socket, a pipe or a file, or changes anything outside of the process.
 PLAIN = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66),
@@ -47,7 +47,7 @@ PLAIN = {
     "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
     "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-# Allowed for some arguments alone.
+# Allowed with some arguments only.
 CHECKED = {
     "open": (2, None), "openat": (257, 56), "ioctl": (16, 29), "fcntl": (72, 25),
     "prlimit64": (302, 261), "tgkill": (234, 131),
@@ -56,7 +56,7 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 # O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_APPEND, O_PATH and O_TMPFILE, the same on both.
 _CHANGING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o2000 | 0o10000000 | 0o20000000
-_TCGETS = 0x5401  # what isatty() asks
+_TCGETS = 0x5401  # the request that isatty() makes
 _FCNTLS = (1, 2, 3, 1030)  # F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
 
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
@@ -102,7 +102,7 @@ def separate(libc: Any) -> list[str]:
 
 
 def drop_privileges(libc: Any) -> list[str]:
-    """Give up all capabilities and all ways to more; return the names of what holds now.
+    """Drop all capabilities and every way to regain them; return the names of what holds.
 
     Raises:
         MissingFenceError: capabilities remain, or `no_new_privs` is refused.
@@ -123,15 +123,15 @@ def drop_privileges(libc: Any) -> list[str]:
     return ["no capabilities", "no_new_privs"]
 
 
-def become_another() -> list[int]:
-    """Change, if root, to a user id of its own, which has no file; stay root where that cannot be.
+def become_unused_user() -> list[int]:
+    """Change from root to an unused user id, which owns no file; stay root where that is refused.
 
-    Python may stand where only root may look (`/root`): it is then read through descriptors that
-    are open already, which are returned.
+    Python may be installed where only root may read (`/root`). It is then imported through open
+    descriptors, which are returned.
     """
     if os.geteuid() != 0:
         return []
-    # systemd's table of user ids leaves 60578 to 61183 to nobody.
+    # systemd leaves the user ids 60578 to 61183 unused.
     wanted = 60578 + os.getpid() % 600
     folders = {path: os.open(path, os.O_PATH) for path in sys.path if os.path.isdir(path)}  # noqa: PTH112
     kept = []
@@ -149,7 +149,7 @@ def become_another() -> list[int]:
                 os.listdir(moved[path])  # noqa: PTH208
                 kept.append(folder)
         os.setresuid(wanted, wanted, wanted)
-    except OSError:  # a user id that this namespace has not, or no /proc
+    except OSError:  # the namespace lacks the user id, or there is no /proc
         with contextlib.suppress(OSError):
             os.setresuid(0, 0, 0)
         kept, moved = [], {}
@@ -161,7 +161,7 @@ def become_another() -> list[int]:
 
 
 def _move_imports(moved: dict[str, str]) -> None:
-    """Import from other names of the same folders."""
+    """Make imports read the same folders by other paths."""
     if not moved:
         return
 
@@ -180,8 +180,8 @@ def _move_imports(moved: dict[str, str]) -> None:
     sys.path_importer_cache.clear()
 
 
-def fence_of(libc: Any) -> tuple[Callable[[], None], list[int]]:
-    """Return what a process calls, once, to be shut in, and the descriptors that it needs.
+def make_fence(libc: Any) -> tuple[Callable[[], None], list[int]]:
+    """Return a function that fences in the process that calls it, and descriptors it needs.
 
     Raises:
         MissingFenceError: the kernel has no Landlock. The returned function raises it where
@@ -216,16 +216,16 @@ def _number(numbers: tuple[int | None, int | None]) -> int:
 
 
 def _landlock(libc: Any) -> int:
-    """A ruleset that allows to read Python's standard library and shared libraries.
+    """Return a ruleset that allows reading Python's standard library and shared libraries.
 
-    What is installed beside the standard library is not readable: data sets come as packages.
+    Packages beside the standard library are not readable, because data sets come as packages.
     Source: https://docs.kernel.org/userspace-api/landlock.html; its three calls have the same
     numbers on every architecture.
     """
     version = libc.syscall(444, None, 0, 1)
     if version < 1:
         raise MissingFenceError("Landlock")
-    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # of files, all there are
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1  # all rights on files
     network, scope = 3 if version >= 4 else 0, 3 if version >= 6 else 0
     size = 24 if version >= 6 else 16 if version >= 4 else 8
     ruleset = libc.syscall(444, struct.pack("=QQQ", rights, network, scope), size, 0)
@@ -236,7 +236,7 @@ def _landlock(libc: Any) -> int:
     def allow(path: str, allowed: int) -> None:
         try:
             end = os.open(path, os.O_PATH)
-        except OSError:  # not for this user, so not for the program
+        except OSError:  # unreadable for this user, so for the program too
             return
         libc.syscall(445, ruleset, 1, struct.pack("=Qi", allowed, end), 0)
         os.close(end)
@@ -271,7 +271,7 @@ def _argument(index: int, *, high: bool = False) -> bytes:
 
 
 def _equals(index: int, *values: int) -> bytes:
-    """Allow the call if an int argument is one of these."""
+    """Return a test that allows the call if an int argument is one of these."""
     tests = b"".join(_step(_EQUAL, value, 0, 1) + _step(_RETURN, _ALLOW) for value in values)
     return _argument(index) + tests + _step(_RETURN, _REFUSE)
 
@@ -288,7 +288,7 @@ def _is_null(index: int) -> bytes:
 
 
 def filter_code(machine: str, process: int) -> bytes:
-    """A filter for one process: what is not on the list fails with EPERM.
+    """Return a filter for one process, where a call that is not on the list fails with EPERM.
 
     Args:
         machine: as `os.uname` tells it.
@@ -305,10 +305,10 @@ def filter_code(machine: str, process: int) -> bytes:
         "openat": _has_none(2, _CHANGING),
         "ioctl": _equals(1, _TCGETS),
         "fcntl": _equals(1, *_FCNTLS),
-        "prlimit64": _is_null(2),  # asks, and sets nothing
+        "prlimit64": _is_null(2),  # reads limits and sets none
         "tgkill": _equals(0, process),
     }
-    # A call by another table (32 bits) would have other numbers.
+    # A call through another table (32 bits) has other numbers, so it kills the process.
     code = _step(_LOAD, 4) + _step(_EQUAL, architecture, 1, 0) + _step(_RETURN, _KILL)
     code += _step(_LOAD, 0)
     for numbers in PLAIN.values():
@@ -322,7 +322,7 @@ def filter_code(machine: str, process: int) -> bytes:
 
 
 def install_filter(libc: Any, code: bytes) -> None:
-    """Put this process, which has `no_new_privs`, behind a filter for the rest of its life.
+    """Install a filter for the rest of the life of this process, which has `no_new_privs`.
 
     Raises:
         MissingFenceError: the kernel, or the container, refuses.
@@ -337,7 +337,7 @@ def install_filter(libc: Any, code: bytes) -> None:
 
 
 def limit(seconds: float, memory_bytes: int) -> None:
-    """Bound this process for good: no file grows, no memory is locked, no core is written."""
+    """Limit this process for good: no file grows, no memory is locked, no core is written."""
     cpu = int(seconds) + 1
     limits = {
         "CPU": cpu, "AS": memory_bytes, "FSIZE": 0, "NOFILE": 64, "NPROC": 0, "CORE": 0,

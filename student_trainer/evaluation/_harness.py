@@ -31,7 +31,7 @@ import _fences  # type: ignore[import-not-found]
 
 del sys.path[0]
 
-# Audit events of what reaches out of the interpreter, by their beginnings.
+# Prefixes of the audit events that reach out of the interpreter.
 _FORBIDDEN = (
     "socket.", "subprocess.", "shutil.", "ctypes.", "pty.", "fcntl.", "ftplib.", "smtplib.",
     "urllib.", "http.", "webbrowser.", "syslog.", "tempfile.", "resource.", "signal.",
@@ -42,44 +42,44 @@ _FORBIDDEN = (
     "sys._current_frames", "sys._current_exceptions", "sys.settrace", "sys.setprofile",
     "mmap.", "sqlite3.", "code.__new__",
 )  # fmt: skip
-# Of these no event tells.
+# Functions that reach out of the interpreter and raise no audit event.
 _SILENT = (
     "chroot", "memfd_create", "mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setns",
     "unshare",
 )  # fmt: skip
-_SILENT_MODULES = ("_multiprocessing", "_posixshmem")  # files in /dev/shm
+_SILENT_MODULES = ("_multiprocessing", "_posixshmem")  # they make files in /dev/shm
 
 
-_PROGRAM, _TESTS, _END = b"p", b"t", b"e"  # what the zygote is told
+_PROGRAM, _TESTS, _END = b"p", b"t", b"e"  # commands to the zygote
 
 
 # The server.
 
 
 def serve(seconds: float, memory_bytes: int, *, unsafe: bool) -> None:
-    """Answer all requests, if the fences hold or it is told to go without."""
+    """Answer all requests, if the fences hold or ``unsafe`` is set."""
 
     def limit() -> None:
         _fences.limit(seconds, memory_bytes)
 
     control = _start_zygote(limit, unsafe=unsafe)
     state = control.recv(1 << 16)
-    _say_line(json.loads(state or b'{"held": [], "missing": ["any (the zygote ended)"]}'))
+    _write_line(json.loads(state or b'{"held": [], "missing": ["any (the zygote ended)"]}'))
     while state:
         calls, call = os.pipe()
         answer, answers = os.pipe()
         requests, request = os.pipe()
         readable, report = os.pipe()
-        # Forked before the request comes, which then need not wait.
+        # Forked before the request comes, so that it need not wait for the fork.
         _send_ends(control, _PROGRAM, calls, answers)
         _send_ends(control, _TESTS, requests, call, answer, report)
         line = sys.stdin.readline()
         if not line:
             return
-        _say_line(_judge(line, request, readable, control, seconds))
+        _write_line(_judge(line, request, readable, control, seconds))
 
 
-def _say_line(message: object) -> None:
+def _write_line(message: object) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
@@ -91,7 +91,7 @@ def _judge(
     with contextlib.suppress(BrokenPipeError):
         _send(request, line.encode())
     os.close(request)
-    said = _heard(readable, since + timeout)
+    said = _read_to_end(readable, since + timeout)
     os.close(readable)
     control.send(_END)
     program, tests = struct.unpack("=ii", control.recv(8))
@@ -107,13 +107,13 @@ def _judge(
             detail = f"the process ended with status {program}"
             if os.WIFSIGNALED(program) and os.WTERMSIG(program) == signal.SIGXCPU:
                 outcome, detail = late
-    # Terminals and files get it: no control characters, no half of a surrogate pair.
+    # Control characters and lone surrogates are replaced, because terminals and files get the text.
     detail = "".join(c if c.isprintable() else " " for c in detail)
     return {"outcome": outcome, "detail": detail, "seconds": seconds}
 
 
-def _heard(end: int, deadline: float) -> bytes | None:
-    """Everything up to the end of the pipe, or None if that does not come in time."""
+def _read_to_end(end: int, deadline: float) -> bytes | None:
+    """Return everything up to the end of the pipe, or None if that does not come in time."""
     said = b""
     while select.select([end], [], [], max(deadline - time.monotonic(), 0.0))[0]:
         data = os.read(end, 4096)
@@ -124,7 +124,7 @@ def _heard(end: int, deadline: float) -> bytes | None:
 
 
 def _send_ends(control: _socket.socket, kind: bytes, *ends: int) -> None:
-    """Have a process forked that holds these descriptors, which are closed here."""
+    """Tell the zygote to fork a process that holds these descriptors, and close them here."""
     rights = struct.pack(f"={len(ends)}i", *ends)
     control.sendmsg([kind], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)])
     for end in ends:
@@ -135,7 +135,7 @@ def _send_ends(control: _socket.socket, kind: bytes, *ends: int) -> None:
 
 
 def _start_zygote(limit: Callable[[], None], *, unsafe: bool) -> _socket.socket:
-    """Fork it, out of the machine's namespaces where that is allowed; return the way to it."""
+    """Fork the zygote, in new namespaces where that is allowed; return its control socket."""
     held, missing = [], []
     libc = None
     try:
@@ -152,15 +152,15 @@ def _start_zygote(limit: Callable[[], None], *, unsafe: bool) -> _socket.socket:
         try:
             ours.close()
             for number in (0, 1):  # stdin and stdout are the server's
-                _point_at_nothing(number)
-            _breed(theirs, libc, limit, held, missing, unsafe=unsafe)
+                _redirect_to_null(number)
+            _run_zygote(theirs, libc, limit, held, missing, unsafe=unsafe)
         finally:
             os._exit(0)
     theirs.close()
     return ours
 
 
-def _breed(
+def _run_zygote(
     control: _socket.socket,
     libc: Any,
     limit: Callable[[], None],
@@ -169,7 +169,7 @@ def _breed(
     *,
     unsafe: bool,
 ) -> None:
-    """Fork a program or tests when told to, end them when told to, until the server is gone."""
+    """Fork programs and tests, and end them, as the server commands, until it is gone."""
 
     def no_fence() -> None:
         pass
@@ -179,25 +179,25 @@ def _breed(
     if libc is not None:
         libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
         try:
-            enclose, kept = _fences.fence_of(libc)
+            enclose, kept = _fences.make_fence(libc)
         except _fences.MissingFenceError as error:
             missing.append(str(error))
         root = os.geteuid() == 0
-        kept += _fences.become_another()
+        kept += _fences.become_unused_user()
         held += ["user id"] if root and os.geteuid() != 0 else []
         try:
             held += _fences.drop_privileges(libc)
         except _fences.MissingFenceError as error:
             missing.append(str(error))
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG, which a new user id clears
-        if not missing and (fault := _trial(enclose)):
+        if not missing and (fault := _probe_fence(enclose)):
             missing.append(fault)
         if not missing:
             held += ["Landlock", "seccomp"]
     control.send(json.dumps({"held": held, "missing": missing}).encode())
     if missing and not unsafe:
         return
-    _take_away_what_tells_nothing()
+    _remove_silent_functions()
     for name in [n for n in sys.modules if n.split(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]
     running: list[int] = []
@@ -227,8 +227,8 @@ def _breed(
             os.close(end)
 
 
-def _trial(enclose: Callable[[], None]) -> str:
-    """What is missing of the fence, which a child tries; nothing when it holds."""
+def _probe_fence(enclose: Callable[[], None]) -> str:
+    """Try the fence in a child; return what is missing of it, "" when it holds."""
     readable, report = os.pipe()
     child = os.fork()
     if child == 0:
@@ -247,14 +247,14 @@ def _trial(enclose: Callable[[], None]) -> str:
 
 
 def _end_all(running: list[int]) -> list[int]:
-    """Kill those and all they began, what left its session too; return their wait statuses."""
+    """Kill these processes and all their descendants; return their wait statuses."""
     statuses = []
     for child in running:
-        for kill in (os.killpg, os.kill):  # a group of that number, if it has one
+        for kill in (os.killpg, os.kill):  # its process group, if it has one
             with contextlib.suppress(ProcessLookupError):
                 kill(child, signal.SIGKILL)
-        statuses.append(os.waitpid(child, 0)[1])  # what it began is ours now
-    # The fence lets nothing begin; without one there may be orphans.
+        statuses.append(os.waitpid(child, 0)[1])  # its children are this process's now
+    # Without the fence, which lets no process begin, there may be orphans.
     with contextlib.suppress(ChildProcessError):
         while True:
             for orphan in _children():
@@ -265,7 +265,7 @@ def _end_all(running: list[int]) -> list[int]:
 
 
 def _children() -> list[int]:
-    if os.getpid() == 1:  # of a process namespace: all there is, but this process
+    if os.getpid() == 1:  # in a process namespace -1 means all processes but this one
         return [-1]
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as file:  # noqa: PTH123
@@ -274,17 +274,17 @@ def _children() -> list[int]:
         return []
 
 
-def _point_at_nothing(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, number)
     os.close(nothing)
 
 
 def _begin(limit: Callable[[], None], *kept: int) -> None:
-    """Begin a session of its own within the limits, with no open file but those."""
+    """Begin a session of its own within the limits, with only these files open."""
     os.setsid()
     for number in (0, 1, 2):
-        _point_at_nothing(number)
+        _redirect_to_null(number)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     limit()
     since = 3
@@ -294,14 +294,14 @@ def _begin(limit: Callable[[], None], *kept: int) -> None:
     os.closerange(since, 1024)
 
 
-# The courtesy: a name for what a program tried, before the kernel refuses it.
+# The audit hook, which names what a program tried before the kernel refuses it.
 
 
-def _take_away_what_tells_nothing() -> None:
+def _remove_silent_functions() -> None:
     for module in (os, sys.modules["posix"], signal, sys.modules["_signal"]):
         for name in _SILENT:
             vars(module).pop(name, None)
-    vars(sys).pop("monitoring", None)  # would run in frames of others
+    vars(sys).pop("monitoring", None)  # would run in the frames of other code
     import _posixsubprocess
 
     subprocesses: Any = _posixsubprocess
@@ -309,25 +309,25 @@ def _take_away_what_tells_nothing() -> None:
 
 
 def _forbid(report: Callable[[str], object]) -> None:
-    """Whatever reaches out of the interpreter ends the process on the spot.
+    """Install an audit hook that ends the process when it reaches out of the interpreter.
 
     Args:
-        report: sends the name of what it was.
+        report: is called with the name of the event.
     """
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     readable = tuple(path.rstrip("/") + "/" for path in sys.path)
-    # Nothing that the program could patch by name.
+    # Bound here, because the program could patch them by name.
     prefixes, modules, leave, plus = _FORBIDDEN, _SILENT_MODULES, os._exit, str.__add__
     starts, has, both = str.startswith, str.__contains__, int.__and__
     kind, text, number = type, str, int
 
     def outside(path: Any) -> bool:
-        """Not a file of the standard library, nor one that is open already."""
+        """Return whether a path is neither a standard library file nor an open descriptor."""
         if kind(path) is number:
             return False
         if kind(path) is not text:
             return True
-        # "<string>" is looked for by the compiler, for the line of a syntax error.
+        # The compiler looks for "<string>" to show the line of a syntax error.
         return not starts(path, (*readable, "<")) or has(path, "/../")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -355,7 +355,7 @@ _LENGTH = struct.Struct("=Q")
 def _send(
     end: int,
     body: bytes,
-    # Bound here, out of the program's reach.
+    # Bound here, because the program could patch them.
     write: Any = os.write,
     pack: Any = _LENGTH.pack,
     size: Any = len,
@@ -366,16 +366,16 @@ def _send(
 
 
 def _receive(end: int) -> Any:
-    """The next message, or None when the other side is gone.
+    """Return the next message, or None when the other side is gone.
 
     Raises:
-        ValueError: that was none.
+        ValueError: the bytes are no message.
     """
     head = _read(end, 8)
     if head is None:
         return None
     (size,) = _LENGTH.unpack(head)
-    if size > 1 << 32:  # would be waited for
+    if size > 1 << 32:  # would be waited for without end
         raise ValueError("this is no message")
     data = _read(end, size)
     return None if data is None else json.loads(data)
@@ -392,10 +392,10 @@ def _read(end: int, size: int) -> bytes | None:
 
 
 def _encoded(value: Any, depth: int = 0) -> Any:
-    """Plain data as JSON; anything else as the plain data that it equals: a Counter is a dict.
+    """Return plain data as JSON; a subclass as the plain data that it equals, a Counter as a dict.
 
     Raises:
-        TypeError: there is no such data.
+        TypeError: the value is no plain data.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -423,7 +423,7 @@ def _encoded(value: Any, depth: int = 0) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """What was `_encoded`: data of exactly these types, none of which answers for itself."""
+    """Return the data of `_encoded` in exactly its plain types, without any code of the program."""
     if isinstance(value, list):
         return [_decoded(item) for item in value]
     if not isinstance(value, dict):
@@ -443,7 +443,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _answer_calls(calls: int, answers: int) -> None:
-    """Run the program, then its function as often as the tests ask."""
+    """Run the program, then its function as often as the tests call it."""
     request = _receive(calls)
     if request is None:
         return
@@ -479,9 +479,9 @@ def _tell(end: int, *message: object) -> None:
 
 
 class _Ended(BaseException):
-    """The program is no more; the arguments are outcome and detail.
+    """An end of the program before the tests'; the arguments are outcome and detail.
 
-    It is also kept in `_ends`: a test's bare `except` would swallow it.
+    It is also kept in `_ends`, because a test's bare `except` would swallow it.
     """
 
     def __init__(self, outcome: str, detail: str) -> None:
@@ -508,8 +508,8 @@ def _run_tests(requests: int, call: int, answer: int, report: int) -> None:
         exec(compile(request["test"], "<test>", "exec"), test)
 
         def candidate(*arguments: Any, **options: Any) -> Any:
-            asked = [_encoded(arguments), _encoded(options)]
-            result, after = _ask(call, answer, asked)
+            message = [_encoded(arguments), _encoded(options)]
+            result, after = _ask(call, answer, message)
             changed = [a if isinstance(a, list | dict | set) else None for a in arguments]
             if list(map(type, changed)) != list(map(type, after)):
                 raise _Ended("failed", _NO_MESSAGE)
@@ -539,8 +539,8 @@ _NO_MESSAGE = "the process answered with something that is no message"
 
 
 def _ask(call: int, answer: int, message: object) -> list[Any]:
-    """What the program answers; what its function raised is raised here."""
-    if _ends:  # a test has swallowed the end
+    """Send the program a message and return its answer; raise what its function raised."""
+    if _ends:  # a test has swallowed `_Ended`
         raise _Ended(*_ends[0])
     try:
         _send(call, json.dumps(message).encode())
@@ -565,7 +565,7 @@ def _ask(call: int, answer: int, message: object) -> list[Any]:
     error: Exception = RuntimeError(f"{first}: {second}")
     known = getattr(builtins, first, None)
     if isinstance(known, type) and issubclass(known, Exception):
-        with contextlib.suppress(TypeError):  # UnicodeDecodeError wants five arguments
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError takes five arguments
             error = known(second)
     raise error
 

@@ -1,4 +1,4 @@
-"""How a dataset row says whether a completion is right.
+"""Check whether completions are right, by the checkers of their dataset rows.
 
 A row may carry ``checker``:
 
@@ -7,8 +7,8 @@ A row may carry ``checker``:
     {"kind": "final_number", "answer": …}                          the number (GSM8K), as `numbers`
                                                                    reads it
 
-A program is taken out of the completion by `extract`, a number by `numbers`. In both, thoughts
-before the answer do not count.
+`extract` finds the program in a completion, `numbers` the number. Both ignore thoughts before the
+answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Checker:
-    """A checked ``checker`` of a row: its kind and its text fields by name."""
+    """A validated ``checker`` of a row: its kind and its text fields by name."""
 
     kind: str
     fields: Mapping[str, str]
@@ -47,7 +47,7 @@ class CheckResult:
 
 
 def parse_checker(checker: Mapping[str, Any], where: str) -> Checker:
-    """A usable checker.
+    """Validate the ``checker`` of a row.
 
     Raises:
         DatasetError: names the row and what is missing.
@@ -75,13 +75,13 @@ def check_completions(
     progress: bool = False,
     unsafe: bool = False,
 ) -> list[CheckResult]:
-    """Verdicts in order; programs run in the sandbox, ``timeout`` seconds each.
+    """Return verdicts in order; programs run in the sandbox for up to ``timeout`` seconds each.
 
     Args:
         checkers: one for each completion.
         completions: what the model wrote.
-        truncated: which of them reached the length limit; by default none. Those have no last
-            number, only one that is marked as the answer, and thoughts that go on are no answer.
+        truncated: which of them reached the length limit; by default none. In those only a number
+            that is marked as the answer counts, and unfinished thoughts are no answer.
         timeout: seconds for each program.
         workers: programs that run at a time; by default one for each core.
         progress: show a bar.
@@ -111,7 +111,7 @@ def check_completions(
 
 
 def missing_fences(checkers: Sequence[Mapping[str, Any]], *, unsafe: bool) -> list[str]:
-    """The fences that the sandbox lacks here, where one of these checkers runs programs.
+    """Return the fences that the sandbox lacks here, if one of these checkers runs programs.
 
     Raises:
         ConfigurationError: there are some, and ``unsafe`` is not set.
@@ -122,7 +122,7 @@ def missing_fences(checkers: Sequence[Mapping[str, Any]], *, unsafe: bool) -> li
 
 
 def summarize(results: Sequence[CheckResult]) -> dict[str, float]:
-    """Shares of right completions: ``pass@1`` of programs, ``exact_match`` of the rest."""
+    """Return the shares of right completions: ``pass@1`` of programs, ``exact_match`` of others."""
     shares = {}
     for name, kinds in (("pass@1", {"python"}), ("exact_match", {"exact_match", "final_number"})):
         verdicts = [result.passed for result in results if result.kind in kinds]

@@ -1,4 +1,4 @@
-"""Find the program in what a model wrote: the code that parses decides, not how it is wrapped.
+"""Find the program in a completion by what parses, however it is wrapped.
 
 A completion is one of three things, tried in this order:
 
@@ -27,11 +27,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 _BUDGET = 800_000  # characters parsed for one answer
-_CALL = 200  # what a call costs beside its characters
-_PREFIXES = 100  # cuts of one text
-_LONGEST = 2_000  # lines of one statement between lines that are no code
-_MARKERS = 400  # fence markers of one answer that are looked at
-_VIEWS = 12  # indented definitions, inline codes of one segment
+_CALL = 200  # what a call of the parser costs beside its characters
+_PREFIXES = 100  # most prefixes of one text that are tried
+_LONGEST = 2_000  # most lines of one statement among lines of prose
+_MARKERS = 400  # most fence markers of one answer that are read
+_VIEWS = 12  # most indented definitions or inline codes of one segment
 
 _MARKER = re.compile(
     r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})[ \t]*(?P<tag>[\w+#.:-]*)(?P<rest>[^\n]*)$"
@@ -59,7 +59,7 @@ _THOUGHTS = (
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),
     (r"\Aanalysis(?=[A-Z\s])", r"assistantfinal"),
 )
-_UNQUOTED = r"(?<![\"'`]){}(?![\"'`])"  # a tag that code or prose speaks of is in quotes
+_UNQUOTED = r"(?<![\"'`]){}(?![\"'`])"  # a tag in quotes is mentioned, not meant
 _END = re.compile(
     _UNQUOTED.format(r"(?:<\|(?:endoftext|im_end|eot_id|end_of_text|end)\|>|<end_of_turn>)")
 )
@@ -84,7 +84,7 @@ _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 @dataclass(frozen=True)
 class _Statement:
-    """One top-level statement: source, names it binds or changes, names it needs."""
+    """A top-level statement: its source, names it binds or changes, names it needs."""
 
     node: ast.stmt
     source: str
@@ -98,9 +98,9 @@ class _Segment:
 
     Attributes:
         lines: without what stands before the fence (a quote's ``>``, a list's indentation).
-        raw: the lines as they are, with the marker behind them.
-        fenced: it is inside a fence, as Markdown pairs them.
-        closed: a marker follows, or none opened it.
+        raw: the lines as they are, and the marker after them.
+        fenced: whether they are inside a fence, as Markdown pairs them.
+        closed: whether a marker follows, or none opened it.
     """
 
     lines: tuple[str, ...]
@@ -111,7 +111,7 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Definition:
-    """Statements of a segment that define the entry point."""
+    """The statements of a segment that define the entry point."""
 
     statements: tuple[_Statement, ...]
     stub: bool
@@ -161,7 +161,7 @@ def _normalized(text: str) -> str:
 
 
 def after_thoughts(text: str, truncated: bool) -> str:
-    """The text after the thoughts and before a model's end token."""
+    """Return the text after the thoughts and before a model's end token."""
     for opening, closing in _THOUGHTS:
         ends = [m.end() for m in re.finditer(_UNQUOTED.format(closing), text)]
         if ends:
@@ -170,7 +170,7 @@ def after_thoughts(text: str, truncated: bool) -> str:
         if opened and truncated:
             text = text[: opened.start()]
         elif opened:
-            # The model ended by itself and left out the tag.
+            # The model ended by itself without the closing tag.
             text = text[: opened.start()] + "\n" + text[opened.end() :]
     end = _END.search(text)
     return text[: end.start()] if end else text
@@ -181,7 +181,7 @@ def _indentation(line: str) -> str:
 
 
 class _Reader:
-    """The parsing of one answer, within its budget."""
+    """A parser of one answer, within a budget."""
 
     def __init__(self, prompt: str, entry_point: str) -> None:
         self._left = _BUDGET
@@ -202,7 +202,7 @@ class _Reader:
     # Parsing
 
     def _parse(self, lines: Sequence[str]) -> list[ast.stmt] | int:
-        """The statements, or the number of the first line (from 1) that does not parse."""
+        """Return the statements, or the number of the first line (from 1) that does not parse."""
         text = "\n".join(lines)
         self._left -= len(text) + _CALL
         if self._left < 0:
@@ -215,7 +215,7 @@ class _Reader:
             line = error.lineno or 1
         except (ValueError, MemoryError, RecursionError):
             line = 1
-        self._left -= 3 * len(text)  # CPython parses twice to tell of an error
+        self._left -= 3 * len(text)  # CPython parses twice to report an error
         return line
 
     def _parsed(self, lines: Sequence[str]) -> list[_Statement] | None:
@@ -225,7 +225,7 @@ class _Reader:
     def _longest_prefix(
         self, lines: Sequence[str], least: int = 0, *, inside: bool = False
     ) -> tuple[list[ast.stmt], int]:
-        """Statements of as many lines as parse, and how many lines those are.
+        """Return the statements of as many lines as parse, and the number of those lines.
 
         Args:
             lines: the text.
@@ -247,7 +247,7 @@ class _Reader:
         return [], 0
 
     def _islands(self, lines: Sequence[str]) -> tuple[list[_Statement], frozenset[int]]:
-        """Top-level statements between lines that are none, and which of them are cut."""
+        """Return the top-level statements among other lines, and the indices of those cut."""
         whole = self._parsed(lines)
         if whole is not None:
             return whole, frozenset()
@@ -276,21 +276,21 @@ class _Reader:
     # The prompt
 
     def _read_prompt(self) -> tuple[str, str, bool]:
-        """The prompt's lines before the function, its body's indentation, and if it is code."""
+        """Return the lines before the function, its indentation, and if the prompt is code."""
         lines = self._prompt.rstrip().split("\n")
         found = [m for m in self._header.finditer(self._prompt) if not m[1]]
         if not found:
             whole = self._parsed(lines)
             return ("" if whole is None else self._prompt), "    ", False
-        row = self._prompt.count("\n", 0, found[-1].start())
-        while row and lines[row - 1].startswith("@"):
-            row -= 1
-        before = self._prompt.split("\n")[:row]
+        number = self._prompt.count("\n", 0, found[-1].start())
+        while number and lines[number - 1].startswith("@"):
+            number -= 1
+        before = self._prompt.split("\n")[:number]
         if self._parsed(before) is None:
             statements, _ = self._islands(before)
             before = [s.source for s in statements if s.binds]
-        body = _indentation(lines[-1]) if len(lines) > row + 1 else ""
-        for line in lines[row + 1 :]:
+        body = _indentation(lines[-1]) if len(lines) > number + 1 else ""
+        for line in lines[number + 1 :]:
             if line.lstrip().startswith(('"""', "'''", 'r"""')):
                 body = _indentation(line)
                 break
@@ -299,7 +299,7 @@ class _Reader:
     # Choosing
 
     def solve(self, text: str) -> tuple[str | None, bool]:
-        """The program, and whether nothing of it was cut."""
+        """Return the program, and whether nothing of it was cut."""
         segments = _segments(text)
         first = segments[0]
         if not first.fenced:
@@ -330,7 +330,7 @@ class _Reader:
     def _definition(
         self, segments: Sequence[_Segment], at: int, segment: _Segment
     ) -> tuple[list[_Statement], _Definition | None]:
-        """All statements of a segment, and its definition of the entry point."""
+        """Return all statements of a segment, and its definition of the entry point."""
         text = "\n".join(segment.lines)
         statements, cut = self._islands(_dedented(segment.lines))
         found = self._as_definition(statements, cut, segment, at)
@@ -342,7 +342,7 @@ class _Reader:
                 found = other
                 break
         if (found is None or not found.complete) and self._header.search(text):
-            for width in (3, 5):  # fences in a docstring, or in a longer fence
+            for width in (3, 5):  # rejoin what fences in a docstring or in a longer fence split
                 joined = segments[at : at + width]
                 if len(joined) == width:
                     lines = [line for part in joined for line in part.raw][:-1]
@@ -352,7 +352,7 @@ class _Reader:
         return statements, found
 
     def _views(self, segment: _Segment, text: str) -> Iterator[Sequence[str]]:
-        """Other readings of a segment: a session, a definition that is indented, inline code."""
+        """Yield other readings of a segment: a session, an indented definition, inline code."""
         lines = segment.lines
         if any(_REPL.match(line) for line in lines):
             yield [_REPL.sub("", line, count=1) for line in lines if _REPL.match(line)]
@@ -360,9 +360,9 @@ class _Reader:
         for match in indented[:_VIEWS]:
             if self._left < 0:
                 return
-            row, width = text.count("\n", 0, match.start()), match[1]
+            number, width = text.count("\n", 0, match.start()), match[1]
             outer = next(
-                (x for x in reversed(lines[:row]) if x.strip() and not x.startswith(width)), ""
+                (x for x in reversed(lines[:number]) if x.strip() and not x.startswith(width)), ""
             )
             if not _HEADER.match(outer):  # else it is a method or a nested function
                 yield [line.removeprefix(width) for line in lines]
@@ -390,7 +390,7 @@ class _Reader:
         return _Definition(own, not best[0], best[1], segment.fenced, segment.closed, at)
 
     def _body(self, lines: Sequence[str]) -> tuple[_Statement, ...] | None:
-        """The prompt's function with these lines as its body, and what follows it."""
+        """Return the prompt's function with these lines as its body and what follows, or None."""
         first = next((i for i, line in enumerate(lines) if line.strip()), None)
         if first is None or not self._continued:
             return None
@@ -408,7 +408,7 @@ class _Reader:
         else:
             own = [line.removeprefix(space) for line in rest]
             moved = [self._indent + line if line.strip() else line for line in own]
-            if space:  # what is not indented as the first line is no part of the body
+            if space:  # lines with less indentation than the first are no part of the body
                 moved = [
                     new if old.startswith(space) else old
                     for old, new in zip(rest, moved, strict=True)
@@ -434,7 +434,7 @@ class _Reader:
         return None if best is None else best[1]
 
     def _function_of(self, nodes: Sequence[ast.stmt], least: int) -> tuple[int, bool] | None:
-        """The number of the function that goes on behind the prompt, and whether it returns."""
+        """Return the index of the function that continues the prompt, and if it returns."""
         for number, node in enumerate(nodes):
             if not isinstance(node, _FUNCTIONS) or node.name != self._entry:
                 continue
@@ -459,7 +459,7 @@ class _Reader:
         own: Sequence[_Statement],
         others: Sequence[Sequence[_Statement]],
     ) -> str:
-        """The prompt's lines, and of the answer's statements those that the entry point needs."""
+        """Return the prompt's lines and the answer's statements that the entry point needs."""
         imported = {n for s in own if _is_import(s.node) for n in s.binds}
         binding: dict[str, list[int]] = {}
         for index, statement in enumerate(own):
@@ -501,7 +501,7 @@ class _Reader:
 
 
 def _segments(text: str) -> list[_Segment]:
-    """The text between fence markers, each with what it is to Markdown."""
+    """Split a text at its fence markers, paired as Markdown does."""
     segments: list[_Segment] = []
     lines: list[str] = []
     opener: str | None = None
@@ -548,7 +548,7 @@ def _segments(text: str) -> list[_Segment]:
 
 
 def _dedented(lines: Sequence[str]) -> list[str]:
-    """The lines without the indentation they share; blank lines in strings stay as they are."""
+    """Return the lines without the indentation they share; strings keep their blank lines."""
     shared = os.path.commonprefix([_indentation(line) for line in lines if line.strip()])  # noqa: RUF071
     return [line.removeprefix(shared) for line in lines]
 
@@ -561,7 +561,7 @@ def _without_prefix(line: str, prefix: str) -> str:
 
 
 def _runs(lines: Sequence[str]) -> list[list[str]]:
-    """Indented lines between lines of prose, a handful at most; not those below a header."""
+    """Return a few runs of indented lines between prose, without those below a code header."""
     runs: list[list[str]] = [[]]
     header = False
     for line in lines:
@@ -574,7 +574,7 @@ def _runs(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _chunk_end(lines: Sequence[str], at: int) -> int:
-    """The line after a statement, by indentation alone."""
+    """Return the index of the line after a statement, by indentation alone."""
     end = at
     limit = min(at + _LONGEST, len(lines))
     while end < limit and lines[end].startswith("@"):
@@ -617,7 +617,7 @@ def _statement(lines: Sequence[str], node: ast.stmt) -> _Statement:
 def _defines(statement: _Statement, name: str) -> bool:
     node = statement.node
     if isinstance(node, ast.Assign | ast.AnnAssign):
-        # Not the result of a call of the function itself.
+        # The result of a call of the function itself is no definition of it.
         value = node.value
         return (
             value is not None and not isinstance(value, ast.Constant) and name not in _free(value)
@@ -633,7 +633,7 @@ def _is_stub(node: ast.stmt) -> bool:
 
 
 def _acts(node: ast.stmt) -> bool:
-    """It is more than a comment, a word or a declaration."""
+    """Return whether a statement is more than a comment, a bare value or a declaration."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Call | ast.Yield | ast.YieldFrom | ast.Await)
     if isinstance(node, ast.AnnAssign):
@@ -650,14 +650,14 @@ def _is_future(node: ast.stmt) -> bool:
 
 
 def _always(node: ast.stmt) -> bool:
-    """Statements that no name leads to and that change what the rest means."""
+    """Return whether a statement is always kept: no name leads to it, but it affects the rest."""
     if isinstance(node, ast.ImportFrom):
         return node.module == "__future__" or any(alias.name == "*" for alias in node.names)
     return isinstance(node, ast.Expr) and ast.unparse(node)[:22] == "sys.setrecursionlimit("
 
 
 def _scope(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of one scope, without those of functions and classes in it."""
+    """Yield the nodes of one scope, without those of functions and classes in it."""
     todo = [node]
     while todo:
         current = todo.pop()
@@ -667,7 +667,7 @@ def _scope(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _bound(statement: ast.stmt) -> set[str]:
-    """Names that a statement binds or changes in its scope."""
+    """Return the names that a statement binds or changes in its scope."""
     if isinstance(statement, ast.AnnAssign) and statement.value is None:
         return set()
     if isinstance(statement, ast.If) and "__name__" in _free(statement.test):
@@ -700,7 +700,7 @@ def _root(node: ast.expr) -> str:
 
 
 def _free(node: ast.AST) -> set[str]:
-    """Names that a node takes from around it."""
+    """Return the names that a node takes from around it."""
     if isinstance(node, ast.Name):
         return {node.id}
     if isinstance(node, (*_FUNCTIONS, ast.Lambda)):
@@ -740,7 +740,7 @@ def _all_free(nodes: Iterable[ast.AST | None]) -> set[str]:
 
 
 def _stored(statement: ast.stmt) -> set[str]:
-    """Names that a statement makes local to its function."""
+    """Return the names that a statement makes local to its function."""
     names = set()
     for node in _scope(statement):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):

@@ -1,4 +1,4 @@
-"""Completions of an evaluation that is not finished, so that an interrupted one goes on."""
+"""Keep the completions of an unfinished evaluation, so that an interrupted one can go on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from types import TracebackType
 from typing import Any, Self
 
 
-class Unfinished:
-    """A file of completions by number, under a first line that says what they are of.
+class EvaluationJournal:
+    """A file of completions by number, under a first line that identifies the evaluation.
 
-    What is there already is in ``texts`` and ``truncated``, if it is of the same; otherwise the
-    file begins anew. A last line that was cut is left out and written again. Use as a context
-    manager.
+    Completions of the same evaluation are read into ``texts`` and ``truncated``; those of another
+    one are dropped, and the file begins anew. A last line that was cut is left out and written
+    again. Use as a context manager.
 
     Args:
         path: of the file.
@@ -49,11 +49,11 @@ class Unfinished:
         self._file.close()
 
     def add(self, number: int, text: str, *, truncated: bool) -> None:
-        """Keep a completion, and whether the length limit cut it, at once."""
+        """Write a completion at once, and whether the length limit cut it."""
         self.texts[number], self.truncated[number] = text, truncated
         self._file.write(json.dumps([number, text, truncated]) + "\n")
         self._file.flush()
 
     def finish(self) -> None:
-        """All is done and written elsewhere."""
+        """Delete the file, when all results are written elsewhere."""
         self.path.unlink()

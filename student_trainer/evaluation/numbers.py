@@ -21,10 +21,10 @@ from fractions import Fraction
 
 from student_trainer.evaluation.extract import after_thoughts
 
-_DIGITS = 300  # of a number; longer ones are none
-_BOXES = 50  # that are looked at, from the end
-_LINE = 1000  # characters of a line or a box that are looked at
-_SPACE = "\u2009"  # thin, between groups of digits
+_DIGITS = 300  # most digits of a number
+_BOXES = 50  # most boxes that are read, from the end
+_LINE = 1000  # most characters of a line or a box that are read
+_SPACE = "\u2009"  # a thin space, between groups of digits
 _CHARACTERS = {
     **dict.fromkeys(map(ord, "\u2212\ufe63\uff0d\u2010\u2011"), "-"),
     **dict.fromkeys(map(ord, "\u00a0\u2007\u2008\u202f"), _SPACE),
@@ -80,7 +80,7 @@ _TIME = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A number and how many decimals it was written with."""
+    """A number, and with how many decimals it was written."""
 
     value: Fraction
     decimals: int = 0
@@ -112,7 +112,7 @@ def final_number(text: str, *, truncated: bool = False) -> Number | None:
     for match in reversed(list(_ANSWER.finditer(text))):
         line = text[match.end() : match.end() + _LINE].lstrip(" *\n\t").split("\n")[0]
         if truncated and text.endswith(line) and not line.endswith((".", "!")):
-            line = line[: max(line.rfind(" "), 0)]  # the last word may be half of one
+            line = line[: max(line.rfind(" "), 0)]  # the last word may be cut
         number = _stated(re.split(r"[.!?](?=\s)", line)[0])
         if number is not None:
             return number
@@ -138,7 +138,7 @@ def equal_numbers(found: Number, reference: Number) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The text with LaTeX and Unicode forms of numbers as plain ones."""
+    """Return the text with LaTeX and Unicode forms of numbers as plain ones."""
     text = text.translate(_CHARACTERS)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
@@ -146,7 +146,7 @@ def _plain(text: str) -> str:
 
 
 def _stated(text: str) -> Number | None:
-    """The number of an expression or a sentence: what "=" leads to, else the first one."""
+    """Return the first number of the last part between "=" that has one, or None."""
     for part in reversed(text.split("=")):
         found = next(_numbers(part), None)
         if found is not None:
@@ -155,7 +155,7 @@ def _stated(text: str) -> Number | None:
 
 
 def _boxes(text: str) -> list[str]:
-    """What stands in closed boxes, the last one first."""
+    """Return the contents of closed boxes, the last one first."""
     found = []
     for match in list(re.finditer(r"\\(?:boxed|fbox)\s*\{", text))[-_BOXES:]:
         depth = 1
@@ -168,7 +168,7 @@ def _boxes(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> Iterator[tuple[Number, int, int]]:
-    """All numbers of a plain text, each with where it begins and ends."""
+    """Yield all numbers of a plain text, each with its start and end."""
     excluded = [match.span() for match in _TIME.finditer(text)]
     current = 0
     for match in _NUMBER.finditer(text):

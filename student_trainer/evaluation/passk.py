@@ -1,4 +1,4 @@
-"""pass@k, and HumanEval's own sample files."""
+"""Compute pass@k, and read and write HumanEval's own sample files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from shared.errors import DatasetError
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is correct, 1 − C(n−c, k) / C(n, k).
+    """Return the unbiased estimate of pass@k from n samples, 1 − C(n−c, k) / C(n, k).
+
+    That is the chance that one of k samples is correct.
 
     Raises:
         ValueError: fewer than k samples, or more correct ones than samples.
@@ -27,17 +29,17 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Sequence[tuple[int, int]], k: int) -> float:
-    """Mean over problems of `pass_at_k`, each given as (samples, correct)."""
+    """Return the mean of `pass_at_k` over problems, each given as (samples, correct)."""
     return sum(pass_at_k(n, correct, k) for n, correct in counts) / len(counts)
 
 
 def write_samples(path: Path, samples: Iterable[dict[str, Any]]) -> None:
-    """JSONL with at least ``task_id`` and ``completion``, which HumanEval's own scorer reads."""
+    """Write JSONL with ``task_id`` and ``completion``, which HumanEval's own scorer reads."""
     path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Samples of a file in that format.
+    """Read a file that `write_samples` wrote.
 
     Raises:
         DatasetError: names the first line that is no such sample.

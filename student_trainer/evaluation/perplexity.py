@@ -1,4 +1,4 @@
-"""How probable a model finds given completions, and how far it is from a teacher on them."""
+"""Measure a model's perplexity on given completions, and its divergence from a teacher there."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def measure(
     beta: float,
     vocab_size: int,
 ) -> dict[str, float]:
-    """``perplexity`` of the completions, a token; with a teacher's scores ``divergence`` too.
+    """Return ``perplexity`` per completion token and, with a teacher's scores, ``divergence``.
 
     Args:
         model: as `install_sparse_loss` takes it, which is done here.
         scores: of the samples, at temperature 1; None without a teacher.
-        beta: of the divergence, nats a token.
+        beta: of the divergence, which is in nats a token.
         vocab_size: the vocabulary that both share; the rest is left out of the student's softmax.
     """
     install_sparse_loss(model)
@@ -50,7 +50,7 @@ def measure(
             vocab_size=vocab_size,
             labels=hard_labels([item], 0.0)[1],
         )
-        inputs = model_inputs([sample], 0, packed=False)  # alone, so nothing is padded
+        inputs = model_inputs([sample], 0, packed=False)  # one at a time, so nothing is padded
         outputs = model(
             **{name: tensor.to(device) for name, tensor in inputs.items()},
             sparse_targets=targets.to(device),

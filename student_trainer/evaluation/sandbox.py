@@ -1,19 +1,20 @@
 """Run model-written Python without trusting it.
 
 A program runs in one process and its tests in another (`_harness.py`), both forked from an
-interpreter that has seen no code and no test; arguments and results cross a pipe as plain data.
-The tests' process gives the verdict, and the program's has nothing to forge it with: no secret, no
-test, no object they touch. `os._exit(0)`, patched builtins or modules, forged output and searched
-memory prove nothing, and an object whose `__eq__` is always true is refused where HumanEval's own
-harness lets it pass. Lists, dicts and sets that are changed in place are changed for the tests too.
+interpreter that has seen no code and no test; arguments and results cross a pipe as plain data. The
+tests' process gives the verdict, and the program's process has nothing to forge it with: no secret,
+no test, no object they touch. `os._exit(0)`, patched builtins or modules, forged output and
+searched memory prove nothing, and an object whose `__eq__` is always true is refused where
+HumanEval's own harness lets it pass. Lists, dicts and sets that are changed in place are changed
+for the tests too.
 
-The kernel holds the fence (`_fences.py`): a seccomp filter that allows by list (no process, thread,
-socket, pipe or file can be made, none but the process itself be signalled or changed), Landlock
-(no file is read but Python's and the shared libraries), no capabilities, `no_new_privs`, and limits
-of CPU time, wall time, memory and open files. A machine that refuses one of these runs no program,
-unless it is told to with ``unsafe``. Where they are allowed, namespaces (network, IPC, process,
-mount, host name, cgroup) and a user id of its own come on top. An audit hook names what a program
-tried and ends it; it is a courtesy, and nothing rests on it.
+A *fence* is a restriction that the kernel enforces (`_fences.py`): a seccomp filter that allows by
+list (no process, thread, socket, pipe or file can be made, none but the process itself be signalled
+or changed), Landlock (no file is read but Python's and the shared libraries), no capabilities,
+`no_new_privs`, and limits of CPU time, wall time, memory and open files. A machine that refuses one
+of these runs no program, unless ``unsafe`` is set. Where they are allowed, namespaces (network,
+IPC, process, mount, host name, cgroup) and a user id of its own come on top. An audit hook reports
+what a program tried and ends it; the verdict gets clearer, and no safety rests on it.
 
 Strings have the same hash in every run, so a program that depends on the order of a set has the
 same verdict in every run.
@@ -44,13 +45,13 @@ Outcome = Literal["passed", "failed", "timeout", "memory", "forbidden", "crashed
 logger = logging.getLogger(__name__)
 
 _HARNESS = Path(__file__).with_name("_harness.py")
-# Alone, without site-packages, the user's folders and the script's; -I would ignore the hash seed.
+# Without site-packages, the user's folders and the script's; -I would ignore the hash seed too.
 _PYTHON = (sys.executable, "-S", "-s", "-P")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is run.
+    """A program to run, and its tests.
 
     Attributes:
         code: source that defines the function under test.
@@ -65,7 +66,7 @@ class Program:
     context: str = ""
 
 
-# 8 MiB: less is free in the interpreter already, whatever the limit.
+# Needs 8 MiB, because the interpreter has less than that free whatever the limit.
 _PROBE = Program(
     "def f():\n    return len(bytes(8 << 20))\n", "f", "def check(f):\n    assert f() == 8 << 20\n"
 )
@@ -73,7 +74,7 @@ _PROBE = Program(
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """How a program ended, why, and after how many seconds."""
+    """The outcome of a program, its reason, and its time in seconds."""
 
     outcome: Outcome
     detail: str
@@ -85,7 +86,7 @@ class SandboxResult:
 
 
 class Sandbox:
-    """One server of programs; use as a context manager, from one thread at a time.
+    """A process that runs programs; use as a context manager, from one thread at a time.
 
     Args:
         timeout: seconds of wall time for each program.
@@ -93,8 +94,8 @@ class Sandbox:
         unsafe: run programs also where the kernel refuses a fence.
 
     Attributes:
-        held: the fences that hold, by name.
-        missing: those that the promise needs and that do not; none unless ``unsafe``.
+        held: names of the fences that hold.
+        missing: names of the required fences that do not; empty unless ``unsafe``.
 
     Raises:
         ConfigurationError: the kernel refuses a fence; the error names it and the remedy.
@@ -128,7 +129,8 @@ class Sandbox:
                 "(lsm=landlock), in a container one whose seccomp profile lets it through, or run "
                 "them with your own rights by --unsafe_sandbox True"
             )
-        # A machine on which nothing can run would otherwise read as a model that solves nothing.
+        # Probed, because a machine that can run nothing would look like a model that solves
+        # nothing.
         probe = self.run(_PROBE)
         if not probe.passed:
             self.close()
@@ -164,7 +166,7 @@ class Sandbox:
 
 
 def check_sandbox(*, unsafe: bool) -> list[str]:
-    """Return the fences that are missing here, after a warning that names them.
+    """Warn of the fences that are missing here, and return them.
 
     Raises:
         ConfigurationError: there are some, and ``unsafe`` is not set.
@@ -189,7 +191,7 @@ def run_programs(
     progress: bool = False,
     unsafe: bool = False,
 ) -> list[SandboxResult]:
-    """Return results in order, ``workers`` programs at a time (default: one for each core).
+    """Run programs, ``workers`` at a time (default: one for each core); return results in order.
 
     Raises:
         ConfigurationError: a fence is missing and ``unsafe`` is not set, as `Sandbox` says.

@@ -1,4 +1,4 @@
-"""Published test files as they are: HumanEval, GSM8K, and rows that carry a checker."""
+"""Read problems from HumanEval, GSM8K, and rows that carry a checker."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from student_trainer.data.conversation import PlainText, form_of, json_value, re
 from student_trainer.data.messages import Message
 from student_trainer.evaluation.checkers import parse_checker
 
-# What follows a function that is complete; the list of the paper (arXiv 2107.03374, section 3).
+# Texts that only follow a complete function, from the paper (arXiv 2107.03374, section 3).
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-# How EvalPlus asks chat models, and how it begins their answer (arXiv 2305.01210, its codegen).
+# The prompt for chat models and the beginning of their answer in EvalPlus (arXiv 2305.01210).
 _INSTRUCTION = (
     "Please provide a self-contained Python script that solves the following problem in a markdown "
     "code block:\n```\n{prompt}\n```\n"
@@ -31,15 +31,15 @@ _GSM8K = {"question", "answer"}
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the model is given (a row with prompt or messages), and how it is judged.
+    """A problem: the row that the model is given, with prompt or messages, and its checker.
 
     Attributes:
         task_id: name of the problem.
-        row: ``{"prompt": text}``, or ``{"prompt": messages}`` with what the chat template is to
-            print besides, ``tools`` and ``chat_template_kwargs``.
+        row: ``{"prompt": text}``, or ``{"prompt": messages}`` with the chat template's other
+            inputs, ``tools`` and ``chat_template_kwargs``.
         checker: as `checkers` reads it.
         answer: a right one, as text or as the assistant's message; "" where none is given.
-        asked: "instruction" or "raw prompt" where HumanEval is asked one of two ways; "" elsewhere.
+        asked: "instruction" or "raw prompt", the two forms of a HumanEval prompt; "" elsewhere.
     """
 
     task_id: str
@@ -56,7 +56,7 @@ class Problem:
 
     @property
     def answered(self) -> dict[str, Any] | None:
-        """The row with its right answer, as it is learned; None where none is given."""
+        """The row with its right answer as completion; None where none is given."""
         if not self.answer:
             return None
         completion = self.answer if isinstance(self.answer, str) else [self.answer]
@@ -64,18 +64,19 @@ class Problem:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end a completion, and are not part of it."""
+        """The strings that end a completion and are not part of it."""
         return {"raw prompt": HUMANEVAL_STOPS, "instruction": _CHAT_STOPS}.get(self.asked, ())
 
 
 def problems_of(
     rows: Sequence[tuple[str, dict[str, Any]]], form: str, *, chat: bool = False
 ) -> list[Problem]:
-    """Problems of (where, row) pairs in one of `FORMS`.
+    """Return the problems of (where, row) pairs in one of the forms.
 
     Args:
-        chat: ask HumanEval's problems as a conversation: an instruction, and the prompt in a fence.
-            Otherwise the model continues the prompt, as in the paper.
+        form: "humaneval", "gsm8k", "rows", or "auto" to tell it from the first row.
+        chat: give HumanEval's problems as a conversation: an instruction, and the prompt in a
+            fence. Otherwise the model continues the prompt, as in the paper.
 
     Raises:
         DatasetError: names the first row that is not of that form.
@@ -106,7 +107,7 @@ def _humaneval(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _humaneval_chat(where: str, row: dict[str, Any]) -> Problem:
-    """Return the same problem as an instruction; its right answer is the whole function."""
+    """Return a HumanEval problem as an instruction, whose answer is the whole function."""
     raw = _humaneval(where, row)
     prompt = str(row["prompt"])
     turns = [
@@ -133,7 +134,7 @@ def _gsm8k(where: str, row: dict[str, Any]) -> Problem:
 
 
 def _checked_row(where: str, row: dict[str, Any]) -> Problem:
-    """Return a problem of a row in any form that is trained on, beside its checker."""
+    """Return the problem of a row of any training form that also has a checker."""
     _require(where, row, {"checker"})
     checker = json_value(where, "checker", row["checker"])
     if not isinstance(checker, dict):
@@ -145,13 +146,13 @@ def _checked_row(where: str, row: dict[str, Any]) -> Problem:
     read = read_row(where, row, DataArguments())
     if isinstance(read, PlainText):
         return Problem(task_id, {"prompt": read.prompt}, checker, read.completion or "")
-    asked = {
+    given = {
         "prompt": read.prompt,
         "tools": read.tools,
         "chat_template_kwargs": dict(read.template_kwargs),
     }
     answer = "" if read.completion is None else read.completion
-    return Problem(task_id, {k: v for k, v in asked.items() if v}, checker, answer)
+    return Problem(task_id, {k: v for k, v in given.items() if v}, checker, answer)
 
 
 def _require(where: str, row: dict[str, Any], names: set[str]) -> None:

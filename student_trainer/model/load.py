@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from shared.errors import ConfigurationError
-from shared.tokenizer_file import check_survival, differs_from_file, trusted
+from shared.tokenizer_file import check_keeps_text, differs_from_file, verified_tokenizer
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.checks import holds_adapters
 from student_trainer.data.end_tokens import stop_token_ids, text_end_id
@@ -50,7 +50,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.loaded is not None:
         check_loaded_tokenizer(arguments.loaded.tokenizer)
         return arguments.loaded.tokenizer
-    tokenizer: PreTrainedTokenizerBase = trusted(
+    tokenizer: PreTrainedTokenizerBase = verified_tokenizer(
         _from_hub_or_folder(AutoTokenizer, arguments),
         _tokenizer_file(arguments.model_name_or_path, arguments.model_revision),
         lambda: _from_hub_or_folder(PreTrainedTokenizerFast, arguments),
@@ -89,7 +89,7 @@ def check_loaded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     name = str(tokenizer.name_or_path or type(tokenizer).__name__)
     file = Path(name) / "tokenizer.json"
     found = differs_from_file(tokenizer, file) if file.is_file() else None
-    check_survival(tokenizer, name=name)
+    check_keeps_text(tokenizer, name=name)
     if found is not None:
         logger.warning(
             "%s: this %s does not do what tokenizer.json says (%s); unless that is meant, load it "

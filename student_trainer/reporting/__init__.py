@@ -1,1 +1,1 @@
-"""Pages and charts of what runs left in their folders."""
+"""The pages and charts of runs, made from the files in their folders."""

@@ -1,4 +1,4 @@
-"""`student-trainer report`: a page, and plots, of what runs left in their folders."""
+"""Run `student-trainer report`: write a page, and plots, of runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from student_trainer.reporting.runs import (
 )
 from student_trainer.reporting.svg import write_lines
 
-# Title, y axis, and the lines: what it is called and under which name it is logged.
+# Title, label of y, and the logged name of each line by its label.
 _CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
     ("Loss", "nats per token", {"loss": "loss"}),
     ("Divergence in training", "nats per token", {"divergence": "divergence"}),
@@ -122,7 +122,7 @@ def _lead(found: Found) -> str:
 
 
 def _charts(runs: Sequence[TrainingRun]) -> list[Chart]:
-    """Of one run the lines of a figure together, of several a figure for each."""
+    """Return the charts: one run's lines of a figure together, of several runs a chart a line."""
     charts = []
     for title, y_label, lines in _CURVES:
         if len(runs) == 1:
@@ -130,7 +130,7 @@ def _charts(runs: Sequence[TrainingRun]) -> list[Chart]:
             charts.append(Chart(title, y_label, series))
             continue
         for label, key in lines.items():
-            # Runs without it stay in, so that each keeps its colour in all charts.
+            # Runs without this line stay in, so that each run keeps its colour in all charts.
             series = {run.name: run.points(key) for run in runs}
             name = f"{title}, {label}" if len(lines) > 1 else title
             charts.append(Chart(name, y_label, series))
@@ -149,7 +149,7 @@ def _tables(found: Found) -> dict[str, Table]:
 
 
 def _training_table(found: Found) -> Table:
-    """Where each run ended; columns that no run fills are left out."""
+    """Return a table of where each run ended, without columns that no run fills."""
     columns = {
         "Steps": [f"{run.history[-1]['step']:g}" if run.history else "" for run in found.training],
         "Loss": [_number(run.last("loss")) for run in found.training],
@@ -171,7 +171,7 @@ def _training_table(found: Found) -> Table:
 
 
 def _own_scores(found: Found) -> dict[str, Any]:
-    """Of each run what evaluations of its model found: metric -> cells."""
+    """Return the scores of each run's own model, metric -> cells of all runs."""
     columns: dict[str, list[str | Range]] = {}
     for row, run in enumerate(found.training):
         for evaluation in found.evaluations:
@@ -183,7 +183,7 @@ def _own_scores(found: Found) -> dict[str, Any]:
 
 def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     names = list(dict.fromkeys(name for one in evaluations for name in one.scores))
-    measured = {  # what evaluations tell beside the scores
+    measured = {  # what evaluations measure beside the scores
         "Perplexity": [_number(one.results.get("perplexity")) for one in evaluations],
         "Divergence from teacher": [_number(one.results.get("divergence")) for one in evaluations],
     }
@@ -199,7 +199,10 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def _share(score: float, evaluation: Evaluation) -> Range:
-    """With Wilson's interval over problems, too wide where several samples of each were drawn."""
+    """Return a score with Wilson's interval over problems.
+
+    The interval is too wide where several samples of each problem were drawn.
+    """
     return Range(score, *wilson_interval(score, int(evaluation.results["problems"])))
 
 
@@ -228,7 +231,7 @@ def _minutes(run: TrainingRun) -> float | None:
 
 
 def _shaded(runs: Sequence[TrainingRun]) -> list[SideBySide]:
-    """Held-out samples token by token, the same sample of several runs together."""
+    """Return held-out samples token by token, with the same sample of several runs together."""
     cards: dict[tuple[str, str], SideBySide] = {}
     for run in runs:
         for sample in run.samples["samples"] if run.samples else ():
@@ -248,7 +251,7 @@ def _shaded(runs: Sequence[TrainingRun]) -> list[SideBySide]:
             earlier = cards.get(key, SideBySide(sample["prompt"], "", {}))
             cards[key] = SideBySide(
                 sample["prompt"],
-                "",  # it stands in the shaded text
+                "",  # the reference is the shaded text
                 {**earlier.completions, **completions},
                 {**earlier.shaded, **shaded},
             )
@@ -265,7 +268,7 @@ def _tokens(sample: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[To
 
 
 def _completions(evaluations: Sequence[Evaluation]) -> list[SideBySide]:
-    """A few problems that all evaluations have; those on which they differ come first."""
+    """Return a few problems of all evaluations, those on which they differ first."""
     if not evaluations:
         return []
     common = [

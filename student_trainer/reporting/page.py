@@ -1,4 +1,4 @@
-"""What a run looked like, for eyes: one self-contained HTML page without scripts or network."""
+"""Render runs as one self-contained HTML page without scripts or network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from student_trainer.reporting.svg import LINES_SIZE, Point, draw_lines
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines: name -> (x, y) points."""
+    """A chart of lines, name -> (x, y) points."""
 
     title: str
     y_label: str
@@ -22,7 +22,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Range:
-    """A value with its interval, told and drawn; the scale is that of its column."""
+    """A value with its interval, written and drawn on the scale of its column."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of text and intervals; the row of index ``best`` is set off."""
+    """A header and rows of text and intervals; the row of index ``best`` is highlighted."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Range]]
@@ -40,11 +40,11 @@ class Table:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One prompt, what was wanted ("" if unknown), and what each model wrote.
+    """A prompt, its reference ("" if unknown), and what each model wrote.
 
     Attributes:
         completions: name -> (text, right or wrong).
-        shaded: name -> the tokens of one text, as far apart as that model was from its teacher.
+        shaded: name -> the tokens of one text, with the divergence of that model from its teacher.
     """
 
     prompt: str
@@ -55,7 +55,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of a text, and where two distributions over what comes there are apart.
+    """A token of a text, and the divergence of two distributions at its position.
 
     Attributes:
         divergence: nats.
@@ -69,7 +69,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything on the page, top to bottom.
+    """The content of the page, top to bottom.
 
     Attributes:
         title: of the page.
@@ -91,7 +91,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page, as one HTML document."""
+    """Return the page as one HTML document."""
     sections = [
         f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.lead)}</p>",
         *(
@@ -168,14 +168,14 @@ def _chart(chart: Chart) -> str:
 
 
 def _chart_legend(chart: Chart) -> str:
-    """None where there is one line that nobody can take for another."""
+    """Return the legend of a chart, or "" where there is one line only."""
     if len(chart.series) == 1:
         return ""
     return _legend({name: i for i, (name, line) in enumerate(chart.series.items()) if line})
 
 
 def _legend(numbers: Mapping[str, int]) -> str:
-    """Names with the number of their colour; beyond the colours lines are dashed."""
+    """Return a legend of names by the number of their colour; high numbers are dashed."""
     items = "".join(
         f'<li><i class="c{i % 6}{" dashed" if i >= 6 else ""}"></i>{escape(name)}</li>'
         for name, i in numbers.items()
@@ -184,7 +184,7 @@ def _legend(numbers: Mapping[str, int]) -> str:
 
 
 def _time_bars(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """One stacked bar a run, on one scale, each with the legend of its own parts."""
+    """Return one stacked bar a run, on one scale, each with the legend of its own parts."""
     names = dict.fromkeys(name for run in seconds.values() for name in run)
     numbers = {name: number for number, name in enumerate(names)}
     longest = max(sum(run.values()) for run in seconds.values()) or 1.0
@@ -208,7 +208,7 @@ def _time(seconds: float) -> str:
 
 
 def _scale(samples: Sequence[SideBySide]) -> float:
-    """Nats that are shaded fully: few tokens are further apart."""
+    """Return the divergence in nats that is shaded fully, which few tokens exceed."""
     found = sorted(
         t.divergence for sample in samples for tokens in sample.shaded.values() for t in tokens
     )
@@ -246,7 +246,7 @@ def _side_by_side(sample: SideBySide, scale: float) -> str:
 
 
 def _token(token: Token, scale: float) -> str:
-    """A shaded piece; what is inside it shows while it is pointed at.
+    """Return a shaded token, which shows its distributions while it is pointed at.
 
     A page has thousands of them, hence the short tags.
     """
@@ -271,7 +271,7 @@ def _bar(side: str, share: float | None) -> str:
 
 
 def _visible(text: str) -> str:
-    """Spaces and line ends that can be seen."""
+    """Replace spaces, tabs and line ends by visible characters."""
     return text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")
 
 

@@ -1,4 +1,4 @@
-"""What a folder tells of the run that wrote it: curves, seconds, scores and samples."""
+"""Read the curves, seconds, scores and samples of runs from their folders."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from shared.errors import ConfigurationError, DatasetError
 
 Point = tuple[float, float]
 
-# See `held_out`. With an underscore, transformers' Trainer keeps it off the Hub: it quotes data.
+# Begins with an underscore, so that transformers' Trainer does not upload the data it quotes.
 HELD_OUT_FILE = "_held_out_samples.json"
 
-# What a step's seconds go into, as they are logged, and how it is called.
+# The parts of a step's seconds: name in the log, and label.
 _PARTS = {
     "seconds_teacher": "waiting for the teacher",
     "seconds_generating": "generating",
@@ -28,7 +28,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Of a folder that `sft` or `distill` wrote, or of its last checkpoint while it still trains.
+    """A run in a folder of `sft` or `distill`, or up to its last checkpoint while it trains.
 
     Attributes:
         history: what was logged, in the order of the steps.
@@ -41,7 +41,7 @@ class TrainingRun:
     samples: dict[str, Any] | None
 
     def points(self, name: str) -> list[Point]:
-        """(step, value) of everything that was logged under that name."""
+        """Return (step, value) of everything that was logged under that name."""
         return [(float(e["step"]), float(e[name])) for e in self.history if name in e]
 
     def last(self, name: str) -> float | None:
@@ -49,7 +49,7 @@ class TrainingRun:
         return points[-1][1] if points else None
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of all steps by what they went into; logged as means over a window."""
+        """Return the seconds of all steps by part; logged are means over windows of steps."""
         totals: dict[str, float] = {}
         last = 0.0
         for entry in self.history:
@@ -68,10 +68,10 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a folder that `evaluate` wrote.
+    """An evaluation in a folder that `evaluate` wrote.
 
     Attributes:
-        results: results.json.
+        results: the content of results.json.
         samples: completions and verdicts by problem, the first of each.
     """
 
@@ -89,15 +89,15 @@ class Evaluation:
         }
 
     def of(self, run: TrainingRun) -> bool:
-        """Whether it is the run's own model that was evaluated."""
+        """Return whether it was the run's own model that was evaluated."""
         model = Path(str(self.results.get("model", "")))
-        # A folder that was moved or is seen from elsewhere is known by its name.
+        # A folder that was moved or is mounted elsewhere is recognized by its name.
         return model.name == run.folder.name or model.resolve() == run.folder.resolve()
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """Of a folder that `study` wrote: cell -> mean, 95 % interval and number of seeds."""
+    """A study in a folder that `study` wrote: cell -> mean, 95 % interval and number of seeds."""
 
     title: str
     metric: str
@@ -106,7 +106,7 @@ class StudyRun:
 
 @dataclass
 class Found:
-    """All that the folders hold, in their order."""
+    """The runs, evaluations and studies that the folders hold, in their order."""
 
     training: list[TrainingRun] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -114,7 +114,7 @@ class Found:
 
 
 def find_runs(folders: Sequence[Path]) -> Found:
-    """The runs in the folders themselves, or where there is none, in those that they hold.
+    """Return the runs in the folders themselves or, where there is none, in their subfolders.
 
     Raises:
         ConfigurationError: a folder that is missing or holds no run.
@@ -136,7 +136,7 @@ def find_runs(folders: Sequence[Path]) -> Found:
 
 
 def _places(folder: Path) -> Iterator[Path]:
-    """The folder if it is a run or a study, else all runs up to two folders below."""
+    """Yield the folder if it is a run or a study, else all runs up to two folders below."""
     if _is_run(folder):
         yield folder
         return
@@ -157,7 +157,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _state_file(folder: Path) -> Path | None:
-    """trainer_state.json of a finished run, or that of its last checkpoint."""
+    """Return trainer_state.json of a finished run, or that of its last checkpoint, or None."""
     whole = folder / "trainer_state.json"
     if whole.exists():
         return whole
@@ -185,7 +185,7 @@ def _read(folder: Path, given: Path, found: Found) -> int:
 
 
 def _cell_means(folder: Path, cells: Sequence[str]) -> Iterator[TrainingRun]:
-    """Each trained cell of a study as one run: what its seeds logged at the same step, averaged."""
+    """Yield each trained cell of a study as one run, the mean of its seeds at each step."""
     for cell in cells:
         files = [_state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))]
         histories = [_json(file)["log_history"] for file in files if file is not None]
@@ -199,7 +199,7 @@ def _mean(*entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_held_out(folder: Path) -> dict[str, Any] | None:
-    """What `held_out` wrote there, or None."""
+    """Return the content of `HELD_OUT_FILE` in a folder, or None."""
     path = folder / HELD_OUT_FILE
     return _json(path) if path.exists() else None
 
@@ -222,7 +222,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def wilson_interval(share: float, n: int) -> Point:
-    """The 95 % interval of a share of n independent trials; stays within 0 and 1.
+    """Return the 95 % interval of a share of n independent trials, within 0 and 1.
 
     Source: Wilson, Journal of the American Statistical Association 22 (1927), 209–212.
     """

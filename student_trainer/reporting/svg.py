@@ -1,4 +1,4 @@
-"""Small charts as SVG files."""
+"""Draw small charts as SVG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_chart(
     *,
     floor: float,
 ) -> None:
-    """Lines over a logarithmic x of powers of two and a logarithmic y.
+    """Write lines over a logarithmic x of powers of two and a logarithmic y.
 
     Args:
         series: (x, y) points by name; y below ``floor`` is drawn at it.
@@ -59,13 +59,13 @@ def write_chart(
 def write_interval_chart(
     path: Path, title: str, x_label: str, series: Mapping[str, Sequence[Interval]]
 ) -> None:
-    """Means with their intervals over evenly spaced values, in the order in which they come."""
+    """Write means and intervals over evenly spaced labels, in order of appearance."""
     labels = list(dict.fromkeys(label for line in series.values() for label, _, _ in line))
     marks, up = _linear([point for line in series.values() for point in line])
     step = (_WIDTH - _LEFT - _RIGHT) / len(labels)
 
     def across(label: str, number: int) -> float:
-        aside = 7 * (number - (len(series) - 1) / 2)  # else the bars would cover each other
+        aside = 7 * (number - (len(series) - 1) / 2)  # keeps the bars from covering each other
         return _LEFT + step * (labels.index(label) + 0.5) + aside
 
     middle = (len(series) - 1) / 2
@@ -79,7 +79,7 @@ def write_interval_chart(
 
 
 def write_interval_rows(path: Path, title: str, rows: Sequence[Interval]) -> None:
-    """Means with their intervals, one row each, for things that have no order."""
+    """Write means and intervals, one below the other, for things that have no order."""
     height = _TOP + _BOTTOM + 22 * len(rows)
     left = 170
     marks, place = _linear(rows, start=left, end=_WIDTH - 20)
@@ -100,11 +100,11 @@ def write_interval_rows(path: Path, title: str, rows: Sequence[Interval]) -> Non
 
 
 def draw_lines(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
-    """Lines through (x, y) points, of `LINES_SIZE`; "" where no y is finite.
+    """Return lines through (x, y) points, of `LINES_SIZE`; "" where no y is finite.
 
     y is logarithmic where it is positive and spans more than a factor of `_LOGARITHMIC`. A series
-    without points draws nothing and keeps its colour. Drawn in the classes c0 to c5, grid and
-    line, whose look is the page's or the file's.
+    without points draws nothing and keeps its colour. The elements have the classes c0 to c5, grid
+    and line, which the page or the file styles.
     """
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
@@ -161,7 +161,7 @@ def draw_lines(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str
 def write_lines(
     path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]
 ) -> None:
-    """`draw_lines` as a file for print, with its title above and its legend below."""
+    """Write `draw_lines` as a file for print, with its title above and its legend below."""
     width, height = LINES_SIZE
     look = [".grid{stroke:#d1d9e0}.line{fill:none;stroke-width:1.8;stroke-linejoin:round}"]
     for number, colour in enumerate(COLOURS):
@@ -190,7 +190,7 @@ def write_lines(
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten between low and high."""
+    """Return the powers of ten between low and high."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     return [10.0**power for power in range(first, last + 1)]
 
@@ -203,7 +203,7 @@ def _range(values: Sequence[float]) -> Point:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers between low and high: multiples of 1, 2 or 5 × 10^n."""
+    """Return round numbers between low and high: multiples of 1, 2 or 5 × 10^n."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
@@ -217,7 +217,7 @@ def _linear(
     start: float = _HEIGHT - _BOTTOM,
     end: float = _TOP,
 ) -> tuple[dict[str, float], Callable[[float], float]]:
-    """Marks and places of a linear scale that holds all intervals."""
+    """Return the marks of a linear scale that holds all intervals, and its function."""
     low = min(mean - (margin or 0.0) for _, mean, margin in points)
     high = max(mean + (margin or 0.0) for _, mean, margin in points)
     room = 0.06 * (high - low) or 0.05
@@ -230,7 +230,7 @@ def _linear(
 
 
 def _scales(y: Mapping[str, float], x: Mapping[str, float], x_label: str) -> list[str]:
-    """Grid lines with their labels, labels along x, and what x is."""
+    """Return grid lines with their labels, labels along x, and what x is."""
     parts = [
         f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d1d9e0"/>'
         f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{label}</text>'

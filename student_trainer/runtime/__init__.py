@@ -1,1 +1,1 @@
-"""Terminal, signals, threads and clocks; nothing here knows of models."""
+"""The helpers for terminal, signals, threads and clocks."""

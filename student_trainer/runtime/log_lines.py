@@ -1,4 +1,4 @@
-"""What the Trainer logs, as records beside all others instead of printed text."""
+"""Log what the Trainer logs as records, instead of printing it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class LogLines(TrainerCallback):
-    """A record for each window: its fields are ``step`` and ``metrics``."""
+    """A callback that logs a record for each window, with the fields ``step`` and ``metrics``."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any

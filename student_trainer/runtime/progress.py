@@ -1,4 +1,4 @@
-"""How far something long has come: a bar in a terminal, elsewhere a line now and then."""
+"""Show the progress of long work: a bar in a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from student_trainer.runtime.terminal import can_move
 
 T = TypeVar("T")
 
-_FIRST_SECONDS = 10.0  # what takes less needs no line
+_FIRST_SECONDS = 10.0  # shorter work needs no line
 _SECONDS = 30.0
 
 
 def tracked(items: Iterable[T], total: int, what: str, *, show: bool = True) -> Iterator[T]:
-    """The items, counted as they are taken."""
+    """Yield the items, and count them as they are taken."""
     with counted(total, what, show=show) as count:
         for item in items:
             yield item
@@ -29,7 +29,7 @@ def tracked(items: Iterable[T], total: int, what: str, *, show: bool = True) -> 
 
 @contextmanager
 def counted(total: int, what: str, *, show: bool = True) -> Iterator[Callable[[int], object]]:
-    """A function to be told how many more of ``total`` are done."""
+    """Yield a function to call with how many more of ``total`` are done."""
     if not show or in_json():
         yield lambda more: None
     elif can_move():
@@ -40,7 +40,7 @@ def counted(total: int, what: str, *, show: bool = True) -> Iterator[Callable[[i
 
 
 class _Lines:
-    """The first after ten seconds, then one in thirty, and the last."""
+    """A report in lines: the first after ten seconds, then one in thirty, and the last."""
 
     def __init__(self, total: int, what: str) -> None:
         self._total, self._what = total, what

@@ -1,4 +1,4 @@
-"""The random state of a process, as a checkpoint keeps it: to go back to an earlier moment."""
+"""Save the random state of a process, and go back to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class RandomState:
-    """Of Python, numpy, torch, and torch's current CUDA device, if there is one."""
+    """The random state of Python, numpy, torch, and torch's current CUDA device, if any."""
 
     python: Any
     numpy: Any

@@ -1,4 +1,4 @@
-"""Being told to end, as an exception that clears up on its way out."""
+"""Turn signals that end a process into exceptions and events, so that it can clean up."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def signals_as_exits() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit where they would end the process at once.
+    """Make SIGTERM and SIGHUP raise SystemExit in the block, where they would end the process.
 
-    What is ignored (nohup) or handled stays so. In the main thread alone, which hears signals.
+    Signals that are ignored (nohup) or handled stay so. Other threads than the main one, which gets
+    the signals, change nothing.
     """
     main = threading.current_thread() is threading.main_thread()
     numbers = [
@@ -32,23 +33,24 @@ def signals_as_exits() -> Iterator[None]:
 
 
 @contextmanager
-def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
-    """The event that the first SIGTERM sets, where it would end the process; a second one does.
+def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
+    """Yield an event that the first SIGTERM sets, where it would end the process; a second does.
 
-    What is ignored or handled stays so. In the main thread alone, which hears signals.
+    A signal that is ignored or handled stays so. Other threads than the main one, which gets the
+    signals, change nothing.
 
     Args:
         patience: seconds after which, and then each second, ``remind`` is called in that thread,
             wherever it is; it may raise. Infinite for never.
     """
-    asked = threading.Event()
+    event = threading.Event()
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield asked
+        yield event
         return
 
     def ask(number: int, frame: object) -> None:
-        asked.set()
+        event.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGALRM, lambda number, frame: remind())
         if math.isfinite(patience):
@@ -56,9 +58,9 @@ def first_signal_asks(patience: float, remind: Callable[[], None]) -> Iterator[t
 
     signal.signal(signal.SIGTERM, ask)
     try:
-        yield asked
+        yield event
     finally:
-        if asked.is_set():
+        if event.is_set():
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

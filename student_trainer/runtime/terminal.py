@@ -1,4 +1,4 @@
-"""What a terminal can show, and what a log of a CI cannot."""
+"""Tell what a terminal can show, and colour text for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CODES: dict[Style, int] = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow
 
 
 def has_colours(stream: TextIO) -> bool:
-    """Whether escapes become colours there; NO_COLOR (no-color.org) and TERM=dumb say no."""
+    """Return whether a stream shows colours; NO_COLOR (no-color.org) and TERM=dumb say no."""
     return (
         stream.isatty()
         and not os.environ.get("NO_COLOR")
@@ -21,14 +21,14 @@ def has_colours(stream: TextIO) -> bool:
 
 
 def can_move() -> bool:
-    """Whether a line on standard error can be written over: a terminal's, or a notebook's."""
+    """Return whether a line on standard error can be overwritten, as in terminals and notebooks."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def no_bars_in_logs() -> None:
-    """Keep bars of the Hub's client, and of transformers with it, out of what is no terminal.
+    """Turn off the Hub client's progress bars, and transformers', where there is no terminal.
 
-    Before those are imported, which read this when they are.
+    Call it before those libraries are imported, because they read the environment at import.
     """
     if not can_move():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -36,7 +36,10 @@ def no_bars_in_logs() -> None:
 
 
 def painted(text: str, style: Style, colours: bool) -> str:
-    """Each line in colour, so that what cuts or indents lines does not spread it."""
+    """Return the text with each line coloured by itself, or as it is without ``colours``.
+
+    So what cuts or indents lines does not spread the colour.
+    """
     if not colours:
         return text
     code = _CODES[style]

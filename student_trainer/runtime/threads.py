@@ -1,4 +1,4 @@
-"""Work in the background, and how a process ends that has some."""
+"""Run work in background threads, and end a process that has some."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _threads: WeakSet[threading.Thread] = WeakSet()
 
 
 def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
-    """The function's outcome, from a daemon thread.
+    """Run a function in a daemon thread, and return its outcome as a future.
 
-    A process that fails must not wait for answers that nobody needs, while other ranks wait for
-    it. (Threads of a `ThreadPoolExecutor` are joined at exit.)
+    A process that fails must not wait for answers that nobody needs, while other ranks wait for it.
+    (Threads of a `ThreadPoolExecutor` are joined at exit.)
     """
     outcome: Future[R] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(function())
-        except BaseException as error:  # is raised where the outcome is asked for
+        except BaseException as error:  # raised where the outcome is read
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name=name, daemon=True)
@@ -39,23 +39,24 @@ def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
 
 
 @atexit.register
-def _let_end() -> None:
-    """A daemon thread that is inside PyTorch when the interpreter goes aborts the process."""
+def _wait_for_threads() -> None:
+    """Wait for daemon threads, because one inside PyTorch at exit aborts the process."""
     until = time.monotonic() + _PATIENCE
     for thread in list(_threads):
         thread.join(max(0.0, until - time.monotonic()))
 
 
-def leave(code: int) -> NoReturn:
-    """End the program; the interpreter is not taken down where a launcher has started it.
+def end_process(code: int) -> NoReturn:
+    """End the program, without finalizing the interpreter where a launcher has started it.
 
-    After a collective operation Gloo's threads let go of its tensors when they get to it. One that
-    does so while the interpreter is taken down aborts the process, and so the whole run (PyTorch
-    issue 190489). `destroy_process_group` is no remedy: DistributedDataParallel keeps the threads.
+    After a collective operation Gloo's threads release its tensors at some later time. One that
+    does so while the interpreter is finalized aborts the process, and so the whole run (PyTorch
+    issue 190489). `destroy_process_group` is no remedy, because DistributedDataParallel keeps the
+    threads.
     """
     if "LOCAL_RANK" not in os.environ:
         sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]  # here on as the interpreter does
+    threading._shutdown()  # type: ignore[attr-defined]  # from here on as the interpreter ends
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

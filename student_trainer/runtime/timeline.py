@@ -1,4 +1,4 @@
-"""Where the time goes: seconds of each activity for the log, and a trace of chosen steps.
+"""Measure the seconds of each activity for the log, and write a trace of chosen steps.
 
 The trace is in Chrome's format, for https://ui.perfetto.dev or chrome://tracing.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Activities of the main thread, in the order of their lanes. "step" is all of a step.
+# Activities of the main thread, in the order of their lanes; "step" is a whole step.
 ACTIVITIES = ("step", "generating", "syncing", "teacher", "forward_backward", "optimizer")
 _LANES = {name: lane for lane, name in enumerate(ACTIVITIES)}
 _TITLES = {"teacher": "waiting for the teacher", "forward_backward": "forward and backward"}
@@ -24,7 +24,7 @@ _REQUESTS = len(ACTIVITIES)  # the first lane of requests in flight
 
 
 class Trace:
-    """Complete events in a JSON file that is valid after each of them, so also when a run is cut.
+    """A JSON file of complete events that is valid after each of them, even if a run is cut.
 
     Args:
         path: of the file.
@@ -43,16 +43,16 @@ class Trace:
         os.pwrite(self._file, b"]}", self._end)
 
     def covers(self, step: int) -> bool:
-        """Whether what begins in ``step`` is traced."""
+        """Return whether what begins in ``step`` is traced."""
         return self._first <= step <= self._last
 
     def activity(self, name: str, since: float, until: float, details: dict[str, Any]) -> None:
-        """``name`` went on between two times of `time.perf_counter`."""
+        """Write an activity that lasted between two times of `time.perf_counter`."""
         title = _TITLES.get(name, name)
         self._event(title, _LANES[name], title, since, until, details)
 
     def request(self, answer: Future[Any], since: float, details: dict[str, Any]) -> None:
-        """A request is in flight until ``answer`` is there."""
+        """Write a request that is in flight until ``answer`` is there."""
         with self._lock:
             lane = next(n for n in range(len(self._lanes) + 1) if n not in self._lanes)
             self._lanes.add(lane)
@@ -82,7 +82,7 @@ class Trace:
     def _append(self, event: dict[str, Any]) -> None:
         text = self._separator + json.dumps(event).encode()
         self._separator = b",\n"
-        os.pwrite(self._file, text + b"]}", self._end)  # one write: never half an event
+        os.pwrite(self._file, text + b"]}", self._end)  # in one write, so never half an event
         self._end += len(text)
 
 
@@ -95,13 +95,13 @@ class _Activity:
 
 
 class Timeline:
-    """What the main thread does, one activity inside another.
+    """The activities of the main thread, one inside another, with the seconds of each.
 
-    The outer one's seconds stand still while the inner one goes on, so that all of them add up to
-    the time of the steps.
+    The outer one's seconds stop while the inner one goes on, so that all of them add up to the time
+    of the steps.
 
     Args:
-        add_seconds: is told seconds by name of activity.
+        add_seconds: is called with the name and the seconds of each activity.
         trace: where chosen steps are written, if anywhere.
     """
 
@@ -116,7 +116,7 @@ class Timeline:
         self._open: list[_Activity] = []
 
     def begin_step(self, step: int) -> None:
-        """A step, counted from 1, begins; one that an error ended is forgotten."""
+        """Begin a step, counted from 1, and forget one that an error ended."""
         self._open.clear()
         self._step = step
         self.begin("step", step=step)
@@ -129,7 +129,7 @@ class Timeline:
         self._open.append(_Activity(name, details, time.perf_counter()))
 
     def end(self) -> None:
-        """End what was begun last."""
+        """End the activity that began last."""
         until = time.perf_counter()
         ended = self._open.pop()
         seconds = until - ended.since
@@ -148,6 +148,6 @@ class Timeline:
             self.end()
 
     def request(self, answer: Future[Any], **details: Any) -> None:
-        """A request to the teacher has just been made."""
+        """Trace a request to the teacher that has just been made."""
         if self._trace is not None and self._trace.covers(self._step):
             self._trace.request(answer, time.perf_counter(), details)

@@ -1,1 +1,1 @@
-"""`student-trainer study FILE.yaml`: public commands, run once each and compared over seeds."""
+"""Run `student-trainer study FILE.yaml`: commands, each run once and compared over seeds."""

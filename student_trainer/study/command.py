@@ -1,4 +1,4 @@
-"""`student-trainer study`: the flags, and what is printed."""
+"""Parse the flags of `student-trainer study`, run it, and print its progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner
-from student_trainer.study.spec import TRAINER_COMMANDS, Study, load_study, words_of
+from student_trainer.study.spec import TRAINER_COMMANDS, Study, load_study, to_argv
 
 
 def study(argv: Sequence[str]) -> None:
@@ -33,10 +33,10 @@ def study(argv: Sequence[str]) -> None:
         check_flags(found)
     seeds = _seeds(arguments.seeds) if arguments.seeds else found.seeds
     folder = arguments.output_dir or Path("runs") / arguments.file.stem
-    # Of all seeds, since the report tells of those that were made earlier, too.
+    # Planned for all seeds, because the report includes those that were run earlier.
     plan = make_plan(found, sorted({*found.seeds, *seeds}))
     jobs = select(found, plan, seeds, arguments.only)
-    runner = Runner(folder, words_of(found.serve), _say)
+    runner = Runner(folder, to_argv(found.serve), _say)
     if arguments.dry_run:
         for job in jobs:
             _say(f"{runner.state(job):<8} {job.folder}\n         $ {runner.command(job)}")
@@ -44,7 +44,7 @@ def study(argv: Sequence[str]) -> None:
         _say(f"{count} of {len(jobs)} are done")
         return
     if not arguments.report:
-        with signals_as_exits():  # which end the running cell and the server too
+        with signals_as_exits():  # so that the running cell and the server end too
             runner.run(jobs)
     values = _measured(found, plan, runner)
     if arguments.report and not values:
@@ -55,9 +55,9 @@ def study(argv: Sequence[str]) -> None:
 
 
 def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | None, float]]:
-    """The metric of each cell that is measured, by seed (None: one for all seeds).
+    """Return the metric of each measured cell, by seed (None: one for all seeds).
 
-    What is not done is left out.
+    Cells that are not done are left out.
 
     Raises:
         ConfigurationError: the measuring command does not write that metric.
@@ -102,7 +102,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    """Raises `ConfigurationError` for what is neither ``FROM..TO`` nor a list."""
+    """Parse seeds, given as ``FROM..TO`` or as a list.
+
+    Raises:
+        ConfigurationError: the text is neither.
+    """
     if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
         seeds = tuple(range(int(found[1]), int(found[2]) + 1))
     elif re.fullmatch(r"\d+(,\d+)*", text):

@@ -1,4 +1,4 @@
-"""The flags of a study's cells, checked before the first of them runs."""
+"""Check the flags of a study's cells before the first of them runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from student_trainer.study.spec import Cell, Study, references
 
 
 def check_flags(study: Study) -> None:
-    """Check names and types; what a value means is checked by the command itself.
+    """Check the names and types of flags; the command itself checks what a value means.
 
-    No arguments are made of them here: making transformers' would start CUDA in this process.
+    The flags are not made into arguments, because transformers' arguments would start CUDA in this
+    process.
 
     Raises:
         ConfigurationError: an unknown flag or a value of the wrong type, with file and key.
@@ -33,7 +34,7 @@ def _check(study: Study, cell: Cell, key: str, value: Any, known: dict[str, Flag
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see student-trainer {cell.command} --help"
         raise ConfigurationError(f"{source}: {cell.command} has no such flag; {hint}")
-    # A seed is a number; other references become the names of folders.
+    # A seed is a number, and other references become the names of folders.
     plain = "0" if references(value) == ["seed"] else value
     try:
         known[key].read(plain)

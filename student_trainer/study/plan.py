@@ -1,7 +1,7 @@
-"""From the cells of a study to the jobs that they take.
+"""Turn the cells of a study into jobs.
 
 A *job* is a cell at one seed. Cells into which no ``{seed}`` flows, by a flag or through an input,
-are made once for all seeds; cells with equal commands and inputs are one job.
+run once for all seeds; cells with equal commands and inputs are one job.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from shared import __version__
 from shared.errors import ConfigurationError
-from student_trainer.study.spec import Cell, Study, nearest, references, substituted, words_of
+from student_trainer.study.spec import Cell, Study, nearest, references, substituted, to_argv
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Job:
     """A cell at one seed.
 
     Attributes:
-        seed: None where it is made once for all.
+        seed: None where it runs once for all seeds.
         folder: of its output, relative to the study's; also its identity.
-        words: flags; ``{FOLDER}`` stands for another job's output folder.
+        argv: flags; ``{FOLDER}`` stands for another job's output folder.
         inputs, teacher: folders of other jobs.
         digest: of command, flags and everything that flows in.
     """
@@ -34,7 +34,7 @@ class Job:
     cell: Cell
     seed: int | None
     folder: str
-    words: tuple[str, ...]
+    argv: tuple[str, ...]
     inputs: tuple[str, ...]
     teacher: str | None
     digest: str
@@ -42,14 +42,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs by folder, in the order of seeds, then of cells; and which job a cell is."""
+    """The jobs by folder, in the order of seeds, then of cells, and the folder of each cell."""
 
     jobs: Mapping[str, Job]
     folder_of: Mapping[tuple[str, int], str]
 
 
 def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
-    """The jobs of all cells at the given seeds."""
+    """Return the jobs of all cells at the given seeds."""
     jobs: dict[str, Job] = {}
     folder_of: dict[tuple[str, int], str] = {}
     same: dict[str, str] = {}  # digest -> folder
@@ -64,8 +64,9 @@ def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
 
 
 def select(study: Study, plan: Plan, seeds: Sequence[int], only: Sequence[str]) -> list[Job]:
-    """The jobs of some seeds, with their measures and inputs: of the cells that a pattern names, or
-    that a table of that name compares; of all without a pattern.
+    """Return the jobs of some seeds whose cells a pattern names, with their measures and inputs.
+
+    A pattern names cells, or tables with all their cells; without a pattern all cells are taken.
 
     Raises:
         ConfigurationError: a pattern that matches no cell and no table.
@@ -99,23 +100,23 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
     seeded = any("seed" in references(value) for value in cell.flags.values())
     seeded = seeded or any(job.seed is not None for job in inputs.values())
 
-    def words(stand_ins: Mapping[str, str]) -> list[str]:
+    def argv(stand_ins: Mapping[str, str]) -> list[str]:
         by = {**stand_ins, "seed": str(seed)}
-        return words_of({key: substituted(value, by) for key, value in cell.flags.items()})
+        return to_argv({key: substituted(value, by) for key, value in cell.flags.items()})
 
     teacher = inputs[cell.teacher] if cell.teacher else None
     everything = [
         __version__,
         cell.command,
-        sorted(words({name: job.digest for name, job in inputs.items()})),
-        [teacher.digest, words_of(serve)] if teacher else None,
+        sorted(argv({name: job.digest for name, job in inputs.items()})),
+        [teacher.digest, to_argv(serve)] if teacher else None,
         sorted(filter(None, map(_file_digest, cell.flags.values()))),
     ]
     return Job(
         cell=cell,
         seed=seed if seeded else None,
         folder=f"seed-{seed}/{cell.name}" if seeded else f"shared/{cell.name}",
-        words=tuple(words({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
+        argv=tuple(argv({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
         inputs=tuple(job.folder for job in inputs.values()),
         teacher=teacher.folder if teacher else None,
         digest=hashlib.sha256(json.dumps(everything).encode()).hexdigest(),
@@ -123,7 +124,10 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
 
 
 def _file_digest(value: Any) -> str | None:
-    """Of a data file outside the study that a flag names: its content flows in, too."""
+    """Return the digest of the file that a flag names, or None if it names none.
+
+    A data file's content is an input of the job too.
+    """
     if not isinstance(value, str) or not Path(value).is_file():
         return None
     return hashlib.sha256(Path(value).read_bytes()).hexdigest()

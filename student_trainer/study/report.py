@@ -1,4 +1,4 @@
-"""What a study found: results.json, results.md, and a plot for each comparison."""
+"""Write a study's results.json, results.md, and a plot for each comparison."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from student_trainer.reporting.svg import Interval, write_interval_chart, write_
 from student_trainer.study.spec import Study, Table
 from student_trainer.study.statistics import Estimate, estimate, paired_difference
 
-# Cell -> seed -> metric; the seed is None for what is made once for all.
+# Cell -> seed -> metric; the seed is None for a cell that runs once for all seeds.
 Values = Mapping[str, Mapping[int | None, float]]
 
 
 def write_report(study: Study, values: Values, seconds: float, folder: Path) -> list[Path]:
-    """Everything that can be said of what is measured so far.
+    """Write the report of the cells that are measured so far.
 
     Args:
         values: cell -> seed -> metric; cells and seeds that are not done are left out.
-        seconds: that it took.
+        seconds: that all jobs took.
 
     Returns:
         The files written.

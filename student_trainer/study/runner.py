@@ -1,4 +1,4 @@
-"""Runs the jobs of a study; a finished one leaves a marker, and is skipped from then on."""
+"""Run the jobs of a study, and skip those that an earlier run has finished."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from student_trainer.study.served import served
 from student_trainer.study.spec import TRAINER_COMMANDS
 
 MARKER = ".study"
-# All cells are forked from one process, which has imported torch and transformers once: that takes
-# seconds, as long as some cells.
+# All cells are forked from one process that has imported torch and transformers, because the
+# imports take as long as some cells.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = [
     "student_trainer.training.recipe",
@@ -37,15 +37,15 @@ _FOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 class Runner:
-    """Jobs in order, with at most one served teacher at a time."""
+    """A runner of jobs in order, with at most one served teacher at a time.
+
+    Args:
+        folder: everything is written below it.
+        serve: flags of `teacher-server serve`.
+        say: takes a line of progress.
+    """
 
     def __init__(self, folder: Path, serve: Sequence[str], say: Callable[[str], None]) -> None:
-        """
-        Args:
-            folder: everything is written below it.
-            serve: flags of `teacher-server serve`.
-            say: takes a line of progress.
-        """
         self.folder = folder
         self._serve = serve
         self._say = say
@@ -54,26 +54,26 @@ class Runner:
         self._url = ""
 
     def state(self, job: Job) -> str:
-        """`done`, `changed` (made by another command or from other inputs) or `to do`."""
+        """Return `done`, `changed` (made by another command or from other inputs) or `to do`."""
         made = self._marker(job)
         if made is None or not self._output(job.folder).exists():
             return "to do"
         return "done" if made["digest"] == job.digest else "changed"
 
     def seconds(self, job: Job) -> float | None:
-        """How long the job took when it was made."""
+        """Return how long the job took when it ran, or None if it has not run."""
         made = self._marker(job)
         return None if made is None else float(made["seconds"])
 
     def command(self, job: Job) -> str:
-        """As one would type it; a teacher's address is not known before it is served."""
-        return _typed(job, self._words(job, "http://TEACHER"))
+        """Return the job's command line, with a stand-in for the address of a teacher."""
+        return _typed(job, self._argv(job, "http://TEACHER"))
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run what is not done.
+        """Run the jobs that are not done.
 
         Raises:
-            ConfigurationError: the folder holds files of others, or another study runs in it.
+            ConfigurationError: the folder holds other files, or another study runs in it.
             CellFailedError: a command failed, or did not write what the next one needs.
             TeacherUnreachableError: a teacher did not start.
         """
@@ -98,7 +98,7 @@ class Runner:
                 self._stop_serving()
 
     def _next(self, left: Sequence[Job]) -> Job:
-        """The first whose inputs are there; of those who ask a teacher, the served one's first."""
+        """Return a job whose inputs are there, if possible one that needs no other teacher."""
         waiting = {job.folder for job in left}
         ready = [job for job in left if not waiting.intersection(job.inputs)]
         seed = ready[0].seed
@@ -116,13 +116,13 @@ class Runner:
         since = time.perf_counter()
         if job.teacher is not None:
             self._keep_serving(job.teacher)
-        words = self._words(job, self._url)
+        argv = self._argv(job, self._url)
         log = output.with_name(output.name + ".log")
-        code = _in_a_process(job.cell.command, words, log)
+        code = _in_a_process(job.cell.command, argv, log)
         if code != 0:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise CellFailedError(
-                f"{job.folder} ended with {code}:\n$ {_typed(job, words)}\n{tail}\n"
+                f"{job.folder} ended with {code}:\n$ {_typed(job, argv)}\n{tail}\n"
                 f"The whole log is {log}"
             )
         if not output.exists():
@@ -130,18 +130,18 @@ class Runner:
                 f"{job.folder} wrote nothing into its --output_dir {output}; the log is {log}"
             )
         seconds = time.perf_counter() - since
-        made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, words)}
+        made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, argv)}
         marker = self._marker_path(job)
         unfinished = marker.with_name(marker.name + ".new")
         unfinished.write_text(json.dumps(made, indent=2) + "\n")
         unfinished.replace(marker)
         return seconds
 
-    def _words(self, job: Job, url: str) -> list[str]:
-        words = [_FOLDER.sub(lambda f: str(self._output(f[1])), word) for word in job.words]
+    def _argv(self, job: Job, url: str) -> list[str]:
+        argv = [_FOLDER.sub(lambda f: str(self._output(f[1])), argument) for argument in job.argv]
         if job.teacher is not None:
-            words.append(f"--teacher_url={url}")
-        return [*words, f"--output_dir={self._output(job.folder)}"]
+            argv.append(f"--teacher_url={url}")
+        return [*argv, f"--output_dir={self._output(job.folder)}"]
 
     def _keep_serving(self, teacher: str) -> None:
         if self._served == teacher:
@@ -159,7 +159,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _locked(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Two studies may share a folder, but not a seed: they would overwrite each other."""
+        """Lock the folder's seeds, which two studies would overwrite; other seeds stay free."""
         used = self.folder.exists() and any(self.folder.iterdir())
         if used and not (self.folder / MARKER).exists():
             raise ConfigurationError(
@@ -192,7 +192,7 @@ class Runner:
 
 
 class _Progress:
-    """One line a cell; what is left is estimated from cells of the same command."""
+    """A report of one line a cell, with the time left by cells of the same command."""
 
     def __init__(self, count: int, say: Callable[[str], None]) -> None:
         self._count = count
@@ -223,15 +223,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _typed(job: Job, words: Sequence[str]) -> str:
+def _typed(job: Job, argv: Sequence[str]) -> str:
     command = job.cell.command
     program = ["student-trainer"] if command in TRAINER_COMMANDS else ["python", "-m"]
-    return shlex.join([*program, command, *words])
+    return shlex.join([*program, command, *argv])
 
 
-def _in_a_process(command: str, words: Sequence[str], log: Path) -> int:
-    """The exit code of a command in a process of its own, which does not outlive this one."""
-    process = _CONTEXT.Process(target=_execute, args=(command, list(words), str(log)))
+def _in_a_process(command: str, argv: Sequence[str], log: Path) -> int:
+    """Run a command in a process that does not outlive this one; return its exit code."""
+    process = _CONTEXT.Process(target=_execute, args=(command, list(argv), str(log)))
     process.start()
     try:
         process.join()
@@ -246,23 +246,23 @@ def _in_a_process(command: str, words: Sequence[str], log: Path) -> int:
     return process.exitcode
 
 
-def _execute(command: str, words: list[str], log: str) -> None:
-    """In the new process: standard output and errors go to the log."""
+def _execute(command: str, argv: list[str], log: str) -> None:
+    """Run a command in the new process, with standard output and errors in the log."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if command in TRAINER_COMMANDS:
-        sys.argv = ["student-trainer", command, *words]
-        with signals_as_exits():  # a cell that is told to end has failed: it begins anew
+        sys.argv = ["student-trainer", command, *argv]
+        with signals_as_exits():  # a cell that is told to end has failed, and will run again
             runpy.run_module("student_trainer", run_name="__main__", alter_sys=True)
         return
-    sys.argv = [command, *words]
+    sys.argv = [command, *argv]
     runpy.run_module(command, run_name="__main__", alter_sys=True)
 
 
 def _end_with_parent() -> None:
-    """A study that is killed leaves no cell behind to write into its folder."""
+    """End this process with its parent, so that a killed study leaves no cell running."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

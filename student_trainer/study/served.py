@@ -1,4 +1,4 @@
-"""A teacher server as a process of its own, for as long as it is needed."""
+"""Run a teacher server as a process, for as long as it is needed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from shared.errors import TeacherUnreachableError
 
 @contextlib.contextmanager
 def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, str]]:
-    """(address, command) of a ready `teacher-server` on a free port; stopped whatever happens.
+    """Start `teacher-server` on a free port, yield (address, command) when ready, and stop it.
 
     Raises:
-        TeacherUnreachableError: it ended instead of becoming ready, with its log.
+        TeacherUnreachableError: the server ended instead of becoming ready; holds its log.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = ["serve", str(model), "--port", str(port), *flags]
+    argv = ["serve", str(model), "--port", str(port), *flags]
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "teacher_server", *words],
+            [sys.executable, "-m", "teacher_server", *argv],
             stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(server, url, log)
-            yield url, shlex.join(["teacher-server", *words])
+            yield url, shlex.join(["teacher-server", *argv])
         finally:
             server.terminate()
             try:

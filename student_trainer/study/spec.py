@@ -1,4 +1,4 @@
-"""A study's YAML file, read and checked: its cells, and the tables that compare them.
+"""Read and check a study's YAML file: its cells, and the tables that compare them.
 
 A *cell* is one command with its flags. A value may name another cell in braces: that cell's output
 folder, of the same seed; ``{seed}`` is the seed.
@@ -26,7 +26,7 @@ _NAME = re.compile(r"[\w.=-]+")
 
 @dataclass(frozen=True)
 class Cell:
-    """One command.
+    """A command with its flags.
 
     Attributes:
         command: of `student-trainer`, or a Python module (which takes ``--output_dir`` too).
@@ -45,14 +45,14 @@ class Cell:
     measures: str | None = None
 
     def inputs(self) -> list[str]:
-        """The cells that its flags and its teacher name, each once."""
+        """Return the cells that the flags and the teacher name, each once."""
         named = [n for value in self.flags.values() for n in references(value) if n != "seed"]
         return list(dict.fromkeys([*named, *([self.teacher] if self.teacher else [])]))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that are compared: ``x`` and ``series`` are grid keys, ``differences`` are pairs."""
+    """A comparison of cells: ``x`` and ``series`` are grid keys, ``differences`` are pairs."""
 
     name: str
     title: str
@@ -64,11 +64,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole file.
+    """The content of a study's file.
 
     Attributes:
-        cells: by name, inputs before those who use them; a measuring cell follows each that a
-            table compares.
+        cells: by name, inputs before those who use them; a measuring cell follows each that a table
+            compares.
         metric: the key of ``results.json`` that a measuring cell writes.
         serve: flags of `teacher-server serve`.
     """
@@ -83,7 +83,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study.
+    """Read and check a study's file.
 
     Raises:
         ConfigurationError: what is wrong, with the file and the key.
@@ -96,14 +96,14 @@ def load_study(path: Path) -> Study:
 
 
 def references(value: Any) -> list[str]:
-    """The names in braces in a flag's value."""
+    """Return the names in braces in a flag's value."""
     if isinstance(value, list):
         return [name for item in value for name in references(item)]
     return _REFERENCE.findall(value) if isinstance(value, str) else []
 
 
 def substituted(value: Any, by: Mapping[str, str]) -> Any:
-    """A flag's value with what ``by`` says for names in braces; others stay."""
+    """Return a flag's value with names in braces replaced as ``by`` says; others stay."""
     if isinstance(value, list):
         return [substituted(item, by) for item in value]
     if not isinstance(value, str):
@@ -111,25 +111,25 @@ def substituted(value: Any, by: Mapping[str, str]) -> Any:
     return _REFERENCE.sub(lambda found: by.get(found[1], found[0]), value)
 
 
-def words_of(flags: Mapping[str, Any]) -> list[str]:
-    """Flags as they stand on a command line; those that are null are left out."""
-    words = []
+def to_argv(flags: Mapping[str, Any]) -> list[str]:
+    """Return flags as command-line arguments, without those that are null."""
+    argv = []
     for key, value in flags.items():
         if isinstance(value, list):
-            words += [f"--{key}", *(str(item) for item in value)]
+            argv += [f"--{key}", *(str(item) for item in value)]
         elif value is not None:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return words
+            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
 
 
 def nearest(names: Iterable[str], name: str) -> str:
-    """A hint for an unknown name."""
+    """Return a hint for an unknown name."""
     near = difflib.get_close_matches(name, list(names), n=1)
     return f"did you mean {near[0]}?" if near else f"there is {', '.join(names)}"
 
 
 class _ContentError(Exception):
-    """Something about the file's content; `load_study` adds the file's name."""
+    """A mistake in the file's content; `load_study` adds the file's name."""
 
 
 def _study(path: Path, content: Any) -> Study:
@@ -172,7 +172,7 @@ def _study(path: Path, content: Any) -> Study:
 
 
 def _expand(name: str, entry: Any, defaults: Mapping[str, Any]) -> Iterator[Cell]:
-    """The cell, or one for each combination of its grids, named after the values of their lists."""
+    """Yield the cell, or one for each combination of its grids, named after their values."""
     source = f"cells.{name}"
     if not _NAME.fullmatch(name) or name in ("seed", "model"):
         raise _ContentError(f"{source}: a name has letters, digits and _ . = - only, and is not "
@@ -216,7 +216,7 @@ def _cell(name: str, entry: Mapping[str, Any], source: str, defaults: Mapping[st
 
 
 def _measure(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> Cell:
-    """The cell that measures the model of cell ``name``."""
+    """Return the cell that measures the model of cell ``name``."""
     cell = _cell("measure", entry, "measure", defaults)
     if not any("model" in references(value) for value in cell.flags.values()):
         raise _ContentError("measure.flags: none has {model}, the model to measure")
@@ -282,7 +282,7 @@ def _check_inputs(cell: Cell, cells: Mapping[str, Cell]) -> None:
 
 
 def _sorted(cells: Mapping[str, Cell]) -> dict[str, Cell]:
-    """Inputs before their users, else in the order of the file.
+    """Return inputs before their users, else in the order of the file.
 
     A measure comes right behind what it measures, so that a run that is cut has whole results.
     """

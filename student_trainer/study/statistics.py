@@ -1,4 +1,4 @@
-"""Means over seeds with 95 % intervals; Student's t, since seeds are few."""
+"""Compute means over seeds with 95 % intervals, by Student's t because seeds are few."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Estimate:
     n: int
 
     def covers_zero(self) -> bool:
-        """Whether the interval does not tell the mean from 0."""
+        """Return whether the interval does not tell the mean from 0."""
         return self.margin is None or abs(self.mean) <= self.margin
 
 
 def t_quantile(degrees: int) -> float:
-    """The .975 quantile of Student's t, to four digits.
+    """Return the .975 quantile of Student's t, to four digits.
 
     Above 30 degrees of freedom by the expansion of Abramowitz and Stegun, 26.7.5.
     """
@@ -42,10 +42,10 @@ def t_quantile(degrees: int) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and t-interval of independent values, one a seed.
+    """Return the mean and t-interval of independent values, one a seed.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no values.
     """
     if not values:
         raise ValueError("no values to average")
@@ -58,10 +58,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 def paired_difference(
     values: Mapping[int | None, float], base: Mapping[int | None, float]
 ) -> Estimate | None:
-    """The mean over the common seeds of value − base, by seed; None where they share none.
+    """Return the mean of value − base over the common seeds; None where they share none.
 
-    Both share data and teacher at a seed, so their difference varies less than either. What was
-    made once for all seeds (its key is None) is held against the other at each of them.
+    Both share data and teacher at a seed, so their difference varies less than either. A value for
+    all seeds (its key is None) is compared with the other at each of its seeds.
     """
     if None in values and base:
         values = dict.fromkeys(base, values[None])

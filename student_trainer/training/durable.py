@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from shared.errors import CheckpointError, ProtocolError, TeacherError
 from student_trainer.runtime.random_state import RandomState
 from student_trainer.runtime.ranks import Ranks
-from student_trainer.runtime.signals import first_signal_asks
+from student_trainer.runtime.signals import sigterm_event
 from student_trainer.training.checkpoints import (
     keep_latest,
     publish,
@@ -75,7 +75,7 @@ class DurableTrainer(Trainer):
         """
         if self.args.should_save:
             remove_unfinished(self._output)
-        with first_signal_asks(_PATIENCE, self.ranks.wait_no_longer) as asked:
+        with sigterm_event(_PATIENCE, self.ranks.wait_no_longer) as asked:
             self.add_callback(_AfterStep(self, asked))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

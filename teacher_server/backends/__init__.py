@@ -1,1 +1,1 @@
-"""What runs the teacher: one Protocol, one file for each engine."""
+"""The engines that run the teacher, behind one interface."""

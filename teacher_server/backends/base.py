@@ -1,7 +1,7 @@
-"""What the server asks of an engine, one sequence at a time.
+"""The interface between the server and an engine, whose jobs are one sequence each.
 
 An engine batches as it likes: the transformers backend by `teacher_server.batcher`, an engine with
-continuous batching by its own scheduler. Requests are checked before they come here.
+continuous batching by its own scheduler. Requests are checked before they reach it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from shared.text import StopStrings
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """One sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`.
+    """A sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`.
 
-    ``client`` is who asked: clients take turns.
+    ``client`` is the sender of the request, because clients take turns.
     """
 
     token_ids: NDArray[np.uint32]  # [L]
@@ -36,7 +36,7 @@ class ScoreJob:
     temperature: float = 1.0
     requested_token_ids: NDArray[np.uint32] | None = None  # [T, m]
     logprob_dtype: LogprobDtype = "float32"
-    draw_key: bytes | None = None  # names the randomness of a support that is drawn
+    draw_key: bytes | None = None  # seeds a sampled support; None for the top k
     client: str = ""
 
     @property
@@ -49,14 +49,14 @@ class ScoreJob:
 
     @property
     def answer_bytes(self) -> int:
-        """Of its arrays in float32."""
+        """The size of the answer's arrays in float32, in bytes."""
         requested = 0 if self.requested_token_ids is None else int(self.requested_token_ids.size)
         return self.rows * (8 * self.top_k + 8) + 4 * requested
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How a generated completion is scored along with it."""
+    """The options for scoring a generated completion."""
 
     top_k: int
     temperature: float = 1.0
@@ -65,10 +65,10 @@ class ScoreOptions:
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """One completion to generate; ``temperature`` 0 is greedy.
+    """A completion to generate; ``temperature`` 0 is greedy.
 
-    ``key`` names its randomness: equal keys give equal completions, whatever else is in the batch.
-    ``client`` is who asked: clients take turns.
+    ``key`` seeds the sampling: equal keys give equal completions, whatever else is in the batch.
+    ``client`` is the sender of the request, because clients take turns.
     """
 
     prompt: NDArray[np.uint32]  # [P]
@@ -88,12 +88,12 @@ class GenerateJob:
 
     @property
     def answer_bytes(self) -> int:
-        """Of its arrays in float32, if the completion is as long as it may be."""
+        """The size of the longest possible answer's arrays in float32, in bytes."""
         scores = 0 if self.score is None else 8 * self.score.top_k + 8
         return self.max_new_tokens * (4 + scores)
 
     def score_job(self, completion: NDArray[np.uint32]) -> ScoreJob:
-        """What scores the completion [T] that came of this job; ``score`` is not None."""
+        """Return the job that scores this job's completion [T]; ``score`` must not be None."""
         assert self.score is not None
         return ScoreJob(
             token_ids=np.concatenate([self.prompt, completion]).astype(np.uint32),
@@ -107,7 +107,7 @@ class GenerateJob:
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """What `/v1/info` reports of the engine and its model."""
+    """The facts about an engine and its model that `/v1/info` reports."""
 
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
@@ -124,15 +124,15 @@ class Backend(Protocol):
 
     @property
     def alive(self) -> bool:
-        """False once the engine has died: nothing but a restart helps."""
+        """The health of the engine: False once nothing but a restart helps."""
         ...
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
-        """The arrays of one sequence. Cancelling the task drops the work."""
+        """Score one sequence. Cancelling the task drops the work."""
         ...
 
     async def generate(self, job: GenerateJob) -> Completion:
-        """One completion. Cancelling the task drops the work."""
+        """Generate one completion. Cancelling the task drops the work."""
         ...
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What every backend reads from a checkpoint beside its weights."""
+"""Load what every backend reads from a checkpoint beside its weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from shared.tokenizer_file import trusted
+from shared.tokenizer_file import verified_tokenizer
 
 
 def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
-    """``auto_class.from_pretrained`` of transformers.
+    """Call ``auto_class.from_pretrained`` of transformers, with every error in one line.
 
     Raises:
-        ConfigurationError: in one line, whatever a checkpoint's files can cause.
+        ConfigurationError: the checkpoint does not load.
     """
     try:
         return auto_class.from_pretrained(model, **options)
@@ -25,16 +25,16 @@ def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a checkpoint, which does what its ``tokenizer.json`` says.
+    """Return the tokenizer of a checkpoint, which does what its ``tokenizer.json`` says.
 
     Raises:
-        ConfigurationError: it does not load, or text does not survive it.
+        ConfigurationError: it does not load, or it loses text.
     """
-    # Imported here, so that the command line does not wait for it.
+    # Imported here, so that the command line does not wait for transformers.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     options = {"trust_remote_code": trust_remote_code}
-    return trusted(
+    return verified_tokenizer(
         from_pretrained(AutoTokenizer, model, **options),
         _tokenizer_file(model),
         lambda: from_pretrained(PreTrainedTokenizerFast, model, **options),
@@ -53,7 +53,7 @@ def _tokenizer_file(model: str) -> Path | None:
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a model on disk: its own, or that of the Hub's cache."""
+    """Return the folder of a model on disk: its own, or the one in the Hub's cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -62,7 +62,7 @@ def local_folder(model: str) -> Path:
 
 
 def eos_token_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion, ascending: the generation config's and the tokenizer's."""
+    """Return the ids that end a completion, ascending, of generation config and tokenizer."""
     configured = generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return tuple(sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}))

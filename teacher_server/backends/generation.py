@@ -1,4 +1,4 @@
-"""Prompts -> completions by the model's own `generate`, each row by its own rules."""
+"""Generate completions by the model's own `generate`, each by the rules of its job."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from teacher_server.backends.base import GenerateJob
 
 
 @torch.inference_mode()
-def generate_rows(
+def generate_completions(
     model: Any,
     jobs: Sequence[GenerateJob],
     eos_token_ids: Sequence[int],
@@ -36,17 +36,17 @@ def generate_rows(
     tokenizer: Any = None,
     use_cache: bool = True,
 ) -> None:
-    """One left-padded batch; prompts, lengths, stop tokens and sampling may differ by row.
+    """Generate one left-padded batch whose jobs may differ in lengths, stop tokens and sampling.
 
     Args:
-        eos_token_ids: end every row, beside its own stop tokens.
+        eos_token_ids: end every completion, beside a job's own stop tokens.
         pad: any valid id; the attention mask hides it.
-        waiting: which rows somebody still waits for; the others end at once.
-        ended: is told after each token which rows have ended in it, and with what. A row that
-            nobody waits for is never among them.
+        waiting: tells for each job whether somebody still waits for it; the others end at once.
+        ended: is called after each token with the completions that it ended, by index of the job. A
+            job that nobody waits for is never among them.
         vocab_size: ids from here on, padding of the output layer, are never generated.
-        tokenizer: for the text of rows that have stop strings.
-        use_cache: else each token is a forward pass over all before it.
+        tokenizer: for the text of jobs with stop strings.
+        use_cache: False makes each token a forward pass over all before it.
 
     Raises:
         InternalError: the model answered NaN or infinity.
@@ -55,18 +55,18 @@ def generate_rows(
     width = max(len(job.prompt) for job in jobs)
     input_ids = torch.full((len(jobs), width), pad)  # [B, P]
     attention_mask = torch.zeros_like(input_ids)
-    for row, job in enumerate(jobs):
+    for index, job in enumerate(jobs):
         first = width - len(job.prompt)
-        input_ids[row, first:] = torch.from_numpy(job.prompt.astype(np.int64))
-        attention_mask[row, first:] = 1
+        input_ids[index, first:] = torch.from_numpy(job.prompt.astype(np.int64))
+        attention_mask[index, first:] = 1
     searches = {
-        row: StopSearch(tokenizer, job.prompt, job.stop)
-        for row, job in enumerate(jobs)
+        index: StopSearch(tokenizer, job.prompt, job.stop)
+        for index, job in enumerate(jobs)
         if job.stop is not None
     }
     stops = [sorted({*eos_token_ids, *job.stop_token_ids}) for job in jobs]
-    # Set on the model: `generate` would fill what is unset from the checkpoint's own defaults,
-    # and a repetition penalty there is not what the request asked for.
+    # Set on the model, because `generate` fills unset fields from the checkpoint's defaults, which
+    # may hold a repetition penalty that no request asked for.
     model.generation_config = GenerationConfig(
         max_new_tokens=max(job.max_new_tokens for job in jobs),
         do_sample=False,
@@ -76,17 +76,17 @@ def generate_rows(
     model.generate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
-        logits_processor=LogitsProcessorList([_SampleRows(jobs, device, vocab_size)]),
+        logits_processor=LogitsProcessorList([_SampleEachJob(jobs, device, vocab_size)]),
         stopping_criteria=StoppingCriteriaList(
-            [_StopRows(jobs, stops, searches, width, waiting, ended, device)]
+            [_StopEachJob(jobs, stops, searches, width, waiting, ended, device)]
         ),
     )
 
 
 def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list[int]]:
-    """Indices of jobs in groups, each of which fits the context as one padded batch.
+    """Group the indices of jobs so that each group fits the context as one padded batch.
 
-    Alone every job fits; a long prompt beside a long completion would run past the last position.
+    Each job fits alone, but a long prompt beside a long completion would exceed the context.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(jobs)), key=lambda i: len(jobs[i].prompt)):
@@ -100,8 +100,8 @@ def within_context(jobs: Sequence[GenerateJob], max_model_len: int) -> list[list
     return groups
 
 
-class _StopRows(StoppingCriteria):
-    """Ends each row at its own stops and length, or when nobody waits for it any more."""
+class _StopEachJob(StoppingCriteria):
+    """A criterion that ends each completion at its stops or length, or when nobody waits for it."""
 
     def __init__(
         self,
@@ -127,28 +127,29 @@ class _StopRows(StoppingCriteria):
         length = input_ids.shape[1] - self.prompt_width
         self.running &= torch.tensor(self.waiting(), device=input_ids.device)
         stopped = (input_ids[:, -1:] == self.stops).any(dim=1)  # [B]
-        for row, search in self.searches.items():
-            if self.running[row] and search.add(int(input_ids[row, -1])):
-                stopped[row] = True
+        for index, search in self.searches.items():
+            if self.running[index] and search.add(int(input_ids[index, -1])):
+                stopped[index] = True
         now = self.running & (stopped | (self.lengths <= length))
         self.running &= ~now
         self.ended(
             {
-                row: Completion(
-                    token_ids=input_ids[row, self.prompt_width :].cpu().numpy().astype(np.uint32),
-                    finish_reason="stop" if stopped[row] else "length",
+                index: Completion(
+                    token_ids=input_ids[index, self.prompt_width :].cpu().numpy().astype(np.uint32),
+                    finish_reason="stop" if stopped[index] else "length",
                 )
-                for row in now.nonzero()[:, 0].tolist()
+                for index in now.nonzero()[:, 0].tolist()
             }
         )
         return ~self.running
 
 
-class _SampleRows(LogitsProcessor):
-    """Picks each row's token by its own parameters; `generate` then takes the one id left.
+class _SampleEachJob(LogitsProcessor):
+    """A processor that samples each completion's next token by the parameters of its job.
 
-    Sampling is by inverse CDF from one uniform a token, fixed by the job's key, over the softmax
-    of the logits after temperature, top-k and top-p. Rows with equal parameters go together.
+    It leaves one id, which `generate` then takes. Sampling is by inverse CDF from one uniform a
+    token, fixed by the job's key, over the softmax of the logits after temperature, top-k and
+    top-p. Jobs with equal parameters are sampled together.
     """
 
     def __init__(self, jobs: Sequence[GenerateJob], device: torch.device, vocab_size: int) -> None:
@@ -156,19 +157,19 @@ class _SampleRows(LogitsProcessor):
         self.vocab_size = vocab_size
         longest = max(job.max_new_tokens for job in jobs)
         alike: dict[tuple[float, int, float], list[int]] = {}
-        for row, job in enumerate(jobs):
+        for index, job in enumerate(jobs):
             if job.temperature > 0:
                 key = (job.temperature, job.sampling_top_k, job.top_p)
-                alike.setdefault(key, []).append(row)
+                alike.setdefault(key, []).append(index)
         self.groups = [
             (
-                torch.tensor(rows, device=device),
+                torch.tensor(indices, device=device),
                 torch.from_numpy(
-                    np.stack([uniforms("generate", *jobs[i].key, count=longest) for i in rows])
+                    np.stack([uniforms("generate", *jobs[i].key, count=longest) for i in indices])
                 ).to(device),  # [n, steps]
                 _warpers(*key),
             )
-            for key, rows in alike.items()
+            for key, indices in alike.items()
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -178,16 +179,17 @@ class _SampleRows(LogitsProcessor):
                 "or serve it with --dtype float32"
             )
         scores[:, self.vocab_size :] = float("-inf")
-        for rows, draws, warp in self.groups:
-            logits = warp(input_ids[rows], scores[rows].float())
+        for indices, draws, warp in self.groups:
+            logits = warp(input_ids[indices], scores[indices].float())
             cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [n, V]
             total = cdf[:, -1:]
-            # Below the total, and searched from the right: never an id of zero probability.
+            # A point below the total, searched from the right, never picks an id of zero
+            # probability.
             point = torch.minimum(
                 draws[:, self.step, None] * total, total.nextafter(torch.zeros_like(total))
             )
             chosen = torch.searchsorted(cdf, point, right=True)  # [n, 1]
-            scores[rows] = torch.full_like(logits, float("-inf")).scatter_(1, chosen, 0.0)
+            scores[indices] = torch.full_like(logits, float("-inf")).scatter_(1, chosen, 0.0)
         self.step += 1
         return scores
 

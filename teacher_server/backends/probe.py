@@ -1,4 +1,4 @@
-"""Trials of a model as it loads: what a neighbour, a later token or a cache changes."""
+"""Probe a model as it loads for effects of a batch neighbour, a later token or a cache."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ import torch
 from shared.errors import ConfigurationError
 from shared.rope import LengthDependentRope, length_dependent_rope
 from teacher_server.backends.base import GenerateJob
-from teacher_server.backends.generation import generate_rows
+from teacher_server.backends.generation import generate_completions
 
 logger = logging.getLogger(__name__)
 
 SHORT, LONG = 8, 32  # tokens of the sequence that is scored, and of its neighbour
-# Left-padded prompts of a trial, and the tokens that each row writes: one leaves early.
+# Lengths of the probe's left-padded prompts and of their completions, one of which ends early.
 PROMPTS, BUDGETS = (6, 11, 5, 8), (4, 2, 5, 3)
-# Largest error of what meets the head, relative to its size. A wrong state or position is off
-# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
-# of the tokens share in them is rounded much more coarsely.
+# Largest relative error of the head's inputs. A wrong state or position is off by tens of percent,
+# rounding in half precision by one to five. Logits would tell less, because their common part is
+# rounded much more coarsely.
 TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
-# A model of another shape, arguments it does not take, or a cache of its own.
+# Errors of a model with another structure, other arguments or a cache of its own.
 _CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 States = Callable[[torch.Tensor], torch.Tensor]
-Way = Literal["batched", "alone", "uncached"]
+Mode = Literal["batched", "alone", "uncached"]
 
 
 def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Return whether states [n, d] agree but for the rounding of a model in ``dtype``.
+    """Return whether states [n, d] agree up to the rounding of a model in ``dtype``.
 
-    States that are not finite tell nothing, and count as equal: each request will be refused.
+    States that are not finite count as equal, because they tell nothing and each request is
+    refused.
     """
     found, expected = found.float(), expected.float()
     finite = expected.isfinite().all(dim=0) & found.isfinite().all(dim=0)  # [d]
@@ -47,18 +48,18 @@ def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def check_causal(model: Any, name: str, states: States) -> None:
-    """Refuse a model that looks into the future: an encoder, however it is loaded.
+def probe_causality(model: Any, name: str, states: States) -> None:
+    """Refuse a model whose later tokens change earlier states, such as an encoder.
 
     Args:
         name: of the checkpoint, for the error.
-        states: what meets the head, [B, L, d], of input ids [B, L], as scoring computes it.
+        states: computes the head's inputs [B, L, d] of input ids [B, L], as scoring does.
 
     Raises:
         ConfigurationError: a changed last token changes what comes before it.
     """
     ids = _ids(model, SHORT)[None].repeat(2, 1)  # [2, L]
-    ids[1, -1] = (ids[1, -1] + 1) % _rows(model)
+    ids[1, -1] = (ids[1, -1] + 1) % _output_size(model)
     one, other = states(ids[:1])[0, :-1], states(ids[1:])[0, :-1]  # [L - 1, d]
     if not same_states(other, one, model.dtype):
         kind = model.config.get_text_config().model_type
@@ -69,13 +70,14 @@ def check_causal(model: Any, name: str, states: States) -> None:
 
 
 @torch.inference_mode()
-def companions(
+def probe_batching(
     model: Any, max_model_len: int, states: States
 ) -> tuple[Callable[[Sequence[int]], list[list[int]]], LengthDependentRope | None]:
-    """Return which sequences, by their lengths, may be scored in one forward pass.
+    """Return a function that groups sequences, by their lengths, for common forward passes.
 
-    And the rope, where sequences of up to ``max_model_len`` meet several sets of its frequencies.
-    That is told from the config; anything else by a short sequence beside a longer one.
+    Also return the rope, where sequences of up to ``max_model_len`` meet several sets of its
+    frequencies. The rope is known from the config; any other effect is probed with a short sequence
+    beside a longer one.
     """
     name = type(model).__name__
     rope = length_dependent_rope(model.config)
@@ -103,24 +105,25 @@ def companions(
     return lambda lengths: [[index] for index in range(len(lengths))], None
 
 
-def generation_way(model: Any, pad: int, vocab_size: int) -> Way | None:
-    """Return how completions come out right: told by writing a few, each compared with itself.
+def probe_generation(model: Any, pad: int, vocab_size: int) -> Mode | None:
+    """Return the fastest mode to generate correct completions, found by generating a few.
 
-    Left-padded prompts of unlike length in one batch over a cache, each alone over a cache, or each
-    alone without one. None where nothing gives what the model's plain forward pass does.
+    The modes are left-padded prompts of unlike lengths in one batch with a cache, each alone with a
+    cache, and each alone without one. None where no mode gives the states of the model's plain
+    forward pass.
     """
     errors = []
     name = type(model).__name__
-    ways: tuple[Way, ...] = ("batched", "alone", "uncached")
-    for way in ways:
+    modes: tuple[Mode, ...] = ("batched", "alone", "uncached")
+    for mode in modes:
         try:
-            if _writes_right(model, way, pad, vocab_size):
+            if _generates_correctly(model, mode, pad, vocab_size):
                 break
-            errors.append(f"{way}: other states than alone")
+            errors.append(f"{mode}: other states than alone")
         except torch.OutOfMemoryError:
             raise
         except _CANNOT_RUN as error:
-            errors.append(f"{way}: {type(error).__name__}: {error}")
+            errors.append(f"{mode}: {type(error).__name__}: {error}")
     else:
         logger.warning(
             "%s (%s) does not generate right (%s): /v1/generate is refused; serve it by "
@@ -130,30 +133,30 @@ def generation_way(model: Any, pad: int, vocab_size: int) -> Way | None:
             "; ".join(" ".join(error.split())[:120] for error in errors),
         )
         return None
-    if way != "batched":
+    if mode != "batched":
         logger.warning(
             "%s does not write in a batch what it writes alone: completions are generated one at "
             "a time%s",
             name,
-            "" if way == "alone" else ", without a cache",
+            "" if mode == "alone" else ", without a cache",
         )
-    return way
+    return mode
 
 
 @torch.inference_mode()
-def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
+def _generates_correctly(model: Any, mode: Mode, pad: int, vocab_size: int) -> bool:
     ids = _ids(model, sum(PROMPTS), vocab_size).cpu().numpy().astype(np.uint32)
     prompts = np.split(ids, np.cumsum(PROMPTS)[:-1])
     jobs = [
         GenerateJob(prompt, budget, 0.0, 1.0, 0, (index,))
         for index, (prompt, budget) in enumerate(zip(prompts, BUDGETS, strict=True))
     ]
-    groups = [list(range(len(jobs)))] if way == "batched" else [[i] for i in range(len(jobs))]
+    groups = [list(range(len(jobs)))] if mode == "batched" else [[i] for i in range(len(jobs))]
     for group in groups:
         waiting = [True] * len(group)
         written: dict[int, Any] = {}
-        with _met_by_head(model) as seen:  # [B, 1, d] of each token, the last one of its pass
-            generate_rows(
+        with _head_inputs(model) as seen:  # [B, L, d] of each pass; its last state gives the token
+            generate_completions(
                 model,
                 [jobs[i] for i in group],
                 (),
@@ -161,13 +164,13 @@ def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
                 partial(list, waiting),
                 written.update,
                 vocab_size=vocab_size,
-                use_cache=way != "uncached",
+                use_cache=mode != "uncached",
             )
-        for row, index in enumerate(group):
-            tokens = written[row].token_ids
-            found = torch.stack([step[row, -1] for step in seen[: len(tokens)]])  # [T, d]
+        for place, index in enumerate(group):
+            tokens = written[place].token_ids
+            found = torch.stack([step[place, -1] for step in seen[: len(tokens)]])  # [T, d]
             whole = np.concatenate([jobs[index].prompt, tokens[:-1]]).astype(np.int64)
-            with _met_by_head(model) as plain:
+            with _head_inputs(model) as plain:
                 model(input_ids=torch.from_numpy(whole)[None].to(model.device), use_cache=False)
             if not same_states(found, plain[0][0, -len(tokens) :], model.dtype):
                 return False
@@ -175,7 +178,7 @@ def _writes_right(model: Any, way: Way, pad: int, vocab_size: int) -> bool:
 
 
 @contextmanager
-def _met_by_head(model: Any) -> Iterator[list[torch.Tensor]]:
+def _head_inputs(model: Any) -> Iterator[list[torch.Tensor]]:
     """Collect the inputs of the output layer, [B, L, d] each."""
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
@@ -187,10 +190,10 @@ def _met_by_head(model: Any) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def _rows(model: Any) -> int:
+def _output_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _ids(model: Any, count: int, vocab_size: int | None = None) -> torch.Tensor:
-    """[count] int64, ids that are mostly unlike."""
-    return (7 * torch.arange(count, device=model.device) + 3) % (vocab_size or _rows(model))
+    """Return ids [count], int64, most of them different."""
+    return (7 * torch.arange(count, device=model.device) + 3) % (vocab_size or _output_size(model))

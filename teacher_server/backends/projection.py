@@ -1,8 +1,8 @@
 """The output layer of half-precision models, with logits in float32.
 
-Hidden states and weights are what the model computes in; the sum of their products is taken in
-float32 in any case. Rounded to the 8 bits of bfloat16, a logit of 20 moves by up to .06, and with
-it every log-prob that is answered.
+Hidden states and weights keep the model's dtype; the sum of their products is float32. Rounding a
+logit of 20 to the 8 bits of bfloat16 would move it by up to .06, and with it every log-prob of the
+answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-# Weights in float32 at once, where no matrix product takes half precision to float32.
+# Bytes of weights in float32 at a time, where matrix products cannot turn half precision into
+# float32.
 BLOCK_BYTES = 8 << 20
 HALF = (torch.bfloat16, torch.float16)
 
@@ -20,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 def linear(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Logits [..., V] of hidden states [..., d], weight [V, d]: float32 of half precision.
+    """Return logits [..., V] of hidden states [..., d] and weight [V, d], in float32.
 
     Only CUDA multiplies half precision into float32. Elsewhere the weights are converted a block of
     rows at a time, which is exact. Not differentiable.
@@ -42,9 +43,9 @@ def linear(
 
 
 def keep_float32_logits(model: Any) -> None:
-    """Give the output layer of a transformers model, where it is a plain linear one, `linear`.
+    """Make a transformers model's output layer compute `linear`, if it is a plain linear one.
 
-    So all of the model's logits are float32, also those that its own forward and `generate` make.
+    Then all of the model's logits are float32, also in its own forward and in `generate`.
     """
     layer: Any = model.get_output_embeddings()
     plain = type(layer) is nn.Linear

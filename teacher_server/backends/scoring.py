@@ -1,4 +1,4 @@
-"""Hidden states of completion rows -> sparse log-probs with an exact tail, on the device."""
+"""Compute sparse log-probs with an exact tail from hidden states, on the device."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from shared.sparse import SparseLogprobs
 from teacher_server.backends.base import ScoreJob
 from teacher_server.settings import Settings
 
-# Logits in float32 that are made at once (--score-chunk-mib), and the rows beyond which no matrix
-# product gets faster.
+# Bytes of float32 logits made at once (--score-chunk-mib), and the most positions, beyond which no
+# matrix product gets faster.
 CHUNK_BYTES = Settings.score_chunk_mib << 20
 CHUNK_ROWS = 256
-# On a CPU a chunk is scored in slices that stay near the caches.
+# On a CPU a chunk is scored in slices that fit the caches.
 SLICE_BYTES = 4 << 20
-# Tokens that are ranked as one before the winners are ranked alone.
+# Tokens in a block of `top_k`, which ranks blocks before it ranks tokens.
 BLOCK = 16
-# A tail's mass, relative to the most probable token's, below which a sum of float32 exponentials is
-# too coarse, or has gone to zero.
+# Tail mass, relative to the most probable token's, below which a sum of float32 exponentials is too
+# coarse or underflows.
 FAINT = 1e-26
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode()
-def score_rows(
+def score_positions(
     hidden: torch.Tensor,
     head: Head,
     jobs: Sequence[ScoreJob],
     vocab_size: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> list[SparseLogprobs]:
-    """Score the completion rows of all jobs, chunk by chunk.
+    """Score the completion positions of all jobs, chunk by chunk.
 
     Args:
-        hidden: [N, d], the rows of the jobs one after another: row t of a job is the state that
-            predicts its token at ``completion_start + t``.
+        hidden: [N, d], the states of the jobs one after another: state t of a job predicts its
+            token at ``completion_start + t``.
         head: projects [n, d] to logits [n, V], which may be overwritten.
-        jobs: with any mixture of top_k, temperature, requested ids, dtypes and draws.
-        chunk_bytes: of logits in float32 that are made at once; one row at least.
+        jobs: with any mixture of top_k, temperature, requested ids, dtypes and sampled supports.
+        chunk_bytes: of float32 logits made at once; one position at least.
 
     Raises:
         InternalError: the model answered NaN or infinity for one of the jobs.
     """
-    first_row = np.cumsum([0, *(job.rows for job in jobs)])  # of each job in ``hidden``
+    starts = np.cumsum([0, *(job.rows for job in jobs)])  # where each job begins in ``hidden``
     alike: dict[tuple[int, int, bool], list[int]] = {}
     for index, job in enumerate(jobs):
         alike.setdefault((job.top_k, _width(job), job.draw_key is None), []).append(index)
     answers: dict[int, SparseLogprobs] = {}
-    # Jobs of one k go together: a row is never ranked deeper than was asked, so neither the answer
-    # (which of two equal tokens ranks first may depend on k) nor the memory depends on its company.
+    # Jobs are grouped by k, so that neither an answer nor its memory depends on the other jobs of
+    # the batch: which of two equal tokens ranks first may depend on k.
     for members in alike.values():
-        rows = np.concatenate([np.arange(first_row[i], first_row[i + 1]) for i in members])
-        states = hidden[torch.from_numpy(rows).to(hidden.device)]
+        indices = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+        states = hidden[torch.from_numpy(indices).to(hidden.device)]
         alike_jobs = [jobs[i] for i in members]
         arrays = _score_alike(states, head, alike_jobs, vocab_size, chunk_bytes)
         last = 0
@@ -74,14 +74,14 @@ def _score_alike(
     vocab_size: int,
     chunk_bytes: int,
 ) -> list[np.ndarray]:
-    """What `_score_chunk` returns, for all rows of jobs that share k and m, all drawn or none."""
+    """Return the arrays of `_score_chunk` for all positions of jobs with equal k, m and support."""
     device = hidden.device
     k = jobs[0].top_k
     extra = torch.from_numpy(_extra_ids(jobs)).to(device)  # [N, 1 + m]: next token, requested
     temperature = torch.tensor(
         [job.temperature for job in jobs for _ in range(job.rows)], device=device
     )[:, None]  # [N, 1]
-    points = torch.from_numpy(_points(jobs)).to(device)  # [N, n], n = 0 where nothing is drawn
+    points = torch.from_numpy(_points(jobs)).to(device)  # [N, k]; [N, 0] for the top k
     plain = all(job.temperature == 1.0 for job in jobs)
     size = min(max(1, chunk_bytes // (4 * vocab_size)), CHUNK_ROWS)
     slice_size = size if device.type != "cpu" else max(1, SLICE_BYTES // (4 * vocab_size))
@@ -102,14 +102,14 @@ def _score_alike(
 def _score_chunk(
     logits: torch.Tensor, extra: torch.Tensor, points: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n]).
+    """Return ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n].
 
     The ids are the most probable ones, or with ``points`` [n, k] the draws at those points.
-    Overwrites ``logits``. One pass of exponentials, over what no column names, is the tail: it is
-    never taken as 1 − p. With what the columns name, each token once, it is the normaliser.
+    Overwrites ``logits``. The tail is a sum of exponentials over what no column names, never 1 − p.
+    Together with the named tokens, each counted once, it is the normaliser.
     """
     widths = [extra.shape[1], points.shape[1]]
-    if points.shape[1]:  # draws may repeat, so they are named as requested ids are; none is ranked
+    if points.shape[1]:  # draws may repeat, so they are scored like requested ids and not ranked
         drawn = draw(logits, points)
         extra = torch.cat([extra, drawn], dim=1)
         values, ids = logits.new_empty((len(logits), 0)), drawn[:, :0]
@@ -122,8 +122,8 @@ def _score_chunk(
     named -= largest
     logits.scatter_(1, ids, -torch.inf)
     ordered = extra.sort(dim=1).values
-    beside = logits.gather(1, ordered) - largest  # like named; −inf for one of the top k
-    again = ordered[:, 1:] == ordered[:, :-1]  # named twice, counted once
+    beside = logits.gather(1, ordered) - largest  # like named, but −inf for ids in the top k
+    again = ordered[:, 1:] == ordered[:, :-1]  # an id named twice counts once
     beside[:, 1:].masked_fill_(again, -torch.inf)
     logits.scatter_(1, extra, -torch.inf)
     rest = (logits - largest).exp_().sum(dim=-1)  # [n]
@@ -131,7 +131,7 @@ def _score_chunk(
     normalizer = total.log()
     tail = rest.log() - normalizer
     faint = rest < FAINT
-    if faint.any():  # also a tail that is empty: the log-sum-exp of nothing is −inf
+    if faint.any():  # an empty tail too, whose log-sum-exp is −inf
         tail[faint] = logits[faint].logsumexp(dim=-1) - largest[faint, 0] - normalizer[faint]
     logprobs = values - normalizer[:, None]
     named -= normalizer[:, None]
@@ -142,25 +142,25 @@ def _score_chunk(
 
 
 def draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """[n, k] ids: draws from softmax(``logits`` [n, V]) at ``points`` [n, k] from 0 to 1.
+    """Draw ids [n, k] from softmax(``logits`` [n, V]) at ``points`` [n, k] from 0 to 1.
 
-    The inverse of the cumulative distribution, in float64: in float32 it would have steps of 6e-8,
-    and improbable tokens would be drawn too often or never.
+    The cumulative distribution is inverted in float64: in float32 it would have steps of 6e-8, and
+    improbable tokens would be drawn too often or never.
     """
     weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
     cumulative = weights.cumsum(dim=1, dtype=torch.float64)
     ids = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)
-    return ids.clamp_max_(logits.shape[1] - 1)  # beyond only where logits are not finite
+    return ids.clamp_max_(logits.shape[1] - 1)  # out of range only where logits are not finite
 
 
 def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, ids), both [n, k], largest first: `torch.topk` of [n, V], in less time for small k.
+    """Return (values, ids), both [n, k], largest first, faster than `torch.topk` for small k.
 
-    The k largest of a row lie in the k blocks whose own largest are largest, so only those are
-    searched. A block is every (V / BLOCK)-th token: maxima over blocks are then taken of whole
-    stretches of memory at a time. Equal logits may stand in another order than torch's.
+    The k largest of [n, V] logits lie in the k blocks whose own largest are largest, so only those
+    are searched. A block is every (V / BLOCK)-th token, so that maxima over blocks read contiguous
+    memory. Equal logits may come in another order than torch's.
     """
-    rows, vocab_size = logits.shape
+    count, vocab_size = logits.shape
     blocks = vocab_size // BLOCK
     left = vocab_size - blocks * BLOCK  # last columns, which fill no block
     if 2 * k > blocks:
@@ -172,13 +172,13 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     candidates = (best[:, :, None] + steps).flatten(1)  # [n, k · B] token ids
     if left:
         last = torch.arange(blocks * BLOCK, vocab_size, device=logits.device)
-        candidates = torch.cat([candidates, last.expand(rows, left)], dim=1)
+        candidates = torch.cat([candidates, last.expand(count, left)], dim=1)
     values, places = logits.gather(1, candidates).topk(k, dim=-1)
     return values, candidates.gather(1, places)
 
 
 def _extra_ids(jobs: Sequence[ScoreJob]) -> np.ndarray:
-    """[N, 1 + m] int64: the next token, then the requested ids."""
+    """Return ids [N, 1 + m], int64: the next token, then the requested ids."""
     parts = []
     for job in jobs:
         ids = job.token_ids[job.completion_start :].astype(np.int64)[:, None]
@@ -189,15 +189,15 @@ def _extra_ids(jobs: Sequence[ScoreJob]) -> np.ndarray:
 
 
 def _points(jobs: Sequence[ScoreJob]) -> np.ndarray:
-    """[N, k] float64, where the draws of each row are taken; [N, 0] for jobs that rank."""
+    """Return the points [N, k], float64, of each position's draws; [N, 0] for the top k."""
     if jobs[0].draw_key is None:
         return np.empty((sum(job.rows for job in jobs), 0))
     parts = []
     for job in jobs:
         assert job.draw_key is not None
-        # By place in the sequence: rows that vLLM scores in several steps meet the same points.
-        first, rows = job.completion_start, job.rows
-        parts.append(uniform_rows(job.draw_key, first=first, rows=rows, width=job.top_k))
+        # Fixed by the position in the sequence, because vLLM may score a sequence in several steps.
+        first, positions = job.completion_start, job.rows
+        parts.append(uniform_rows(job.draw_key, first=first, rows=positions, width=job.top_k))
     return np.concatenate(parts)
 
 
@@ -227,7 +227,7 @@ def _pack(
 
 
 def _to_dtype(logprobs: np.ndarray, dtype: str) -> np.ndarray:
-    """float16 ends at −65504: lower log-probs are answered as that, never as −inf."""
+    """Convert log-probs to a dtype; in float16 lower ones than −65504 become that, never −inf."""
     if dtype == "float16":
         return np.maximum(logprobs, np.finfo(np.float16).min).astype(np.float16)
     return np.ascontiguousarray(logprobs)

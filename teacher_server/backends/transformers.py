@@ -1,4 +1,4 @@
-"""The teacher on plain transformers: any causal language model, CPU or GPU."""
+"""A backend on plain transformers: any causal language model, on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from teacher_server.backends.checkpoint import (
     load_tokenizer,
     local_folder,
 )
-from teacher_server.backends.generation import generate_rows, within_context
-from teacher_server.backends.probe import check_causal, companions, generation_way
+from teacher_server.backends.generation import generate_completions, within_context
+from teacher_server.backends.probe import probe_batching, probe_causality, probe_generation
 from teacher_server.backends.projection import keep_float32_logits
-from teacher_server.backends.scoring import score_rows
+from teacher_server.backends.scoring import score_positions
 from teacher_server.batcher import Batcher, Callers
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Completions that have ended are scored together once in so many tokens: a forward pass of its own
-# for each would hold up those still being written.
+# Finished completions are scored together once in so many tokens, because a forward pass for each
+# would delay those still being generated.
 SCORE_EVERY = 8
 
 
 class TransformersBackend:
-    """One model, one worker thread, two queues: scoring and generation take turns.
+    """A backend of one model and one worker thread, where scoring and generation take turns.
 
     Args:
         settings: model, dtype, device and batch budget.
-        metrics: is told batches, what they waited and took, and which did not fit.
+        metrics: records batches, how long they waited and took, and which did not fit.
 
     Raises:
         ConfigurationError: the model does not load, or is not causal.
@@ -67,14 +67,16 @@ class TransformersBackend:
         keep_float32_logits(self._model)
         self._split_head = _head_is_separable(self._model)
         self._rope: LengthDependentRope | None = None
-        check_causal(self._model, settings.model, self._states)
-        self._companions, self._rope = companions(self._model, facts.max_model_len, self._states)
-        self._way = generation_way(self._model, self._pad, facts.tokenizer.vocab_size)
-        can = facts.capabilities.model_copy(update={"generate": self._way is not None})
+        probe_causality(self._model, settings.model, self._states)
+        self._groups_of_lengths, self._rope = probe_batching(
+            self._model, facts.max_model_len, self._states
+        )
+        self._mode = probe_generation(self._model, self._pad, facts.tokenizer.vocab_size)
+        can = facts.capabilities.model_copy(update={"generate": self._mode is not None})
         self.facts = replace(facts, capabilities=can)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._timeout = settings.request_timeout
-        self._since: float | None = None  # when the batch began that runs
+        self._since: float | None = None  # start of the running batch
         self._works = True
         self._scores: Batcher[ScoreJob, SparseLogprobs] = Batcher(
             self._timed("score", self._answer_scores),
@@ -91,7 +93,7 @@ class TransformersBackend:
 
     @property
     def alive(self) -> bool:
-        """Whether the device works, and the batch in it has not outlived all who asked for it.
+        """The health of the backend: False if the device is lost or the running batch hangs.
 
         Nobody waits for longer than the request timeout, and a batch that nobody waits for ends
         with its next token: one that runs for twice as long hangs.
@@ -115,36 +117,36 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
-        """The scores of a batch, in one forward pass wherever no sequence changes another."""
+        """Score a batch, in one forward pass where no sequence changes another."""
         answers: dict[int, SparseLogprobs] = {}
-        for group in self._companions([job.tokens for job in jobs]):
+        for group in self._groups_of_lengths([job.tokens for job in jobs]):
             answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
         return [answers[index] for index in range(len(jobs))]
 
     def _score_group(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
-        """One forward pass over the right-padded batch; only completion rows meet the head.
+        """Score a right-padded batch in one forward pass; the head sees completion positions only.
 
-        Padding stands behind every real token, which a causal model never sees, so no mask is
-        needed and each answer is that of the sequence alone. A forward pass is short, so it runs
-        to its end whoever still waits.
+        Padding comes after every real token, where a causal model never sees it, so no mask is
+        needed and each answer is that of the sequence alone. A forward pass is short, so it runs to
+        its end even if nobody waits.
         """
         width = max(job.tokens for job in jobs)
         input_ids = torch.full((len(jobs), width), self._pad)  # [B, L]
-        for row, job in enumerate(jobs):
-            input_ids[row, : job.tokens] = torch.from_numpy(job.token_ids.astype(np.int64))
-        rows = np.concatenate(
+        for number, job in enumerate(jobs):
+            input_ids[number, : job.tokens] = torch.from_numpy(job.token_ids.astype(np.int64))
+        positions = np.concatenate(
             [
-                np.arange(job.completion_start - 1, job.tokens - 1) + row * width
-                for row, job in enumerate(jobs)
+                np.arange(job.completion_start - 1, job.tokens - 1) + number * width
+                for number, job in enumerate(jobs)
             ]
         )
-        index = torch.from_numpy(rows).to(self._device)
-        rows = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
+        index = torch.from_numpy(positions).to(self._device)
+        states = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
         head = self._project if self._split_head else torch.clone
-        return score_rows(rows, head, jobs, self.facts.vocab_size, self._chunk_bytes)
+        return score_positions(states, head, jobs, self.facts.vocab_size, self._chunk_bytes)
 
     def _states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What meets the head: hidden states [B, L, d], or else logits [B, L, V]."""
+        """Return the head's inputs, hidden states [B, L, d], or else logits [B, L, V]."""
         self._forget_lengths(input_ids.shape[1])
         if self._split_head:
             decoder = self._model.get_decoder()
@@ -152,7 +154,7 @@ class TransformersBackend:
         return self._model(input_ids=input_ids, use_cache=False).logits
 
     def _forget_lengths(self, tokens: int) -> None:
-        """Let no longer sequence of before change the positions of those that come."""
+        """Reset positions that an earlier, longer sequence may have changed."""
         if self._rope is not None and self._rope.keeps_lengths(tokens):
             one = torch.full((1, 1), self._pad, device=self._device)
             self._model(input_ids=one, use_cache=False)
@@ -162,28 +164,28 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def generate_batch(self, jobs: Sequence[GenerateJob], callers: Callers[Completion]) -> None:
-        """Completions of any mixture of jobs, each answered when it has ended and is scored."""
+        """Generate completions of any mixture of jobs; answer each when it is scored."""
         for group, use_cache in self._generation_groups(jobs):
-            handout = _Handout(self.score_batch, jobs, group, callers)
+            delivery = _Delivery(self.score_batch, jobs, group, callers)
             self._forget_lengths(max(jobs[i].tokens for i in group))
-            generate_rows(
+            generate_completions(
                 self._model,
                 [jobs[i] for i in group],
                 self.facts.eos_token_ids,
                 self._pad,
-                handout.waiting,
-                handout.ended,
+                delivery.waiting,
+                delivery.ended,
                 vocab_size=self.facts.tokenizer.vocab_size,
                 tokenizer=self._tokenizer,
                 use_cache=use_cache,
             )
-            handout.score()
+            delivery.score()
 
     def _generation_groups(self, jobs: Sequence[GenerateJob]) -> list[tuple[list[int], bool]]:
-        """Indices of jobs that are written together, and whether over a cache.
+        """Return groups of jobs, by index, that are generated together, and whether with a cache.
 
-        A completion whose positions may change while it is written is alone, without a cache: keys
-        in it would have the positions of before.
+        A completion whose positions may change while it grows is generated alone and without a
+        cache, because cached keys would keep the old positions.
         """
         rope = self._rope
         groups: list[tuple[list[int], bool]] = []
@@ -195,8 +197,8 @@ class TransformersBackend:
             else:
                 steady.setdefault(regime, []).append(index)
         for some in steady.values():
-            if self._way != "batched":
-                groups += [([i], self._way == "alone") for i in some]
+            if self._mode != "batched":
+                groups += [([i], self._mode == "alone") for i in some]
                 continue
             within = within_context([jobs[i] for i in some], self.facts.max_model_len)
             groups += [([some[place] for place in group], True) for group in within]
@@ -227,13 +229,13 @@ class TransformersBackend:
         return timed
 
 
-class _Handout:
-    """Takes the rows of a running generation to their callers, scored if they asked for it.
+class _Delivery:
+    """A delivery of finished completions to their callers, scored if the job asks for it.
 
     Args:
         score: scores a batch of jobs.
         jobs: of the whole batch.
-        group: which of them are the rows of this generation.
+        group: indices of the jobs in this generation.
         callers: of the whole batch.
     """
 
@@ -255,10 +257,10 @@ class _Handout:
         flags = self._callers.waiting()
         return [flags[index] for index in self._group]
 
-    def ended(self, rows: dict[int, Completion]) -> None:
-        """Told after each token which rows have ended."""
-        for row, completion in rows.items():
-            index = self._group[row]
+    def ended(self, completions: dict[int, Completion]) -> None:
+        """Take the completions that the last token ended, by their index in the group."""
+        for place, completion in completions.items():
+            index = self._group[place]
             if self._jobs[index].score is None:
                 self._callers.answer(index, completion)
             else:
@@ -268,7 +270,7 @@ class _Handout:
             self.score()
 
     def score(self) -> None:
-        """Score what has ended, in one batch."""
+        """Score the finished completions in one batch, and answer them."""
         done, self._unscored = self._unscored, {}
         if not done:
             return
@@ -278,7 +280,7 @@ class _Handout:
 
 
 def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [n, V] of hidden states [n, d], with what the config says is done to them."""
+    """Return logits [n, V] of hidden states [n, d], scaled and capped as the config says."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden)
     if getattr(config, "logit_scale", None):  # Cohere
@@ -291,10 +293,10 @@ def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def _head_is_separable(model: Any) -> bool:
-    """Whether decoder + `project` give the model's own logits; tried on eight tokens."""
+    """Return whether decoder and `project` give the model's own logits of eight tokens."""
     head: Any = model.get_output_embeddings()
-    rows = int(head.weight.shape[0])
-    input_ids = torch.arange(8, device=head.weight.device)[None] % rows  # [1, 8]
+    vocab_size = int(head.weight.shape[0])
+    input_ids = torch.arange(8, device=head.weight.device)[None] % vocab_size  # [1, 8]
     theirs = model(input_ids=input_ids, use_cache=False).logits.float()
     try:
         hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -308,7 +310,7 @@ def _head_is_separable(model: Any) -> bool:
 
 
 def _computes(device: torch.device) -> bool:
-    """Whether it still computes; after some errors a GPU does nothing more for this process."""
+    """Return whether a device still computes; after some errors a GPU never does again."""
     try:
         return float(torch.ones(1, device=device).sum()) == 1.0
     except RuntimeError as error:
@@ -317,7 +319,7 @@ def _computes(device: torch.device) -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch's allocator on CPU has no exception of its own.
+    # torch's CPU allocator raises a plain RuntimeError.
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or "can't allocate memory" in str(error)
 
@@ -336,7 +338,7 @@ def _load_model(settings: Settings) -> Any:
         output_loading_info=True,
     )
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random weights in their place
+    if missing:  # transformers would use random weights in their place
         raise ConfigurationError(
             f"{settings.model} lacks {len(missing)} weights of {type(model).__name__}, "
             f"{missing[0]} among them; give a complete checkpoint of a causal language model"

@@ -1,11 +1,9 @@
-"""The teacher on vLLM: its engine in a process of its own, its scheduler, its parallelism.
+"""A backend on vLLM, with its engine in a process of its own.
 
 Scoring is one prefill of ``token_ids[:-1]`` with one sampled token that nobody reads, scored inside
-the worker by `teacher_server.backends.vllm_worker`. Where this vLLM is not built as those hooks
-expect, which a self-test at start-up finds out, scoring falls back to vLLM's public prompt
-log-probs: slower, at temperature 1, without requested ids, and `/v1/info` says so.
-
-vllm is imported in this file only, and only when a backend is made.
+the worker by `teacher_server.backends.vllm_worker`. A self-test at start-up finds out whether the
+hooks there fit this vLLM. If not, scoring falls back to vLLM's public prompt log-probs: slower, at
+temperature 1, without requested ids, and `/v1/info` says so.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from teacher_server.backends.checkpoint import (
     local_folder,
 )
 from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
-from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairClock
+from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
 
@@ -49,24 +47,24 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# vLLM samples between these; below, it would silently take another temperature, above it refuses.
+# Temperatures at which vLLM samples: it silently changes lower ones and refuses higher ones.
 COLDEST, HOTTEST = 0.01, 2.0
-# Largest difference in log-prob that the self-test lets pass between two paths over one model.
+# Largest difference in log-prob that the self-test allows between the two scoring paths.
 SELF_TEST_TOLERANCE = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
-# What float32 resolves of a mass near 1: the least tail that the public path can tell from none.
+# The least tail that the public path can tell from none, by the resolution of float32 near 1.
 LEAST_TAIL = float(np.log(2.0**-24))
 
 _EXTENSION = f"{ScoringExtension.__module__}.{ScoringExtension.__qualname__}"
 
 
 class VllmBackend:
-    """vLLM's AsyncLLM. Batching, chunked prefill and parallelism are the engine's own.
+    """A backend on vLLM's AsyncLLM; batching, chunked prefill and parallelism are the engine's own.
 
     Args:
         settings: model, dtype, limits and the engine's own flags.
-        metrics: is told the tokens of each job.
-        loop: the running event loop that jobs will come from; the constructor waits for it, so it
-            runs in another thread.
+        metrics: records the tokens of each job.
+        loop: the running event loop that jobs will come from. The constructor waits for work in it,
+            so it must run in another thread.
 
     Raises:
         ConfigurationError: vLLM refuses a flag or the model.
@@ -75,7 +73,8 @@ class VllmBackend:
     def __init__(
         self, settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop
     ) -> None:
-        # Before the engine, which takes minutes: a tokenizer that loses text is refused at once.
+        # Loaded before the engine, which takes minutes, so that a tokenizer that loses text fails
+        # at once.
         self._tokenizer = load_tokenizer(
             settings.model, trust_remote_code=settings.trust_remote_code
         )
@@ -85,7 +84,7 @@ class VllmBackend:
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._tokens = metrics.batch_tokens
-        self._clock = FairClock(LEAST_JOB_TOKENS)
+        self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._in_worker = True
         self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config
@@ -114,14 +113,14 @@ class VllmBackend:
 
     @contextlib.contextmanager
     def _turn(self, job: ScoreJob | GenerateJob) -> Iterator[int]:
-        """What the engine is to order its waiting requests by, the least first."""
-        start = self._clock.start(job.client, job.tokens)
+        """Yield the job's priority in the engine's queue, where the lowest is next."""
+        start = self._fair_queue.start(job.client, job.tokens)
         try:
             yield start
         except asyncio.CancelledError:
-            self._clock.dropped(job.client, job.tokens)
+            self._fair_queue.dropped(job.client, job.tokens)
             raise
-        self._clock.begun(start)  # or rather over; when it began, only the engine knows
+        self._fair_queue.begun(start)  # told late, because only the engine knows when it began
 
     async def generate(self, job: GenerateJob) -> Completion:
         if job.temperature and not COLDEST <= job.temperature <= HOTTEST:
@@ -136,7 +135,7 @@ class VllmBackend:
     async def _generate(self, job: GenerateJob, priority: int) -> Completion:
         self._tokens.labels("generate").inc(job.tokens)
         search = None if job.stop is None else StopSearch(self._tokenizer, job.prompt, job.stop)
-        ids, reason = await self._write(
+        ids, reason = await self._generate_ids(
             job.prompt.tolist(),
             priority,
             search,
@@ -150,19 +149,19 @@ class VllmBackend:
         )
         if reason not in ("stop", "length"):
             raise InternalError(f"vLLM ended a generation with {reason!r}")
-        # A prefill of what was decoded: cheap beside the decoding, and exact in tail and
-        # temperature, which log-probs kept while decoding would not be.
+        # Scored by a prefill, which is cheap beside decoding and exact in tail and temperature;
+        # log-probs kept while decoding would not be.
         scores = None if job.score is None else await self._score(job.score_job(ids), priority)
         return Completion(token_ids=ids, finish_reason=cast(FinishReason, reason), scores=scores)
 
     def _padding_bias(self) -> dict[int, float] | None:
-        """Keeps padding rows of the output layer, which are no tokens, from being sampled."""
+        """Return logit biases that keep padding of the output layer from being sampled."""
         padding = range(self.facts.tokenizer.vocab_size, self._vocab_size)
         return dict.fromkeys(padding, -100.0) or None
 
     async def close(self) -> None:
         self._closing = True
-        # The engine's reader first: what it would find is an engine gone, and an error to log.
+        # The engine's reader is cancelled first, because it would log the engine's end as an error.
         reader = self._engine.output_handler
         for task in {*self._running, *([] if reader is None else [reader])}:
             task.cancel()
@@ -178,7 +177,7 @@ class VllmBackend:
             max_tokens=1,
             temperature=0.0,
             extra_args=pack_job(job),
-            skip_reading_prefix_cache=True,  # a cached row has no hidden state to score
+            skip_reading_prefix_cache=True,  # a cached position has no hidden state to score
         )
         data = output.prompt_token_id_logprobs
         if data is None:
@@ -189,7 +188,7 @@ class VllmBackend:
             raise InternalError(str(error)) from error
 
     async def _score_publicly(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
-        """The same through ``prompt_logprobs``; only for T = 1 and without requested ids."""
+        """Score by vLLM's ``prompt_logprobs``, at temperature 1 and without requested ids."""
         output = await self._run(
             job.token_ids.tolist(),
             priority,
@@ -200,13 +199,13 @@ class VllmBackend:
         )
         flat, columns = output.prompt_logprobs, job.top_k + 1
         first = flat.start_indices[job.completion_start]
-        # The token that came next, then the top k: [T, 1 + k].
+        # [T, 1 + k]: the token that came next, then the top k.
         ids = np.asarray(flat.token_ids[first:], np.uint32).reshape(job.rows, columns)
         logprobs = np.asarray(flat.logprobs[first:], np.float32).reshape(job.rows, columns)
         return public_scores(ids, logprobs, job, self._vocab_size)
 
     async def _run(self, prompt: list[int], priority: int, **params: Any) -> Any:
-        """The final `RequestOutput`; cancelled, it aborts the engine's request.
+        """Return the engine's final `RequestOutput`; cancelling aborts the engine's request.
 
         Raises:
             UnavailableError: the engine is dead.
@@ -216,10 +215,10 @@ class VllmBackend:
                 return output
         raise InternalError("vLLM answered nothing")
 
-    async def _write(
+    async def _generate_ids(
         self, prompt: list[int], priority: int, search: StopSearch | None, **params: Any
     ) -> tuple[NDArray[np.uint32], str | None]:
-        """Token ids and the reason of their end; a stop string ends them at its last token."""
+        """Generate token ids and return them with their finish reason; a stop string ends them."""
         ids: list[int] = []
         streamed = search is not None
         outputs = self._outputs(prompt, priority, streamed=streamed, **params)
@@ -237,7 +236,7 @@ class VllmBackend:
     async def _outputs(
         self, prompt: list[int], priority: int, *, streamed: bool = False, **params: Any
     ) -> AsyncGenerator[Any, None]:
-        """What the engine answers: at the end, or streamed as soon as there are new tokens.
+        """Yield the engine's final output or, if ``streamed``, an output for each new token.
 
         Closed or cancelled before the end, it aborts the engine's request.
 
@@ -271,7 +270,7 @@ class VllmBackend:
             self._running.discard(task)
 
     async def _hooks_work(self, max_model_len: int) -> bool:
-        """Whether the workers score as they should; if not, says why in the log."""
+        """Return whether the workers score as they should; log the reason if not."""
         try:
             await self._engine.collective_rpc("spare_generators")
             runners = await self._engine.collective_rpc(
@@ -294,7 +293,7 @@ class VllmBackend:
         return True
 
     async def _largest_difference(self, max_model_len: int) -> float:
-        """Of the two paths on one short sequence, over log-probs they both name.
+        """Return the largest difference in log-prob between both scoring paths on a short sequence.
 
         Raises:
             InternalError: it is over the tolerance.
@@ -316,10 +315,10 @@ class VllmBackend:
 def public_scores(
     ids: np.ndarray, logprobs: np.ndarray, job: ScoreJob, vocab_size: int
 ) -> SparseLogprobs:
-    """Scores from vLLM's own prompt log-probs, [T, 1 + k] with the next token first.
+    """Return scores from vLLM's own prompt log-probs, [T, 1 + k] with the next token first.
 
-    The tail is what float32 leaves of 1 − Σ: never below `LEAST_TAIL`, and −inf only where every
-    token is named.
+    The tail is 1 − the named mass as far as float32 resolves it: never below `LEAST_TAIL`, and −inf
+    only where every token is named.
     """
     following = job.token_ids[job.completion_start :]
     if not (ids[:, 0] == following).all():
@@ -341,13 +340,14 @@ def public_scores(
 
 
 def engine_arguments(settings: Settings) -> Any:
-    """vLLM's `AsyncEngineArgs`: ours, then the flags given under vLLM's own names.
+    """Return vLLM's `AsyncEngineArgs`: this server's, then the flags under vLLM's own names.
 
     Raises:
         ConfigurationError: a flag that vLLM does not know, or refuses.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # As `vllm serve` does; and `teacher_server.orphans` needs processes that import anew.
+    # As `vllm serve` does; `teacher_server.orphans` needs processes that import the main module
+    # again.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -374,12 +374,12 @@ def engine_arguments(settings: Settings) -> Any:
     if settings.trust_remote_code:
         flags += ["--trust-remote-code"]
     if device == "cpu":
-        # Compiling takes minutes and vLLM would claim nearly all memory for its cache: a teacher
-        # on CPU is for trying things out.
+        # A teacher on CPU is for trying things out, so it does not compile for minutes, and its
+        # cache does not claim nearly all memory.
         flags += ["--enforce-eager"]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # Scoring makes 128 MiB of logits again and again. By default glibc hands them back each
-        # time, and the engine spends as long on page faults as on all of the arithmetic after them.
+        # Scoring makes 128 MiB of logits again and again. By default glibc returns them to the
+        # system each time, and page faults then take as long as all of the arithmetic.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
     for flag in settings.engine_flags:
@@ -393,7 +393,7 @@ def engine_arguments(settings: Settings) -> Any:
 
 
 def _dtype(settings: Settings) -> str:
-    """The checkpoint's for ``auto``, where vLLM would halve float32."""
+    """Return the engine's dtype; for ``auto`` the checkpoint's, as vLLM would halve float32."""
     if settings.dtype != "auto":
         return settings.dtype
     trust = {"trust_remote_code": settings.trust_remote_code}
@@ -431,7 +431,7 @@ def _facts(
         generation = GenerationConfig.from_pretrained(settings.model)
     except OSError:  # a checkpoint without generation_config.json
         generation = GenerationConfig.from_model_config(config.hf_config)
-    # What changes the numbers is part of the identity.
+    # Quantization changes the numbers, so it is part of the identity.
     dtype = str(config.dtype).removeprefix("torch.")
     if config.quantization is not None:
         dtype += f"+{config.quantization}"

@@ -1,18 +1,18 @@
-"""Scores prompts inside vLLM's workers, where the hidden states are. Imports no vllm.
+"""Score prompts inside vLLM's workers, where the hidden states are.
 
-vLLM's own prompt log-probs project every prompt row, know neither temperature nor tail, and end as
-Python objects. Here the completion rows alone meet the output layer, in
-`teacher_server.backends.scoring` as on every other backend, and the answer leaves as one buffer of
-bytes through a field that vLLM ships as an array from the worker to `RequestOutput`:
-``prompt_token_id_logprobs``.
+vLLM's own prompt log-probs project every prompt position, know neither temperature nor tail, and
+end as Python objects. Here only the completion positions reach the output layer, in
+`teacher_server.backends.scoring` as on every other backend. The answer leaves as one buffer of
+bytes in ``prompt_token_id_logprobs``, a field that vLLM ships as an array from the worker to
+`RequestOutput`.
 
 Memory: logits for scoring are outside what vLLM measures when it sizes its KV cache, and a full
-batch of 8,192 rows over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32. So
-rows are projected in chunks of ``--score-chunk-mib`` (128 MiB of float32 logits are 220 rows at
-152k), and each chunk of a prefill is scored in the step that computed it, so no hidden states are
-kept. With the logits, their exponentials and the top-k's work space a step needs about 4 × 128 MiB
-= 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what ``--gpu-memory-utilization``
-leaves free.
+batch of 8,192 positions over 152k tokens would be 8,192 × 152,000 × 4 bytes = 4.98 GB in float32.
+So positions are projected in chunks of ``--score-chunk-mib`` (128 MiB of float32 logits are 220
+positions at 152k), and each chunk of a prefill is scored in the step that computed it, so no hidden
+states are kept. With the logits, their exponentials and the top-k's work space a step needs about 4
+× 128 MiB = 0.5 GiB beside vLLM's own, whatever the batch. It comes out of what
+``--gpu-memory-utilization`` leaves free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from shared.sparse import SparseLogprobs
 from shared.vllm_sampling import SeededSampling
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_rows
+from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_positions
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ _SCORED, _FAILED = 0, 1
 
 
 def pack_job(job: ScoreJob) -> dict[str, Any]:
-    """``extra_args`` of the request whose prompt is ``job.token_ids[:-1]``.
+    """Return the ``extra_args`` of the request whose prompt is ``job.token_ids[:-1]``.
 
-    The last token predicts nothing that is asked for, so the engine never sees it.
+    The last token predicts nothing that is scored, so the engine never sees it.
     """
     requested = job.requested_token_ids
     return {
@@ -62,7 +62,7 @@ def pack_job(job: ScoreJob) -> dict[str, Any]:
 
 
 def unpack_job(packed: Mapping[str, Any]) -> ScoreJob:
-    """The job that `pack_job` packed, zeros in place of its prompt's ids."""
+    """Return the job that `pack_job` packed, with zeros in place of its prompt's ids."""
     completion = np.frombuffer(packed["completion"], dtype="<u4")
     requested = None
     if packed["requested"] is not None:
@@ -80,7 +80,7 @@ def unpack_job(packed: Mapping[str, Any]) -> ScoreJob:
 
 
 def pack_scores(parts: Sequence[SparseLogprobs]) -> torch.Tensor:
-    """[bytes] uint8: a status word, then the arrays of consecutive parts joined, in C order."""
+    """Return [bytes] uint8: a status word, then the arrays of consecutive parts, in C order."""
     buffers = [np.array([_SCORED], "<u4").tobytes()]
     for name in _fields(parts[0].requested_logprobs is not None):
         buffers.extend(np.ascontiguousarray(getattr(part, name)).tobytes() for part in parts)
@@ -88,30 +88,30 @@ def pack_scores(parts: Sequence[SparseLogprobs]) -> torch.Tensor:
 
 
 def pack_failure(message: str) -> torch.Tensor:
-    """[bytes] uint8: what went wrong instead of scores."""
+    """Return [bytes] uint8: a status word, then an error message."""
     data = np.array([_FAILED], "<u4").tobytes() + message.encode()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def unpack_scores(data: NDArray[np.uint8], job: ScoreJob) -> SparseLogprobs:
-    """The scores of ``job``, as views into ``data``.
+    """Return the scores of ``job``, as views into ``data``.
 
     Raises:
         RuntimeError: the worker answered a failure; carries its message.
     """
     if int(data[:4].view("<u4")[0]) != _SCORED:
         raise RuntimeError(bytes(data[4:]).decode(errors="replace"))
-    rows, k, asked = job.rows, job.top_k, job.requested_token_ids
+    positions, k, requested = job.rows, job.top_k, job.requested_token_ids
     logprob = np.dtype("<f2" if job.logprob_dtype == "float16" else "<f4")
-    width = 0 if asked is None else int(asked.shape[1])
+    width = 0 if requested is None else int(requested.shape[1])
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-        "token_ids": ((rows, k), np.dtype("<u4")),
-        "logprobs": ((rows, k), logprob),
-        "next_token_logprob": ((rows,), np.dtype("<f4")),
-        "tail_logprob": ((rows,), np.dtype("<f4")),
-        "requested_logprobs": ((rows, width), logprob),
+        "token_ids": ((positions, k), np.dtype("<u4")),
+        "logprobs": ((positions, k), logprob),
+        "next_token_logprob": ((positions,), np.dtype("<f4")),
+        "tail_logprob": ((positions,), np.dtype("<f4")),
+        "requested_logprobs": ((positions, width), logprob),
     }
-    wanted = {name: shapes[name] for name in _fields(asked is not None)}
+    wanted = {name: shapes[name] for name in _fields(requested is not None)}
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values()]
     if data.nbytes != 4 + sum(sizes):
         raise RuntimeError(f"{data.nbytes} bytes of scores came, not {4 + sum(sizes)}")
@@ -130,11 +130,11 @@ def _fields(requested: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one request in one step of the model.
+    """The tokens of one request in one step of the model.
 
     Attributes:
-        offset: row of the first one in the step's hidden states.
-        position: place of the first one in the sequence.
+        offset: index of the first one in the step's hidden states.
+        position: position of the first one in the sequence.
         count: how many.
     """
 
@@ -148,14 +148,14 @@ class Span:
 class _Request:
     job: ScoreJob
     parts: list[SparseLogprobs] = field(default_factory=list)
-    rows: int = 0  # scored so far
+    positions: int = 0  # scored so far
     failure: str | None = None
 
 
 class StepScorer:
-    """Scores the completion rows that each step of the model brings; all requests together.
+    """A scorer of the completion positions that each step of the model computes.
 
-    A request's rows may come in several steps (chunked prefill) and again from the first one
+    A request's positions may come in several steps (chunked prefill) and again from the first one
     (preemption).
 
     Args:
@@ -183,7 +183,7 @@ class StepScorer:
         return request_id in self._requests
 
     def score(self, hidden: torch.Tensor, spans: Iterable[Span]) -> dict[str, torch.Tensor]:
-        """Packed answers, [bytes] uint8, of the requests that ``hidden`` [N, d] completes."""
+        """Return packed answers, [bytes] uint8, of requests that ``hidden`` [N, d] completes."""
         work: list[tuple[_Request, ScoreJob, slice]] = []
         reached = [span for span in spans if span.request_id in self._requests]
         for span in reached:
@@ -193,21 +193,21 @@ class StepScorer:
             last = min(job.tokens - 1, span.position + span.count)
             if first >= last:
                 continue
-            row = first - (job.completion_start - 1)
-            if row == 0:
-                request.parts, request.rows, request.failure = [], 0, None
-            elif row != request.rows:
-                request.failure = f"row {row} came after {request.rows} rows"
+            index = first - (job.completion_start - 1)
+            if index == 0:
+                request.parts, request.positions, request.failure = [], 0, None
+            elif index != request.positions:
+                request.failure = f"row {index} came after {request.positions} rows"
                 continue
-            part = _rows_of(job, row, last - first)
+            part = _part_of(job, index, last - first)
             where = span.offset + first - span.position
             work.append((request, part, slice(where, where + last - first)))
-            request.rows += last - first
+            request.positions += last - first
         self._score(hidden, work)
         answers = {}
         for span in reached:
             request = self._requests[span.request_id]
-            if request.rows == request.job.rows or request.failure is not None:
+            if request.positions == request.job.rows or request.failure is not None:
                 answers[span.request_id] = (
                     pack_scores(request.parts)
                     if request.failure is None
@@ -219,14 +219,14 @@ class StepScorer:
     def _score(
         self, hidden: torch.Tensor, work: Sequence[tuple[_Request, ScoreJob, slice]]
     ) -> None:
-        """Score all parts in one go; one by one when that fails, so that one alone fails."""
+        """Score all parts together or, if that fails, one by one, so that only a bad one fails."""
         if not work:
             return
-        rows = torch.cat([hidden[where] for _, _, where in work])
+        states = torch.cat([hidden[where] for _, _, where in work])
         try:
             jobs = [job for _, job, _ in work]
-            scored = score_rows(rows, self._head, jobs, self._vocab_size, self._chunk_bytes)
-        except Exception as error:  # nothing a sequence causes may end the engine
+            scored = score_positions(states, self._head, jobs, self._vocab_size, self._chunk_bytes)
+        except Exception as error:  # no error of one sequence may end the engine
             if len(work) > 1:
                 for item in work:
                     self._score(hidden, [item])
@@ -237,27 +237,27 @@ class StepScorer:
             request.parts.append(scores)
 
 
-def _rows_of(job: ScoreJob, row: int, count: int) -> ScoreJob:
-    """The job of ``count`` of its rows, from ``row`` on."""
-    start = job.completion_start + row
+def _part_of(job: ScoreJob, first: int, count: int) -> ScoreJob:
+    """Return the job of ``count`` of a job's positions, from number ``first`` on."""
+    start = job.completion_start + first
     requested = job.requested_token_ids
     return ScoreJob(
         token_ids=job.token_ids[: start + count],
         completion_start=start,
         top_k=job.top_k,
         temperature=job.temperature,
-        requested_token_ids=None if requested is None else requested[row : row + count],
+        requested_token_ids=None if requested is None else requested[first : first + count],
         logprob_dtype=job.logprob_dtype,
         draw_key=job.draw_key,
     )
 
 
 class Float32Head:
-    """A vLLM model's output layer with logits in float32, where the layer can give them.
+    """The output layer of a vLLM model with logits in float32, where the layer can give them.
 
-    vLLM has this as ``head_dtype`` of its logits processors, which is set for the calls made here
-    alone: what the engine samples from stays as it is configured. A quantised output layer answers
-    in the model's own dtype.
+    vLLM has this as ``head_dtype`` of its logits processors. It is set during the calls made here
+    only, so the engine samples from logits as configured. A quantised output layer answers in the
+    model's own dtype.
     """
 
     def __init__(self, model: Any) -> None:
@@ -268,13 +268,13 @@ class Float32Head:
             logger.warning("Scores come from logits of the model's own dtype: no head_dtype here")
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, V] of hidden states [n, d], on every tensor-parallel rank."""
+        """Return logits [n, V] of hidden states [n, d], on every tensor-parallel rank."""
         given = [one.head_dtype for one in self._processors]
         try:
             for one in self._processors:
                 one.head_dtype = torch.float32
             return self._logits(hidden)
-        except ValueError as error:  # before anything is exchanged between ranks
+        except ValueError as error:  # raised before ranks exchange anything
             logger.warning("Scores come from logits of the model's own dtype: %s", error)
         finally:
             for one, dtype in zip(self._processors, given, strict=True):
@@ -288,13 +288,13 @@ class Float32Head:
 
 
 class ScoringExtension(SeededSampling):
-    """Mixed into vLLM's worker by ``--worker-extension-cls``; called by ``collective_rpc``."""
+    """A worker extension (``--worker-extension-cls``), called by ``collective_rpc``."""
 
     def install_scoring(self, vocab_size: int, chunk_bytes: int = CHUNK_BYTES) -> str:
-        """Hook the model runner; returns which runner it is.
+        """Hook the model runner and return its version, ``V1`` or ``V2``.
 
         Args:
-            vocab_size: rows of the output layer.
+            vocab_size: size of the output layer.
             chunk_bytes: of float32 logits made at once.
 
         Raises:
@@ -306,14 +306,14 @@ class ScoringExtension(SeededSampling):
             _hook_v1(runner, scorer)
             return "V1"
         if hasattr(runner, "prompt_logprobs_worker"):
-            if runner.prompt_logprobs_worker is not None:  # the last pipeline rank alone has one
+            if runner.prompt_logprobs_worker is not None:  # only the last pipeline rank has one
                 _hook_v2(runner.prompt_logprobs_worker, scorer)
             return "V2"
         raise RuntimeError(f"unknown model runner {type(runner).__name__}")
 
 
 def _hook_v1(runner: Any, scorer: StepScorer) -> None:
-    """The runner that keeps its requests' state in ``requests`` and scores after sampling."""
+    """Hook the runner that keeps its requests in ``requests`` and scores after sampling."""
     original = _method(runner, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
     sample_tokens = runner.sample_tokens
     seen: set[str] = set()
@@ -339,7 +339,7 @@ def _hook_v1(runner: Any, scorer: StepScorer) -> None:
     def sample(*arguments: Any, **options: Any) -> Any:
         output = sample_tokens(*arguments, **options)
         if answers:
-            # Async scheduling wraps the output while its copies from the device run.
+            # Async scheduling wraps the output until its copies from the device are done.
             inner = getattr(output, "_model_runner_output", output)
             inner.prompt_token_id_logprobs_dict = dict(answers)
             answers.clear()
@@ -350,7 +350,7 @@ def _hook_v1(runner: Any, scorer: StepScorer) -> None:
 
 
 def _hook_v2(worker: Any, scorer: StepScorer) -> None:
-    """The runner with a prompt log-prob worker, which is told of requests and of every step."""
+    """Hook the runner whose prompt log-prob worker is told of requests and of every step."""
     compute = _method(
         worker, "compute_prompt_token_id_logprobs",
         "logits_fn", "hidden_states", "input_batch", "prompt_lens",
@@ -388,7 +388,11 @@ def _hook_v2(worker: Any, scorer: StepScorer) -> None:
 
 
 def _method(owner: Any, name: str, *parameters: str) -> Callable[..., Any]:
-    """The method to wrap, if it still takes what it is known to take."""
+    """Return the method to wrap, if its parameters are the known ones.
+
+    Raises:
+        RuntimeError: the method is missing, or takes other parameters.
+    """
     method: Callable[..., Any] = getattr(owner, name, None) or _missing(owner, name)
     found = tuple(inspect.signature(method).parameters)
     if found != parameters:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from shared import wire
 from shared.errors import PayloadTooLargeError, UnsupportedMediaTypeError
-from teacher_server.limits.admission import Admission, Held
+from teacher_server.limits.admission import Admission, HeldBytes
 from teacher_server.limits.pool import FairPool
 
 R = TypeVar("R")
@@ -44,7 +44,7 @@ class Exchange:
     pool: FairPool
     client: str = ""
     name: str = ""
-    held: Held = field(init=False)
+    held: HeldBytes = field(init=False)
     work: dict[str, int] = field(default_factory=dict)
     hang_up: bool = False
 
@@ -54,7 +54,7 @@ class Exchange:
     def identify(self, client: str, name: str = "") -> None:
         """Set whose request it is, before it holds anything."""
         self.client, self.name = client, name
-        self.held = Held(self.admission.bytes, client)
+        self.held = HeldBytes(self.admission.bytes, client)
 
     @property
     def content_type(self) -> str:

@@ -1,1 +1,1 @@
-"""Who may ask, how much, and in which turn."""
+"""The limits on who may send requests, how many, and in which order they run."""

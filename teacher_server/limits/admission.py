@@ -1,4 +1,4 @@
-"""Who gets in: readiness, back-pressure, deadlines, and callers who left."""
+"""Admit requests: readiness, back-pressure, deadlines, and callers who left."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from teacher_server.metrics import Metrics
 R = TypeVar("R")
 
 RETRY_AFTER = 1.0
-# Each takes a few kilobytes and a moment of the event loop, however few its tokens.
+# The most queued jobs: each costs a few kilobytes and a moment of the event loop.
 MAX_QUEUED_JOBS = 1 << 14
 
 
 class ClientGoneError(Exception):
-    """The caller closed the connection; nobody waits for the answer."""
+    """A caller that closed the connection, so nobody waits for the answer."""
 
 
-class Room:
-    """So much of one thing as all requests may hold together.
+class Quota:
+    """A quota of one resource, which all requests share.
 
-    A client that holds some already must leave as much free: one client fills half of the room at
-    most, two fill a third each, so another always finds some. What has no room is refused, never
-    queued.
+    A client that holds some already must leave as much free: one client fills at most half of the
+    quota, two fill a third each, so another always finds some. A request over the quota is refused,
+    never queued.
 
     Source: Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches,
     IEEE/ACM Transactions on Networking 6(2), 1998.
 
     Args:
         limit: of all clients together.
-        thing: as messages call it.
+        thing: name of the resource in messages.
         gauge: shows what is held.
     """
 
@@ -48,10 +48,10 @@ class Room:
         self._total = 0
 
     def take(self, client: str, amount: int, *, already: int = 0) -> None:
-        """Room for ``amount`` more, of which the request itself holds some ``already``.
+        """Take ``amount`` more for a request that holds ``already`` of it.
 
         Raises:
-            OverloadedError: there is none.
+            OverloadedError: the quota does not allow it.
         """
         total, own = self._total, self._held[client] - already
         if total + amount > self.limit:
@@ -81,26 +81,30 @@ class Room:
         self._gauge.inc(amount)
 
 
-class Held:
+class HeldBytes:
     """The bytes that one request holds: its body, then its answer until it is sent."""
 
-    def __init__(self, room: Room, client: str) -> None:
-        self._room = room
+    def __init__(self, quota: Quota, client: str) -> None:
+        self._quota = quota
         self._client = client
         self.bytes = 0
 
     def add(self, size: int) -> None:
-        """Raises `OverloadedError` where there is no room for ``size`` bytes more."""
-        self._room.take(self._client, size, already=self.bytes)
+        """Take ``size`` more bytes.
+
+        Raises:
+            OverloadedError: the quota does not allow it.
+        """
+        self._quota.take(self._client, size, already=self.bytes)
         self.bytes += size
 
     def free(self) -> None:
-        self._room.give(self._client, self.bytes)
+        self._quota.give(self._client, self.bytes)
         self.bytes = 0
 
 
 class Admission:
-    """Bounds the work in the house, and the bytes.
+    """A bound on the admitted requests: their tokens, sequences and bytes.
 
     Args:
         max_queued_tokens: admitted and not yet answered, over all requests.
@@ -114,9 +118,9 @@ class Admission:
     ) -> None:
         self.request_timeout = request_timeout
         self.draining = False
-        self.tokens = Room(max_queued_tokens, "tokens", metrics.queued_tokens)
-        self.bytes = Room(max_held_bytes, "bytes", metrics.held_bytes)
-        self.jobs = Room(MAX_QUEUED_JOBS, "sequences", metrics.queued_jobs)
+        self.tokens = Quota(max_queued_tokens, "tokens", metrics.queued_tokens)
+        self.bytes = Quota(max_held_bytes, "bytes", metrics.held_bytes)
+        self.jobs = Quota(MAX_QUEUED_JOBS, "sequences", metrics.queued_jobs)
         metrics.max_queued_tokens.set(max_queued_tokens)
         metrics.max_held_bytes.set(max_held_bytes)
         self._idle = asyncio.Event()
@@ -125,11 +129,11 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self, client: str, tokens: int, jobs: int) -> Iterator[None]:
-        """Hold a place for ``jobs`` of ``client`` that bring ``tokens``.
+        """Admit a request of ``client`` with its ``tokens`` and ``jobs`` until the block ends.
 
         Raises:
             UnavailableError: the server is draining.
-            OverloadedError: the queue has no room.
+            OverloadedError: a quota does not allow it.
         """
         if self.draining:
             raise UnavailableError("the server is shutting down", retry_after=RETRY_AFTER)
@@ -158,7 +162,7 @@ class Admission:
     async def run(
         self, work: Coroutine[Any, Any, R], disconnected: Callable[[], Awaitable[None]]
     ) -> R:
-        """The result of ``work``, which is cancelled at the deadline or when the caller leaves.
+        """Return the result of ``work``; cancel it at the deadline or when the caller leaves.
 
         Raises:
             DeadlineExceededError: after ``request_timeout`` seconds.

@@ -1,4 +1,4 @@
-"""Who may ask: API keys, of which the server keeps digests only."""
+"""Check API keys, of which the server keeps digests only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.errors import ConfigurationError, UnauthorizedError
 from teacher_server.settings import Settings
 
 ENVIRONMENT = "TEACHER_API_KEYS"
-# A digest without salt is as good as the key is hard to guess.
+# Fewest characters of a key: a digest without salt is only as safe as the key is hard to guess.
 _SHORTEST = 16
 
 
 class ApiKeys:
-    """The keys that a server accepts; without any, everyone may ask."""
+    """The keys that a server accepts; without any, every request is accepted."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple({_digest(key) for key in keys})
@@ -27,11 +27,10 @@ class ApiKeys:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> str:
-        """Let pass whoever sends ``Authorization: Bearer`` with one of the keys; says which one.
+        """Check the key in ``Authorization: Bearer`` and return the beginning of its digest.
 
-        A digest's beginning stands for a key; without keys it is empty.
-
-        In constant time: each digest is compared, whether or not one before it is the same.
+        Without keys the result is empty. The check takes constant time: each digest is compared,
+        whether or not one before it is the same.
 
         Raises:
             UnauthorizedError: no key, or another one.
@@ -49,12 +48,12 @@ class ApiKeys:
 
 
 def load_keys(settings: Settings) -> ApiKeys:
-    """The keys of ``--api-key-file`` and of the environment, which forgets them.
+    """Return the keys of ``--api-key-file`` and the environment, and remove them from there.
 
-    The engine's processes inherit the environment, and have no use for keys.
+    The engine's processes inherit the environment and have no use for keys.
 
     Raises:
-        ConfigurationError: a key that is none or too short, or no key where one is needed.
+        ConfigurationError: a key is malformed or too short, or there is none where one is needed.
     """
     found: list[tuple[str, str]] = []
     if settings.api_key_file is not None:

@@ -1,4 +1,4 @@
-"""Threads for work on bodies and texts, which clients share evenly."""
+"""Run work on bodies and texts in threads that clients share evenly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from teacher_server.limits.fairness import FairClock
+from teacher_server.limits.fairness import FairQueue
 
 R = TypeVar("R")
 
-# What work counts at least, in bytes: small bodies have their own costs too.
+# The least bytes that work counts, because small bodies have costs too.
 _LEAST_COST = 4096
 
 
@@ -23,16 +23,16 @@ _LEAST_COST = 4096
 class _Turn:
     client: str
     cost: int
-    start: int  # on the clock of `FairClock`
+    start: int  # in the order of `FairQueue`
     function: Callable[[], Any]
     result: asyncio.Future[Any]
 
 
 class FairPool:
-    """Runs functions in threads; clients take turns by what their work costs.
+    """A pool of threads in which clients take turns by what their work costs.
 
-    One client keeps half of the threads busy at most, so that another finds one soon. A caller who
-    leaves gives its turn up; what has begun runs to its end, and keeps its thread until then.
+    One client keeps at most half of the threads busy, so that another finds one soon. A caller who
+    leaves gives up its turn; what has begun runs to its end and keeps its thread until then.
 
     Args:
         threads: at least 2.
@@ -43,7 +43,7 @@ class FairPool:
         self._free = threads
         self._most = max(1, threads // 2)
         self._busy: Counter[str] = Counter()
-        self._clock = FairClock(_LEAST_COST)
+        self._fair_queue = FairQueue(_LEAST_COST)
         self._waiting: list[_Turn] = []
 
     async def run(self, client: str, cost: int, function: Callable[..., R], *arguments: Any) -> R:
@@ -54,7 +54,7 @@ class FairPool:
         """
         context = contextvars.copy_context()
         turn = _Turn(
-            client, cost, self._clock.start(client, cost),
+            client, cost, self._fair_queue.start(client, cost),
             lambda: context.run(function, *arguments),
             asyncio.get_running_loop().create_future(),
         )  # fmt: skip
@@ -66,18 +66,18 @@ class FairPool:
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-                self._clock.dropped(client, cost)
+                self._fair_queue.dropped(client, cost)
             raise
 
     def _begin(self) -> None:
-        """Start what has a thread now."""
+        """Start waiting functions for which there is a free thread."""
         while self._free:
             able = [turn for turn in self._waiting if self._busy[turn.client] < self._most]
             if not able:
                 return
             turn = min(able, key=lambda turn: turn.start)
             self._waiting.remove(turn)
-            self._clock.begun(turn.start)
+            self._fair_queue.begun(turn.start)
             self._free -= 1
             self._busy[turn.client] += 1
             loop = turn.result.get_loop()

@@ -1,4 +1,4 @@
-"""Equal questions at the same time: computed once, answered to each who asked."""
+"""Compute equal requests that overlap in time once, and answer all of them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ class _Work:
     callers: int = 0
 
 
-class InFlight:
-    """Work under way, by what was asked.
+class SingleFlight:
+    """The work that is running, by key, so that equal requests share it.
 
-    A request that is sent again, because its connection was cut or a gateway lost patience, finds
-    the first one still in the model, and shares its answer instead of being computed beside it.
+    A request that is sent again, because its connection was cut or a gateway timed out, shares the
+    answer of the first one if that still runs.
 
     Args:
-        on_shared: is called for each that does.
+        on_shared: is called for each request that does.
     """
 
     def __init__(self, on_shared: Callable[[], None]) -> None:
         self._on_shared = on_shared
         self._work: dict[bytes, _Work] = {}
 
-    async def ask(self, key: bytes, work: Callable[[], Coroutine[Any, Any, A]]) -> A:
-        """The result of ``work``, begun now or by an earlier caller with the same ``key``.
+    async def run(self, key: bytes, work: Callable[[], Coroutine[Any, Any, A]]) -> A:
+        """Return the result of ``work``, begun now or by an earlier caller with the same ``key``.
 
-        It is cancelled once everybody who asked is gone. Its exception is raised to each of them.
+        The work is cancelled once all its callers are gone. Its exception is raised to each of
+        them.
         """
         shared = self._work.get(key)
         if shared is None:
@@ -48,6 +49,7 @@ class InFlight:
             shared.callers -= 1
             if shared.callers == 0:
                 shared.task.cancel()
-            # Whoever comes now asks anew: what is over is not kept, and what is cancelled is lost.
+            # A later caller starts anew, because finished results are not kept and cancelled ones
+            # are lost.
             if (shared.callers == 0 or shared.task.done()) and self._work.get(key) is shared:
                 del self._work[key]

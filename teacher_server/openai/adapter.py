@@ -1,4 +1,4 @@
-"""Text <-> token ids of the served model, and OpenAI's requests and answers <-> jobs."""
+"""Turn OpenAI's requests into jobs, and the results of the jobs into answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from teacher_server.openai.answers import (
     LOWEST,
     Part,
     WrittenJson,
-    chat_rows,
-    completion_rows,
-    written,
+    chat_logprobs,
+    completion_logprobs,
+    json_pieces,
 )
 from teacher_server.openai.plan import OpenAIPlan, make_plan
 from teacher_server.openai.schema import ChatRequest, CompletionRequest, Ids, OpenAIRequest
@@ -28,14 +28,14 @@ from teacher_server.openai.tokenizer import ServedTokenizer
 
 @dataclass(frozen=True)
 class _Echo:
-    """The prompt as it comes before each of its completions."""
+    """The prompt as an answer repeats it before each of its completions."""
 
     text: str
     parts: list[Part]
 
 
 class OpenAIAdapter:
-    """Requests -> jobs, and what became of the jobs -> answers, for one served model."""
+    """An adapter between OpenAI's requests and answers and the jobs of one served model."""
 
     def __init__(self, model: str, *, trust_remote_code: bool) -> None:
         self._tokenizer = ServedTokenizer(model, trust_remote_code=trust_remote_code)
@@ -56,8 +56,8 @@ class OpenAIAdapter:
 
         Args:
             plan: from `plan`.
-            scored: of ``plan.score``, in order.
-            completions: of ``plan.generate``, n of each prompt, in order.
+            scored: the scores of ``plan.score``, in order.
+            completions: the completions of ``plan.generate``, n of each prompt, in order.
             info: the teacher.
             request_id: part of the answer's id.
         """
@@ -65,19 +65,19 @@ class OpenAIAdapter:
         if plan.generate is None:
             nothing = Completion(token_ids=np.zeros(0, np.uint32), finish_reason="length")
             completions = [nothing] * (len(plan.prompts) * n)
-        rows = iter(scored)
+        scores_of_prompts = iter(scored)
         choices: list[dict[str, Any]] = []
         for number, prompt in enumerate(plan.prompts):
-            one = next(rows) if plan.score is not None and len(prompt) > 1 else None
-            prompt_rows = None
+            one = next(scores_of_prompts) if plan.score is not None and len(prompt) > 1 else None
+            prompt_logprobs = None
             if plan.prompt_logprobs is not None:
-                prompt_rows = self._prompt_rows(prompt, one, plan.prompt_logprobs)
+                prompt_logprobs = self._prompt_logprobs(prompt, one, plan.prompt_logprobs)
             echo = self._echo(plan, number, one) if plan.echo else None
             for completion in completions[number * n : (number + 1) * n]:
                 ended = self._ended(plan, prompt, completion, info)
                 index = len(choices)
                 choices.append(
-                    self._choice(plan, index, prompt, completion, prompt_rows, echo, ended)
+                    self._choice(plan, index, prompt, completion, prompt_logprobs, echo, ended)
                 )
         generated = sum(len(completion.token_ids) for completion in completions)
         prompt_tokens = sum(len(prompt) for prompt in plan.prompts)
@@ -97,7 +97,7 @@ class OpenAIAdapter:
         if chat and request.return_token_ids:
             body["prompt_token_ids"] = plan.prompts[0].tolist()
         answer = bytearray()
-        for piece in written(body):
+        for piece in json_pieces(body):
             answer += piece.encode()
         return answer
 
@@ -107,7 +107,7 @@ class OpenAIAdapter:
         index: int,
         prompt: Ids,
         completion: Completion,
-        prompt_rows: list[WrittenJson | None] | None,
+        prompt_logprobs: list[WrittenJson | None] | None,
         echo: _Echo | None,
         ended: tuple[str, str, str | int | None],
     ) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class OpenAIAdapter:
             choice["message"] = {"role": "assistant", "content": text}
         else:
             text = text if echo is None else echo.text + text
-            choice |= {"text": text, "prompt_logprobs": prompt_rows}
+            choice |= {"text": text, "prompt_logprobs": prompt_logprobs}
         choice["logprobs"] = None
         parts = [] if echo is None else echo.parts
         if completion.scores is not None:
             parts = [*parts, (ids, completion.scores)]
         if plan.logprobs is not None and parts:
             as_ids = bool(request.return_tokens_as_token_ids)
-            write = chat_rows if isinstance(request, ChatRequest) else completion_rows
+            write = chat_logprobs if isinstance(request, ChatRequest) else completion_logprobs
             name = "token_id:{}".format if as_ids else self._tokenizer.token
             choice["logprobs"] = write(parts, plan.logprobs, name)
         if request.return_token_ids:
@@ -140,20 +140,21 @@ class OpenAIAdapter:
         return choice
 
     def _echo(self, plan: OpenAIPlan, number: int, scores: SparseLogprobs | None) -> _Echo:
-        """A prompt as an answer begins with it: text as it was sent, ids with special tokens."""
+        """Return a prompt as an answer repeats it: text as sent, ids with special tokens."""
         assert isinstance(plan.request, CompletionRequest)
         text, ids = plan.request.prompt[number], plan.prompts[number]
         if not isinstance(text, str):
             text = decoded(self._tokenizer.tokenizer, ids, skip_special_tokens=False)
-        parts: list[Part] = [(ids[:1], None)]  # nothing comes before the first token
+        parts: list[Part] = [(ids[:1], None)]  # the first token has no log-prob
         return _Echo(text, parts if scores is None else [*parts, (ids[1:], scores)])
 
     def _ended(
         self, plan: OpenAIPlan, prompt: Ids, completion: Completion, info: InfoResponse
     ) -> tuple[str, str, str | int | None]:
-        """Text of a completion, finish reason, and vLLM's stop reason.
+        """Return the text of a completion, its finish reason, and vLLM's stop reason.
 
-        That is the stop string or stop token; None for the end token and for the length limit.
+        The stop reason is the stop string or stop token; None for the end token and for the length
+        limit.
         """
         request, ids, reason = plan.request, completion.token_ids, completion.finish_reason
         text = self._text(prompt, ids, request)
@@ -172,23 +173,23 @@ class OpenAIAdapter:
         skip = request.skip_special_tokens
         return completion_text(self._tokenizer.tokenizer, prompt, ids, skip_special_tokens=skip)
 
-    def _prompt_rows(
+    def _prompt_logprobs(
         self, prompt: Ids, scores: SparseLogprobs | None, k: int
     ) -> list[WrittenJson | None]:
-        """vLLM's ``prompt_logprobs``: the token that stands there, and the k most probable.
+        """Return vLLM's ``prompt_logprobs``: each prompt token and the k most probable ones there.
 
-        The rank of a token outside the top-k is given as k + 1: it is that or more.
+        The rank of a token outside the top-k is given as k + 1, the least that it can be.
         """
-        rows: list[WrittenJson | None] = [None]  # nothing comes before the first token
+        entries: list[WrittenJson | None] = [None]  # the first token has no log-prob
         if scores is None:
-            return rows
+            return entries
         for t, next_id in enumerate(prompt[1:].tolist()):
             named = {next_id: (float(scores.next_token_logprob[t]), k + 1)}
             top = zip(scores.token_ids[t].tolist(), scores.logprobs[t].tolist(), strict=True)
             for rank, (token_id, logprob) in enumerate(top, start=1):
                 if rank <= k or token_id == next_id:
                     named[token_id] = (logprob, rank)
-            row = {
+            entry = {
                 str(token_id): {
                     "logprob": max(logprob, LOWEST),
                     "rank": rank,
@@ -196,5 +197,5 @@ class OpenAIAdapter:
                 }
                 for token_id, (logprob, rank) in named.items()
             }
-            rows.append(WrittenJson(json.dumps(row)))
-        return rows
+            entries.append(WrittenJson(json.dumps(entry)))
+        return entries

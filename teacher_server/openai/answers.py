@@ -1,4 +1,4 @@
-"""Log-probs in OpenAI's form, and answers of any size as JSON."""
+"""Write log-probs and answers of any size as OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from shared.protocol import InfoResponse
 from shared.sparse import SparseLogprobs
 from teacher_server.openai.schema import Ids
 
-# Items of a list that are written as JSON at a time: meanwhile no other thread runs.
+# Items of a list that json writes at a time, because it holds the GIL meanwhile.
 _WRITTEN_ITEMS = 1024
-# JSON has no −inf.
+# Stands for a log-prob of −inf, which JSON does not have.
 LOWEST = -9999.0
 
 
 class WrittenJson(str):
-    """JSON that is written already: of a million log-probs, a million maps would be left."""
+    """A string of finished JSON, which takes less memory than the maps it was written from."""
 
 
-# Tokens [T] and their rows; None where there are none.
+# Tokens [T] and their scores, or None.
 Part = tuple[Ids, SparseLogprobs | None]
 
 
 def model_card(info: InfoResponse) -> dict[str, Any]:
-    """The served model, as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
+    """Return the served model as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
     return {
         "id": info.teacher.model,
         "object": "model",
@@ -39,22 +39,22 @@ def model_card(info: InfoResponse) -> dict[str, Any]:
     }
 
 
-def written(value: Any) -> Iterator[str]:
-    """``value`` as JSON in small pieces: json's own loop lets no other thread run."""
+def json_pieces(value: Any) -> Iterator[str]:
+    """Yield ``value`` as JSON in small pieces, because json's own loop holds the GIL."""
     if isinstance(value, WrittenJson):
         yield value
     elif isinstance(value, dict):
         before = "{"
         for name, item in value.items():
             yield f"{before}{json.dumps(name)}: "
-            yield from written(item)
+            yield from json_pieces(item)
             before = ", "
         yield "}" if value else "{}"
     elif isinstance(value, list) and any(isinstance(item, dict | WrittenJson) for item in value):
         before = "["
         for item in value:
             yield before
-            yield from written(item)
+            yield from json_pieces(item)
             before = ", "
         yield "]"
     elif isinstance(value, list) and len(value) > _WRITTEN_ITEMS:
@@ -67,11 +67,11 @@ def written(value: Any) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
+def completion_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+    """Return OpenAI's ``logprobs`` of a completion, or of an echoed prompt and its completion.
 
-    A token has the same value in both lists. Of several tokens that read alike, which are one key,
-    the most probable one counts: the largest value of a row is that of its most probable token.
+    A token has the same value in both lists. Tokens with the same text share one key, which holds
+    the most probable one's value.
     """
     tokens: list[str] = []
     own: list[float | None] = []
@@ -83,10 +83,10 @@ def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
             top += [None] * len(ids)
             continue
         following = zip(ids.tolist(), scores.next_token_logprob.tolist(), strict=True)
-        for (token_id, logprob), row in zip(following, _top(scores, k), strict=True):
-            value = dict(row).get(token_id, max(logprob, LOWEST))
+        for (token_id, logprob), pairs in zip(following, _top(scores, k), strict=True):
+            value = dict(pairs).get(token_id, max(logprob, LOWEST))
             named = {name(token_id): value}
-            for i, other in row:
+            for i, other in pairs:
                 named[name(i)] = max(other, named.get(name(i), other))
             own.append(value)
             top.append(WrittenJson(json.dumps(named)))
@@ -94,29 +94,29 @@ def completion_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
     return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
 
 
-def chat_rows(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` of a chat completion."""
+def chat_logprobs(parts: Sequence[Part], k: int, name: Any) -> dict[str, Any]:
+    """Return OpenAI's ``logprobs`` of a chat completion."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         token = name(token_id)
         return {"token": token, "logprob": max(logprob, LOWEST), "bytes": list(token.encode())}
 
-    ((ids, scores),) = parts  # a chat echoes nothing
+    ((ids, scores),) = parts  # a chat answer repeats no prompt
     assert scores is not None
     own = scores.next_token_logprob.tolist()
     return {
         "content": [
             WrittenJson(
-                json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in row]})
+                json.dumps({**entry(i, logprob), "top_logprobs": [entry(*pair) for pair in pairs]})
             )
-            for i, logprob, row in zip(ids.tolist(), own, _top(scores, k), strict=True)
+            for i, logprob, pairs in zip(ids.tolist(), own, _top(scores, k), strict=True)
         ]
     }
 
 
 def _top(scores: SparseLogprobs, k: int) -> Iterator[list[tuple[int, float]]]:
-    """The k most probable (id, log-prob) of each row; k may be 0, which no engine is asked for."""
-    rows = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
-    for ids, logprobs in rows:
+    """Yield the k most probable (id, log-prob) pairs of each position; k may be 0."""
+    positions = zip(scores.token_ids[:, :k].tolist(), scores.logprobs[:, :k].tolist(), strict=True)
+    for ids, logprobs in positions:
         clamped = [max(value, LOWEST) for value in logprobs]
         yield list(zip(ids, clamped, strict=True))

@@ -1,4 +1,4 @@
-"""A request as jobs: what is scored, what is generated, and what is refused before either."""
+"""Turn OpenAI's requests into requests to score and to generate, or refuse them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from shared.validation import check_generate_request, check_score_request
 from teacher_server.openai.schema import ChatRequest, Ids, OpenAIRequest
 from teacher_server.openai.tokenizer import ServedTokenizer, check_text
 
-# Each is some 300 bytes while the answer is made, and 70 in it.
+# The most log-probs of an answer: each takes some 300 bytes while it is made, and 70 in it.
 MAX_LOGPROBS = 1 << 20
 
 
 @dataclass(frozen=True)
 class OpenAIPlan:
-    """A request as jobs.
+    """The work that one OpenAI request needs.
 
     Attributes:
         prompts: token ids of each prompt, [P] each.
         echo: whether the answer begins with the prompt.
         logprobs: log-probs of each generated token beside its own; None for none.
         prompt_logprobs: the same of each prompt token.
-        score: what gives the log-probs of prompts: every prompt that has a row, or None.
-        generate: what gives the completions, or None.
-        stop: texts that end them, or None.
+        score: the request for the log-probs of prompts with more than one token, or None.
+        generate: the request for the completions, or None.
+        stop: texts that end completions, or None.
     """
 
     request: OpenAIRequest
@@ -44,11 +44,11 @@ class OpenAIPlan:
 
 
 def make_plan(request: OpenAIRequest, tokenizer: ServedTokenizer, info: InfoResponse) -> OpenAIPlan:
-    """Return the jobs of a request.
+    """Return the work that a request needs.
 
     Raises:
-        NotFoundError: another model is asked for.
-        InvalidRequestError: what the teacher of ``info`` cannot do; names the field.
+        NotFoundError: the request names another model.
+        InvalidRequestError: the teacher of ``info`` cannot do it; names the field.
     """
     check_model(request.model, info)
     for text in request.stop:
@@ -87,7 +87,7 @@ def make_plan(request: OpenAIRequest, tokenizer: ServedTokenizer, info: InfoResp
             field="temperature",
         )
     scored = [k for k in (prompt_logprobs, echoed) if k is not None]
-    # Without a completion, scoring is also what checks the prompt.
+    # Without a completion, only scoring checks the prompt.
     if scored or generate is None:
         score = _score_request(prompts, max(scored, default=0), info)
     stop = StopStrings(tuple(request.stop), request.skip_special_tokens) if request.stop else None
@@ -95,7 +95,11 @@ def make_plan(request: OpenAIRequest, tokenizer: ServedTokenizer, info: InfoResp
 
 
 def check_model(name: str, info: InfoResponse) -> None:
-    """Raises `NotFoundError` for a model that is not the one served."""
+    """Refuse a model that is not the one served.
+
+    Raises:
+        NotFoundError: names both models.
+    """
     if name != info.teacher.model:
         raise NotFoundError(
             f"the model {name!r:.200} is not served here; {info.teacher.model!r} is", field="model"
@@ -103,14 +107,18 @@ def check_model(name: str, info: InfoResponse) -> None:
 
 
 def _width(logprobs: int | None) -> int:
-    """Log-probs of a row in the answer."""
+    """Return the number of log-probs at a position of the answer."""
     return 0 if logprobs is None else logprobs + 1
 
 
 def _check_nothing_generated(
     n: int, prompts: list[Ids], prompt_logprobs: int | None, echo: bool
 ) -> None:
-    """Raises `InvalidRequestError` where ``max_tokens`` 0 leaves nothing to answer."""
+    """Refuse ``max_tokens`` 0 where it leaves nothing to answer.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
     if prompt_logprobs is None and not echo:
         raise InvalidRequestError(
             "max_tokens 0 asks for nothing without prompt_logprobs or echo", field="max_tokens"
@@ -176,7 +184,7 @@ def _generate_request(
 
 @contextlib.contextmanager
 def _named(names: Mapping[str, str]) -> Iterator[None]:
-    """Refusals name the fields of the request that was sent, not of the one made from it."""
+    """Rename the field in a refusal to that of the request that was sent."""
     try:
         yield
     except InvalidRequestError as error:

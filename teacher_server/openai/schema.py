@@ -1,4 +1,4 @@
-"""Requests as OpenAI and vLLM write them, and the limits of each list and text in them."""
+"""The requests as OpenAI and vLLM write them, with the limits of their lists and texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pydantic import (
 from shared.protocol import MAX_STOP_TOKEN_IDS
 from shared.unknown_fields import refuse_unknown_fields
 
-# Stop strings, and characters of one. OpenAI takes 4; tasks of lm-eval have 6 and an end token.
+# The most stop strings, and characters of one. OpenAI takes 4 strings, but lm-eval sends up to 7.
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_PROMPTS, MAX_MESSAGES, MAX_PARTS = 1024, 4096, 4096
 
@@ -30,7 +30,7 @@ Ids = NDArray[np.uint32]
 
 
 class _Only(GroupedMetadata):
-    """For a field that is understood and can say only what is done anyway; null is left out."""
+    """A constraint for fields that may only hold values without effect; null leaves them out."""
 
     def __init__(self, *values: Any) -> None:
         self._values = values
@@ -47,7 +47,7 @@ class _Only(GroupedMetadata):
 
 
 def _read_prompts(value: Any) -> list[str | Ids]:
-    """Text, token ids, or a list of either."""
+    """Parse text, token ids, or a list of either."""
     items = [value] if isinstance(value, str) or _are_ids(value) else value
     if not isinstance(items, list) or not items:
         raise ValueError("must be text, token ids, or a list of either")
@@ -57,7 +57,7 @@ def _read_prompts(value: Any) -> list[str | Ids]:
 
 
 def _read_stops(value: Any) -> list[str]:
-    """Text or a list of texts; null and empty text are none."""
+    """Parse text or a list of texts; null and empty text are none."""
     texts = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         raise ValueError("must be text, or a list of texts")
@@ -134,7 +134,7 @@ class _Fields(BaseModel):
 
 
 class _Sampling(_Fields):
-    """The fields that say how to generate, in both kinds of request; null is the default.
+    """The generation options of both kinds of request; null is the default.
 
     Attributes:
         stop: texts that end a completion, up to 16.
@@ -156,7 +156,7 @@ class _Sampling(_Fields):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     skip_special_tokens: bool = True
-    user: str | None = None  # for a provider's records; nothing here depends on it
+    user: str | None = None  # accepted for a provider's records, and ignored here
 
     stream: Annotated[Any, _Only(False)] = None
     stream_options: Annotated[Any, _Only()] = None
@@ -170,7 +170,7 @@ class _Sampling(_Fields):
 
 
 class CompletionRequest(_Sampling):
-    """`POST /v1/completions`.
+    """The body of `POST /v1/completions`.
 
     Attributes:
         prompt: text, token ids, or a list of either.
@@ -216,7 +216,7 @@ class ChatMessage(_Fields):
 
 
 class ChatRequest(_Sampling):
-    """`POST /v1/chat/completions`.
+    """The body of `POST /v1/chat/completions`.
 
     Attributes:
         messages: rendered with the model's own chat template, a generation prompt at the end.

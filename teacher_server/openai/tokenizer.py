@@ -14,14 +14,14 @@ from shared.text import token_text
 from teacher_server.backends.checkpoint import load_tokenizer
 from teacher_server.openai.schema import ChatRequest, CompletionRequest, Ids
 
-# Characters of a prompt for each token of the context: more is refused before it is tokenized.
+# The most characters of a prompt for each token of the context; more are not tokenized.
 MAX_CHARACTERS_PER_TOKEN = 16
-# Characters of a long text that are tokenized at a time, to see whether all of it is worth it.
+# Characters of a long text that are tokenized at a time, to refuse it before all of it is.
 _PIECE = 1 << 15
 
 
 class ServedTokenizer:
-    """The tokenizer of one model, read at the first request: most servers never see one."""
+    """The tokenizer of one model, loaded at the first request because most servers need none."""
 
     def __init__(self, model: str, *, trust_remote_code: bool) -> None:
         self._model = model
@@ -31,17 +31,17 @@ class ServedTokenizer:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The model's own, as transformers loads it."""
+        """The tokenizer of the model, as transformers loads it."""
         return load_tokenizer(self._model, trust_remote_code=self._trust_remote_code)
 
     def _decode_one(self, token_id: int) -> str:
         return token_text(self.tokenizer, token_id)
 
     def encode_prompts(self, request: CompletionRequest, info: InfoResponse) -> list[Ids]:
-        """Return the token ids of each prompt, text or ids already.
+        """Return the token ids of each prompt, which may be text or ids.
 
         Raises:
-            InvalidRequestError: a text is too long to be worth tokenizing, or no text.
+            InvalidRequestError: a text is too long to be worth tokenizing, or is not valid Unicode.
         """
         texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
         for text in texts:
@@ -57,10 +57,13 @@ class ServedTokenizer:
         ]
 
     def _ids(self, text: str, info: InfoResponse, field: str, add_special_tokens: bool) -> Ids:
-        """Token ids of a text.
+        """Return the token ids of a text.
 
         A long text is tokenized in pieces first, whose tokens are nearly its own: twice as many as
         the context takes are enough to refuse it.
+
+        Raises:
+            InvalidRequestError: the text is longer than the context.
         """
         context = info.max_model_len
         if len(text) > max(_PIECE, 2 * context):
@@ -110,7 +113,11 @@ class ServedTokenizer:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raises `InvalidRequestError` for what JSON can escape and no tokenizer takes."""
+    """Refuse text with a lone surrogate, which JSON can escape and no tokenizer takes.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -121,7 +128,11 @@ def check_text(text: str, field: str) -> None:
 
 
 def _check_length(characters: int, tokens: int, of: str, field: str) -> None:
-    """Raises `InvalidRequestError` for a text that is not worth tokenizing."""
+    """Refuse a text that is too long to be worth tokenizing.
+
+    Raises:
+        InvalidRequestError: over `MAX_CHARACTERS_PER_TOKEN` characters for each of ``tokens``.
+    """
     limit = tokens * MAX_CHARACTERS_PER_TOKEN
     if characters > limit:
         raise InvalidRequestError(

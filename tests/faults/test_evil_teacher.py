@@ -196,7 +196,7 @@ def test_neither_a_log_nor_the_last_words_of_a_command_move_a_terminal(capsys):
     logger = logging.Logger("evil")
     logger.addHandler(handler)
     logger.warning("the teacher says %s", ESCAPES)
-    logs.last_words("student-trainer", f"the teacher says {ESCAPES}")
+    logs.log_failure("student-trainer", f"the teacher says {ESCAPES}")
     for text in (stream.getvalue(), capsys.readouterr().err):
         assert text.endswith("\n")
         assert harmless(text[:-1])

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from shared.identity import encoding_fingerprint, parting_text
-from shared.text import completion_text, decoded, encoded, lost, token_text
+from shared.text import completion_text, decoded, encoded, round_trip_change, token_text
 from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.model.load import load_tokenizer
@@ -35,7 +35,7 @@ def test_every_probe_survives_as_tokenizer_json_cuts_it(name, caplog):
         for tokenizer in on_both_sides(folder):
             for text in PROBES:
                 assert encoded(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
-                assert lost(tokenizer, text) is None
+                assert round_trip_change(tokenizer, text) is None
     warned = [r.getMessage() for r in caplog.records if r.name == "shared.tokenizer_file"]
     # It is loaded from its file, and begins text with BOS, on either side.
     assert len(warned) == (4 if name == "deepseek_v3" else 0)

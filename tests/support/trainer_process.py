@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from student_trainer.commands.main import main
-from student_trainer.runtime.threads import leave
+from student_trainer.runtime.threads import end_process
 from tests.support.server import free_port
 
 # All are forked from one process that has imported torch: that takes longer than a run.
@@ -60,7 +60,7 @@ def _run(
                 os.kill(os.getpid(), by)
 
         sys.addaudithook(hook)
-    leave(main(words))
+    end_process(main(words))
 
 
 def checkpoints(output: Path) -> list[int]:

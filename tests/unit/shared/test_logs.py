@@ -98,7 +98,7 @@ warnings.warn("a warning")
 thread = threading.Thread(target=lambda: 1 / 0)
 thread.start()
 thread.join()
-logs.last_words("program", "the reason")
+logs.log_failure("program", "the reason")
 raise KeyError("unforeseen")
 """
 

@@ -18,7 +18,7 @@ from shared.text import (
     completion_text,
     decoded,
     encoded,
-    lost,
+    round_trip_change,
     token_pieces,
     token_text,
 )
@@ -215,5 +215,5 @@ def test_text_that_is_lost_is_refused_with_its_row_and_what_came_back():
     told = r"row 2: the tokenizer loses text: 'def f(x)' comes back as 'deff(x)' (character 4)"
     with pytest.raises(DatasetError, match=re.escape(told)):
         check_round_trip(Blind(), rows)
-    assert lost(Blind(), "a b") == "ab"
-    assert lost(Blind(), "ab") is None
+    assert round_trip_change(Blind(), "a b") == "ab"
+    assert round_trip_change(Blind(), "ab") is None

@@ -15,7 +15,7 @@ from student_trainer.commands.main import main
 from student_trainer.commands.run_evaluation import where_from
 from student_trainer.config.arguments import DatasetArguments
 from student_trainer.evaluation import sandbox as sandbox_module
-from student_trainer.evaluation.journal import Unfinished
+from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.rollouts import Rollout, TransformersRollouts
 from tests.support.fences import LANDLOCK, write_refusal
@@ -112,17 +112,17 @@ def test_samples_tell_prompt_and_reference_once_for_each_problem(model, rows, tm
 
 def test_a_line_that_was_cut_is_written_again(tmp_path):
     path = tmp_path / "unfinished.jsonl"
-    with Unfinished(path, {"n": 1}) as file:
+    with EvaluationJournal(path, {"n": 1}) as file:
         file.add(0, "a\nb", truncated=False)
         file.add(2, "c", truncated=True)
     path.write_text(path.read_text() + '[1, "half')
-    with Unfinished(path, {"n": 1}) as file:
+    with EvaluationJournal(path, {"n": 1}) as file:
         assert file.texts == {0: "a\nb", 2: "c"}
         assert file.truncated == {0: False, 2: True}
         file.add(1, "d", truncated=False)
-    with Unfinished(path, {"n": 1}) as file:
+    with EvaluationJournal(path, {"n": 1}) as file:
         assert file.texts == {0: "a\nb", 2: "c", 1: "d"}
-    with Unfinished(path, {"n": 2}) as file:
+    with EvaluationJournal(path, {"n": 2}) as file:
         assert file.texts == {}
 
 

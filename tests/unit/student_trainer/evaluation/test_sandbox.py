@@ -361,7 +361,7 @@ REACHING = (
 def test_the_kernel_alone_holds_where_the_interpreter_does_not(tmp_path, monkeypatch):
     """Each of them, followed by a right answer, without the audit hook."""
     harness = sandbox_module._HARNESS.read_text()
-    for line in ("    sys.addaudithook(hook)\n", "    _take_away_what_tells_nothing()\n"):
+    for line in ("    sys.addaudithook(hook)\n", "    _remove_silent_functions()\n"):
         assert harness.count(line) == 1
         harness = harness.replace(line, "")
     shutil.copy(_fences.__file__, tmp_path / "_fences.py")
@@ -384,8 +384,8 @@ def test_what_left_its_session_is_found_and_killed(tmp_path, monkeypatch):
     """Only where no fence holds: then a program can fork."""
     harness = sandbox_module._HARNESS.read_text().replace("    sys.addaudithook(hook)\n", "")
     for fence, none in (
-        ("_fences.fence_of(libc)", "no_fence, []"),
-        ("_fences.become_another()", "[]"),  # root is not bound by the limit of processes
+        ("_fences.make_fence(libc)", "no_fence, []"),
+        ("_fences.become_unused_user()", "[]"),  # root is not bound by the limit of processes
     ):
         assert harness.count(fence) == 1
         harness = harness.replace(fence, none)

@@ -329,7 +329,7 @@ ATTACKS = {
 def harness_without_courtesy(folder: Path) -> Path:
     """The harness without its audit hook, so that nothing but the kernel is in the way."""
     source = sandbox_module._HARNESS.read_text()
-    for line in ("    sys.addaudithook(hook)\n", "    _take_away_what_tells_nothing()\n"):
+    for line in ("    sys.addaudithook(hook)\n", "    _remove_silent_functions()\n"):
         assert source.count(line) == 1
         source = source.replace(line, "")
     shutil.copy(_fences.__file__, folder / "_fences.py")

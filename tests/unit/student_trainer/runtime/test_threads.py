@@ -8,7 +8,7 @@ import pytest
 
 COMPUTES = """
 import threading, time, torch
-from student_trainer.runtime.threads import in_thread, leave
+from student_trainer.runtime.threads import in_thread, end_process
 
 def work():
     until = time.monotonic() + 1
@@ -21,7 +21,7 @@ ENDS = """
 import atexit
 atexit.register(print, "last words")
 print("a line, and no end of it", end=" ")
-leave(3)
+end_process(3)
 """
 
 

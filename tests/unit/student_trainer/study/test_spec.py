@@ -125,7 +125,7 @@ def test_only_what_a_seed_flows_into_is_made_for_every_seed(tmp_path):
     assert list(plan.jobs) == [
         "shared/shared", "seed-0/seeded", "seed-0/heir", "seed-1/seeded", "seed-1/heir",
     ]  # fmt: skip
-    assert plan.jobs["seed-1/seeded"].words == ("--seed=1", "--inputs", "{shared/shared}")
+    assert plan.jobs["seed-1/seeded"].argv == ("--seed=1", "--inputs", "{shared/shared}")
 
 
 def test_cells_with_equal_commands_are_one_job(tmp_path):

@@ -150,7 +150,7 @@ def test_a_teacher_that_cannot_generate_still_scores(tmp_path, monkeypatch, capl
     def broken(*args, **kwargs):
         raise ValueError("a cache of its own")
 
-    monkeypatch.setattr(probe, "generate_rows", broken)
+    monkeypatch.setattr(probe, "generate_completions", broken)
     served = backend(saved(tmp_path, "llama"))
     assert not served.facts.capabilities.generate
     assert "LlamaForCausalLM (llama) does not generate right" in caplog.text

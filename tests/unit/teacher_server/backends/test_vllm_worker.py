@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import score_rows
+from teacher_server.backends.scoring import score_positions
 from teacher_server.backends.vllm_worker import (
     Float32Head,
     ScoringExtension,
@@ -46,7 +46,7 @@ def params(one):
 
 def expected(one, hidden):
     """The scores of a job from the hidden states [L − 1, d] of its prompt."""
-    [scores] = score_rows(hidden[one.completion_start - 1 :], head, [one], V)
+    [scores] = score_positions(hidden[one.completion_start - 1 :], head, [one], V)
     return scores
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import DeadlineExceededError, OverloadedError, UnavailableError
-from teacher_server.limits.admission import Admission, ClientGoneError, Held
+from teacher_server.limits.admission import Admission, ClientGoneError, HeldBytes
 from teacher_server.metrics import Metrics
 
 
@@ -87,14 +87,14 @@ def test_whoever_comes_finds_room_while_no_request_is_large(requests):
 
 def test_bytes_are_held_until_they_are_freed():
     room = admission().bytes
-    held = Held(room, "a")
+    held = HeldBytes(room, "a")
     held.add(300)
     held.add(200)
     with pytest.raises(OverloadedError, match=r"500 bytes are queued and the request brings 501"):
-        Held(room, "b").add(501)
+        HeldBytes(room, "b").add(501)
     held.free()
     held.free()
-    Held(room, "b").add(1000)
+    HeldBytes(room, "b").add(1000)
 
 
 def test_draining_waits_for_what_was_admitted():

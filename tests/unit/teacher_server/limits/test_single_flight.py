@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from teacher_server.limits.single_flight import InFlight
+from teacher_server.limits.single_flight import SingleFlight
 
 
 class Model:
@@ -31,15 +31,15 @@ class Model:
 def run(scenario):
     async def main():
         model, shared = Model(), []
-        in_flight = InFlight(lambda: shared.append(1))
+        single_flight = SingleFlight(lambda: shared.append(1))
         asked = []
 
         def ask(key):
             asked.append(key)
-            return asyncio.ensure_future(in_flight.ask(key, model.compute))
+            return asyncio.ensure_future(single_flight.run(key, model.compute))
 
         await scenario(model, ask)
-        assert in_flight._work == {}
+        assert single_flight._work == {}
         assert len(shared) == len(asked) - model.begun
 
     asyncio.run(main())

@@ -12,7 +12,7 @@ from shared.errors import InternalError
 from shared.protocol import ScoreSequence
 from teacher_server.backends import scoring
 from teacher_server.backends.base import ScoreJob
-from teacher_server.backends.scoring import score_rows, top_k
+from teacher_server.backends.scoring import score_positions, top_k
 from tests.support.reference import largest_error
 
 V = 23
@@ -60,7 +60,7 @@ def test_any_mixture_of_jobs_equals_the_dense_reference(data):
             )
         )
     logits = torch.from_numpy(rng.normal(0, 4, (sum(j.rows for j in jobs), V)).astype(np.float32))
-    whole = score_rows(logits, torch.clone, jobs, V)
+    whole = score_positions(logits, torch.clone, jobs, V)
     for answer, dense, item in zip(whole, reference(logits, jobs), jobs, strict=True):
         assert largest_error(answer, dense, sequence(item)) < 1e-5
 
@@ -70,21 +70,21 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     jobs = [job(rng, rows, top_k=k) for rows, k in ((7, 3), (2, 5), (9, 3))]
     hidden = torch.from_numpy(rng.normal(size=(18, 8)).astype(np.float32))
     head = torch.nn.Linear(8, V)
-    whole = score_rows(hidden, head, jobs, V)
+    whole = score_positions(hidden, head, jobs, V)
     sizes = []
 
     def watched(rows):
         sizes.append(len(rows))
         return head(rows)
 
-    chunked = score_rows(hidden, watched, jobs, V, 4 * V * 4)
+    chunked = score_positions(hidden, watched, jobs, V, 4 * V * 4)
     for a, b in zip(whole, chunked, strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-6)
         np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
     assert sizes == [4, 4, 4, 4, 2]
     monkeypatch.setattr(scoring, "SLICE_BYTES", 3 * V * 4)
-    for a, b in zip(whole, score_rows(hidden, head, jobs, V), strict=True):
+    for a, b in zip(whole, score_positions(hidden, head, jobs, V), strict=True):
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
         np.testing.assert_allclose(a.tail_logprob, b.tail_logprob, atol=1e-6)
 
@@ -92,7 +92,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
 def draws(logits, key, k):
     rows = len(logits)
     one = ScoreJob(np.zeros(rows + 1, np.uint32), 1, top_k=k, draw_key=key)
-    return score_rows(logits.clone(), torch.clone, [one], V)[0]
+    return score_positions(logits.clone(), torch.clone, [one], V)[0]
 
 
 def test_draws_come_as_often_as_they_are_probable_with_exact_log_probs():
@@ -131,7 +131,7 @@ def test_the_tail_beside_draws_holds_all_that_is_not_named_once():
         requested_token_ids=rng.integers(0, V, (6, 2)),
         temperature=2.0,
     )
-    [answer] = score_rows(logits.clone(), torch.clone, [one], V)
+    [answer] = score_positions(logits.clone(), torch.clone, [one], V)
     [dense] = reference(logits, [one])
     following = one.token_ids[one.completion_start :, None]
     named = np.concatenate([answer.token_ids, following, one.requested_token_ids], axis=1)
@@ -147,12 +147,12 @@ def test_draws_do_not_depend_on_the_company_nor_on_how_rows_are_cut():
     jobs = [job(rng, rows, top_k=5, draw_key=key) for rows, key in ((7, b"a"), (4, b"b"))]
     jobs.insert(1, job(rng, 3, top_k=5))
     logits = torch.from_numpy(rng.normal(0, 2, (14, V)).astype(np.float32))
-    whole = score_rows(logits.clone(), torch.clone, jobs, V, 4 * V * 4)
+    whole = score_positions(logits.clone(), torch.clone, jobs, V, 4 * V * 4)
     for answer, item, rows in zip(whole, jobs, logits.split([7, 3, 4]), strict=True):
-        [alone] = score_rows(rows.clone(), torch.clone, [item], V)
+        [alone] = score_positions(rows.clone(), torch.clone, [item], V)
         np.testing.assert_array_equal(alone.token_ids, answer.token_ids)
     later = replace(jobs[0], completion_start=jobs[0].completion_start + 2)
-    [rest] = score_rows(logits[2:7].clone(), torch.clone, [later], V)
+    [rest] = score_positions(logits[2:7].clone(), torch.clone, [later], V)
     np.testing.assert_array_equal(rest.token_ids, whole[0].token_ids[2:])
 
 
@@ -160,8 +160,8 @@ def test_the_order_of_equal_tokens_does_not_depend_on_the_company():
     rng = np.random.default_rng(0)
     small, large = job(rng, 4, top_k=2), job(rng, 4, top_k=V)
     logits = torch.zeros(8, V)
-    alone = score_rows(logits[:4], torch.clone, [small], V)[0]
-    together = score_rows(logits, torch.clone, [small, large], V)[0]
+    alone = score_positions(logits[:4], torch.clone, [small], V)[0]
+    together = score_positions(logits, torch.clone, [small, large], V)[0]
     np.testing.assert_array_equal(alone.token_ids, together.token_ids)
 
 
@@ -169,10 +169,10 @@ def test_a_tiny_tail_is_exact_and_an_empty_one_is_minus_infinity():
     logits = torch.zeros(1, V)
     logits[0, 0] = 60.0
     one = ScoreJob(np.array([5, 0], np.uint32), 1, top_k=1)
-    tail = score_rows(logits.clone(), torch.clone, [one], V)[0].tail_logprob[0]
+    tail = score_positions(logits.clone(), torch.clone, [one], V)[0].tail_logprob[0]
     assert tail == pytest.approx(np.log(V - 1) - 60.0, abs=1e-5)  # 1 − p is 0 in float32
     everything = ScoreJob(np.array([5, 0], np.uint32), 1, top_k=V)
-    assert score_rows(logits, torch.clone, [everything], V)[0].tail_logprob[0] == -np.inf
+    assert score_positions(logits, torch.clone, [everything], V)[0].tail_logprob[0] == -np.inf
 
 
 @pytest.mark.parametrize("height", [60.0, 80.0, 200.0])
@@ -181,7 +181,7 @@ def test_a_tail_beyond_float32s_range_is_exact(height):
     logits = torch.zeros(2, 4000)
     logits[:, 7] = torch.tensor([height, 1.0])  # beside a row of the usual kind
     one = ScoreJob(np.array([5, 0, 0], np.uint32), 1, top_k=1)
-    tails = score_rows(logits, torch.clone, [one], 4000)[0].tail_logprob
+    tails = score_positions(logits, torch.clone, [one], 4000)[0].tail_logprob
     assert tails[0] == pytest.approx(np.log(3998) - height, abs=1e-4)  # all but tokens 7 and 0
     assert tails[1] == pytest.approx(np.log(3998 / (3999 + np.e)), abs=1e-6)
 
@@ -210,7 +210,7 @@ def test_a_wide_vocabulary_is_scored_like_a_narrow_one(temperature):
     logits = torch.from_numpy(rng.normal(0, 4, (300, wide)).astype(np.float32))
     ids = rng.integers(0, wide, 301).astype(np.uint32)
     one = ScoreJob(ids, 1, top_k=20, temperature=temperature)
-    [answer] = score_rows(logits, torch.clone, [one], wide)
+    [answer] = score_positions(logits, torch.clone, [one], wide)
     dense = (logits.double() / temperature).log_softmax(dim=-1).numpy()
     assert largest_error(answer, dense, sequence(one)) < 1e-5
 
@@ -223,7 +223,7 @@ def test_the_next_and_requested_tokens_leave_the_tail_once():
         top_k=1,
         requested_token_ids=np.array([[2, 0, 2]], np.uint32),
     )
-    answer = score_rows(logits, torch.clone, [named_twice], 4)[0]
+    answer = score_positions(logits, torch.clone, [named_twice], 4)[0]
     assert np.exp(answer.tail_logprob[0]) == pytest.approx(0.3 + 0.1)
     assert np.exp(answer.next_token_logprob[0]) == pytest.approx(0.2)
     np.testing.assert_allclose(np.exp(answer.requested_logprobs), [[0.2, 0.4, 0.2]], rtol=1e-6)
@@ -236,7 +236,7 @@ def test_float16_answers_never_become_infinite():
         np.array([0, 3], np.uint32), 1, top_k=2, logprob_dtype="float16",
         requested_token_ids=np.array([[4]], np.uint32),
     )  # fmt: skip
-    answer = score_rows(logits, torch.clone, [half], V)[0]
+    answer = score_positions(logits, torch.clone, [half], V)[0]
     assert answer.logprobs.dtype == np.float16
     assert answer.logprobs.tolist() == [[0.0, -65504.0]]
     assert answer.requested_logprobs.tolist() == [[-65504.0]]
@@ -250,4 +250,4 @@ def test_logits_that_are_not_finite_are_an_error(value):
     logits[1, 7] = value
     rng = np.random.default_rng(0)
     with pytest.raises(InternalError, match="not finite in a sequence of"):
-        score_rows(logits, torch.clone, [job(rng, 3)], V)
+        score_positions(logits, torch.clone, [job(rng, 3)], V)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.errors import InternalError
 from shared.sampling import uniforms
 from teacher_server.backends.base import GenerateJob
-from teacher_server.backends.generation import generate_rows, within_context
+from teacher_server.backends.generation import generate_completions, within_context
 from tests.support.reference import dense_logprobs, sample
 
 
@@ -30,7 +30,9 @@ def generate(model, jobs, eos=(), waiting=None, vocab_size=260):
         found.update(rows)
 
     everyone = [True] * len(jobs)
-    generate_rows(model, jobs, eos, 0, waiting or (lambda: everyone), ended, vocab_size=vocab_size)
+    generate_completions(
+        model, jobs, eos, 0, waiting or (lambda: everyone), ended, vocab_size=vocab_size
+    )
     return [found[row] for row in sorted(found)]
 
 
@@ -128,7 +130,7 @@ def test_a_row_is_told_with_the_token_that_ends_it(llama):
     """Each at its own length, in the very step; none is told twice."""
     told = []
     jobs = [job([5], 4), job([6], 2), job([7, 8], 4)]
-    generate_rows(llama, jobs, (), 0, lambda: [True] * 3, told.append, vocab_size=260)
+    generate_completions(llama, jobs, (), 0, lambda: [True] * 3, told.append, vocab_size=260)
     assert [sorted(rows) for rows in told] == [[], [1], [], [0, 2]]
     assert [len(told[-1][row].token_ids) for row in (0, 2)] == [4, 4]
 

@@ -1,6 +1,6 @@
-"""Completion scripts for bash, zsh and fish, from what a command's parsers know.
+"""Write shell-completion scripts for bash, zsh and fish from a command's parsers.
 
-The scripts hold all words themselves: asking the command at each TAB would wait for torch.
+The scripts hold all flags and choices, because asking the command at each TAB would import torch.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 @dataclass(frozen=True)
-class Words:
-    """What a subcommand can be followed by.
+class CommandArguments:
+    """The arguments that a subcommand takes, for shell completion.
 
     Attributes:
-        help: of the subcommand, a line.
-        flags: each long flag with its help.
-        values: of a flag that takes one of a few, these.
+        help: one line about the subcommand.
+        flags: help of each long flag.
+        values: choices of each flag that has choices.
         switches: flags that are complete without a value.
-        words: of the subcommand itself, if it takes one of a few.
+        choices: of the subcommand's own argument, if it has any.
     """
 
     help: str
     flags: dict[str, str] = field(default_factory=dict)
     values: dict[str, list[str]] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
-    words: Sequence[str] = ()
+    choices: Sequence[str] = ()
 
 
-def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
-    """Of a parser of one subcommand; flags under their first long name, without ``--no_`` twins."""
+def arguments_of(parser: argparse.ArgumentParser, help: str) -> CommandArguments:
+    """Return the arguments of a subcommand's parser.
+
+    Each flag is listed under its first long name, without its ``--no_`` twin.
+    """
     flags: dict[str, str] = {}
     values: dict[str, list[str]] = {}
     switches, positional, seen = set(), list[str](), set[str]()
-    for action in parser._actions:  # argparse has no public name for them
+    for action in parser._actions:  # argparse has no public list of its actions
         names = [name for name in action.option_strings if name.startswith("--")]
         choices = [str(choice) for choice in action.choices or ()]
         if not action.option_strings:
@@ -49,11 +52,11 @@ def words_of(parser: argparse.ArgumentParser, help: str) -> Words:
                 values[names[0]] = choices
             if action.nargs in (0, "?"):
                 switches.add(names[0])
-    return Words(help, flags, values, frozenset(switches), positional)
+    return CommandArguments(help, flags, values, frozenset(switches), positional)
 
 
-def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
-    """What the shell is to read; ``shell`` is one of `SHELLS`."""
+def completion_script(shell: str, prog: str, commands: Mapping[str, CommandArguments]) -> str:
+    """Return the completion script of a command for ``shell``, one of `SHELLS`."""
     if shell == "fish":
         return _fish(prog, commands)
     if shell == "bash":
@@ -62,15 +65,15 @@ def script(shell: str, prog: str, commands: Mapping[str, Words]) -> str:
     return start + _bash(prog, commands)
 
 
-def _bash(prog: str, commands: Mapping[str, Words]) -> str:
-    """A function that zsh's bashcompinit understands as well; other words complete to files."""
+def _bash(prog: str, commands: Mapping[str, CommandArguments]) -> str:
+    """Return a bash function, which zsh's bashcompinit runs too; the rest completes to files."""
     name = "_" + prog.replace("-", "_")
     values = [
         f'    "{command} {flag}") words="{" ".join(choices)}" ;;'
         for command, known in commands.items()
         for flag, choices in known.values.items()
     ]
-    # After any other flag that takes a value there is a file, or what only the user knows.
+    # Any other flag that takes a value completes to files, because its values are unknown here.
     open_ended = [
         f'    "{command} {flag}") return ;;'
         for command, known in commands.items()
@@ -78,7 +81,7 @@ def _bash(prog: str, commands: Mapping[str, Words]) -> str:
         if flag not in known.switches and flag not in known.values
     ]
     flags = [
-        f'        {command}) words="{" ".join([*known.words, *known.flags])}" ;;'
+        f'        {command}) words="{" ".join([*known.choices, *known.flags])}" ;;'
         for command, known in commands.items()
     ]
     return "\n".join([
@@ -102,14 +105,14 @@ def _bash(prog: str, commands: Mapping[str, Words]) -> str:
     ])  # fmt: skip
 
 
-def _fish(prog: str, commands: Mapping[str, Words]) -> str:
+def _fish(prog: str, commands: Mapping[str, CommandArguments]) -> str:
     begin = f"complete -c {prog}"
     lines = [f"{begin} -n __fish_use_subcommand -f"]
     for command, known in commands.items():
         lines.append(f"{begin} -n __fish_use_subcommand -a {command} -d {_quoted(known.help)}")
         inside = f"{begin} -n {shlex.quote(f'__fish_seen_subcommand_from {command}')}"
-        if known.words:
-            lines.append(f"{inside} -f -a {shlex.quote(' '.join(known.words))}")
+        if known.choices:
+            lines.append(f"{inside} -f -a {shlex.quote(' '.join(known.choices))}")
         for flag, help in known.flags.items():
             line = f"{inside} -l {flag.removeprefix('--')}"
             if flag in known.values:
@@ -121,6 +124,6 @@ def _fish(prog: str, commands: Mapping[str, Words]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """For fish, which knows no quote within quotes but an escaped one."""
+    """Quote text for fish, which escapes single quotes within single quotes."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
