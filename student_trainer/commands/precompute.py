@@ -10,12 +10,12 @@ from student_trainer.commands.dry_run import asked_briefly, dry_run
 from student_trainer.config.checks import check_distill, check_precompute
 from student_trainer.config.parse import ARGUMENTS, parse
 from student_trainer.data.sources import read_rows
-from student_trainer.pipeline.planned_requests import ask_all, count_missing, questions
+from student_trainer.pipeline.planned_requests import count_missing, planned_requests, send_all
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.runtime.progress import counted
 from student_trainer.runtime.terminal import can_move
 from student_trainer.teacher.cache import CachedTeacher
-from student_trainer.teacher.compatible import check_request
+from student_trainer.teacher.compatible import check_capabilities
 from student_trainer.training.recipe import (
     Recipe,
     check_recipe,
@@ -54,12 +54,12 @@ def precompute(argv: Sequence[str]) -> None:
     if args.dry_run:
         teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
-        check_request(client.connect(), args, teacher)
+        check_capabilities(client.connect(), args, teacher)
         prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
-        asked = questions(prepared.method, prepared.train, prepared.held_out)
+        asked = planned_requests(prepared.method, prepared.train, prepared.held_out)
         if args.dry_run:
             dry_run(recipe, prepared, args, teacher=client, asked=teacher, questions=len(asked))
             return
@@ -71,7 +71,7 @@ def precompute(argv: Sequence[str]) -> None:
         with counted(
             len(asked), "Asking the teacher", show=not (args.disable_tqdm and can_move())
         ) as count:
-            for answers in ask_all(client, asked, size=_REQUEST_SIZE):
+            for answers in send_all(client, asked, size=_REQUEST_SIZE):
                 count(answers)
         missing, wanted = count_missing(client, asked)
         _, _, corrupt = client.take_lookups()

@@ -13,7 +13,7 @@ from student_trainer.config.checks import (
 from student_trainer.config.parse import ARGUMENTS, parse
 from student_trainer.data.sources import read_rows
 from student_trainer.pipeline.repeatability import check_repeats
-from student_trainer.teacher.compatible import check_one_teacher, check_request
+from student_trainer.teacher.compatible import check_capabilities, check_one_teacher
 from student_trainer.training.recipe import (
     Recipe,
     check_recipe,
@@ -68,7 +68,7 @@ def distilled(
     # What a stream will ask is not known, so a cache cannot tell that it holds all of it.
     alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
-        check_request(client.connect(), args, teacher)
+        check_capabilities(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
         prepared = prepare(recipe, rows, args, distill=args, teacher=client, asked=teacher)
         check_repeats(

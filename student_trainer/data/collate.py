@@ -31,7 +31,7 @@ def model_inputs(
     }
 
 
-def predicting_rows(
+def predicting_positions(
     samples: Sequence[Sample], masks: Sequence[NDArray[np.bool_]], *, packed: bool
 ) -> torch.Tensor:
     """[N] int64: index of the hidden state that predicts each masked token, in the flat inputs.

@@ -67,14 +67,16 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     if form is None:
         raise DatasetError(
             f"{where}: neither messages nor {options.prompt_column!r}; the row has "
-            f"{sorted(row)}.{_nearest(options.prompt_column, row)} Name the columns with "
+            f"{sorted(row)}.{_suggestion(options.prompt_column, row)} Name the columns with "
             "--prompt_column and --completion_column"
         )
     if form == "prompt":
-        prompt, completion = _prompted(where, row, options)
+        prompt, completion = _read_prompt(where, row, options)
         if isinstance(prompt, str):
             for column in (*_TEMPLATE_COLUMNS, "system"):
-                if row.get(column) and (column == "system" or _column_of(where, row, column)):
+                if row.get(column) and (
+                    column == "system" or _read_template_column(where, row, column)
+                ):
                     raise DatasetError(
                         f"{where}: the column {column} is for a chat template, which a prompt of "
                         "plain text does not go through; give messages"
@@ -82,13 +84,13 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
             assert completion is None or isinstance(completion, str)
             return PlainText(prompt, completion)
     elif form == "instruction":
-        prompt, completion = _instructed(where, row, options)
+        prompt, completion = _read_instruction(where, row, options)
     else:
-        prompt, completion = _spoken(where, row, form)
+        prompt, completion = _read_messages(where, row, form)
     assert not isinstance(completion, str)
     _check_near_columns(where, row)
-    tools = _column_of(where, row, "tools")
-    kwargs = _column_of(where, row, "chat_template_kwargs")
+    tools = _read_template_column(where, row, "tools")
+    kwargs = _read_template_column(where, row, "chat_template_kwargs")
     return Conversation(prompt, completion, tools or None, kwargs or {})
 
 
@@ -147,7 +149,7 @@ def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataAr
         if column not in columns:
             raise ConfigurationError(
                 f"--{flag} {column}: no row has this column; the columns are "
-                f"{', '.join(columns)}.{_nearest(column, columns)}"
+                f"{', '.join(columns)}.{_suggestion(column, columns)}"
             )
         held = [form for form in forms if form in ("messages", "conversations", "instruction")]
         why = f"the rows hold {' and '.join(held)}, which come first" if held else "it is empty"
@@ -156,18 +158,20 @@ def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataAr
         )
 
 
-def _nearest(column: str, columns: Iterable[str]) -> str:
+def _suggestion(column: str, columns: Iterable[str]) -> str:
     near = difflib.get_close_matches(column, [str(name) for name in columns], n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message], Message | None]:
+def _read_messages(
+    where: str, row: dict[str, Any], form: Form
+) -> tuple[list[Message], Message | None]:
     """Return prompt and completion of ``messages`` or ``conversations``."""
     value = json_value(where, form, row[form])
     if form == "messages":
         messages = _check_messages(where, form, value)
     else:
-        messages = _check_messages(where, form, _renamed(where, form, value))
+        messages = _check_messages(where, form, _rename_turn_keys(where, form, value))
     messages = _with_system(where, row, messages)
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
@@ -181,7 +185,7 @@ def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message],
     return messages, None
 
 
-def _renamed(where: str, column: str, turns: Any) -> Any:
+def _rename_turn_keys(where: str, column: str, turns: Any) -> Any:
     """Return turns with ``role`` and ``content`` in the place of ``from`` and ``value``."""
     if not isinstance(turns, list):
         return turns
@@ -223,7 +227,7 @@ def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def _instructed(
+def _read_instruction(
     where: str, row: dict[str, Any], options: DataArguments
 ) -> tuple[list[Message], Message | None]:
     """Return prompt and completion of Alpaca's columns."""
@@ -255,7 +259,7 @@ def _instructed(
     return messages, None if answer is None else {"role": "assistant", "content": answer}
 
 
-def _prompted(
+def _read_prompt(
     where: str, row: dict[str, Any], options: DataArguments
 ) -> tuple[Any, Message | str | None]:
     """Return prompt and completion of the two columns: messages, or both as text."""
@@ -315,7 +319,7 @@ def json_value(where: str, column: str, value: Any) -> Any:
         raise DatasetError(f"{where}: {column} is text, but not valid JSON: {error}") from error
 
 
-def _column_of(where: str, row: dict[str, Any], column: str) -> Any:
+def _read_template_column(where: str, row: dict[str, Any], column: str) -> Any:
     """Return ``tools`` or ``chat_template_kwargs``, which may be JSON text; None where empty."""
     value = row.get(column)
     if value is None or value == "":

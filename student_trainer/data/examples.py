@@ -31,7 +31,7 @@ def row_of(example: Example) -> int:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TokenizedTurn:
     """A prompt and what follows it, as ids.
 
     Attributes:
@@ -115,15 +115,15 @@ class RowTokenizer:
             raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
         parsed = read_row(where, row, self.options)
         if isinstance(parsed, PlainText):
-            return [self._example(index, where, self._plain(where, parsed), checker)]
+            return [self._example(index, where, self._tokenize_text(where, parsed), checker)]
         conversations = [parsed]
         if self.options.learns_all_turns:
             conversations = _assistant_turns(where, parsed)
-        parts = [self._part(where, conversation) for conversation in conversations]
+        parts = [self._tokenize_conversation(where, conversation) for conversation in conversations]
         if len(parts) == 1:
             return [self._example(index, where, parts[0], checker)]
         if self.one_sequence:
-            sample = self._spans(where, parts)
+            sample = self._join_turns(where, parts)
             if sample is not None:
                 last = parts[-1]
                 prompt_ids = np.asarray(last.prompt_ids, dtype=np.uint32)
@@ -140,7 +140,7 @@ class RowTokenizer:
         return examples
 
     def _example(
-        self, index: int, where: str, part: _Part, checker: dict[str, Any] | None
+        self, index: int, where: str, part: _TokenizedTurn, checker: dict[str, Any] | None
     ) -> Example:
         prompt_ids = np.asarray(part.prompt_ids, dtype=np.uint32)
         if not len(prompt_ids):
@@ -165,7 +165,7 @@ class RowTokenizer:
             )
         return Example(index, where, prompt_ids, sample, checker, part.text, part.notes)
 
-    def _plain(self, where: str, row: PlainText) -> _Part:
+    def _tokenize_text(self, where: str, row: PlainText) -> _TokenizedTurn:
         """Return the ids of text as it stands; a completion gets its end token."""
         prompt, completion, ends = row.prompt, row.completion, False
         stops = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
@@ -187,7 +187,7 @@ class RowTokenizer:
             prompt, completion = self.encoder.protect(prompt), self.encoder.protect(completion)
         prompt_ids = self.encoder.encode_prompt(prompt)
         if completion is None:
-            return _Part(row.prompt, prompt_ids, None)
+            return _TokenizedTurn(row.prompt, prompt_ids, None)
         try:
             ids = self.encoder.encode_after(prompt, prompt_ids, completion)
         except DatasetError as error:
@@ -203,22 +203,24 @@ class RowTokenizer:
             end = self.stop_ids[stops.index(stop)]
         else:
             end = self.stop_ids[0] if self.text_end is None else self.text_end
-        return _Part(row.prompt, prompt_ids, [*ids, end])
+        return _TokenizedTurn(row.prompt, prompt_ids, [*ids, end])
 
-    def _part(self, where: str, conversation: Conversation) -> _Part:
+    def _tokenize_conversation(self, where: str, conversation: Conversation) -> _TokenizedTurn:
         try:
             turn = self.chat.first_turn(where, conversation)
             prompt_ids = self.encoder.encode(turn.prompt)
             completion_ids = None
             if turn.completion is not None:
                 ids = self.encoder.encode_after(turn.prompt, prompt_ids, turn.completion)
-                completion_ids = self._ended(where, conversation, turn, ids)
+                completion_ids = self._with_end_token(where, conversation, turn, ids)
         except DatasetError as error:
             text = self.encoder.restore(str(error))
             raise DatasetError(text if text.startswith(where) else f"{where}: {text}") from error
-        return _Part(self.encoder.restore(turn.prompt), prompt_ids, completion_ids, turn.notes)
+        return _TokenizedTurn(
+            self.encoder.restore(turn.prompt), prompt_ids, completion_ids, turn.notes
+        )
 
-    def _ended(
+    def _with_end_token(
         self, where: str, conversation: Conversation, turn: Turn, ids: list[int]
     ) -> list[int]:
         """Return the ids up to and with their end token."""
@@ -238,7 +240,7 @@ class RowTokenizer:
                 )
         return [*ids, self.stop_ids[0]]
 
-    def _spans(self, where: str, parts: Sequence[_Part]) -> Sample | None:
+    def _join_turns(self, where: str, parts: Sequence[_TokenizedTurn]) -> Sample | None:
         """Return one sequence in which all turns are learned, or None where they are not in it."""
         last = parts[-1]
         whole = [*last.prompt_ids, *(last.completion_ids or ())]

@@ -15,22 +15,22 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def by_length(lengths: Sequence[int], *, shortest_first: bool = False) -> list[int]:
+def order_by_length(lengths: Sequence[int], *, shortest_first: bool = False) -> list[int]:
     """Indices of the samples; those of equal length as they come."""
     sign = 1 if shortest_first else -1
     return sorted(range(len(lengths)), key=lambda index: sign * lengths[index])
 
 
-def of_sizes(
+def group_by_sizes(
     lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool = False
 ) -> list[list[int]]:
     """Indices of the samples, as many in each micro-batch as ``sizes`` says."""
-    order = by_length(lengths, shortest_first=shortest_first)
+    order = order_by_length(lengths, shortest_first=shortest_first)
     ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def within_budget(
+def group_within_budget(
     lengths: Sequence[int], budget: int, *, packed: bool, shortest_first: bool = False
 ) -> list[list[int]]:
     """Indices of the samples, in the fewest micro-batches of at most ``budget`` tokens.
@@ -41,7 +41,7 @@ def within_budget(
     Args:
         packed: a micro-batch counts its own tokens; else rows times the longest.
     """
-    order = by_length(lengths, shortest_first=shortest_first)
+    order = order_by_length(lengths, shortest_first=shortest_first)
     # For the first n of the order: (micro-batches, tokens, where the last of them begins).
     best = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
@@ -64,7 +64,7 @@ def within_budget(
     return groups
 
 
-def split_into(groups: Sequence[list[int]], count: int) -> list[list[int]]:
+def split_to_count(groups: Sequence[list[int]], count: int) -> list[list[int]]:
     """``count`` micro-batches, by halving those of the most samples: ranks must have equally many.
 
     Raises:
@@ -83,7 +83,7 @@ def split_into(groups: Sequence[list[int]], count: int) -> list[list[int]]:
     return split
 
 
-def over_substeps(micro_batches: Sequence[T], count: int) -> list[list[T]]:
+def assign_to_substeps(micro_batches: Sequence[T], count: int) -> list[list[T]]:
     """The micro-batches over the ``count`` substeps that the Trainer makes of an optimizer step.
 
     One each and the rest in the last, which alone adds gradients over ranks; where there are fewer

@@ -262,7 +262,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     raise DatasetError(f"{where}: expected a JSON object, got {text.strip()[:40]}")
                 yield where, row
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -279,7 +279,7 @@ def _read_json(path: Path) -> Iterator[Row]:
             with _open(path) as file:
                 rows = _parse(str(path), _decode(str(path), file.read()))
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
     if rows is not None:
         yield from _objects(path, rows)
         return
@@ -336,7 +336,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
     except csv.Error as error:
         raise DatasetError(f"{path}:{line}: not valid CSV: {error}") from error
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
 
 
 def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
@@ -354,7 +354,7 @@ def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
         raise
     except Exception as error:  # the library's readers share no class of errors
         raise DatasetError(
-            f"{path}: row {rows} and what follows cannot be read as {kind}: {_told(error)}"
+            f"{path}: row {rows} and what follows cannot be read as {kind}: {_message_of(error)}"
         ) from error
 
 
@@ -364,7 +364,9 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     try:
         dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # as above
-        raise DatasetError(f"{folder}: what was saved cannot be read: {_told(error)}") from error
+        raise DatasetError(
+            f"{folder}: what was saved cannot be read: {_message_of(error)}"
+        ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DatasetError(
@@ -384,13 +386,13 @@ def _read_hub(name: str, config: str | None, split: str, streaming: bool) -> Ite
     except Exception as error:
         raise DatasetError(
             f"{name} is neither a file nor a folder, and the Hub gives no such dataset: "
-            f"{_told(error)}"
+            f"{_message_of(error)}"
         ) from error
     for number, row in enumerate(dataset):
         yield f"{name}[{split}] row {number}", _without_fillers(dict(row))
 
 
-def _told(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """Return an error of another library in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -27,8 +27,8 @@ from student_trainer.data.stream import RowStream
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 100  # rows of a stream's datasets that are looked at before the run
-_BUFFER = 10_000
+_ROWS_CHECKED = 100  # rows of a stream's datasets that are looked at before the run
+_DEFAULT_BUFFER = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows
     train: list[Row] | RowStream
     if data.streaming:
         train = _stream(dataset, data, seed)
-        check_columns(train.head(_LOOK), data)
+        check_columns(train.head(_ROWS_CHECKED), data)
         if train.weights is not None:
             for name, weight in zip(train.names, train.weights, strict=True):
                 share = weight / sum(train.weights)
@@ -111,5 +111,5 @@ def _stream(dataset: DatasetArguments, data: DataArguments, seed: int) -> RowStr
             )
             for name in dataset.dataset_name
         ]
-    size = data.shuffle_buffer_size or _BUFFER
+    size = data.shuffle_buffer_size or _DEFAULT_BUFFER
     return RowStream(dataset.dataset_name, sources, data.dataset_weights, seed, size)

@@ -22,7 +22,9 @@ from student_trainer.data.sample import Example
 
 logger = logging.getLogger(__name__)
 
-_BARREN = 10_000  # rows left out one after the other, at which a run would find no other
+_MAX_CONSECUTIVE_SKIPS = (
+    10_000  # rows left out one after the other, at which a run would find no other
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class RowStream:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Origin:
     """Where an example came from: the number of its row, and of the example among the row's."""
 
     row: int
@@ -133,7 +135,7 @@ class ExampleStream(Sequence[Example]):
     ) -> None:
         self._rows, self._make, self._length, self._skip = rows, make, length, skip
         self._rank, self._world = rank, world
-        self._begin(0, _Place(0, 0))
+        self._begin(0, _Origin(0, 0))
 
     def __len__(self) -> int:
         return self._length
@@ -177,7 +179,7 @@ class ExampleStream(Sequence[Example]):
                     f"the checkpoint is of a --streaming run with {name} {state['of'].get(name)}, "
                     f"and this one has {value}: resume with the same, or begin anew"
                 )
-        self._begin(state["position"], _Place(state["row"], state["turn"]))
+        self._begin(state["position"], _Origin(state["row"], state["turn"]))
 
     def _settings(self) -> dict[str, Any]:
         weights = self._rows.weights
@@ -189,13 +191,13 @@ class ExampleStream(Sequence[Example]):
             "processes": self._world,
         }
 
-    def _begin(self, position: int, place: _Place) -> None:
+    def _begin(self, position: int, place: _Origin) -> None:
         self._next = position
-        self._kept: dict[int, tuple[Example, _Place]] = {}
+        self._kept: dict[int, tuple[Example, _Origin]] = {}
         self._source = enumerate(self._rows)
         self._from = place
         self._left_out = self._read = 0
-        self._barren = 0  # rows that were left out one after the other
+        self._consecutive_skips = 0  # rows that were left out one after the other
 
     def _take_row(self) -> None:
         for number, (where, row) in self._source:
@@ -209,10 +211,10 @@ class ExampleStream(Sequence[Example]):
                     raise
                 self._leave_out(error)
                 continue
-            self._barren = 0
+            self._consecutive_skips = 0
             for turn, example in enumerate(examples):
                 if number > self._from.row or turn >= self._from.turn:
-                    self._kept[self._next] = example, _Place(number, turn)
+                    self._kept[self._next] = example, _Origin(number, turn)
                     self._next += 1
             return
 
@@ -225,9 +227,11 @@ class ExampleStream(Sequence[Example]):
                 self._read,
                 error,
             )
-        self._barren += 1
-        if self._barren == _BARREN:
-            raise DatasetError(f"{_BARREN} rows in a row are too long. The last one: {error}")
+        self._consecutive_skips += 1
+        if self._consecutive_skips == _MAX_CONSECUTIVE_SKIPS:
+            raise DatasetError(
+                f"{_MAX_CONSECUTIVE_SKIPS} rows in a row are too long. The last one: {error}"
+            )
 
 
 class StreamOrder:

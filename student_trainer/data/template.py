@@ -132,7 +132,7 @@ class ChatTemplate:
             self._check_kwargs(conversation.template_kwargs)
         except DatasetError as error:
             raise DatasetError(f"{where}: chat_template_kwargs: {error}") from error
-        row = _Row(self, where, conversation)
+        row = _RenderedRow(self, where, conversation)
         return row.turn()
 
     def token_after(self, where: str, conversation: Conversation, turn: Turn) -> int | None:
@@ -140,7 +140,7 @@ class ChatTemplate:
 
         Some templates end no turn: the token that begins the next one does.
         """
-        behind = _Row(self, where, conversation).behind(turn).lstrip()
+        behind = _RenderedRow(self, where, conversation).text_after(turn).lstrip()
         found = next((t for t in self.encoder.control_tokens if behind.startswith(t)), None)
         return None if found is None else int(self._tokenizer.convert_tokens_to_ids(found))
 
@@ -170,7 +170,7 @@ class ChatTemplate:
             raise DatasetError(f"{where}: {self.name} refuses the messages: {error}") from error
         return str(text)
 
-    def hidden_turn(
+    def find_unprinted_turn(
         self, messages: Sequence[Message], tools: Any, kwargs: Mapping[str, Any]
     ) -> int | None:
         """Return the number of the first turn that is not the assistant's and is not printed.
@@ -208,7 +208,7 @@ class ChatTemplate:
                 raise DatasetError(f"{self.name} reads no {name!r}{hint}")
 
 
-class _Row:
+class _RenderedRow:
     """One conversation on its way through the template."""
 
     def __init__(self, template: ChatTemplate, where: str, conversation: Conversation) -> None:
@@ -223,7 +223,7 @@ class _Row:
         if conversation.completion is not None:
             self.last = dict(conversation.completion)
             if self.continues:
-                self.last = self._continued(given.pop(), self.last)
+                self.last = self._merge_beginning(given.pop(), self.last)
             given.append(self.last)
         messages = normalise(where, given, template.source)
         self.tools = conversation.tools
@@ -233,7 +233,7 @@ class _Row:
             # A template may have something against such text, or a better place for it.
             self._try_variants(messages, self.tools, check=False)
 
-    def _continued(self, begun: Message, completion: Message) -> Message:
+    def _merge_beginning(self, begun: Message, completion: Message) -> Message:
         self.begun = begun
         if reasoning_of(completion) is not None or begun.get("tool_calls"):
             raise DatasetError(
@@ -249,7 +249,7 @@ class _Row:
         history = messages if self.last is None else messages[:-1]
         if self.continues:
             if self.last is not None:
-                history = [*history, self._normal_beginning()]
+                history = [*history, self._normalised_beginning()]
             prompt = self._render(history, continue_final_message=True)
         else:
             prompt = self._render(history, add_generation_prompt=True)
@@ -260,7 +260,7 @@ class _Row:
         self._check_learned(completion, notes)
         return Turn(prompt, completion, notes)
 
-    def behind(self, turn: Turn) -> str:
+    def text_after(self, turn: Turn) -> str:
         """Return what is printed behind the last turn where another follows, if one can."""
         *history, last = self.given
         calls = "tool_calls" in last
@@ -275,7 +275,7 @@ class _Row:
             return ""
         return text.partition(f"{turn.prompt}{turn.completion}" if calls else _PROBE)[2]
 
-    def _normal_beginning(self) -> Message:
+    def _normalised_beginning(self) -> Message:
         [message] = normalise(self.where, [self.begun], self.template.source)
         return dict(self.template.encoder.protect(message))
 
@@ -303,7 +303,7 @@ class _Row:
 
     def _check_printed(self, messages: list[Message], text: str) -> None:
         """Raise `DatasetError` for a turn or a call that is not in the text."""
-        hidden = self.template.hidden_turn(messages, self.protected_tools, self.kwargs)
+        hidden = self.template.find_unprinted_turn(messages, self.protected_tools, self.kwargs)
         for number, message in enumerate(messages):
             place = f"{self.where}: messages[{number}]"
             content = message.get("content") or ""
@@ -374,17 +374,21 @@ class _Row:
         thoughts = inline if field is None else field
         completion = whole[len(prompt) :] if whole.startswith(prompt) else None
         if completion is None and len(messages) > 1:
-            completion = _behind_same(prompt, whole, messages[-2].get("content") or "")
-        if inline is not None and completion is not None and self._misreads(completion, prompt):
+            completion = _text_after_shared_end(prompt, whole, messages[-2].get("content") or "")
+        if (
+            inline is not None
+            and completion is not None
+            and self._misreads_thought(completion, prompt)
+        ):
             completion = None  # thoughts within a content are printed as if they were answer
         if completion is None and _CLOSED.search(prompt):
             completion = self._without_thoughts(prompt, messages, answer)
             if completion is not None and thoughts:
                 return completion, (THOUGHTS_LEFT_OUT,)
         elif completion is None:
-            completion = self._with_field(prompt, messages, thoughts or "", answer)
+            completion = self._with_thought_field(prompt, messages, thoughts or "", answer)
             if completion is None and _OPENED.search(prompt):
-                completion = self._composed(prompt, whole, field, inline, answer)
+                completion = self._compose_thought(prompt, whole, field, inline, answer)
         if completion is None:
             raise DatasetError(
                 f"{self.where}: the conversation that {self.template.name} prints with the last "
@@ -397,7 +401,7 @@ class _Row:
         is_empty = thoughts is None and _EMPTY.match(completion)
         return completion, ((EMPTY_THOUGHT,) if is_empty else ())
 
-    def _misreads(self, completion: str, prompt: str) -> bool:
+    def _misreads_thought(self, completion: str, prompt: str) -> bool:
         """Tell whether a thought that stands in the content is doubled, or not taken for one."""
         if _CLOSED.search(prompt) or _EMPTY.match(completion):
             return "</think>" in _EMPTY.sub("", completion, count=1)
@@ -417,7 +421,7 @@ class _Row:
                 return text[len(shown) :]
         return None
 
-    def _with_field(
+    def _with_thought_field(
         self, prompt: str, messages: list[Message], thoughts: str, answer: str
     ) -> str | None:
         """Return the completion where the template prints thoughts that stand in a field."""
@@ -430,7 +434,7 @@ class _Row:
             return None
         return before[len(prompt) :] + thoughts.strip("\n") + behind
 
-    def _composed(
+    def _compose_thought(
         self, prompt: str, whole: str, field: str | None, inline: str | None, answer: str
     ) -> str | None:
         """Return the completion where the prompt opens a thought that the template never prints."""
@@ -468,7 +472,7 @@ class _Row:
             raise DatasetError(f"{self.where}: the completion is empty; there is nothing to learn")
 
 
-def _behind_same(prompt: str, whole: str, content: str) -> str | None:
+def _text_after_shared_end(prompt: str, whole: str, content: str) -> str | None:
     """Return what follows the end of the prompt in the whole, where only earlier turns differ.
 
     Templates drop an earlier turn's thoughts once there is an answer. The same end, which must hold

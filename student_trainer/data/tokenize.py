@@ -66,7 +66,7 @@ def tokenize_rows(
             return found
         outcomes = _outcomes(rows, row_tokenizer, num_proc)
         counted = tracked(outcomes, len(rows), description, show=progress)
-        made = keep_short(counted, _raised, skip=skip_long_rows, remedy=remedy)
+        made = keep_short(counted, _raise_if_too_long, skip=skip_long_rows, remedy=remedy)
         examples = [example for of_row in made for example in of_row]
         if file is not None and PartialState().is_local_main_process:
             token_cache.write(file, examples)
@@ -107,7 +107,9 @@ def _outcomes(
     # Tokenizers are inherited as they are, and a script needs no guard around its main part.
     context = multiprocessing.get_context("fork")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of each fork
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(row_tokenizer,))
+    pool = ProcessPoolExecutor(
+        processes, context, initializer=_start_worker, initargs=(row_tokenizer,)
+    )
     try:
         for outcomes in pool.map(_tokenize_chunk, chunks):
             yield from outcomes
@@ -122,15 +124,15 @@ def _outcomes(
 
 # The examples of a row, or why it is too long; other errors are raised where they arise.
 _Outcome = list[Example] | RowTooLongError
-_inherited: list[RowTokenizer] = []  # of a process that tokenizes
+_worker_tokenizer: list[RowTokenizer] = []  # of a process that tokenizes
 
 
-def _begin(row_tokenizer: RowTokenizer) -> None:
-    _inherited[:] = [row_tokenizer]
+def _start_worker(row_tokenizer: RowTokenizer) -> None:
+    _worker_tokenizer[:] = [row_tokenizer]
 
 
 def _tokenize_chunk(items: Sequence[_Item]) -> list[_Outcome]:
-    return [_outcome(_inherited[0], item) for item in items]
+    return [_outcome(_worker_tokenizer[0], item) for item in items]
 
 
 def _outcome(row_tokenizer: RowTokenizer, item: _Item) -> _Outcome:
@@ -140,7 +142,7 @@ def _outcome(row_tokenizer: RowTokenizer, item: _Item) -> _Outcome:
         return error
 
 
-def _raised(outcome: _Outcome) -> list[Example]:
+def _raise_if_too_long(outcome: _Outcome) -> list[Example]:
     if isinstance(outcome, RowTooLongError):
         raise outcome
     return outcome

@@ -96,7 +96,7 @@ def divergence_and_gradient(
         slopes.square_().neg_().add_(1.0)
     lowest = _lowest(logits.dtype)
     valid = teacher.token_ids >= 0  # [N, K]
-    log_p, log_p_tail = _finite(teacher, valid, logits.dtype)  # [N, K], [N]
+    log_p, log_p_tail = _finite_log_masses(teacher, valid, logits.dtype)  # [N, K], [N]
     best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
     # A pad repeats the row's best token, so that writing to the support writes the same twice.
     best_id = teacher.token_ids.gather(1, best).clamp_min(0)
@@ -106,7 +106,7 @@ def divergence_and_gradient(
     label_logits = None if labels is None else logits.gather(1, labels.token_ids[:, None])
     # Student: tail and support each relative to their own maximum, so neither can underflow.
     on_support = logits.gather(1, ids)  # [N, K]
-    _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
+    _scatter_support(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
     tail_maximum, tail_sum = _exponentiate(logits, temperature)  # [N, 1], [N]
     exponentials = logits  # [N, V] of the tail; their sum is at least 1 where there is one
 
@@ -146,7 +146,7 @@ def divergence_and_gradient(
         kept_log_p, kept_p = _renormalized(log_p, present)
         kept_log_q, kept_q = _renormalized(log_q, present)
 
-    divergence, gradient = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    divergence, gradient = _divergence_over_outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
     objective = divergence if weights is None else divergence * weights
     label_weights = None if labels is None else labels.weights
     if label_weights is not None:
@@ -158,7 +158,7 @@ def divergence_and_gradient(
             gradient += label_weights[:, None] * q
         gradient *= scale / temperature
         exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
-        _put(exponentials, ids, gradient[:, :-1], valid, best)
+        _scatter_support(exponentials, ids, gradient[:, :-1], valid, best)
         if labels is not None and label_weights is not None:
             at = labels.token_ids[:, None]  # [N, 1]
             pull = (label_weights * (scale / temperature))[:, None].to(logits.dtype)
@@ -175,7 +175,7 @@ def divergence_and_gradient(
     )
 
 
-def _finite(
+def _finite_log_masses(
     teacher: SparseDistribution, valid: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-masses of the support [N, K] and the tail [N] without −∞, for a finite reverse KL.
@@ -239,7 +239,7 @@ def _gap_bound(
     return ours.exp() * (log_m - ours) + theirs.exp() * (log_m - theirs)
 
 
-def _outcomes(
+def _divergence_over_outcomes(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(divergence [N], Q·(h − Σ Q·h) [N, K+1]); absent outcomes have p = q = 0."""
@@ -268,7 +268,7 @@ def _renormalized(
     return log_mass, log_mass.exp().masked_fill(~present, 0.0)
 
 
-def _put(
+def _scatter_support(
     matrix: torch.Tensor,
     ids: torch.Tensor,
     values: torch.Tensor,

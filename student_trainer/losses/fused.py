@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
-from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.kernels import Kernel, choose_kernel
 from student_trainer.losses.projection import project
 from student_trainer.losses.reference import check_parameters, compute_dtype
 from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
@@ -186,7 +186,7 @@ class _LinearSparseJSD(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         beta, temperature, tail, chunk_size, scale, vocab_size, softcap, logit_scale = settings
         rows, dtype = hidden.shape[0], compute_dtype(hidden)
-        step = choose(kernel, hidden)
+        step = choose_kernel(kernel, hidden)
         projection = weight[:vocab_size]  # [V, d], a view
         offset = None if bias is None else bias[:vocab_size]  # [V]
         wanted = ctx.needs_input_grad[:3]

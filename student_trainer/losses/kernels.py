@@ -40,7 +40,7 @@ class ChunkStep(Protocol):
         ...
 
 
-def choose(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
+def choose_kernel(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
     """The module for logits (or hidden states) of this device and dtype.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
-from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.kernels import Kernel, choose_kernel
 from student_trainer.losses.reference import check_parameters
 
 
@@ -201,7 +201,7 @@ class _SparseJSD(torch.autograd.Function):
         labels: HardLabels | None,
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        step = choose(kernel, student_logits)
+        step = choose_kernel(kernel, student_logits)
         logits = student_logits.to(
             step.logits_dtype(student_logits.dtype),
             copy=True,

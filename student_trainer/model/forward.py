@@ -22,7 +22,7 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.model.head import OutputHead, find_head, float32_logits
-from student_trainer.model.probe import met_by_head, passes, same_states
+from student_trainer.model.probe import probe_model, record_head_inputs, same_states
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # a packed row has no mask
 
@@ -44,7 +44,7 @@ class SparseTargets:
         kernel: who computes the loss.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     teacher: SparseDistribution
     beta: float
     temperature: float
@@ -58,7 +58,7 @@ class SparseTargets:
     def to(self, device: torch.device) -> SparseTargets:
         return replace(
             self,
-            rows=self.rows.to(device),
+            positions=self.positions.to(device),
             teacher=self.teacher.to(device),
             weights=None if self.weights is None else self.weights.to(device),
             labels=None if self.labels is None else self.labels.to(device),
@@ -75,13 +75,13 @@ class TopTokens:
         vocab_size: only ids below it.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     count: int
     vocab_size: int
 
 
 @dataclass(frozen=True)
-class RowLogits:
+class PositionLogits:
     """The logits of a few rows are asked for.
 
     Attributes:
@@ -89,7 +89,7 @@ class RowLogits:
         vocab_size: only of ids below it.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     vocab_size: int
 
 
@@ -110,7 +110,7 @@ def install_sparse_loss(model: Any) -> None:
     """
     causal_lm = _causal_lm(model)
     original = causal_lm.forward
-    causal, error = passes(causal_lm, lambda: _is_causal(causal_lm, original))
+    causal, error = probe_model(causal_lm, lambda: _is_causal(causal_lm, original))
     if not causal and not error:
         kind = causal_lm.config.get_text_config().model_type
         raise ConfigurationError(
@@ -136,20 +136,20 @@ def install_sparse_loss(model: Any) -> None:
         *args: Any,
         sparse_targets: SparseTargets | None = None,
         top_tokens: TopTokens | None = None,
-        row_logits: RowLogits | None = None,
+        position_logits: PositionLogits | None = None,
         **kwargs: Any,
     ) -> Any:
-        wanted = sparse_targets or top_tokens or row_logits
+        wanted = sparse_targets or top_tokens or position_logits
         if wanted is None:
             return original(*args, **kwargs)
         if args:
             raise TypeError("pass input_ids and attention_mask or position_ids by name")
         inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
-        states = compute(inputs) if rope is None else _apart(compute, inputs, rope)
-        states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
+        states = compute(inputs) if rope is None else _compute_by_regime(compute, inputs, rope)
+        states = states.flatten(0, 1)[wanted.positions]  # [N, V] or [N, d]
         if isinstance(wanted, TopTokens):
             return {"token_ids": _top_ids(head, states, wanted)}
-        if isinstance(wanted, RowLogits):
+        if isinstance(wanted, PositionLogits):
             return {"logits": _logits(head, states)[:, : wanted.vocab_size]}
         if head is None:
             return _loss_of_logits(states, wanted)
@@ -164,14 +164,14 @@ def _is_causal(causal_lm: Any, forward: Any) -> bool:
     weight = causal_lm.get_output_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None].repeat(2, 1) % weight.shape[0]  # [2, 8]
     ids[1, -1] = 0
-    with met_by_head(causal_lm) as seen:
+    with record_head_inputs(causal_lm) as seen:
         for row in ids:
             forward(input_ids=row[None], use_cache=False)
     one, other = (states[0, :-1] for states in seen)  # [7, d]
     return same_states(other, one)
 
 
-def _apart(
+def _compute_by_regime(
     compute: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
     rope: LengthDependentRope,

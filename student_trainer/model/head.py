@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from student_trainer.losses.fused import CHUNK_BYTES
 from student_trainer.losses.projection import linear, project
-from student_trainer.model.probe import passes
+from student_trainer.model.probe import probe_model
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:
     scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
     head = OutputHead(layer, float(scale), float(cap) if cap else None)
-    known, error = passes(causal_lm, lambda: _gives_the_logits(head, causal_lm, forward))
+    known, error = probe_model(causal_lm, lambda: _reproduces_logits(head, causal_lm, forward))
     if known:
         return head
     name = type(causal_lm).__name__
@@ -155,7 +155,7 @@ def find_head(causal_lm: Any, forward: Any) -> OutputHead | None:
     return None
 
 
-def _gives_the_logits(head: OutputHead, causal_lm: Any, forward: Any) -> bool:
+def _reproduces_logits(head: OutputHead, causal_lm: Any, forward: Any) -> bool:
     weight = head.layer.weight
     input_ids = torch.arange(8, device=weight.device)[None] % weight.shape[0]  # [1, 8]
     hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state

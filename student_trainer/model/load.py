@@ -195,7 +195,7 @@ def load_student(
         )
     model = load_model(arguments, **options)
     if adapters.use_peft:
-        model = _with_adapters(model, adapters, gradient_checkpointing)
+        model = _add_adapters(model, adapters, gradient_checkpointing)
     return model
 
 
@@ -223,11 +223,11 @@ def load_skeleton(
                 f"model of this configuration: {error}"
             ) from error
         return (
-            _with_adapters(model, adapters, gradient_checkpointing) if adapters.use_peft else model
+            _add_adapters(model, adapters, gradient_checkpointing) if adapters.use_peft else model
         )
 
 
-def _with_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
+def _add_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if arguments.load_in_4bit:

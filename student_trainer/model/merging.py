@@ -26,12 +26,12 @@ def merge_adapters(adapted: Any) -> Any:
     Raises:
         ConfigurationError: the merged model does not give the adapted one's log-probs.
     """
-    expected = probe(adapted)
+    expected = probe_logprobs(adapted)
     causal_lm = adapted.get_base_model()
     if adapts_tied_weights(causal_lm):
         untie(causal_lm)
     merged = adapted.merge_and_unload()
-    require_same(expected, probe(merged), "merging the adapters")
+    require_same_logprobs(expected, probe_logprobs(merged), "merging the adapters")
     return merged
 
 
@@ -55,7 +55,7 @@ def untie(causal_lm: Any) -> None:
 
 
 @torch.no_grad()
-def probe(model: Any) -> tuple[torch.Tensor, torch.dtype]:
+def probe_logprobs(model: Any) -> tuple[torch.Tensor, torch.dtype]:
     """Return log-probs [16, V] float32 on the CPU at a few tokens, and the weights' dtype."""
     training = model.training
     model.eval()
@@ -70,7 +70,7 @@ def probe(model: Any) -> tuple[torch.Tensor, torch.dtype]:
     return logits[0].float().log_softmax(-1).cpu(), dtype
 
 
-def require_same(
+def require_same_logprobs(
     expected: tuple[torch.Tensor, torch.dtype], found: tuple[torch.Tensor, torch.dtype], what: str
 ) -> None:
     """Raises `ConfigurationError` where log-probs differ by more than rounding.

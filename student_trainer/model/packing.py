@@ -18,7 +18,7 @@ from shared.errors import ConfigurationError
 from shared.rope import length_dependent_rope
 from student_trainer.data.collate import model_inputs
 from student_trainer.data.sample import Sample
-from student_trainer.model.probe import passes
+from student_trainer.model.probe import probe_model
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def decide_packing(model: Any, packing: Packing, longest: int | None = None) -> 
     """
     if packing == "off" or (packing == "auto" and not is_flash_attention_requested(model.config)):
         return False
-    apart, error = passes(model, lambda: _keeps_packed_sequences_apart(model, longest))
+    apart, error = probe_model(model, lambda: _keeps_packed_sequences_apart(model, longest))
     if apart:
         return True
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__

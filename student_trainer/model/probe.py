@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # A model of another shape, arguments it does not take, or kernels that do not run here.
-CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+PROBE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 # Largest error of what meets the head, relative to its size. A wrong state or position is off
 # by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
@@ -18,7 +18,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
 
 @torch.no_grad()
-def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
+def probe_model(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
     """Whether a trial of the model succeeds, and the error where it cannot be run.
 
     In evaluation mode. A trial that fails is repeated with eager attention, because flash attention
@@ -33,12 +33,12 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
             return trial(), ""
         except torch.OutOfMemoryError:
             raise
-        except CANNOT_RUN:
+        except PROBE_ERRORS:
             config._attn_implementation = "eager"
             return trial(), ""
     except torch.OutOfMemoryError:
         raise
-    except CANNOT_RUN as error:
+    except PROBE_ERRORS as error:
         return False, f"{type(error).__name__}: {error}"
     finally:
         config._attn_implementation = attention
@@ -59,7 +59,7 @@ def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @contextmanager
-def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
+def record_head_inputs(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
     """Collect the inputs of the output layer, [B, L, d] each, in the dtype that it computes in.
 
     Under autocast that is coarser than the dtype of what it is given.

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student_trainer.data.collate import model_inputs, predicting_rows
-from student_trainer.data.micro_batches import by_length
+from student_trainer.data.collate import model_inputs, predicting_positions
+from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import TopTokens
 
@@ -58,7 +58,7 @@ class TopTokenProposals:
         training = self.model.training
         self.model.eval()
         proposed: dict[int, NDArray[np.uint32]] = {}
-        order = by_length([len(sample.token_ids) for sample in samples])
+        order = order_by_length([len(sample.token_ids) for sample in samples])
         try:
             for first in range(0, len(order), self.batch_size):
                 group = order[first : first + self.batch_size]
@@ -71,7 +71,7 @@ class TopTokenProposals:
         device = next(self.model.parameters()).device
         everything = [np.ones_like(sample.completion_mask) for sample in samples]
         inputs = model_inputs(samples, self.pad_token_id, packed=self.packed)
-        rows = predicting_rows(samples, everything, packed=self.packed)
+        rows = predicting_positions(samples, everything, packed=self.packed)
         wanted = TopTokens(rows.to(device), self.count, self.vocab_size)
         found = self.model(
             **{name: tensor.to(device) for name, tensor in inputs.items()}, top_tokens=wanted

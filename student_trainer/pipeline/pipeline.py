@@ -24,9 +24,9 @@ from shared.errors import ConfigurationError, DatasetError
 from shared.protocol import Completion
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
-from student_trainer.data.micro_batches import by_length
+from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Example, Sample, completed
-from student_trainer.pipeline.prefetched import AheadBatch
+from student_trainer.pipeline.prefetched import PrefetchedBatch
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.threads import in_thread
@@ -39,7 +39,7 @@ _Written = list[list[Completion]]
 
 
 @dataclass(frozen=True)
-class Method:
+class DistillationConfig:
     """Which completions are learned from, and how the teacher scores them.
 
     SFT is no teacher at all; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1.
@@ -124,7 +124,7 @@ class Pipeline:
 
     def __init__(
         self,
-        method: Method,
+        method: DistillationConfig,
         teacher: Teacher | None,
         rollouts: RolloutEngine | None,
         *,
@@ -150,7 +150,7 @@ class Pipeline:
         self._together = together
         self._propose = propose
         self._timeline = timeline or Timeline()
-        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
+        self._batches: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
         self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
 
     def take(self, step: int, last: int) -> PendingBatch:
@@ -161,11 +161,11 @@ class Pipeline:
         """
         furthest = step + max(self._staleness, self._prefetch_steps)
         for ahead in range(step, min(furthest, max(step, last)) + 1):
-            if ahead not in self._begun and ahead - step <= self._lead(ahead):
-                self._begun[ahead] = self._begin(ahead, weight_version=step)
-        for learned in [begun for begun in self._begun if begun < step]:
-            del self._begun[learned]
-        return self._begun[step]
+            if ahead not in self._batches and ahead - step <= self._max_lead(ahead):
+                self._batches[ahead] = self._begin(ahead, weight_version=step)
+        for learned in [begun for begun in self._batches if begun < step]:
+            del self._batches[learned]
+        return self._batches[step]
 
     def samples(self, batch: PendingBatch) -> list[Sample]:
         """All samples of the batch, in the order of the examples, once they are written.
@@ -174,7 +174,7 @@ class Pipeline:
         """
         if batch.writing is not None:
             with self._timeline.during("generating"):
-                _finish(batch)
+                _wait_for_writer(batch)
         new: dict[bytes, Completion] = {}
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
@@ -187,7 +187,7 @@ class Pipeline:
                     batch.scores[index] = completion.scores
                 new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
         batch.completions.clear()  # they hold the scores, which go with their micro-batches
-        if self._scores_late(batch):
+        if self._scores_after_writing(batch):
             self._score(batch, list(range(len(batch.examples))))
         if self.method.seq_kd and not batch.on_policy and self._remember:
             self._written.update(self._share(new))
@@ -211,15 +211,15 @@ class Pipeline:
 
     def finish_writing(self) -> None:
         """Wait until the rollout engine has written all that it was asked for."""
-        for batch in self._begun.values():
-            _finish(batch)
+        for batch in self._batches.values():
+            _wait_for_writer(batch)
 
-    def ahead(self, step: int) -> list[AheadBatch]:
+    def prefetched(self, step: int) -> list[PrefetchedBatch]:
         """What was begun for ``step`` and later ones, and cannot be begun again: the weights that
         it came from are gone, or are those that a checkpoint keeps."""
         self.finish_writing()
         return [
-            AheadBatch(
+            PrefetchedBatch(
                 batch.step,
                 batch.weight_version,
                 batch.on_policy,
@@ -227,11 +227,11 @@ class Pipeline:
                 [batch.samples[index] for index in range(len(batch.examples))],
                 [batch.requested[index] for index in range(len(batch.requested))],
             )
-            for batch in self._begun.values()
+            for batch in self._batches.values()
             if batch.step >= step and not self._independent_of_weights(batch.step)
         ]
 
-    def resume(self, ahead: Sequence[AheadBatch]) -> None:
+    def resume(self, ahead: Sequence[PrefetchedBatch]) -> None:
         """Go on with what `ahead` told before the run was interrupted; scored again.
 
         Raises:
@@ -255,9 +255,9 @@ class Pipeline:
             batch.samples.update(enumerate(saved.samples))
             batch.requested.update(enumerate(saved.requested))
             self._submit(batch, list(batch.samples))
-            self._begun[saved.step] = batch
+            self._batches[saved.step] = batch
 
-    def _lead(self, step: int) -> int:
+    def _max_lead(self, step: int) -> int:
         """Steps by which the batch of ``step`` may be begun ahead."""
         if self._independent_of_weights(step):
             return max(self._staleness, self._prefetch_steps)
@@ -280,7 +280,7 @@ class Pipeline:
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
-            self._ask_teacher(batch)
+            self._generate_with_teacher(batch)
         else:
             for index, example in enumerate(batch.examples):
                 batch.samples[index] = dataset_sample(example)
@@ -293,7 +293,7 @@ class Pipeline:
         with self._timeline.during("teacher"):
             return answer.result()
 
-    def _scores_late(self, batch: PendingBatch) -> bool:
+    def _scores_after_writing(self, batch: PendingBatch) -> bool:
         """Whether nothing of the batch is scored before all of it is written.
 
         The teacher generates and scores in one call, when the student has not seen the completion
@@ -310,7 +310,7 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
-        if any(begun.writing for begun in self._begun.values()):
+        if any(begun.writing for begun in self._batches.values()):
             with self._timeline.during("generating"):
                 self.finish_writing()  # with the weights that the engine has still
         with self._timeline.during("syncing"):
@@ -336,7 +336,7 @@ class Pipeline:
                 )
             self._score(batch, sorted(index for index, _ in group))
 
-    def _ask_teacher(self, batch: PendingBatch) -> None:
+    def _generate_with_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None
         unwritten: list[int] = []
         for index, example in enumerate(batch.examples):
@@ -345,7 +345,7 @@ class Pipeline:
                 unwritten.append(index)
             else:
                 batch.samples[index] = _teacher_sample(example, completion)
-        late = self._scores_late(batch)
+        late = self._scores_after_writing(batch)
         if not late:
             self._score(batch, list(batch.samples))
         if unwritten:
@@ -371,7 +371,7 @@ class Pipeline:
         teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
         # As they are trained, so that what the first micro-batch waits for is asked first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
-        order = by_length(lengths, shortest_first=batch.on_policy)
+        order = order_by_length(lengths, shortest_first=batch.on_policy)
         indices = [indices[place] for place in order]
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
@@ -389,7 +389,7 @@ class Pipeline:
             batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
 
 
-def _finish(batch: PendingBatch) -> None:
+def _wait_for_writer(batch: PendingBatch) -> None:
     """Wait for the batch's thread."""
     if batch.writing is not None:
         batch.writing.result()

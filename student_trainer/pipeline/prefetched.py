@@ -15,7 +15,7 @@ from student_trainer.data.sample import Sample
 
 
 @dataclass(frozen=True)
-class AheadBatch:
+class PrefetchedBatch:
     """One generation batch, written and not yet learned.
 
     Attributes:
@@ -33,7 +33,7 @@ class AheadBatch:
     requested: list[NDArray[np.uint32]]
 
 
-def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
+def save_prefetched(path: Path, batches: Sequence[PrefetchedBatch]) -> None:
     """Write the batches as plain arrays (.npz): token ids and lengths, laid end to end."""
     samples = [sample for batch in batches for sample in batch.samples]
     requested = [ids for batch in batches for ids in batch.requested]
@@ -68,8 +68,8 @@ def samples_to_arrays(samples: Sequence[Sample]) -> dict[str, Any]:
 def samples_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Sample]:
     """What `samples_to_arrays` laid end to end."""
     lengths, starts = arrays["length"], arrays["completion_start"]
-    ids = split_rows(arrays["token_ids"], lengths)
-    masks = split_rows(arrays["completion_mask"], lengths - starts)
+    ids = split_by_lengths(arrays["token_ids"], lengths)
+    masks = split_by_lengths(arrays["completion_mask"], lengths - starts)
     versions = arrays["sample_version"].tolist()
     return [
         Sample(
@@ -80,13 +80,13 @@ def samples_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def load_ahead(path: Path) -> list[AheadBatch]:
+def load_prefetched(path: Path) -> list[PrefetchedBatch]:
     """What `save_ahead` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     samples = samples_from_arrays(arrays)
     rows = arrays["length"] - arrays["completion_start"]
-    requested = split_rows(arrays["requested"], rows) if "requested" in arrays else []
+    requested = split_by_lengths(arrays["requested"], rows) if "requested" in arrays else []
     batches, first = [], 0
     for step, version, on_policy, count in zip(
         *(arrays[name].tolist() for name in ("step", "weight_version", "on_policy", "count")),
@@ -95,7 +95,7 @@ def load_ahead(path: Path) -> list[AheadBatch]:
         last = first + count
         examples = arrays["example"][first:last].tolist()
         batches.append(
-            AheadBatch(
+            PrefetchedBatch(
                 step, version, on_policy, examples, samples[first:last], requested[first:last]
             )
         )
@@ -103,6 +103,6 @@ def load_ahead(path: Path) -> list[AheadBatch]:
     return batches
 
 
-def split_rows(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+def split_by_lengths(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
     """Rows that were laid end to end, ``lengths[i]`` of them in part i."""
     return np.split(rows, np.cumsum(lengths)[:-1])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shared.errors import TeacherAnswerError
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example
-from student_trainer.pipeline.pipeline import Method
+from student_trainer.pipeline.pipeline import DistillationConfig
 from student_trainer.teacher.base import Teacher
 
 _ROWS = 2
@@ -18,7 +18,7 @@ _TOKENS = 512  # of each row at most
 
 
 def check_repeats(
-    teacher: Teacher, examples: Sequence[Example], method: Method, *, tolerance: float
+    teacher: Teacher, examples: Sequence[Example], method: DistillationConfig, *, tolerance: float
 ) -> None:
     """Have the first rows scored twice; not where only a cache's memory of the teacher is there.
 

@@ -100,7 +100,7 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
         one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
         return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
     if item.sampled:
-        return _estimate(item.scores, learned, vocab_size)
+        return _support_from_draws(item.scores, learned, vocab_size)
     scores = item.scores
     ids = [scores.token_ids[learned].astype(np.int64)]
     values = [scores.logprobs[learned]]
@@ -110,19 +110,21 @@ def _support(item: ScoredSample, vocab_size: int) -> _Support:
         values.append(scores.requested_logprobs[learned])
     # The next token comes first: it is float32 always, and of equal ids the first is kept.
     token_ids = np.concatenate([next_ids[:, None], *ids], axis=1)  # [n, 1 + k + m]
-    token_ids[_repeated(token_ids)] = -1
+    token_ids[_repeats(token_ids)] = -1
     logprobs = np.concatenate(values, axis=1).astype(np.float32)
     logprobs[token_ids[:, 1:] < 0] = -np.inf
     next_logprob = scores.next_token_logprob[learned].astype(np.float32)  # [n]
     tail = scores.tail_logprob[learned].astype(np.float32)  # [n]
     if scores.logprobs.dtype == np.float16:
-        logprobs = _normalized(logprobs, np.logaddexp(next_logprob, tail))
-    return _within(
+        logprobs = _renormalize(logprobs, np.logaddexp(next_logprob, tail))
+    return _restrict_to_vocabulary(
         token_ids, np.concatenate([next_logprob[:, None], logprobs], axis=1), tail, vocab_size
     )
 
 
-def _estimate(scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: int) -> _Support:
+def _support_from_draws(
+    scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: int
+) -> _Support:
     """The drawn tokens and the log of each one's share of the draws; nothing is left for the tail.
 
     Forward KL to the shares c/n has the gradient Σ (c/n)·(q − onehot) / T, in the mean that of the
@@ -137,7 +139,9 @@ def _estimate(scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: in
     log_shares = np.full(ids.size, -np.inf, dtype=np.float32)
     log_shares[starts] = np.log(np.diff(starts, append=ids.size) / ids.shape[1])
     tail = np.full(len(ids), -np.inf, dtype=np.float32)
-    return _within(np.where(new, ids, -1), log_shares.reshape(ids.shape), tail, vocab_size)
+    return _restrict_to_vocabulary(
+        np.where(new, ids, -1), log_shares.reshape(ids.shape), tail, vocab_size
+    )
 
 
 def _offsets(
@@ -161,7 +165,7 @@ def _offsets(
     return (np.concatenate(drawn) - own).astype(np.float32)
 
 
-def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
+def _renormalize(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probs [n, K] that travelled as float16, moved so that with ``rest`` [n] they sum to one.
 
     Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4: a divergence near zero
@@ -178,7 +182,7 @@ def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDA
     return logprobs + shift[:, None].astype(np.float32)
 
 
-def _within(
+def _restrict_to_vocabulary(
     ids: NDArray[np.int64],
     logprobs: NDArray[np.float32],
     tail: NDArray[np.float32],
@@ -193,7 +197,7 @@ def _within(
     return ids, logprobs.astype(np.float32), tail.astype(np.float32)
 
 
-def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _repeats(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """[n, K]: whether the same id stands further left in the row."""
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)

@@ -26,7 +26,7 @@ from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from shared.text import StopSearch
-from student_trainer.model.probe import CANNOT_RUN, met_by_head, same_states
+from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.rollouts.sampling import sample_tokens
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 # Rows left-padded in one batch over a cache, one at a time over a cache, or whole sequences again
 # for each token: padded on the right, where a causal model never looks.
-Way = Literal["batched", "alone", "uncached"]
+GenerationMode = Literal["batched", "alone", "uncached"]
 
-_WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by model, as told by a trial
+_MODES: WeakKeyDictionary[Any, GenerationMode] = WeakKeyDictionary()  # by model, as told by a trial
 
 
 class TransformersRollouts:
@@ -95,7 +95,7 @@ class TransformersRollouts:
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
         self._rope = length_dependent_rope(self._causal_lm.config)
-        self._way: Way = "batched"
+        self._mode: GenerationMode = "batched"
         self._trial: _Trial | None = None
 
     def prepare(self) -> None:
@@ -106,31 +106,31 @@ class TransformersRollouts:
         Raises:
             RolloutError: in no way does the model write what its plain forward pass says.
         """
-        if self._causal_lm not in _WAYS:
-            with _evaluating(self.model):
-                _WAYS[self._causal_lm] = self._find_way()
-        self._way = _WAYS[self._causal_lm]
+        if self._causal_lm not in _MODES:
+            with _evaluation_mode(self.model):
+                _MODES[self._causal_lm] = self._find_mode()
+        self._mode = _MODES[self._causal_lm]
 
-    def _find_way(self) -> Way:
+    def _find_mode(self) -> GenerationMode:
         name, errors = type(self._causal_lm).__name__, []
-        ways: tuple[Way, ...] = ("batched", "alone", "uncached")
-        for way in ways:
+        modes: tuple[GenerationMode, ...] = ("batched", "alone", "uncached")
+        for mode in modes:
             try:
-                if not self._writes_right(way):
-                    errors.append(f"{way}: other states than alone")
+                if not self._generates_correctly(mode):
+                    errors.append(f"{mode}: other states than alone")
                     continue
             except torch.OutOfMemoryError:
                 raise
-            except CANNOT_RUN as error:
-                errors.append(f"{way}: {type(error).__name__}: {error}")
+            except PROBE_ERRORS as error:
+                errors.append(f"{mode}: {type(error).__name__}: {error}")
                 continue
-            if way != "batched":
+            if mode != "batched":
                 logger.warning(
                     "%s does not write in a batch what it writes alone: rollouts are generated %s",
                     name,
-                    "one at a time" if way == "alone" else "without a cache, which is slow",
+                    "one at a time" if mode == "alone" else "without a cache, which is slow",
                 )
-            return way
+            return mode
         kind = self._causal_lm.config.get_text_config().model_type
         told = "; ".join(" ".join(error.split())[:120] for error in errors)
         raise RolloutError(
@@ -139,7 +139,7 @@ class TransformersRollouts:
         )
 
     @torch.no_grad()
-    def _writes_right(self, way: Way) -> bool:
+    def _generates_correctly(self, mode: GenerationMode) -> bool:
         """Tell whether a few tokens get the states of a plain forward pass of each sequence alone.
 
         Prompts of unlike length; a row leaves, the others change places, and a new one joins.
@@ -149,20 +149,20 @@ class TransformersRollouts:
         prompts = np.split(ids, np.cumsum(lengths)[:-1])
         asked = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
         trial = copy.copy(self)
-        trial.temperature, trial.max_new_tokens, trial._way = 0.0, 4, way
-        with met_by_head(self._causal_lm) as met:
+        trial.temperature, trial.max_new_tokens, trial._mode = 0.0, 4, mode
+        with record_head_inputs(self._causal_lm) as met:
             trial._trial = _Trial(met)
-            for part in [[one] for one in asked] if way == "alone" else [asked]:
+            for part in [[one] for one in asked] if mode == "alone" else [asked]:
                 rows = trial._advance(trial._start(part[:3]))
-                left = rows.only([2, 0]) if len(part) > 1 else rows
+                left = rows.select([2, 0]) if len(part) > 1 else rows
                 assert left is not None
                 rows = trial._advance(left)
                 if part[3:] and rows.can_join:
-                    rows = rows.joined(trial._start(part[3:]))
+                    rows = rows.merged(trial._start(part[3:]))
                 trial._advance(rows)
-        for index, (tokens, states) in trial._trial.rows.items():
+        for index, (tokens, states) in trial._trial.generated.items():
             whole = torch.tensor([[*prompts[index].tolist(), *tokens[:-1]]])
-            with met_by_head(self._causal_lm) as plain:
+            with record_head_inputs(self._causal_lm) as plain:
                 self.model(input_ids=whole.to(self._device), use_cache=False)
             if not same_states(torch.stack(states), plain[0][0, -len(tokens) :]):
                 return False
@@ -189,16 +189,16 @@ class TransformersRollouts:
         self, requests: Sequence[RolloutRequest], sharded: bool
     ) -> Iterator[list[tuple[int, Rollout]]]:
         # Prompts of similar length start together: less padding. Those that are alone come last.
-        outgrows = [self._outgrows(request) for request in requests]
+        outgrows = [self._may_outgrow_positions(request) for request in requests]
         waiting = sorted(
             range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
         )
-        running: _Rows | None = None
-        with _evaluating(self.model):
+        running: _RunningBatch | None = None
+        with _evaluation_mode(self.model):
             # One forward pass a round, whatever it is of, so that ranks stay in step.
-            while _anyone(bool(waiting) or running is not None, self._device, sharded):
-                places = self._places(running)
-                if waiting and (self._way == "alone" or outgrows[waiting[0]]):
+            while _any_rank_busy(bool(waiting) or running is not None, self._device, sharded):
+                places = self._free_places(running)
+                if waiting and (self._mode == "alone" or outgrows[waiting[0]]):
                     places = int(running is None)
                 elif waiting:
                     places = min(places, sum(not outgrows[index] for index in waiting))
@@ -210,9 +210,9 @@ class TransformersRollouts:
                 else:
                     self._forward(torch.tensor([[self.pad_token_id]]), torch.ones(1, 1), None)
                     continue
-                finished, left = self._part(rows)
+                finished, left = self._split_finished(rows)
                 if left is not None:
-                    running = left if running is None else running.joined(left)
+                    running = left if running is None else running.merged(left)
                 if finished:
                     yield finished
 
@@ -220,7 +220,7 @@ class TransformersRollouts:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _places(self, running: _Rows | None) -> int:
+    def _free_places(self, running: _RunningBatch | None) -> int:
         """How many prompts shall start now.
 
         A prefill makes all rows wait, so a quarter of the places shall be free for one.
@@ -232,14 +232,14 @@ class TransformersRollouts:
         free = self.batch_size - len(running.indices)
         return free if running.can_join and free >= self.batch_size / 4 else 0
 
-    def _outgrows(self, request: RolloutRequest) -> bool:
+    def _may_outgrow_positions(self, request: RolloutRequest) -> bool:
         """Tell whether a completion may pass the original length, where positions change."""
         longest = len(request.prompt_ids) + self.max_new_tokens
         return self._rope is not None and self._rope.regime(longest) != 0
 
-    def _start(self, asked: Sequence[tuple[int, RolloutRequest]]) -> _Rows:
+    def _start(self, asked: Sequence[tuple[int, RolloutRequest]]) -> _RunningBatch:
         """The first token of each prompt."""
-        rows = _Rows(
+        rows = _RunningBatch(
             indices=[index for index, _ in asked],
             prompts=[request.prompt_ids for _, request in asked],
             tokens=[[] for _ in asked],
@@ -248,24 +248,24 @@ class TransformersRollouts:
             mask=torch.ones(len(asked), 0, dtype=torch.long, device=self._device),
             cache=None,
         )
-        return self._sampled(rows, self._begun(rows))
+        return self._append_tokens(rows, self._prefill(rows))
 
-    def _advance(self, rows: _Rows) -> _Rows:
+    def _advance(self, rows: _RunningBatch) -> _RunningBatch:
         if rows.cache is None or self._changes_positions(rows):
-            return self._sampled(rows, self._begun(rows))
-        self._forget_lengths(rows)
+            return self._append_tokens(rows, self._prefill(rows))
+        self._reset_positions(rows)
         rows.mask = pad(rows.mask, (0, 1), value=1)
         last = torch.tensor([[ids[-1]] for ids in rows.tokens])
-        return self._sampled(rows, self._forward(last, rows.mask, rows.cache))
+        return self._append_tokens(rows, self._forward(last, rows.mask, rows.cache))
 
-    def _begun(self, rows: _Rows) -> torch.Tensor:
+    def _prefill(self, rows: _RunningBatch) -> torch.Tensor:
         """Logits [B, V] of what follows the rows, all of them put into a new cache if any."""
-        self._forget_lengths(rows)
+        self._reset_positions(rows)
         sequences = [
             torch.tensor([*prompt.tolist(), *ids])
             for prompt, ids in zip(rows.prompts, rows.tokens, strict=True)
         ]
-        if self._way == "uncached":
+        if self._mode == "uncached":
             return self._uncached(sequences)
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), self.pad_token_id)  # [B, P]
@@ -277,7 +277,7 @@ class TransformersRollouts:
         rows.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
         return self._forward(input_ids, rows.mask, rows.cache)
 
-    def _changes_positions(self, rows: _Rows) -> bool:
+    def _changes_positions(self, rows: _RunningBatch) -> bool:
         """Tell whether the keys in the cache have other positions than those to come."""
         rope = self._rope
         return rope is not None and any(
@@ -285,7 +285,7 @@ class TransformersRollouts:
         )
 
     @torch.no_grad()
-    def _forget_lengths(self, rows: _Rows) -> None:
+    def _reset_positions(self, rows: _RunningBatch) -> None:
         """Let no longer sequence of before change the positions of these."""
         rope = self._rope
         if rope is None or _is_sharded(self.model) or not rope.keeps_lengths(max(rows.lengths)):
@@ -293,7 +293,7 @@ class TransformersRollouts:
         one = torch.full((1, 1), self.pad_token_id, device=self._device)
         self.model(input_ids=one, use_cache=False)
 
-    def _sampled(self, rows: _Rows, logits: torch.Tensor) -> _Rows:
+    def _append_tokens(self, rows: _RunningBatch, logits: torch.Tensor) -> _RunningBatch:
         """The rows, one token longer by the logits [B, V]."""
         drawn = torch.tensor(
             [draws[len(ids)] for draws, ids in zip(rows.draws, rows.tokens, strict=True)],
@@ -312,7 +312,7 @@ class TransformersRollouts:
         if self._trial is not None:
             states = self._trial.states(len(rows.indices))
             for index, ids, row in zip(rows.indices, rows.tokens, states, strict=True):
-                self._trial.rows.setdefault(index, (ids, []))[1].append(row)
+                self._trial.generated.setdefault(index, (ids, []))[1].append(row)
         return rows
 
     @torch.no_grad()
@@ -353,7 +353,9 @@ class TransformersRollouts:
             inputs[name] = cache  # Phi-3 drops it at its original length, also where it is new
         return self.model(**inputs).logits[:, -1]
 
-    def _part(self, rows: _Rows) -> tuple[list[tuple[int, Rollout]], _Rows | None]:
+    def _split_finished(
+        self, rows: _RunningBatch
+    ) -> tuple[list[tuple[int, Rollout]], _RunningBatch | None]:
         """What has ended, and the rows that go on."""
         ended: list[tuple[int, Rollout]] = []
         left: list[int] = []
@@ -365,7 +367,7 @@ class TransformersRollouts:
                 ended.append((index, Rollout(np.array(ids, np.uint32), truncated=not stopped)))
             else:
                 left.append(row)
-        return ended, rows.only(left)
+        return ended, rows.select(left)
 
 
 @dataclass
@@ -380,7 +382,7 @@ class _Trial:
 
     met: list[torch.Tensor]
     last: torch.Tensor | None = None
-    rows: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
+    generated: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
 
     def states(self, count: int) -> torch.Tensor:
         """Those of the latest pass, [B, d]."""
@@ -390,7 +392,7 @@ class _Trial:
 
 
 @dataclass
-class _Rows:
+class _RunningBatch:
     """Completions that are being written.
 
     Attributes:
@@ -422,7 +424,7 @@ class _Rows:
         """Whether the cache is nothing but keys and values of all tokens."""
         return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def only(self, kept: list[int]) -> _Rows | None:
+    def select(self, kept: list[int]) -> _RunningBatch | None:
         """Those rows; columns that only others needed are given up."""
         if len(kept) == len(self.indices):
             return self
@@ -442,15 +444,17 @@ class _Rows:
             setattr(self, name, [values[row] for row in kept])
         return self
 
-    def joined(self, other: _Rows) -> _Rows:
+    def merged(self, other: _RunningBatch) -> _RunningBatch:
         """Both as one batch, the narrower cache padded on its left."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         layers = [[] if rows.cache is None else rows.cache.layers for rows in (self, other)]
         for mine, theirs in zip(*layers, strict=True):
-            mine.keys = torch.cat([_widened(mine.keys, width), _widened(theirs.keys, width)])
-            mine.values = torch.cat([_widened(mine.values, width), _widened(theirs.values, width)])
+            mine.keys = torch.cat([_pad_left(mine.keys, width), _pad_left(theirs.keys, width)])
+            mine.values = torch.cat(
+                [_pad_left(mine.values, width), _pad_left(theirs.values, width)]
+            )
         masks = [pad(rows.mask, (width - rows.mask.shape[1], 0)) for rows in (self, other)]
-        return _Rows(
+        return _RunningBatch(
             indices=self.indices + other.indices,
             prompts=self.prompts + other.prompts,
             tokens=self.tokens + other.tokens,
@@ -461,7 +465,7 @@ class _Rows:
         )
 
 
-def _widened(states: torch.Tensor, width: int) -> torch.Tensor:
+def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
     """Keys or values [B, H, W, D] as [B, H, width, D]."""
     return pad(states, (0, 0, width - states.shape[-2], 0))
 
@@ -473,7 +477,7 @@ def _is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
 
 
-def _anyone(busy: bool, device: torch.device, sharded: bool) -> bool:
+def _any_rank_busy(busy: bool, device: torch.device, sharded: bool) -> bool:
     """Whether this rank, or of a sharded model any rank, has something left to do."""
     if not sharded:
         return busy
@@ -483,7 +487,7 @@ def _anyone(busy: bool, device: torch.device, sharded: bool) -> bool:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluation_mode(model: Any) -> Iterator[None]:
     """No dropout, and no gradient checkpointing, which would forbid the cache."""
     training = model.training
     model.eval()

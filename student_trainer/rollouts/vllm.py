@@ -82,10 +82,10 @@ class VllmEngine:
         self._closed = threading.Event()
         self._lock = threading.Lock()  # of the engine, which is for one thread at a time
         self._folder = tempfile.TemporaryDirectory(
-            prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
+            prefix="student-weights-", dir=_weights_folder(model, getattr(torch, dtype))
         )
         try:
-            with self._exported(), _alone():
+            with self._exported(), _rank_environment():
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(
                         model=self._folder.name,
@@ -138,7 +138,7 @@ class VllmEngine:
         """
         if weight_version == self._version:
             return
-        with self._exported(), self._open():
+        with self._exported(), self._exclusive_engine():
             place = {"weights_path": self._folder.name}
             self._engine.collective_rpc("reload_weights", kwargs=place)
             if not self._engine.reset_prefix_cache():  # keys and values of the old weights
@@ -175,11 +175,11 @@ class VllmEngine:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = f"rollout-{self._requests}"
                 self._requests += 1
-                with self._open():
+                with self._exclusive_engine():
                     self._engine.add_request(name, tokens_input(prompt), param)
                 running[name] = index
             while running:
-                with self._open():
+                with self._exclusive_engine():
                     outputs = self._engine.step()
                 for output in outputs:
                     written, name = output.outputs[0], output.request_id
@@ -189,18 +189,18 @@ class VllmEngine:
                         known[index] += len(new)
                         if any(map(searches[index].add, new)):
                             ended = True
-                            with self._open():
+                            with self._exclusive_engine():
                                 self._engine.abort_request([name])
                     if ended:
                         del running[name]
                         yield index, written
         except GeneratorExit:  # the caller went away
-            with suppress(RolloutError), self._open():
+            with suppress(RolloutError), self._exclusive_engine():
                 self._engine.abort_request(list(running))
             raise
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
+    def _exclusive_engine(self) -> Iterator[None]:
         """The engine, for one thread at a time; raises `RolloutError` if it is closed or dead."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -362,11 +362,11 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
             name = f"{owner}.{own}"
         elif name in tied or any(name.startswith(f"{prefix}.") for prefix in adapted):
             continue  # there already, or an adapter's own
-        weights[name] = _copy(value, dtype)
+        weights[name] = _to_cpu(value, dtype)
     return causal_lm, weights
 
 
-def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _to_cpu(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
 
 
@@ -383,7 +383,7 @@ def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     return logits[0].float().log_softmax(-1).cpu()
 
 
-def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
+def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:
     """Shared memory where the weights fit (containers often have 64 MB); None for the default.
 
     Once for each rank of this machine: they are all sent at the same time.
@@ -396,7 +396,7 @@ def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _rank_environment() -> Iterator[None]:
     """The engine's processes see this rank's GPU, and nothing of the launcher.
 
     vLLM would take the first GPU, and torch would look for torchrun's store in place of its own.

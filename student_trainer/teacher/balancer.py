@@ -67,12 +67,12 @@ _MAX_HEAD_BYTES = 1 << 18  # all answers of 1xx before it included
 _backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
 # The same request may succeed later, at the same place.
-_PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
+_TRANSIENT_ERRORS = (httpx.TransportError, OverloadedError, UnavailableError)
 # The same request may succeed now, at another place.
-FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
+FAILOVER_ERRORS = (*_TRANSIENT_ERRORS, InternalError, DeadlineExceededError)
 
 
-class Body:
+class ResponseBody:
     """The body of an answer as it arrives, within bounds of bytes and of time.
 
     httpx's own timeout begins anew with each byte, so that an answer that drips would never end.
@@ -172,7 +172,7 @@ class Replicas:
         self._share = timeout / len(self.urls)
         # For each call under way, what tells the tokens it still waits for.
         self._outstanding: dict[str, list[Callable[[], int]]] = {url: [] for url in self.urls}
-        self._out: set[str] = set()
+        self._excluded: set[str] = set()
         self._fatal: TeacherError | None = None
         self._bytes_received = 0
         self._tokens_scored = 0
@@ -244,7 +244,7 @@ class Replicas:
             TeacherUnreachableError: a certificate is not trusted.
         """
         nobody = (httpx.ConnectError, httpx.ConnectTimeout)
-        return all(isinstance(self._answer(url), nobody) for url in self.urls)
+        return all(isinstance(self._get_readiness(url), nobody) for url in self.urls)
 
     def request(
         self,
@@ -271,7 +271,7 @@ class Replicas:
         body: bytes | None = None,
         *,
         most: int = _MAX_ANSWER_BYTES,
-    ) -> Iterator[Body]:
+    ) -> Iterator[ResponseBody]:
         """The body of the answer of one replica, asked once, as it arrives.
 
         Raises:
@@ -283,15 +283,15 @@ class Replicas:
             httpx.TransportError: no answer, or cut; `call` tries elsewhere.
         """
         try:
-            with self._begun(method, url + path, self._share, body) as response:
+            with self._open_response(method, url + path, self._share, body) as response:
                 if response.status_code != 200:
                     _check_redirect(url, response)
                     _check_authorized(url, response)
                     raise self._refusal(url, response)
-                self._check_form(url + path, response)
-                yield Body(response, most, self._share, self._count_bytes)
+                self._check_media_type(url + path, response)
+                yield ResponseBody(response, most, self._share, self._count_bytes)
         except httpx.ReadTimeout as error:
-            if self._problem(url):
+            if self._why_not_ready(url):
                 raise
             # As good as the server's own 504, which comes too late where its deadline is later.
             raise DeadlineExceededError(
@@ -303,7 +303,7 @@ class Replicas:
             raise
 
     @contextlib.contextmanager
-    def _begun(
+    def _open_response(
         self, method: str, url: str, seconds: float, body: bytes | None = None
     ) -> Iterator[httpx.Response]:
         """An answer whose head came within ``seconds``, however slowly it drips.
@@ -338,7 +338,7 @@ class Replicas:
         with contextlib.closing(response):
             yield response
 
-    def _check_form(self, where: str, response: httpx.Response) -> None:
+    def _check_media_type(self, where: str, response: httpx.Response) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         kind = one_line(response.headers.get("Content-Type", self._media_types[0]), 100)
         if encoding != "identity" or kind.split(";")[0].strip().lower() not in self._media_types:
@@ -349,7 +349,7 @@ class Replicas:
             )
 
     def _refusal(self, url: str, response: httpx.Response) -> ProtocolError:
-        body = Body(response, _MAX_REFUSAL_BYTES, self._share, self._count_bytes)
+        body = ResponseBody(response, _MAX_REFUSAL_BYTES, self._share, self._count_bytes)
         try:
             content = b"".join(body)
         except TeacherAnswerError:  # too long for a problem; the status tells enough
@@ -360,7 +360,7 @@ class Replicas:
         with self._lock:
             self._bytes_received += count
 
-    def ask(self, url: str, call: Callable[[str], R]) -> R:
+    def call_ready_replica(self, url: str, call: Callable[[str], R]) -> R:
         """``call`` of one replica that has just been ready.
 
         Raises:
@@ -368,7 +368,7 @@ class Replicas:
         """
         try:
             return call(url)
-        except (*_PASSING, DeadlineExceededError) as error:
+        except (*_TRANSIENT_ERRORS, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
                 f"the teacher at {url} was ready and does not answer now: {error}"
             ) from error
@@ -388,7 +388,7 @@ class Replicas:
             Whatever else ``call`` raises.
         """
         retrying = Retrying(
-            retry=retry_if_exception_type((*_PASSING, InternalError)),
+            retry=retry_if_exception_type((*_TRANSIENT_ERRORS, InternalError)),
             stop=self._gives_up,
             wait=self._pause,
             before_sleep=self._log_retry,
@@ -398,7 +398,7 @@ class Replicas:
         try:
             with logs.bound(request_id=request_id):
                 return retrying(self._try_each, call, left, itertools.count(1))
-        except _PASSING as error:
+        except _TRANSIENT_ERRORS as error:
             if self._unreachable == "stop":
                 tried, remedy = "", "give --teacher_unreachable wait"
             else:
@@ -414,7 +414,7 @@ class Replicas:
             return True
         if isinstance(state.outcome and state.outcome.exception(), InternalError):
             return state.attempt_number >= _ATTEMPTS_AT_A_500
-        return self._unreachable == "stop" and all(map(self._problem, self.urls))
+        return self._unreachable == "stop" and all(map(self._why_not_ready, self.urls))
 
     def _pause(self, state: RetryCallState) -> float:
         """Seconds to the next try: never past ``timeout``, whatever a Retry-After asks for."""
@@ -437,25 +437,25 @@ class Replicas:
         """The first answer of replicas that are up, each asked at most once."""
         tried: set[str] = set()
         while True:
-            url = self._take(left, tried)
+            url = self._acquire(left, tried)
             tried.add(url)
             logs.bind(attempt=next(attempts))
             try:
                 return call(url)
-            except FAILURES as error:
-                if not self._leave_out(url, error, tried):
+            except FAILOVER_ERRORS as error:
+                if not self._exclude(url, error, tried):
                     raise
             finally:
                 with self._lock:
                     self._outstanding[url].remove(left)
 
-    def _take(self, left: Callable[[], int], tried: set[str]) -> str:
+    def _acquire(self, left: Callable[[], int], tried: set[str]) -> str:
         if self._closed.is_set():
             raise TeacherUnreachableError("the client is closed")
         with self._lock:
             if self._fatal is not None:
                 raise self._fatal
-            up = [url for url in self.urls if url not in self._out | tried]
+            up = [url for url in self.urls if url not in self._excluded | tried]
             candidates = up or self.urls
             turn = self._turn % len(candidates)  # idle replicas take turns
             in_turn = candidates[turn:] + candidates[:turn]
@@ -467,15 +467,15 @@ class Replicas:
     def _tokens_left(self, url: str) -> int:
         return sum(left() for left in self._outstanding[url])
 
-    def _leave_out(self, url: str, error: Exception, tried: set[str]) -> bool:
+    def _exclude(self, url: str, error: Exception, tried: set[str]) -> bool:
         """Leave ``url`` out until it is ready again; whether another one may be asked now."""
         if len(self.urls) == 1:
             return False
         with self._lock:
-            news = url not in self._out
-            self._out.add(url)
-            up = len(self.urls) - len(self._out)
-            another = any(other not in self._out | tried for other in self.urls)
+            news = url not in self._excluded
+            self._excluded.add(url)
+            up = len(self.urls) - len(self._excluded)
+            another = any(other not in self._excluded | tried for other in self.urls)
         if news:
             logger.warning("The teacher at %s is left out (%s); %d go on", url, error, up)
             asked = error.retry_after if isinstance(error, ProtocolError) else None
@@ -493,7 +493,7 @@ class Replicas:
         self._closed.wait(pause)
         while not self._closed.wait(_RECHECK_SECONDS):
             try:
-                if self._problem(url) or not self._rejoins(url):
+                if self._why_not_ready(url) or not self._rejoins(url):
                     continue
             except (httpx.TransportError, ProtocolError, TeacherAnswerError):
                 continue
@@ -506,22 +506,22 @@ class Replicas:
                     return
                 raise
             with self._lock:
-                self._out.discard(url)
+                self._excluded.discard(url)
             logger.warning("The teacher at %s is back", url)
             return
 
-    def _answer(self, url: str) -> httpx.Response | httpx.TransportError:
+    def _get_readiness(self, url: str) -> httpx.Response | httpx.TransportError:
         """What the replica says of being ready, or why it says nothing."""
         try:
-            with self._begun("GET", url + self._ready, _READY_TIMEOUT) as response:
+            with self._open_response("GET", url + self._ready, _READY_TIMEOUT) as response:
                 return response
         except httpx.TransportError as error:
             _check_trust(url, error)
             return error
 
-    def _problem(self, url: str) -> str:
+    def _why_not_ready(self, url: str) -> str:
         """What keeps the replica from taking requests; empty when nothing does."""
-        response = self._answer(url)
+        response = self._get_readiness(url)
         if isinstance(response, httpx.TransportError):
             return f"is not reachable ({response})"
         _check_redirect(url, response)
@@ -537,7 +537,7 @@ class Replicas:
 
     def _wait_for(self, url: str, deadline: float) -> None:
         announced = 0.0
-        while problem := self._problem(url):
+        while problem := self._why_not_ready(url):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TeacherUnreachableError(

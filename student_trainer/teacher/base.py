@@ -226,7 +226,7 @@ class Teacher(Protocol):
         self._replicas.wait_until_ready()
         urls = self._replicas.urls
         for url in urls:
-            info = self._replicas.ask(url, self._get_info)
+            info = self._replicas.call_ready_replica(url, self._get_info)
             if self._info is None:
                 self._info = info
             elif info.teacher != self._info.teacher:

@@ -93,7 +93,7 @@ class CachedTeacher(Teacher):
         self._store.close()
 
     def connect(self) -> InfoResponse:
-        known = self._known() if self._starts_alone else None
+        known = self._noted_info() if self._starts_alone else None
         if known is not None and self._replicas.switched_off():
             logger.warning(
                 "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
@@ -114,7 +114,7 @@ class CachedTeacher(Teacher):
 
     @property
     def live(self) -> Teacher:
-        return self._reached("this question is not cached")
+        return self._ensure_connected("this question is not cached")
 
     def require(self, missing: int, wanted: int) -> None:
         """Wait for the teacher now if any of the answers that a run will need is missing.
@@ -123,7 +123,7 @@ class CachedTeacher(Teacher):
             TeacherUnreachableError: it is not ready in time; says how many are missing.
         """
         if missing:
-            self._reached(f"{missing} of {wanted} answers that this run needs are missing")
+            self._ensure_connected(f"{missing} of {wanted} answers that this run needs are missing")
 
     def take_lookups(self) -> tuple[int, int, int]:
         with self._counting:
@@ -170,16 +170,18 @@ class CachedTeacher(Teacher):
             dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
         )
         found = {**known, **self._look_up([key for key in keys if key not in known], read)}
-        missing = _first_places(keys, found)
+        missing = _first_missing(keys, found)
         if missing:
-            scores = self._reached(f"{len(missing)} of {len(keys)} scores are missing").score(
+            scores = self._ensure_connected(
+                f"{len(missing)} of {len(keys)} scores are missing"
+            ).score(
                 [sequences[i] for i in missing],
                 top_k=top_k,
                 temperature=temperature,
                 requested=None if requested is None else [requested[i] for i in missing],
             )
             new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
-            found |= self._keep(new, read)
+            found |= self._store_answers(new, read)
         return [found[key] for key in keys]
 
     def generate(
@@ -189,11 +191,11 @@ class CachedTeacher(Teacher):
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)
         found = self._look_up(keys, read)
-        missing = _first_places(keys, found)
+        missing = _first_missing(keys, found)
         fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
         if missing:
             asked = [prompts[i] for i in missing]
-            completions = self._reached(
+            completions = self._ensure_connected(
                 f"{len(missing)} of {len(keys)} completions are missing"
             ).generate(asked, sampling)
             new: dict[bytes, Completion] = {}
@@ -204,8 +206,8 @@ class CachedTeacher(Teacher):
                     sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key], scored[key] = completion.scores, (sequence, 0)
-            fresh = self._keep(fresh, self._score_reader(scored, top_k or 0))
-            found |= self._keep(new, read)
+            fresh = self._store_answers(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._store_answers(new, read)
         written = [found[key] for key in keys]
         if top_k is None:
             return written
@@ -235,7 +237,7 @@ class CachedTeacher(Teacher):
     def _get_info(self, url: str) -> InfoResponse:
         return self._teacher._get_info(url)
 
-    def _known(self) -> InfoResponse | None:
+    def _noted_info(self) -> InfoResponse | None:
         """What the teacher at these addresses was; of any, if the store knows only one."""
         notes = self._store.notes()
         here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
@@ -249,7 +251,7 @@ class CachedTeacher(Teacher):
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
-    def _reached(self, why: str) -> Teacher:
+    def _ensure_connected(self, why: str) -> Teacher:
         """The teacher itself; waits for it where `connect` did not.
 
         Raises:
@@ -315,7 +317,7 @@ class CachedTeacher(Teacher):
         records = zip(different, self._store.get(different), strict=True)
         return self._read_records({key: r for key, r in records if r is not None}, read)
 
-    def _keep(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
+    def _store_answers(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
         """Store answers; returns what stands: another process's where that came first."""
         records = {key: _dump(message) for key, message in new.items()}
         standing = self._store.add(records)
@@ -357,12 +359,12 @@ class CachedTeacher(Teacher):
             self.info.eos_token_ids,
         )
 
-    def _key(self, *question: Any) -> bytes:
-        asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *question])
+    def _key(self, *request: Any) -> bytes:
+        asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *request])
         return hashlib.sha256(asked).digest()
 
 
-def _first_places(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
+def _first_missing(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
     """Return the first place of each key that was not found."""
     places: dict[bytes, int] = {}
     for place, key in enumerate(keys):

@@ -34,7 +34,9 @@ def check_one_teacher(identity: TeacherIdentity) -> None:
             )
 
 
-def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherArguments) -> None:
+def check_capabilities(
+    info: InfoResponse, args: DistillArguments, teacher: TeacherArguments
+) -> None:
     """Raises `ConfigurationError` where the teacher cannot do what the flags ask."""
     if teacher.top_k_logprobs > info.limits.max_top_k:
         raise ConfigurationError(

@@ -39,7 +39,7 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.balancer import FAILURES, Replicas, Unreachable
+from student_trainer.teacher.balancer import FAILOVER_ERRORS, Replicas, Unreachable
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
@@ -48,7 +48,7 @@ from student_trainer.teacher.base import (
     check_info,
     sequence_of,
 )
-from student_trainer.teacher.split import in_parts
+from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
@@ -118,15 +118,15 @@ class SparseGkdTeacher(Teacher):
             sample_seed=sample_seed,
         )
         costs = [
-            (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))
+            (1, len(ids), (len(ids) - start) * (top_k + width), _body_bytes(item))
             for (ids, start), width, item in zip(sequences, widths, items, strict=True)
         ]
 
-        def ask(first: int, last: int) -> list[SparseLogprobs]:
+        def send(first: int, last: int) -> list[SparseLogprobs]:
             request = envelope.model_copy(update={"sequences": items[first:last]})
             tokens = sum(len(ids) for ids, _ in sequences[first:last])
             body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_answer_bytes, costs[first:last]))
+            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_max_answer_bytes, costs[first:last]))
 
             def scored(url: str) -> list[SparseLogprobs]:
                 answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
@@ -143,7 +143,7 @@ class SparseGkdTeacher(Teacher):
 
             return self._replicas.call(scored, lambda: tokens)
 
-        return in_parts(costs, _room(self.info.limits, envelope), ask)
+        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
@@ -170,7 +170,7 @@ class SparseGkdTeacher(Teacher):
         def missing(first: int, last: int) -> list[int]:
             return [index for index in range(first, last) if index not in finished]
 
-        def ask(first: int, last: int) -> list[Completion]:
+        def send(first: int, last: int) -> list[Completion]:
             # A completion is a function of seed and prompt alone: what a cut connection or a part
             # that was too large has brought already is not asked for again.
             while indices := missing(first, last):
@@ -182,7 +182,7 @@ class SparseGkdTeacher(Teacher):
                 )
             return [finished[index] for index in range(first, last)]
 
-        return in_parts(costs, _room(self.info.limits, envelope), ask)
+        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
 
     def _receive(
         self,
@@ -206,7 +206,7 @@ class SparseGkdTeacher(Teacher):
         waiting = dict(enumerate(indices))  # place in the request -> number of the prompt
         try:
             with self._replicas.stream(url, "POST", path, body) as chunks:
-                for message in _messages(url + path, chunks):
+                for message in _stream_messages(url + path, chunks):
                     self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
                         if message.problem is not None:
@@ -221,7 +221,7 @@ class SparseGkdTeacher(Teacher):
                         )
                     accept(url, index, message.completion)
                     chunks.extend()
-        except FAILURES as error:
+        except FAILOVER_ERRORS as error:
             if len(waiting) == len(indices):
                 raise
             logger.warning(
@@ -267,7 +267,7 @@ class SparseGkdTeacher(Teacher):
         most: int = _MAX_ANSWER_BYTES,
     ) -> M:
         content = self._replicas.request(url, method, path, body, most=most)
-        with _readable(url + path):
+        with _as_answer_errors(url + path):
             message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
         if isinstance(message, ScoreResponse):
             self._check_identity(url, message.teacher)
@@ -319,19 +319,19 @@ class SparseGkdTeacher(Teacher):
         return info
 
 
-def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
+def _request_limits(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
     """Sequences, tokens, log-probs and bytes that fit a request beside its other fields."""
     list_header = 4  # more than that of the envelope's empty list
-    body = limits.max_body_bytes - _size(envelope) - list_header
+    body = limits.max_body_bytes - _body_bytes(envelope) - list_header
     return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
 
 
-def _size(message: BaseModel) -> int:
+def _body_bytes(message: BaseModel) -> int:
     """Bytes in a request's body."""
     return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
 
 
-def _answer_bytes(cost: tuple[int, ...]) -> int:
+def _max_answer_bytes(cost: tuple[int, ...]) -> int:
     """Most bytes in the answer to one sequence: an id and a float32 for each log-prob."""
     _, tokens, logprobs, _ = cost
     return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
@@ -341,16 +341,16 @@ def requested_width(requested: NDArray[np.uint32] | None) -> int:
     return 0 if requested is None else requested.shape[1]
 
 
-def _messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
+def _stream_messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
     # A generator: what the reader of a message raises does not come by here.
-    with _readable(where):
+    with _as_answer_errors(where):
         yield from wire.stream_messages(
             chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
         )
 
 
 @contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
+def _as_answer_errors(where: str) -> Iterator[None]:
     """What cannot be decoded is a `TeacherAnswerError`."""
     try:
         yield

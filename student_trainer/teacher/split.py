@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 
-def in_parts(
+def split_and_send(
     costs: Sequence[tuple[int, ...]],
-    room: tuple[int, ...],
-    ask: Callable[[int, int], list[R]],
+    limits: tuple[int, ...],
+    send: Callable[[int, int], list[R]],
 ) -> list[R]:
     """Answers for all sequences, in order, from requests that the teacher can take.
 
@@ -33,11 +33,11 @@ def in_parts(
         PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much.
     """
     answers: list[R] = []
-    parts = split(costs, room)[::-1]  # the next one last
+    parts = split(costs, limits)[::-1]  # the next one last
     while parts:
         first, last = parts.pop()
         try:
-            answers += ask(first, last)
+            answers += send(first, last)
         except (PayloadTooLargeError, DeadlineExceededError) as error:
             if last - first == 1:
                 raise type(error)(
@@ -52,13 +52,13 @@ def in_parts(
     return answers
 
 
-def split(costs: Sequence[tuple[int, ...]], room: tuple[int, ...]) -> list[tuple[int, int]]:
+def split(costs: Sequence[tuple[int, ...]], limits: tuple[int, ...]) -> list[tuple[int, int]]:
     """[first, last) ranges whose summed costs keep within ``room``, or of a single sequence."""
     ranges: list[tuple[int, int]] = []
-    first, total = 0, (0,) * len(room)
+    first, total = 0, (0,) * len(limits)
     for index, cost in enumerate(costs):
         total = tuple(map(add, total, cost))
-        if index > first and any(map(gt, total, room)):
+        if index > first and any(map(gt, total, limits)):
             ranges.append((first, index))
             first, total = index, cost
     if costs:

@@ -87,14 +87,14 @@ class AnswerStore:
         self._limit = max(max_bytes // _PAGE, _FEWEST_PAGES)  # pages
         self._lock = threading.Lock()
         self._closed = False
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._used: dict[bytes, None] = {}  # since the last transaction that wrote
         self._db: sqlite3.Connection | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._number = _newest(self._folder) or 1
+            self._file_number = _newest_number(self._folder) or 1
             try:
-                self._db = _opened(self._file)
+                self._db = _open_database(self._file)
             except sqlite3.Error as error:
                 if not _is_damage(error):
                     raise
@@ -115,7 +115,7 @@ class AnswerStore:
 
     @property
     def _file(self) -> Path:
-        return self._folder / f"answers-{self._number}.sqlite"
+        return self._folder / f"answers-{self._file_number}.sqlite"
 
     def close(self) -> None:
         """Note what was used, and close."""
@@ -136,7 +136,9 @@ class AnswerStore:
     def count(self, keys: Sequence[bytes]) -> int:
         """Count the keys that have a record, without reading it."""
         with self._lock:
-            found = self._try(lambda db: sum(_id(db, key) is not None for key in keys), write=False)
+            found = self._try(
+                lambda db: sum(_entry_id(db, key) is not None for key in keys), write=False
+            )
         return found or 0
 
     def add(self, records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
@@ -153,8 +155,8 @@ class AnswerStore:
             )  # fmt: skip
             return dict(records)
         with self._lock:
-            bad = self._try(lambda db: _bad(db, records), write=False) or {}
-            standing = self._try(lambda db: self._put(db, records, bad, wanted))
+            bad = self._try(lambda db: _corrupt_entries(db, records), write=False) or {}
+            standing = self._try(lambda db: self._insert(db, records, bad, wanted))
         return dict(records) if standing is None else standing
 
     def reject(self, records: Mapping[bytes, bytes]) -> None:
@@ -193,7 +195,7 @@ class AnswerStore:
             raise TeacherUnreachableError("the teacher cache is closed")
         for _ in range(2):
             if write:
-                self._follow()
+                self._follow_newer_file()
             if self._db is None:
                 return None
             try:
@@ -210,32 +212,32 @@ class AnswerStore:
                 self._set_aside(error)
         return None
 
-    def _follow(self) -> None:
+    def _follow_newer_file(self) -> None:
         """Open the database that another process has begun since."""
-        newest = _newest(self._folder)
-        if newest is not None and newest > self._number:
+        newest = _newest_number(self._folder)
+        if newest is not None and newest > self._file_number:
             self._begin(newest)
 
     def _set_aside(self, error: Exception) -> None:
-        number, damaged = self._number, self._file
-        self._begin(max(number + 1, _newest(self._folder) or 0))
+        number, damaged = self._file_number, self._file
+        self._begin(max(number + 1, _newest_number(self._folder) or 0))
         logger.warning(
             "The teacher cache %s cannot be read (%s) and is set aside; answers are kept in %s "
             "from now on. Delete the first to have its room",
             damaged, error, self._file.name,
         )  # fmt: skip
         for file in self._folder.glob("answers-*.sqlite"):  # a bad disk shall not fill up
-            if (_number(file) or number) < number:
+            if (_file_number(file) or number) < number:
                 with suppress(OSError):
                     file.unlink()
 
     def _begin(self, number: int) -> None:
         self._disconnect()
-        self._number = number
+        self._file_number = number
         self._used.clear()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._db = _opened(self._file)
+            self._db = _open_database(self._file)
         except (OSError, sqlite3.Error) as error:
             logger.warning("%s cannot be used (%s): answers are not kept", self._file, error)
 
@@ -246,10 +248,10 @@ class AnswerStore:
         self._db = None
 
     def _record(self, db: sqlite3.Connection, key: bytes) -> bytes | None:
-        number = _id(db, key)
+        number = _entry_id(db, key)
         if number is None:
             return None
-        record = _checked(key, _stored(db, number))
+        record = _checked(key, _read_stored(db, number))
         if record is None:
             self._count_corrupt()
         else:
@@ -275,11 +277,11 @@ class AnswerStore:
         )
 
     def _warn_once(self, what: str, more: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning("The teacher cache %s %s", what, more)
 
-    def _put(
+    def _insert(
         self,
         db: sqlite3.Connection,
         records: Mapping[bytes, bytes],
@@ -290,10 +292,10 @@ class AnswerStore:
         self._make_room(db, wanted)
         standing: dict[bytes, bytes] = {}
         for key, record in records.items():
-            number = _id(db, key)
+            number = _entry_id(db, key)
             before = None
             if number is not None and bad.get(key) != number:
-                before = _checked(key, _stored(db, number))
+                before = _checked(key, _read_stored(db, number))
             if before is None:  # the pages of a bad one are left alone: they may be another's
                 new = db.execute(
                     "INSERT INTO records (stored) VALUES (?)", (_checksum(key, record) + record,)
@@ -306,7 +308,7 @@ class AnswerStore:
 
     def _make_room(self, db: sqlite3.Connection, wanted: int) -> None:
         """Throw out what was not used for longest, until ``wanted`` pages fit."""
-        while _filled(db) + wanted > self._limit:
+        while _filled_pages(db) + wanted > self._limit:
             self._warn_once(
                 "is full:",
                 "what was used longest ago makes room for new answers. Raise "
@@ -319,7 +321,7 @@ class AnswerStore:
                 db.execute("DELETE FROM records WHERE id = ?", (number,))
                 if db.execute("DELETE FROM entries WHERE key = ?", (key,)).rowcount != 1:
                     raise sqlite3.DatabaseError("an entry of its index is nowhere else")
-                if _filled(db) + wanted <= self._limit:
+                if _filled_pages(db) + wanted <= self._limit:
                     break
             if not oldest:
                 raise sqlite3.DatabaseError("it is full of nothing")
@@ -330,7 +332,7 @@ class AnswerStore:
             self._used.clear()
 
 
-def _opened(file: Path) -> sqlite3.Connection:
+def _open_database(file: Path) -> sqlite3.Connection:
     """A connection to the database in a file, which is made where it does not exist.
 
     Raises:
@@ -377,12 +379,12 @@ def _is_damage(error: Exception) -> bool:
     return code & 0xFF in _DAMAGE or code in _DAMAGE_IN_DETAIL
 
 
-def _newest(folder: Path) -> int | None:
+def _newest_number(folder: Path) -> int | None:
     """The number of the database in use: each that is set aside is followed by the next."""
-    return max(filter(None, map(_number, folder.glob("answers-*.sqlite"))), default=None)
+    return max(filter(None, map(_file_number, folder.glob("answers-*.sqlite"))), default=None)
 
 
-def _number(file: Path) -> int | None:
+def _file_number(file: Path) -> int | None:
     match = re.fullmatch(r"answers-([1-9]\d{0,8})\.sqlite", file.name)
     return int(match[1]) if match else None
 
@@ -399,7 +401,7 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return value
 
 
-def _filled(db: sqlite3.Connection) -> int:
+def _filled_pages(db: sqlite3.Connection) -> int:
     """Pages that hold something."""
     pages, free = _pragma(db, "page_count"), _pragma(db, "freelist_count")
     if not 0 <= free < pages:
@@ -407,12 +409,12 @@ def _filled(db: sqlite3.Connection) -> int:
     return pages - free
 
 
-def _id(db: sqlite3.Connection, key: bytes) -> int | None:
+def _entry_id(db: sqlite3.Connection, key: bytes) -> int | None:
     row = db.execute("SELECT id FROM entries WHERE key = ?", (key,)).fetchone()
     return None if row is None else row[0]
 
 
-def _stored(db: sqlite3.Connection, number: int) -> bytes | None:
+def _read_stored(db: sqlite3.Connection, number: int) -> bytes | None:
     """A record with its checksum; None where it cannot be read."""
     try:
         row = db.execute("SELECT stored FROM records WHERE id = ?", (number,)).fetchone()
@@ -423,23 +425,23 @@ def _stored(db: sqlite3.Connection, number: int) -> bytes | None:
     return row[0] if row is not None and isinstance(row[0], bytes) else None
 
 
-def _bad(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> dict[bytes, int]:
+def _corrupt_entries(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> dict[bytes, int]:
     """The entries whose record is not what was written.
 
     Asked before a transaction that writes: SQLite ends one in which it meets damage.
     """
     bad: dict[bytes, int] = {}
     for key in keys:
-        number = _id(db, key)
-        if number is not None and _checked(key, _stored(db, number)) is None:
+        number = _entry_id(db, key)
+        if number is not None and _checked(key, _read_stored(db, number)) is None:
             bad[key] = number
     return bad
 
 
 def _remove(db: sqlite3.Connection, records: Mapping[bytes, bytes]) -> None:
     for key, record in records.items():
-        number = _id(db, key)
-        if number is not None and _checked(key, _stored(db, number)) == record:
+        number = _entry_id(db, key)
+        if number is not None and _checked(key, _read_stored(db, number)) == record:
             db.execute("DELETE FROM records WHERE id = ?", (number,))
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
 

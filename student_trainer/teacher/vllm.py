@@ -45,17 +45,17 @@ from student_trainer.teacher.base import (
     sequence_of,
     with_scores,
 )
-from student_trainer.teacher.split import in_parts
+from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
 _PROBED_TOKENS = 4096
 # Bounds an answer to some 75 MB of JSON: all rows are sent, those of the prompts too.
-_ROOM = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
+_REQUEST_LIMITS = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
 # What is left beside log-probs in float32 cannot be told from nothing below this.
 _RESOLUTION = 2.0**-24
 _MAX_VOCABULARY = 1 << 24
-_ABOVE_0 = 0.01  # what rounding may do to a log-prob of 0
+_ROUNDING_ABOVE_ZERO = 0.01  # what rounding may do to a log-prob of 0
 
 
 class VllmTeacher(Teacher):
@@ -121,9 +121,9 @@ class VllmTeacher(Teacher):
         super().connect()
         urls = self._replicas.urls
         for url in urls:
-            self._replicas.ask(url, self._check_tokenizer)
-            self._replicas.ask(url, self._check_top_k)
-        vocab_size = self._replicas.ask(urls[0], self._count_token_ids)
+            self._replicas.call_ready_replica(url, self._check_tokenizer)
+            self._replicas.call_ready_replica(url, self._check_top_k)
+        vocab_size = self._replicas.call_ready_replica(urls[0], self._count_token_ids)
         self._info = self.info.model_copy(update={"vocab_size": vocab_size})
         logger.warning(
             "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "
@@ -167,7 +167,7 @@ class VllmTeacher(Teacher):
             )
         costs = [(1, len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
 
-        def ask(first: int, last: int) -> list[SparseLogprobs]:
+        def send(first: int, last: int) -> list[SparseLogprobs]:
             part = sequences[first:last]
             url, choices = self._complete(
                 [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
@@ -179,7 +179,7 @@ class VllmTeacher(Teacher):
             self._check(scores, part, top_k, url=url, offset=first)
             return scores
 
-        return in_parts(costs, _ROOM, ask)
+        return split_and_send(costs, _REQUEST_LIMITS, send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
@@ -187,7 +187,7 @@ class VllmTeacher(Teacher):
         """As `Teacher`, scored in a second pass."""
         costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
-        def ask(first: int, last: int) -> list[Completion]:
+        def send(first: int, last: int) -> list[Completion]:
             url, choices = self._complete(
                 prompts[first:last],
                 max_tokens=sampling.max_new_tokens,
@@ -206,7 +206,7 @@ class VllmTeacher(Teacher):
                 )
             return completions
 
-        completions = in_parts(costs, _ROOM, ask)
+        completions = split_and_send(costs, _REQUEST_LIMITS, send)
         if sampling.top_k is not None:
             scores = self.score(
                 [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
@@ -233,7 +233,8 @@ class VllmTeacher(Teacher):
         }
         tokens = sum(len(ids) + max_tokens for ids in prompts)
         url, answer = self._replicas.call(
-            lambda url: (url, self._ask(url, "POST", "/v1/completions", body)), lambda: tokens
+            lambda url: (url, self._request_json(url, "POST", "/v1/completions", body)),
+            lambda: tokens,
         )
         model, choices = answer.get("model"), answer.get("choices")
         if model != self.info.teacher.model:
@@ -301,7 +302,7 @@ class VllmTeacher(Teacher):
 
     def _get_info(self, url: str) -> InfoResponse:
         """What vLLM says of its model; what it does not say is the student's."""
-        models = self._ask(url, "GET", "/v1/models").get("data")
+        models = self._request_json(url, "GET", "/v1/models").get("data")
         models = models if isinstance(models, list) else []
         own = [m for m in models if isinstance(m, dict) and m.get("parent") is None]
         length = own[0].get("max_model_len") if own else None
@@ -317,16 +318,16 @@ class VllmTeacher(Teacher):
                 fingerprint="unknown",
                 dtype="unknown",
                 backend="vllm serve",
-                version=str(self._ask(url, "GET", "/version").get("version")),
+                version=str(self._request_json(url, "GET", "/version").get("version")),
             ),
             tokenizer=tokenizer_identity(self._tokenizer),
             vocab_size=self._rows,  # until they are counted
             max_model_len=length - 1,  # scoring generates one token more
             eos_token_ids=[],
             limits=Limits(
-                max_sequences=_ROOM[0],
-                max_tokens=_ROOM[1],
-                max_logprobs=_ROOM[2],
+                max_sequences=_REQUEST_LIMITS[0],
+                max_tokens=_REQUEST_LIMITS[1],
+                max_logprobs=_REQUEST_LIMITS[2],
                 max_top_k=self._top_k,
             ),
             capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
@@ -355,8 +356,8 @@ class VllmTeacher(Teacher):
         text = self._tokenizer.decode(spread, skip_special_tokens=True) + special
         text = "\n".join([text, *PROBES])
         ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = {"model": self._model(), "prompt": text, "add_special_tokens": False}
-        theirs = self._ask(url, "POST", "/tokenize", body).get("tokens")
+        body = {"model": self._model_name(), "prompt": text, "add_special_tokens": False}
+        theirs = self._request_json(url, "POST", "/tokenize", body).get("tokens")
         if theirs == ours:
             return
         if not isinstance(theirs, list):
@@ -375,41 +376,43 @@ class VllmTeacher(Teacher):
         """Raises `ConfigurationError` where vLLM does not serve as many log-probs."""
         body = {"prompt": [[0, 0]], "max_tokens": 1, "prompt_logprobs": self._top_k}
         try:
-            self._ask(url, "POST", "/v1/completions", {"model": self._model(), **body})
+            self._request_json(
+                url, "POST", "/v1/completions", {"model": self._model_name(), **body}
+            )
         except MalformedRequestError as error:
             raise ConfigurationError(
                 f"--top_k_logprobs {self._top_k}: {url} refuses it ({error}). Restart it with "
-                f"`vllm serve {self._model()} --max-logprobs {self._top_k}`, or lower "
+                f"`vllm serve {self._model_name()} --max-logprobs {self._top_k}`, or lower "
                 "--top_k_logprobs (vLLM's own limit is 20)"
             ) from error
 
     def _count_token_ids(self, url: str) -> int:
         """Rows of the teacher's output layer: vLLM does not say it, but refuses ids beyond them."""
         known, unknown = 0, self._rows
-        while self._knows(url, unknown):
+        while self._accepts_id(url, unknown):
             known, unknown = unknown, 2 * unknown
             if unknown > _MAX_VOCABULARY:
                 raise TeacherAnswerError(f"{url} takes any token id: this is not vLLM")
         while unknown - known > 1:
             middle = (known + unknown) // 2
-            if self._knows(url, middle):
+            if self._accepts_id(url, middle):
                 known = middle
             else:
                 unknown = middle
         return unknown
 
-    def _knows(self, url: str, token_id: int) -> bool:
-        body = {"model": self._model(), "prompt": [[token_id]], "max_tokens": 1}
+    def _accepts_id(self, url: str, token_id: int) -> bool:
+        body = {"model": self._model_name(), "prompt": [[token_id]], "max_tokens": 1}
         try:
-            self._ask(url, "POST", "/v1/completions", body)
+            self._request_json(url, "POST", "/v1/completions", body)
         except MalformedRequestError:
             return False
         return True
 
-    def _model(self) -> str:
+    def _model_name(self) -> str:
         return self.info.teacher.model
 
-    def _ask(
+    def _request_json(
         self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
@@ -428,7 +431,7 @@ def _read_row(row: Any, number: int, vocab_size: int) -> dict[int, float]:
     try:
         named = {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
         if len(named) == len(row) and all(
-            0 <= token_id < vocab_size and not logprob > _ABOVE_0
+            0 <= token_id < vocab_size and not logprob > _ROUNDING_ABOVE_ZERO
             for token_id, logprob in named.items()
         ):
             return named

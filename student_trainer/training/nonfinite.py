@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from shared.sparse import SparseLogprobs
-from student_trainer.pipeline.prefetched import samples_from_arrays, samples_to_arrays, split_rows
+from student_trainer.pipeline.prefetched import (
+    samples_from_arrays,
+    samples_to_arrays,
+    split_by_lengths,
+)
 from student_trainer.pipeline.targets import ScoredSample
 
 _SCORES = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob", "requested_logprobs")
@@ -46,7 +50,7 @@ def load_batch(path: Path) -> list[list[ScoredSample]]:
     rows = arrays["length"] - arrays["completion_start"]
 
     def of_each_sample(name: str) -> list[Any]:
-        return split_rows(arrays[name], rows) if name in arrays else [None] * len(samples)
+        return split_by_lengths(arrays[name], rows) if name in arrays else [None] * len(samples)
 
     fields = {name: of_each_sample(f"teacher_{name}") for name in _SCORES}
     requested = of_each_sample("requested_token_ids")

@@ -31,8 +31,13 @@ from shared.protocol import Completion
 from shared.rope import length_dependent_rope
 from shared.text import completion_text
 from student_trainer.config.arguments import uses_fsdp
-from student_trainer.data.collate import model_inputs, predicting_rows
-from student_trainer.data.micro_batches import of_sizes, over_substeps, split_into, within_budget
+from student_trainer.data.collate import model_inputs, predicting_positions
+from student_trainer.data.micro_batches import (
+    assign_to_substeps,
+    group_by_sizes,
+    group_within_budget,
+    split_to_count,
+)
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample, completed
 from student_trainer.data.stream import ExampleStream, StreamOrder, load_state, save_state
@@ -41,8 +46,8 @@ from student_trainer.losses import Kernel, Tail
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import Packing, decide_packing
 from student_trainer.model.top_tokens import TopTokenProposals
-from student_trainer.pipeline.pipeline import Method, PendingBatch, Pipeline
-from student_trainer.pipeline.prefetched import load_ahead, save_ahead
+from student_trainer.pipeline.pipeline import DistillationConfig, PendingBatch, Pipeline
+from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.reporting.runs import read_held_out
 from student_trainer.rollouts import (
@@ -99,7 +104,7 @@ class DistillationTrainer(DurableTrainer):
         self,
         model: Any,
         *,
-        method: Method,
+        method: DistillationConfig,
         beta: float,
         teacher: Teacher | None,
         vocab_size: int,
@@ -315,19 +320,19 @@ class DistillationTrainer(DurableTrainer):
             {"pending": _Pending(batch, indices, float(total))}
             for indices in self._grouped(lengths, sizes, shortest_first=batch.on_policy)
         ]
-        return over_substeps(micro_batches, len(groups)), total
+        return assign_to_substeps(micro_batches, len(groups)), total
 
     def _grouped(
         self, lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool
     ) -> list[list[int]]:
         """Indices of the samples of each micro-batch; equally many micro-batches on every rank."""
         if self.max_tokens_per_batch is None:
-            return of_sizes(lengths, sizes, shortest_first=shortest_first)
-        groups = within_budget(
+            return group_by_sizes(lengths, sizes, shortest_first=shortest_first)
+        groups = group_within_budget(
             lengths, self.max_tokens_per_batch, packed=self.packed, shortest_first=shortest_first
         )
         counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.args.device))
-        return split_into(groups, int(counts.max()))
+        return split_to_count(groups, int(counts.max()))
 
     def training_step(
         self,
@@ -490,9 +495,9 @@ class DistillationTrainer(DurableTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        ahead = self.pipeline.ahead(self.state.global_step)
+        ahead = self.pipeline.prefetched(self.state.global_step)
         if ahead:
-            save_ahead(self._ahead_file(output_dir), ahead)
+            save_prefetched(self._ahead_file(output_dir), ahead)
         if self._stream is not None:
             first = self.order.micro_batches(self.state.global_step)[0][0]
             rank = self.accelerator.process_index
@@ -505,7 +510,7 @@ class DistillationTrainer(DurableTrainer):
                 self._stream.restore(load_state(resume_from_checkpoint, rank))
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
-                self.pipeline.resume(load_ahead(file))
+                self.pipeline.resume(load_prefetched(file))
             self._looked = read_held_out(self._output)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -526,7 +531,7 @@ class DistillationTrainer(DurableTrainer):
         return {
             **model_inputs(samples, self.pad_token_id, packed=self.packed),
             "sparse_targets": SparseTargets(
-                rows=predicting_rows(
+                positions=predicting_positions(
                     samples, [s.completion_mask for s in samples], packed=self.packed
                 ),
                 teacher=sparse_distribution(scored, self.vocab_size),
@@ -687,7 +692,7 @@ class DistillationTrainer(DurableTrainer):
         self.model.eval()
         with self.compute_loss_context_manager():
             outputs = self.model(**batch)
-        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].rows)])
+        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].positions)])
 
 
 def check_examples(

@@ -5,17 +5,23 @@ import logging
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.model.test_head import SHARED, assert_same, gradients, refusing, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared.errors import ConfigurationError
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.model.top_tokens import TopTokenProposals
 from tests.support.losses import top_k
+from tests.unit.student_trainer.model.test_head import (
+    SHARED,
+    assert_same,
+    gradients,
+    refusing,
+    tiny,
+)
 
 # Windows shorter than the row, so that a wrong distance would show.
 PACKED = {
@@ -53,7 +59,7 @@ SAMPLES = [sample(9, 4), sample(5, 1), sample(12, 6)]
 
 
 def loss(model, *, packed):
-    rows = predicting_rows(SAMPLES, [s.completion_mask for s in SAMPLES], packed=packed)
+    rows = predicting_positions(SAMPLES, [s.completion_mask for s in SAMPLES], packed=packed)
     torch.manual_seed(2)
     teacher = top_k(2 * torch.randn(len(rows), SHARED, dtype=torch.float64), 6)
     targets = SparseTargets(rows, teacher, 0.5, 1.0, 7.0, SHARED)

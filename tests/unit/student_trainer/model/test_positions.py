@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
 from shared.errors import ConfigurationError
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
@@ -17,6 +16,7 @@ from student_trainer.model.packing import decide_packing
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.training.trainer import DistillationTrainer
 from tests.support.models import DYNAMIC, LONGROPE
+from tests.unit.student_trainer.rollouts.test_stateful_rollouts import build
 
 KINDS = {"longrope": ("phi3", LONGROPE), "dynamic": ("llama", DYNAMIC)}
 
@@ -32,7 +32,7 @@ def samples(*lengths):
 def loss(model, some):
     scored = [ScoredSample(sample, None) for sample in some]
     targets = SparseTargets(
-        rows=predicting_rows(some, [s.completion_mask for s in some], packed=False),
+        positions=predicting_positions(some, [s.completion_mask for s in some], packed=False),
         teacher=sparse_distribution(scored, 64),
         beta=0.0,
         temperature=1.0,

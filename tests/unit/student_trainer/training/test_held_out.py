@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 from shared.sparse import SparseLogprobs
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.losses import generalized_jsd
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.reporting.runs import HELD_OUT_FILE, read_held_out
 from student_trainer.training import held_out
+from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 
 class Letters:
@@ -53,7 +53,7 @@ def inputs(item, beta, temperature):
     return {
         **model_inputs(samples, 0, packed=False),
         "sparse_targets": SparseTargets(
-            rows=predicting_rows(samples, [item.sample.completion_mask], packed=False),
+            positions=predicting_positions(samples, [item.sample.completion_mask], packed=False),
             teacher=sparse_distribution([item], SHARED),
             beta=beta,
             temperature=temperature,
