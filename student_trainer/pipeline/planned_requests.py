@@ -1,4 +1,4 @@
-"""What a run asks of its teacher that does not depend on the student: known beforehand."""
+"""The requests to the teacher that do not depend on the student, so they are known beforehand."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ _IN_FLIGHT = 16
 
 @dataclass(frozen=True)
 class PlannedRequests:
-    """Completions to score, and prompts to complete and score.
+    """The completions that the teacher scores, and the prompts that it completes and scores.
 
     Attributes:
-        prompts: of SeqKD.
-        bare: held-out prompts without a completion; the teacher's greedy one is compared.
+        method: settings of the distillation.
+        sequences: the dataset's completions to score.
+        prompts: training prompts that the teacher completes (SeqKD).
+        held_out_prompts: held-out prompts without a completion; the teacher's greedy one is used.
     """
 
     method: DistillationConfig
     sequences: Sequences
     prompts: list[NDArray[np.uint32]]
-    bare: list[NDArray[np.uint32]]
+    held_out_prompts: list[NDArray[np.uint32]]
 
     def __len__(self) -> int:
-        return len(self.sequences) + len(self.prompts) + len(self.bare)
+        return len(self.sequences) + len(self.prompts) + len(self.held_out_prompts)
 
     @property
     def score_options(self) -> dict[str, Any]:
@@ -44,7 +46,7 @@ class PlannedRequests:
 def planned_requests(
     method: DistillationConfig, train: Sequence[Example], held_out: Sequence[Example] | None
 ) -> PlannedRequests:
-    """What the rows of training and evaluation are planned off-policy."""
+    """Return the off-policy requests for the examples of training and evaluation."""
     scored = [] if method.seq_kd else list(train)
     scored += [example for example in held_out or [] if example.sample is not None]
     samples = [example.sample for example in scored if example.sample is not None]
@@ -57,22 +59,22 @@ def planned_requests(
 
 
 def count_missing(teacher: CachedTeacher, planned: PlannedRequests) -> tuple[int, int]:
-    """How many of the questions only the teacher itself can answer, and how many there are."""
+    """Return how many planned requests the cache cannot answer, and how many there are."""
     found = teacher.count_scores(planned.sequences, **planned.score_options)
     temperature = planned.method.seq_kd_temperature
     found += teacher.count_completions(planned.prompts, planned.method.sampling(temperature))
-    found += teacher.count_completions(planned.bare, planned.method.sampling(0.0))
+    found += teacher.count_completions(planned.held_out_prompts, planned.method.sampling(0.0))
     return len(planned) - found, len(planned)
 
 
 def send_all(teacher: Teacher, planned: PlannedRequests, *, size: int) -> Iterator[int]:
-    """Ask everything, ``size`` in a request; yields how many answers have come, as they come."""
-    under_way: deque[tuple[Future[Any], int]] = deque()
+    """Send all planned requests, ``size`` at a time, and yield the number answered by each."""
+    in_flight: deque[tuple[Future[Any], int]] = deque()
     for answer, count in _submit_all(teacher, planned, size):
-        under_way.append((answer, count))
-        if len(under_way) == _IN_FLIGHT:
-            yield _wait_for_answer(*under_way.popleft())
-    for answer, count in under_way:
+        in_flight.append((answer, count))
+        if len(in_flight) == _IN_FLIGHT:
+            yield _wait_for_answer(*in_flight.popleft())
+    for answer, count in in_flight:
         yield _wait_for_answer(answer, count)
 
 
@@ -85,7 +87,7 @@ def _submit_all(
     temperature = planned.method.seq_kd_temperature
     for everything, sampling in (
         (planned.prompts, planned.method.sampling(temperature)),
-        (planned.bare, planned.method.sampling(0.0)),
+        (planned.held_out_prompts, planned.method.sampling(0.0)),
     ):
         for first in range(0, len(everything), size):
             prompts = everything[first : first + size]
