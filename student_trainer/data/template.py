@@ -110,7 +110,7 @@ class ChatTemplate:
 
     @property
     def prints_date(self) -> bool:
-        """The answer to whether the template prints today's date."""
+        """The use of the date: True if the template prints today's."""
         return "strftime_now" in self.source
 
     def first_turn(self, where: str, conversation: Conversation) -> Turn:

@@ -425,7 +425,7 @@ class _RunningBatch:
 
     @property
     def can_join(self) -> bool:
-        """The answer to whether batches can be merged: the cache holds only keys and values."""
+        """The ability to merge with another batch: True if the cache holds only keys and values."""
         return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def select(self, kept: list[int]) -> _RunningBatch | None:

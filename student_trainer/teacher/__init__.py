@@ -1,1 +1,1 @@
-"""Clients of a served teacher."""
+"""The clients of a served teacher."""
