@@ -225,7 +225,9 @@ class AnswerStore:
             "from now on. Delete the first to have its room",
             damaged, error, self._file.name,
         )  # fmt: skip
-        for file in self._folder.glob("answers-*.sqlite"):  # keep only the last damaged file
+        for file in self._folder.glob(
+            "answers-*.sqlite"
+        ):  # older damaged files go, or a bad disk fills up
             if (_file_number(file) or number) < number:
                 with suppress(OSError):
                     file.unlink()
