@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import install_sparse_loss
 from student_trainer.model.top_tokens import TopTokenProposals
+from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
 
 def sample(length, start):

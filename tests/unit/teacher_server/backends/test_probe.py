@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests.unit.teacher_server.backends.test_transformers_backend import backend, error_of, generated
 from transformers import LlamaModel
 
 from shared.errors import ConfigurationError
@@ -11,6 +10,11 @@ from teacher_server.backends import probe
 from teacher_server.backends.base import GenerateJob, ScoreJob, ScoreOptions
 from tests.support.models import DYNAMIC, LONGROPE, STATEFUL, save_model, save_tokenizer
 from tests.support.reference import load_model
+from tests.unit.teacher_server.backends.test_transformers_backend import (
+    backend,
+    error_of,
+    generated,
+)
 
 
 def saved(folder, family, **options):
