@@ -21,8 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.report import Cell, Figure, print_report
-from student_trainer.data.collate import model_inputs, predicting_rows
-from student_trainer.data.micro_batches import of_sizes, within_budget
+from student_trainer.data.collate import model_inputs, predicting_positions
+from student_trainer.data.micro_batches import group_by_sizes, group_within_budget
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
 from student_trainer.losses import HardLabels
@@ -69,10 +69,10 @@ def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -
     """Forward and backward of one micro-batch; its positions."""
     scored = [ScoredSample(sample, None) for sample in samples]
     masks = [sample.completion_mask for sample in samples]
-    rows = predicting_rows(samples, masks, packed=packed)
+    rows = predicting_positions(samples, masks, packed=packed)
     labels = np.concatenate([sample.completion_ids for sample in samples]).astype(np.int64)
     targets = SparseTargets(
-        rows=rows,
+        positions=rows,
         teacher=sparse_distribution(scored, model.config.vocab_size),
         beta=0.0,
         temperature=1.0,
@@ -117,13 +117,13 @@ def main() -> None:
     order = np.random.default_rng(1).permutation(len(samples))
     ways: dict[str, Way] = {
         "padded, in the data's order": Way(lambda lengths: in_order(sizes), packed=False),
-        "padded, by length": Way(lambda lengths: of_sizes(lengths, sizes), packed=False),
-        "packed, by length": Way(lambda lengths: of_sizes(lengths, sizes), packed=True),
+        "padded, by length": Way(lambda lengths: group_by_sizes(lengths, sizes), packed=False),
+        "packed, by length": Way(lambda lengths: group_by_sizes(lengths, sizes), packed=True),
         f"padded, {budget} tokens": Way(
-            lambda lengths: within_budget(lengths, budget, packed=False), packed=False
+            lambda lengths: group_within_budget(lengths, budget, packed=False), packed=False
         ),
         f"packed, {budget} tokens": Way(
-            lambda lengths: within_budget(lengths, budget, packed=True), packed=True
+            lambda lengths: group_within_budget(lengths, budget, packed=True), packed=True
         ),
     }
     tokens = 0

@@ -82,7 +82,7 @@ def train(run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     from student_trainer.data.sample import Example
-    from student_trainer.pipeline.pipeline import Method
+    from student_trainer.pipeline.pipeline import DistillationConfig
     from student_trainer.rollouts import Rollout
     from student_trainer.teacher.sparse import SparseGkdTeacher
     from student_trainer.training.trainer import DistillationTrainer
@@ -126,7 +126,7 @@ def train(run: Run) -> None:
         Example(i, f"row {i}", rng.integers(4, 200, PROMPT).astype(np.uint32), None, None, "")
         for i in range(4 * run.prompts)
     ]
-    method = Method(
+    method = DistillationConfig(
         lmbda=1.0, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=TOP_K,
         max_new_tokens=COMPLETION, seed=0, stop_ids=(1,),
     )  # fmt: skip

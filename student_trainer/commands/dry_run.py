@@ -26,7 +26,7 @@ from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.stream import ExampleStream
 from student_trainer.data.template import describe_mode
-from student_trainer.pipeline.pipeline import Method
+from student_trainer.pipeline.pipeline import DistillationConfig
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.runtime.terminal import has_colours, painted
 from student_trainer.teacher.base import Teacher
@@ -164,7 +164,7 @@ def _method(args: CommonTrainingArguments) -> str:
     return name
 
 
-def _divergence(args: DistillArguments, method: Method) -> str:
+def _divergence(args: DistillArguments, method: DistillationConfig) -> str:
     kind = {0.0: "forward KL(teacher||student)", 1.0: "reverse KL(student||teacher)"}
     support = f"{method.top_k} draws" if method.sampled else f"top {method.top_k}"
     if args.student_top_m:

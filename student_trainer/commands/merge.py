@@ -18,7 +18,7 @@ def merge(argv: Sequence[str]) -> None:
     )
     check_merge(args)
     from student_trainer.model.load import load_model, load_tokenizer
-    from student_trainer.model.merging import probe, require_same
+    from student_trainer.model.merging import probe_logprobs, require_same_logprobs
 
     model = ModelArguments(
         model_name_or_path=args.model_name_or_path,
@@ -26,9 +26,11 @@ def merge(argv: Sequence[str]) -> None:
         trust_remote_code=args.trust_remote_code,
     )
     merged = load_model(model)
-    expected = probe(merged)
+    expected = probe_logprobs(merged)
     merged.save_pretrained(args.output_dir)
     load_tokenizer(model).save_pretrained(args.output_dir)
     saved = replace(model, model_name_or_path=args.output_dir)
-    require_same(expected, probe(load_model(saved)), f"saving to {args.output_dir}")
+    require_same_logprobs(
+        expected, probe_logprobs(load_model(saved)), f"saving to {args.output_dir}"
+    )
     sys.stdout.write(f"Merged into {args.output_dir}; teacher-server serve {args.output_dir}\n")

@@ -10,12 +10,12 @@ from student_trainer.config.arguments import DistillFlags, Recipe, SFTFlags, Tea
 from student_trainer.config.machine import check_machine
 from student_trainer.config.training_arguments import DistillArguments, training_arguments
 from student_trainer.data.sources import read_rows
-from student_trainer.pipeline.planned_requests import ask_all, count_missing, questions
+from student_trainer.pipeline.planned_requests import count_missing, planned_requests, send_all
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.runtime.progress import counted
 from student_trainer.runtime.terminal import can_move
 from student_trainer.teacher.cache import CachedTeacher
-from student_trainer.teacher.compatible import check_one_teacher, check_request
+from student_trainer.teacher.compatible import check_capabilities, check_one_teacher
 from student_trainer.training.recipe import (
     date_folders,
     keep_template_date,
@@ -57,7 +57,7 @@ def run_distill(
     # What a stream will request is not known, so a cache cannot tell that it holds all of it.
     alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
     with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
-        check_request(client.connect(), args, teacher)
+        check_capabilities(client.connect(), args, teacher)
         check_one_teacher(client.info.teacher)
         prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
         check_repeats(
@@ -84,12 +84,12 @@ def run_precompute(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlag
     if args.dry_run:
         teacher = asked_briefly(teacher)
     with open_teacher(teacher, recipe.model, starts_alone=True) as client:
-        check_request(client.connect(), args, teacher)
+        check_capabilities(client.connect(), args, teacher)
         prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
         check_repeats(
             client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
         )
-        asked = questions(prepared.method, prepared.train, prepared.held_out)
+        asked = planned_requests(prepared.method, prepared.train, prepared.held_out)
         if args.dry_run:
             dry_run(recipe, prepared, args, teacher=client, asked=teacher, questions=len(asked))
             return
@@ -101,7 +101,7 @@ def run_precompute(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlag
         with counted(
             len(asked), "Asking the teacher", show=not (args.disable_tqdm and can_move())
         ) as count:
-            for answers in ask_all(client, asked, size=_REQUEST_SIZE):
+            for answers in send_all(client, asked, size=_REQUEST_SIZE):
                 count(answers)
         missing, wanted = count_missing(client, asked)
         _, _, corrupt = client.take_lookups()

@@ -1,1 +1,1 @@
-"""Rows of a dataset -> token ids, in the order and groups in which they are learned."""
+"""The path from rows of a dataset to token ids, in training order and micro-batches."""

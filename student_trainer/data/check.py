@@ -1,4 +1,4 @@
-"""Checks of rows and of the examples made of them, before a model loads."""
+"""Checks of dataset rows and of the examples made from them, before a model loads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from student_trainer.data.sample import Example
 def check_token_ids(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    """Refuse rows with tokens that an output layer has no row for.
+    """Refuse examples that hold a token id outside the shared vocabulary.
+
+    Args:
+        vocab_size: the ids that both models' output layers have.
 
     Raises:
-        DatasetError: names row and token.
+        DatasetError: a token id is outside; names the row and the token.
     """
     for example in examples:
         sample = example.sample
@@ -37,7 +40,7 @@ def check_token_ids(
 def texts_of(
     rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataArguments
 ) -> Iterator[tuple[str, str]]:
-    """Yield (where it stands, text) of every text of a row that is rendered."""
+    """Yield (where, text) for every text of the rows that will be tokenized."""
     for where, row in rows:
         parsed = read_row(where, dict(row), options)
         if isinstance(parsed, PlainText):

@@ -1,4 +1,4 @@
-"""Samples -> tensors: padded or packed inputs, and which hidden states predict which tokens."""
+"""The collation of samples: padded or packed input tensors, and the positions that predict."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from student_trainer.data.sample import Sample
 def model_inputs(
     samples: Sequence[Sample], pad_token_id: int, *, packed: bool
 ) -> dict[str, torch.Tensor]:
-    """What the model's forward takes, all int64.
+    """Return the inputs of the model's forward pass, all int64.
 
     Padded: input_ids and attention_mask [B, L], padded on the right. Packed: input_ids and
-    position_ids [1, ΣL], sequence after sequence; positions that begin anew tell them apart.
+    position_ids [1, ΣL], one sequence after another; position_ids restart at 0 for each sequence.
     """
     sequences = [torch.from_numpy(sample.token_ids.astype(np.int64)) for sample in samples]
     if packed:
@@ -31,19 +31,21 @@ def model_inputs(
     }
 
 
-def predicting_rows(
+def predicting_positions(
     samples: Sequence[Sample], masks: Sequence[NDArray[np.bool_]], *, packed: bool
 ) -> torch.Tensor:
-    """[N] int64: index of the hidden state that predicts each masked token, in the flat inputs.
+    """Return the position whose hidden state predicts each selected token, [N] int64.
+
+    A position is an index into the flattened inputs of `model_inputs`.
 
     Args:
-        masks: for each sample, which of its completion tokens [T].
+        masks: for each sample, True for the selected completion tokens [T].
     """
     lengths = [len(sample.token_ids) for sample in samples]
-    # Where each sequence begins: b·L, or after all those before it.
+    # A sequence starts at b·L in padded inputs, and after the previous one in packed inputs.
     starts = np.cumsum([0, *lengths]) if packed else max(lengths) * np.arange(len(lengths) + 1)
-    rows = [
+    positions = [
         start + sample.completion_start - 1 + np.flatnonzero(mask)
         for start, sample, mask in zip(starts[:-1], samples, masks, strict=True)
     ]
-    return torch.from_numpy(np.concatenate(rows))
+    return torch.from_numpy(np.concatenate(positions))

@@ -1,7 +1,8 @@
-"""The columns of a row, in any of the forms that people have, as one conversation or plain text.
+"""The reading of a dataset row, in any supported format, as a conversation or plain text.
 
-Where a row has several, the first of these counts: ``messages``; the prompt column with or without
-the completion column; ShareGPT's ``conversations``; Alpaca's ``instruction``.
+Where a row has columns of several formats, the first of these is used: ``messages``; the prompt
+column with or without the completion column; ShareGPT's ``conversations``; Alpaca's
+``instruction``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from student_trainer.data.messages import Message
 Form = Literal["messages", "prompt", "conversations", "instruction"]
 
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-# Who speaks, by the names that ShareGPT's descendants use.
+# Role names in ShareGPT-like datasets -> OpenAI's roles.
 SPEAKERS = {
     "system": "system", "developer": "developer",
     "human": "user", "user": "user",
@@ -31,12 +32,12 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row of messages, in OpenAI's form.
+    """A row of messages, in OpenAI's format.
 
     Attributes:
         prompt: the turns before the completion, at least one.
         completion: the assistant's turn that is learned, or None for a bare prompt.
-        tools: functions that the template is to print, in OpenAI's form, or None.
+        tools: functions that the template shall print, in OpenAI's format, or None.
         template_kwargs: options of the chat template that this row sets itself.
     """
 
@@ -48,14 +49,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A row of text that no template touches; ``completion`` is None for a bare prompt."""
+    """A row of plain text, used without a template; ``completion`` is None for a bare prompt."""
 
     prompt: str
     completion: str | None
 
 
 def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Conversation | PlainText:
-    """Return what a row holds.
+    """Return a row as a conversation or plain text.
 
     Args:
         where: file and line, or row number, for messages.
@@ -67,14 +68,16 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
     if form is None:
         raise DatasetError(
             f"{where}: neither messages nor {options.prompt_column!r}; the row has "
-            f"{sorted(row)}.{_nearest(options.prompt_column, row)} Name the columns with "
+            f"{sorted(row)}.{_suggestion(options.prompt_column, row)} Name the columns with "
             "--prompt_column and --completion_column"
         )
     if form == "prompt":
-        prompt, completion = _prompted(where, row, options)
+        prompt, completion = _read_prompt(where, row, options)
         if isinstance(prompt, str):
             for column in (*_TEMPLATE_COLUMNS, "system"):
-                if row.get(column) and (column == "system" or _column_of(where, row, column)):
+                if row.get(column) and (
+                    column == "system" or _read_template_column(where, row, column)
+                ):
                     raise DatasetError(
                         f"{where}: the column {column} is for a chat template, which a prompt of "
                         "plain text does not go through; give messages"
@@ -82,18 +85,22 @@ def read_row(where: str, row: dict[str, Any], options: DataArguments) -> Convers
             assert completion is None or isinstance(completion, str)
             return PlainText(prompt, completion)
     elif form == "instruction":
-        prompt, completion = _instructed(where, row, options)
+        prompt, completion = _read_instruction(where, row, options)
     else:
-        prompt, completion = _spoken(where, row, form)
+        prompt, completion = _read_messages(where, row, form)
     assert not isinstance(completion, str)
     _check_near_columns(where, row)
-    tools = _column_of(where, row, "tools")
-    kwargs = _column_of(where, row, "chat_template_kwargs")
+    tools = _read_template_column(where, row, "tools")
+    kwargs = _read_template_column(where, row, "chat_template_kwargs")
     return Conversation(prompt, completion, tools or None, kwargs or {})
 
 
 def _check_near_columns(where: str, row: Mapping[str, Any]) -> None:
-    """Raise `DatasetError` for a column that was meant for the template, by its name and form."""
+    """Refuse a column that looks like a misspelt ``tools`` or ``chat_template_kwargs``.
+
+    Raises:
+        DatasetError: names the column and the nearest known one.
+    """
     for column, value in row.items():
         structured = isinstance(value, list | dict) or str(value).lstrip()[:1] in ("[", "{")
         if not value or not structured or column in _TEMPLATE_COLUMNS:
@@ -107,11 +114,11 @@ def _check_near_columns(where: str, row: Mapping[str, Any]) -> None:
 
 
 def form_of(row: Mapping[str, Any], options: DataArguments) -> Form | None:
-    """Return in which form a row is read; None if it has no column that tells."""
+    """Return the format in which a row is read; None if it has no column of any format."""
     if row.get("messages") is not None:
         return "messages"
     if row.get(options.prompt_column) is not None:
-        # What stands in `input` belongs to the instruction, however its column was named.
+        # With --prompt_column instruction a row is still Alpaca's: its `input` column counts.
         return "instruction" if options.prompt_column == "instruction" else "prompt"
     others: tuple[Form, ...] = ("conversations", "instruction")
     for form in others:
@@ -121,7 +128,11 @@ def form_of(row: Mapping[str, Any], options: DataArguments) -> Form | None:
 
 
 def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataArguments) -> None:
-    """Raise `ConfigurationError` where a flag that names a column has no effect on any row."""
+    """Refuse flags that name a column which no row uses.
+
+    Raises:
+        ConfigurationError: names the flag, the column and why it has no effect.
+    """
     given = {
         flag: getattr(options, flag)
         for flag in ("prompt_column", "completion_column")
@@ -147,7 +158,7 @@ def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataAr
         if column not in columns:
             raise ConfigurationError(
                 f"--{flag} {column}: no row has this column; the columns are "
-                f"{', '.join(columns)}.{_nearest(column, columns)}"
+                f"{', '.join(columns)}.{_suggestion(column, columns)}"
             )
         held = [form for form in forms if form in ("messages", "conversations", "instruction")]
         why = f"the rows hold {' and '.join(held)}, which come first" if held else "it is empty"
@@ -156,18 +167,20 @@ def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataAr
         )
 
 
-def _nearest(column: str, columns: Iterable[str]) -> str:
+def _suggestion(column: str, columns: Iterable[str]) -> str:
     near = difflib.get_close_matches(column, [str(name) for name in columns], n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
-def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message], Message | None]:
-    """Return prompt and completion of ``messages`` or ``conversations``."""
+def _read_messages(
+    where: str, row: dict[str, Any], form: Form
+) -> tuple[list[Message], Message | None]:
+    """Return prompt and completion from the column ``messages`` or ``conversations``."""
     value = json_value(where, form, row[form])
     if form == "messages":
         messages = _check_messages(where, form, value)
     else:
-        messages = _check_messages(where, form, _renamed(where, form, value))
+        messages = _check_messages(where, form, _rename_turn_keys(where, form, value))
     messages = _with_system(where, row, messages)
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:
@@ -181,14 +194,14 @@ def _spoken(where: str, row: dict[str, Any], form: Form) -> tuple[list[Message],
     return messages, None
 
 
-def _renamed(where: str, column: str, turns: Any) -> Any:
-    """Return turns with ``role`` and ``content`` in the place of ``from`` and ``value``."""
+def _rename_turn_keys(where: str, column: str, turns: Any) -> Any:
+    """Return ShareGPT's turns with the keys ``role`` and ``content``."""
     if not isinstance(turns, list):
         return turns
     made = []
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict) or ("from" not in turn and "value" not in turn):
-            made.append(turn)  # of role and content, or refused with those
+            made.append(turn)  # it has role and content already, or `_check_messages` refuses it
             continue
         for key in ("from", "value"):
             if not isinstance(turn.get(key), str):
@@ -208,7 +221,7 @@ def _renamed(where: str, column: str, turns: Any) -> Any:
 
 
 def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Return the messages after what the ``system`` column says, if it is there."""
+    """Return the messages with the text of the ``system`` column, if any, as the first one."""
     system = _text_of(where, row, "system")
     if not system:
         return messages
@@ -223,10 +236,10 @@ def _with_system(where: str, row: dict[str, Any], messages: list[Message]) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def _instructed(
+def _read_instruction(
     where: str, row: dict[str, Any], options: DataArguments
 ) -> tuple[list[Message], Message | None]:
-    """Return prompt and completion of Alpaca's columns."""
+    """Return prompt and completion from Alpaca's columns."""
     instruction, rest = _text_of(where, row, "instruction"), _text_of(where, row, "input")
     column = options.completion_column
     if column == DataArguments.completion_column and row.get("output") is not None:
@@ -255,10 +268,13 @@ def _instructed(
     return messages, None if answer is None else {"role": "assistant", "content": answer}
 
 
-def _prompted(
+def _read_prompt(
     where: str, row: dict[str, Any], options: DataArguments
 ) -> tuple[Any, Message | str | None]:
-    """Return prompt and completion of the two columns: messages, or both as text."""
+    """Return prompt and completion from the prompt and completion columns.
+
+    Both are messages, or both are plain text.
+    """
     prompt, completion = row[options.prompt_column], row.get(options.completion_column)
     turns = _messages_in(prompt)
     if turns is not None:
@@ -278,14 +294,14 @@ def _prompted(
         raise DatasetError(f"{where}: prompt and completion must both be text, or both messages")
     if completion == "":
         raise DatasetError(f"{where}: the completion is empty; there is nothing to learn")
-    if options.prompt_column != "prompt":  # a mapped column of a chat dataset: one user turn
+    if options.prompt_column != "prompt":  # a renamed column is a chat dataset's: one user turn
         turn = None if completion is None else {"role": "assistant", "content": completion}
         return _with_system(where, row, [{"role": "user", "content": prompt}]), turn
     return prompt, completion
 
 
 def _messages_in(value: Any) -> list[Any] | None:
-    """Return the messages that a text is JSON of, as CSV cells have them; None for other text."""
+    """Return the messages of a JSON text, as CSV cells hold them; None for any other value."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     try:
@@ -306,7 +322,7 @@ def _text_of(where: str, row: dict[str, Any], column: str) -> str | None:
 
 
 def json_value(where: str, column: str, value: Any) -> Any:
-    """Return the value, or what its JSON text says."""
+    """Return the value, parsed where it is JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -315,8 +331,8 @@ def json_value(where: str, column: str, value: Any) -> Any:
         raise DatasetError(f"{where}: {column} is text, but not valid JSON: {error}") from error
 
 
-def _column_of(where: str, row: dict[str, Any], column: str) -> Any:
-    """Return ``tools`` or ``chat_template_kwargs``, which may be JSON text; None where empty."""
+def _read_template_column(where: str, row: dict[str, Any], column: str) -> Any:
+    """Return the column ``tools`` or ``chat_template_kwargs``, parsed; None where it is empty."""
     value = row.get(column)
     if value is None or value == "":
         return None

@@ -1,8 +1,8 @@
-"""Text -> token ids, where the ids of a part are those that it has in the whole.
+"""The tokenization of prompts and completions, with the ids that the joined text would have.
 
 Two things go wrong when parts are tokenized alone. A SentencePiece tokenizer puts a space before
 every text, so a completion tokenized by itself begins with one that nobody wrote. And text that
-looks like a control token (`<|im_end|>` in a tutorial about templates) is read as that token.
+looks like a control token (`<|im_end|>` in a tutorial about templates) becomes that token.
 """
 
 from __future__ import annotations
@@ -17,25 +17,32 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.errors import DatasetError
 
-# Survives whatever a template does to text: trimming, JSON, splitting at tags.
+# A placeholder must survive what templates do to text: trimming, JSON, splitting at tags.
 _PLACEHOLDER = "Qz7Literal{}zQ"
 _PLACEHOLDERS = re.compile(r"Qz7Literal(\d+)zQ")
-# A tokenizer that adds a space to a text's beginning adds it here, and not to what follows.
+# A tokenizer that prepends a space puts it before the anchor, not before the text that follows.
 _ANCHORS = ("\n", "a", ".")
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, and which of its tokens only a template may write."""
+    """A tokenizer that keeps control tokens apart from text that only looks like them.
+
+    Attributes:
+        stop_ids: tokens that end a completion.
+        literals: strings in rows that look like control tokens, in the order of their placeholders.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     stop_ids: Sequence[int] = ()
-    # Strings that stood in a row and look like control tokens, in the order of their placeholders.
     literals: list[str] = field(default_factory=list)
 
     @cached_property
     def control_tokens(self) -> frozenset[str]:
-        """Special tokens, those that end a completion, and `<|…|>` that the template prints."""
+        """The tokens that only a template may write.
+
+        These are special tokens, tokens that end a completion, and `<|…|>` that the template names.
+        """
         template = str(self.tokenizer.chat_template or "")
         return frozenset(
             token.content
@@ -51,12 +58,12 @@ class Encoder:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def find_control_token(self, text: str) -> str | None:
-        """Return the first control token that ``text`` spells, or None."""
+        """Return the first control token in ``text``, or None."""
         found = self._control.search(text)
         return found[0] if found else None
 
     def protect(self, value: Any) -> Any:
-        """Return ``value`` with a placeholder for all text in it that looks like a control token.
+        """Return ``value`` with placeholders in place of text that looks like a control token.
 
         Args:
             value: text, or lists and dicts of it at any depth.
@@ -75,7 +82,7 @@ class Encoder:
         return _PLACEHOLDER.format(self.literals.index(found[0]))
 
     def restore(self, text: str) -> str:
-        """Return ``text`` with what the placeholders stand for."""
+        """Return ``text`` with its placeholders replaced by the original text."""
         return _PLACEHOLDERS.sub(lambda found: self.literals[int(found[1])], text)
 
     @cached_property
@@ -87,9 +94,9 @@ class Encoder:
         return whole[: next(starts, 0)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a text that begins a sequence: with a BOS, but never with two.
+        """Return the ids of a text that begins a sequence, with exactly one BOS if there is one.
 
-        What a tokenizer puts behind a text is left out: a completion follows.
+        Tokens that the tokenizer appends to a text are left out, because a completion follows.
         """
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos):
@@ -97,10 +104,10 @@ class Encoder:
         return [*self.leading_ids, *self.encode(text)]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text; control tokens are read, placeholders are plain text.
+        """Return the ids of a text; control tokens become tokens, placeholders plain text.
 
         Raises:
-            DatasetError: text that looks like a control token cannot be written without it.
+            DatasetError: the tokenizer cannot encode a placeholder's text as plain text.
         """
         literal = _PLACEHOLDERS.search(text)
         if literal is None:
@@ -114,7 +121,7 @@ class Encoder:
             if found:
                 ids.append(int(self.tokenizer.convert_tokens_to_ids(found[0])))
                 start = found.end()
-        # SentencePiece writes a space as this character, and cannot tell the two apart.
+        # SentencePiece encodes a space as this character, so the two cannot be told apart.
         if self._decode(ids).replace("▁", " ") != self.restore(text).replace("▁", " "):
             raise DatasetError(
                 f"the text {self.restore(literal[0])!r} looks like a control token, and this "
@@ -126,18 +133,20 @@ class Encoder:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def encode_literally(self, text: str) -> list[int]:
-        """Return the ids of a text in which nothing is a control token.
+        """Return the ids of a text without reading any control token in it.
 
         Raises:
-            DatasetError: text that looks like a control token cannot be written without it.
+            DatasetError: the tokenizer cannot encode it as plain text.
         """
         return self.encode(self.protect(text))
 
     def _encode_literally(self, text: str) -> list[int]:
+        """Return the ids of an original text, split so that none of them is a control token."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if not self._control_ids.intersection(ids):
             return list(ids)
-        # Tokens that are not marked as special are found all the same; not in halves.
+        # `split_special_tokens` does not split control tokens that are not marked as special, so
+        # the text is cut within each of them.
         ids, start = [], 0
         for found in self._control.finditer(text):
             ids += self.tokenizer(text[start : found.start() + 1], add_special_tokens=False)[
@@ -153,16 +162,16 @@ class Encoder:
         )
 
     def encode_after(self, prefix: str, prefix_ids: Sequence[int], text: str) -> list[int]:
-        """Return the ids of ``text`` where it follows ``prefix``, whose ids are given.
+        """Return the ids of ``text`` after ``prefix``, whose ids are given.
 
-        These are the ids that the whole has there. Where a token of the whole spans both, they are
-        ids of ``text`` alone that give it back when they stand after the prefix.
+        These are the ids that ``prefix + text`` has there. Where one token spans both, they are ids
+        of ``text`` alone that decode to it after the prefix.
 
         Raises:
-            DatasetError: no ids do.
+            DatasetError: there are no such ids.
         """
         whole = self.encode(prefix + text)
-        for leading in ([], self.leading_ids):  # a BOS that the prefix's text has not
+        for leading in ([], self.leading_ids):  # the prefix's ids may have a BOS, its text has none
             if [*leading, *whole][: len(prefix_ids)] == list(prefix_ids):
                 return [*leading, *whole][len(prefix_ids) :]
         wanted = self.restore(text)
@@ -177,6 +186,6 @@ class Encoder:
         )
 
     def _adds(self, prefix_ids: Sequence[int], ids: Sequence[int], text: str) -> bool:
-        """Tell whether ``ids`` behind the last of ``prefix_ids`` read as ``text``."""
+        """Return whether ``ids`` decode to ``text`` after the last of ``prefix_ids``."""
         before = list(prefix_ids[-16:])
         return self._decode([*before, *ids]) == self._decode(before) + text

@@ -1,4 +1,4 @@
-"""Which tokens end a completion: of a conversation, and of plain text."""
+"""The tokens that end a completion, in conversations and in plain text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared.protocol import InfoResponse
 def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> list[int]:
-    """Return the tokens that end a completion; the first is appended where one lacks its end.
+    """Return the tokens that end a completion; the first is appended to completions without one.
 
-    That is the tokenizer's EOS, or without one the model's own; the model's others follow, sorted.
+    The first is the tokenizer's EOS, or else the model's; the model's others follow, sorted.
 
     Raises:
-        DatasetError: there is none, so no completion could ever end.
+        DatasetError: there is no such token, so no completion could ever end.
     """
     own = sorted(_configured(generation_config))
     ids = own if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id), *own]
@@ -31,11 +31,11 @@ def stop_token_ids(
 def text_end_id(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> int | None:
-    """Return the token that ends plain text, where that is not the first of `stop_token_ids`.
+    """Return the token that ends plain text, or None where it is the first of `stop_token_ids`.
 
     A base model may come with the tokenizer of its chat model, whose EOS ends a turn: Gemma 3's is
-    ``<end_of_turn>``, which the base model never writes. What ends its texts is in its own
-    generation configuration.
+    ``<end_of_turn>``, which the base model never writes. The token that ends its texts is in its
+    own generation configuration.
     """
     own = _configured(generation_config)
     if not own or tokenizer.eos_token_id in own:
@@ -46,9 +46,9 @@ def text_end_id(
 def compare_ends(
     tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], info: InfoResponse
 ) -> str | None:
-    """Return what a user should know where the teacher ends completions with another token.
+    """Return a warning where the teacher ends completions with a token that the student does not.
 
-    A base student beside a chat teacher is the usual case: the teacher writes ``<|im_end|>``, at
+    The usual case is a base student with a chat teacher: the teacher writes ``<|im_end|>``, at
     which the student's own completions do not stop, so they run to the length limit.
     """
     main = info.tokenizer.special_token_ids.get("eos_token")

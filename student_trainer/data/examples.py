@@ -1,4 +1,4 @@
-"""One row -> examples: token ids of prompt and completion, and which of them are learned."""
+"""The tokenizer of a dataset row: prompt and completion ids, and which of them are learned."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from student_trainer.data.encode import Encoder
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.template import ChatTemplate, TemplateOptions, Turn
 
-# An example's index is its row's number, with the number of its turn above these bits.
+# The low bits of an example's index are its row's number, the bits above its turn's number.
 _ROW_BITS = 32
 
 
 def row_of(example: Example) -> int:
-    """Return the number of the row that an example was made of."""
+    """Return the number of the dataset row that an example was made from."""
     return example.index & ((1 << _ROW_BITS) - 1)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A prompt and what follows it, as ids.
+class _TokenizedTurn:
+    """The token ids of a prompt and of the completion after it.
 
     Attributes:
-        text: the prompt, for reports.
-        completion_ids: learned, its end token included; None for a bare prompt.
+        text: the prompt as text, for reports.
+        completion_ids: with the end token; None for a bare prompt.
+        notes: as in `Example`.
     """
 
     text: str
@@ -47,15 +48,15 @@ class _Part:
 
 @dataclass(frozen=True)
 class RowTokenizer:
-    """A function of a row alone, so that rows can be tokenized in any process and order.
+    """A callable that turns a dataset row into examples, in any process and order.
 
     Attributes:
-        stop_ids: tokens that end a completion; the first is appended where one lacks its end.
+        stop_ids: tokens that end a completion; the first is appended to completions without one.
         text_end: the one of them that is appended to plain text; None for the first.
-        max_length: longest prompt and completion, in tokens.
-        template: what the chat template is told.
-        one_sequence: several assistant turns are learned as spans of one sequence where the
-            template leaves history alone; for methods that generate nothing.
+        max_length: longest prompt and completion together, in tokens.
+        template: options of the chat template.
+        one_sequence: learn several assistant turns as spans of one sequence where the template
+            prints earlier turns unchanged; for methods that generate nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -72,16 +73,16 @@ class RowTokenizer:
 
     @cached_property
     def chat(self) -> ChatTemplate:
-        """The chat template.
+        """The chat template under the options.
 
         Raises:
-            ConfigurationError: it does not read the options.
+            ConfigurationError: the template does not read one of the options.
         """
         return ChatTemplate(self.encoder, self.template)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over everything that the examples of a row depend on."""
+        """The SHA-256 (hex) of everything but the row that its examples depend on."""
         identity = tokenizer_identity(self.tokenizer)
         backend = getattr(self.tokenizer, "_tokenizer", None)
         told = [
@@ -103,7 +104,7 @@ class RowTokenizer:
         """Return the examples of a row: one, or one for each assistant turn.
 
         Args:
-            index: position of the row in the dataset.
+            index: number of the row in the dataset.
             where: file and line, or row number, for messages.
 
         Raises:
@@ -115,15 +116,15 @@ class RowTokenizer:
             raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
         parsed = read_row(where, row, self.options)
         if isinstance(parsed, PlainText):
-            return [self._example(index, where, self._plain(where, parsed), checker)]
+            return [self._example(index, where, self._tokenize_text(where, parsed), checker)]
         conversations = [parsed]
         if self.options.learns_all_turns:
             conversations = _assistant_turns(where, parsed)
-        parts = [self._part(where, conversation) for conversation in conversations]
+        parts = [self._tokenize_conversation(where, conversation) for conversation in conversations]
         if len(parts) == 1:
             return [self._example(index, where, parts[0], checker)]
         if self.one_sequence:
-            sample = self._spans(where, parts)
+            sample = self._join_turns(where, parts)
             if sample is not None:
                 last = parts[-1]
                 prompt_ids = np.asarray(last.prompt_ids, dtype=np.uint32)
@@ -140,7 +141,7 @@ class RowTokenizer:
         return examples
 
     def _example(
-        self, index: int, where: str, part: _Part, checker: dict[str, Any] | None
+        self, index: int, where: str, part: _TokenizedTurn, checker: dict[str, Any] | None
     ) -> Example:
         prompt_ids = np.asarray(part.prompt_ids, dtype=np.uint32)
         if not len(prompt_ids):
@@ -165,8 +166,8 @@ class RowTokenizer:
             )
         return Example(index, where, prompt_ids, sample, checker, part.text, part.notes)
 
-    def _plain(self, where: str, row: PlainText) -> _Part:
-        """Return the ids of text as it stands; a completion gets its end token."""
+    def _tokenize_text(self, where: str, row: PlainText) -> _TokenizedTurn:
+        """Return the ids of plain text; the completion gets its end token."""
         prompt, completion, ends = row.prompt, row.completion, False
         stops = [str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_ids]
         reads = self.options.split_special_tokens
@@ -187,7 +188,7 @@ class RowTokenizer:
             prompt, completion = self.encoder.protect(prompt), self.encoder.protect(completion)
         prompt_ids = self.encoder.encode_prompt(prompt)
         if completion is None:
-            return _Part(row.prompt, prompt_ids, None)
+            return _TokenizedTurn(row.prompt, prompt_ids, None)
         try:
             ids = self.encoder.encode_after(prompt, prompt_ids, completion)
         except DatasetError as error:
@@ -203,31 +204,33 @@ class RowTokenizer:
             end = self.stop_ids[stops.index(stop)]
         else:
             end = self.stop_ids[0] if self.text_end is None else self.text_end
-        return _Part(row.prompt, prompt_ids, [*ids, end])
+        return _TokenizedTurn(row.prompt, prompt_ids, [*ids, end])
 
-    def _part(self, where: str, conversation: Conversation) -> _Part:
+    def _tokenize_conversation(self, where: str, conversation: Conversation) -> _TokenizedTurn:
         try:
             turn = self.chat.first_turn(where, conversation)
             prompt_ids = self.encoder.encode(turn.prompt)
             completion_ids = None
             if turn.completion is not None:
                 ids = self.encoder.encode_after(turn.prompt, prompt_ids, turn.completion)
-                completion_ids = self._ended(where, conversation, turn, ids)
+                completion_ids = self._with_end_token(where, conversation, turn, ids)
         except DatasetError as error:
             text = self.encoder.restore(str(error))
             raise DatasetError(text if text.startswith(where) else f"{where}: {text}") from error
-        return _Part(self.encoder.restore(turn.prompt), prompt_ids, completion_ids, turn.notes)
+        return _TokenizedTurn(
+            self.encoder.restore(turn.prompt), prompt_ids, completion_ids, turn.notes
+        )
 
-    def _ended(
+    def _with_end_token(
         self, where: str, conversation: Conversation, turn: Turn, ids: list[int]
     ) -> list[int]:
-        """Return the ids up to and with their end token."""
+        """Return a completion's ids up to its end token, which is appended where it is missing."""
         ends = [number for number, token in enumerate(ids) if token in self.stop_ids]
         if ends:
-            return ids[: ends[0] + 1]  # templates print a newline after the end of the turn
+            return ids[: ends[0] + 1]  # templates print a newline after the end token
         following = self.chat.token_after(where, conversation, turn)
         if following in self.stop_ids:
-            return [*ids, following]  # GLM: whoever speaks next ends the turn
+            return [*ids, following]  # in GLM's template the next turn's first token ends a turn
         completion = str(turn.completion).rstrip()
         for token in self.tokenizer.all_special_tokens:
             if completion.endswith(token):
@@ -238,8 +241,12 @@ class RowTokenizer:
                 )
         return [*ids, self.stop_ids[0]]
 
-    def _spans(self, where: str, parts: Sequence[_Part]) -> Sample | None:
-        """Return one sequence in which all turns are learned, or None where they are not in it."""
+    def _join_turns(self, where: str, parts: Sequence[_TokenizedTurn]) -> Sample | None:
+        """Return one sequence that holds all turns; None where a turn is not a prefix of the last.
+
+        Raises:
+            RowTooLongError: the first turn begins beyond the length limit.
+        """
         last = parts[-1]
         whole = [*last.prompt_ids, *(last.completion_ids or ())]
         mask = np.zeros(len(whole), dtype=bool)
@@ -265,9 +272,9 @@ class RowTokenizer:
 
 
 def _assistant_turns(where: str, row: Conversation) -> list[Conversation]:
-    """Return a conversation for each assistant turn that follows another turn.
+    """Return a conversation for each learned assistant turn that follows another turn.
 
-    A turn of ``weight`` 0 is not learned, as in OpenAI's format.
+    As in OpenAI's format, a turn of ``weight`` 0 is not learned.
     """
     turns = [*row.prompt, *([] if row.completion is None else [row.completion])]
     continues = row.completion is not None and row.prompt[-1]["role"] == "assistant"
@@ -276,7 +283,7 @@ def _assistant_turns(where: str, row: Conversation) -> list[Conversation]:
         if message["role"] != "assistant" or number == 0 or message.get("weight") == 0:
             continue
         if continues and number == len(turns) - 2:
-            continue  # the beginning of the last
+            continue  # it is the beginning of the last turn
         made.append(Conversation(turns[:number], message, row.tools, row.template_kwargs))
     if not made and any(message["role"] == "assistant" for message in turns):
         raise DatasetError(f"{where}: no assistant turn that is learned follows another turn")

@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form -> messages as chat templates read them."""
+"""The conversion of messages in OpenAI's format into the forms that chat templates read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shared.errors import DatasetError
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Names under which templates read an assistant's thoughts.
+# Keys under which templates read an assistant's thoughts.
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# What messages of OpenAI's form have.
+# Keys of messages in OpenAI's format.
 KEYS = (
     "role",
     "content",
@@ -31,17 +31,17 @@ _THOUGHT = re.compile(r"\A(.*?)</think>", re.DOTALL)
 
 
 def normalise(where: str, messages: Sequence[Message], template: str) -> list[Message]:
-    """Return the messages with text contents, known roles and tool calls of one form.
+    """Return the messages with text contents, known roles and tool calls in one format.
 
     Parts of text become one text. A developer's turn is a system turn where the template knows no
-    developer, as in OpenAI's API. Thoughts stand under every name that the template reads.
+    developer, as in OpenAI's API. Thoughts are put under every key that the template reads.
 
     Args:
         where: file and line, or row number, for messages.
         template: source of the chat template.
 
     Raises:
-        DatasetError: names the row and the message that a template could not mean.
+        DatasetError: a message is malformed; names the row and the message.
     """
     return [
         _normalised(f"{where}: messages[{number}]", message, template)
@@ -63,7 +63,7 @@ def _normalised(where: str, message: Message, template: str) -> Message:
     if "function_call" in made:
         raise DatasetError(f"{where} has a function_call, OpenAI's old form; give tool_calls")
     if not made.get("tool_calls", True):
-        del made["tool_calls"]  # some templates ask whether the key is there
+        del made["tool_calls"]  # some templates test only whether the key exists
     elif "tool_calls" in made:
         if role != "assistant":
             raise DatasetError(f"{where} has tool_calls, but its role is {role!r}")
@@ -79,7 +79,11 @@ def _normalised(where: str, message: Message, template: str) -> Message:
 
 
 def _check_keys(where: str, message: Message, template: str) -> None:
-    """Raise `DatasetError` for what a message holds and no template would print."""
+    """Refuse a message with keys that the template would not print.
+
+    Raises:
+        DatasetError: names the message and the key.
+    """
     thoughts = {name: message[name] for name in REASONING if message.get(name)}
     if thoughts and message["role"] != "assistant":
         raise DatasetError(
@@ -91,7 +95,7 @@ def _check_keys(where: str, message: Message, template: str) -> None:
     for key in message:
         if key in KEYS or message[key] is None:
             continue
-        if re.search(rf"(?:\.|['\"]){re.escape(key)}\b", template):  # a key of the template's own
+        if re.search(rf"(?:\.|['\"]){re.escape(key)}\b", template):  # the template reads this key
             continue
         near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
         if near:
@@ -101,7 +105,7 @@ def _check_keys(where: str, message: Message, template: str) -> None:
 
 
 def reasoning_of(message: Message) -> str | None:
-    """Return what an assistant thought before its answer, where that is a field of its own."""
+    """Return the thoughts that a message holds under a key of their own, or None."""
     for name in REASONING:
         if isinstance(message.get(name), str):
             return str(message[name])
@@ -109,14 +113,14 @@ def reasoning_of(message: Message) -> str | None:
 
 
 def before_thoughts(content: str) -> str:
-    """Return the text in front of ``<think>``, where a thought follows that ends."""
+    """Return the text before ``<think>`` if ``</think>`` follows, else an empty text."""
     found = _THOUGHT.match(content)
     before, tag, _ = ("", "", "") if found is None else found[1].partition("<think>")
     return before if tag else ""
 
 
 def split_thoughts(content: str) -> tuple[str | None, str]:
-    """Return the thoughts in front of ``</think>`` within a content, if any, and the answer."""
+    """Return the thoughts before ``</think>`` in a content, or None, and the answer after it."""
     found = _THOUGHT.match(content)
     if found is None:
         return None, content
@@ -124,10 +128,10 @@ def split_thoughts(content: str) -> tuple[str | None, str]:
 
 
 def text_of(where: str, content: Any) -> str | None:
-    """Return the text of a content, whose parts are joined.
+    """Return a content as one text, its parts joined.
 
     Raises:
-        DatasetError: a part is no text.
+        DatasetError: a part is not text.
     """
     if content is None or isinstance(content, str):
         return content
@@ -152,7 +156,7 @@ def text_of(where: str, content: Any) -> str | None:
 
 
 def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
-    """Return calls as ``{"type", "function": {"name", "arguments"}}``, arguments as an object."""
+    """Return tool calls as ``{"type", "function": {"name", "arguments"}}``, arguments parsed."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise DatasetError(f"{where}: tool_calls must be a list of objects")
     made = []
@@ -179,7 +183,7 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
 
 
 def with_text_arguments(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with the arguments of tool calls as JSON text, as some templates want."""
+    """Return the messages with tool-call arguments as JSON text, which some templates expect."""
     return [
         {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
@@ -195,9 +199,10 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_content(messages: Sequence[Message], *, of_calls: str | None) -> list[Message]:
-    """Return the messages with a content each: that of a bare tool call is ``of_calls``.
+    """Return the messages with a content each.
 
-    ``"missing"`` leaves the key out.
+    Args:
+        of_calls: content of a tool call without one; ``"missing"`` leaves the key out.
     """
     made = []
     for message in messages:
@@ -211,7 +216,7 @@ def with_content(messages: Sequence[Message], *, of_calls: str | None) -> list[M
 
 
 def leaves_of(value: Any) -> list[str]:
-    """Return all keys and scalar values of a tool call's arguments as they may be printed."""
+    """Return all keys and scalar values of a tool call's arguments, as texts."""
     if isinstance(value, Mapping):
         return [leaf for key, inner in value.items() for leaf in (str(key), *leaves_of(inner))]
     if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
-"""Which samples of an optimizer step share a micro-batch: told by their lengths alone.
+"""The grouping of an optimizer step's samples into micro-batches, by their lengths alone.
 
-Samples of like lengths stand together, so that padding is little. The step's gradient is normalised
-by all its tokens, so how they are grouped changes it by rounding only. Longest first, so that a
-step that does not fit the memory fails in its first pass; or, where the student wrote them,
-shortest first: they were written first, and so scored first. Either way ranks meet micro-batches
-of about their own size.
+Samples of similar length are grouped, so there is little padding. The gradient is normalised by all
+tokens of the step, so the grouping changes it by rounding only. The longest come first, so that a
+step that does not fit the memory fails in its first pass. Completions of the student come shortest
+first, because these were written and scored first. Either way, micro-batches that ranks compute at
+the same time have similar sizes.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def by_length(lengths: Sequence[int], *, shortest_first: bool = False) -> list[int]:
-    """Indices of the samples; those of equal length as they come."""
+def order_by_length(lengths: Sequence[int], *, shortest_first: bool = False) -> list[int]:
+    """Return the indices of the samples sorted by length, equal lengths in the given order."""
     sign = 1 if shortest_first else -1
     return sorted(range(len(lengths)), key=lambda index: sign * lengths[index])
 
 
-def of_sizes(
+def group_by_sizes(
     lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool = False
 ) -> list[list[int]]:
-    """Indices of the samples, as many in each micro-batch as ``sizes`` says."""
-    order = by_length(lengths, shortest_first=shortest_first)
+    """Return the indices of the samples in micro-batches of the given ``sizes``."""
+    order = order_by_length(lengths, shortest_first=shortest_first)
     ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
     return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def within_budget(
+def group_within_budget(
     lengths: Sequence[int], budget: int, *, packed: bool, shortest_first: bool = False
 ) -> list[list[int]]:
-    """Indices of the samples, in the fewest micro-batches of at most ``budget`` tokens.
+    """Return the indices of the samples in the fewest micro-batches of at most ``budget`` tokens.
 
-    Neighbours in length stand together; among equally few micro-batches, those with the least
-    padding. A sample longer than the budget is alone.
+    A micro-batch holds neighbours in length; of equally few micro-batches, those with the least
+    padding are taken. A sample longer than the budget is alone.
 
     Args:
-        packed: a micro-batch counts its own tokens; else rows times the longest.
+        packed: count a micro-batch's own tokens; else samples times the longest length.
     """
-    order = by_length(lengths, shortest_first=shortest_first)
-    # For the first n of the order: (micro-batches, tokens, where the last of them begins).
+    order = order_by_length(lengths, shortest_first=shortest_first)
+    # best[n] is (micro-batches, tokens, start of the last micro-batch) for the first n samples.
     best = [(0, 0, 0)]
     for end in range(1, len(order) + 1):
         choices: list[tuple[int, int, int]] = []
@@ -64,11 +64,13 @@ def within_budget(
     return groups
 
 
-def split_into(groups: Sequence[list[int]], count: int) -> list[list[int]]:
-    """``count`` micro-batches, by halving those of the most samples: ranks must have equally many.
+def split_to_count(groups: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Return ``count`` micro-batches, made by halving those with the most samples.
+
+    Ranks must have the same number of micro-batches.
 
     Raises:
-        ValueError: there are fewer samples than that.
+        ValueError: there are fewer samples than ``count``.
     """
     split = list(groups)
     while len(split) < count:
@@ -83,11 +85,11 @@ def split_into(groups: Sequence[list[int]], count: int) -> list[list[int]]:
     return split
 
 
-def over_substeps(micro_batches: Sequence[T], count: int) -> list[list[T]]:
-    """The micro-batches over the ``count`` substeps that the Trainer makes of an optimizer step.
+def assign_to_substeps(micro_batches: Sequence[T], count: int) -> list[list[T]]:
+    """Return the micro-batches of each of the ``count`` substeps of the Trainer's optimizer step.
 
-    One each and the rest in the last, which alone adds gradients over ranks; where there are fewer
-    than substeps, some are empty, but never the last.
+    Each substep has one, and the last one the rest, because it alone reduces gradients over ranks.
+    With fewer micro-batches than substeps some substeps are empty, but never the last.
     """
     single = min(len(micro_batches), count) - 1
     empty: list[list[T]] = [[] for _ in range(count - 1 - single)]

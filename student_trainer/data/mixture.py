@@ -1,4 +1,4 @@
-"""Several datasets in one epoch, each with its share."""
+"""The mixture of several datasets in one epoch, each with its share of the rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from student_trainer.data.sample import Example
 
 @dataclass(frozen=True)
 class Mixture:
-    """Datasets that stand one behind the other, and how often a row of each comes.
+    """The datasets of a concatenation and their shares of an epoch.
 
     Attributes:
-        names: of the datasets, for messages.
-        sizes: rows of each.
+        names: names of the datasets, for messages.
+        sizes: number of rows of each dataset.
         weights: relative shares of the rows of an epoch; None for each row once.
-        seed: of which rows come once more than others.
+        seed: seed that chooses the rows which are repeated once more than others.
     """
 
     names: Sequence[str]
@@ -30,11 +30,14 @@ class Mixture:
 
 
 def mix(examples: Sequence[Example], mixture: Mixture) -> tuple[list[Example], list[str]]:
-    """Return the examples of an epoch, and a line about each dataset.
+    """Return the examples of an epoch, and a message about each dataset.
 
-    As `datasets.interleave_datasets` with ``all_exhausted``: the dataset that is largest for its
-    weight comes once, and rows of the others are repeated until the shares are right, so that no
-    row is left out. Repeats have an index of their own.
+    As in `datasets.interleave_datasets` with ``all_exhausted``, no row is left out: the dataset
+    that is largest for its weight is used once, and rows of the others are repeated until the
+    shares are right. A repeated example has its own index.
+
+    Raises:
+        DatasetError: every row of a dataset is left out.
     """
     total = sum(mixture.sizes)
     groups: list[dict[int, list[Example]]] = [{} for _ in mixture.sizes]  # row -> its examples

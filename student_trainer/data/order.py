@@ -1,7 +1,7 @@
-"""Which rows each optimizer step learns: a pure function of seed, step and rank.
+"""The order of training: the rows of each optimizer step, a function of seed, step and rank.
 
-So the trainer can look ahead as far as it likes, over the end of an epoch too, and a resumed run
-goes on where it was.
+So the trainer can look any number of steps ahead, across epochs too, and a resumed run continues
+where it stopped.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import torch
 
 
 class TrainingOrder:
-    """Row numbers in random order, anew in each epoch; the order that accelerate's loader has.
+    """A random order of row numbers, new in each epoch, equal to that of accelerate's loader.
 
     Args:
         rows: number of rows in the dataset.
         batch_size: rows in a micro-batch.
-        accumulation: micro-batches in a step; an epoch's last step has what is left.
-        seed: of the order.
-        rank, world: this process and how many there are. With several, the epoch's last batches
-            are filled up from its first rows, so that all ranks have as many.
+        accumulation: micro-batches in a step; an epoch's last step has the rest.
+        seed: seed of the order.
+        rank, world: index of this process and number of processes. With several, the epoch's last
+            batches are filled up from its first rows, so that all ranks have equally many.
         drop_last: leave out an epoch's last rows where they make no full batch on every rank.
+
+    Attributes:
+        steps_per_epoch: optimizer steps of an epoch.
     """
 
     def __init__(
@@ -46,11 +49,11 @@ class TrainingOrder:
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def last_of_epoch(self, step: int) -> int:
-        """The last step of the epoch that ``step`` is in."""
+        """Return the last step of the epoch that ``step`` is in."""
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch - 1
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Row numbers of each of the step's micro-batches on this rank."""
+        """Return the row numbers of each of the step's micro-batches on this rank."""
         epoch, step = divmod(step, self.steps_per_epoch)
         order = self._permutation(epoch)
         first = step * self._accumulation

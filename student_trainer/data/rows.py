@@ -1,4 +1,4 @@
-"""The rows of a dataset, from files, the Hub or memory, each with a name for messages.
+"""The loading of dataset rows from files, the Hub or memory, each with a name for messages.
 
 Text files are read here and not by Arrow, so that a message names file and line, a row keeps
 exactly the columns that it has, and a cell of a CSV file stays text ("NA", "007").
@@ -50,10 +50,10 @@ def load_rows(name: str, *, config: str | None, split: str) -> list[Row]:
         name: path of rows as Parquet, Arrow, JSONL, JSON, CSV or TSV, a folder of such files or of
             `save_to_disk`, a glob, or a Hub id.
         config: configuration of a Hub dataset.
-        split: of a Hub dataset, a saved ``DatasetDict``, or files whose names tell their split.
+        split: split of a Hub dataset, of a saved ``DatasetDict``, or of files named by split.
 
     Raises:
-        DatasetError: missing, empty or unreadable; names the file and the line or row.
+        DatasetError: rows are missing or unreadable; names the file and the line or row.
     """
     rows = list(iterate_rows(name, config=config, split=split))
     if not rows:
@@ -64,7 +64,7 @@ def load_rows(name: str, *, config: str | None, split: str) -> list[Row]:
 def iterate_rows(
     name: str, *, config: str | None, split: str, streaming: bool = False
 ) -> Iterator[Row]:
-    """Yield what `load_rows` returns, each row as it is read; it may be none.
+    """Yield the rows that `load_rows` returns, as they are read; there may be none.
 
     Args:
         streaming: do not download a Hub dataset first.
@@ -75,10 +75,10 @@ def iterate_rows(
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is looked up on the Hub: there is no such path, and it looks like none.
+    """Return whether a name is a Hub id: it does not exist as a path, and does not look like one.
 
     Raises:
-        DatasetError: it looks like a path, and nothing is there.
+        DatasetError: it looks like a path, but there is no such file or folder.
     """
     path = Path(name).expanduser()
     if path.exists() or _is_glob(name):
@@ -95,7 +95,7 @@ def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     """Return the (where, row) pairs of rows in memory: a list of dicts, or a ``datasets.Dataset``.
 
     Raises:
-        DatasetError: there are none, or one is no mapping (names it).
+        DatasetError: there are no rows, or a row is not a mapping (names it).
     """
     named = list(iterate_named(rows, name))
     if not named:
@@ -104,7 +104,7 @@ def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
 
 
 def iterate_named(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
-    """Yield what `named_rows` returns, one by one."""
+    """Yield the pairs that `named_rows` returns, one by one."""
     from_arrow = _is_arrow(rows)
     for number, row in enumerate(rows):
         where = f"{name} row {number}"
@@ -119,7 +119,7 @@ def iterate_named(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]
 
 
 def _is_arrow(rows: Any) -> bool:
-    if "datasets" not in sys.modules:  # then nothing of it is here
+    if "datasets" not in sys.modules:  # nobody has imported it, so the rows are not its objects
         return False
     import datasets
 
@@ -148,7 +148,7 @@ def _iterate(name: str, config: str | None, split: str, streaming: bool) -> Iter
         files = [file for file in files if file.is_file()]
         if not files:
             raise DatasetError(f"{name}: the pattern matches no file")
-        readers = [(file, _reader_of(file)) for file in files]  # all are checked before one is read
+        readers = [(file, _reader_of(file)) for file in files]  # every suffix, before any is read
         for file, read in readers:
             yield from read(file)
 
@@ -158,7 +158,7 @@ def _is_glob(name: str) -> bool:
 
 
 def _format_of(path: Path) -> str | None:
-    """Return the suffix that tells a format, or None."""
+    """Return the suffix that names a file's format, without compression; None if it is unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _COMPRESSED:
         inner = suffixes[0] if len(suffixes) == 2 else ""
@@ -211,7 +211,7 @@ def _read_folder(folder: Path, split: str) -> Iterator[Row]:
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name or folder tells, as the Hub's library reads it."""
+    """Return the split that a file's name or folder names, as `datasets` reads it; or None."""
     for part in reversed(path.parts):
         for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
             if word in _SPLITS:
@@ -262,11 +262,11 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     raise DatasetError(f"{where}: expected a JSON object, got {text.strip()[:40]}")
                 yield where, row
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """Yield the rows of an array, which is read whole; or of lines, which many files so called are.
+    """Yield the rows of a JSON array, or of JSON lines, which many ``.json`` files hold.
 
     Raises:
         DatasetError: it holds neither.
@@ -279,7 +279,7 @@ def _read_json(path: Path) -> Iterator[Row]:
             with _open(path) as file:
                 rows = _parse(str(path), _decode(str(path), file.read()))
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
     if rows is not None:
         yield from _objects(path, rows)
         return
@@ -303,8 +303,8 @@ def _objects(path: Path, rows: list[Any]) -> Iterator[Row]:
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
-    """Yield rows of text; an empty cell is None."""
-    csv.field_size_limit(sys.maxsize)  # a cell may be long; the library's limit is 128 KiB
+    """Yield the rows of a CSV or TSV file; an empty cell is None."""
+    csv.field_size_limit(sys.maxsize)  # cells may be longer than the library's limit of 128 KiB
     line = 1
     try:
         with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
@@ -336,7 +336,7 @@ def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
     except csv.Error as error:
         raise DatasetError(f"{path}:{line}: not valid CSV: {error}") from error
     except _UNREADABLE as error:
-        raise DatasetError(f"{path}: {_told(error)}") from error
+        raise DatasetError(f"{path}: {_message_of(error)}") from error
 
 
 def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
@@ -352,9 +352,9 @@ def _read_arrow(path: Path, kind: str) -> Iterator[Row]:
             yield f"{path} row {number}", _without_fillers(dict(row))
     except DatasetError:
         raise
-    except Exception as error:  # the library's readers share no class of errors
+    except Exception as error:  # the library's readers have no common class of errors
         raise DatasetError(
-            f"{path}: row {rows} and what follows cannot be read as {kind}: {_told(error)}"
+            f"{path}: row {rows} and what follows cannot be read as {kind}: {_message_of(error)}"
         ) from error
 
 
@@ -363,8 +363,10 @@ def _read_saved(folder: Path, split: str) -> Iterator[Row]:
 
     try:
         dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as above
-        raise DatasetError(f"{folder}: what was saved cannot be read: {_told(error)}") from error
+    except Exception as error:  # the library's readers have no common class of errors
+        raise DatasetError(
+            f"{folder}: what was saved cannot be read: {_message_of(error)}"
+        ) from error
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             raise DatasetError(
@@ -384,22 +386,22 @@ def _read_hub(name: str, config: str | None, split: str, streaming: bool) -> Ite
     except Exception as error:
         raise DatasetError(
             f"{name} is neither a file nor a folder, and the Hub gives no such dataset: "
-            f"{_told(error)}"
+            f"{_message_of(error)}"
         ) from error
     for number, row in enumerate(dataset):
         yield f"{name}[{split}] row {number}", _without_fillers(dict(row))
 
 
-def _told(error: BaseException) -> str:
-    """Return an error of another library in one line."""
+def _message_of(error: BaseException) -> str:
+    """Return another library's error as one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 def _without_fillers(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without the None that Arrow puts where another row's object has a field.
+    """Return the row without the fields of None that Arrow adds where other rows have a field.
 
-    A column that is None stays, and so does the None that is a message's content.
+    A column that is None stays, and so does a message's content of None.
     """
     return {column: _pruned(value) for column, value in row.items()}
 
@@ -417,7 +419,11 @@ def _pruned(value: Any) -> Any:
 
 
 def _check_text(where: str, row: dict[str, Any]) -> None:
-    """Raise `DatasetError` for half a surrogate pair, which no tokenizer takes."""
+    """Refuse half a surrogate pair in any text of a row, because tokenizers cannot encode it.
+
+    Raises:
+        DatasetError: names the row, the column and the character.
+    """
     for column, value in row.items():
         _check_characters(where, column, value)
 

@@ -1,4 +1,4 @@
-"""What one row becomes: token ids and which of them are learned."""
+"""The tokenized forms of a dataset row: `Sample`, which is learned, and `Example`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ Source = Literal["dataset", "teacher", "student"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to learn from.
+    """A sequence of token ids to learn from.
 
     Attributes:
         token_ids: [L] uint32, prompt and completion.
         completion_start: position of the first completion token.
         completion_mask: [T] bool, T = L − completion_start; True where the token is learned.
-        source: who wrote the completion.
+        source: the writer of the completion.
         truncated: the completion was cut by a length limit.
-        weight_version: optimizer steps behind the weights that wrote it, when the student did.
+        weight_version: for a student's completion, the number of optimizer steps that the weights
+            which wrote it had been trained for.
     """
 
     token_ids: NDArray[np.uint32]
@@ -42,16 +43,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the prompt, the dataset's own completion if it has one, and its checker.
+    """A tokenized dataset row: its prompt, its own completion if it has one, and its checker.
 
     Attributes:
-        index: position in the dataset; part of the key of everything random about the row.
+        index: number in the dataset; part of the key of everything random about the row.
         name: file and line, or row number, for messages.
-        prompt_ids: [P] uint32, what a completion is generated for.
+        prompt_ids: [P] uint32, the prompt that a completion is generated for.
         sample: prompt and completion of the dataset, or None for a bare prompt.
-        checker: how to tell whether a completion is right, as `evaluation.checkers` reads it.
+        checker: the test of a completion's correctness, as `evaluation.checkers` reads it.
         prompt: the prompt as text, for reports.
-        notes: what the chat template did to the row that a user should know of.
+        notes: changes that the chat template made to the row and a user should know of.
     """
 
     index: int
@@ -71,7 +72,7 @@ def completed(
     truncated: bool,
     weight_version: int | None = None,
 ) -> Sample:
-    """The example's prompt with a generated completion, all of which is learned."""
+    """Return the example's prompt with a generated completion, whose tokens are all learned."""
     return Sample(
         token_ids=np.concatenate([example.prompt_ids, completion_ids.astype(np.uint32)]),
         completion_start=len(example.prompt_ids),

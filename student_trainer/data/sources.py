@@ -1,4 +1,4 @@
-"""The rows that the flags name: files, Hub datasets, a mixture of them, or a stream."""
+"""The loading of the rows that the flags name: files, Hub datasets, a mixture or a stream."""
 
 from __future__ import annotations
 
@@ -27,24 +27,30 @@ from student_trainer.data.stream import RowStream
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 100  # rows of a stream's datasets that are looked at before the run
-_BUFFER = 10_000
+_ROWS_CHECKED = 100  # rows of each dataset of a stream that are checked before the run
+_DEFAULT_BUFFER = 10_000
 
 
 @dataclass(frozen=True)
 class Rows:
-    """(where, row) pairs to train on, all or a stream of them, and held-out ones, if any."""
+    """The rows of a run.
+
+    Attributes:
+        train: (where, row) pairs to train on, as a list or a stream.
+        held_out: (where, row) pairs to evaluate on, or None.
+        mixture: the shares of several datasets in memory; None for one dataset or a stream.
+    """
 
     train: list[Row] | RowStream
     held_out: list[Row] | None
-    mixture: Mixture | None = None  # of several datasets in memory
+    mixture: Mixture | None = None
 
 
 def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows:
-    """Return the rows that the flags name; of a stream, its first rows are looked at.
+    """Return the rows that the flags name; the first rows of a stream are checked.
 
     Raises:
-        DatasetError: what is missing, empty or malformed.
+        DatasetError: a dataset is missing, empty or malformed.
         ConfigurationError: a flag has no effect on these rows.
     """
     _check_hub_flags(dataset, data)
@@ -52,7 +58,7 @@ def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows
     train: list[Row] | RowStream
     if data.streaming:
         train = _stream(dataset, data, seed)
-        check_columns(train.head(_LOOK), data)
+        check_columns(train.head(_ROWS_CHECKED), data)
         if train.weights is not None:
             for name, weight in zip(train.names, train.weights, strict=True):
                 share = weight / sum(train.weights)
@@ -111,5 +117,5 @@ def _stream(dataset: DatasetArguments, data: DataArguments, seed: int) -> RowStr
             )
             for name in dataset.dataset_name
         ]
-    size = data.shuffle_buffer_size or _BUFFER
+    size = data.shuffle_buffer_size or _DEFAULT_BUFFER
     return RowStream(dataset.dataset_name, sources, data.dataset_weights, seed, size)

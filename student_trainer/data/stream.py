@@ -1,8 +1,8 @@
-"""Rows that are read and tokenized while the run goes on, for what does not fit in memory.
+"""The streaming of datasets that do not fit in memory: rows are read and tokenized during the run.
 
-All ranks read the same endless stream of rows, and each tokenizes its share. What a position holds
-depends on rows, seed and ranks alone, so a checkpoint keeps three numbers: a resumed run reads the
-rows before them again, without tokenizing, and goes on bit by bit.
+All ranks read the same endless stream of rows, and each tokenizes its share. The example at an
+index depends only on rows, seed and number of ranks, so a checkpoint keeps three numbers: a resumed
+run skips the rows before that place without tokenizing them, and continues bit for bit.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from student_trainer.data.sample import Example
 
 logger = logging.getLogger(__name__)
 
-_BARREN = 10_000  # rows left out one after the other, at which a run would find no other
+_MAX_CONSECUTIVE_SKIPS = 10_000  # after so many rows that are too long, the run ends
 
 
 @dataclass(frozen=True)
 class RowStream:
-    """Endless rows of one or several datasets, shuffled within a buffer.
+    """An endless stream of the rows of one or several datasets, shuffled within a buffer.
 
     Attributes:
-        names: of the datasets, for messages.
-        sources: each begins a dataset anew.
-        weights: each row is drawn from a dataset with this probability; None for one dataset behind
-            the other.
-        seed: of the draws and of the order within the buffer.
-        buffer_size: rows that are held to draw the next one from.
+        names: names of the datasets, for messages.
+        sources: functions that each start reading a dataset from its first row.
+        weights: probability with which the next row is drawn from each dataset; None to read one
+            dataset after another.
+        seed: seed of these draws and of the order within the buffer.
+        buffer_size: rows in the buffer that the next one is drawn from.
     """
 
     names: Sequence[str]
@@ -83,7 +83,7 @@ class RowStream:
     def _shuffled(
         self, name: str, sources: Sequence[Callable[[], Iterator[Row]]], number: int, size: int
     ) -> Iterator[Row]:
-        """Yield pass after pass, each whole and in an order of its own."""
+        """Yield the rows of pass after pass, each pass complete and in its own order."""
         passes = 0
         while True:
             order = random.Random(f"{self.seed} {number} {passes}")
@@ -104,21 +104,21 @@ class RowStream:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an example came from: the number of its row, and of the example among the row's."""
+class _Origin:
+    """The origin of an example: the number of its row, and its own number within the row."""
 
     row: int
     turn: int
 
 
 class ExampleStream(Sequence[Example]):
-    """The examples of one rank, by position; those that are not needed any more are forgotten.
+    """A sequence of the examples of one rank, tokenized on access; past ones can be dropped.
 
     Args:
-        rows: the same on every rank; this one takes every ``world``-th.
-        make: examples of (number, where, row); raises `RowTooLongError` for those to leave out.
-        length: examples that the run takes, over all ranks.
-        skip: leave out rows that are too long, and say how many.
+        rows: the same on every rank; this rank takes every ``world``-th.
+        make: returns the examples of (number, where, row); raises `RowTooLongError`.
+        length: number of examples that the run takes, over all ranks.
+        skip: leave out rows that are too long, and log how many.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ExampleStream(Sequence[Example]):
     ) -> None:
         self._rows, self._make, self._length, self._skip = rows, make, length, skip
         self._rank, self._world = rank, world
-        self._begin(0, _Place(0, 0))
+        self._begin(0, _Origin(0, 0))
 
     def __len__(self) -> int:
         return self._length
@@ -143,7 +143,7 @@ class ExampleStream(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return the example at a position of this rank.
+        """Return the example at an index of this rank's sequence.
 
         Raises:
             DatasetError: names a row that cannot be read or learned.
@@ -155,20 +155,20 @@ class ExampleStream(Sequence[Example]):
         return self._kept[index][0]
 
     def forget(self, before: int) -> None:
-        """Give up the examples before a position: they are not asked for again."""
+        """Drop the examples before an index, which are not needed again."""
         for position in [position for position in self._kept if position < before]:
             del self._kept[position]
 
     def state(self, position: int) -> dict[str, Any]:
-        """Return what `restore` needs to go on at ``position``."""
+        """Return the state from which `restore` continues at the example ``position``."""
         self[position]
         return {"position": position, **asdict(self._kept[position][1]), "of": self._settings()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
-            ConfigurationError: by a run with other rows, order or processes.
+            ConfigurationError: the state is of a run with other rows, order or processes.
         """
         settings = self._settings()
         for name, value in settings.items():
@@ -177,7 +177,7 @@ class ExampleStream(Sequence[Example]):
                     f"the checkpoint is of a --streaming run with {name} {state['of'].get(name)}, "
                     f"and this one has {value}: resume with the same, or begin anew"
                 )
-        self._begin(state["position"], _Place(state["row"], state["turn"]))
+        self._begin(state["position"], _Origin(state["row"], state["turn"]))
 
     def _settings(self) -> dict[str, Any]:
         weights = self._rows.weights
@@ -189,15 +189,16 @@ class ExampleStream(Sequence[Example]):
             "processes": self._world,
         }
 
-    def _begin(self, position: int, place: _Place) -> None:
+    def _begin(self, position: int, place: _Origin) -> None:
         self._next = position
-        self._kept: dict[int, tuple[Example, _Place]] = {}
+        self._kept: dict[int, tuple[Example, _Origin]] = {}
         self._source = enumerate(self._rows)
         self._from = place
         self._left_out = self._read = 0
-        self._barren = 0  # rows that were left out one after the other
+        self._consecutive_skips = 0
 
     def _take_row(self) -> None:
+        """Tokenize this rank's next row that is not left out, and keep its examples."""
         for number, (where, row) in self._source:
             if number % self._world != self._rank or number < self._from.row:
                 continue
@@ -209,29 +210,31 @@ class ExampleStream(Sequence[Example]):
                     raise
                 self._leave_out(error)
                 continue
-            self._barren = 0
+            self._consecutive_skips = 0
             for turn, example in enumerate(examples):
                 if number > self._from.row or turn >= self._from.turn:
-                    self._kept[self._next] = example, _Place(number, turn)
+                    self._kept[self._next] = example, _Origin(number, turn)
                     self._next += 1
             return
 
     def _leave_out(self, error: RowTooLongError) -> None:
         self._left_out += 1
-        if self._left_out.bit_count() == 1:  # the first, and whenever there are twice as many
+        if self._left_out.bit_count() == 1:  # log at 1, 2, 4, 8, …
             logger.warning(
                 "%d of %d rows so far are left out: too long (%s)",
                 self._left_out,
                 self._read,
                 error,
             )
-        self._barren += 1
-        if self._barren == _BARREN:
-            raise DatasetError(f"{_BARREN} rows in a row are too long. The last one: {error}")
+        self._consecutive_skips += 1
+        if self._consecutive_skips == _MAX_CONSECUTIVE_SKIPS:
+            raise DatasetError(
+                f"{_MAX_CONSECUTIVE_SKIPS} rows in a row are too long. The last one: {error}"
+            )
 
 
 class StreamOrder:
-    """Which positions of its `ExampleStream` each step of a rank learns: one after the other."""
+    """The order of an `ExampleStream`: each step takes the next examples."""
 
     def __init__(self, batch_size: int, accumulation: int, steps: int) -> None:
         self._batch_size, self._accumulation = batch_size, accumulation
@@ -242,7 +245,7 @@ class StreamOrder:
         return self.steps_per_epoch - 1
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the positions of each of the step's micro-batches on this rank."""
+        """Return the example indices of each of the step's micro-batches on this rank."""
         size = self._batch_size
         first = self.first_of(step)
         return [
@@ -251,20 +254,20 @@ class StreamOrder:
         ]
 
     def first_of(self, step: int) -> int:
-        """Return the first position of a step."""
+        """Return the index of a step's first example."""
         return step * self._accumulation * self._batch_size
 
 
 def save_state(folder: str, rank: int, state: dict[str, Any]) -> None:
-    """Write a rank's place in the stream into a checkpoint."""
+    """Write a rank's stream state into a checkpoint folder."""
     _state_file(folder, rank).write_text(json.dumps(state), encoding="utf-8")
 
 
 def load_state(folder: str, rank: int) -> dict[str, Any]:
-    """Return what `save_state` wrote.
+    """Return the stream state that `save_state` wrote.
 
     Raises:
-        ConfigurationError: the checkpoint is not of a run with --streaming and so many processes.
+        ConfigurationError: the checkpoint has none for this rank.
     """
     file = _state_file(folder, rank)
     try:

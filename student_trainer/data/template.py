@@ -1,8 +1,8 @@
-"""A conversation as the chat template prints it: what is prompt, and what is learned.
+"""The rendering of conversations by a chat template, as prompt and completion.
 
 The prompt is what the template prints for inference under the same options. The completion is what
 the student has to write after it, up to the end of the assistant's turn. Both are found by
-rendering; what a row carries and the template does not print is an error.
+rendering. It is an error if the template does not print something that a row holds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from student_trainer.data.messages import (
 
 EMPTY_THOUGHT = "empty thought"
 THOUGHTS_LEFT_OUT = "thoughts left out"
-# What a user is told of completions with these notes.
+# The messages to the user about completions with these notes.
 NOTES = {
     EMPTY_THOUGHT: "begin with an empty thought, since the rows hold none and the chat template "
     "asks for one: to learn answers alone pass the option with which the template does not think, "
@@ -49,17 +49,17 @@ _CLOSED = re.compile(r"</think>\s*\Z")
 _EMPTY_END = re.compile(r"<think>\s*</think>\s*\Z")
 _EMPTY = re.compile(r"\A\s*(?:<think>)?\s*</think>")
 _PROBE = "Qz7ProbezQ"
-# What `apply_chat_template` is told by other means.
+# Names that cannot be template variables, because `apply_chat_template` has arguments of that name.
 _RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """What a chat template is told beside the messages.
+    """The inputs of a chat template beside the messages.
 
     Attributes:
-        kwargs: variables of the template, such as ``enable_thinking``; a row's own come first.
-        today: the date that a template prints which asks for today's.
+        kwargs: variables of the template, such as ``enable_thinking``; a row's own override them.
+        today: the date that the template prints as today's.
     """
 
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -71,11 +71,11 @@ class Turn:
     """A prompt, and the assistant's turn that follows it.
 
     Attributes:
-        prompt: what the student is shown; with placeholders of the `Encoder`.
-        completion: what it has to write, its end token included where the template prints one and
-            perhaps more behind it; None where there is only a prompt.
+        prompt: text, with placeholders of the `Encoder`.
+        completion: text that the student has to write. It includes the end token if the template
+            prints one, and may include text after it. None where there is only a prompt.
         notes: `EMPTY_THOUGHT` where the completion begins with an empty thought that the row does
-            not have; `THOUGHTS_LEFT_OUT` where the row has thoughts and the mode shows none.
+            not have; `THOUGHTS_LEFT_OUT` where the template leaves out the row's thoughts.
     """
 
     prompt: str
@@ -84,10 +84,10 @@ class Turn:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template under fixed options.
+    """A tokenizer's chat template with fixed options.
 
     Raises:
-        ConfigurationError: an option that the template does not read.
+        ConfigurationError: the template does not read one of the options.
     """
 
     def __init__(self, encoder: Encoder, options: TemplateOptions) -> None:
@@ -104,13 +104,13 @@ class ChatTemplate:
 
     @property
     def name(self) -> str:
-        """How messages call the template."""
+        """The name of the template, for messages."""
         name = self._tokenizer.name_or_path
         return f"the chat template of {name}" if name else "the chat template"
 
     @property
     def prints_date(self) -> bool:
-        """Whether the template asks for today's date."""
+        """The use of the date: True if the template prints today's."""
         return "strftime_now" in self.source
 
     def first_turn(self, where: str, conversation: Conversation) -> Turn:
@@ -120,8 +120,8 @@ class ChatTemplate:
             where: file and line, or row number, for messages.
 
         Raises:
-            DatasetError: names the row and why the template cannot say what is prompt and what is
-                learned, or what of the row it does not print.
+            DatasetError: prompt and completion cannot be told apart, or the template does not print
+                something of the row; names the row and the reason.
         """
         if not self.source:
             raise DatasetError(
@@ -132,15 +132,15 @@ class ChatTemplate:
             self._check_kwargs(conversation.template_kwargs)
         except DatasetError as error:
             raise DatasetError(f"{where}: chat_template_kwargs: {error}") from error
-        row = _Row(self, where, conversation)
+        row = _RenderedRow(self, where, conversation)
         return row.turn()
 
     def token_after(self, where: str, conversation: Conversation, turn: Turn) -> int | None:
-        """Return the control token that the template prints next, if somebody speaks after a turn.
+        """Return the control token that the template prints after a turn if another turn follows.
 
-        Some templates end no turn: the token that begins the next one does.
+        Some templates print no end of a turn: the first token of the next turn ends it.
         """
-        behind = _Row(self, where, conversation).behind(turn).lstrip()
+        behind = _RenderedRow(self, where, conversation).text_after(turn).lstrip()
         found = next((t for t in self.encoder.control_tokens if behind.startswith(t)), None)
         return None if found is None else int(self._tokenizer.convert_tokens_to_ids(found))
 
@@ -155,7 +155,7 @@ class ChatTemplate:
         """Return the text that the template prints.
 
         Raises:
-            DatasetError: names the row and what the template says against it.
+            DatasetError: the template raises an error; names the row and the error.
         """
         try:
             text = self._tokenizer.apply_chat_template(
@@ -166,16 +166,17 @@ class ChatTemplate:
                 **{**self.options.kwargs, **kwargs},
                 **options,
             )
-        except Exception as error:  # whatever a template's code can cause
+        except Exception as error:  # a template is code and may raise anything
             raise DatasetError(f"{where}: {self.name} refuses the messages: {error}") from error
         return str(text)
 
-    def hidden_turn(
+    def find_unprinted_turn(
         self, messages: Sequence[Message], tools: Any, kwargs: Mapping[str, Any]
     ) -> int | None:
-        """Return the number of the first turn that is not the assistant's and is not printed.
+        """Return the number of the first turn, other than the assistant's, that is not printed.
 
-        Told by other contents in the same places, once for conversations of one form.
+        It renders the turns with marked contents, once for all conversations of the same roles and
+        keys.
         """
         marked = [
             message
@@ -190,7 +191,7 @@ class ChatTemplate:
         try:
             text = self.render("", marked, tools, kwargs)
         except DatasetError:
-            return None  # the template reads more into a content than that it is text
+            return None  # the template parses contents, so marked ones tell nothing
         for number, message in enumerate(messages):
             if message["role"] != "assistant" and f"{_PROBE}{number}x" not in text:
                 return number
@@ -208,8 +209,8 @@ class ChatTemplate:
                 raise DatasetError(f"{self.name} reads no {name!r}{hint}")
 
 
-class _Row:
-    """One conversation on its way through the template."""
+class _RenderedRow:
+    """The rendering of one conversation: it finds prompt and completion and checks both."""
 
     def __init__(self, template: ChatTemplate, where: str, conversation: Conversation) -> None:
         self.template = template
@@ -223,17 +224,18 @@ class _Row:
         if conversation.completion is not None:
             self.last = dict(conversation.completion)
             if self.continues:
-                self.last = self._continued(given.pop(), self.last)
+                self.last = self._merge_beginning(given.pop(), self.last)
             given.append(self.last)
         messages = normalise(where, given, template.source)
         self.tools = conversation.tools
         self.given: list[Message] = protect(messages)
         self.protected_tools = protect(self.tools)
         if self.given != messages or self.protected_tools != self.tools:
-            # A template may have something against such text, or a better place for it.
+            # The template must accept the original text too: placeholders hide what it refuses.
             self._try_variants(messages, self.tools, check=False)
 
-    def _continued(self, begun: Message, completion: Message) -> Message:
+    def _merge_beginning(self, begun: Message, completion: Message) -> Message:
+        """Return one assistant turn made of a prompt's begun answer and the completion."""
         self.begun = begun
         if reasoning_of(completion) is not None or begun.get("tool_calls"):
             raise DatasetError(
@@ -245,11 +247,16 @@ class _Row:
         return {**begun, **completion, "content": content}
 
     def turn(self) -> Turn:
+        """Return the conversation's prompt and completion, checked.
+
+        Raises:
+            DatasetError: as in `ChatTemplate.first_turn`.
+        """
         messages, whole = self._try_variants(self.given, self.protected_tools)
         history = messages if self.last is None else messages[:-1]
         if self.continues:
             if self.last is not None:
-                history = [*history, self._normal_beginning()]
+                history = [*history, self._normalised_beginning()]
             prompt = self._render(history, continue_final_message=True)
         else:
             prompt = self._render(history, add_generation_prompt=True)
@@ -260,11 +267,14 @@ class _Row:
         self._check_learned(completion, notes)
         return Turn(prompt, completion, notes)
 
-    def behind(self, turn: Turn) -> str:
-        """Return what is printed behind the last turn where another follows, if one can."""
+    def text_after(self, turn: Turn) -> str:
+        """Return the text that is printed after the last turn if another turn follows.
+
+        It is empty if the template allows no further turn.
+        """
         *history, last = self.given
         calls = "tool_calls" in last
-        if not calls:  # a thought may be gone once the user has answered
+        if not calls:  # templates may drop the turn's thought once another turn follows
             last = {**last, "content": _PROBE}
         following = {"role": "tool" if calls else "user", "content": "x"}
         try:
@@ -275,7 +285,7 @@ class _Row:
             return ""
         return text.partition(f"{turn.prompt}{turn.completion}" if calls else _PROBE)[2]
 
-    def _normal_beginning(self) -> Message:
+    def _normalised_beginning(self) -> Message:
         [message] = normalise(self.where, [self.begun], self.template.source)
         return dict(self.template.encoder.protect(message))
 
@@ -287,7 +297,11 @@ class _Row:
     def _try_variants(
         self, messages: list[Message], tools: Any, *, check: bool = True
     ) -> tuple[list[Message], str]:
-        """Return the first form of the messages that the template prints whole, and its text."""
+        """Return the first variant of the messages that the template prints whole, and the text.
+
+        Raises:
+            DatasetError: there is none; the error of the first variant.
+        """
         first_error: DatasetError | None = None
         for variant in _variants(messages):
             try:
@@ -302,8 +316,12 @@ class _Row:
         raise first_error
 
     def _check_printed(self, messages: list[Message], text: str) -> None:
-        """Raise `DatasetError` for a turn or a call that is not in the text."""
-        hidden = self.template.hidden_turn(messages, self.protected_tools, self.kwargs)
+        """Refuse a text in which a turn or a tool call is missing.
+
+        Raises:
+            DatasetError: names the row and the turn.
+        """
+        hidden = self.template.find_unprinted_turn(messages, self.protected_tools, self.kwargs)
         for number, message in enumerate(messages):
             place = f"{self.where}: messages[{number}]"
             content = message.get("content") or ""
@@ -368,23 +386,31 @@ class _Row:
     def _completion(
         self, prompt: str, whole: str, messages: list[Message]
     ) -> tuple[str, tuple[str, ...]]:
-        """Return what stands behind the prompt, in the mode that the prompt shows."""
+        """Return the text to learn after the prompt, in the prompt's mode of thinking, and notes.
+
+        Raises:
+            DatasetError: it cannot be told from the rendered conversation.
+        """
         inline, answer = split_thoughts(messages[-1].get("content") or "")
         field = reasoning_of(self._protected_completion)
         thoughts = inline if field is None else field
         completion = whole[len(prompt) :] if whole.startswith(prompt) else None
         if completion is None and len(messages) > 1:
-            completion = _behind_same(prompt, whole, messages[-2].get("content") or "")
-        if inline is not None and completion is not None and self._misreads(completion, prompt):
-            completion = None  # thoughts within a content are printed as if they were answer
+            completion = _text_after_shared_end(prompt, whole, messages[-2].get("content") or "")
+        if (
+            inline is not None
+            and completion is not None
+            and self._misreads_thought(completion, prompt)
+        ):
+            completion = None  # the template printed the thought as part of the answer
         if completion is None and _CLOSED.search(prompt):
             completion = self._without_thoughts(prompt, messages, answer)
             if completion is not None and thoughts:
                 return completion, (THOUGHTS_LEFT_OUT,)
         elif completion is None:
-            completion = self._with_field(prompt, messages, thoughts or "", answer)
+            completion = self._with_thought_field(prompt, messages, thoughts or "", answer)
             if completion is None and _OPENED.search(prompt):
-                completion = self._composed(prompt, whole, field, inline, answer)
+                completion = self._compose_thought(prompt, whole, field, inline, answer)
         if completion is None:
             raise DatasetError(
                 f"{self.where}: the conversation that {self.template.name} prints with the last "
@@ -397,30 +423,32 @@ class _Row:
         is_empty = thoughts is None and _EMPTY.match(completion)
         return completion, ((EMPTY_THOUGHT,) if is_empty else ())
 
-    def _misreads(self, completion: str, prompt: str) -> bool:
-        """Tell whether a thought that stands in the content is doubled, or not taken for one."""
+    def _misreads_thought(self, completion: str, prompt: str) -> bool:
+        """Return whether the template prints a thought in the content twice, or as the answer."""
         if _CLOSED.search(prompt) or _EMPTY.match(completion):
             return "</think>" in _EMPTY.sub("", completion, count=1)
         return bool(self._fields()) and "<think>" not in self.template.source
 
     def _fields(self) -> list[str]:
-        """Return the names under which the template reads thoughts."""
+        """Return the keys under which the template reads thoughts."""
         return [n for n in REASONING if re.search(rf"\b{n}\b", self.template.source)]
 
     def _without_thoughts(self, prompt: str, messages: list[Message], answer: str) -> str | None:
+        """Return the completion without thoughts, or None if it does not follow the prompt."""
         bare = {key: value for key, value in messages[-1].items() if key not in REASONING}
         if bare.get("content"):
             bare["content"] = answer.lstrip("\n")
         text = self._render([*messages[:-1], bare])
-        for shown in (prompt, _EMPTY_END.sub("", prompt)):  # some print no thought but ask with one
+        # Some templates end the prompt with an empty thought that they do not print in the turn.
+        for shown in (prompt, _EMPTY_END.sub("", prompt)):
             if text.startswith(shown):
                 return text[len(shown) :]
         return None
 
-    def _with_field(
+    def _with_thought_field(
         self, prompt: str, messages: list[Message], thoughts: str, answer: str
     ) -> str | None:
-        """Return the completion where the template prints thoughts that stand in a field."""
+        """Return the completion of a template that prints thoughts from a key of the message."""
         probe = {**messages[-1], **dict.fromkeys(self._fields(), _PROBE)}
         if probe.get("content"):
             probe["content"] = answer.lstrip("\n")
@@ -430,10 +458,10 @@ class _Row:
             return None
         return before[len(prompt) :] + thoughts.strip("\n") + behind
 
-    def _composed(
+    def _compose_thought(
         self, prompt: str, whole: str, field: str | None, inline: str | None, answer: str
     ) -> str | None:
-        """Return the completion where the prompt opens a thought that the template never prints."""
+        """Return the completion where the prompt opens a thought but the template prints none."""
         opened = _OPENED.search(prompt)
         assert opened is not None
         if not whole.startswith(prompt[: opened.start()]):
@@ -468,13 +496,13 @@ class _Row:
             raise DatasetError(f"{self.where}: the completion is empty; there is nothing to learn")
 
 
-def _behind_same(prompt: str, whole: str, content: str) -> str | None:
-    """Return what follows the end of the prompt in the whole, where only earlier turns differ.
+def _text_after_shared_end(prompt: str, whole: str, content: str) -> str | None:
+    """Return the text after the prompt's end in ``whole``, where only earlier turns differ.
 
-    Templates drop an earlier turn's thoughts once there is an answer. The same end, which must hold
-    the last turn's ``content`` and what asks for an answer, may stand in the whole once.
+    Templates drop an earlier turn's thoughts once there is an answer. The shared end must hold more
+    than the last turn's ``content``, and must occur in ``whole`` once; else the result is None.
     """
-    short, long = 0, len(prompt)  # the longest end that both have is in between
+    short, long = 0, len(prompt)  # a binary search for the length of the longest shared end
     while short < long:
         middle = (short + long + 1) // 2
         if prompt[-middle:] in whole:
@@ -489,7 +517,7 @@ def _behind_same(prompt: str, whole: str, content: str) -> str | None:
 
 
 def _variants(messages: list[Message]) -> Iterator[list[Message]]:
-    """Yield the forms of tool calls that templates are written for, the usual one first."""
+    """Yield the messages with tool calls in each format of templates, the usual one first."""
     calls = any("tool_calls" in message for message in messages)
     forms = [messages, with_text_arguments(messages)] if calls else [messages]
     for form in forms:
@@ -500,7 +528,7 @@ def _variants(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _prints(text: str, value: str) -> bool:
-    """Tell whether ``value`` stands in the text: as it is, as JSON, or as Python's constant."""
+    """Return whether the text holds ``value``: as it is, as JSON, or as a Python constant."""
     wanted = value.strip()
     forms = (wanted, json.dumps(wanted)[1:-1], json.dumps(wanted, ensure_ascii=False)[1:-1])
     constants = {"true": "True", "false": "False", "null": "None"}
@@ -508,7 +536,7 @@ def _prints(text: str, value: str) -> bool:
 
 
 def describe_mode(template: ChatTemplate, prompt: str) -> str:
-    """Return in what mode a prompt asks: whether it opens or closes a thought."""
+    """Return a description of the prompt's mode of thinking: it opens or closes a thought."""
     if not any(word in template.source for word in ("<think>", *REASONING)):
         return "without thoughts"
     if _OPENED.search(prompt):

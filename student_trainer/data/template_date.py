@@ -1,7 +1,7 @@
-"""The date that chat templates print: an input of a run, kept where its results are kept.
+"""The date that chat templates print, stored with the results of a run.
 
 Templates of Llama 3.2, gpt-oss, Granite and SmolLM3 print today's date into every prompt. A run
-that goes on tomorrow, or a cache that is read tomorrow, needs the prompts of its first day.
+that is resumed tomorrow, or a cache that is read tomorrow, needs the prompts of its first day.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ FILE = "chat_template_date.txt"
 
 
 def read_date(given: str | None, folders: Iterable[Path]) -> datetime.date:
-    """Return the date to print: the one that was given, else that of the first folder, else today.
+    """Return the date to print: the given one, else the first one in a folder, else today.
 
     Args:
         given: as YYYY-MM-DD, or None.
-        folders: where `keep_date` may have kept one.
+        folders: folders in which `keep_date` may have written a date.
 
     Raises:
-        ConfigurationError: a date that is none, and where it stands.
+        ConfigurationError: a text is not a date; names the flag or file.
     """
     if given is not None:
         return _parsed(given, "--chat_template_date")
@@ -35,7 +35,7 @@ def read_date(given: str | None, folders: Iterable[Path]) -> datetime.date:
 
 
 def keep_date(date: datetime.date, folders: Iterable[Path]) -> None:
-    """Write the date into each folder that has none yet."""
+    """Write the date into each folder that holds none yet."""
     for folder in folders:
         file = folder / FILE
         if not file.exists():

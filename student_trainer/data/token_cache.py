@@ -1,7 +1,7 @@
-"""Tokenized rows as Arrow files in the cache folder of `datasets`.
+"""A cache of tokenized rows: Arrow files in the cache folder of `datasets`.
 
 A file is named by a hash of the rows and of all that their tokens depend on, so it is never out of
-date. ``HF_DATASETS_CACHE`` says where, and ``datasets.disable_caching()`` turns it off.
+date. ``HF_DATASETS_CACHE`` sets the folder, and ``datasets.disable_caching()`` turns it off.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from student_trainer.data.sample import Example, Sample
 
 logger = logging.getLogger(__name__)
 
-_VERSION = "1"  # of the columns below
-_BATCH = 1000  # examples that are written at once
+_VERSION = "1"  # of the columns in `_features`
+_BATCH = 1000  # examples in one write
 
 
 def file_of(rows: Sequence[tuple[str, dict[str, Any]]], depends_on: Sequence[str]) -> Path | None:
-    """Return the file for these rows; None where `datasets` is told to cache nothing.
+    """Return the file for these rows; None where the caching of `datasets` is disabled.
 
     Args:
-        depends_on: what the tokens depend on beside the rows.
+        depends_on: everything that the tokens depend on beside the rows.
     """
     import datasets
 
@@ -44,9 +44,9 @@ def file_of(rows: Sequence[tuple[str, dict[str, Any]]], depends_on: Sequence[str
 
 
 def write(file: Path, examples: Sequence[Example]) -> None:
-    """Keep examples that `read` gives back as they are; what cannot be kept is left out.
+    """Write the examples into a file, or nothing if `read` could not return all of them unchanged.
 
-    The file is whole or not there. A disk that takes no more is a warning.
+    The file is complete or does not exist. If the disk is full, it logs a warning.
     """
     from datasets.arrow_writer import ArrowWriter
 
@@ -68,7 +68,7 @@ def write(file: Path, examples: Sequence[Example]) -> None:
 
 
 def read(file: Path) -> list[Example] | None:
-    """Return the examples of a file; None where there is none, or it is damaged."""
+    """Return the examples of a file; None if it does not exist or is damaged."""
     import datasets
     import pyarrow
 
@@ -103,7 +103,7 @@ def _features() -> Any:
 
 
 def _round_trips(example: Example) -> bool:
-    """Return whether an example is what `tokenize_rows` makes, and its checker is plain JSON."""
+    """Return whether `read` gives this example back unchanged after `write`."""
     sample = example.sample
     if sample is not None and (sample.source != "dataset" or sample.weight_version is not None):
         return False
@@ -153,7 +153,7 @@ def _examples(batch: Any) -> Iterator[Example]:
 
 
 def _arrays(column: Any) -> list[NDArray[Any]]:
-    """Return the lists of a column, each an array of its own."""
+    """Return the lists of a column as separate arrays."""
     offsets = column.offsets.to_numpy()
     values = column.values.to_numpy(zero_copy_only=False)
     return [values[start:end].copy() for start, end in pairwise(offsets)]

@@ -1,8 +1,7 @@
-"""Rows -> token ids and a completion mask, in several processes, and once for the same rows.
+"""The tokenization of all rows, in several processes, with a cache of the result.
 
-A row is `messages` (the last turn is the completion when the assistant speaks it), or `prompt` with
-or without `completion`, conversational or plain text. Each is rendered once with the student's chat
-template; from then on token ids travel, never text.
+Each row is rendered once with the student's chat template; everything after that works on token
+ids, never on text.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ U = TypeVar("U")
 
 _Item = tuple[int, str, dict[str, Any]]
 
-# Below this, processes and a file cost more than they save.
+# With fewer rows, processes and a cache file cost more than they save.
 FEW_ROWS = 2000
 _MOST_PROCESSES = 8
-_CHUNK = 64  # rows that a process is handed at once
+_CHUNK = 64  # rows in one task of a process
 
 
 def tokenize_rows(
@@ -44,15 +43,15 @@ def tokenize_rows(
     progress: bool = True,
     num_proc: int | None = None,
 ) -> list[Example]:
-    """Return the examples of all rows, less those that are too long where that is allowed.
+    """Return the examples of all rows, without those that are too long if they may be skipped.
 
     From `FEW_ROWS` rows on, several processes tokenize, and the result is kept in the cache folder
-    of `datasets`: the same rows and options are not tokenized again. Of several ranks of a machine
-    the first one tokenizes and the others read.
+    of `datasets`: the same rows and options are not tokenized again. Of the ranks on one machine
+    the first tokenizes, and the others read its file.
 
     Args:
-        remedy: what the message about a row that is too long advises.
-        num_proc: processes; None for as many as there are CPUs, up to 8.
+        remedy: advice in the message about a row that is too long.
+        num_proc: number of processes; None for as many as there are CPUs, up to 8.
 
     Raises:
         DatasetError: names the first row that cannot be rendered or leaves nothing to learn.
@@ -66,7 +65,7 @@ def tokenize_rows(
             return found
         outcomes = _outcomes(rows, row_tokenizer, num_proc)
         counted = tracked(outcomes, len(rows), description, show=progress)
-        made = keep_short(counted, _raised, skip=skip_long_rows, remedy=remedy)
+        made = keep_short(counted, _raise_if_too_long, skip=skip_long_rows, remedy=remedy)
         examples = [example for of_row in made for example in of_row]
         if file is not None and PartialState().is_local_main_process:
             token_cache.write(file, examples)
@@ -74,10 +73,11 @@ def tokenize_rows(
 
 
 def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool, remedy: str) -> list[U]:
-    """Return ``make`` of each item, less those it finds too long where ``skip`` allows that.
+    """Return ``make(item)`` for each item, without those too long if ``skip`` is true.
 
     Raises:
-        DatasetError: what ``make`` raises, or nothing is left.
+        RowTooLongError: an item is too long and ``skip`` is false; with the remedy.
+        DatasetError: every item is too long, or ``make`` raises it.
     """
     kept, last = [], None
     for item in items:
@@ -95,19 +95,21 @@ def keep_short(items: Iterable[T], make: Callable[[T], U], *, skip: bool, remedy
 def _outcomes(
     rows: Sequence[tuple[str, dict[str, Any]]], row_tokenizer: RowTokenizer, num_proc: int | None
 ) -> Iterator[_Outcome]:
-    """Yield what becomes of each row, in their order."""
+    """Yield the examples of each row, or the error that it is too long, in the rows' order."""
     processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0))) if num_proc is None else num_proc
     numbered = [(index, where, row) for index, (where, row) in enumerate(rows)]
     alone = len(rows) if len(rows) < FEW_ROWS or processes == 1 else _CHUNK
-    for item in numbered[:alone]:  # what is wrong with all rows is told before processes start
+    for item in numbered[:alone]:  # an error that all rows share shows before processes start
         yield _outcome(row_tokenizer, item)
     if alone == len(rows):
         return
     chunks = [numbered[first : first + _CHUNK] for first in range(alone, len(rows), _CHUNK)]
-    # Tokenizers are inherited as they are, and a script needs no guard around its main part.
+    # With fork, processes inherit the tokenizer, and a script needs no `if __name__` guard.
     context = multiprocessing.get_context("fork")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns of each fork
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(row_tokenizer,))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns at each fork
+    pool = ProcessPoolExecutor(
+        processes, context, initializer=_start_worker, initargs=(row_tokenizer,)
+    )
     try:
         for outcomes in pool.map(_tokenize_chunk, chunks):
             yield from outcomes
@@ -120,17 +122,17 @@ def _outcomes(
         pool.shutdown(cancel_futures=True)
 
 
-# The examples of a row, or why it is too long; other errors are raised where they arise.
+# The examples of a row, or the error that it is too long; other errors are raised at once.
 _Outcome = list[Example] | RowTooLongError
-_inherited: list[RowTokenizer] = []  # of a process that tokenizes
+_worker_tokenizer: list[RowTokenizer] = []  # set once in each worker process
 
 
-def _begin(row_tokenizer: RowTokenizer) -> None:
-    _inherited[:] = [row_tokenizer]
+def _start_worker(row_tokenizer: RowTokenizer) -> None:
+    _worker_tokenizer[:] = [row_tokenizer]
 
 
 def _tokenize_chunk(items: Sequence[_Item]) -> list[_Outcome]:
-    return [_outcome(_inherited[0], item) for item in items]
+    return [_outcome(_worker_tokenizer[0], item) for item in items]
 
 
 def _outcome(row_tokenizer: RowTokenizer, item: _Item) -> _Outcome:
@@ -140,7 +142,7 @@ def _outcome(row_tokenizer: RowTokenizer, item: _Item) -> _Outcome:
         return error
 
 
-def _raised(outcome: _Outcome) -> list[Example]:
+def _raise_if_too_long(outcome: _Outcome) -> list[Example]:
     if isinstance(outcome, RowTooLongError):
         raise outcome
     return outcome

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shared.sparse import SparseLogprobs
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
@@ -40,9 +40,9 @@ def measure(
     cross_entropy, divergence, tokens = 0.0, 0.0, 0
     for sample, score in zip(tracked(samples, len(samples), "Measuring"), given, strict=True):
         item = ScoredSample(sample, score)
-        rows = predicting_rows([sample], [sample.completion_mask], packed=False)
+        rows = predicting_positions([sample], [sample.completion_mask], packed=False)
         targets = SparseTargets(
-            rows=rows,
+            positions=rows,
             teacher=sparse_distribution([item], vocab_size),
             beta=beta,
             temperature=1.0,

@@ -1,8 +1,8 @@
 """The generalized Jensen-Shannon divergence: dense, against a sparse teacher, and fused.
 
-Pure functions of tensors. One mathematics: `reference` is how the paper writes it, `closed_form`
-the same over support and tail with its gradient, `triton` its fast twin. `sparse` applies them to
-logits, `fused` to hidden states without ever holding the logits.
+All are pure functions of tensors. `reference` is the dense formula of the paper, `closed_form` the
+divergence over support and tail with its gradient, and `triton` the same on a GPU. `sparse` applies
+them to logits, `fused` to hidden states without ever holding all logits.
 """
 
 from student_trainer.losses.closed_form import SparseStatistics, Tail

@@ -1,8 +1,8 @@
-"""The closed form on a chunk of logits, in PyTorch: what every fast path must equal.
+"""The closed form of the sparse divergence and its gradient on a chunk of logits, in PyTorch.
 
-The outcomes are the tokens of the support and the tail τ, which holds every other token on both
-sides; the student's side is always normalised over the full vocabulary. `triton` is the same on a
-GPU in one kernel; `kernels` chooses between them.
+It is the reference of every fast path. The outcomes are the tokens of the support and the tail τ,
+which holds every other token on both sides; the student's side is always normalised over the full
+vocabulary. `triton` is the same on a GPU in one kernel; `kernels` chooses between them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from student_trainer.losses.distribution import HardLabels, SparseDistribution
 
 Tail = Literal["bucket", "renormalize"]
 
-CACHE_BYTES = 2 << 20  # logits that stay in a core's own cache from one pass to the next
+CACHE_BYTES = 2 << 20  # a block of logits of this size stays in a CPU core's cache between passes
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What logits of ``dtype`` are computed in and replaced by."""
+    """Return the dtype in which logits of ``dtype`` are computed and their gradient is written."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
 class SparseStatistics:
-    """What the same pass tells about each row; all [N] float32, detached.
+    """The statistics of each position, from the pass that computes the loss; [N] float32, detached.
 
-    Of a teacher estimated from draws, its mass, its entropy and the agreement are NaN.
+    For a teacher estimated from draws, its mass, its entropy and the agreement are NaN.
 
     Attributes:
         divergence: nats.
@@ -38,7 +38,7 @@ class SparseStatistics:
             lower bound of the entropy over the vocabulary.
         top1_agreement: 1 where the teacher's most probable token is the student's too.
         cross_entropy: nats, of the hard labels; NaN where there are none.
-        gap_bound: nats; the dense divergence lies from ``divergence`` to ``divergence +
+        gap_bound: nats; the dense divergence lies between ``divergence`` and ``divergence +
             gap_bound``. +inf where the masses alone give no bound; see `_gap_bound`.
     """
 
@@ -66,24 +66,24 @@ def divergence_and_gradient(
     softcap: float | None = None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, SparseStatistics]:
-    """Weighted divergence and cross-entropy of each row; ``logits`` is overwritten.
+    """Return weighted divergence plus cross-entropy of each position; ``logits`` is overwritten.
 
     With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
 
         ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
 
     where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
-    Σ_b Q_b = 1, so h may be taken relative to that of the student's heaviest outcome: else h of
-    dozens of nats would be taken from its own mean, and float32 leaves little of the difference.
-    Summed over the tokens of an outcome this is Q_b·h_b − Q_b Σ_b Q_b h_b, over T: an outcome of
-    the support is one token, and the tail's share is spread by the student's softmax within it.
-    The cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping, z
-    in place of c·tanh(z/c), multiplies the gradient by 1 − tanh²(z/c).
+    Because Σ_b Q_b = 1, h is taken relative to that of the student's heaviest outcome; otherwise
+    float32 would lose most digits of the difference between a large h and its mean. Summed over the
+    tokens of an outcome the gradient is (Q_b·h_b − Q_b Σ_b Q_b h_b) / T: an outcome of the support
+    is one token, and the tail's share is spread by the student's softmax within the tail. The
+    cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping replaces z
+    by c·tanh(z/c) and multiplies the gradient by 1 − tanh²(z/c).
 
     Args:
         logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
             respect to it, or scratch without ``with_gradient``.
-        teacher, weights, labels: N rows, checked.
+        teacher, weights, labels: of N positions, checked by the caller.
         softcap: c, or None; needs a second matrix like ``logits``.
 
     Returns:
@@ -96,21 +96,22 @@ def divergence_and_gradient(
         slopes.square_().neg_().add_(1.0)
     lowest = _lowest(logits.dtype)
     valid = teacher.token_ids >= 0  # [N, K]
-    log_p, log_p_tail = _finite(teacher, valid, logits.dtype)  # [N, K], [N]
+    log_p, log_p_tail = _finite_log_masses(teacher, valid, logits.dtype)  # [N, K], [N]
     best = log_p.masked_fill(~valid, -math.inf).argmax(dim=-1, keepdim=True)  # [N, 1]
-    # A pad repeats the row's best token, so that writing to the support writes the same twice.
+    # Pads repeat the best token's id, so scattering to the support writes the same value twice.
     best_id = teacher.token_ids.gather(1, best).clamp_min(0)
     ids = torch.where(valid, teacher.token_ids, best_id)  # [N, K]
-    exists = valid.sum(dim=-1) < logits.shape[1]  # [N] some token is left for the tail
+    exists = valid.sum(dim=-1) < logits.shape[1]  # [N] the tail holds at least one token
 
     label_logits = None if labels is None else logits.gather(1, labels.token_ids[:, None])
-    # Student: tail and support each relative to their own maximum, so neither can underflow.
+    # The student's tail and support are each taken relative to their own maximum, so that neither
+    # underflows.
     on_support = logits.gather(1, ids)  # [N, K]
-    _put(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
+    _scatter_support(logits, ids, torch.full_like(on_support, -math.inf), valid, best)
     tail_maximum, tail_sum = _exponentiate(logits, temperature)  # [N, 1], [N]
-    exponentials = logits  # [N, V] of the tail; their sum is at least 1 where there is one
+    exponentials = logits  # [N, V], 0 on the support; they sum to at least 1 if there is a tail
 
-    # Both are then taken relative to the row's maximum: large logits would cost digits.
+    # Both are then taken relative to the maximum of all tokens, because large logits lose digits.
     on_support.masked_fill_(~valid, -math.inf)
     maximum = torch.maximum(on_support.amax(dim=-1, keepdim=True), tail_maximum)  # [N, 1]
     on_support.sub_(maximum).div_(temperature)
@@ -128,7 +129,7 @@ def divergence_and_gradient(
 
     teacher_mass = log_p.exp().masked_fill_(~valid, 0.0).sum(dim=-1)
 
-    # The outcomes: the support, then the tail in the last column.
+    # The outcomes are the support and, in the last column, the tail.
     present = torch.cat([valid, exists[:, None]], dim=1)  # [N, K+1]
     log_p = torch.cat([log_p, log_p_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
     log_q = torch.cat([log_q, log_q_tail[:, None]], dim=1).masked_fill_(~present, 0.0)
@@ -146,7 +147,7 @@ def divergence_and_gradient(
         kept_log_p, kept_p = _renormalized(log_p, present)
         kept_log_q, kept_q = _renormalized(log_q, present)
 
-    divergence, gradient = _outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    divergence, gradient = _divergence_over_outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
     objective = divergence if weights is None else divergence * weights
     label_weights = None if labels is None else labels.weights
     if label_weights is not None:
@@ -158,7 +159,7 @@ def divergence_and_gradient(
             gradient += label_weights[:, None] * q
         gradient *= scale / temperature
         exponentials.mul_((gradient[:, -1] / tail_sum.clamp_min(1.0))[:, None])
-        _put(exponentials, ids, gradient[:, :-1], valid, best)
+        _scatter_support(exponentials, ids, gradient[:, :-1], valid, best)
         if labels is not None and label_weights is not None:
             at = labels.token_ids[:, None]  # [N, 1]
             pull = (label_weights * (scale / temperature))[:, None].to(logits.dtype)
@@ -169,19 +170,19 @@ def divergence_and_gradient(
         divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
         cross_entropy, gap,
     )  # fmt: skip
-    # Copies: as an output of its own, the statistic is detached while the objective is not.
+    # Copies: the objective may be the same tensor, and only the statistics are non-differentiable.
     return objective.to(logits.dtype), SparseStatistics(
         *(c.to(torch.float32, copy=True) for c in columns)
     )
 
 
-def _finite(
+def _finite_log_masses(
     teacher: SparseDistribution, valid: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-masses of the support [N, K] and the tail [N] without −∞, for a finite reverse KL.
+    """Return the teacher's log-masses of support [N, K] and tail [N], with −∞ made finite.
 
-    For no mass stands the log of the smallest number, or the least log-mass of the row where that
-    is lower, so that no mass is never more than some.
+    A mass of 0 becomes the smallest normal number, or the position's smallest mass if that is
+    lower, so that reverse KL is finite and 0 never exceeds another mass.
     """
     log_p = torch.cat([teacher.logprobs, teacher.tail_logprob[:, None]], dim=1).to(dtype)
     log_p[:, :-1].masked_fill_(~valid, 0.0)
@@ -193,21 +194,21 @@ def _finite(
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """In place of −inf, so that 0·log 0 is 0."""
+    """Return the finite number that replaces −inf, so that 0·log 0 is 0."""
     return torch.finfo(dtype).min / 4
 
 
 def _exponentiate(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place exp((z − maximum)/T); the maximum [N, 1] and the sum [N] of each row.
+    """Replace logits by exp((z − maximum)/T); return the maxima [N, 1] and the sums [N].
 
-    These are four passes over [N, V]. A CPU takes them a few rows at a time: then only the first
-    reads from memory, and only the last write goes there.
+    These are four passes over [N, V]. On a CPU they are done for a few positions at a time, so that
+    the logits are read from memory once and written once.
     """
-    rows = len(logits)
+    block_size = len(logits)
     if logits.device.type == "cpu":
-        rows = CACHE_BYTES // (logits.shape[1] * logits.element_size())
+        block_size = CACHE_BYTES // (logits.shape[1] * logits.element_size())
     maxima, sums = logits.new_empty((len(logits), 1)), logits.new_empty(len(logits))
-    blocks = (tensor.split(max(1, rows)) for tensor in (logits, maxima, sums))
+    blocks = (tensor.split(max(1, block_size)) for tensor in (logits, maxima, sums))
     for block, maximum, total in zip(*blocks, strict=True):
         torch.amax(block, dim=-1, keepdim=True, out=maximum).clamp_min_(_lowest(logits.dtype))
         block.sub_(maximum)
@@ -220,9 +221,9 @@ def _exponentiate(logits: torch.Tensor, temperature: float) -> tuple[torch.Tenso
 def _gap_bound(
     log_p_tail: torch.Tensor, log_q_tail: torch.Tensor, given: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """[N]: the most by which the dense divergence can exceed the coarse one, from the tail masses.
+    """Return an upper bound [N] of dense minus sparse divergence, from the tail masses alone.
 
-    By the chain rule the two differ by what happens within the tail,
+    By the chain rule the two differ by a divergence within the tail,
 
         D_dense − D = M_τ·JSD_λ(P(·|τ), Q(·|τ)) with M_τ = βP_τ + (1−β)Q_τ, λ = βP_τ/M_τ
 
@@ -239,10 +240,10 @@ def _gap_bound(
     return ours.exp() * (log_m - ours) + theirs.exp() * (log_m - theirs)
 
 
-def _outcomes(
+def _divergence_over_outcomes(
     log_p: torch.Tensor, p: torch.Tensor, log_q: torch.Tensor, q: torch.Tensor, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], Q·(h − Σ Q·h) [N, K+1]); absent outcomes have p = q = 0."""
+    """Return divergence [N] and Q·(h − Σ Q·h) [N, K+1]; absent outcomes have p = q = 0."""
     if beta == 0.0:
         return (p * (log_p - log_q)).sum(1), q * p.sum(1, keepdim=True) - p
     if beta == 1.0:
@@ -254,7 +255,7 @@ def _outcomes(
 
 
 def _centred(slope: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Q·(h − Σ Q·h) [N, K+1] of h = ``slope``, relative to h of the heaviest outcome."""
+    """Return Q·(h − Σ Q·h) [N, K+1] for h = ``slope`` minus that of the heaviest outcome."""
     slope = slope - slope.gather(1, q.argmax(dim=1, keepdim=True))
     return q * (slope - (q * slope).sum(dim=1, keepdim=True))
 
@@ -262,20 +263,20 @@ def _centred(slope: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _renormalized(
     log_mass: torch.Tensor, present: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-masses [N, K+1] of the present outcomes, made to sum to one, and their exponentials."""
+    """Return log-masses and masses [N, K+1] of the present outcomes, scaled to sum to one."""
     kept = log_mass.masked_fill(~present, -math.inf)
     log_mass = (kept - kept.logsumexp(dim=-1, keepdim=True)).masked_fill(~present, 0.0)
     return log_mass, log_mass.exp().masked_fill(~present, 0.0)
 
 
-def _put(
+def _scatter_support(
     matrix: torch.Tensor,
     ids: torch.Tensor,
     values: torch.Tensor,
     valid: torch.Tensor,
     best: torch.Tensor,
 ) -> None:
-    """matrix[n, ids[n, k]] = values[n, k]; pads repeat the best token, or change nothing."""
-    unchanged = matrix.gather(1, ids.gather(1, best))  # [N, 1], of rows without any support
+    """Set matrix[n, ids[n, k]] = values[n, k]; pads repeat the best token, or change nothing."""
+    unchanged = matrix.gather(1, ids.gather(1, best))  # [N, 1], for positions without any support
     repeated = torch.where(valid.any(dim=-1, keepdim=True), values.gather(1, best), unchanged)
     matrix.scatter_(1, ids, torch.where(valid, values, repeated))

@@ -1,4 +1,4 @@
-"""What a row is compared with: `SparseDistribution` of a teacher, `HardLabels` of the data."""
+"""The targets of the loss: `SparseDistribution` of a teacher, and `HardLabels` of the data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 @dataclass(frozen=True)
 class SparseDistribution:
-    """N rows of at most K named tokens and one extra outcome, the tail, that holds the rest.
+    """The teacher's distributions at N positions: at most K tokens each, and a tail for the rest.
 
     Attributes:
-        token_ids: [N, K] int64, no id twice in a row; −1 pads.
+        token_ids: [N, K] int64, no id twice at a position; −1 pads.
         logprobs: [N, K] floating, normalised over the full vocabulary; ignored at pads.
         tail_logprob: [N] floating, log of the mass on all other tokens; −inf when there is none.
-        offset: [N] floating for distributions that are estimates from draws, or None: nats to add
-            to each row's divergence, without effect on the gradient, so that its mean is right.
+        offset: [N] floating for distributions that are estimated from draws, or None: nats to add
+            to each position's divergence, so that its mean is right; without gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes do not fit together.
     """
 
     token_ids: torch.Tensor
@@ -48,12 +48,12 @@ class SparseDistribution:
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> SparseDistribution:
+    def __getitem__(self, positions: slice) -> SparseDistribution:
         return SparseDistribution(
-            self.token_ids[rows],
-            self.logprobs[rows],
-            self.tail_logprob[rows],
-            None if self.offset is None else self.offset[rows],
+            self.token_ids[positions],
+            self.logprobs[positions],
+            self.tail_logprob[positions],
+            None if self.offset is None else self.offset[positions],
         )
 
     def to(self, device: torch.device | str) -> SparseDistribution:
@@ -67,15 +67,15 @@ class SparseDistribution:
 
 @dataclass(frozen=True)
 class HardLabels:
-    """The tokens of the data, for their cross-entropy in the pass that computes the divergence.
+    """The data's token at each of N positions, for its cross-entropy.
 
     Attributes:
         token_ids: [N] int64, in the teacher's support or not.
-        weights: [N] floating, what each row's cross-entropy counts in the loss; None for nothing:
-            then it is only measured.
+        weights: [N] floating, weight of each position's cross-entropy in the loss; None to measure
+            it only.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes do not fit together.
     """
 
     token_ids: torch.Tensor
@@ -95,9 +95,9 @@ class HardLabels:
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
-    def __getitem__(self, rows: slice) -> HardLabels:
+    def __getitem__(self, positions: slice) -> HardLabels:
         return HardLabels(
-            self.token_ids[rows], None if self.weights is None else self.weights[rows]
+            self.token_ids[positions], None if self.weights is None else self.weights[positions]
         )
 
     def to(self, device: torch.device | str) -> HardLabels:

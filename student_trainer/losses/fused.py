@@ -1,8 +1,8 @@
-"""The sparse divergence straight from the last hidden state: [N, V] never exists.
+"""The sparse divergence computed from the last hidden states, without ever holding logits [N, V].
 
-Rows are projected a chunk at a time; the chunk's logits are overwritten by their gradient, which
-goes into the gradients of hidden states and weights before the next chunk begins. What is held
-besides the gradients is one chunk.
+Positions are projected a chunk at a time. The chunk's logits are overwritten by their gradient,
+which is added to the gradients of hidden states and weights before the next chunk. Memory beside
+the gradients is one chunk.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
-from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.kernels import Kernel, choose_kernel
 from student_trainer.losses.projection import project
 from student_trainer.losses.reference import check_parameters, compute_dtype
 from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
 
-# Each chunk reads and writes the whole weight gradient, so a chunk wants some hundreds of rows:
-# at V = 152k, d = 512 on 2 cores, 165 rows (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
+# Each chunk reads and writes the whole weight gradient, so a chunk needs hundreds of positions: at
+# V = 152k, d = 512 on 2 cores, 165 of them (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
 CHUNK_BYTES = 256 << 20
 
 
@@ -84,32 +84,33 @@ def linear_sparse_jsd(
     kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Σ_n loss_n / normalizer with student logits ``logit_scale · (hidden @ weightᵀ + bias)``.
+    """Return the summed sparse divergence over ``normalizer``, computed from hidden states.
 
-    The same numbers as `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in
-    the forward pass, only for what requires them: a frozen output layer costs no weight gradient.
-    Logits of half-precision states and weights are float32; their gradient is rounded to the half
-    precision in which it meets states and weights.
+    The student's logits are ``logit_scale · (hidden @ weightᵀ + bias)``, and the result equals
+    `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in the forward pass,
+    only for tensors that require them: a frozen output layer costs no weight gradient. Logits of
+    half-precision states and weights are float32; their gradient is rounded to half precision
+    before it is multiplied with states and weights.
 
     Args:
-        hidden: [N, d] last hidden states of the rows.
+        hidden: [N, d] last hidden states of the positions.
         weight: [V, d] output layer, of the dtype of ``hidden`` (under autocast, any).
-        teacher: N rows.
-        normalizer: what the sum is divided by, such as the tokens of the whole optimizer step.
+        teacher: distributions of N positions.
+        normalizer: divisor of the sum, such as the tokens of the whole optimizer step.
         bias: [V] or None.
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
-        logit_scale: of the logits, before they are capped (Cohere, Granite).
+        logit_scale: factor of the logits, before they are capped (Cohere, Granite).
         beta, temperature, tail, weights, labels, kernel: see `sparse_generalized_jsd`.
-        chunk_size: rows at a time; by default equal chunks of at most 256 MiB of logits.
-        vocab_size: only the first rows of ``weight`` are outcomes (padded vocabularies); the rest
-            gets no probability and no gradient.
+        chunk_size: positions at a time; by default equal chunks of at most 256 MiB of logits.
+        vocab_size: number of token ids that are outcomes (padded vocabularies); the rest gets no
+            probability and no gradient.
         return_statistics: also return `SparseStatistics`.
 
     Returns:
         Scalar of the arithmetic's dtype: float64 for float64 input, else float32.
 
     Raises:
-        ValueError: as `sparse_generalized_jsd`, or shapes and dtypes that do not fit.
+        ValueError: as in `sparse_generalized_jsd`, or shapes and dtypes do not fit.
     """
     check_parameters(beta, temperature)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
@@ -143,10 +144,10 @@ def linear_sparse_jsd(
     return (loss, SparseStatistics(*columns)) if return_statistics else loss
 
 
-def _even_chunk_size(rows: int, limit: int) -> int:
-    """Size of the fewest equal chunks of at most ``limit`` rows: a small rest would be slow."""
-    chunks = max(1, math.ceil(rows / max(1, limit)))
-    return max(1, math.ceil(rows / chunks))
+def _even_chunk_size(count: int, limit: int) -> int:
+    """Return the size of the fewest equal chunks of at most ``limit``, so no chunk is small."""
+    chunks = max(1, math.ceil(count / max(1, limit)))
+    return max(1, math.ceil(count / chunks))
 
 
 def _check_shapes(
@@ -172,6 +173,8 @@ def _check_shapes(
 
 
 class _LinearSparseJSD(torch.autograd.Function):
+    """The autograd function that computes all gradients in its forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -185,26 +188,26 @@ class _LinearSparseJSD(torch.autograd.Function):
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
         beta, temperature, tail, chunk_size, scale, vocab_size, softcap, logit_scale = settings
-        rows, dtype = hidden.shape[0], compute_dtype(hidden)
-        step = choose(kernel, hidden)
+        count, dtype = hidden.shape[0], compute_dtype(hidden)
+        step = choose_kernel(kernel, hidden)
         projection = weight[:vocab_size]  # [V, d], a view
         offset = None if bias is None else bias[:vocab_size]  # [V]
         wanted = ctx.needs_input_grad[:3]
-        # Divided by the tokens of a step, most gradients underflow in float16 before a loss scaler
-        # can lift them: there the division waits for the backward pass.
+        # In float16 most gradients underflow if they are divided by the normalizer before a loss
+        # scaler multiplies them, so the division waits for the backward pass.
         late = hidden.dtype == torch.float16
         early_scale, ctx.late_scale = (1.0, scale) if late else (scale, 1.0)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        # Summed over chunks in the arithmetic's dtype; bfloat16 would lose the small ones.
+        # Chunks are summed in the arithmetic's dtype, because bfloat16 loses small summands.
         grad_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else None
-        if grad_weight is not None:  # the first chunk is written, not added
-            grad_weight[vocab_size if rows else 0 :].zero_()
+        if grad_weight is not None:  # the first chunk is written, so only the padding is zeroed
+            grad_weight[vocab_size if count else 0 :].zero_()
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-        buffer = hidden.new_empty((min(chunk_size, rows), vocab_size), dtype=dtype)
+        buffer = hidden.new_empty((min(chunk_size, count), vocab_size), dtype=dtype)
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
-        for first in range(0, rows, chunk_size):
-            chunk = slice(first, min(first + chunk_size, rows))
+        for first in range(0, count, chunk_size):
+            chunk = slice(first, min(first + chunk_size, count))
             part = hidden[chunk]  # [n, d]
             logits = project(part, projection, offset, out=buffer[: part.shape[0]])  # [n, V]
             if logit_scale != 1.0:
@@ -222,7 +225,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             objective, statistics = with_offset(objective, statistics, targets, counts)
             loss += objective.sum() * scale
             parts.append(statistics)
-            gradient = logits.to(hidden.dtype)  # [n, V], itself when the dtypes agree
+            gradient = logits.to(hidden.dtype)  # [n, V], no copy if the dtypes are equal
             if grad_hidden is not None:
                 torch.mm(gradient, projection, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -250,7 +253,7 @@ class _LinearSparseJSD(torch.autograd.Function):
 def _add_outer(
     total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, *, first: bool
 ) -> None:
-    """total [V, d] += gradientᵀ @ hidden; the first time, = instead."""
+    """Add gradientᵀ @ hidden to total [V, d], or write it if this is the first chunk."""
     if total.dtype != hidden.dtype:
         outer = torch.mm(gradient.T, hidden)
         total.copy_(outer) if first else total.add_(outer)

@@ -1,4 +1,4 @@
-"""Who computes a chunk: the closed form in PyTorch, or Triton on a GPU."""
+"""The choice of implementation for a chunk: the closed form in PyTorch, or Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ChunkStep(Protocol):
     """A module that computes divergence and gradient of a chunk of logits."""
 
     def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Dtype that logits of ``dtype`` are handed over in, and their gradient comes back in."""
+        """Return the dtype of logits given to the module for ``dtype``, and of their gradient."""
         ...
 
     def divergence_and_gradient(
@@ -36,15 +36,15 @@ class ChunkStep(Protocol):
         softcap: float | None = None,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, SparseStatistics]:
-        """See `closed_form.divergence_and_gradient`."""
+        """Compute as `closed_form.divergence_and_gradient` does."""
         ...
 
 
-def choose(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
-    """The module for logits (or hidden states) of this device and dtype.
+def choose_kernel(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
+    """Return the module for logits (or hidden states) of this device and dtype.
 
     Raises:
-        ValueError: an unknown kernel, or "triton" where it cannot run.
+        ValueError: the kernel is unknown, or "triton" cannot run here.
     """
     if kernel not in ("auto", "torch", "triton"):
         raise ValueError(f"kernel {kernel!r} must be 'auto', 'torch' or 'triton'")
@@ -59,7 +59,7 @@ def choose(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
 
 
 def _obstacle(device: str, dtype: torch.dtype) -> str:
-    """Why Triton cannot compute this; empty when it can. Its interpreter runs on a CPU."""
+    """Return why Triton cannot compute this, or an empty text; its interpreter runs on a CPU."""
     if importlib.util.find_spec("triton") is None:
         return "is not installed (pip install triton)"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,8 +1,8 @@
-"""Logits of half-precision models, kept in float32.
+"""The projection of half-precision hidden states to float32 logits.
 
-A sum of products is taken in float32 in any case; to round it to the 8 bits of bfloat16 moves a
-logit of 20 by up to .06. The nearer the student comes to its teacher, the more of the difference
-between them, and of the gradient, is then rounding.
+Matrix products sum in float32 in any case. Rounding the sum to the 8 bits of bfloat16 moves a logit
+of 20 by up to .06; the nearer the student is to its teacher, the larger is the part of their
+difference, and of the gradient, that is rounding.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from student_trainer.losses.reference import compute_dtype
 
-# Weights in float32 at once, where no matrix product takes half precision to float32.
+# Size of the float32 copies of weights where no matrix product multiplies half precision directly.
 BLOCK_BYTES = 8 << 20
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """a [n, d] @ b [d, m] of one dtype, written into ``out`` [n, m] of the arithmetic's dtype.
+    """Write a [n, d] @ b [d, m], of one dtype, into ``out`` [n, m] of the arithmetic's dtype.
 
     Only CUDA multiplies half precision into float32. Elsewhere ``b`` is converted a few columns at
     a time, which is exact: a product of two such numbers fits float32.
@@ -42,9 +42,9 @@ def project(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """hidden [n, d] @ weightᵀ [d, V] + bias [V]: logits [n, V], float64 of float64, else float32.
+    """Return logits [n, V] = hidden [n, d] @ weightᵀ [d, V] + bias [V]; not differentiable.
 
-    The caller has brought ``hidden`` and ``weight`` to one dtype. Not differentiable.
+    They are float64 for float64 input, else float32. ``hidden`` and ``weight`` have one dtype.
     """
     if out is None:
         size = (hidden.shape[0], weight.shape[0])
@@ -55,15 +55,15 @@ def project(
     return out
 
 
-# A compiler would trade the conversions for its own.
+# torch.compile would replace the conversions between dtypes by its own.
 @torch.compiler.disable
 def linear(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`torch.nn.functional.linear` [..., V] that answers in the arithmetic's dtype.
+    """Return `torch.nn.functional.linear` [..., V] in the arithmetic's dtype; differentiable.
 
-    Under autocast the factors are rounded to its dtype, as they would be by the layer itself, and
-    the logits are not. Differentiable; the gradient meets the factors in their own dtype.
+    Under autocast the factors are rounded to its dtype, as the layer itself rounds them, and the
+    logits are not. In the backward pass the gradient is rounded to the factors' dtype.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -75,6 +75,8 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
+    """The autograd function of `linear` for two-dimensional hidden states."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""The divergence as it is written in the paper: dense, readable, differentiated by autograd."""
+"""The dense divergence as the paper writes it, differentiated by autograd."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 
 
 def check_parameters(beta: float, temperature: float) -> None:
-    """Raises ValueError for a ``beta`` outside [0, 1] or a ``temperature`` not above 0."""
+    """Refuse a ``beta`` outside [0, 1] or a ``temperature`` that is not above 0 and finite.
+
+    Raises:
+        ValueError: names the parameter and its value.
+    """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta {beta} must be from 0 (forward KL) to 1 (reverse KL)")
     if not 0.0 < temperature < math.inf:
@@ -22,7 +26,7 @@ def generalized_jsd(
     beta: float,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """Generalized Jensen-Shannon divergence over the full vocabulary.
+    """Return the generalized Jensen-Shannon divergence over the full vocabulary.
 
     D_β = β·KL(P‖M) + (1−β)·KL(Q‖M) with M = βP + (1−β)Q, P the teacher and Q the student at
     ``temperature``; D_0 = KL(P‖Q) and D_1 = KL(Q‖P). There is no T² factor. D is discontinuous at
@@ -38,7 +42,7 @@ def generalized_jsd(
         [N], nats.
 
     Raises:
-        ValueError: a parameter out of range, or shapes that differ.
+        ValueError: a parameter is out of range, or shapes differ.
 
     Source: GKD, arXiv 2306.13649, section 2 and appendix A.
     """
@@ -60,14 +64,14 @@ def generalized_jsd(
 
 
 def compute_dtype(logits: torch.Tensor) -> torch.dtype:
-    """float64 stays; everything else is computed in float32."""
+    """Return the dtype of the arithmetic: float64 for float64 logits, else float32."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
-    """Σ A·(log A/B) [N], as c + Σ A·(log A/B − c) with c that of A's heaviest token.
+    """Return KL(A‖B) [N], computed as c + Σ A·(log A/B − c) with c = log A/B of A's heaviest token.
 
-    The same, because Σ A = 1, and its gradient does not cancel where log A/B is large there.
+    This equals Σ A·(log A/B) because Σ A = 1, and its gradient does not cancel where c is large.
     """
     ratio = log_a - log_b
     c = ratio.detach().gather(1, log_a.argmax(dim=-1, keepdim=True))  # [N, 1]

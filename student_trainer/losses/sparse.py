@@ -1,6 +1,6 @@
-"""The divergence of logits that exist against a sparse teacher.
+"""The divergence of given logits against a sparse teacher.
 
-The mathematics is in `closed_form`: here it meets whole logits, in `fused` a chunk at a time.
+The mathematics is in `closed_form`; it is applied here to whole logits, in `fused` to chunks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
-from student_trainer.losses.kernels import Kernel, choose
+from student_trainer.losses.kernels import Kernel, choose_kernel
 from student_trainer.losses.reference import check_parameters
 
 
@@ -56,22 +56,22 @@ def sparse_generalized_jsd(
     kernel: Kernel = "auto",
     return_statistics: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
-    """Generalized JSD between a sparse teacher and the student's full logits.
+    """Return the generalized JSD between a sparse teacher and the student's full logits.
 
-    Taken over support and tail it never exceeds the dense divergence (coarse-graining lowers an
+    Over support and tail it never exceeds the dense divergence (coarse-graining lowers an
     f-divergence), and equals it when the support is the whole vocabulary.
 
     Args:
         student_logits: [N, V], any floating dtype; the arithmetic is float32 at least.
-        teacher: N rows, at the same ``temperature``.
+        teacher: distributions of N positions, at the same ``temperature``.
         beta: 0 forward KL(P‖Q), 1 reverse KL(Q‖P), between them the mixture; see
             `generalized_jsd`.
         temperature: divides the student's logits; the teacher must have been scored at it.
         tail: "bucket" is exact on the outcomes; "renormalize" drops the tail and rescales both
             sides over the support, which is biased, for comparison with systems that do so.
-        weights: [N] what each row's divergence counts; None for 1.
-        labels: adds their weighted cross-entropy −log softmax(z / T) at each row's label.
-        kernel: who computes; "auto" takes Triton on a GPU.
+        weights: [N] weight of each position's divergence; None for 1.
+        labels: adds their weighted cross-entropy −log softmax(z / T) at each position's label.
+        kernel: implementation; "auto" takes Triton on a GPU.
         return_statistics: also return `SparseStatistics`.
 
     Returns:
@@ -104,9 +104,10 @@ def with_offset(
     teacher: SparseDistribution,
     weights: torch.Tensor | None,
 ) -> tuple[torch.Tensor, SparseStatistics]:
-    """What a kernel found, made right in the mean where the teacher is an estimate from draws.
+    """Return objective and statistics with the teacher's offset added, if it has one.
 
-    What draws tell nothing true about becomes NaN, and the gap bound +inf.
+    A teacher estimated from draws has one. Statistics that draws cannot estimate become NaN, and
+    the gap bound +inf.
     """
     if teacher.offset is None:
         return objective, statistics
@@ -123,7 +124,12 @@ def with_offset(
 
 
 def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
-    """Raises ValueError for what the arithmetic cannot use; waits for the device once."""
+    """Check the teacher's ids and log-probs; waits for the device once.
+
+    Raises:
+        ValueError: an unknown ``tail``, an id outside the vocabulary or twice at a position, or a
+            log-prob that is NaN or +inf.
+    """
     if tail not in ("bucket", "renormalize"):
         raise ValueError(f"tail {tail!r} must be 'bucket' or 'renormalize'")
     ids = teacher.token_ids
@@ -147,21 +153,25 @@ def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> No
         name = "logprobs" if bad_logprob else "tail_logprob"
         raise ValueError(f"teacher.{name} holds NaN or +inf; check the teacher's answer")
     if twice:
-        row, place = (int(at[0]) for at in torch.where(repeated))
+        n, place = (int(at[0]) for at in torch.where(repeated))
         raise ValueError(
-            f"teacher.token_ids names {int(ordered[row, place])} twice in row {row}; name each id "
+            f"teacher.token_ids names {int(ordered[n, place])} twice in row {n}; name each id "
             "once and fill up with −1"
         )
 
 
 def check_weights(
-    weights: torch.Tensor | None, labels: HardLabels | None, rows: int, vocab_size: int
+    weights: torch.Tensor | None, labels: HardLabels | None, count: int, vocab_size: int
 ) -> None:
-    """Raises ValueError for weights or labels that do not fit; waits for the device once."""
-    if weights is not None and weights.shape != (rows,):
-        raise ValueError(f"weights must be [N] = [{rows}], got {list(weights.shape)}")
-    if labels is not None and len(labels) != rows:
-        raise ValueError(f"labels must be [N] = [{rows}], got [{len(labels)}]")
+    """Check weights and labels; waits for the device once.
+
+    Raises:
+        ValueError: wrong shapes, NaN or infinities, or a label outside the vocabulary.
+    """
+    if weights is not None and weights.shape != (count,):
+        raise ValueError(f"weights must be [N] = [{count}], got {list(weights.shape)}")
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels must be [N] = [{count}], got [{len(labels)}]")
     label_weights = None if labels is None else labels.weights
     given = {"weights": weights, "label weights": label_weights}
     flags = {
@@ -189,7 +199,7 @@ def check_weights(
 
 
 class _SparseJSD(torch.autograd.Function):
-    """The gradient is written in the forward pass, over a copy of the logits."""
+    """The autograd function that writes the gradient in its forward pass, over a copy of logits."""
 
     @staticmethod
     def forward(
@@ -201,7 +211,7 @@ class _SparseJSD(torch.autograd.Function):
         labels: HardLabels | None,
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        step = choose(kernel, student_logits)
+        step = choose_kernel(kernel, student_logits)
         logits = student_logits.to(
             step.logits_dtype(student_logits.dtype),
             copy=True,

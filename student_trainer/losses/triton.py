@@ -1,11 +1,11 @@
-"""The closed form as one Triton kernel: one program a row, two passes over the vocabulary.
+"""The closed form as one Triton kernel: one program per position, two passes over the vocabulary.
 
-The first pass is an online log-sum-exp over the tail; between the two, everything about the K + 1
-outcomes happens in registers; the second pass replaces the logits by their gradient. Logits of any
-floating dtype are read and written as they are, the arithmetic is float32. No atomics: the same
-input gives the same bits.
+The first pass is an online log-sum-exp over the tail. Then the K + 1 outcomes are computed in
+registers. The second pass replaces the logits by their gradient. Logits are read and written in
+their own floating dtype, and the arithmetic is float32. There are no atomics, so the same input
+gives the same bits.
 
-The mathematics and its names are those of `closed_form.divergence_and_gradient`, the slow twin.
+The mathematics and its names are those of `closed_form.divergence_and_gradient`, the reference.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import triton.language as tl
 from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 
-BLOCK_V = 4096  # tokens of a row in registers at once
+BLOCK_V = 4096  # tokens in registers at once
 _LOWEST = torch.finfo(torch.float32).min / 4  # in place of −inf, so that 0·log 0 is 0
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)
 _COLUMNS = 1 + len(SparseStatistics.__dataclass_fields__)  # the objective, then the statistics
 
 
 def logits_dtype(dtype: torch.dtype) -> torch.dtype:
-    """See `kernels.ChunkStep`: half precision stays as it is."""
+    """Return ``dtype``: the kernel reads and writes half precision too."""
     return dtype
 
 
@@ -44,16 +44,16 @@ def divergence_and_gradient(
     softcap: float | None = None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, SparseStatistics]:
-    """See `closed_form.divergence_and_gradient`; ``logits`` float32, bfloat16 or float16."""
-    rows, vocab_size = logits.shape
+    """Compute as `closed_form.divergence_and_gradient`, on float32, bfloat16 or float16 logits."""
+    count, vocab_size = logits.shape
     if not logits.is_contiguous():
         raise ValueError("logits must be contiguous")
     support = teacher.token_ids.shape[1]
-    out = torch.empty((_COLUMNS, rows), dtype=torch.float32, device=logits.device)
-    unused = out  # a pointer for what is absent: never read
+    out = torch.empty((_COLUMNS, count), dtype=torch.float32, device=logits.device)
+    unused = out  # a valid pointer for absent arguments, which the kernel never reads
     label_weights = None if labels is None else labels.weights
-    if rows:
-        _kernel[(rows,)](
+    if count:
+        _kernel[(count,)](
             logits,
             teacher.token_ids.contiguous(),
             teacher.logprobs.float().contiguous(),
@@ -62,7 +62,7 @@ def divergence_and_gradient(
             unused if labels is None else labels.token_ids.contiguous(),
             unused if label_weights is None else label_weights.float().contiguous(),
             out,
-            rows,
+            count,
             vocab_size,
             support,
             beta,
@@ -89,14 +89,14 @@ def divergence_and_gradient(
 
 @triton.jit
 def _cap(z, c):
-    """(c·tanh(z/c), 1 − tanh²(z/c)); −inf, which marks what the tail leaves out, stays."""
+    """Return c·tanh(z/c) and 1 − tanh²(z/c); −inf, which marks the support, stays."""
     t = 1.0 - 2.0 / (1.0 + tl.exp(2.0 * z / c))
     return tl.where(z == -float("inf"), z, c * t), 1.0 - t * t
 
 
 @triton.jit
 def _add_logs(a, b):
-    """log(exp a + exp b) of finite a and b."""
+    """Return log(exp a + exp b) of finite a and b."""
     high = tl.maximum(a, b)
     return high + tl.log(tl.exp(a - high) + tl.exp(b - high))
 
@@ -111,7 +111,7 @@ def _kernel(
     labels_at,  # [N]
     label_weights_at,  # [N]
     out_at,  # [columns, N]
-    rows,
+    count,
     vocab_size,
     support,
     beta,
@@ -132,16 +132,16 @@ def _kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    line = logits_at + row * vocab_size
+    position = tl.program_id(0).to(tl.int64)
+    line = logits_at + position * vocab_size
     k = tl.arange(0, BLOCK_K)
-    ids = tl.load(ids_at + row * support + k, mask=k < support, other=-1)
+    ids = tl.load(ids_at + position * support + k, mask=k < support, other=-1)
     valid = ids >= 0
     named = tl.sum(valid.to(tl.int32), axis=0)
 
-    log_p = tl.load(logprobs_at + row * support + k, mask=valid, other=0.0)
-    given_tail = tl.load(tail_at + row)
-    # For no mass stands a finite log that is no higher than any of the row.
+    log_p = tl.load(logprobs_at + position * support + k, mask=valid, other=0.0)
+    given_tail = tl.load(tail_at + position)
+    # The log of a mass of 0 becomes finite, and no higher than any other of this position.
     none, no_tail = log_p == -float("inf"), given_tail == -float("inf")
     least = tl.minimum(tl.min(tl.where(none, 0.0, log_p), axis=0), FLOOR)
     least = tl.maximum(tl.minimum(least, tl.where(no_tail, 0.0, given_tail)), LOWEST)
@@ -152,7 +152,7 @@ def _kernel(
     log_p_tail = tl.where(exists, log_p_tail, 0.0)
     p_tail = tl.where(exists, tl.exp(log_p_tail), 0.0)
 
-    # The support leaves the row, so that what is left is the tail.
+    # The support's logits become −inf, so that the passes over the vocabulary see only the tail.
     z = tl.load(line + ids, mask=valid, other=0.0).to(tl.float32)
     slope = tl.full([BLOCK_K], 1.0, tl.float32)
     if CAPPED:
@@ -161,15 +161,15 @@ def _kernel(
     label = tl.full([], -1, tl.int64)
     z_label = 0.0
     if LABELLED:
-        label = tl.load(labels_at + row)
+        label = tl.load(labels_at + position)
         z_label = tl.load(line + label).to(tl.float32)
         if CAPPED:
             z_label, _label_slope = _cap(z_label, softcap)
-    tl.debug_barrier()  # all has been read
+    tl.debug_barrier()  # all reads are done before the writes
     tl.store(line + ids, tl.full([BLOCK_K], -float("inf"), tl.float32), mask=valid)
-    tl.debug_barrier()  # all has been written
+    tl.debug_barrier()  # all writes are done before the reads
 
-    # Online: the maximum so far, and the sum of exponentials relative to it.
+    # Online log-sum-exp: the maximum so far, and the sum of exponentials relative to it.
     tail_max = tl.full([], LOWEST, tl.float32)
     tail_sum = tl.full([], 0.0, tl.float32)
     for first in range(0, vocab_size, BLOCK_V):
@@ -185,7 +185,7 @@ def _kernel(
     best_z = tl.max(z, axis=0)
     maximum = tl.maximum(best_z, tail_max)
     on_support = tl.where(valid, (z - maximum) * inverse_t, -float("inf"))
-    # Relative to its own maximum where it would underflow beside the row's.
+    # The support is summed relative to its own maximum, because it may underflow otherwise.
     own = tl.maximum(best_z, LOWEST)
     own_sum = tl.sum(tl.where(valid, tl.exp((z - own) * inverse_t), 0.0), axis=0)
     support_log_sum = tl.where(
@@ -232,7 +232,7 @@ def _kernel(
         q = tl.where(valid, tl.exp(log_q), 0.0)
         log_p_tail, p_tail, log_q_tail, q_tail = 0.0, 0.0, 0.0, 0.0
 
-    # The divergence, and Q·(h − Σ Q·h) of each outcome.
+    # The divergence, and Q·(h − Σ Q·h) of each outcome, as in `_divergence_over_outcomes`.
     if MODE == 0:
         divergence = tl.sum(p * (log_p - log_q), axis=0) + p_tail * (log_p_tail - log_q_tail)
         mass = tl.sum(p, axis=0) + p_tail
@@ -248,7 +248,7 @@ def _kernel(
             ours = tl.sum(q * h, axis=0) + q_tail * h_tail
             theirs = tl.sum(p * (log_p - log_m), axis=0) + p_tail * (log_p_tail - log_m_tail)
             divergence = beta * theirs + ours
-        # Relative to the heaviest outcome's, because Σ Q = 1: large h would cancel their mean.
+        # h is taken relative to the heaviest outcome's (Σ Q = 1), because large h would cancel.
         first = tl.argmax(q, axis=0)
         h_first = tl.sum(tl.where(k == first, h, 0.0), axis=0)
         h_first = tl.where(q_tail > tl.max(q, axis=0), h_tail, h_first)
@@ -259,21 +259,21 @@ def _kernel(
     objective = divergence
     weight = 1.0
     if WEIGHTED:
-        weight = tl.load(weights_at + row)
+        weight = tl.load(weights_at + position)
         objective = divergence * weight
     share = 0.0
     if LABEL_WEIGHTED:
-        share = tl.load(label_weights_at + row)
+        share = tl.load(label_weights_at + position)
         objective += share * cross_entropy
-    tl.store(out_at + row, objective)
-    tl.store(out_at + rows + row, divergence)
-    tl.store(out_at + 2 * rows + row, teacher_mass)
-    tl.store(out_at + 3 * rows + row, student_mass)
-    tl.store(out_at + 4 * rows + row, teacher_entropy)
-    tl.store(out_at + 5 * rows + row, student_entropy)
-    tl.store(out_at + 6 * rows + row, agrees)
-    tl.store(out_at + 7 * rows + row, cross_entropy)
-    tl.store(out_at + 8 * rows + row, gap)
+    tl.store(out_at + position, objective)
+    tl.store(out_at + count + position, divergence)
+    tl.store(out_at + 2 * count + position, teacher_mass)
+    tl.store(out_at + 3 * count + position, student_mass)
+    tl.store(out_at + 4 * count + position, teacher_entropy)
+    tl.store(out_at + 5 * count + position, student_entropy)
+    tl.store(out_at + 6 * count + position, agrees)
+    tl.store(out_at + 7 * count + position, cross_entropy)
+    tl.store(out_at + 8 * count + position, gap)
 
     if GRADIENT:
         gradient = scale * (weight * centred + share * full_q)
@@ -291,5 +291,5 @@ def _kernel(
             tl.store(line + v, change * bend, mask=v < vocab_size)
         if LABEL_WEIGHTED:
             gradient = tl.where(ids == label, gradient - scale * share, gradient)
-        tl.debug_barrier()  # the support is written over what the loop has left there
+        tl.debug_barrier()  # the loop's writes are done before the support's overwrite them
         tl.store(line + ids, gradient * slope, mask=valid)

@@ -1,1 +1,1 @@
-"""The student: loading, forward pass, output head, and probes of what it can do."""
+"""The student model: loading, forward pass, output head, and probes of its abilities."""

@@ -1,4 +1,4 @@
-"""The student's forward pass, ended in the loss instead of the logits."""
+"""The student's forward pass, extended to return the loss instead of all logits."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.model.head import OutputHead, find_head, float32_logits
-from student_trainer.model.probe import met_by_head, passes, same_states
+from student_trainer.model.probe import probe_model, record_head_inputs, same_states
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids")  # a packed row has no mask
+_INPUTS = ("input_ids", "attention_mask", "position_ids")  # packed inputs have no mask
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """What a micro-batch is compared with.
+    """The targets and parameters of a micro-batch's loss.
 
     Attributes:
-        rows: [N] int64, flat index of the hidden state that predicts each learned token:
-            ``b·L + position`` where sequences are padded.
-        teacher: the distributions, N rows.
-        beta, temperature: of the divergence.
+        positions: [N] int64, index into the flattened inputs of the hidden state that predicts each
+            learned token: ``b·L + position`` where sequences are padded.
+        teacher: the teacher's distributions at these positions.
+        beta, temperature: parameters of the divergence.
         normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
-        vocab_size: the shared vocabulary; student logits from here on are left out.
-        tail: what becomes of the mass off the support.
-        weights: [N] what each divergence counts; None for 1.
-        labels: the tokens that really came next, and what their cross-entropy counts.
-        kernel: who computes the loss.
+        vocab_size: size of the shared vocabulary; student logits of other ids are left out.
+        tail: treatment of the mass off the support, as in `sparse_generalized_jsd`.
+        weights: [N] weight of each divergence; None for 1.
+        labels: the data's next tokens, and the weights of their cross-entropy.
+        kernel: implementation of the loss.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     teacher: SparseDistribution
     beta: float
     temperature: float
@@ -58,7 +58,7 @@ class SparseTargets:
     def to(self, device: torch.device) -> SparseTargets:
         return replace(
             self,
-            rows=self.rows.to(device),
+            positions=self.positions.to(device),
             teacher=self.teacher.to(device),
             weights=None if self.weights is None else self.weights.to(device),
             labels=None if self.labels is None else self.labels.to(device),
@@ -67,50 +67,50 @@ class SparseTargets:
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The student's own most probable tokens are asked for.
+    """A request for the student's own most probable tokens.
 
     Attributes:
-        rows: [N] int64, flat index of hidden states, as in `SparseTargets`.
-        count: ids for each row.
-        vocab_size: only ids below it.
+        positions: [N] int64, as in `SparseTargets`.
+        count: ids for each position.
+        vocab_size: only ids below it are returned.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     count: int
     vocab_size: int
 
 
 @dataclass(frozen=True)
-class RowLogits:
-    """The logits of a few rows are asked for.
+class PositionLogits:
+    """A request for the logits at a few positions.
 
     Attributes:
-        rows: [N] int64, flat index of hidden states, as in `SparseTargets`.
-        vocab_size: only of ids below it.
+        positions: [N] int64, as in `SparseTargets`.
+        vocab_size: only logits of ids below it are returned.
     """
 
-    rows: torch.Tensor
+    positions: torch.Tensor
     vocab_size: int
 
 
 def install_sparse_loss(model: Any) -> None:
-    """Give ``model.forward`` the arguments ``sparse_targets``, ``top_tokens`` and ``row_logits``.
+    """Add the arguments ``sparse_targets``, ``top_tokens``, ``position_logits`` to ``forward``.
 
-    All must be computed inside ``forward``: distributed wrappers (DDP, FSDP, autocast) do their
-    work around it. With ``sparse_targets`` it returns ``{"loss": scalar, "statistics":
-    SparseStatistics}``, with ``top_tokens`` ``{"token_ids": [N, count]}``, with ``row_logits``
-    ``{"logits": [N, vocab_size]}``; the logits of all positions never exist. Without, it is
-    unchanged.
+    Everything must be computed inside ``forward``, because DDP, FSDP and autocast wrap it. With
+    ``sparse_targets`` it returns ``{"loss": scalar, "statistics": SparseStatistics}``, with
+    ``top_tokens`` ``{"token_ids": [N, count]}``, with ``position_logits`` ``{"logits": [N,
+    vocab_size]}``; the logits of all positions never exist. Without these it is unchanged.
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
 
     Raises:
-        ConfigurationError: it is an encoder: a later token changes what it says of earlier ones.
+        ConfigurationError: the model is an encoder: a later token changes the logits of earlier
+            ones.
     """
     causal_lm = _causal_lm(model)
     original = causal_lm.forward
-    causal, error = passes(causal_lm, lambda: _is_causal(causal_lm, original))
+    causal, error = probe_model(causal_lm, lambda: _is_causal(causal_lm, original))
     if not causal and not error:
         kind = causal_lm.config.get_text_config().model_type
         raise ConfigurationError(
@@ -121,7 +121,7 @@ def install_sparse_loss(model: Any) -> None:
     rope = length_dependent_rope(causal_lm.config)
 
     def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Hidden states [B, L, d], or logits [B, L, V] where only the model knows them."""
+        """Return hidden states [B, L, d], or logits [B, L, V] where there is no `OutputHead`."""
         if head is not None:
             states: torch.Tensor = causal_lm.get_decoder()(
                 **inputs, use_cache=False
@@ -136,20 +136,20 @@ def install_sparse_loss(model: Any) -> None:
         *args: Any,
         sparse_targets: SparseTargets | None = None,
         top_tokens: TopTokens | None = None,
-        row_logits: RowLogits | None = None,
+        position_logits: PositionLogits | None = None,
         **kwargs: Any,
     ) -> Any:
-        wanted = sparse_targets or top_tokens or row_logits
+        wanted = sparse_targets or top_tokens or position_logits
         if wanted is None:
             return original(*args, **kwargs)
         if args:
             raise TypeError("pass input_ids and attention_mask or position_ids by name")
         inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
-        states = compute(inputs) if rope is None else _apart(compute, inputs, rope)
-        states = states.flatten(0, 1)[wanted.rows]  # [N, V] or [N, d]
+        states = compute(inputs) if rope is None else _compute_by_regime(compute, inputs, rope)
+        states = states.flatten(0, 1)[wanted.positions]  # [N, V] or [N, d]
         if isinstance(wanted, TopTokens):
             return {"token_ids": _top_ids(head, states, wanted)}
-        if isinstance(wanted, RowLogits):
+        if isinstance(wanted, PositionLogits):
             return {"logits": _logits(head, states)[:, : wanted.vocab_size]}
         if head is None:
             return _loss_of_logits(states, wanted)
@@ -160,44 +160,45 @@ def install_sparse_loss(model: Any) -> None:
 
 
 def _is_causal(causal_lm: Any, forward: Any) -> bool:
-    """Tell whether a changed last token leaves the states before it as they were."""
+    """Return whether the states of all tokens but the last are unchanged by another last token."""
     weight = causal_lm.get_output_embeddings().weight
     ids = torch.arange(8, device=weight.device)[None].repeat(2, 1) % weight.shape[0]  # [2, 8]
     ids[1, -1] = 0
-    with met_by_head(causal_lm) as seen:
-        for row in ids:
-            forward(input_ids=row[None], use_cache=False)
+    with record_head_inputs(causal_lm) as seen:
+        for sequence in ids:
+            forward(input_ids=sequence[None], use_cache=False)
     one, other = (states[0, :-1] for states in seen)  # [7, d]
     return same_states(other, one)
 
 
-def _apart(
+def _compute_by_regime(
     compute: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
     inputs: Mapping[str, torch.Tensor],
     rope: LengthDependentRope,
 ) -> torch.Tensor:
-    """Return ``compute`` of each sequence as if alone, [B, L, d], in as few passes as that takes.
+    """Return ``compute(inputs)`` [B, L, d] with the rope frequencies of each sequence's own length.
 
-    A packed row is computed as it is: `decide_packing` sees to it that none mixes positions.
+    Sequences of equal frequencies share a forward pass. Packed sequences are computed as they are,
+    because `decide_packing` refuses lengths that change the frequencies.
     """
     input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     width = input_ids.shape[1]
     lengths = [width] * len(input_ids) if mask is None else mask.sum(dim=1).tolist()
     parts, order = [], []
     for group in rope.groups(lengths):
-        longest = max(lengths[row] for row in group)
+        longest = max(lengths[index] for index in group)
         if rope.keeps_lengths(longest):
             with torch.no_grad():
                 compute({"input_ids": input_ids[:1, :1]})
-        rows = torch.tensor(group, device=input_ids.device)
-        some = {name: tensor[rows, :longest] for name, tensor in inputs.items()}
+        indices = torch.tensor(group, device=input_ids.device)
+        some = {name: tensor[indices, :longest] for name, tensor in inputs.items()}
         parts.append(pad(compute(some), (0, 0, 0, width - longest)))  # [b, L, d]
         order += group
     return torch.cat(parts)[torch.tensor(order, device=input_ids.device).argsort()]
 
 
 def remove_sparse_loss(model: Any) -> None:
-    """Give the model back its own ``forward``: a copy of it would compute with these weights."""
+    """Restore the model's own ``forward``, because a copied model would call this model's."""
     causal_lm = _causal_lm(model)
     causal_lm.forward = causal_lm.__dict__.pop("_forward_before")
 
@@ -220,7 +221,7 @@ def _logits(head: OutputHead | None, states: torch.Tensor) -> torch.Tensor:
         return head.logits(states)
 
 
-# The loss computes its own gradient: there is nothing in it for a compiler of the model.
+# torch.compile has nothing to gain here, because the loss computes its own gradient.
 @torch.compiler.disable
 def _loss_of_hidden(
     head: OutputHead, hidden: torch.Tensor, targets: SparseTargets

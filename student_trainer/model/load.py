@@ -1,4 +1,4 @@
-"""Model, tokenizer and configuration, from a folder, adapters or the Hub."""
+"""The loading of model, tokenizer and configuration from a folder, adapters or the Hub."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The configuration; that of the base model for a folder of adapters."""
+    """Return the model's configuration; for a folder of adapters, that of their base model."""
     if arguments.loaded is not None:
         return arguments.loaded.model.config
     return _from_hub_or_folder(AutoConfig, _base_of(arguments))
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, which does what its tokenizer.json says.
+    """Return the tokenizer, checked against its tokenizer.json.
 
-    It has ``--eos_token`` and ``--chat_template`` where they are given.
+    ``--eos_token`` and ``--chat_template`` replace its own where they are given.
 
     Raises:
-        ConfigurationError: it does not load, text does not survive it, that token is not in its
-            vocabulary, or that file cannot be read.
+        ConfigurationError: the tokenizer does not load or does not preserve text, the EOS token is
+            not in its vocabulary, or the template file cannot be read.
     """
     if arguments.loaded is not None:
         check_loaded_tokenizer(arguments.loaded.tokenizer)
@@ -79,12 +79,12 @@ def _read_template(name: str) -> str:
 
 
 def check_loaded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Look at a tokenizer that was given in memory, and at the file it came from.
+    """Check a tokenizer that was given in memory, and compare it with the file it came from.
 
-    It may be meant to differ from the file, so that is a warning.
+    A difference from the file may be intended, so it is a warning.
 
     Raises:
-        ConfigurationError: text does not survive it.
+        ConfigurationError: the tokenizer does not preserve text.
     """
     name = str(tokenizer.name_or_path or type(tokenizer).__name__)
     file = Path(name) / "tokenizer.json"
@@ -99,12 +99,12 @@ def check_loaded_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _tokenizer_file(model: str, revision: str) -> Path | None:
-    """The ``tokenizer.json`` of a folder or Hub id, if it has one."""
+    """Return the ``tokenizer.json`` of a folder or Hub id, or None."""
     try:
         file = cached_file(
             model, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False
         )
-    except OSError:  # the Hub does not answer, and its cache lacks the file
+    except OSError:  # the Hub does not answer, and the file is not in its cache
         return None
     return None if file is None else Path(file)
 
@@ -117,7 +117,7 @@ def load_stop_ids(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase)
 def load_text_end(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that ends plain text; see `end_tokens.text_end_id`.
 
-    ``--eos_token`` is the end of either.
+    It is None with ``--eos_token``, which ends plain text too.
     """
     if arguments.eos_token is not None:
         return None
@@ -128,7 +128,7 @@ def _generation_config(arguments: ModelArguments) -> GenerationConfig | None:
     if arguments.loaded is not None:
         return arguments.loaded.model.generation_config
     base = _base_of(arguments)
-    with contextlib.suppress(OSError):  # many checkpoints have none
+    with contextlib.suppress(OSError):  # many checkpoints have no generation config
         return GenerationConfig.from_pretrained(
             base.model_name_or_path, revision=base.model_revision
         )
@@ -136,18 +136,18 @@ def _generation_config(arguments: ModelArguments) -> GenerationConfig | None:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Longest sequence in tokens; models without a bound get a very large one."""
+    """Return the longest sequence in tokens, or 2³⁰ for models without a limit."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
 def load_model(arguments: ModelArguments, **options: Any) -> Any:
-    """The causal language model; LoRA adapters are merged into their base.
+    """Return the causal language model, with LoRA adapters merged into their base.
 
     Args:
-        options: go to ``from_pretrained``.
+        options: arguments of ``from_pretrained``.
 
     Raises:
-        ConfigurationError: it does not load, or weights are missing.
+        ConfigurationError: the model does not load, or weights are missing.
     """
     if arguments.loaded is not None:
         return arguments.loaded.model
@@ -162,7 +162,7 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
         **options,
     )
     missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random weights in their place
+    if missing:  # transformers would initialise them at random and continue
         raise ConfigurationError(
             f"--model_name_or_path {base.model_name_or_path} lacks {len(missing)} weights of "
             f"{type(model).__name__}, {missing[0]} among them; give a complete checkpoint"
@@ -172,16 +172,16 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
     from peft import PeftModel
 
     merged = merge_adapters(PeftModel.from_pretrained(model, arguments.model_name_or_path))
-    return merged.requires_grad_(True)  # peft froze the base
+    return merged.requires_grad_(True)  # because peft froze the base
 
 
 def load_student(
     arguments: ModelArguments, adapters: AdapterArguments, *, gradient_checkpointing: bool = False
 ) -> Any:
-    """The model with new adapters where they are asked for, ready for the Trainer.
+    """Return the model for the Trainer, with new adapters where the arguments ask for them.
 
     Raises:
-        ConfigurationError: as `load_model`, or the adapters do not fit the model.
+        ConfigurationError: as in `load_model`, or the adapters do not fit the model.
     """
     options: dict[str, Any] = {}
     if adapters.load_in_4bit:
@@ -195,19 +195,19 @@ def load_student(
         )
     model = load_model(arguments, **options)
     if adapters.use_peft:
-        model = _with_adapters(model, adapters, gradient_checkpointing)
+        model = _add_adapters(model, adapters, gradient_checkpointing)
     return model
 
 
 def load_skeleton(
     arguments: ModelArguments, adapters: AdapterArguments, *, gradient_checkpointing: bool = False
 ) -> Any:
-    """What `load_student` gives, of shapes and dtypes alone: on the meta device, without weights.
+    """Return the model of `load_student` on the meta device: shapes and dtypes without weights.
 
-    With ``load_in_4bit`` the weights that would be quantised are whole.
+    With ``load_in_4bit`` the weights are not quantised.
 
     Raises:
-        ConfigurationError: as `load_student`.
+        ConfigurationError: as in `load_student`.
     """
     config = load_config(arguments)
     dtype = getattr(torch, arguments.torch_dtype, None) or config.dtype or torch.float32
@@ -217,17 +217,17 @@ def load_skeleton(
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-        except Exception as error:  # whatever a checkpoint's code or a missing package can cause
+        except Exception as error:  # a checkpoint's code or a missing package may raise anything
             raise ConfigurationError(
                 f"--model_name_or_path {arguments.model_name_or_path}: there is no causal language "
                 f"model of this configuration: {error}"
             ) from error
         return (
-            _with_adapters(model, adapters, gradient_checkpointing) if adapters.use_peft else model
+            _add_adapters(model, adapters, gradient_checkpointing) if adapters.use_peft else model
         )
 
 
-def _with_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
+def _add_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointing: bool) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if arguments.load_in_4bit:
@@ -251,10 +251,10 @@ def _with_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointi
 
 
 def _base_of(arguments: ModelArguments) -> ModelArguments:
-    """``arguments`` itself, or for a folder of adapters those of their base model.
+    """Return ``arguments``, or for a folder of adapters the arguments of their base model.
 
     Raises:
-        ConfigurationError: the adapters do not say what they were trained on.
+        ConfigurationError: the adapters' configuration names no base model.
     """
     if not holds_adapters(arguments.model_name_or_path):
         return arguments
@@ -275,7 +275,7 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
             trust_remote_code=arguments.trust_remote_code,
             **options,
         )
-    except Exception as error:  # whatever a checkpoint's files or a missing package can cause
+    except Exception as error:  # a checkpoint's files or a missing package may raise anything
         folder = Path(arguments.model_name_or_path)
         kind = "folder" if folder.is_dir() else "Hub id"
         raise ConfigurationError(

@@ -1,8 +1,8 @@
-"""Sequences end to end in one row instead of padded ones beneath each other.
+"""The decision to pack sequences end to end instead of padding them.
 
-transformers tells such a row from position ids that begin anew, and keeps its sequences apart where
-the model's attention is built for it. Flash attention then computes nothing twice; other kernels
-pay with a mask over the whole row, quadratic in its length.
+transformers recognises packed sequences by position ids that restart at 0, and keeps them apart if
+the model's attention supports it. Flash attention then computes no padding; other kernels use a
+mask over the whole input, quadratic in its length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shared.errors import ConfigurationError
 from shared.rope import length_dependent_rope
 from student_trainer.data.collate import model_inputs
 from student_trainer.data.sample import Sample
-from student_trainer.model.probe import passes
+from student_trainer.model.probe import probe_model
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +26,18 @@ Packing = Literal["auto", "on", "off"]
 
 
 def decide_packing(model: Any, packing: Packing, longest: int | None = None) -> bool:
-    """Whether micro-batches are packed; ``auto`` packs for flash attention.
+    """Return whether micro-batches are packed; ``auto`` packs for flash attention.
 
     Args:
         model: causal language model, or a peft model around one; not yet wrapped for distribution.
-        longest: tokens of the longest sequence there may be; None where that is not known.
+        longest: tokens of the longest possible sequence; None if that is not known.
 
     Raises:
         ConfigurationError: ``on``, and packed sequences do not get the logits of padded ones.
     """
     if packing == "off" or (packing == "auto" and not is_flash_attention_requested(model.config)):
         return False
-    apart, error = passes(model, lambda: _keeps_packed_sequences_apart(model, longest))
+    apart, error = probe_model(model, lambda: _keeps_packed_sequences_apart(model, longest))
     if apart:
         return True
     name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
@@ -51,12 +51,12 @@ def decide_packing(model: Any, packing: Packing, longest: int | None = None) -> 
 
 
 def _keeps_packed_sequences_apart(model: Any, longest: int | None) -> bool:
-    """Whether three short sequences get the same logits packed and padded, told by trying.
+    """Return whether three short sequences get the same logits packed and padded.
 
-    State-space and convolutional layers, positions counted from the attention mask, and ALiBi do
-    not. Attention in chunks of positions (Llama 4) counts them along the row: no short sequence
-    would show it, so it is told from the config, as are positions that the longest sequence changes
-    for all of the row.
+    They do not with state-space and convolutional layers, positions counted from the attention
+    mask, and ALiBi. Attention in chunks of positions (Llama 4) counts along the packed input, which
+    no short sequence would show, so the config decides. The config also decides where the longest
+    sequence changes the rope frequencies of all others.
     """
     config = model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None):
@@ -77,7 +77,7 @@ def _keeps_packed_sequences_apart(model: Any, longest: int | None) -> bool:
         ).logits
         for inputs in (model_inputs(samples, 0, packed=packed) for packed in (False, True))
     )
-    expected = torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
+    expected = torch.cat([one[:length] for one, length in zip(padded, lengths, strict=True)])
     found = packed[0]  # [28, V]
     tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2
     scale = float(expected.abs().max().clamp_min(1.0))

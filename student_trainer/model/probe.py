@@ -1,4 +1,4 @@
-"""Running a model once before it trains, to see what it does."""
+"""The probing of a model before training: small forward passes that show its abilities."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 
-# A model of another shape, arguments it does not take, or kernels that do not run here.
-CANNOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+# Errors of models with other attributes or arguments, and of kernels that do not run here.
+PROBE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
-# Largest error of what meets the head, relative to its size. A wrong state or position is off
-# by tens of percent, rounding in half precision by one to five. Logits would tell less: what most
-# of the tokens share in them is rounded much more coarsely.
+# Largest relative error of the head's inputs that is rounding. Wrong states or positions differ by
+# tens of percent, half-precision rounding by one to five. Logits would show less, because a large
+# part that most tokens share is rounded coarsely.
 TOLERANCE, HALF_TOLERANCE = 1e-2, 2e-1
 
 
 @torch.no_grad()
-def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
-    """Whether a trial of the model succeeds, and the error where it cannot be run.
+def probe_model(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
+    """Run ``trial`` with the model in evaluation mode; return its result or its error.
 
-    In evaluation mode. A trial that fails is repeated with eager attention, because flash attention
-    runs on a GPU and in half precision alone, and a model that FSDP will shard is still on the CPU.
-    So a trial can tell of everything but the attention's kernel.
+    A trial that raises is repeated with eager attention, because flash attention runs only on a GPU
+    and in half precision, and a model that FSDP will shard is still on the CPU. So a trial can test
+    everything but the attention kernel.
+
+    Returns:
+        (result, ""), or (False, the error) if both attempts raised.
     """
     config = model.config.get_text_config()
     training, attention = model.training, config._attn_implementation
@@ -33,12 +36,12 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
             return trial(), ""
         except torch.OutOfMemoryError:
             raise
-        except CANNOT_RUN:
+        except PROBE_ERRORS:
             config._attn_implementation = "eager"
             return trial(), ""
     except torch.OutOfMemoryError:
         raise
-    except CANNOT_RUN as error:
+    except PROBE_ERRORS as error:
         return False, f"{type(error).__name__}: {error}"
     finally:
         config._attn_implementation = attention
@@ -46,9 +49,9 @@ def passes(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
 
 
 def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether states [n, d] agree but for rounding, by the coarser dtype of the two.
+    """Return whether states [n, d] differ by no more than rounding in the coarser of their dtypes.
 
-    Columns that are not finite tell nothing and are left out.
+    Columns that are not finite are left out.
     """
     wide = {found.dtype, expected.dtype} <= {torch.float32, torch.float64}
     found, expected = found.float(), expected.float()
@@ -59,10 +62,10 @@ def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @contextmanager
-def met_by_head(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of the output layer, [B, L, d] each, in the dtype that it computes in.
+def record_head_inputs(causal_lm: Any) -> Iterator[list[torch.Tensor]]:
+    """Record the inputs of the output layer within the block, [B, L, d] each.
 
-    Under autocast that is coarser than the dtype of what it is given.
+    They are in the dtype that the layer computes in, which under autocast may be coarser.
     """
     seen: list[torch.Tensor] = []
 

@@ -1,7 +1,8 @@
-"""The student's own most probable tokens, for the teacher to score beside its own.
+"""The student's own most probable tokens, which the teacher scores beside its top-k.
 
-Reverse KL and JSD weigh what the *student* finds probable. Where teacher and student disagree those
-tokens are missing from the teacher's top-k, and their part of the divergence hides in the tail.
+Reverse KL and JSD weight tokens by the *student's* probability. Where teacher and student disagree,
+those tokens are missing from the teacher's top-k, and their part of the divergence is lost in the
+tail.
 """
 
 from __future__ import annotations
@@ -13,26 +14,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from student_trainer.data.collate import model_inputs, predicting_rows
-from student_trainer.data.micro_batches import by_length
+from student_trainer.data.collate import model_inputs, predicting_positions
+from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Sample
 from student_trainer.model.forward import TopTokens
 
 
 class TopTokenProposals:
-    """Forward passes without gradient; the head is applied to completion rows in chunks.
+    """A callable that proposes the student's most probable tokens, by forward passes.
 
-    The support may be any set of tokens, so the divergence stays exact however old the weights are
-    that proposed it, off-policy too: they are as old as the pipeline's ``staleness`` says.
+    The support may be any set of tokens, so the divergence is exact even if older weights proposed
+    it; the pipeline's ``staleness`` bounds their age.
 
     Args:
         model: the student, after `install_sparse_loss`.
-        count: ids for each completion row.
-        vocab_size: of the shared vocabulary; only ids below it.
+        count: ids for each completion position.
+        vocab_size: size of the shared vocabulary; only ids below it are proposed.
         pad_token_id: fills the right of short sequences.
-        packed: sequences stand in one row instead.
-        batch_size: sequences at once. The number of forward passes depends on the number of
-            samples alone, so that ranks which share a sharded model stay in step.
+        packed: pack sequences instead of padding them.
+        batch_size: sequences in a forward pass. The number of passes depends only on the number of
+            samples, so ranks that share a sharded model make equally many.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class TopTokenProposals:
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[NDArray[np.uint32]]:
-        """For each sample the ids [T, count] of its completion rows, most probable first."""
+        """Return for each sample the ids [T, count] at its completion, most probable first."""
         training = self.model.training
         self.model.eval()
         proposed: dict[int, NDArray[np.uint32]] = {}
-        order = by_length([len(sample.token_ids) for sample in samples])
+        order = order_by_length([len(sample.token_ids) for sample in samples])
         try:
             for first in range(0, len(order), self.batch_size):
                 group = order[first : first + self.batch_size]
@@ -71,8 +72,8 @@ class TopTokenProposals:
         device = next(self.model.parameters()).device
         everything = [np.ones_like(sample.completion_mask) for sample in samples]
         inputs = model_inputs(samples, self.pad_token_id, packed=self.packed)
-        rows = predicting_rows(samples, everything, packed=self.packed)
-        wanted = TopTokens(rows.to(device), self.count, self.vocab_size)
+        positions = predicting_positions(samples, everything, packed=self.packed)
+        wanted = TopTokens(positions.to(device), self.count, self.vocab_size)
         found = self.model(
             **{name: tensor.to(device) for name, tensor in inputs.items()}, top_tokens=wanted
         )["token_ids"]

@@ -1,1 +1,1 @@
-"""What is under way at once: completions, their scores, and the targets made of them."""
+"""The pipeline from examples to training targets: completions, their scores, and distributions."""

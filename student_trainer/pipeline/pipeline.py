@@ -1,12 +1,12 @@
-"""What overlaps with what: generation batches from prompts to scored samples.
+"""The overlap of generation, scoring and training.
 
-Every finished group of completions leaves for the teacher at once, in requests no larger than a
-micro-batch, so the teacher scores while the student still generates, and the first micro-batch is
-trained while the last is still being scored. Batches of later steps are begun ahead: those that do
-not depend on the student's weights by up to ``prefetch_steps``, and those that do by up to
-``staleness``, with the weights as they are; an engine of processes of its own writes them while the
-step before trains. How far is counted in steps and never measured in time: what is learned is the
-same however fast the teacher is.
+Every finished group of completions is sent to the teacher at once, in requests no larger than a
+micro-batch. So the teacher scores while the student still generates, and the first micro-batch is
+trained while the last is still being scored. Batches of later steps are started ahead: those that
+do not depend on the student's weights by up to ``prefetch_steps``, and those that do by up to
+``staleness``, with the weights as they are. A rollout engine in other processes generates them
+while the step before trains. The distance ahead is counted in steps, never in time, so what is
+learned does not depend on the teacher's speed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from shared.errors import ConfigurationError, DatasetError
 from shared.protocol import Completion
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
-from student_trainer.data.micro_batches import by_length
+from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Example, Sample, completed
-from student_trainer.pipeline.prefetched import AheadBatch
+from student_trainer.pipeline.prefetched import PrefetchedBatch
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.threads import in_thread
@@ -39,11 +39,11 @@ _Written = list[list[Completion]]
 
 
 @dataclass(frozen=True)
-class Method:
-    """Which completions are learned from, and how the teacher scores them.
+class DistillationConfig:
+    """The settings of a distillation: who writes completions, and how the teacher scores them.
 
-    SFT is no teacher at all; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1.
-    With ``sampled`` the rows are scored at ``top_k`` draws from the teacher, not at its top-k.
+    SFT has no teacher; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1. With
+    ``sampled`` the support is ``top_k`` draws from the teacher, not its top-k.
     """
 
     lmbda: float
@@ -57,15 +57,15 @@ class Method:
     sampled: bool = False
 
     def on_policy(self, step: int) -> bool:
-        """The coin of a step: depends on seed and step alone, so it is the same on every rank."""
+        """Return whether the student writes a step's completions; the same on every rank."""
         return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)
 
     def sample_seed(self, step: int) -> int | None:
-        """Of the draws of a step, new in each: a sequence that comes again is drawn anew."""
+        """Return the seed of a step's draws from the teacher; None if the support is not drawn."""
         return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
 
     def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
-        """How the teacher writes a completion; ``scored``: and scores it in the same call."""
+        """Return the teacher's sampling settings; with ``scored`` it scores its completions too."""
         return Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=temperature,
@@ -78,14 +78,17 @@ class Method:
 
 @dataclass
 class PendingBatch:
-    """A generation batch on its way: samples as far as known, answers still in flight.
+    """A generation batch whose completions or scores are not all there yet.
 
     Attributes:
-        step: that learns it.
-        weight_version: optimizer steps behind the weights that it was begun with.
-        answers: for each sample, the request that scores it and its place in that.
-        scores: what came without a request of its own.
-        writing: the thread that writes the student's completions, where there is one.
+        step: step that learns it, from 0.
+        weight_version: number of optimizer steps of the weights that it was started with.
+        samples: the samples known so far, by index in ``examples``.
+        requested: proposed ids [T, m] of these samples.
+        answers: for each sample, the request that scores it and its place in that request.
+        scores: scores that have arrived or came without a request.
+        completions: indices of examples, and the teacher's completions of them.
+        writing: the thread that generates the student's completions, or None.
     """
 
     step: int
@@ -101,30 +104,30 @@ class PendingBatch:
 
 
 class Pipeline:
-    """Turns examples into scored samples.
+    """The pipeline that turns examples into scored samples, some steps ahead of training.
 
     Args:
-        method: what to do.
+        method: settings of the distillation.
         teacher: None for SFT.
-        rollouts: None when no step is on-policy.
-        upcoming: the examples of any step.
-        staleness: steps by which what depends on the student's weights is begun ahead. 0 is
-            strictly on-policy. Pacing bounds it; no sample is thrown away.
-        prefetch_steps: steps by which everything else is begun ahead.
+        rollouts: None if no step is on-policy.
+        upcoming: returns the examples of any step.
+        staleness: steps by which batches that depend on the student's weights are started ahead. 0
+            is strictly on-policy. No sample is thrown away.
+        prefetch_steps: steps by which all other batches are started ahead.
         request_size: sequences in a request.
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
-            generated once whichever rank meets it next.
-        remember: keep the teacher's completions for the prompts that come again.
-        together: waits for the teacher on every rank, and fails on all where it fails on one.
-        propose: gives each sample ids [T, m] that its rows shall be scored at too, such as the
+            generated once.
+        remember: keep the teacher's completions for prompts that occur again.
+        together: waits for the teacher on every rank, and fails on all if it fails on one.
+        propose: returns for each sample ids [T, m] that the teacher scores too, such as the
             student's own most probable ones. Called equally often on every rank.
-        timeline: is told what goes on: "generating" (proposals included), waiting for the
-            "teacher", and requests.
+        timeline: records "generating" (proposals included), waiting for the "teacher", and
+            requests.
     """
 
     def __init__(
         self,
-        method: Method,
+        method: DistillationConfig,
         teacher: Teacher | None,
         rollouts: RolloutEngine | None,
         *,
@@ -150,31 +153,31 @@ class Pipeline:
         self._together = together
         self._propose = propose
         self._timeline = timeline or Timeline()
-        self._begun: dict[int, PendingBatch] = {}  # step -> its batch, until it is learned
-        self._written: dict[bytes, Completion] = {}  # SeqKD: prompt -> the teacher's completion
+        self._batches: dict[int, PendingBatch] = {}  # by step, until it is learned
+        self._written: dict[bytes, Completion] = {}  # SeqKD's completions by hash of the prompt
 
     def take(self, step: int, last: int) -> PendingBatch:
-        """The batch of ``step``, after all batches up to ``last`` are begun that may run ahead.
+        """Return the batch of ``step``, after starting all batches up to ``last`` that may start.
 
         Raises:
             DatasetError: an off-policy row has no completion to learn from.
         """
         furthest = step + max(self._staleness, self._prefetch_steps)
         for ahead in range(step, min(furthest, max(step, last)) + 1):
-            if ahead not in self._begun and ahead - step <= self._lead(ahead):
-                self._begun[ahead] = self._begin(ahead, weight_version=step)
-        for learned in [begun for begun in self._begun if begun < step]:
-            del self._begun[learned]
-        return self._begun[step]
+            if ahead not in self._batches and ahead - step <= self._max_lead(ahead):
+                self._batches[ahead] = self._begin(ahead, weight_version=step)
+        for learned in [begun for begun in self._batches if begun < step]:
+            del self._batches[learned]
+        return self._batches[step]
 
     def samples(self, batch: PendingBatch) -> list[Sample]:
-        """All samples of the batch, in the order of the examples, once they are written.
+        """Wait for all completions of a batch, and return its samples in the examples' order.
 
-        Called once for each batch, on every rank.
+        It is called once for each batch, on every rank.
         """
         if batch.writing is not None:
             with self._timeline.during("generating"):
-                _finish(batch)
+                _wait_for_writer(batch)
         new: dict[bytes, Completion] = {}
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
@@ -186,15 +189,15 @@ class Pipeline:
                 if completion.scores is not None:
                     batch.scores[index] = completion.scores
                 new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
-        batch.completions.clear()  # they hold the scores, which go with their micro-batches
-        if self._scores_late(batch):
+        batch.completions.clear()  # frees the scores, which are kept per sample from here on
+        if self._scores_after_writing(batch):
             self._score(batch, list(range(len(batch.examples))))
         if self.method.seq_kd and not batch.on_policy and self._remember:
             self._written.update(self._share(new))
         return [batch.samples[index] for index in range(len(batch.examples))]
 
     def scored(self, batch: PendingBatch, indices: Sequence[int]) -> list[ScoredSample]:
-        """Wait for the scores of some of the samples, and of no others."""
+        """Wait for the scores of the given samples only, and return them."""
         for index in indices:
             if index in batch.answers:
                 answer, place = batch.answers.pop(index)
@@ -210,16 +213,18 @@ class Pipeline:
         ]
 
     def finish_writing(self) -> None:
-        """Wait until the rollout engine has written all that it was asked for."""
-        for batch in self._begun.values():
-            _finish(batch)
+        """Wait until the rollout engine has generated all completions of all batches."""
+        for batch in self._batches.values():
+            _wait_for_writer(batch)
 
-    def ahead(self, step: int) -> list[AheadBatch]:
-        """What was begun for ``step`` and later ones, and cannot be begun again: the weights that
-        it came from are gone, or are those that a checkpoint keeps."""
+    def prefetched(self, step: int) -> list[PrefetchedBatch]:
+        """Return the batches for ``step`` and later that a resumed run could not start again.
+
+        They depend on weights that are gone, or that the checkpoint holds.
+        """
         self.finish_writing()
         return [
-            AheadBatch(
+            PrefetchedBatch(
                 batch.step,
                 batch.weight_version,
                 batch.on_policy,
@@ -227,15 +232,15 @@ class Pipeline:
                 [batch.samples[index] for index in range(len(batch.examples))],
                 [batch.requested[index] for index in range(len(batch.requested))],
             )
-            for batch in self._begun.values()
+            for batch in self._batches.values()
             if batch.step >= step and not self._independent_of_weights(batch.step)
         ]
 
-    def resume(self, ahead: Sequence[AheadBatch]) -> None:
-        """Go on with what `ahead` told before the run was interrupted; scored again.
+    def resume(self, ahead: Sequence[PrefetchedBatch]) -> None:
+        """Continue with the batches that `prefetched` returned; the teacher scores them again.
 
         Raises:
-            ConfigurationError: it is of other rows, or further ahead than ``staleness`` allows.
+            ConfigurationError: a batch is of other rows, or further ahead than ``staleness``.
         """
         for saved in ahead:
             examples = self._upcoming(saved.step)
@@ -255,10 +260,10 @@ class Pipeline:
             batch.samples.update(enumerate(saved.samples))
             batch.requested.update(enumerate(saved.requested))
             self._submit(batch, list(batch.samples))
-            self._begun[saved.step] = batch
+            self._batches[saved.step] = batch
 
-    def _lead(self, step: int) -> int:
-        """Steps by which the batch of ``step`` may be begun ahead."""
+    def _max_lead(self, step: int) -> int:
+        """Return the steps by which the batch of ``step`` may be started ahead."""
         if self._independent_of_weights(step):
             return max(self._staleness, self._prefetch_steps)
         return self._staleness
@@ -266,21 +271,22 @@ class Pipeline:
     def _independent_of_weights(self, step: int) -> bool:
         if self.teacher is None:
             return True
-        proposed = self._propose is not None and not self.method.seq_kd  # SeqKD's come at the end
+        # SeqKD proposes ids only when all completions are there, so its start needs no weights.
+        proposed = self._propose is not None and not self.method.seq_kd
         return not (self.method.on_policy(step) or proposed)
 
     def _begin(self, step: int, weight_version: int) -> PendingBatch:
         """Start a generation batch.
 
-        The student's completions are sampled here and now; only what runs ahead, and by an engine
-        elsewhere, is left to a thread.
+        The student's completions are generated before this returns, except ahead of their step by
+        an engine in other processes: these are left to a thread.
         """
         on_policy = self.teacher is not None and self.method.on_policy(step)
         batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
-            self._ask_teacher(batch)
+            self._generate_with_teacher(batch)
         else:
             for index, example in enumerate(batch.examples):
                 batch.samples[index] = dataset_sample(example)
@@ -293,13 +299,13 @@ class Pipeline:
         with self._timeline.during("teacher"):
             return answer.result()
 
-    def _scores_late(self, batch: PendingBatch) -> bool:
-        """Whether nothing of the batch is scored before all of it is written.
+    def _scores_after_writing(self, batch: PendingBatch) -> bool:
+        """Return whether the batch is scored only after all of its completions are written.
 
-        The teacher generates and scores in one call, when the student has not seen the completion
-        yet. Where the student proposes ids, SeqKD therefore scores in a second call; all samples
-        of the batch at once, because how many were written before differs between ranks. So it does
-        where the support is drawn, which that one call cannot.
+        In SeqKD the teacher generates and scores in one call, before the student can propose ids.
+        If it proposes ids, scoring is therefore a second call, of all samples at once, because the
+        number of completions written before differs between ranks. The same holds if the support is
+        drawn, which the first call cannot do.
         """
         late = self._propose is not None or self.method.sampled
         return late and self.method.seq_kd and not batch.on_policy
@@ -310,9 +316,9 @@ class Pipeline:
             RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
             for example in batch.examples
         ]
-        if any(begun.writing for begun in self._begun.values()):
+        if any(begun.writing for begun in self._batches.values()):
             with self._timeline.during("generating"):
-                self.finish_writing()  # with the weights that the engine has still
+                self.finish_writing()  # the engine must finish before it gets new weights
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
         ahead = step > batch.weight_version
@@ -323,7 +329,7 @@ class Pipeline:
                 self._write(batch, requests)
 
     def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
-        """Completions by the student, each group scored when it is there."""
+        """Generate the student's completions, and send each finished group to the teacher."""
         assert self.rollouts is not None
         for group in self.rollouts.generate(requests):
             for index, rollout in group:
@@ -336,7 +342,7 @@ class Pipeline:
                 )
             self._score(batch, sorted(index for index, _ in group))
 
-    def _ask_teacher(self, batch: PendingBatch) -> None:
+    def _generate_with_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None
         unwritten: list[int] = []
         for index, example in enumerate(batch.examples):
@@ -345,7 +351,7 @@ class Pipeline:
                 unwritten.append(index)
             else:
                 batch.samples[index] = _teacher_sample(example, completion)
-        late = self._scores_late(batch)
+        late = self._scores_after_writing(batch)
         if not late:
             self._score(batch, list(batch.samples))
         if unwritten:
@@ -356,7 +362,7 @@ class Pipeline:
             batch.completions.append((unwritten, future))
 
     def _score(self, batch: PendingBatch, indices: list[int]) -> None:
-        """Have samples scored, at the ids that are proposed for them too."""
+        """Send samples to the teacher, with the ids that are proposed for them."""
         if self.teacher is None or not indices:
             return
         if self._propose is not None:
@@ -367,11 +373,11 @@ class Pipeline:
 
     def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
         assert self.teacher is not None
-        # What depends on the student's weights is never asked again, so no cache keeps it.
+        # Requests that depend on the student's weights never repeat, so they bypass the cache.
         teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
-        # As they are trained, so that what the first micro-batch waits for is asked first.
+        # Requests go out in training order, so that the first micro-batch is scored first.
         lengths = [len(batch.samples[i].token_ids) for i in indices]
-        order = by_length(lengths, shortest_first=batch.on_policy)
+        order = order_by_length(lengths, shortest_first=batch.on_policy)
         indices = [indices[place] for place in order]
         for first in range(0, len(indices), self._request_size):
             part = indices[first : first + self._request_size]
@@ -384,20 +390,20 @@ class Pipeline:
                 requested=[batch.requested[i] for i in part] if batch.requested else None,
                 sample_seed=self.method.sample_seed(batch.step),
             )
-            rows = sum(len(sample.completion_mask) for sample in samples)
-            self._timeline.request(answer, sequences=len(samples), scored_tokens=rows)
+            scored_tokens = sum(len(sample.completion_mask) for sample in samples)
+            self._timeline.request(answer, sequences=len(samples), scored_tokens=scored_tokens)
             batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
 
 
-def _finish(batch: PendingBatch) -> None:
-    """Wait for the batch's thread."""
+def _wait_for_writer(batch: PendingBatch) -> None:
+    """Wait for the thread that writes the batch's completions, if there is one."""
     if batch.writing is not None:
         batch.writing.result()
         batch.writing = None
 
 
 def dataset_sample(example: Example) -> Sample:
-    """The dataset's own completion of the example.
+    """Return the example's prompt with the dataset's own completion.
 
     Raises:
         DatasetError: the row is a bare prompt.

@@ -1,5 +1,4 @@
-"""Batches that were begun ahead, in a file: weights that are gone wrote them, so a checkpoint
-keeps them."""
+"""The file in which a checkpoint keeps batches started ahead, because their weights are gone."""
 
 from __future__ import annotations
 
@@ -15,14 +14,16 @@ from student_trainer.data.sample import Sample
 
 
 @dataclass(frozen=True)
-class AheadBatch:
-    """One generation batch, written and not yet learned.
+class PrefetchedBatch:
+    """A generation batch that is written and not yet learned.
 
     Attributes:
-        step: that will learn it, from 0.
-        weight_version: optimizer steps behind the weights that it was begun with.
-        examples: index of the row of each sample.
-        requested: proposed ids [T, m] of each sample; empty where none are proposed.
+        step: step that will learn it, from 0.
+        weight_version: number of optimizer steps of the weights that it was started with.
+        on_policy: the student wrote the completions.
+        examples: `Example.index` of each sample.
+        samples: the samples, in that order.
+        requested: proposed ids [T, m] of each sample; empty if none are proposed.
     """
 
     step: int
@@ -33,8 +34,8 @@ class AheadBatch:
     requested: list[NDArray[np.uint32]]
 
 
-def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
-    """Write the batches as plain arrays (.npz): token ids and lengths, laid end to end."""
+def save_prefetched(path: Path, batches: Sequence[PrefetchedBatch]) -> None:
+    """Write the batches into an .npz file as plain arrays: concatenated token ids and lengths."""
     samples = [sample for batch in batches for sample in batch.samples]
     requested = [ids for batch in batches for ids in batch.requested]
     arrays: dict[str, Any] = {
@@ -51,7 +52,7 @@ def save_ahead(path: Path, batches: Sequence[AheadBatch]) -> None:
 
 
 def samples_to_arrays(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Plain arrays of samples laid end to end; `samples_from_arrays` takes them apart again."""
+    """Return the samples as plain arrays, concatenated, as `samples_from_arrays` reads them."""
     return {
         "length": [len(sample.token_ids) for sample in samples],
         "completion_start": [sample.completion_start for sample in samples],
@@ -66,10 +67,10 @@ def samples_to_arrays(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def samples_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Sample]:
-    """What `samples_to_arrays` laid end to end."""
+    """Return the samples from the arrays of `samples_to_arrays`."""
     lengths, starts = arrays["length"], arrays["completion_start"]
-    ids = split_rows(arrays["token_ids"], lengths)
-    masks = split_rows(arrays["completion_mask"], lengths - starts)
+    ids = split_by_lengths(arrays["token_ids"], lengths)
+    masks = split_by_lengths(arrays["completion_mask"], lengths - starts)
     versions = arrays["sample_version"].tolist()
     return [
         Sample(
@@ -80,13 +81,13 @@ def samples_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def load_ahead(path: Path) -> list[AheadBatch]:
-    """What `save_ahead` wrote."""
+def load_prefetched(path: Path) -> list[PrefetchedBatch]:
+    """Return the batches that `save_prefetched` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     samples = samples_from_arrays(arrays)
-    rows = arrays["length"] - arrays["completion_start"]
-    requested = split_rows(arrays["requested"], rows) if "requested" in arrays else []
+    counts = arrays["length"] - arrays["completion_start"]
+    requested = split_by_lengths(arrays["requested"], counts) if "requested" in arrays else []
     batches, first = [], 0
     for step, version, on_policy, count in zip(
         *(arrays[name].tolist() for name in ("step", "weight_version", "on_policy", "count")),
@@ -95,7 +96,7 @@ def load_ahead(path: Path) -> list[AheadBatch]:
         last = first + count
         examples = arrays["example"][first:last].tolist()
         batches.append(
-            AheadBatch(
+            PrefetchedBatch(
                 step, version, on_policy, examples, samples[first:last], requested[first:last]
             )
         )
@@ -103,6 +104,6 @@ def load_ahead(path: Path) -> list[AheadBatch]:
     return batches
 
 
-def split_rows(rows: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Rows that were laid end to end, ``lengths[i]`` of them in part i."""
-    return np.split(rows, np.cumsum(lengths)[:-1])
+def split_by_lengths(joined: NDArray[Any], lengths: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Split concatenated arrays into parts of the given lengths."""
+    return np.split(joined, np.cumsum(lengths)[:-1])

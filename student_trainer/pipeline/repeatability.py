@@ -1,4 +1,4 @@
-"""Whether a teacher says the same twice: what it says at random cannot be learned."""
+"""The check that a teacher gives the same scores twice, because random scores cannot be learned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shared.errors import TeacherAnswerError
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example
-from student_trainer.pipeline.pipeline import Method
+from student_trainer.pipeline.pipeline import DistillationConfig
 from student_trainer.teacher.base import Teacher
 
 _ROWS = 2
@@ -18,29 +18,29 @@ _TOKENS = 512  # of each row at most
 
 
 def check_repeats(
-    teacher: Teacher, examples: Sequence[Example], method: Method, *, tolerance: float
+    teacher: Teacher, examples: Sequence[Example], method: DistillationConfig, *, tolerance: float
 ) -> None:
-    """Have the first rows scored twice; not where only a cache's memory of the teacher is there.
+    """Score the first rows twice and compare, unless the teacher itself is not connected.
 
-    Probabilities are compared and not their logs, since rounding moves the log of an improbable
+    Probabilities are compared and not their logs, because rounding moves the log of an improbable
     token by more than any fault moves the loss.
 
     Args:
-        tolerance: the most by which the probability of a next token, or of the token of any rank,
-            may change.
+        tolerance: largest allowed change of the probability of a next token, or of the token at any
+            rank of the top-k.
 
     Raises:
-        TeacherAnswerError: it changed by more; shows both numbers.
+        TeacherAnswerError: a probability changed by more; names both.
     """
     if not teacher.connected:
         return
     examples = examples[:_ROWS]
-    sequences = [(_tokens(example), 1) for example in examples]  # all but the first is scored
+    sequences = [(_tokens(example), 1) for example in examples]  # all tokens but the first
     first, second = (
         teacher.live.score(sequences, top_k=method.top_k, temperature=method.temperature)
         for _ in range(2)
     )
-    teacher.take_traffic()  # not part of a training step
+    teacher.take_traffic()  # drop these counts, which are not of a training step
     for example, a, b in zip(examples, first, second, strict=True):
         once, again = _probabilities(a), _probabilities(b)
         change = np.abs(once - again)  # [T, 1 + k]
@@ -58,10 +58,10 @@ def check_repeats(
 
 def _tokens(example: Example) -> NDArray[np.uint32]:
     ids = example.prompt_ids if example.sample is None else example.sample.token_ids
-    return ids[:_TOKENS] if len(ids) > 1 else np.repeat(ids, 2)  # one alone predicts nothing scored
+    return ids[:_TOKENS] if len(ids) > 1 else np.repeat(ids, 2)  # a score needs a token before it
 
 
 def _probabilities(scores: SparseLogprobs) -> NDArray[np.float64]:
-    """[T, 1 + k] of the next token, and of the most probable ones by rank."""
+    """Return probabilities [T, 1 + k] of the next token, and of the most probable ones by rank."""
     logprobs = [scores.next_token_logprob[:, None], scores.logprobs]
     return np.exp(np.concatenate(logprobs, axis=1, dtype=np.float64))

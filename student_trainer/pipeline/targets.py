@@ -1,4 +1,4 @@
-"""Scored samples -> the teacher's `SparseDistribution`, row by row with the completion mask."""
+"""The conversion of scored samples into the loss's targets at the learned positions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from student_trainer.losses import HardLabels, SparseDistribution
 
 @dataclass(frozen=True)
 class ScoredSample:
-    """A sample and what the teacher says of its rows.
+    """A sample with the teacher's scores of its completion.
 
     Attributes:
         sample: token ids and which of them are learned.
-        scores: None is the data itself (SFT).
-        requested: [T, m] ids whose log-probs stand in ``scores.requested_logprobs``, or None.
+        scores: None to learn the data itself (SFT).
+        requested: [T, m] ids whose log-probs are in ``scores.requested_logprobs``, or None.
         sampled: the ids of ``scores`` are draws from the teacher, not its top-k.
     """
 
@@ -32,22 +32,22 @@ class ScoredSample:
 
 
 def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:
-    """The learned rows of all samples, [N, K], over the shared vocabulary of ``vocab_size``.
+    """Return the teacher's distributions [N, K] at the learned positions of all samples.
 
-    The support of a row is the teacher's top-k joined with the token that really came next and with
-    the requested ids, no id twice. All of them are exact, and the server's tail leaves every named
-    id out, so the union's masses and the tail sum to one. Teacher mass on ids outside the shared
-    vocabulary goes to the tail. Where a sample has no scores its rows are one-hot at the next
-    token: forward KL to them is the cross-entropy of SFT.
+    The support of a position is the union of the teacher's top-k, the data's next token and the
+    requested ids. All log-probs are exact, and the server's tail excludes every named id, so the
+    masses sum to one. Teacher mass on ids from ``vocab_size`` on, outside the shared vocabulary,
+    goes to the tail. Without scores the distribution is one-hot at the next token: forward KL to it
+    is the cross-entropy of SFT.
 
-    Samples that are drawn, all of them or none, give an estimate without bias instead: each drawn
-    token has the share of the draws that fell on it, and the tail is empty. See `_estimate`.
+    A sampled support, of all samples or none, gives an unbiased estimate instead: each drawn token
+    has its share of the draws, and the tail is empty. See `_support_from_draws`.
     """
     parts = [_support(item, vocab_size) for item in scored]
     width = max(ids.shape[1] for ids, _, _ in parts)
-    rows = sum(len(ids) for ids, _, _ in parts)
-    token_ids = np.full((rows, width), -1, dtype=np.int64)  # [N, K]
-    logprobs = np.full((rows, width), -np.inf, dtype=np.float32)  # [N, K]
+    count = sum(len(ids) for ids, _, _ in parts)
+    token_ids = np.full((count, width), -1, dtype=np.int64)  # [N, K]
+    logprobs = np.full((count, width), -np.inf, dtype=np.float32)  # [N, K]
     first = 0
     for ids, values, _ in parts:
         last = first + len(ids)
@@ -67,10 +67,10 @@ def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> Spar
 def hard_labels(
     scored: Sequence[ScoredSample], sft_weight: float
 ) -> tuple[torch.Tensor | None, HardLabels]:
-    """([N] weights of the divergences, labels): how the data is mixed into the loss.
+    """Return weights [N] of the divergences, and labels with the weights of their cross-entropy.
 
-    A row counts (1 − w)·divergence + w·cross-entropy with w = ``sft_weight`` where the dataset or
-    the teacher wrote the completion. What the student wrote itself is no label: there w = 0.
+    The loss of a position is (1 − w)·divergence + w·cross-entropy, with w = ``sft_weight`` where
+    the dataset or the teacher wrote the completion, and w = 0 where the student did.
     """
     masks = [item.sample.completion_mask for item in scored]
     ids = np.concatenate(
@@ -93,63 +93,67 @@ _Support = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
 
 
 def _support(item: ScoredSample, vocab_size: int) -> _Support:
-    """(ids [n, K], log-probs [n, K], tail [n]) of the learned rows of one sample."""
+    """Return ids [n, K], log-probs [n, K] and tail [n] at the learned positions of one sample."""
     learned = item.sample.completion_mask
     next_ids = item.sample.completion_ids[learned].astype(np.int64)
     if item.scores is None:
         one_hot = np.zeros((len(next_ids), 1), dtype=np.float32)
         return next_ids[:, None], one_hot, np.full(len(next_ids), -np.inf, dtype=np.float32)
     if item.sampled:
-        return _estimate(item.scores, learned, vocab_size)
+        return _support_from_draws(item.scores, learned, vocab_size)
     scores = item.scores
     ids = [scores.token_ids[learned].astype(np.int64)]
     values = [scores.logprobs[learned]]
     if item.requested is not None:
-        assert scores.requested_logprobs is not None  # the client checked
+        assert scores.requested_logprobs is not None  # the teacher's client has checked it
         ids.append(item.requested[learned].astype(np.int64))
         values.append(scores.requested_logprobs[learned])
-    # The next token comes first: it is float32 always, and of equal ids the first is kept.
+    # The next token goes first, because its log-prob is float32 and the first of equal ids is kept.
     token_ids = np.concatenate([next_ids[:, None], *ids], axis=1)  # [n, 1 + k + m]
-    token_ids[_repeated(token_ids)] = -1
+    token_ids[_repeats(token_ids)] = -1
     logprobs = np.concatenate(values, axis=1).astype(np.float32)
     logprobs[token_ids[:, 1:] < 0] = -np.inf
     next_logprob = scores.next_token_logprob[learned].astype(np.float32)  # [n]
     tail = scores.tail_logprob[learned].astype(np.float32)  # [n]
     if scores.logprobs.dtype == np.float16:
-        logprobs = _normalized(logprobs, np.logaddexp(next_logprob, tail))
-    return _within(
+        logprobs = _renormalize(logprobs, np.logaddexp(next_logprob, tail))
+    return _restrict_to_vocabulary(
         token_ids, np.concatenate([next_logprob[:, None], logprobs], axis=1), tail, vocab_size
     )
 
 
-def _estimate(scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: int) -> _Support:
-    """The drawn tokens and the log of each one's share of the draws; nothing is left for the tail.
+def _support_from_draws(
+    scores: SparseLogprobs, learned: NDArray[np.bool_], vocab_size: int
+) -> _Support:
+    """Return a sampled support: drawn ids, logs of their shares of the draws, and empty tails.
 
-    Forward KL to the shares c/n has the gradient Σ (c/n)·(q − onehot) / T, in the mean that of the
-    dense divergence: the draws come from the teacher itself, so its own p weigh nothing further.
+    Forward KL to the shares c/n has the gradient Σ (c/n)·(q − onehot) / T, whose mean is that of
+    the dense divergence: the draws follow the teacher's p already, so p is no further weight.
 
     Source: Random Sampling KD, arXiv 2503.16870, at a sampling temperature of 1.
     """
     ids = np.sort(scores.token_ids[learned].astype(np.int64), axis=1)  # [n, k]
     new = np.ones(ids.shape, dtype=bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = np.flatnonzero(new)  # of runs of one token, none of which goes over a row's end
+    starts = np.flatnonzero(new)  # starts of runs of one token; no run crosses a position's end
     log_shares = np.full(ids.size, -np.inf, dtype=np.float32)
     log_shares[starts] = np.log(np.diff(starts, append=ids.size) / ids.shape[1])
     tail = np.full(len(ids), -np.inf, dtype=np.float32)
-    return _within(np.where(new, ids, -1), log_shares.reshape(ids.shape), tail, vocab_size)
+    return _restrict_to_vocabulary(
+        np.where(new, ids, -1), log_shares.reshape(ids.shape), tail, vocab_size
+    )
 
 
 def _offsets(
     scored: Sequence[ScoredSample], log_shares: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """[N] nats from KL(shares‖Q) to Σ (c/n)·(log P − log Q), whose mean is KL(P‖Q).
+    """Return the nats [N] to add to KL(shares‖Q) so that its mean is KL(P‖Q).
 
-    Shares that were drawn have less entropy than what they were drawn from, so the first is too
-    high. Both are the same function of the student, up to this number.
+    Shares of draws have less entropy than P, so KL(shares‖Q) is too high. The sum is
+    Σ (c/n)·(log P − log Q), the same function of the student up to this constant.
 
     Args:
-        log_shares: [N, K + 1], those of the tail in the last column.
+        log_shares: [N, K + 1], with the tail's in the last column.
     """
     drawn = [
         item.scores.logprobs[item.sample.completion_mask].astype(np.float64).mean(axis=1)
@@ -161,30 +165,31 @@ def _offsets(
     return (np.concatenate(drawn) - own).astype(np.float32)
 
 
-def _normalized(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probs [n, K] that travelled as float16, moved so that with ``rest`` [n] they sum to one.
+def _renormalize(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Shift log-probs [n, K] sent as float16 so that with ``rest`` [n] they sum to one.
 
-    Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4: a divergence near zero
-    would be off by as much, and negative as often as not. All of a row are moved by one amount, by
-    no more than rounding can have moved their sum; what is left of the error is of second order.
+    Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4, so a divergence near
+    zero would have an error of that size, and could be negative. All of a position are shifted by
+    one amount, at most by what rounding can have moved their sum; the remaining error is of second
+    order.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         mass = np.log(-np.expm1(np.minimum(rest.astype(np.float64), 0.0)))  # [n]
         values = logprobs.astype(np.float64)
         found = np.log(np.exp(values).sum(axis=1))  # [n]
-        share = np.exp(values - found[:, None])  # [n, k], of what the row names beside ``rest``
-        most = 2.0**-11 * np.nansum(share * np.abs(values), axis=1)  # [n], 0 · ∞ counts nothing
+        share = np.exp(values - found[:, None])  # [n, k], of the named mass without ``rest``
+        most = 2.0**-11 * np.nansum(share * np.abs(values), axis=1)  # [n], 0 · ∞ counts as 0
         shift = np.clip(np.nan_to_num(mass - found), -most, most)
     return logprobs + shift[:, None].astype(np.float32)
 
 
-def _within(
+def _restrict_to_vocabulary(
     ids: NDArray[np.int64],
     logprobs: NDArray[np.float32],
     tail: NDArray[np.float32],
     vocab_size: int,
 ) -> _Support:
-    """No id outside the shared vocabulary: that mass goes to the tail."""
+    """Return the support without ids outside the shared vocabulary; their mass goes to the tail."""
     outside = ids >= vocab_size
     if outside.any():
         spilled = np.where(outside, logprobs, -np.inf)
@@ -193,8 +198,8 @@ def _within(
     return ids, logprobs.astype(np.float32), tail.astype(np.float32)
 
 
-def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[n, K]: whether the same id stands further left in the row."""
+def _repeats(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return a mask [n, K], True where the same id is further left at the same position."""
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     again = np.zeros(ids.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""Prompts -> completions, sampled by the student as it is now."""
+"""The generation of completions by the student with its present weights."""
 
 from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest, StartSearch
 from student_trainer.rollouts.transformers import TransformersRollouts

@@ -1,19 +1,20 @@
-"""One token for each row of logits, from one given uniform: inverse CDF, without the whole CDF."""
+"""The sampling of tokens from logits by inverse CDF, without computing the whole CDF."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
 
-_BLOCK = 512  # tokens; about the square root of the vocabularies in use
+_BLOCK = 512  # tokens; about the square root of usual vocabularies
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The token at which the cumulative softmax passes the uniform; never one of probability 0.
+    """Return the tokens at which the cumulative softmax passes the uniforms.
 
-    A cumulative sum in float64 over 150,000 tokens costs more than a small model's whole forward
-    pass. So the mass of each block of tokens is summed first, in float32, and the cumulative sum in
-    float64 runs over blocks, then over the tokens of the one block it fell in.
+    A token of probability 0 is never returned. A cumulative sum in float64 over 150,000 tokens
+    costs more than a small model's whole forward pass. So the mass of each block of tokens is
+    summed first, in float32, and the cumulative sum in float64 runs over blocks, then over the
+    tokens of one block.
 
     Args:
         logits: [B, V].
@@ -21,7 +22,7 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
         temperature: divides the logits; 0 takes the most probable token.
 
     Returns:
-        [B] int64; −1 for a row whose logits are not finite.
+        [B] int64; −1 where the logits are not finite.
     """
     logits = logits.float()
     best, winner = logits.max(dim=-1, keepdim=True)  # [B, 1]
@@ -38,13 +39,14 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
 
 
 def _search(cdf: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """First index [B, 1] at which a row of ``cdf`` [B, n] is above its point [B, 1], and the rest.
+    """Return the first index [B, 1] where ``cdf`` [B, n] exceeds ``point`` [B, 1], and the rest.
 
-    A point that rounding left at or above the total is put just below it. The search is from the
-    right, so an index that adds nothing is never found.
+    The rest is the point minus the CDF before that index. A point at or above the total, because of
+    rounding, is put just below it. The search is from the right, so an index that adds no mass is
+    never found.
     """
     total = cdf[:, -1:]
     point = torch.minimum(point, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cdf, point, right=True)
-    index = index.clamp(max=cdf.shape[1] - 1)  # only where the row is not finite
+    index = index.clamp(max=cdf.shape[1] - 1)  # it is too large only if the CDF is not finite
     return index, point - pad(cdf, (1, 0)).gather(1, index)

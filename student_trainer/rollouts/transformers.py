@@ -1,4 +1,4 @@
-"""Rollouts by the student itself, in the training process."""
+"""The rollout engine that generates with the student itself, in the training process."""
 
 from __future__ import annotations
 
@@ -26,46 +26,46 @@ from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from shared.text import StopSearch
-from student_trainer.model.probe import CANNOT_RUN, met_by_head, same_states
+from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.rollouts.sampling import sample_tokens
 
 logger = logging.getLogger(__name__)
 
-# Rows left-padded in one batch over a cache, one at a time over a cache, or whole sequences again
-# for each token: padded on the right, where a causal model never looks.
-Way = Literal["batched", "alone", "uncached"]
+# "batched": a left-padded batch with a cache. "alone": one sequence at a time with a cache.
+# "uncached": whole sequences again for each token, padded on the right, which causal models ignore.
+GenerationMode = Literal["batched", "alone", "uncached"]
 
-_WAYS: WeakKeyDictionary[Any, Way] = WeakKeyDictionary()  # by model, as told by a trial
+_MODES: WeakKeyDictionary[Any, GenerationMode] = WeakKeyDictionary()  # the found mode of each model
 
 
 class TransformersRollouts:
-    """One forward pass a token for all rows, left-padded, over transformers' KV cache.
+    """A rollout engine with one forward pass per token for a left-padded batch, over a KV cache.
 
-    A finished row leaves at once: its rollout is handed over, and neither compute nor cache is
-    spent on it any more. With a ``batch_size``, prompts that wait take the places left by others.
-    Nothing of the checkpoint's own sampling defaults (repetition penalty, top-p, …) is used.
+    A finished sequence leaves the batch at once, so no compute or cache is spent on it. With a
+    ``batch_size``, waiting prompts take the places of finished ones. The checkpoint's own sampling
+    defaults (repetition penalty, top-p, …) are not used.
 
-    Where a trial shows that a model so writes other tokens than each prompt alone (states that mind
-    the padding or the order of rows), it writes one at a time, or without a cache. A sequence that
-    may grow past the original length of a `LengthDependentRope` is written alone, and its cache is
-    begun anew where its positions change.
+    If a trial shows that the model generates other tokens in a batch than alone (because its states
+    depend on padding or on other sequences), it generates one sequence at a time, or without a
+    cache. A sequence that may exceed the original length of a `LengthDependentRope` is generated
+    alone, and its cache is computed again where its positions change.
 
-    Where ranks share a sharded model (FSDP2, ZeRO-3), each forward pass is a collective: a rank
-    that has finished goes on with empty ones until all have.
+    If ranks share a sharded model (FSDP2, ZeRO-3), each forward pass is a collective: a rank that
+    has finished makes empty passes until all have.
 
     Args:
         model: the student, as it is called in training (a peft model too), not yet in DDP.
         stop_ids: tokens that end a completion.
-        pad_token_id: fills the left of short prompts; masked, so any valid id does.
+        pad_token_id: fills the left of short prompts; it is masked, so any valid id will do.
         max_new_tokens: longest completion.
-        temperature: of the sampling; 0 is greedy.
-        batch_size: rows at once; None for all.
-        vocab_size: ids from here on are never sampled (padding rows of the output layer).
-        one_group: of a sharded model, hand all rollouts over together, because the caller runs the
+        temperature: temperature of the sampling; 0 is greedy.
+        batch_size: sequences in the batch; None for all.
+        vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        one_group: with a sharded model, yield all rollouts together, because the caller runs the
             model between groups and ranks would do so at different times.
-        stop_strings: begins to look for strings that end a completion too; the tokens that spell
-            one stay part of it.
+        stop_strings: starts a search for strings that end a completion too; the tokens that spell
+            one are part of it.
     """
 
     elsewhere = False
@@ -95,42 +95,42 @@ class TransformersRollouts:
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepted = inspect.signature(type(self._causal_lm).forward).parameters
         self._rope = length_dependent_rope(self._causal_lm.config)
-        self._way: Way = "batched"
+        self._mode: GenerationMode = "batched"
         self._trial: _Trial | None = None
 
     def prepare(self) -> None:
-        """Find out by a trial how this model writes right, once for each model.
+        """Find the generation mode that is right for this model, by a trial, once for each model.
 
-        Where ranks share a sharded model, all must call it together. `generate` calls it too.
+        If ranks share a sharded model, all must call it together. `generate` calls it too.
 
         Raises:
-            RolloutError: in no way does the model write what its plain forward pass says.
+            RolloutError: no mode gives the states of the model's plain forward pass.
         """
-        if self._causal_lm not in _WAYS:
-            with _evaluating(self.model):
-                _WAYS[self._causal_lm] = self._find_way()
-        self._way = _WAYS[self._causal_lm]
+        if self._causal_lm not in _MODES:
+            with _evaluation_mode(self.model):
+                _MODES[self._causal_lm] = self._find_mode()
+        self._mode = _MODES[self._causal_lm]
 
-    def _find_way(self) -> Way:
+    def _find_mode(self) -> GenerationMode:
         name, errors = type(self._causal_lm).__name__, []
-        ways: tuple[Way, ...] = ("batched", "alone", "uncached")
-        for way in ways:
+        modes: tuple[GenerationMode, ...] = ("batched", "alone", "uncached")
+        for mode in modes:
             try:
-                if not self._writes_right(way):
-                    errors.append(f"{way}: other states than alone")
+                if not self._generates_correctly(mode):
+                    errors.append(f"{mode}: other states than alone")
                     continue
             except torch.OutOfMemoryError:
                 raise
-            except CANNOT_RUN as error:
-                errors.append(f"{way}: {type(error).__name__}: {error}")
+            except PROBE_ERRORS as error:
+                errors.append(f"{mode}: {type(error).__name__}: {error}")
                 continue
-            if way != "batched":
+            if mode != "batched":
                 logger.warning(
                     "%s does not write in a batch what it writes alone: rollouts are generated %s",
                     name,
-                    "one at a time" if way == "alone" else "without a cache, which is slow",
+                    "one at a time" if mode == "alone" else "without a cache, which is slow",
                 )
-            return way
+            return mode
         kind = self._causal_lm.config.get_text_config().model_type
         told = "; ".join(" ".join(error.split())[:120] for error in errors)
         raise RolloutError(
@@ -139,43 +139,44 @@ class TransformersRollouts:
         )
 
     @torch.no_grad()
-    def _writes_right(self, way: Way) -> bool:
-        """Tell whether a few tokens get the states of a plain forward pass of each sequence alone.
+    def _generates_correctly(self, mode: GenerationMode) -> bool:
+        """Return whether a mode gives the states of a plain forward pass of each sequence alone.
 
-        Prompts of unlike length; a row leaves, the others change places, and a new one joins.
+        The trial has prompts of different lengths; one leaves the batch, the others change places,
+        and a new one joins.
         """
         lengths = [6, 11, 5, 8]
         ids = (7 * np.arange(sum(lengths), dtype=np.uint32) + 3) % self.vocab_size
         prompts = np.split(ids, np.cumsum(lengths)[:-1])
-        asked = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
+        requests = [(i, RolloutRequest(p, ("trial", i))) for i, p in enumerate(prompts)]
         trial = copy.copy(self)
-        trial.temperature, trial.max_new_tokens, trial._way = 0.0, 4, way
-        with met_by_head(self._causal_lm) as met:
-            trial._trial = _Trial(met)
-            for part in [[one] for one in asked] if way == "alone" else [asked]:
-                rows = trial._advance(trial._start(part[:3]))
-                left = rows.only([2, 0]) if len(part) > 1 else rows
+        trial.temperature, trial.max_new_tokens, trial._mode = 0.0, 4, mode
+        with record_head_inputs(self._causal_lm) as head_inputs:
+            trial._trial = _Trial(head_inputs)
+            for part in [[one] for one in requests] if mode == "alone" else [requests]:
+                batch = trial._advance(trial._start(part[:3]))
+                left = batch.select([2, 0]) if len(part) > 1 else batch
                 assert left is not None
-                rows = trial._advance(left)
-                if part[3:] and rows.can_join:
-                    rows = rows.joined(trial._start(part[3:]))
-                trial._advance(rows)
-        for index, (tokens, states) in trial._trial.rows.items():
+                batch = trial._advance(left)
+                if part[3:] and batch.can_join:
+                    batch = batch.merged(trial._start(part[3:]))
+                trial._advance(batch)
+        for index, (tokens, states) in trial._trial.generated.items():
             whole = torch.tensor([[*prompts[index].tolist(), *tokens[:-1]]])
-            with met_by_head(self._causal_lm) as plain:
+            with record_head_inputs(self._causal_lm) as plain:
                 self.model(input_ids=whole.to(self._device), use_cache=False)
             if not same_states(torch.stack(states), plain[0][0, -len(tokens) :]):
                 return False
         return True
 
     def sync(self, weight_version: int) -> None:
-        """Nothing to do: the weights are the student's own."""
+        """Do nothing, because the weights are the student's own."""
 
     def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
-        """See `RolloutEngine.generate`.
+        """Yield groups of (index of the request, rollout), as `RolloutEngine.generate` says.
 
         Raises:
-            RolloutError: the model's logits are not finite, or see `prepare`.
+            RolloutError: the model's logits are not finite, or as in `prepare`.
         """
         self.prepare()
         sharded = _is_sharded(self.model)
@@ -188,31 +189,31 @@ class TransformersRollouts:
     def _groups(
         self, requests: Sequence[RolloutRequest], sharded: bool
     ) -> Iterator[list[tuple[int, Rollout]]]:
-        # Prompts of similar length start together: less padding. Those that are alone come last.
-        outgrows = [self._outgrows(request) for request in requests]
+        # Prompts of similar length start together for less padding; those run alone come last.
+        outgrows = [self._may_outgrow_positions(request) for request in requests]
         waiting = sorted(
             range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
         )
-        running: _Rows | None = None
-        with _evaluating(self.model):
-            # One forward pass a round, whatever it is of, so that ranks stay in step.
-            while _anyone(bool(waiting) or running is not None, self._device, sharded):
-                places = self._places(running)
-                if waiting and (self._way == "alone" or outgrows[waiting[0]]):
+        running: _RunningBatch | None = None
+        with _evaluation_mode(self.model):
+            # Each round makes exactly one forward pass, so that ranks of a sharded model match.
+            while _any_rank_busy(bool(waiting) or running is not None, self._device, sharded):
+                places = self._free_places(running)
+                if waiting and (self._mode == "alone" or outgrows[waiting[0]]):
                     places = int(running is None)
                 elif waiting:
                     places = min(places, sum(not outgrows[index] for index in waiting))
                 if waiting and places:
-                    rows = self._start([(i, requests[i]) for i in waiting[:places]])
+                    batch = self._start([(i, requests[i]) for i in waiting[:places]])
                     waiting = waiting[places:]
                 elif running is not None:
-                    rows, running = self._advance(running), None
+                    batch, running = self._advance(running), None
                 else:
                     self._forward(torch.tensor([[self.pad_token_id]]), torch.ones(1, 1), None)
                     continue
-                finished, left = self._part(rows)
+                finished, left = self._split_finished(batch)
                 if left is not None:
-                    running = left if running is None else running.joined(left)
+                    running = left if running is None else running.merged(left)
                 if finished:
                     yield finished
 
@@ -220,10 +221,11 @@ class TransformersRollouts:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _places(self, running: _Rows | None) -> int:
-        """How many prompts shall start now.
+    def _free_places(self, running: _RunningBatch | None) -> int:
+        """Return the number of prompts that may start now.
 
-        A prefill makes all rows wait, so a quarter of the places shall be free for one.
+        A prefill makes all running sequences wait, so it starts when a quarter of the places is
+        free.
         """
         if self.batch_size is None:
             return 1 << 30
@@ -232,77 +234,78 @@ class TransformersRollouts:
         free = self.batch_size - len(running.indices)
         return free if running.can_join and free >= self.batch_size / 4 else 0
 
-    def _outgrows(self, request: RolloutRequest) -> bool:
-        """Tell whether a completion may pass the original length, where positions change."""
+    def _may_outgrow_positions(self, request: RolloutRequest) -> bool:
+        """Return whether a completion may exceed the original length, where positions change."""
         longest = len(request.prompt_ids) + self.max_new_tokens
         return self._rope is not None and self._rope.regime(longest) != 0
 
-    def _start(self, asked: Sequence[tuple[int, RolloutRequest]]) -> _Rows:
-        """The first token of each prompt."""
-        rows = _Rows(
-            indices=[index for index, _ in asked],
-            prompts=[request.prompt_ids for _, request in asked],
-            tokens=[[] for _ in asked],
-            draws=[uniforms(*r.key, count=self.max_new_tokens) for _, r in asked],
-            searches=[self.stop_strings and self.stop_strings(r.prompt_ids) for _, r in asked],
-            mask=torch.ones(len(asked), 0, dtype=torch.long, device=self._device),
+    def _start(self, requests: Sequence[tuple[int, RolloutRequest]]) -> _RunningBatch:
+        """Return a new batch of the requests, with the first token of each completion."""
+        batch = _RunningBatch(
+            indices=[index for index, _ in requests],
+            prompts=[request.prompt_ids for _, request in requests],
+            tokens=[[] for _ in requests],
+            draws=[uniforms(*r.key, count=self.max_new_tokens) for _, r in requests],
+            searches=[self.stop_strings and self.stop_strings(r.prompt_ids) for _, r in requests],
+            mask=torch.ones(len(requests), 0, dtype=torch.long, device=self._device),
             cache=None,
         )
-        return self._sampled(rows, self._begun(rows))
+        return self._append_tokens(batch, self._prefill(batch))
 
-    def _advance(self, rows: _Rows) -> _Rows:
-        if rows.cache is None or self._changes_positions(rows):
-            return self._sampled(rows, self._begun(rows))
-        self._forget_lengths(rows)
-        rows.mask = pad(rows.mask, (0, 1), value=1)
-        last = torch.tensor([[ids[-1]] for ids in rows.tokens])
-        return self._sampled(rows, self._forward(last, rows.mask, rows.cache))
+    def _advance(self, batch: _RunningBatch) -> _RunningBatch:
+        """Return the batch with one more token for each sequence."""
+        if batch.cache is None or self._changes_positions(batch):
+            return self._append_tokens(batch, self._prefill(batch))
+        self._reset_positions(batch)
+        batch.mask = pad(batch.mask, (0, 1), value=1)
+        last = torch.tensor([[ids[-1]] for ids in batch.tokens])
+        return self._append_tokens(batch, self._forward(last, batch.mask, batch.cache))
 
-    def _begun(self, rows: _Rows) -> torch.Tensor:
-        """Logits [B, V] of what follows the rows, all of them put into a new cache if any."""
-        self._forget_lengths(rows)
+    def _prefill(self, batch: _RunningBatch) -> torch.Tensor:
+        """Return logits [B, V] after the sequences; their tokens fill a new cache, if any."""
+        self._reset_positions(batch)
         sequences = [
             torch.tensor([*prompt.tolist(), *ids])
-            for prompt, ids in zip(rows.prompts, rows.tokens, strict=True)
+            for prompt, ids in zip(batch.prompts, batch.tokens, strict=True)
         ]
-        if self._way == "uncached":
+        if self._mode == "uncached":
             return self._uncached(sequences)
         width = max(map(len, sequences))
         input_ids = torch.full((len(sequences), width), self.pad_token_id)  # [B, P]
         mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(sequences):
-            input_ids[row, width - len(ids) :] = ids
-            mask[row, width - len(ids) :] = 1
-        rows.mask = mask.to(self._device)
-        rows.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
-        return self._forward(input_ids, rows.mask, rows.cache)
+        for index, ids in enumerate(sequences):
+            input_ids[index, width - len(ids) :] = ids
+            mask[index, width - len(ids) :] = 1
+        batch.mask = mask.to(self._device)
+        batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
+        return self._forward(input_ids, batch.mask, batch.cache)
 
-    def _changes_positions(self, rows: _Rows) -> bool:
-        """Tell whether the keys in the cache have other positions than those to come."""
+    def _changes_positions(self, batch: _RunningBatch) -> bool:
+        """Return whether the next token changes the positions of the keys in the cache."""
         rope = self._rope
         return rope is not None and any(
-            rope.regime(length) != rope.regime(length - 1) for length in rows.lengths
+            rope.regime(length) != rope.regime(length - 1) for length in batch.lengths
         )
 
     @torch.no_grad()
-    def _forget_lengths(self, rows: _Rows) -> None:
-        """Let no longer sequence of before change the positions of these."""
+    def _reset_positions(self, batch: _RunningBatch) -> None:
+        """Reset rope frequencies that an earlier, longer sequence left in the model."""
         rope = self._rope
-        if rope is None or _is_sharded(self.model) or not rope.keeps_lengths(max(rows.lengths)):
+        if rope is None or _is_sharded(self.model) or not rope.keeps_lengths(max(batch.lengths)):
             return
         one = torch.full((1, 1), self.pad_token_id, device=self._device)
         self.model(input_ids=one, use_cache=False)
 
-    def _sampled(self, rows: _Rows, logits: torch.Tensor) -> _Rows:
-        """The rows, one token longer by the logits [B, V]."""
+    def _append_tokens(self, batch: _RunningBatch, logits: torch.Tensor) -> _RunningBatch:
+        """Append one token, sampled from the logits [B, V], to each sequence of the batch."""
         drawn = torch.tensor(
-            [draws[len(ids)] for draws, ids in zip(rows.draws, rows.tokens, strict=True)],
+            [draws[len(ids)] for draws, ids in zip(batch.draws, batch.tokens, strict=True)],
             dtype=torch.float64,
         )
         chosen = sample_tokens(
             logits[:, : self.vocab_size], drawn.to(logits.device), self.temperature
         )
-        for ids, token in zip(rows.tokens, chosen.tolist(), strict=True):
+        for ids, token in zip(batch.tokens, chosen.tolist(), strict=True):
             if token < 0:
                 raise RolloutError(
                     "the student's logits are not finite: training has diverged. Lower "
@@ -310,14 +313,14 @@ class TransformersRollouts:
                 )
             ids.append(token)
         if self._trial is not None:
-            states = self._trial.states(len(rows.indices))
-            for index, ids, row in zip(rows.indices, rows.tokens, states, strict=True):
-                self._trial.rows.setdefault(index, (ids, []))[1].append(row)
-        return rows
+            states = self._trial.states(len(batch.indices))
+            for index, ids, state in zip(batch.indices, batch.tokens, states, strict=True):
+                self._trial.generated.setdefault(index, (ids, []))[1].append(state)
+        return batch
 
     @torch.no_grad()
     def _uncached(self, sequences: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Logits [B, V] of what follows the sequences, from a forward pass over all of them."""
+        """Return logits [B, V] after the sequences, from a forward pass over all their tokens."""
         input_ids = pad_sequence(
             list(sequences), batch_first=True, padding_value=self.pad_token_id
         )  # [B, L]
@@ -334,7 +337,7 @@ class TransformersRollouts:
 
     @torch.no_grad()
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits [B, V] of what follows input_ids [B, L]; mask [B, cached + L]."""
+        """Return logits [B, V] after input_ids [B, L]; mask is [B, cached + L]."""
         mask = mask.to(self._device).long()
         options: dict[str, Any] = {"attention_mask": mask, "use_cache": cache is not None}
         if cache is not None:
@@ -350,57 +353,60 @@ class TransformersRollouts:
             input_ids.to(self._device), is_first_iteration=first, **options
         )
         if cache is not None:
-            inputs[name] = cache  # Phi-3 drops it at its original length, also where it is new
+            inputs[name] = cache  # Phi-3 drops even a new cache at its original length
         return self.model(**inputs).logits[:, -1]
 
-    def _part(self, rows: _Rows) -> tuple[list[tuple[int, Rollout]], _Rows | None]:
-        """What has ended, and the rows that go on."""
+    def _split_finished(
+        self, batch: _RunningBatch
+    ) -> tuple[list[tuple[int, Rollout]], _RunningBatch | None]:
+        """Return the finished rollouts, and the batch of the sequences that continue."""
         ended: list[tuple[int, Rollout]] = []
         left: list[int] = []
-        columns = zip(rows.indices, rows.tokens, rows.searches, strict=True)
-        for row, (index, ids, search) in enumerate(columns):
+        columns = zip(batch.indices, batch.tokens, batch.searches, strict=True)
+        for place, (index, ids, search) in enumerate(columns):
             found = search is not None and search.add(ids[-1])
             stopped = found or ids[-1] in self.stop_ids
             if stopped or len(ids) == self.max_new_tokens:
                 ended.append((index, Rollout(np.array(ids, np.uint32), truncated=not stopped)))
             else:
-                left.append(row)
-        return ended, rows.only(left)
+                left.append(place)
+        return ended, batch.select(left)
 
 
 @dataclass
 class _Trial:
-    """The record of a trial.
+    """The record of a trial of a generation mode.
 
     Attributes:
-        met: by the output layer, [B, L, d] in each forward pass.
-        last: which column of it each row goes on from; None for the last one.
-        rows: tokens of each prompt, and the state [d] that each was drawn from.
+        head_inputs: inputs of the output layer, [B, L, d] in each forward pass.
+        last: column of each sequence's last token in them; None for the last column.
+        generated: tokens for each prompt, and the state [d] from which each was sampled.
     """
 
-    met: list[torch.Tensor]
+    head_inputs: list[torch.Tensor]
     last: torch.Tensor | None = None
-    rows: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
+    generated: dict[int, tuple[list[int], list[torch.Tensor]]] = field(default_factory=dict)
 
     def states(self, count: int) -> torch.Tensor:
-        """Those of the latest pass, [B, d]."""
+        """Return the states [B, d] of the last tokens in the latest forward pass."""
         last = self.last if self.last is not None else torch.full((count,), -1)
-        states = self.met[-1]
+        states = self.head_inputs[-1]
         return states[torch.arange(count, device=states.device), last.to(states.device)]
 
 
 @dataclass
-class _Rows:
-    """Completions that are being written.
+class _RunningBatch:
+    """A batch of completions that are being generated.
 
     Attributes:
-        indices: of their requests.
-        prompts: ids [P] of each.
-        tokens: what is written so far.
-        draws: one uniform for each token that may be written.
-        searches: for stop strings in what is written; None where there are none.
-        mask: [B, W] int64, which columns of the cache are tokens of the row.
-        cache: of W tokens; all but the last one written. None before there is one, or for good.
+        indices: indices of their requests.
+        prompts: ids [P] of each prompt.
+        tokens: completion tokens so far.
+        draws: one uniform for each token that may be generated.
+        searches: searches for stop strings; None where there are none.
+        mask: [B, W] int64, 1 where a column of the cache holds a token of the sequence.
+        cache: of W tokens: all but the last generated one. None before the prefill, or if no cache
+            is used.
     """
 
     indices: list[int]
@@ -413,25 +419,28 @@ class _Rows:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each, prompt and completion."""
+        """The number of tokens of each sequence, prompt and completion."""
         pairs = zip(self.prompts, self.tokens, strict=True)
         return [len(prompt) + len(ids) for prompt, ids in pairs]
 
     @property
     def can_join(self) -> bool:
-        """Whether the cache is nothing but keys and values of all tokens."""
+        """The ability to merge with another batch: True if the cache holds only keys and values."""
         return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
-    def only(self, kept: list[int]) -> _Rows | None:
-        """Those rows; columns that only others needed are given up."""
+    def select(self, kept: list[int]) -> _RunningBatch | None:
+        """Return the batch with only these sequences, in this order; None if there are none.
+
+        Cache columns that only pad them are dropped.
+        """
         if len(kept) == len(self.indices):
             return self
         if not kept:
             return None
-        rows = torch.tensor(kept, device=self.mask.device)
-        self.mask = self.mask[rows]
+        places = torch.tensor(kept, device=self.mask.device)
+        self.mask = self.mask[places]
         if self.cache is not None:
-            self.cache.reorder_cache(rows)  # any rows, fewer too
+            self.cache.reorder_cache(places)  # it also takes fewer sequences
         if self.cache is not None and self.can_join:
             first = int(self.mask.any(dim=0).int().argmax())
             self.mask = self.mask[:, first:]
@@ -439,18 +448,20 @@ class _Rows:
                 layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
         for name in ("indices", "prompts", "tokens", "draws", "searches"):
             values = getattr(self, name)
-            setattr(self, name, [values[row] for row in kept])
+            setattr(self, name, [values[place] for place in kept])
         return self
 
-    def joined(self, other: _Rows) -> _Rows:
-        """Both as one batch, the narrower cache padded on its left."""
+    def merged(self, other: _RunningBatch) -> _RunningBatch:
+        """Return both as one batch, the narrower cache padded on its left."""
         width = max(self.mask.shape[1], other.mask.shape[1])
-        layers = [[] if rows.cache is None else rows.cache.layers for rows in (self, other)]
+        layers = [[] if batch.cache is None else batch.cache.layers for batch in (self, other)]
         for mine, theirs in zip(*layers, strict=True):
-            mine.keys = torch.cat([_widened(mine.keys, width), _widened(theirs.keys, width)])
-            mine.values = torch.cat([_widened(mine.values, width), _widened(theirs.values, width)])
-        masks = [pad(rows.mask, (width - rows.mask.shape[1], 0)) for rows in (self, other)]
-        return _Rows(
+            mine.keys = torch.cat([_pad_left(mine.keys, width), _pad_left(theirs.keys, width)])
+            mine.values = torch.cat(
+                [_pad_left(mine.values, width), _pad_left(theirs.values, width)]
+            )
+        masks = [pad(batch.mask, (width - batch.mask.shape[1], 0)) for batch in (self, other)]
+        return _RunningBatch(
             indices=self.indices + other.indices,
             prompts=self.prompts + other.prompts,
             tokens=self.tokens + other.tokens,
@@ -461,20 +472,20 @@ class _Rows:
         )
 
 
-def _widened(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Keys or values [B, H, W, D] as [B, H, width, D]."""
+def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Return keys or values [B, H, W, D] padded on the left to [B, H, width, D]."""
     return pad(states, (0, 0, width - states.shape[-2], 0))
 
 
 def _is_sharded(model: Any) -> bool:
-    """Whether ranks hold parts of one model, so that a forward pass needs all of them."""
+    """Return whether ranks hold parts of one model, so that a forward pass needs all of them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     return isinstance(model, FSDPModule) or is_deepspeed_zero3_enabled()
 
 
-def _anyone(busy: bool, device: torch.device, sharded: bool) -> bool:
-    """Whether this rank, or of a sharded model any rank, has something left to do."""
+def _any_rank_busy(busy: bool, device: torch.device, sharded: bool) -> bool:
+    """Return whether this rank is busy or, with a sharded model, whether any rank is."""
     if not sharded:
         return busy
     flag = torch.tensor(int(busy), device=device)
@@ -483,8 +494,8 @@ def _anyone(busy: bool, device: torch.device, sharded: bool) -> bool:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """No dropout, and no gradient checkpointing, which would forbid the cache."""
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch off dropout and gradient checkpointing, which forbids a cache, within the block."""
     training = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Rollouts by a vLLM engine of this process's own, which is given the student's weights.
+"""The rollout engine that generates with a vLLM engine, which is given the student's weights.
 
-vllm is imported in this file only, and only when an engine is made. The engine runs in processes
-of its own; weights reach it as a checkpoint in shared memory, through vLLM's own `reload_weights`.
+vllm is imported only when an engine is made. The engine runs in its own processes; weights reach it
+as a checkpoint in shared memory, through vLLM's own `reload_weights`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,30 @@ from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.runtime.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Mean difference in log-prob between trainer and engine that is rounding, not other weights.
+# Largest mean difference in log-prob between trainer and engine that rounding explains.
 DRIFT_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 _PROBE_TOKENS = 8
-_LONGEST_STEP = 10.0  # seconds until a thread has left the engine; a dead one it never leaves
+_LONGEST_STEP = 10.0  # seconds to wait for a thread in the engine; it never leaves a dead engine
 _WATCH_SECONDS = 1.0
 _EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
 
 
 class VllmEngine:
-    """vLLM beside the trainer, on the same device; use it in a ``with`` block.
+    """A vLLM engine beside the trainer, on the same device; use it in a ``with`` block.
 
-    `run` may go on in a thread while the student trains; with the block it ends, with an error.
+    `run` may run in a thread while the student trains; when the block ends, it raises an error.
 
     Args:
         model: the unwrapped student (a peft model too: the engine gets merged weights). Not
             sharded.
-        max_model_len: longest prompt and completion, in tokens.
-        dtype: of the engine's weights, such as "bfloat16".
+        max_model_len: longest prompt and completion together, in tokens.
+        dtype: dtype of the engine's weights, such as "bfloat16".
         gpu_memory_utilization: share of a GPU's memory for the engine; on a CPU, where vLLM is for
-            trying things out, its cache is 1 GB (``VLLM_CPU_KVCACHE_SPACE``).
+            trials, its cache is 1 GB (``VLLM_CPU_KVCACHE_SPACE``).
         max_num_seqs: completions at once; None for vLLM's default.
+
+    Attributes:
+        drift: mean difference in log-prob to the trainer after the last `sync`; None before it.
 
     Raises:
         ConfigurationError: vLLM does not take the model.
@@ -67,7 +70,7 @@ class VllmEngine:
     ) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at each reload
-        # A fork would take the teacher client's threads along, in whatever state they are.
+        # A fork would copy the locks of the teacher client's threads in whatever state they are.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         from vllm import EngineArgs, LLMEngine
@@ -80,30 +83,30 @@ class VllmEngine:
         self._version: int | None = None
         self._requests = 0
         self._closed = threading.Event()
-        self._lock = threading.Lock()  # of the engine, which is for one thread at a time
+        self._lock = threading.Lock()  # the engine is not safe for several threads
         self._folder = tempfile.TemporaryDirectory(
-            prefix="student-weights-", dir=_roomy_folder(model, getattr(torch, dtype))
+            prefix="student-weights-", dir=_weights_folder(model, getattr(torch, dtype))
         )
         try:
-            with self._exported(), _alone():
+            with self._exported(), _rank_environment():
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(
                         model=self._folder.name,
                         dtype=dtype,
                         max_model_len=max_model_len,
                         skip_tokenizer_init=True,
-                        generation_config="vllm",  # nothing of the checkpoint's own
+                        generation_config="vllm",  # not the checkpoint's own sampling defaults
                         gpu_memory_utilization=gpu_memory_utilization,
                         max_num_seqs=max_num_seqs,
                         worker_extension_cls=_EXTENSION,
-                        enforce_eager=current_platform.is_cpu(),  # compiling takes minutes there
+                        enforce_eager=current_platform.is_cpu(),  # compiling takes minutes on a CPU
                         use_tqdm_on_load=False,
                         disable_log_stats=True,
                     )
                 )
                 self._engine.collective_rpc("spare_generators")
             threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
-        except Exception as error:  # whatever an architecture or too little memory can cause
+        except Exception as error:  # an architecture or too little memory may raise anything
             self._folder.cleanup()
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigurationError(
@@ -118,7 +121,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
-        self._closed.set()  # what is being written ends before its next token
+        self._closed.set()  # running requests end before their next token
         idle = self._lock.acquire(timeout=_LONGEST_STEP)
         try:
             self._engine.engine_core.shutdown()
@@ -130,18 +133,18 @@ class VllmEngine:
     def sync(self, weight_version: int) -> None:
         """Give the engine the student's present weights, unless it has this version.
 
-        Sets ``drift``: the mean difference in log-prob of a few tokens between engine and trainer.
+        It sets ``drift``, measured on a few tokens.
 
         Raises:
-            RolloutError: it is more than rounding, so the engine does not have these weights; or
-                the engine is dead.
+            RolloutError: the drift is more than rounding, so the engine does not have these
+                weights; or the engine is dead.
         """
         if weight_version == self._version:
             return
-        with self._exported(), self._open():
+        with self._exported(), self._exclusive_engine():
             place = {"weights_path": self._folder.name}
             self._engine.collective_rpc("reload_weights", kwargs=place)
-            if not self._engine.reset_prefix_cache():  # keys and values of the old weights
+            if not self._engine.reset_prefix_cache():  # it holds keys and values of old weights
                 raise RolloutError("vLLM did not drop its prefix cache after new weights")
         self.drift = self._measure_drift()
         if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
@@ -157,12 +160,12 @@ class VllmEngine:
         params: Sequence[Any],
         searches: Sequence[StopSearch] | None = None,
     ) -> Iterator[tuple[int, Any]]:
-        """(index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
+        """Yield (index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
 
         Args:
-            searches: for strings that end a completion too, which then has no ``finish_reason``.
-                The engine has no tokenizer, so they are looked for here, after each token; the
-                parameters ask for ``CUMULATIVE`` outputs.
+            searches: searches for strings that end a completion too, which then has no
+                ``finish_reason``. The engine has no tokenizer, so they run here, after each token;
+                ``params`` must ask for ``CUMULATIVE`` outputs.
 
         Raises:
             RolloutError: the engine is dead, or was closed meanwhile.
@@ -170,16 +173,16 @@ class VllmEngine:
         from vllm.inputs import tokens_input
 
         running: dict[str, int] = {}
-        known = [0] * len(prompts)  # tokens that were looked at
+        known = [0] * len(prompts)  # tokens that were searched already
         try:
             for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
                 name = f"rollout-{self._requests}"
                 self._requests += 1
-                with self._open():
+                with self._exclusive_engine():
                     self._engine.add_request(name, tokens_input(prompt), param)
                 running[name] = index
             while running:
-                with self._open():
+                with self._exclusive_engine():
                     outputs = self._engine.step()
                 for output in outputs:
                     written, name = output.outputs[0], output.request_id
@@ -189,19 +192,23 @@ class VllmEngine:
                         known[index] += len(new)
                         if any(map(searches[index].add, new)):
                             ended = True
-                            with self._open():
+                            with self._exclusive_engine():
                                 self._engine.abort_request([name])
                     if ended:
                         del running[name]
                         yield index, written
-        except GeneratorExit:  # the caller went away
-            with suppress(RolloutError), self._open():
+        except GeneratorExit:  # the caller stopped iterating
+            with suppress(RolloutError), self._exclusive_engine():
                 self._engine.abort_request(list(running))
             raise
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
-        """The engine, for one thread at a time; raises `RolloutError` if it is closed or dead."""
+    def _exclusive_engine(self) -> Iterator[None]:
+        """Give one thread at a time access to the engine within the block.
+
+        Raises:
+            RolloutError: the engine is closed or dead.
+        """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         with self._lock:
@@ -213,7 +220,7 @@ class VllmEngine:
                 raise RolloutError("vLLM's engine is dead; its log is above") from error
 
     def _watch(self) -> None:
-        """Wake who waits for an engine that died: vLLM's own client goes on waiting."""
+        """Raise an error in threads that wait for a dead engine, as vLLM's client does not."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         core: Any = self._engine.engine_core
@@ -242,9 +249,9 @@ class VllmEngine:
 
     @contextmanager
     def _exported(self) -> Iterator[None]:
-        """The weights in the folder, for as long as they are read.
+        """Write the weights into the folder, and delete them after the block.
 
-        They are shared memory, as large as the model: a signal must not leave them behind.
+        They fill shared memory as large as the model, so they are deleted on a signal too.
         """
         with signals_as_exits():
             try:
@@ -255,9 +262,9 @@ class VllmEngine:
                     file.unlink()
 
     def _export(self) -> None:
-        """The weights as a checkpoint, under the names that transformers saves them by.
+        """Write the weights as a checkpoint, under the names that transformers saves them by.
 
-        Not by ``save_pretrained``, which writes on the first rank alone: each has its own engine.
+        ``save_pretrained`` writes on the first rank only, but each rank has its own engine.
         """
         causal_lm, weights = merged_weights(self.model, getattr(torch, self.dtype))
         config = copy.deepcopy(causal_lm.config)
@@ -271,16 +278,16 @@ class VllmEngine:
 
 
 class VllmRollouts:
-    """Completions by a `VllmEngine`; several of these may share one.
+    """A rollout engine over a `VllmEngine`, which several of these may share.
 
     Args:
-        engine: is shared, and stays the caller's to close.
+        engine: closed by the caller, not here.
         stop_ids: tokens that end a completion.
         max_new_tokens: longest completion.
-        temperature: of the sampling; 0 is greedy.
-        vocab_size: ids from here on are not sampled (padding rows of the output layer).
-        stop_strings: begins to look for strings that end a completion too; the tokens that spell
-            one stay part of it.
+        temperature: temperature of the sampling; 0 is greedy.
+        vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        stop_strings: starts a search for strings that end a completion too; the tokens that spell
+            one are part of it.
     """
 
     elsewhere = True
@@ -297,23 +304,23 @@ class VllmRollouts:
     ) -> None:
         self.engine = engine
         self._stops = stop_strings
-        rows = engine.model.get_output_embeddings().weight.shape[0]
+        output_size = engine.model.get_output_embeddings().weight.shape[0]
         self._params = {
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "stop_token_ids": list(stop_ids),
-            "logit_bias": dict.fromkeys(range(vocab_size, rows), -100.0) or None,
+            "logit_bias": dict.fromkeys(range(vocab_size, output_size), -100.0) or None,
         }
 
     def sync(self, weight_version: int) -> None:
-        """See `RolloutEngine.sync`."""
+        """Load the student's present weights, as `RolloutEngine.sync` says."""
         self.engine.sync(weight_version)
 
     def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
-        """See `RolloutEngine.generate`.
+        """Yield groups of (index of the request, rollout), as `RolloutEngine.generate` says.
 
         Raises:
-            RolloutError: the engine is dead, or ended a completion in a way of its own.
+            RolloutError: the engine is dead, or ended a completion for an unknown reason.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind as Kind
@@ -338,10 +345,10 @@ class VllmRollouts:
 
 
 def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The causal language model and its weights on the CPU, adapters added to what they adapt.
+    """Return the causal language model and its weights on the CPU, with adapters added to them.
 
-    Nothing is merged in place: taking adapters out again would leave rounding errors in the base.
-    Of tied weights there is the first alone, as in a checkpoint, unless adapters change one.
+    Adapters are not merged in place, because unmerging leaves rounding errors in the base. Of tied
+    weights only the first is returned, as in a checkpoint, unless adapters change one.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -361,18 +368,18 @@ def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch
                     value = value + layer.get_delta_weight(adapter).to(value.device)
             name = f"{owner}.{own}"
         elif name in tied or any(name.startswith(f"{prefix}.") for prefix in adapted):
-            continue  # there already, or an adapter's own
-        weights[name] = _copy(value, dtype)
+            continue  # a tied weight is there already, an adapter's weights are added above
+        weights[name] = _to_cpu(value, dtype)
     return causal_lm, weights
 
 
-def _copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _to_cpu(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
 
 
 @torch.no_grad()
 def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
-    """[L, V] float32 on the CPU, as the trainer's own forward pass gives them."""
+    """Return log-probs [L, V] float32 on the CPU, from the trainer's own forward pass."""
     training = model.training
     model.eval()
     try:
@@ -383,10 +390,10 @@ def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     return logits[0].float().log_softmax(-1).cpu()
 
 
-def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
-    """Shared memory where the weights fit (containers often have 64 MB); None for the default.
+def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:
+    """Return the shared-memory folder if the weights fit there, or None for the default folder.
 
-    Once for each rank of this machine: they are all sent at the same time.
+    Containers often have 64 MB. All ranks of this machine send weights at the same time.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = 1.1 * ranks * dtype.itemsize * sum(p.numel() for p in model.parameters())
@@ -396,10 +403,10 @@ def _roomy_folder(model: Any, dtype: torch.dtype) -> Path | None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """The engine's processes see this rank's GPU, and nothing of the launcher.
+def _rank_environment() -> Iterator[None]:
+    """Show processes started in the block only this rank's GPU and no variables of the launcher.
 
-    vLLM would take the first GPU, and torch would look for torchrun's store in place of its own.
+    Otherwise vLLM takes the first GPU, and torch connects to torchrun's store.
     """
     before = dict(os.environ)
     for name in before:

@@ -1,4 +1,4 @@
-"""Several addresses of one teacher: which takes a request, which is left out, when it is back."""
+"""The HTTP client of one teacher at several addresses: load balancing, failover and retries."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ _RECHECK_SECONDS = 1.0
 _READY_TIMEOUT = 10.0
 _CONNECT_TIMEOUT = 10.0
 _REMIND_SECONDS = 60.0
-# A connection whose other end went without a word is given up after a minute, not at the timeout.
+# With keep-alive, a connection whose other end vanished fails after a minute, not at the timeout.
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _ATTEMPTS_AT_A_500 = 3
 _MAX_ANSWER_BYTES = 1 << 30
 _MAX_REFUSAL_BYTES = 1 << 16
-_MAX_HEAD_BYTES = 1 << 18  # all answers of 1xx before it included
+_MAX_HEAD_BYTES = 1 << 18  # including all 1xx responses before it
 _backoff = wait_random_exponential(multiplier=0.25, max=30.0)
 
-# The same request may succeed later, at the same place.
-_PASSING = (httpx.TransportError, OverloadedError, UnavailableError)
-# The same request may succeed now, at another place.
-FAILURES = (*_PASSING, InternalError, DeadlineExceededError)
+# After these errors the same request may succeed later, at the same replica.
+_TRANSIENT_ERRORS = (httpx.TransportError, OverloadedError, UnavailableError)
+# After these errors the same request may succeed now, at another replica.
+FAILOVER_ERRORS = (*_TRANSIENT_ERRORS, InternalError, DeadlineExceededError)
 
 
-class Body:
-    """The body of an answer as it arrives, within bounds of bytes and of time.
+class ResponseBody:
+    """A response's body as it arrives, limited in bytes and in time.
 
-    httpx's own timeout begins anew with each byte, so that an answer that drips would never end.
+    httpx's own timeout restarts with each byte, so a slow body might never end.
 
     Args:
-        response: its head has come, and no more.
-        most: bytes.
-        seconds: until the whole body has come.
-        count: is told the bytes of each chunk.
+        response: a response of which only the head was read.
+        most: largest number of bytes.
+        seconds: time until the whole body must have arrived.
+        count: called with the number of bytes of each chunk.
     """
 
     def __init__(
@@ -94,15 +94,15 @@ class Body:
         self.extend()
 
     def extend(self) -> None:
-        """Give the rest as long as the whole had: part of it is of use already."""
+        """Restart the time limit, because a part of the body was complete and useful."""
         self._deadline = time.monotonic() + self._seconds
 
     def __iter__(self) -> Iterator[bytes]:
-        """Chunks as they were sent: nothing is unpacked, so that little cannot become much.
+        """Yield the chunks as they were sent; nothing is decompressed, so no small body gets large.
 
         Raises:
-            TeacherAnswerError: more bytes than an answer can have.
-            httpx.TransportError: cut; `httpx.ReadTimeout`, when it takes too long.
+            TeacherAnswerError: the body has more bytes than an answer can have.
+            httpx.TransportError: the connection broke; `httpx.ReadTimeout` if it took too long.
         """
         size = 0
         chunks = self._response.iter_raw()
@@ -124,26 +124,25 @@ class Body:
 
 
 class Replicas:
-    """HTTP to one teacher behind one or several addresses.
+    """An HTTP client of one teacher behind one or several addresses; safe in several threads.
 
-    A request goes to the replica with the fewest tokens outstanding. A replica that fails (no
-    connection, no answer in time, 429, 5xx) is left out at once and the request goes to another.
-    What is left out is asked every second, in the background, whether it is ready, and rejoins when
-    it is and ``rejoins`` agrees. When none is left they are all tried again, with exponential
-    back-off and full jitter, until ``timeout``; so is a 500, three times. Safe to use from several
-    threads.
+    A request goes to the replica with the fewest outstanding tokens. A replica that fails (no
+    connection, no answer in time, 429, 5xx) is excluded at once, and the request goes to another.
+    A thread checks every second whether an excluded replica is ready; it rejoins if it is and
+    ``rejoins`` agrees. If all are excluded, all are tried again until ``timeout``, with exponential
+    back-off and full jitter; a 500 is tried again only a few times.
 
     Args:
         urls: addresses, such as ``http://host:8000``.
         timeout: seconds to wait for an answer, with retries; one attempt gets an equal share of it
-            for each replica, so that one that hangs leaves time for the others.
-        media_type: of requests and answers.
-        ready: route that answers 200 when requests are taken.
-        rejoins: whether the replica at a URL, ready again, is still the teacher that the others
-            are. A `TeacherError` that it raises ends the run: the next request raises it.
+            for each replica, so that a replica that hangs leaves time for the others.
+        media_type: media type of requests and answers.
+        ready: route that answers 200 when the server takes requests.
+        rejoins: returns whether a replica that is ready again is the same teacher as the others. A
+            `TeacherError` that it raises ends the run: the next request raises it.
         start: the command that starts such a server, for messages.
-        api_key: sent with every request, to these addresses alone.
-        unreachable: what happens once a request failed and no replica is ready: "wait" until
+        api_key: sent with every request, to these addresses only.
+        unreachable: behaviour when a request failed and no replica is ready: "wait" until
             ``timeout``, or "stop" at once.
 
     Raises:
@@ -170,15 +169,15 @@ class Replicas:
         self._unreachable = unreachable
         self._media_types = (media_type, wire.STREAM_MEDIA_TYPES[media_type])
         self._share = timeout / len(self.urls)
-        # For each call under way, what tells the tokens it still waits for.
+        # Running calls of each replica; each function returns the tokens that its call waits for.
         self._outstanding: dict[str, list[Callable[[], int]]] = {url: [] for url in self.urls}
-        self._out: set[str] = set()
+        self._excluded: set[str] = set()
         self._fatal: TeacherError | None = None
         self._bytes_received = 0
         self._tokens_scored = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        # By the last one a server without keys tells apart who shares an address.
+        # A server without keys distinguishes clients behind one address by X-Client-Id.
         headers = {
             "Accept": media_type,
             "Accept-Encoding": "identity",
@@ -191,7 +190,7 @@ class Replicas:
             self._http = httpx.Client(
                 headers=headers, cookies=_no_cookies(), transport=_transport()
             )
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:  # includes ssl.SSLError
             raise ConfigurationError(
                 f"SSL_CERT_FILE {os.environ.get('SSL_CERT_FILE')}: {error.strerror or error}; give "
                 "a PEM file of the certificates to trust"
@@ -200,12 +199,12 @@ class Replicas:
         self._turn = 0
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Close the client; requests in flight fail."""
         self._closed.set()
         self._http.close()
 
     def submit(self, work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
-        """``work`` in the background, as many at once as there are connections."""
+        """Run ``work`` in a thread, as many at once as there are connections."""
 
         def run() -> R:
             with self._slots:
@@ -218,33 +217,33 @@ class Replicas:
             self._tokens_scored += tokens
 
     def take_traffic(self) -> tuple[int, int]:
-        """(bytes received, completion tokens scored) since the last call."""
+        """Return (bytes received, completion tokens scored) since the last call."""
         with self._lock:
             taken = self._bytes_received, self._tokens_scored
             self._bytes_received = self._tokens_scored = 0
         return taken
 
     def wait_until_ready(self) -> None:
-        """Wait, visibly, until every replica is ready.
+        """Wait until every replica is ready, and log a message every few seconds.
 
         Raises:
-            TeacherAnswerError: something else than a teacher listens there.
-            TeacherUnauthorizedError: a gateway before it wants a key, or another one.
-            TeacherUnreachableError: one is not within ``timeout`` seconds, or its certificate is
-                not trusted.
+            TeacherAnswerError: something other than a teacher listens there.
+            TeacherUnauthorizedError: a gateway before it requires a key, or another one.
+            TeacherUnreachableError: a replica is not ready within ``timeout`` seconds, or its
+                certificate is not trusted.
         """
         deadline = time.monotonic() + self.timeout
         for url in self.urls:
             self._wait_for(url, deadline)
 
     def switched_off(self) -> bool:
-        """Whether nothing listens at any address; one that loads its model does, and says 503.
+        """Return whether nothing listens at any address; a server that loads its model listens.
 
         Raises:
             TeacherUnreachableError: a certificate is not trusted.
         """
         nobody = (httpx.ConnectError, httpx.ConnectTimeout)
-        return all(isinstance(self._answer(url), nobody) for url in self.urls)
+        return all(isinstance(self._get_readiness(url), nobody) for url in self.urls)
 
     def request(
         self,
@@ -255,7 +254,7 @@ class Replicas:
         *,
         most: int = _MAX_ANSWER_BYTES,
     ) -> bytes:
-        """The body of the answer of one replica, asked once; ``most`` bytes of it.
+        """Send a request to one replica once, and return the body of at most ``most`` bytes.
 
         Raises: as `stream`.
         """
@@ -271,29 +270,29 @@ class Replicas:
         body: bytes | None = None,
         *,
         most: int = _MAX_ANSWER_BYTES,
-    ) -> Iterator[Body]:
-        """The body of the answer of one replica, asked once, as it arrives.
+    ) -> Iterator[ResponseBody]:
+        """Send a request to one replica once, and give the body of its answer as it arrives.
 
         Raises:
-            TeacherUnauthorizedError: it wants a key, or another one.
+            TeacherUnauthorizedError: the replica requires a key, or another one.
             TeacherUnreachableError: its certificate is not trusted.
-            TeacherAnswerError: it redirects, or answers in a form that was not asked for.
-            ProtocolError: what any other refusal stands for.
+            TeacherAnswerError: it redirects, or answers with another media type.
+            ProtocolError: the error that any other status stands for.
             DeadlineExceededError: no answer within a share of ``timeout``, though it is ready.
-            httpx.TransportError: no answer, or cut; `call` tries elsewhere.
+            httpx.TransportError: no answer, or a broken one; `call` tries another replica.
         """
         try:
-            with self._begun(method, url + path, self._share, body) as response:
+            with self._open_response(method, url + path, self._share, body) as response:
                 if response.status_code != 200:
                     _check_redirect(url, response)
                     _check_authorized(url, response)
                     raise self._refusal(url, response)
-                self._check_form(url + path, response)
-                yield Body(response, most, self._share, self._count_bytes)
+                self._check_media_type(url + path, response)
+                yield ResponseBody(response, most, self._share, self._count_bytes)
         except httpx.ReadTimeout as error:
-            if self._problem(url):
+            if self._why_not_ready(url):
                 raise
-            # As good as the server's own 504, which comes too late where its deadline is later.
+            # Treated like the server's own 504, which comes too late if its deadline is later.
             raise DeadlineExceededError(
                 f"{url} is ready, but has not answered in {self._share:g} s "
                 f"({error}{_to_request()})"
@@ -303,13 +302,13 @@ class Replicas:
             raise
 
     @contextlib.contextmanager
-    def _begun(
+    def _open_response(
         self, method: str, url: str, seconds: float, body: bytes | None = None
     ) -> Iterator[httpx.Response]:
-        """An answer whose head came within ``seconds``, however slowly it drips.
+        """Send a request, and give the response once its whole head came within ``seconds``.
 
         Raises:
-            httpx.TransportError: no answer; `httpx.ReadTimeout`, when its head takes too long.
+            httpx.TransportError: no answer; `httpx.ReadTimeout` if the head took too long.
         """
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT_TIMEOUT))
         request_id = logs.bound_field("request_id")
@@ -332,13 +331,13 @@ class Replicas:
             )
         try:
             response = sending.result(seconds - waited)
-        except TimeoutError as error:  # behind a proxy the thread goes on until the other side ends
+        except TimeoutError as error:  # through a proxy `bounded` has no effect: the thread goes on
             sending.add_done_callback(_close_answer)
             raise httpx.ReadTimeout(f"no head of an answer in {seconds:g} s") from error
         with contextlib.closing(response):
             yield response
 
-    def _check_form(self, where: str, response: httpx.Response) -> None:
+    def _check_media_type(self, where: str, response: httpx.Response) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         kind = one_line(response.headers.get("Content-Type", self._media_types[0]), 100)
         if encoding != "identity" or kind.split(";")[0].strip().lower() not in self._media_types:
@@ -349,10 +348,10 @@ class Replicas:
             )
 
     def _refusal(self, url: str, response: httpx.Response) -> ProtocolError:
-        body = Body(response, _MAX_REFUSAL_BYTES, self._share, self._count_bytes)
+        body = ResponseBody(response, _MAX_REFUSAL_BYTES, self._share, self._count_bytes)
         try:
             content = b"".join(body)
-        except TeacherAnswerError:  # too long for a problem; the status tells enough
+        except TeacherAnswerError:  # too long for a problem document; the status is enough
             content = b""
         return _refusal(url, response, content)
 
@@ -360,35 +359,34 @@ class Replicas:
         with self._lock:
             self._bytes_received += count
 
-    def ask(self, url: str, call: Callable[[str], R]) -> R:
-        """``call`` of one replica that has just been ready.
+    def call_ready_replica(self, url: str, call: Callable[[str], R]) -> R:
+        """Return ``call(url)`` of a replica that was ready a moment ago.
 
         Raises:
-            TeacherUnreachableError: it does not answer any more.
+            TeacherUnreachableError: the replica does not answer any more.
         """
         try:
             return call(url)
-        except (*_PASSING, DeadlineExceededError) as error:
+        except (*_TRANSIENT_ERRORS, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
                 f"the teacher at {url} was ready and does not answer now: {error}"
             ) from error
 
     def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
-        """``call`` with the URL of a replica, of another one when it fails, until ``timeout``.
+        """Return ``call(url)`` of a replica, or of another one if it fails, until ``timeout``.
 
-        All attempts carry one request id, under which the servers log them, and so does what is
-        logged here.
+        All attempts carry one request id, which the servers and this client log.
 
         Args:
-            left: tokens whose answer is still to come; asked from any thread while this runs.
+            left: returns the tokens whose answer is outstanding; called from any thread.
 
         Raises:
-            TeacherUnreachableError: no answer within ``timeout`` seconds, or closed.
+            TeacherUnreachableError: no answer within ``timeout`` seconds, or the client is closed.
             TeacherError: a replica came back as another teacher.
             Whatever else ``call`` raises.
         """
         retrying = Retrying(
-            retry=retry_if_exception_type((*_PASSING, InternalError)),
+            retry=retry_if_exception_type((*_TRANSIENT_ERRORS, InternalError)),
             stop=self._gives_up,
             wait=self._pause,
             before_sleep=self._log_retry,
@@ -398,7 +396,7 @@ class Replicas:
         try:
             with logs.bound(request_id=request_id):
                 return retrying(self._try_each, call, left, itertools.count(1))
-        except _PASSING as error:
+        except _TRANSIENT_ERRORS as error:
             if self._unreachable == "stop":
                 tried, remedy = "", "give --teacher_unreachable wait"
             else:
@@ -409,19 +407,19 @@ class Replicas:
             ) from error
 
     def _gives_up(self, state: RetryCallState) -> bool:
-        """Whether time is up, the same would fail again, or nobody is there to be waited for."""
+        """Return whether to stop retrying: time is up, a 500 repeats, or nothing is waited for."""
         if (state.seconds_since_start or 0.0) >= self.timeout:
             return True
         if isinstance(state.outcome and state.outcome.exception(), InternalError):
             return state.attempt_number >= _ATTEMPTS_AT_A_500
-        return self._unreachable == "stop" and all(map(self._problem, self.urls))
+        return self._unreachable == "stop" and all(map(self._why_not_ready, self.urls))
 
     def _pause(self, state: RetryCallState) -> float:
-        """Seconds to the next try: never past ``timeout``, whatever a Retry-After asks for."""
+        """Return the seconds to the next attempt, never past ``timeout``, despite a Retry-After."""
         error = state.outcome.exception() if state.outcome else None
-        asked = error.retry_after if isinstance(error, ProtocolError) else None
+        retry_after = error.retry_after if isinstance(error, ProtocolError) else None
         left = self.timeout - (state.seconds_since_start or 0.0)
-        return max(0.0, min(left, max(asked or 0.0, _backoff(state))))
+        return max(0.0, min(left, max(retry_after or 0.0, _backoff(state))))
 
     def _log_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -434,30 +432,30 @@ class Replicas:
     def _try_each(
         self, call: Callable[[str], R], left: Callable[[], int], attempts: Iterator[int]
     ) -> R:
-        """The first answer of replicas that are up, each asked at most once."""
+        """Return the first answer of the replicas that are not excluded, each tried once."""
         tried: set[str] = set()
         while True:
-            url = self._take(left, tried)
+            url = self._acquire(left, tried)
             tried.add(url)
             logs.bind(attempt=next(attempts))
             try:
                 return call(url)
-            except FAILURES as error:
-                if not self._leave_out(url, error, tried):
+            except FAILOVER_ERRORS as error:
+                if not self._exclude(url, error, tried):
                     raise
             finally:
                 with self._lock:
                     self._outstanding[url].remove(left)
 
-    def _take(self, left: Callable[[], int], tried: set[str]) -> str:
+    def _acquire(self, left: Callable[[], int], tried: set[str]) -> str:
         if self._closed.is_set():
             raise TeacherUnreachableError("the client is closed")
         with self._lock:
             if self._fatal is not None:
                 raise self._fatal
-            up = [url for url in self.urls if url not in self._out | tried]
+            up = [url for url in self.urls if url not in self._excluded | tried]
             candidates = up or self.urls
-            turn = self._turn % len(candidates)  # idle replicas take turns
+            turn = self._turn % len(candidates)  # equally busy replicas take turns
             in_turn = candidates[turn:] + candidates[:turn]
             url = min(in_turn, key=self._tokens_left)
             self._turn += 1
@@ -467,33 +465,33 @@ class Replicas:
     def _tokens_left(self, url: str) -> int:
         return sum(left() for left in self._outstanding[url])
 
-    def _leave_out(self, url: str, error: Exception, tried: set[str]) -> bool:
-        """Leave ``url`` out until it is ready again; whether another one may be asked now."""
+    def _exclude(self, url: str, error: Exception, tried: set[str]) -> bool:
+        """Exclude ``url`` until it is ready again; return whether another may be tried now."""
         if len(self.urls) == 1:
             return False
         with self._lock:
-            news = url not in self._out
-            self._out.add(url)
-            up = len(self.urls) - len(self._out)
-            another = any(other not in self._out | tried for other in self.urls)
+            news = url not in self._excluded
+            self._excluded.add(url)
+            up = len(self.urls) - len(self._excluded)
+            another = any(other not in self._excluded | tried for other in self.urls)
         if news:
             logger.warning("The teacher at %s is left out (%s); %d go on", url, error, up)
-            asked = error.retry_after if isinstance(error, ProtocolError) else None
-            pause = min(asked or 0.0, self.timeout)
+            retry_after = error.retry_after if isinstance(error, ProtocolError) else None
+            pause = min(retry_after or 0.0, self.timeout)
             name = f"teacher-back-{url}"
             threading.Thread(target=self._watch, args=(url, pause), name=name, daemon=True).start()
         return another
 
     def _watch(self, url: str, pause: float) -> None:
-        """After ``pause`` seconds let ``url`` rejoin when it is ready and still the same teacher.
+        """Wait ``pause`` seconds, then until ``url`` is ready, and let it rejoin.
 
-        Another teacher there ends the run, and so does another key. What is no teacher, such as a
-        gateway's page while the server behind it restarts, is looked at again.
+        Another teacher there ends the run, and so does another key. Other answers, such as a
+        gateway's page while the server behind it restarts, are checked again later.
         """
         self._closed.wait(pause)
         while not self._closed.wait(_RECHECK_SECONDS):
             try:
-                if self._problem(url) or not self._rejoins(url):
+                if self._why_not_ready(url) or not self._rejoins(url):
                     continue
             except (httpx.TransportError, ProtocolError, TeacherAnswerError):
                 continue
@@ -501,27 +499,32 @@ class Replicas:
                 with self._lock:
                     self._fatal = error
                 return
-            except RuntimeError:  # httpx, of a client closed meanwhile
+            except RuntimeError:  # httpx raises it if the client was closed meanwhile
                 if self._closed.is_set():
                     return
                 raise
             with self._lock:
-                self._out.discard(url)
+                self._excluded.discard(url)
             logger.warning("The teacher at %s is back", url)
             return
 
-    def _answer(self, url: str) -> httpx.Response | httpx.TransportError:
-        """What the replica says of being ready, or why it says nothing."""
+    def _get_readiness(self, url: str) -> httpx.Response | httpx.TransportError:
+        """Return the replica's answer to the ready route, or the error that prevented it."""
         try:
-            with self._begun("GET", url + self._ready, _READY_TIMEOUT) as response:
+            with self._open_response("GET", url + self._ready, _READY_TIMEOUT) as response:
                 return response
         except httpx.TransportError as error:
             _check_trust(url, error)
             return error
 
-    def _problem(self, url: str) -> str:
-        """What keeps the replica from taking requests; empty when nothing does."""
-        response = self._answer(url)
+    def _why_not_ready(self, url: str) -> str:
+        """Return why the replica does not take requests, or an empty text if it does.
+
+        Raises:
+            TeacherAnswerError, TeacherUnauthorizedError, TeacherUnreachableError: waiting is of no
+                use.
+        """
+        response = self._get_readiness(url)
         if isinstance(response, httpx.TransportError):
             return f"is not reachable ({response})"
         _check_redirect(url, response)
@@ -537,7 +540,7 @@ class Replicas:
 
     def _wait_for(self, url: str, deadline: float) -> None:
         announced = 0.0
-        while problem := self._problem(url):
+        while problem := self._why_not_ready(url):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TeacherUnreachableError(
@@ -553,7 +556,11 @@ class Replicas:
 
 
 def _check_authorized(url: str, response: httpx.Response) -> None:
-    """Raises `TeacherUnauthorizedError` where the same request will never be answered."""
+    """Refuse a status of 401 or 403, because a repeated request gets the same answer.
+
+    Raises:
+        TeacherUnauthorizedError: names the ways to give a key.
+    """
     if response.status_code not in (401, 403):
         return
     sent = "Authorization" in response.request.headers
@@ -565,7 +572,11 @@ def _check_authorized(url: str, response: httpx.Response) -> None:
 
 
 def _check_redirect(url: str, response: httpx.Response) -> None:
-    """Raises `TeacherAnswerError`: keys and prompts go nowhere but to the addresses given."""
+    """Refuse redirects, because keys and prompts go only to the given addresses.
+
+    Raises:
+        TeacherAnswerError: names where it redirects.
+    """
     if response.is_redirect:
         raise TeacherAnswerError(
             f"{url} answers {response.status_code} and points to "
@@ -575,7 +586,11 @@ def _check_redirect(url: str, response: httpx.Response) -> None:
 
 
 def _check_trust(url: str, error: httpx.TransportError) -> None:
-    """Raises `TeacherUnreachableError` for a certificate that no known authority signed."""
+    """Refuse a certificate that no known authority signed.
+
+    Raises:
+        TeacherUnreachableError: names the way to trust it.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
@@ -587,12 +602,12 @@ def _check_trust(url: str, error: httpx.TransportError) -> None:
 
 
 def _no_cookies() -> CookieJar:
-    """A jar that takes none: answers may not depend on what a teacher said before."""
+    """Return a jar that keeps no cookies, because answers must not depend on earlier ones."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
 
 
 def _transport() -> httpx.HTTPTransport | None:
-    """With TCP's keep-alive, where the system lets it be set; to a proxy as httpx does itself."""
+    """Return a transport with TCP keep-alive; None, httpx's own, if a proxy is configured."""
     if set(urllib.request.getproxies()) - {"no"}:
         return None
     options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
@@ -608,7 +623,7 @@ def _close_answer(sending: Future[httpx.Response]) -> None:
 
 
 def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolError:
-    """The error that a problem document stands for, or OpenAI's error body."""
+    """Return the error that a problem document or OpenAI's error body stands for."""
     try:
         problem = json.loads(content)
     except (ValueError, RecursionError):
@@ -620,7 +635,7 @@ def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolErro
         problem = {"detail": error.get("message"), "field": error.get("param")}
     retry_after = _seconds(response.headers.get("Retry-After", ""))
     answered = f"{url} answered {response.status_code}{_to_request()}"
-    # A gateway's 5xx, without a problem, passes; but its 504 too says that the request took long.
+    # A gateway's 5xx without a problem document is temporary, except 504: the request took long.
     if response.status_code >= 500 and response.status_code != 504 and not problem:
         return UnavailableError(answered, retry_after=retry_after)
     detail = problem.get("detail")
@@ -629,13 +644,13 @@ def _refusal(url: str, response: httpx.Response, content: bytes) -> ProtocolErro
 
 
 def _to_request() -> str:
-    """Which request a message is about, where `Replicas.call` has given it an id."""
+    """Return the end of a message that names the request's id, if it has one."""
     request_id = logs.bound_field("request_id")
     return "" if request_id is None else f" to request {request_id}"
 
 
 def _seconds(retry_after: str) -> float | None:
-    """Of a Retry-After, which is a number of seconds or a date; None where it is neither."""
+    """Return the seconds of a Retry-After, a number or a date; None if it is neither."""
     with contextlib.suppress(ValueError):
         return max(0.0, float(retry_after))
     with contextlib.suppress(ValueError):

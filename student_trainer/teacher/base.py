@@ -1,8 +1,4 @@
-"""What the trainer asks of a teacher, and the client of sparse-gkd's own server.
-
-HTTP ends here and in the two modules beside it: `student_trainer.teacher.balancer` and
-`student_trainer.teacher.vllm`.
-"""
+"""The interface of a teacher's client, and the checks of its answers."""
 
 from __future__ import annotations
 
@@ -39,15 +35,15 @@ _LONGEST_NAME = 1_000  # characters
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a teacher writes completions.
+    """The settings with which a teacher generates completions.
 
     Attributes:
-        max_new_tokens: of each completion, at most.
-        temperature: of the sampling; 0 is greedy.
-        seed: a completion is a function of it and of the prompt.
-        stop_token_ids: each ends a completion, as its last token.
-        top_k: the completions are scored too, with so many log-probs for each row; None: not.
-        score_temperature: at which the logits of these scores are normalised.
+        max_new_tokens: longest completion.
+        temperature: temperature of the sampling; 0 is greedy.
+        seed: seed of the sampling; a completion is a function of it and of the prompt.
+        stop_token_ids: tokens that end a completion, as its last token.
+        top_k: log-probs for each position, if the completions are scored too; else None.
+        score_temperature: temperature at which the logits of these scores are normalised.
     """
 
     max_new_tokens: int
@@ -61,14 +57,14 @@ class Sampling:
 def sequence_of(
     prompt: NDArray[np.uint32], completion: Completion
 ) -> tuple[NDArray[np.uint32], int]:
-    """(token_ids [L], completion_start), as `Teacher.score` takes them."""
+    """Return (token_ids [L], completion_start), as `Teacher.score` takes them."""
     return np.append(prompt, completion.token_ids).astype(np.uint32), len(prompt)
 
 
 def with_scores(
     completions: Sequence[Completion], scores: Sequence[SparseLogprobs]
 ) -> list[Completion]:
-    """The completions, each with its own scores."""
+    """Return the completions, each with its own scores."""
     return [
         completion.model_copy(update={"scores": score})
         for completion, score in zip(completions, scores, strict=True)
@@ -76,11 +72,11 @@ def with_scores(
 
 
 def check_info(where: str, info: InfoResponse) -> None:
-    """Check what a teacher says of itself, before anything rests on it.
+    """Check a teacher's description of itself.
 
     Raises:
-        TeacherAnswerError: an end token outside its vocabulary, or a name that would write over a
-            terminal or break a line of a log.
+        TeacherAnswerError: an end token is outside its vocabulary, or a name is too long or has
+            control characters, which would corrupt a terminal or a log.
     """
     outside = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
     if outside:
@@ -111,19 +107,19 @@ def check_scores(
     vocab_size: int,
     drawn: bool = False,
 ) -> None:
-    """Check that scores fit one sequence, wherever they come from.
+    """Check that scores, from a teacher or a cache, fit one sequence.
 
     Args:
-        name: how the message calls the sequence.
+        name: name of the sequence in the message.
         sequence: (token_ids [L], completion_start).
-        top_k: log-probs asked for in each of T rows, T = L − completion_start.
-        width: requested ids of each row.
-        vocab_size: the teacher's.
+        top_k: requested log-probs at each of T positions, T = L − completion_start.
+        width: requested ids at each position.
+        vocab_size: size of the teacher's vocabulary.
         drawn: the support is drawn from the teacher.
 
     Raises:
-        TeacherAnswerError: a wrong shape, a token id outside, a non-finite log-prob, or what cannot
-            be the distributions of this sequence.
+        TeacherAnswerError: a wrong shape, a token id outside the vocabulary, a non-finite log-prob,
+            or numbers that cannot be the distributions of this sequence.
     """
     ids, start = sequence
     expected = (len(ids) - start, top_k)
@@ -147,12 +143,12 @@ def check_scores(
 
 
 def check_completion(name: str, completion: Completion, *, longest: int, vocab_size: int) -> None:
-    """Check the tokens of a completion, wherever it comes from.
+    """Check the tokens of a completion from a teacher or a cache.
 
     Args:
-        name: how the message calls it.
-        longest: tokens asked for at most.
-        vocab_size: the teacher's.
+        name: name of the completion in the message.
+        longest: largest number of tokens that was requested.
+        vocab_size: size of the teacher's vocabulary.
 
     Raises:
         TeacherAnswerError: no token, too many, or one outside the vocabulary.
@@ -166,14 +162,14 @@ def check_completion(name: str, completion: Completion, *, longest: int, vocab_s
 
 
 class Teacher(Protocol):
-    """A served teacher, whatever it speaks; safe to use from several threads.
+    """A client of a served teacher, for any protocol; safe in several threads.
 
-    Scores are at the temperature asked for. Errors of every call but `close`:
+    Scores are at the requested temperature. Errors of every call but `close`:
         InvalidRequestError: the teacher cannot do this; names the field and the limit.
         PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much; names it.
         TeacherUnreachableError: no answer within the timeout.
-        TeacherUnauthorizedError: the teacher wants a key, or another one.
-        TeacherAnswerError: an answer of the wrong shape, or a non-finite log-prob.
+        TeacherUnauthorizedError: the teacher requires a key, or another one.
+        TeacherAnswerError: an answer has the wrong shape, or a non-finite log-prob.
         TeacherChangedError: another teacher answered.
     """
 
@@ -187,46 +183,46 @@ class Teacher(Protocol):
         self.close()
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Close the client; requests in flight fail."""
         self._replicas.close()
 
     @property
     def info(self) -> InfoResponse:
-        """What is known of the teacher since `connect`."""
+        """The teacher's description of itself, known since `connect`."""
         if self._info is None:
             raise RuntimeError("call connect() first")
         return self._info
 
     @property
     def connected(self) -> bool:
-        """Whether the teacher itself was met, and not only a cache that knows it."""
+        """The connection state: True if the teacher itself is connected, not only its cache."""
         return self._info is not None
 
     def take_traffic(self) -> tuple[int, int]:
-        """(bytes received, completion tokens scored) since the last call."""
+        """Return (bytes received, completion tokens scored) since the last call."""
         return self._replicas.take_traffic()
 
     @property
     def live(self) -> Teacher:
-        """The teacher for what is asked once and never again: past a cache, if there is one."""
+        """The teacher without its cache, if there is one, for requests that never repeat."""
         return self
 
     def take_lookups(self) -> tuple[int, int, int]:
-        """(answers looked up in a cache, found there, found corrupt) since the last call."""
+        """Return (cache lookups, answers found, corrupt answers) since the last call."""
         return 0, 0, 0
 
     def connect(self) -> InfoResponse:
-        """Wait until every replica is ready, and read what the teacher is.
+        """Wait until every replica is ready, and return the teacher's description.
 
         Raises:
-            TeacherUnreachableError: one is not ready within the timeout.
-            TeacherChangedError: replicas are not one and the same teacher.
-            TeacherAnswerError: something else listens there.
+            TeacherUnreachableError: a replica is not ready within the timeout.
+            TeacherChangedError: the replicas are different teachers.
+            TeacherAnswerError: something other than a teacher listens there.
         """
         self._replicas.wait_until_ready()
         urls = self._replicas.urls
         for url in urls:
-            info = self._replicas.ask(url, self._get_info)
+            info = self._replicas.call_ready_replica(url, self._get_info)
             if self._info is None:
                 self._info = info
             elif info.teacher != self._info.teacher:
@@ -237,7 +233,7 @@ class Teacher(Protocol):
         return self.info
 
     def _get_info(self, url: str) -> InfoResponse:
-        """What one replica says of itself."""
+        """Return one replica's description of the teacher."""
         ...
 
     def _check(
@@ -251,17 +247,16 @@ class Teacher(Protocol):
         offset: int,
         drawn: bool = False,
     ) -> None:
-        """Check that scores fit what was asked, and count their rows.
+        """Check that scores fit the request, and count the scored tokens.
 
         Args:
             requested: number m of requested ids of each sequence; None for none.
-            url: of the replica that answered, for messages.
+            url: URL of the replica that answered, for messages.
             offset: number of the first sequence, for messages.
-            drawn: the supports are draws from the teacher.
+            drawn: the supports are drawn from the teacher.
 
         Raises:
-            TeacherAnswerError: wrong count or shape, a token id outside, a non-finite log-prob, or
-                what cannot be the distributions of these sequences.
+            TeacherAnswerError: a wrong number of scores, or as in `check_scores`.
         """
         if len(scores) != len(sequences):
             raise TeacherAnswerError(
@@ -290,24 +285,25 @@ class Teacher(Protocol):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
-        """Teacher distributions of every completion row, in the order given.
+        """Return the teacher's distributions at every completion position, in the given order.
 
         Args:
-            top_k: log-probs for each row.
-            temperature: at which the teacher's logits are normalised.
-            requested: for each sequence, ids [T, m] that its rows are scored at too.
-            sample_seed: the ids are ``top_k`` draws, as in `shared.protocol.ScoreRequest`.
+            top_k: log-probs at each position.
+            temperature: temperature at which the teacher's logits are normalised.
+            requested: for each sequence, ids [T, m] whose log-probs are returned too.
+            sample_seed: seed to return ``top_k`` draws instead, as in
+                `shared.protocol.ScoreRequest`.
         """
         ...
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        """One completion of each prompt [P], with its scores where ``sampling`` asks for them."""
+        """Return a completion of each prompt [P], with scores if ``sampling`` has a ``top_k``."""
         ...
 
     def submit(
         self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
     ) -> Future[list[R]]:
-        """``call``, which is this teacher's `score` or `generate`, in the background."""
+        """Run ``call``, which is this teacher's `score` or `generate`, in a thread."""
         return self._replicas.submit(call, *arguments, **options)

@@ -1,8 +1,8 @@
-"""A teacher behind a store of its answers: what was asked before is not asked again.
+"""A teacher with a cache of its answers: a request is sent only if the cache has no answer.
 
-A score depends on the teacher and the question alone, so its key is a hash of both. A completion's
-key is the prompt, seed and sampling; its scores lie under the same keys as if the sequence had been
-scored, so that it does not matter in which way they were asked for first.
+A score depends only on the teacher and the request, so its key is a hash of both. A completion's
+key is the prompt, seed and sampling; its scores have the same keys as if the sequence had been
+scored, so it does not matter which request was first.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ M = TypeVar("M", bound=BaseModel)
 logger = logging.getLogger(__name__)
 
 OneSequence: TypeAlias = tuple[NDArray[np.uint32], int]  # token_ids [L], completion_start
-# The answer that a record under a key holds, checked; raises one of `_UNUSABLE`.
+# Returns the checked answer that a record under a key holds, or raises one of `_UNUSABLE`.
 Reader: TypeAlias = Callable[[bytes, bytes], M]
 
 _UNUSABLE = (ProtocolError, TeacherAnswerError)
 _NAME = "--teacher_cache"
-_FORMAT = 1  # part of each key: records of another form are never found
+_FORMAT = 1  # part of each key, so that records of another format are never found
 _MAX_BYTES = 1 << 30
 
 
 class CachedTeacher(Teacher):
-    """`Teacher` that asks another one only for what the store does not hold.
+    """A `Teacher` that sends another one only the requests whose answers the store lacks.
 
-    The teacher's answers are checked before they are stored. A stored one is used only if its
+    The teacher's answers are checked before they are stored. A stored answer is used only if its
     checksum is right and it passes the same checks; else it counts as missing. Of several answers
-    to one question the first stands, also for those who asked at the same time, so that a run
-    repeats to the last bit from its store.
+    to one request the first is kept and returned to all callers, so that a run from its store
+    repeats to the last bit.
 
     Args:
         teacher: not yet connected.
         store: closed with this teacher.
-        logprob_dtype: that ``teacher`` asks for.
-        starts_alone: `connect` goes on without a teacher that is switched off, if the store knows
-            what it was. It is waited for once something is missing.
+        logprob_dtype: dtype of log-probs that ``teacher`` requests.
+        starts_alone: `connect` succeeds without a teacher that is switched off, if the store has
+            its description. It is waited for once an answer is missing.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CachedTeacher(Teacher):
         self._store.close()
 
     def connect(self) -> InfoResponse:
-        known = self._known() if self._starts_alone else None
+        known = self._noted_info() if self._starts_alone else None
         if known is not None and self._replicas.switched_off():
             logger.warning(
                 "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
@@ -114,16 +114,16 @@ class CachedTeacher(Teacher):
 
     @property
     def live(self) -> Teacher:
-        return self._reached("this question is not cached")
+        return self._ensure_connected("this question is not cached")
 
     def require(self, missing: int, wanted: int) -> None:
-        """Wait for the teacher now if any of the answers that a run will need is missing.
+        """Wait for the teacher now if any answer that a run will need is missing.
 
         Raises:
-            TeacherUnreachableError: it is not ready in time; says how many are missing.
+            TeacherUnreachableError: it is not ready in time; says how many answers are missing.
         """
         if missing:
-            self._reached(f"{missing} of {wanted} answers that this run needs are missing")
+            self._ensure_connected(f"{missing} of {wanted} answers that this run needs are missing")
 
     def take_lookups(self) -> tuple[int, int, int]:
         with self._counting:
@@ -141,7 +141,7 @@ class CachedTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
-        if sample_seed is not None:  # new in each step, so never asked again
+        if sample_seed is not None:  # the seed is new in each step, so the request never repeats
             return self.live.score(
                 sequences,
                 top_k=top_k,
@@ -159,7 +159,7 @@ class CachedTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None,
         known: Mapping[bytes, SparseLogprobs],
     ) -> list[SparseLogprobs]:
-        """`score`, where some scores may be known already."""
+        """Return the scores of `score`, of which ``known`` holds some by key."""
         ids = [None] * len(sequences) if requested is None else list(requested)
         keys = [
             self._score_key(sequence, top_k, temperature, more)
@@ -170,16 +170,18 @@ class CachedTeacher(Teacher):
             dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
         )
         found = {**known, **self._look_up([key for key in keys if key not in known], read)}
-        missing = _first_places(keys, found)
+        missing = _first_missing(keys, found)
         if missing:
-            scores = self._reached(f"{len(missing)} of {len(keys)} scores are missing").score(
+            scores = self._ensure_connected(
+                f"{len(missing)} of {len(keys)} scores are missing"
+            ).score(
                 [sequences[i] for i in missing],
                 top_k=top_k,
                 temperature=temperature,
                 requested=None if requested is None else [requested[i] for i in missing],
             )
             new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
-            found |= self._keep(new, read)
+            found |= self._store_answers(new, read)
         return [found[key] for key in keys]
 
     def generate(
@@ -189,13 +191,13 @@ class CachedTeacher(Teacher):
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)
         found = self._look_up(keys, read)
-        missing = _first_places(keys, found)
+        missing = _first_missing(keys, found)
         fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
         if missing:
-            asked = [prompts[i] for i in missing]
-            completions = self._reached(
+            missing_prompts = [prompts[i] for i in missing]
+            completions = self._ensure_connected(
                 f"{len(missing)} of {len(keys)} completions are missing"
-            ).generate(asked, sampling)
+            ).generate(missing_prompts, sampling)
             new: dict[bytes, Completion] = {}
             scored: dict[bytes, tuple[OneSequence, int]] = {}
             for i, completion in zip(missing, completions, strict=True):
@@ -204,8 +206,8 @@ class CachedTeacher(Teacher):
                     sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key], scored[key] = completion.scores, (sequence, 0)
-            fresh = self._keep(fresh, self._score_reader(scored, top_k or 0))
-            found |= self._keep(new, read)
+            fresh = self._store_answers(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._store_answers(new, read)
         written = [found[key] for key in keys]
         if top_k is None:
             return written
@@ -214,11 +216,11 @@ class CachedTeacher(Teacher):
         return with_scores(written, scores)
 
     def count_scores(self, sequences: Sequences, *, top_k: int, temperature: float) -> int:
-        """How many of the sequences `score` needs no teacher for."""
+        """Return for how many of the sequences `score` needs no teacher."""
         return self._store.count([self._score_key(s, top_k, temperature) for s in sequences])
 
     def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
-        """How many of the prompts `generate` needs no teacher for."""
+        """Return for how many of the prompts `generate` needs no teacher."""
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         found = self._read(keys, self._completion_reader(sampling))
         sequences = [
@@ -235,8 +237,11 @@ class CachedTeacher(Teacher):
     def _get_info(self, url: str) -> InfoResponse:
         return self._teacher._get_info(url)
 
-    def _known(self) -> InfoResponse | None:
-        """What the teacher at these addresses was; of any, if the store knows only one."""
+    def _noted_info(self) -> InfoResponse | None:
+        """Return the stored description of the teacher at these addresses; None if it is unknown.
+
+        Without one for these addresses, the only one in the store is used.
+        """
         notes = self._store.notes()
         here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
         if len(here) != 1:
@@ -249,8 +254,11 @@ class CachedTeacher(Teacher):
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
-    def _reached(self, why: str) -> Teacher:
-        """The teacher itself; waits for it where `connect` did not.
+    def _ensure_connected(self, why: str) -> Teacher:
+        """Return the teacher itself, after waiting for it if `connect` did not.
+
+        Args:
+            why: the reason to need it, for messages.
 
         Raises:
             TeacherUnreachableError: it is not ready in time.
@@ -276,18 +284,18 @@ class CachedTeacher(Teacher):
         return self._teacher
 
     def _score_reader(
-        self, asked: Mapping[bytes, tuple[OneSequence, int]], top_k: int
+        self, requests: Mapping[bytes, tuple[OneSequence, int]], top_k: int
     ) -> Reader[SparseLogprobs]:
-        """A reader of scores.
+        """Return a reader of scores.
 
         Args:
-            asked: for each key the sequence, and how many further ids were requested in each row.
+            requests: for each key the sequence, and the number of requested ids at each position.
         """
 
         def read(key: bytes, record: bytes) -> SparseLogprobs:
-            (sequence, width), score = asked[key], _load(SparseLogprobs, record)
-            rows = self.info.vocab_size
-            check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=rows)
+            (sequence, width), score = requests[key], _load(SparseLogprobs, record)
+            vocab_size = self.info.vocab_size
+            check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=vocab_size)
             return score
 
         return read
@@ -295,14 +303,14 @@ class CachedTeacher(Teacher):
     def _completion_reader(self, sampling: Sampling) -> Reader[Completion]:
         def read(key: bytes, record: bytes) -> Completion:
             completion = _load(Completion, record)
-            longest, rows = sampling.max_new_tokens, self.info.vocab_size
-            check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=rows)
+            longest, vocab_size = sampling.max_new_tokens, self.info.vocab_size
+            check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=vocab_size)
             return completion
 
         return read
 
     def _look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """The answers there are, counted."""
+        """Return the stored answers by key, and count lookups and answers."""
         found = self._read(keys, read)
         with self._counting:
             self._looked_up += len(keys)
@@ -310,13 +318,13 @@ class CachedTeacher(Teacher):
         return found
 
     def _read(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """The answers there are; a record that cannot be one is thrown out."""
+        """Return the stored answers by key, and remove records that are no such answer."""
         different = list(dict.fromkeys(keys))
         records = zip(different, self._store.get(different), strict=True)
         return self._read_records({key: r for key, r in records if r is not None}, read)
 
-    def _keep(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
-        """Store answers; returns what stands: another process's where that came first."""
+    def _store_answers(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
+        """Store answers, and return those kept: another process's where that was first."""
         records = {key: _dump(message) for key, message in new.items()}
         standing = self._store.add(records)
         others = {key: record for key, record in standing.items() if record != records[key]}
@@ -357,13 +365,13 @@ class CachedTeacher(Teacher):
             self.info.eos_token_ids,
         )
 
-    def _key(self, *question: Any) -> bytes:
-        asked = codec.encode([_FORMAT, self.info.teacher.model_dump(), *question])
-        return hashlib.sha256(asked).digest()
+    def _key(self, *request: Any) -> bytes:
+        encoded = codec.encode([_FORMAT, self.info.teacher.model_dump(), *request])
+        return hashlib.sha256(encoded).digest()
 
 
-def _first_places(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
-    """Return the first place of each key that was not found."""
+def _first_missing(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list[int]:
+    """Return the index of the first occurrence of each key that was not found."""
     places: dict[bytes, int] = {}
     for place, key in enumerate(keys):
         if key not in found:

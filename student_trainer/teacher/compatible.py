@@ -1,4 +1,4 @@
-"""What a teacher must be and be able to do, checked before the first step."""
+"""The checks, before the first step, that a teacher fits the flags and the student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_one_teacher(identity: TeacherIdentity) -> None:
-    """Raises `TeacherChangedError`, on every rank, where they reached different teachers."""
+    """Refuse, on every rank, ranks that reached different teachers.
+
+    Raises:
+        TeacherChangedError: names the ranks and teachers.
+    """
     reached = gather_object([identity])
     for rank, other in enumerate(reached):
         if other != reached[0]:
@@ -32,8 +36,14 @@ def check_one_teacher(identity: TeacherIdentity) -> None:
             )
 
 
-def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherArguments) -> None:
-    """Raises `ConfigurationError` where the teacher cannot do what the flags ask."""
+def check_capabilities(
+    info: InfoResponse, args: DistillArguments, teacher: TeacherArguments
+) -> None:
+    """Refuse flags that request more than the teacher can do.
+
+    Raises:
+        ConfigurationError: names the flag and the teacher's limit.
+    """
     if teacher.top_k_logprobs > info.limits.max_top_k:
         raise ConfigurationError(
             f"--top_k_logprobs {teacher.top_k_logprobs} is over the teacher's limit of "
@@ -64,14 +74,19 @@ def check_request(info: InfoResponse, args: DistillArguments, teacher: TeacherAr
         raise ConfigurationError("--seq_kd: this teacher does not generate")
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoResponse) -> None:
-    """Refuse a teacher whose token ids mean other tokens, or that cuts text otherwise.
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, output_size: int, info: InfoResponse
+) -> None:
+    """Refuse a teacher with another vocabulary than the student, or another tokenization.
 
-    Padded vocabularies are no difference. Tokens without a row in either output layer are a
-    warning: only those that the data holds matter, and `make_examples` refuses them.
+    Output layers may be padded to different sizes. Tokens outside one of them cause a warning:
+    only those in the data matter, and `check_token_ids` refuses them.
+
+    Args:
+        output_size: size of the student's output layer.
 
     Raises:
-        TokenizerMismatchError: shows both fingerprints, or the text that is cut otherwise.
+        TokenizerMismatchError: names both fingerprints, or a text that is tokenized differently.
     """
     ours, theirs = tokenizer_identity(tokenizer), info.tokenizer
     if ours.fingerprint != theirs.fingerprint:
@@ -81,13 +96,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, info: InfoRe
             f"({ours.vocab_size} tokens). Distil within one tokenizer family"
         )
     _check_encoding(tokenizer, ours, theirs)
-    shared = min(rows, info.vocab_size)
+    shared = min(output_size, info.vocab_size)
     beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= shared}
     if beyond:
         logger.warning(
             "%d of the tokenizer's tokens have no row in the output layers of %d (student) and %d "
             "(teacher) rows, %r (id %d) the first: rows of the data that hold one are refused",
-            len(beyond), rows, info.vocab_size, beyond[min(beyond)], min(beyond),
+            len(beyond), output_size, info.vocab_size, beyond[min(beyond)], min(beyond),
         )  # fmt: skip
     for name in ("special_token_ids", "chat_template"):
         mine, other = getattr(ours, name), getattr(theirs, name)

@@ -1,7 +1,7 @@
-"""HTTP connections whose every read and write ends at one time, however the other side drips.
+"""The HTTP transport whose reads and writes all end at one deadline.
 
-httpx's own timeouts begin anew with each byte: a head that drips, or `100 Continue` without end,
-would keep a thread and a connection for ever.
+httpx's own timeouts restart with each byte: a head that arrives slowly, or `100 Continue` without
+end, would hold a thread and a connection for ever.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 import httpcore
 import httpx
 
-_PIECE = 1 << 14  # bytes written at once: a write that makes little progress is seen to
+_PIECE = 1 << 14  # bytes written at once, so that the deadline is checked during slow writes
 
 
 @dataclass
 class _Bounds:
-    until: float  # of time.monotonic
+    """The limits of a thread's reads and writes."""
+
+    until: float  # by time.monotonic
     bytes_left: float
 
 
@@ -31,11 +33,11 @@ _bounds: ContextVar[_Bounds | None] = ContextVar("_bounds", default=None)
 
 @contextlib.contextmanager
 def bounded(until: float, most: float = float("inf")) -> Iterator[None]:
-    """Bound what this thread reads and writes on connections of `BoundedTransport`.
+    """Limit this thread's reads and writes on connections of `BoundedTransport` in the block.
 
     Args:
-        until: by `time.monotonic`; later reads and writes raise `httpx.TimeoutException`.
-        most: bytes read; more raise `httpx.RemoteProtocolError`.
+        until: deadline by `time.monotonic`; later reads and writes raise `httpx.TimeoutException`.
+        most: bytes that may be read; more raise `httpx.RemoteProtocolError`.
     """
     token = _bounds.set(_Bounds(until, most))
     try:
@@ -45,20 +47,24 @@ def bounded(until: float, most: float = float("inf")) -> Iterator[None]:
 
 
 class BoundedTransport(httpx.HTTPTransport):
-    """`httpx.HTTPTransport` whose connections keep to `bounded`."""
+    """An `httpx.HTTPTransport` whose connections keep the limits of `bounded`."""
 
     def __init__(self, socket_options: Iterable[httpcore.SOCKET_OPTION]) -> None:
         super().__init__(socket_options=list(socket_options))
-        # httpx 0.28 has no argument for it, and httpcore 1.0 takes it for each new connection.
+        # httpx 0.28 has no argument for the backend; httpcore 1.0 uses it for each new connection.
         self._pool._network_backend = _Backend()
 
 
 class _Backend(httpcore.SyncBackend):
+    """A network backend that opens connections as `_Stream`."""
+
     def connect_tcp(self, *arguments: Any, **options: Any) -> httpcore.NetworkStream:
         return _Stream(super().connect_tcp(*arguments, **options))
 
 
 class _Stream(httpcore.NetworkStream):
+    """A network stream whose operations keep the limits of `bounded`."""
+
     def __init__(self, stream: httpcore.NetworkStream) -> None:
         self._stream = stream
 
@@ -93,7 +99,11 @@ class _Stream(httpcore.NetworkStream):
 
 
 def _left(timeout: float | None, error: type[httpcore.TimeoutException]) -> float | None:
-    """The timeout, or what is left until the end where that is less."""
+    """Return the smaller of the timeout and the time left until the deadline.
+
+    Raises:
+        error: the deadline is over.
+    """
     bounds = _bounds.get()
     if bounds is None:
         return timeout

@@ -39,7 +39,7 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.balancer import FAILURES, Replicas, Unreachable
+from student_trainer.teacher.balancer import FAILOVER_ERRORS, Replicas, Unreachable
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
@@ -48,25 +48,25 @@ from student_trainer.teacher.base import (
     check_info,
     sequence_of,
 )
-from student_trainer.teacher.split import in_parts
+from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
 
 _MAX_ANSWER_BYTES = 1 << 30
-_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # of an answer; and once more of each sequence in it
+_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # for an answer, and again for each sequence in it
 
 
 class SparseGkdTeacher(Teacher):
-    """`Teacher` that speaks the protocol of `shared.protocol`.
+    """A `Teacher` client of sparse-gkd's own server, with the protocol of `shared.protocol`.
 
     Args:
         urls: addresses of replicas of one teacher, such as ``http://host:8000``.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
-        accept_change: go on when the teacher's identity changes in the middle of a run.
-        logprob_dtype: of log-probs on the wire; next token and tail are float32 always.
-        api_key: the teacher's, sent as ``Authorization: Bearer``.
+        accept_change: continue when the teacher's identity changes in the middle of a run.
+        logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
+        api_key: the teacher's key, sent as ``Authorization: Bearer``.
         unreachable: as in `Replicas`.
     """
 
@@ -104,12 +104,12 @@ class SparseGkdTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
-        asked = [None] * len(sequences) if requested is None else list(requested)
+        requested_ids = [None] * len(sequences) if requested is None else list(requested)
         items = [
             ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
-            for (ids, start), more in zip(sequences, asked, strict=True)
+            for (ids, start), more in zip(sequences, requested_ids, strict=True)
         ]
-        widths = [requested_width(more) for more in asked]
+        widths = [requested_width(more) for more in requested_ids]
         envelope = ScoreRequest(
             sequences=[],
             top_k=top_k,
@@ -118,15 +118,15 @@ class SparseGkdTeacher(Teacher):
             sample_seed=sample_seed,
         )
         costs = [
-            (1, len(ids), (len(ids) - start) * (top_k + width), _size(item))
+            (1, len(ids), (len(ids) - start) * (top_k + width), _body_bytes(item))
             for (ids, start), width, item in zip(sequences, widths, items, strict=True)
         ]
 
-        def ask(first: int, last: int) -> list[SparseLogprobs]:
+        def send(first: int, last: int) -> list[SparseLogprobs]:
             request = envelope.model_copy(update={"sequences": items[first:last]})
             tokens = sum(len(ids) for ids, _ in sequences[first:last])
             body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_answer_bytes, costs[first:last]))
+            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_max_answer_bytes, costs[first:last]))
 
             def scored(url: str) -> list[SparseLogprobs]:
                 answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
@@ -143,7 +143,7 @@ class SparseGkdTeacher(Teacher):
 
             return self._replicas.call(scored, lambda: tokens)
 
-        return in_parts(costs, _room(self.info.limits, envelope), ask)
+        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
@@ -159,8 +159,10 @@ class SparseGkdTeacher(Teacher):
             logprob_dtype=self.logprob_dtype,
             stream=True,
         )
-        rows, top_k = sampling.max_new_tokens, sampling.top_k or 0
-        costs = [(1, len(ids) + rows, rows * top_k, len(codec.encode(ids))) for ids in prompts]
+        longest, top_k = sampling.max_new_tokens, sampling.top_k or 0
+        costs = [
+            (1, len(ids) + longest, longest * top_k, len(codec.encode(ids))) for ids in prompts
+        ]
         finished: dict[int, Completion] = {}
 
         def accept(url: str, index: int, completion: Completion) -> None:
@@ -170,9 +172,9 @@ class SparseGkdTeacher(Teacher):
         def missing(first: int, last: int) -> list[int]:
             return [index for index in range(first, last) if index not in finished]
 
-        def ask(first: int, last: int) -> list[Completion]:
-            # A completion is a function of seed and prompt alone: what a cut connection or a part
-            # that was too large has brought already is not asked for again.
+        def send(first: int, last: int) -> list[Completion]:
+            # A completion is a function of seed and prompt alone, so those that arrived before a
+            # connection broke or a request was halved are not requested again.
             while indices := missing(first, last):
                 request = envelope.model_copy(update={"prompts": [prompts[i] for i in indices]})
                 body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
@@ -182,7 +184,7 @@ class SparseGkdTeacher(Teacher):
                 )
             return [finished[index] for index in range(first, last)]
 
-        return in_parts(costs, _room(self.info.limits, envelope), ask)
+        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
 
     def _receive(
         self,
@@ -192,21 +194,21 @@ class SparseGkdTeacher(Teacher):
         indices: Sequence[int],
         accept: Callable[[str, int, Completion], None],
     ) -> None:
-        """Give ``accept`` the completions of one streamed answer: all, or some if it breaks off.
+        """Call ``accept`` with the completions of one streamed answer: all, or some if it breaks.
 
         Args:
             body: a `GenerateRequest` of the prompts whose numbers are ``indices``.
 
         Raises:
-            TeacherAnswerError: not such an answer, or not what was asked for.
-            TeacherChangedError: another teacher's; none of its completions was accepted.
+            TeacherAnswerError: a malformed answer, or completions that were not requested.
+            TeacherChangedError: another teacher answered; none of its completions is accepted.
             ProtocolError, httpx.TransportError: no completion came; `Replicas.call` tries again.
         """
         path = "/v1/generate"
-        waiting = dict(enumerate(indices))  # place in the request -> number of the prompt
+        waiting = dict(enumerate(indices))  # index in the request -> number of the prompt
         try:
             with self._replicas.stream(url, "POST", path, body) as chunks:
-                for message in _messages(url + path, chunks):
+                for message in _stream_messages(url + path, chunks):
                     self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
                         if message.problem is not None:
@@ -221,7 +223,7 @@ class SparseGkdTeacher(Teacher):
                         )
                     accept(url, index, message.completion)
                     chunks.extend()
-        except FAILURES as error:
+        except FAILOVER_ERRORS as error:
             if len(waiting) == len(indices):
                 raise
             logger.warning(
@@ -267,7 +269,7 @@ class SparseGkdTeacher(Teacher):
         most: int = _MAX_ANSWER_BYTES,
     ) -> M:
         content = self._replicas.request(url, method, path, body, most=most)
-        with _readable(url + path):
+        with _as_answer_errors(url + path):
             message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
         if isinstance(message, ScoreResponse):
             self._check_identity(url, message.teacher)
@@ -298,10 +300,13 @@ class SparseGkdTeacher(Teacher):
         )
 
     def _rejoins(self, url: str) -> bool:
-        """Whether a replica that is back is the teacher that the others are.
+        """Return whether a replica that is ready again is the same teacher as the others.
 
-        Another one is accepted, when told so, only once no replica of the first is left: two
-        teachers never answer side by side.
+        With ``accept_change``, another teacher is accepted only if no replica of the first is left,
+        so that two teachers never answer at the same time.
+
+        Raises:
+            TeacherChangedError: it is another teacher, without ``accept_change``.
         """
         identity = self._get_info(url).teacher
         if identity != self.info.teacher and not self.accept_change:
@@ -319,39 +324,40 @@ class SparseGkdTeacher(Teacher):
         return info
 
 
-def _room(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
-    """Sequences, tokens, log-probs and bytes that fit a request beside its other fields."""
-    list_header = 4  # more than that of the envelope's empty list
-    body = limits.max_body_bytes - _size(envelope) - list_header
+def _request_limits(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
+    """Return the sequences, tokens, log-probs and bytes that fit a request beside other fields."""
+    list_header = 4  # a full list's header is longer by this than that of the empty one
+    body = limits.max_body_bytes - _body_bytes(envelope) - list_header
     return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
 
 
-def _size(message: BaseModel) -> int:
-    """Bytes in a request's body."""
+def _body_bytes(message: BaseModel) -> int:
+    """Return the bytes of a message in a request's body."""
     return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
 
 
-def _answer_bytes(cost: tuple[int, ...]) -> int:
-    """Most bytes in the answer to one sequence: an id and a float32 for each log-prob."""
+def _max_answer_bytes(cost: tuple[int, ...]) -> int:
+    """Return the most bytes in the answer to one sequence: an id and a float32 per log-prob."""
     _, tokens, logprobs, _ = cost
     return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
 
 
 def requested_width(requested: NDArray[np.uint32] | None) -> int:
+    """Return the number of requested ids at each position, m of [T, m]."""
     return 0 if requested is None else requested.shape[1]
 
 
-def _messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
-    # A generator: what the reader of a message raises does not come by here.
-    with _readable(where):
+def _stream_messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
+    # As this is a generator, errors of its consumer are not raised within the block.
+    with _as_answer_errors(where):
         yield from wire.stream_messages(
             chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
         )
 
 
 @contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """What cannot be decoded is a `TeacherAnswerError`."""
+def _as_answer_errors(where: str) -> Iterator[None]:
+    """Raise `TeacherAnswerError` for an answer that cannot be decoded in the block."""
     try:
         yield
     except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:

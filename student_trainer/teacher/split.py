@@ -1,4 +1,4 @@
-"""Much work for a teacher, asked in requests that it can take."""
+"""The splitting of many sequences into requests within the teacher's limits."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 
-def in_parts(
+def split_and_send(
     costs: Sequence[tuple[int, ...]],
-    room: tuple[int, ...],
-    ask: Callable[[int, int], list[R]],
+    limits: tuple[int, ...],
+    send: Callable[[int, int], list[R]],
 ) -> list[R]:
-    """Answers for all sequences, in order, from requests that the teacher can take.
+    """Send all sequences in requests within the limits, and return the answers in order.
 
     A request that is still too large (413) or not answered in time (504, or the client's own
-    timeout while the teacher is ready) is asked in halves.
+    timeout while the teacher is ready) is sent again in halves.
 
     Args:
-        costs: of each sequence, in several units; the second is tokens.
-        room: what they may sum to in one request.
-        ask: answers for the sequences from ``first`` up to, without, ``last``.
+        costs: costs of each sequence in several units; the second is tokens.
+        limits: largest sum of each unit in one request.
+        send: returns the answers for the sequences [first, last).
 
     Raises:
         PayloadTooLargeError, DeadlineExceededError: one sequence alone is too much.
     """
     answers: list[R] = []
-    parts = split(costs, room)[::-1]  # the next one last
+    parts = split(costs, limits)[::-1]  # reversed, because `pop` takes from the end
     while parts:
         first, last = parts.pop()
         try:
-            answers += ask(first, last)
+            answers += send(first, last)
         except (PayloadTooLargeError, DeadlineExceededError) as error:
             if last - first == 1:
                 raise type(error)(
@@ -52,13 +52,13 @@ def in_parts(
     return answers
 
 
-def split(costs: Sequence[tuple[int, ...]], room: tuple[int, ...]) -> list[tuple[int, int]]:
-    """[first, last) ranges whose summed costs keep within ``room``, or of a single sequence."""
+def split(costs: Sequence[tuple[int, ...]], limits: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return ranges [first, last) whose summed costs are within ``limits``, or of one sequence."""
     ranges: list[tuple[int, int]] = []
-    first, total = 0, (0,) * len(room)
+    first, total = 0, (0,) * len(limits)
     for index, cost in enumerate(costs):
         total = tuple(map(add, total, cost))
-        if index > first and any(map(gt, total, room)):
+        if index > first and any(map(gt, total, limits)):
             ranges.append((first, index))
             first, total = index, cost
     if costs:

@@ -1,8 +1,8 @@
-"""Answers on disk, found by what was asked: shared by ranks and runs, bounded, and checked.
+"""The store of a teacher's answers on disk, shared by ranks and runs, of bounded size.
 
-An SQLite database in a folder. Its file may be damaged in any way, before a run or during it: a
-record carries a checksum, and one that is not what was written counts as missing; a database that
-cannot be read is set aside, and another one begun. The file is read and never mapped into memory
+It is an SQLite database in a folder, whose file may be damaged in any way, before a run or during
+it. Each record has a checksum, and a record that does not match it counts as missing. A database
+that cannot be read is set aside, and a new one is started. The file is never mapped into memory
 (hence no write-ahead log, whose index is), so that damage is an error and not a SIGBUS. It belongs
 on a local disk: SQLite's locks do not work over every network file system.
 """
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-_APPLICATION = 0x73676B64  # "sgkd", by which the file is known
+_APPLICATION = 0x73676B64  # "sgkd", SQLite's application_id of these files
 _CHECKSUM_BYTES = 16
 _PAGE = 4096
-_OVERFLOW = _PAGE - 4  # bytes of a long record on each of its pages
+_OVERFLOW = _PAGE - 4  # bytes of a long record on each page
 _FEWEST_PAGES = 64
-_SHARE = 4  # of the bound, which the records of one call may fill
-_WAIT_SECONDS = 60.0  # for another process's transaction
+_SHARE = 4  # the records of one call may fill this part (1/4) of the size limit
+_WAIT_SECONDS = 60.0  # to wait for another process's transaction
 _USES_AT_ONCE = 1024
 _OLDEST_AT_ONCE = 64
 
-# `entries` is small and says where each record is: one that cannot be read any more is replaced by
-# another one, without touching its pages.
+# `entries` is small and points to each record, so that a record that cannot be read is replaced
+# without touching its pages.
 _SCHEMA = """
 CREATE TABLE entries (key BLOB PRIMARY KEY, id INTEGER, used INTEGER) WITHOUT ROWID;
 CREATE INDEX by_use ON entries (used);
@@ -51,7 +51,7 @@ _PRAGMAS = (
     "cell_size_check = ON",
     "trusted_schema = OFF",
 )
-# The statements here are right, so that an error in one is the file's.
+# The statements of this module are correct, so these errors mean that the file is damaged.
 _DAMAGE = {
     sqlite3.SQLITE_ERROR, sqlite3.SQLITE_INTERNAL, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_SCHEMA,
     sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH,
@@ -61,21 +61,20 @@ _DAMAGE_IN_DETAIL = {
     sqlite3.SQLITE_IOERR_READ,
     sqlite3.SQLITE_IOERR_SHORT_READ,
     sqlite3.SQLITE_IOERR_CORRUPTFS,
-    sqlite3.SQLITE_READONLY_DBMOVED,  # removed under a run
+    sqlite3.SQLITE_READONLY_DBMOVED,  # the file was removed during the run
 }
 
 
 class AnswerStore:
-    """Records under keys; the first one under a key stands. Safe in threads and processes.
+    """A store of records by key, which keeps the first one; safe in threads and processes.
 
     Args:
-        folder: made where it does not exist.
-        max_bytes: largest size of the file. Where a record would not fit, those go whose last use
-            is longest ago. Where it is smaller than the file, that is what is stored in it: a file
-            does not shrink.
+        folder: created if it does not exist.
+        max_bytes: largest size of the file. Least recently used records are deleted to make room.
+            It limits what is stored in a file that is larger already, because files do not shrink.
 
     Attributes:
-        corrupt: records found so far that are not what was written.
+        corrupt: number of records found so far that do not match their checksum.
 
     Raises:
         ConfigurationError: the folder cannot be used.
@@ -87,14 +86,14 @@ class AnswerStore:
         self._limit = max(max_bytes // _PAGE, _FEWEST_PAGES)  # pages
         self._lock = threading.Lock()
         self._closed = False
-        self._told: set[str] = set()
-        self._used: dict[bytes, None] = {}  # since the last transaction that wrote
+        self._warned: set[str] = set()
+        self._used: dict[bytes, None] = {}  # keys read since the last transaction that wrote
         self._db: sqlite3.Connection | None = None
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._number = _newest(self._folder) or 1
+            self._file_number = _newest_number(self._folder) or 1
             try:
-                self._db = _opened(self._file)
+                self._db = _open_database(self._file)
             except sqlite3.Error as error:
                 if not _is_damage(error):
                     raise
@@ -115,10 +114,10 @@ class AnswerStore:
 
     @property
     def _file(self) -> Path:
-        return self._folder / f"answers-{self._number}.sqlite"
+        return self._folder / f"answers-{self._file_number}.sqlite"
 
     def close(self) -> None:
-        """Note what was used, and close."""
+        """Write the keys used last, and close the database."""
         with self._lock:
             if not self._closed:
                 self._note_uses()
@@ -126,7 +125,7 @@ class AnswerStore:
             self._disconnect()
 
     def get(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The record of each key; None where there is none, or not the one that was written."""
+        """Return the record of each key; None where it is missing or corrupt."""
         with self._lock:
             found = self._try(lambda db: [self._record(db, key) for key in keys], write=False)
             if len(self._used) >= _USES_AT_ONCE:
@@ -136,14 +135,16 @@ class AnswerStore:
     def count(self, keys: Sequence[bytes]) -> int:
         """Count the keys that have a record, without reading it."""
         with self._lock:
-            found = self._try(lambda db: sum(_id(db, key) is not None for key in keys), write=False)
+            found = self._try(
+                lambda db: sum(_entry_id(db, key) is not None for key in keys), write=False
+            )
         return found or 0
 
     def add(self, records: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        """Store records; returns what stands under each key from now on.
+        """Store records, and return the record that is kept under each key.
 
-        That is another process's where it came first, so that all learn from the same answer. A
-        corrupt one is replaced. What cannot be stored stands for this call alone.
+        It is another process's if that was first, so that all learn from the same answer. A corrupt
+        record is replaced. A record that cannot be stored is returned for this call only.
         """
         wanted = sum(map(_pages, records.values()))
         if wanted > self._limit // _SHARE:
@@ -153,21 +154,21 @@ class AnswerStore:
             )  # fmt: skip
             return dict(records)
         with self._lock:
-            bad = self._try(lambda db: _bad(db, records), write=False) or {}
-            standing = self._try(lambda db: self._put(db, records, bad, wanted))
+            bad = self._try(lambda db: _corrupt_entries(db, records), write=False) or {}
+            standing = self._try(lambda db: self._insert(db, records, bad, wanted))
         return dict(records) if standing is None else standing
 
     def reject(self, records: Mapping[bytes, bytes]) -> None:
-        """Throw out records that the checksum could not tell from right ones, and count them."""
+        """Delete and count corrupt records whose checksum is right."""
         with self._lock:
             for _ in records:
                 self._count_corrupt()
             self._try(lambda db: _remove(db, records))
 
     def note(self, name: str, value: bytes) -> None:
-        """Keep a value that is never thrown out, where there is room for it.
+        """Store a value that is never deleted to make room, if there is room for it.
 
-        Without it answers are found all the same; only a run without a teacher does not know whose.
+        Answers are found without it; only a run without a teacher needs to know whose they are.
         """
         stored = _checksum(name.encode(), value) + value
         with self._lock:
@@ -175,25 +176,25 @@ class AnswerStore:
                 logger.warning("The teacher cache could not note which teacher %s is", name)
 
     def notes(self) -> dict[str, bytes]:
-        """The values by name, without those that are not what was noted."""
+        """Return the values of `note` by name, without corrupt ones."""
         with self._lock:
             return self._try(self._read_notes, write=False) or {}
 
-    # What follows is called with the lock held.
+    # The methods below are called with the lock held.
 
     def _try(self, work: Callable[[sqlite3.Connection], R], *, write: bool = True) -> R | None:
-        """Return what ``work`` returns in a transaction; None where nothing can be read or stored.
+        """Return ``work(db)`` of a transaction; None if nothing can be read or stored.
 
-        A damaged database is set aside, and ``work`` done in the next one.
+        A damaged database is set aside, and ``work`` is done in a new one.
 
         Raises:
-            TeacherUnreachableError: closed.
+            TeacherUnreachableError: the store is closed.
         """
         if self._closed:
             raise TeacherUnreachableError("the teacher cache is closed")
         for _ in range(2):
             if write:
-                self._follow()
+                self._follow_newer_file()
             if self._db is None:
                 return None
             try:
@@ -210,32 +211,34 @@ class AnswerStore:
                 self._set_aside(error)
         return None
 
-    def _follow(self) -> None:
-        """Open the database that another process has begun since."""
-        newest = _newest(self._folder)
-        if newest is not None and newest > self._number:
+    def _follow_newer_file(self) -> None:
+        """Open the database that another process has started since, if there is one."""
+        newest = _newest_number(self._folder)
+        if newest is not None and newest > self._file_number:
             self._begin(newest)
 
     def _set_aside(self, error: Exception) -> None:
-        number, damaged = self._number, self._file
-        self._begin(max(number + 1, _newest(self._folder) or 0))
+        number, damaged = self._file_number, self._file
+        self._begin(max(number + 1, _newest_number(self._folder) or 0))
         logger.warning(
             "The teacher cache %s cannot be read (%s) and is set aside; answers are kept in %s "
             "from now on. Delete the first to have its room",
             damaged, error, self._file.name,
         )  # fmt: skip
-        for file in self._folder.glob("answers-*.sqlite"):  # a bad disk shall not fill up
-            if (_number(file) or number) < number:
+        for file in self._folder.glob(
+            "answers-*.sqlite"
+        ):  # older damaged files go, or a bad disk fills up
+            if (_file_number(file) or number) < number:
                 with suppress(OSError):
                     file.unlink()
 
     def _begin(self, number: int) -> None:
         self._disconnect()
-        self._number = number
+        self._file_number = number
         self._used.clear()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._db = _opened(self._file)
+            self._db = _open_database(self._file)
         except (OSError, sqlite3.Error) as error:
             logger.warning("%s cannot be used (%s): answers are not kept", self._file, error)
 
@@ -246,10 +249,10 @@ class AnswerStore:
         self._db = None
 
     def _record(self, db: sqlite3.Connection, key: bytes) -> bytes | None:
-        number = _id(db, key)
+        number = _entry_id(db, key)
         if number is None:
             return None
-        record = _checked(key, _stored(db, number))
+        record = _checked(key, _read_stored(db, number))
         if record is None:
             self._count_corrupt()
         else:
@@ -275,11 +278,11 @@ class AnswerStore:
         )
 
     def _warn_once(self, what: str, more: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning("The teacher cache %s %s", what, more)
 
-    def _put(
+    def _insert(
         self,
         db: sqlite3.Connection,
         records: Mapping[bytes, bytes],
@@ -290,11 +293,11 @@ class AnswerStore:
         self._make_room(db, wanted)
         standing: dict[bytes, bytes] = {}
         for key, record in records.items():
-            number = _id(db, key)
+            number = _entry_id(db, key)
             before = None
             if number is not None and bad.get(key) != number:
-                before = _checked(key, _stored(db, number))
-            if before is None:  # the pages of a bad one are left alone: they may be another's
+                before = _checked(key, _read_stored(db, number))
+            if before is None:  # a corrupt record's pages are kept, as they may be another record's
                 new = db.execute(
                     "INSERT INTO records (stored) VALUES (?)", (_checksum(key, record) + record,)
                 ).lastrowid
@@ -305,8 +308,8 @@ class AnswerStore:
         return standing
 
     def _make_room(self, db: sqlite3.Connection, wanted: int) -> None:
-        """Throw out what was not used for longest, until ``wanted`` pages fit."""
-        while _filled(db) + wanted > self._limit:
+        """Delete the least recently used records until ``wanted`` pages fit."""
+        while _filled_pages(db) + wanted > self._limit:
             self._warn_once(
                 "is full:",
                 "what was used longest ago makes room for new answers. Raise "
@@ -319,7 +322,7 @@ class AnswerStore:
                 db.execute("DELETE FROM records WHERE id = ?", (number,))
                 if db.execute("DELETE FROM entries WHERE key = ?", (key,)).rowcount != 1:
                     raise sqlite3.DatabaseError("an entry of its index is nowhere else")
-                if _filled(db) + wanted <= self._limit:
+                if _filled_pages(db) + wanted <= self._limit:
                     break
             if not oldest:
                 raise sqlite3.DatabaseError("it is full of nothing")
@@ -330,8 +333,8 @@ class AnswerStore:
             self._used.clear()
 
 
-def _opened(file: Path) -> sqlite3.Connection:
-    """A connection to the database in a file, which is made where it does not exist.
+def _open_database(file: Path) -> sqlite3.Connection:
+    """Return a connection to the database in a file, which is created if it does not exist.
 
     Raises:
         sqlite3.Error: it cannot be read, or is another program's.
@@ -368,30 +371,30 @@ def _transaction(db: sqlite3.Connection, write: bool) -> Iterator[None]:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Tell an error due to what is in the file from a full disk, a lock, or missing rights."""
-    if isinstance(error, MemoryError):  # this machine may be short of it
+    """Return whether an error is due to the file's content, not a full disk, a lock or rights."""
+    if isinstance(error, MemoryError):  # the machine may be short of memory
         return False
     code = getattr(error, "sqlite_errorcode", None)
-    if code is None:  # text that is none, or raised here
+    if code is None:  # undecodable text, or an error raised in this module
         return True
     return code & 0xFF in _DAMAGE or code in _DAMAGE_IN_DETAIL
 
 
-def _newest(folder: Path) -> int | None:
-    """The number of the database in use: each that is set aside is followed by the next."""
-    return max(filter(None, map(_number, folder.glob("answers-*.sqlite"))), default=None)
+def _newest_number(folder: Path) -> int | None:
+    """Return the number of the newest database file, which is the one in use; None without one."""
+    return max(filter(None, map(_file_number, folder.glob("answers-*.sqlite"))), default=None)
 
 
-def _number(file: Path) -> int | None:
+def _file_number(file: Path) -> int | None:
     match = re.fullmatch(r"answers-([1-9]\d{0,8})\.sqlite", file.name)
     return int(match[1]) if match else None
 
 
 def _pragma(db: sqlite3.Connection, name: str) -> int:
-    """A number in the file's head.
+    """Return a number in the file's header.
 
     Raises:
-        sqlite3.DatabaseError: it is none.
+        sqlite3.DatabaseError: it is not a number.
     """
     (value,) = db.execute(f"PRAGMA {name}").fetchone()
     if not isinstance(value, int):
@@ -399,21 +402,25 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return value
 
 
-def _filled(db: sqlite3.Connection) -> int:
-    """Pages that hold something."""
+def _filled_pages(db: sqlite3.Connection) -> int:
+    """Return the number of pages in use.
+
+    Raises:
+        sqlite3.DatabaseError: the file's counts contradict each other.
+    """
     pages, free = _pragma(db, "page_count"), _pragma(db, "freelist_count")
     if not 0 <= free < pages:
         raise sqlite3.DatabaseError(f"{free} of {pages} pages are free")
     return pages - free
 
 
-def _id(db: sqlite3.Connection, key: bytes) -> int | None:
+def _entry_id(db: sqlite3.Connection, key: bytes) -> int | None:
     row = db.execute("SELECT id FROM entries WHERE key = ?", (key,)).fetchone()
     return None if row is None else row[0]
 
 
-def _stored(db: sqlite3.Connection, number: int) -> bytes | None:
-    """A record with its checksum; None where it cannot be read."""
+def _read_stored(db: sqlite3.Connection, number: int) -> bytes | None:
+    """Return a record with its checksum; None if it cannot be read."""
     try:
         row = db.execute("SELECT stored FROM records WHERE id = ?", (number,)).fetchone()
     except (sqlite3.Error, MemoryError) as error:
@@ -423,23 +430,23 @@ def _stored(db: sqlite3.Connection, number: int) -> bytes | None:
     return row[0] if row is not None and isinstance(row[0], bytes) else None
 
 
-def _bad(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> dict[bytes, int]:
-    """The entries whose record is not what was written.
+def _corrupt_entries(db: sqlite3.Connection, keys: Mapping[bytes, object]) -> dict[bytes, int]:
+    """Return the ids of corrupt records by key.
 
-    Asked before a transaction that writes: SQLite ends one in which it meets damage.
+    This runs before a transaction that writes, because SQLite aborts one in which it finds damage.
     """
     bad: dict[bytes, int] = {}
     for key in keys:
-        number = _id(db, key)
-        if number is not None and _checked(key, _stored(db, number)) is None:
+        number = _entry_id(db, key)
+        if number is not None and _checked(key, _read_stored(db, number)) is None:
             bad[key] = number
     return bad
 
 
 def _remove(db: sqlite3.Connection, records: Mapping[bytes, bytes]) -> None:
     for key, record in records.items():
-        number = _id(db, key)
-        if number is not None and _checked(key, _stored(db, number)) == record:
+        number = _entry_id(db, key)
+        if number is not None and _checked(key, _read_stored(db, number)) == record:
             db.execute("DELETE FROM records WHERE id = ?", (number,))
             db.execute("DELETE FROM entries WHERE key = ?", (key,))
 
@@ -458,12 +465,12 @@ def _put_note(db: sqlite3.Connection, name: str, stored: bytes) -> bool:
 
 
 def _checksum(key: bytes, record: bytes) -> bytes:
-    key = hashlib.sha256(key).digest()  # blake2b takes no longer one
+    key = hashlib.sha256(key).digest()  # blake2b takes no longer keys
     return hashlib.blake2b(record, key=key, digest_size=_CHECKSUM_BYTES).digest()
 
 
 def _checked(key: bytes, stored: bytes | None) -> bytes | None:
-    """The record without its checksum; None where that is wrong."""
+    """Return the record without its checksum; None if that is wrong."""
     if stored is None:
         return None
     record = stored[_CHECKSUM_BYTES:]
@@ -471,5 +478,5 @@ def _checked(key: bytes, stored: bytes | None) -> bytes | None:
 
 
 def _pages(record: bytes) -> int:
-    """Pages that a record takes at most, its part of the indices included."""
+    """Return the most pages that a record uses, with its part of the indices."""
     return len(record) // _OVERFLOW + 3

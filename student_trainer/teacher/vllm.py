@@ -1,7 +1,7 @@
-"""A stock `vllm serve` as teacher: completions with vLLM's ``prompt_logprobs``, at vLLM's price.
+"""The client of a stock `vllm serve` as teacher, through vLLM's ``prompt_logprobs``.
 
-The price: log-probs of the prompt's rows are computed and sent too, every log-prob is some 70 bytes
-of JSON, and nothing proves that the teacher's vocabulary is the student's.
+It has a price: log-probs of the prompt's positions are computed and sent too, every log-prob is
+some 70 bytes of JSON, and nothing proves that the teacher's vocabulary is the student's.
 """
 
 from __future__ import annotations
@@ -45,33 +45,33 @@ from student_trainer.teacher.base import (
     sequence_of,
     with_scores,
 )
-from student_trainer.teacher.split import in_parts
+from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
 _PROBED_TOKENS = 4096
-# Bounds an answer to some 75 MB of JSON: all rows are sent, those of the prompts too.
-_ROOM = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
-# What is left beside log-probs in float32 cannot be told from nothing below this.
+# Limits an answer to some 75 MB of JSON, because all positions are sent, the prompts' too.
+_REQUEST_LIMITS = (1024, 262_144, 1 << 20)  # sequences, tokens, log-probs
+# A tail mass below this cannot be told from 0, because the log-probs are float32.
 _RESOLUTION = 2.0**-24
 _MAX_VOCABULARY = 1 << 24
-_ABOVE_0 = 0.01  # what rounding may do to a log-prob of 0
+_ROUNDING_ABOVE_ZERO = 0.01  # rounding may raise a log-prob of 0 to this
 
 
 class VllmTeacher(Teacher):
-    """`student_trainer.teacher.base.Teacher` over vLLM's own OpenAI-style server.
+    """A `Teacher` client of vLLM's own OpenAI-style server.
 
-    vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked (see
-    there); ``info`` holds the student's tokenizer for the teacher's, and a warning says so. An
-    answer carries the model's name alone: other weights under the same name go unseen.
+    vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked;
+    ``info`` holds the student's tokenizer in place of the teacher's, and a warning says so. An
+    answer names the model only, so other weights under the same name are not noticed.
 
     Args:
         urls: addresses of replicas of one teacher, such as ``http://host:8000``.
-        tokenizer: the student's.
-        rows: of the student's output layer.
-        top_k: log-probs that will be asked for.
+        tokenizer: the student's tokenizer.
+        rows: size of the student's output layer, in token ids.
+        top_k: log-probs that will be requested at each position.
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
-        accept_change: go on when a replica comes back under another version of vLLM.
+        accept_change: continue when a replica comes back with another version of vLLM.
         api_key: one of vLLM's ``--api-key``.
         unreachable: as in `Replicas`.
     """
@@ -105,14 +105,14 @@ class VllmTeacher(Teacher):
         )
 
     def connect(self) -> InfoResponse:
-        """Wait until every replica is ready, and check what vLLM lets one check.
+        """Wait until every replica is ready, and check everything that vLLM reports.
 
-        That is: the same model under the same version at every address, the tokenization of some
-        4,000 tokens from all over the vocabulary and of every special token, how many token ids the
-        model knows, and that ``top_k`` log-probs are served.
+        It checks that every address serves the same model with the same version, the tokenization
+        of some 4,000 tokens from all over the vocabulary and of every special token, the number of
+        token ids that the model knows, and that ``top_k`` log-probs are served.
 
         Raises:
-            TeacherUnreachableError: one is not ready within the timeout.
+            TeacherUnreachableError: a replica is not ready within the timeout.
             TeacherChangedError: replicas differ.
             TokenizerMismatchError: teacher and student tokenize differently.
             ConfigurationError: vLLM serves fewer log-probs; names the flag that raises its limit.
@@ -121,9 +121,9 @@ class VllmTeacher(Teacher):
         super().connect()
         urls = self._replicas.urls
         for url in urls:
-            self._replicas.ask(url, self._check_tokenizer)
-            self._replicas.ask(url, self._check_top_k)
-        vocab_size = self._replicas.ask(urls[0], self._count_token_ids)
+            self._replicas.call_ready_replica(url, self._check_tokenizer)
+            self._replicas.call_ready_replica(url, self._check_top_k)
+        vocab_size = self._replicas.call_ready_replica(urls[0], self._count_token_ids)
         self._info = self.info.model_copy(update={"vocab_size": vocab_size})
         logger.warning(
             "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "
@@ -144,11 +144,11 @@ class VllmTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
-        """Teacher distributions of every completion row, in the order given.
+        """Return the teacher's distributions at every completion position, in the given order.
 
-        Raises: as `Teacher`; `InvalidRequestError` for requested ids, which vLLM does not score,
-            for a support that is drawn, and for a temperature other than 1, which it never applies
-            to log-probs of a prompt.
+        Raises: as `Teacher`; `InvalidRequestError` for requested ids and a sampled support, which
+            vLLM does not have, and for a temperature other than 1, which it does not apply to
+            log-probs of a prompt.
         """
         if requested is not None:
             raise InvalidRequestError(
@@ -167,7 +167,7 @@ class VllmTeacher(Teacher):
             )
         costs = [(1, len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
 
-        def ask(first: int, last: int) -> list[SparseLogprobs]:
+        def send(first: int, last: int) -> list[SparseLogprobs]:
             part = sequences[first:last]
             url, choices = self._complete(
                 [ids for ids, _ in part], max_tokens=1, temperature=0.0, prompt_logprobs=top_k
@@ -179,15 +179,15 @@ class VllmTeacher(Teacher):
             self._check(scores, part, top_k, url=url, offset=first)
             return scores
 
-        return in_parts(costs, _ROOM, ask)
+        return split_and_send(costs, _REQUEST_LIMITS, send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
-        """As `Teacher`, scored in a second pass."""
+        """Return a completion of each prompt, as `Teacher.generate`, scored in a second request."""
         costs = [(1, len(ids) + sampling.max_new_tokens, 0) for ids in prompts]
 
-        def ask(first: int, last: int) -> list[Completion]:
+        def send(first: int, last: int) -> list[Completion]:
             url, choices = self._complete(
                 prompts[first:last],
                 max_tokens=sampling.max_new_tokens,
@@ -206,7 +206,7 @@ class VllmTeacher(Teacher):
                 )
             return completions
 
-        completions = in_parts(costs, _ROOM, ask)
+        completions = split_and_send(costs, _REQUEST_LIMITS, send)
         if sampling.top_k is not None:
             scores = self.score(
                 [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
@@ -219,12 +219,12 @@ class VllmTeacher(Teacher):
     def _complete(
         self, prompts: Sequence[NDArray[np.uint32]], *, max_tokens: int, **options: Any
     ) -> tuple[str, list[dict[str, Any]]]:
-        """Who answered, and one choice of `/v1/completions` for each prompt, in order."""
+        """Return the URL that answered, and a choice of `/v1/completions` for each prompt."""
         body = {
             "model": self.info.teacher.model,
             "prompt": [ids.tolist() for ids in prompts],
             "max_tokens": max_tokens,
-            # Said outright: the checkpoint's generation_config.json may set others.
+            # Set explicitly, because the checkpoint's generation_config.json may set other values.
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
@@ -233,7 +233,8 @@ class VllmTeacher(Teacher):
         }
         tokens = sum(len(ids) + max_tokens for ids in prompts)
         url, answer = self._replicas.call(
-            lambda url: (url, self._ask(url, "POST", "/v1/completions", body)), lambda: tokens
+            lambda url: (url, self._request_json(url, "POST", "/v1/completions", body)),
+            lambda: tokens,
         )
         model, choices = answer.get("model"), answer.get("choices")
         if model != self.info.teacher.model:
@@ -260,17 +261,17 @@ class VllmTeacher(Teacher):
     def _read_scores(
         self, choice: Mapping[str, Any], ids: NDArray[np.uint32], start: int, top_k: int
     ) -> SparseLogprobs:
-        """The completion rows of one choice.
+        """Return the scores of the completion in one choice.
 
-        A row names its top-k and, where that is not among them, the token that came next. The tail
-        is what they leave of 1, in float64 from log-probs that were float32: mass below 2⁻²⁴ reads
-        as that, and none is left only where the row names the whole vocabulary.
+        vLLM names at each position its top-k and, if that is not among them, the next token. The
+        tail is 1 minus their sum, in float64 from log-probs that were float32: a tail mass below
+        2⁻²⁴ becomes 2⁻²⁴, and it is 0 only if the position names the whole vocabulary.
         """
-        rows = choice.get("prompt_logprobs")
-        if not isinstance(rows, list) or len(rows) != len(ids):
+        positions = choice.get("prompt_logprobs")
+        if not isinstance(positions, list) or len(positions) != len(ids):
             raise TeacherAnswerError(
                 f"{len(ids)} rows of prompt_logprobs were asked for, the teacher answered "
-                f"{len(rows) if isinstance(rows, list) else f'{rows!r:.60}'}"
+                f"{len(positions) if isinstance(positions, list) else f'{positions!r:.60}'}"
             )
         count = len(ids) - start
         token_ids = np.zeros((count, top_k), np.uint32)
@@ -278,7 +279,7 @@ class VllmTeacher(Teacher):
         next_logprob = np.zeros(count, np.float32)
         tail = np.full(count, -np.inf, np.float32)
         for t, next_id in enumerate(ids[start:].tolist()):
-            named = _read_row(rows[start + t], t, self.info.vocab_size)
+            named = _read_position(positions[start + t], t, self.info.vocab_size)
             if next_id not in named or len(named) < top_k:
                 raise TeacherAnswerError(
                     f"row {t} names {len(named)} tokens, {top_k} and token {next_id} were asked for"
@@ -300,8 +301,8 @@ class VllmTeacher(Teacher):
         )
 
     def _get_info(self, url: str) -> InfoResponse:
-        """What vLLM says of its model; what it does not say is the student's."""
-        models = self._ask(url, "GET", "/v1/models").get("data")
+        """Return vLLM's description of its model, with the student's tokenizer and vocabulary."""
+        models = self._request_json(url, "GET", "/v1/models").get("data")
         models = models if isinstance(models, list) else []
         own = [m for m in models if isinstance(m, dict) and m.get("parent") is None]
         length = own[0].get("max_model_len") if own else None
@@ -317,16 +318,16 @@ class VllmTeacher(Teacher):
                 fingerprint="unknown",
                 dtype="unknown",
                 backend="vllm serve",
-                version=str(self._ask(url, "GET", "/version").get("version")),
+                version=str(self._request_json(url, "GET", "/version").get("version")),
             ),
             tokenizer=tokenizer_identity(self._tokenizer),
-            vocab_size=self._rows,  # until they are counted
-            max_model_len=length - 1,  # scoring generates one token more
+            vocab_size=self._rows,  # until `connect` has counted the ids
+            max_model_len=length - 1,  # because scoring generates one token too
             eos_token_ids=[],
             limits=Limits(
-                max_sequences=_ROOM[0],
-                max_tokens=_ROOM[1],
-                max_logprobs=_ROOM[2],
+                max_sequences=_REQUEST_LIMITS[0],
+                max_tokens=_REQUEST_LIMITS[1],
+                max_logprobs=_REQUEST_LIMITS[2],
                 max_top_k=self._top_k,
             ),
             capabilities=Capabilities(temperature=False, requested_token_ids=False, generate=True),
@@ -335,7 +336,11 @@ class VllmTeacher(Teacher):
         return info
 
     def _rejoins(self, url: str) -> bool:
-        """Whether a replica that is back is the teacher that the others are."""
+        """Return whether a replica that is ready again is the same teacher as the others.
+
+        Raises:
+            TeacherChangedError: it is another teacher.
+        """
         identity = self._get_info(url).teacher
         if identity == self.info.teacher:
             return True
@@ -348,15 +353,19 @@ class VllmTeacher(Teacher):
         )
 
     def _check_tokenizer(self, url: str) -> None:
-        """Raises `TokenizerMismatchError`: text from all over the vocabulary is cut otherwise."""
+        """Check that the teacher tokenizes text from all over the vocabulary as the student does.
+
+        Raises:
+            TokenizerMismatchError: it does not; names the first different token.
+        """
         size = len(self._tokenizer)
         spread = list(range(0, size, max(1, size // _PROBED_TOKENS)))
         special = "".join(self._tokenizer.all_special_tokens)
         text = self._tokenizer.decode(spread, skip_special_tokens=True) + special
         text = "\n".join([text, *PROBES])
         ours = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        body = {"model": self._model(), "prompt": text, "add_special_tokens": False}
-        theirs = self._ask(url, "POST", "/tokenize", body).get("tokens")
+        body = {"model": self._model_name(), "prompt": text, "add_special_tokens": False}
+        theirs = self._request_json(url, "POST", "/tokenize", body).get("tokens")
         if theirs == ours:
             return
         if not isinstance(theirs, list):
@@ -372,46 +381,56 @@ class VllmTeacher(Teacher):
         )
 
     def _check_top_k(self, url: str) -> None:
-        """Raises `ConfigurationError` where vLLM does not serve as many log-probs."""
+        """Check that vLLM serves ``top_k`` log-probs.
+
+        Raises:
+            ConfigurationError: it does not; names the flag that raises its limit.
+        """
         body = {"prompt": [[0, 0]], "max_tokens": 1, "prompt_logprobs": self._top_k}
         try:
-            self._ask(url, "POST", "/v1/completions", {"model": self._model(), **body})
+            self._request_json(
+                url, "POST", "/v1/completions", {"model": self._model_name(), **body}
+            )
         except MalformedRequestError as error:
             raise ConfigurationError(
                 f"--top_k_logprobs {self._top_k}: {url} refuses it ({error}). Restart it with "
-                f"`vllm serve {self._model()} --max-logprobs {self._top_k}`, or lower "
+                f"`vllm serve {self._model_name()} --max-logprobs {self._top_k}`, or lower "
                 "--top_k_logprobs (vLLM's own limit is 20)"
             ) from error
 
     def _count_token_ids(self, url: str) -> int:
-        """Rows of the teacher's output layer: vLLM does not say it, but refuses ids beyond them."""
+        """Return the number of token ids that vLLM accepts, by binary search.
+
+        vLLM does not report the size of its output layer, but refuses ids beyond it.
+        """
         known, unknown = 0, self._rows
-        while self._knows(url, unknown):
+        while self._accepts_id(url, unknown):
             known, unknown = unknown, 2 * unknown
             if unknown > _MAX_VOCABULARY:
                 raise TeacherAnswerError(f"{url} takes any token id: this is not vLLM")
         while unknown - known > 1:
             middle = (known + unknown) // 2
-            if self._knows(url, middle):
+            if self._accepts_id(url, middle):
                 known = middle
             else:
                 unknown = middle
         return unknown
 
-    def _knows(self, url: str, token_id: int) -> bool:
-        body = {"model": self._model(), "prompt": [[token_id]], "max_tokens": 1}
+    def _accepts_id(self, url: str, token_id: int) -> bool:
+        body = {"model": self._model_name(), "prompt": [[token_id]], "max_tokens": 1}
         try:
-            self._ask(url, "POST", "/v1/completions", body)
+            self._request_json(url, "POST", "/v1/completions", body)
         except MalformedRequestError:
             return False
         return True
 
-    def _model(self) -> str:
+    def _model_name(self) -> str:
         return self.info.teacher.model
 
-    def _ask(
+    def _request_json(
         self, url: str, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
+        """Send a JSON request to one replica, and return its answer, a JSON object."""
         data = None if body is None else json.dumps(body).encode()
         content = self._replicas.request(url, method, path, data)
         try:
@@ -423,12 +442,16 @@ class VllmTeacher(Teacher):
         return answer
 
 
-def _read_row(row: Any, number: int, vocab_size: int) -> dict[int, float]:
-    """{token id: log-prob} of one row of ``prompt_logprobs``."""
+def _read_position(position: Any, number: int, vocab_size: int) -> dict[int, float]:
+    """Return {token id: log-prob} of one position of ``prompt_logprobs``.
+
+    Raises:
+        TeacherAnswerError: it is malformed; names its number.
+    """
     try:
-        named = {int(token_id): float(entry["logprob"]) for token_id, entry in row.items()}
-        if len(named) == len(row) and all(
-            0 <= token_id < vocab_size and not logprob > _ABOVE_0
+        named = {int(token_id): float(entry["logprob"]) for token_id, entry in position.items()}
+        if len(named) == len(position) and all(
+            0 <= token_id < vocab_size and not logprob > _ROUNDING_ABOVE_ZERO
             for token_id, logprob in named.items()
         ):
             return named

@@ -147,7 +147,7 @@ class HeldOutEvaluation:
         model.eval()
         with self.autocast():
             outputs = model(**batch)
-        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].rows)])
+        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].positions)])
 
     def _check(
         self, examples: list[Example], step: int, before_rollouts: Callable[[], None]

@@ -25,7 +25,7 @@ from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.data.template import NOTES
 from student_trainer.data.tokenize import keep_short, tokenize_rows
 from student_trainer.evaluation.checkers import parse_checker
-from student_trainer.pipeline.pipeline import Method, dataset_sample
+from student_trainer.pipeline.pipeline import DistillationConfig, dataset_sample
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _TRIED_ROWS = 16  # whose texts are encoded and decoded before a model loads
 def make_examples(
     rows: Rows,
     row_tokenizer: RowTokenizer,
-    method: Method,
+    method: DistillationConfig,
     context: int,
     args: CommonTrainingArguments,
     vocab_size: int,
@@ -59,7 +59,7 @@ def make_examples(
     tokenizer, options = row_tokenizer.tokenizer, row_tokenizer.options
 
     def tokenize(
-        rows: Sequence[Row], what: str, check: Callable[[Example, Method, int], Example]
+        rows: Sequence[Row], what: str, check: Callable[[Example, DistillationConfig, int], Example]
     ) -> list[Example]:
         check_round_trip(tokenizer, texts_of(rows[:_TRIED_ROWS], options))
         examples = tokenize_rows(
@@ -129,7 +129,7 @@ def _tell_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: i
             logger.warning("%d of %d completions %s", count, len(examples), told)
 
 
-def _usable(example: Example, method: Method, max_length: int) -> Example:
+def _usable(example: Example, method: DistillationConfig, max_length: int) -> Example:
     """The example, when the method can learn from it."""
     if method.lmbda < 1 and not method.seq_kd:
         dataset_sample(example)
@@ -138,7 +138,7 @@ def _usable(example: Example, method: Method, max_length: int) -> Example:
     return example
 
 
-def _checkable(example: Example, method: Method, max_length: int) -> Example:
+def _checkable(example: Example, method: DistillationConfig, max_length: int) -> Example:
     """The held-out example, when its checker, if any, can be used."""
     if example.checker is not None:
         parse_checker(example.checker, example.name)
@@ -146,7 +146,7 @@ def _checkable(example: Example, method: Method, max_length: int) -> Example:
     return example
 
 
-def _check_room(example: Example, method: Method, max_length: int) -> None:
+def _check_room(example: Example, method: DistillationConfig, max_length: int) -> None:
     length = len(example.prompt_ids) + method.max_new_tokens
     if length > max_length:
         raise RowTooLongError(

@@ -18,7 +18,7 @@ import torch
 
 from shared.text import token_pieces, token_text
 from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
-from student_trainer.model.forward import RowLogits, SparseTargets
+from student_trainer.model.forward import PositionLogits, SparseTargets
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.runs import HELD_OUT_FILE
 
@@ -51,8 +51,8 @@ def look(model: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """
     targets: SparseTargets = inputs["sparse_targets"]
     rest = {name: value for name, value in inputs.items() if name != "sparse_targets"}
-    wanted = RowLogits(targets.rows, targets.vocab_size)
-    logits = model(**rest, row_logits=wanted)["logits"].float()  # [N, V]
+    wanted = PositionLogits(targets.positions, targets.vocab_size)
+    logits = model(**rest, position_logits=wanted)["logits"].float()  # [N, V]
     divergence = sparse_generalized_jsd(
         logits, targets.teacher, beta=targets.beta, temperature=targets.temperature, kernel="torch"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.losses import Tail
 from student_trainer.model.forward import SparseTargets
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
@@ -49,7 +49,7 @@ class MicroBatchBuilder:
         return {
             **model_inputs(samples, self.pad_token_id, packed=self.packed),
             "sparse_targets": SparseTargets(
-                rows=predicting_rows(samples, masks, packed=self.packed),
+                positions=predicting_positions(samples, masks, packed=self.packed),
                 teacher=sparse_distribution(scored, self.plan.vocab_size),
                 beta=self.plan.beta,
                 temperature=self.plan.method.temperature,

@@ -14,7 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from shared.errors import NonFiniteError
 from shared.sparse import SparseLogprobs
-from student_trainer.pipeline.prefetched import samples_from_arrays, samples_to_arrays, split_rows
+from student_trainer.pipeline.prefetched import (
+    samples_from_arrays,
+    samples_to_arrays,
+    split_by_lengths,
+)
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.runtime.ranks import Ranks
 
@@ -119,7 +123,7 @@ def load_batch(path: Path) -> list[list[ScoredSample]]:
     rows = arrays["length"] - arrays["completion_start"]
 
     def of_each_sample(name: str) -> list[Any]:
-        return split_rows(arrays[name], rows) if name in arrays else [None] * len(samples)
+        return split_by_lengths(arrays[name], rows) if name in arrays else [None] * len(samples)
 
     fields = {name: of_each_sample(f"teacher_{name}") for name in _SCORES}
     requested = of_each_sample("requested_token_ids")

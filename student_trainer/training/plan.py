@@ -8,7 +8,7 @@ from typing import Any
 
 from student_trainer.losses import Kernel, Tail
 from student_trainer.model.packing import Packing
-from student_trainer.pipeline.pipeline import Method
+from student_trainer.pipeline.pipeline import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainingPlan:
         card: README.md's text, by the model's name and what was logged; None for the Trainer's.
     """
 
-    method: Method
+    method: DistillationConfig
     vocab_size: int
     beta: float = 0.0
     tail: Tail = "bucket"

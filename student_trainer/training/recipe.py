@@ -40,7 +40,7 @@ from student_trainer.data.rows import (
     Row,
 )
 from student_trainer.data.sample import Example
-from student_trainer.data.sources import _LOOK, Rows
+from student_trainer.data.sources import _ROWS_CHECKED, Rows
 from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
@@ -53,8 +53,8 @@ from student_trainer.model.load import (
     load_text_end,
     load_tokenizer,
 )
-from student_trainer.pipeline.pipeline import Method
-from student_trainer.pipeline.planned_requests import count_missing, questions
+from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.planned_requests import count_missing, planned_requests
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import sigterm_event
 from student_trainer.teacher.base import Teacher
@@ -177,7 +177,7 @@ def run(
         if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
             learned = [train[i] for i in rows_of_run(args, trainer.order)]
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
-            teacher.require(*count_missing(teacher, questions(method, learned, measured)))
+            teacher.require(*count_missing(teacher, planned_requests(method, learned, measured)))
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         logger.warning(
@@ -236,7 +236,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    method: Method
+    method: DistillationConfig
     train: list[Example] | ExampleStream
     held_out: list[Example] | None
     template: ChatTemplate
@@ -322,7 +322,7 @@ def prepare(
 
 def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:
     """Return whether no row is a conversation; of a stream, its first rows tell."""
-    some = rows.head(_LOOK) if isinstance(rows, RowStream) else rows
+    some = rows.head(_ROWS_CHECKED) if isinstance(rows, RowStream) else rows
     return all(isinstance(read_row(where, row, data), PlainText) for where, row in some)
 
 
@@ -347,7 +347,7 @@ def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int
 
 
 def longest_rollout(
-    train: Sequence[Example], held_out: Sequence[Example] | None, method: Method
+    train: Sequence[Example], held_out: Sequence[Example] | None, method: DistillationConfig
 ) -> int:
     """Tokens of the longest prompt that the student is asked, and a whole completion.
 
@@ -399,9 +399,9 @@ def _make_folder(args: CommonTrainingArguments) -> None:
 
 def _method(
     args: CommonTrainingArguments, generation: GenerationArguments, top_k: int, stop_ids: list[int]
-) -> Method:
+) -> DistillationConfig:
     divergence = divergence_of(args)
-    return Method(
+    return DistillationConfig(
         lmbda=divergence.lmbda,
         seq_kd=divergence.seq_kd,
         seq_kd_temperature=divergence.seq_kd_temperature,

@@ -42,7 +42,12 @@ from shared.logs import in_json
 from shared.protocol import Completion
 from shared.rope import length_dependent_rope
 from student_trainer.config.arguments import uses_fsdp
-from student_trainer.data.micro_batches import of_sizes, over_substeps, split_into, within_budget
+from student_trainer.data.micro_batches import (
+    assign_to_substeps,
+    group_by_sizes,
+    group_within_budget,
+    split_to_count,
+)
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example
 from student_trainer.data.stream import ExampleStream, StreamOrder, load_state, save_state
@@ -50,7 +55,7 @@ from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.model.top_tokens import TopTokenProposals
 from student_trainer.pipeline.pipeline import PendingBatch, Pipeline
-from student_trainer.pipeline.prefetched import load_ahead, save_ahead
+from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
 from student_trainer.runtime.log_lines import LogLines
@@ -174,7 +179,7 @@ class DistillationTrainer(DurableTrainer):
             {"pending": _Pending(batch, indices, float(total))}
             for indices in self._grouped(lengths, sizes, shortest_first=batch.on_policy)
         ]
-        return over_substeps(micro_batches, len(groups)), total
+        return assign_to_substeps(micro_batches, len(groups)), total
 
     def training_step(
         self,
@@ -272,11 +277,11 @@ class DistillationTrainer(DurableTrainer):
         """Return the samples of each micro-batch; equally many micro-batches on every rank."""
         budget = self.plan.max_tokens_per_batch
         if budget is None:
-            return of_sizes(lengths, sizes, shortest_first=shortest_first)
+            return group_by_sizes(lengths, sizes, shortest_first=shortest_first)
         packed = self.builder.packed
-        groups = within_budget(lengths, budget, packed=packed, shortest_first=shortest_first)
+        groups = group_within_budget(lengths, budget, packed=packed, shortest_first=shortest_first)
         counts = self.accelerator.gather(torch.tensor([len(groups)], device=self.args.device))
-        return split_into(groups, int(counts.max()))
+        return split_to_count(groups, int(counts.max()))
 
     @property
     def _is_sharded(self) -> bool:
@@ -351,15 +356,15 @@ class DistillationTrainer(DurableTrainer):
                 self._stream.restore(load_state(resume_from_checkpoint, self.ranks.rank))
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
-                self.pipeline.resume(load_ahead(file))
+                self.pipeline.resume(load_prefetched(file))
             self.held_out.resume()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        ahead = self.pipeline.ahead(self.state.global_step)
+        ahead = self.pipeline.prefetched(self.state.global_step)
         if ahead:
-            save_ahead(self._ahead_file(output_dir), ahead)
+            save_prefetched(self._ahead_file(output_dir), ahead)
         if self._stream is not None:
             first = self.order.micro_batches(self.state.global_step)[0][0]
             save_state(output_dir, self.ranks.rank, self._stream.state(first))

@@ -59,7 +59,9 @@ def _row(name: str, tokenize: RowTokenizer) -> str:
     ):
         refused = what
         try:
-            part = tokenize._part("row", Conversation(turns[:-1], turns[-1], tools))
+            part = tokenize._tokenize_conversation(
+                "row", Conversation(turns[:-1], turns[-1], tools)
+            )
             examples = tokenize(0, "row", {"messages": turns, "tools": tools})
         except DatasetError:
             continue

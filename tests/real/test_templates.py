@@ -201,7 +201,7 @@ def test_a_tool_call_is_learned_as_the_template_prints_it(name, content):
         [WEATHER],
     )
     tokenize = cached(name)
-    part = tokenize._part("row", conversation)
+    part = tokenize._tokenize_conversation("row", conversation)
     assert tokenize.tokenizer.decode(part.completion_ids) == CALLS[name]
     assert "get_weather" in part.text
 
@@ -216,7 +216,9 @@ def test_tool_calls_that_a_template_does_not_print_are_refused(name):
 @pytest.mark.parametrize("name", ["llama-3", "gemma-3", "phi-3", "deepseek-v3"])
 def test_tools_that_a_template_does_not_print_are_refused(name):
     with pytest.raises(DatasetError, match="prints no tools; drop the column tools"):
-        cached(name)._part("row", Conversation([ASK], assistant("It is 4."), [WEATHER]))
+        cached(name)._tokenize_conversation(
+            "row", Conversation([ASK], assistant("It is 4."), [WEATHER])
+        )
 
 
 def test_several_calls_of_one_turn_are_printed_or_refused():

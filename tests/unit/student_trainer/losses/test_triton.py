@@ -14,7 +14,7 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
-from student_trainer.losses.kernels import choose
+from student_trainer.losses.kernels import choose_kernel
 from tests.support.losses import BETAS, TAILS, top_k
 
 triton = pytest.importorskip("student_trainer.losses.triton")
@@ -183,22 +183,22 @@ def test_no_rows_are_no_launch():
 
 
 def test_auto_takes_triton_on_a_gpu_and_torch_elsewhere():
-    assert choose("auto", torch.zeros(1)) is closed_form
-    assert choose("torch", torch.zeros(1, device=DEVICE)) is closed_form
-    assert choose("triton", torch.zeros(1, device=DEVICE)) is triton
+    assert choose_kernel("auto", torch.zeros(1)) is closed_form
+    assert choose_kernel("torch", torch.zeros(1, device=DEVICE)) is closed_form
+    assert choose_kernel("triton", torch.zeros(1, device=DEVICE)) is triton
     expected = triton if DEVICE == "cuda" else closed_form
-    assert choose("auto", torch.zeros(1, device=DEVICE)) is expected
+    assert choose_kernel("auto", torch.zeros(1, device=DEVICE)) is expected
 
 
 def test_what_triton_cannot_do_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="computes in float32, the logits are float64"):
-        choose("triton", torch.zeros(1, dtype=torch.float64, device=DEVICE))
+        choose_kernel("triton", torch.zeros(1, dtype=torch.float64, device=DEVICE))
     with pytest.raises(ValueError, match="kernel 'cuda' must be 'auto', 'torch' or 'triton'"):
-        choose("cuda", torch.zeros(1))
+        choose_kernel("cuda", torch.zeros(1))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs a GPU, the logits are on cpu"):
-        choose("triton", torch.zeros(1))
+        choose_kernel("triton", torch.zeros(1))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="is not installed"):
-        choose("triton", torch.zeros(1, device=DEVICE))
-    assert choose("auto", torch.zeros(1, device=DEVICE)) is closed_form
+        choose_kernel("triton", torch.zeros(1, device=DEVICE))
+    assert choose_kernel("auto", torch.zeros(1, device=DEVICE)) is closed_form

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.losses import sparse_generalized_jsd
-from student_trainer.model.forward import RowLogits, SparseTargets, install_sparse_loss
+from student_trainer.model.forward import PositionLogits, SparseTargets, install_sparse_loss
 from student_trainer.model.head import OutputHead, find_head
 from student_trainer.model.load import load_student
 from tests.support.losses import BETAS, plain, top_k
@@ -65,7 +65,7 @@ def batch(beta, temperature=1.0):
 
 def expected_loss(model, inputs, targets):
     """The model's own logits, the plain definition, autograd."""
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.rows, :SHARED]
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.positions, :SHARED]
     arguments = {"beta": targets.beta, "temperature": targets.temperature}
     return plain(logits.double(), targets.teacher, **arguments).sum() / targets.normalizer
 
@@ -246,7 +246,7 @@ def test_without_targets_forward_is_the_models_own():
 def test_statistics_are_those_of_the_rows():
     model = tiny("gemma2")
     inputs, targets = batch(0.5)
-    logits = model(**inputs).logits.flatten(0, 1)[targets.rows, :SHARED]
+    logits = model(**inputs).logits.flatten(0, 1)[targets.positions, :SHARED]
     _, expected = sparse_generalized_jsd(logits, targets.teacher, beta=0.5, return_statistics=True)
     install_sparse_loss(model)
     statistics = model(**inputs, sparse_targets=targets)["statistics"]
@@ -274,14 +274,16 @@ def test_logits_of_half_precision_are_float32_whichever_way_they_come(tmp_path, 
     inputs, targets = batch(0.5)
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(**inputs, row_logits=RowLogits(targets.rows, SHARED))["logits"]
-    hidden = seen[0].bfloat16().flatten(0, 1)[targets.rows].double()
+        logits = model(**inputs, position_logits=PositionLogits(targets.positions, SHARED))[
+            "logits"
+        ]
+    hidden = seen[0].bfloat16().flatten(0, 1)[targets.positions].double()
     exact = hidden @ weight.detach().bfloat16().double().T
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact[:, :SHARED], rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(head)  # no other call of the model is changed
     teacher = top_k(exact[:, :SHARED] + 0.03 * torch.randn(len(exact), SHARED).double(), 6)
-    targets = SparseTargets(targets.rows, teacher, 0.5, 1.0, 1.0, SHARED)
+    targets = SparseTargets(targets.positions, teacher, 0.5, 1.0, 1.0, SHARED)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**inputs, sparse_targets=targets)["loss"]
     expected = sparse_generalized_jsd(exact[:, :SHARED], teacher, beta=0.5).sum()

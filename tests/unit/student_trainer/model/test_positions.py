@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigurationError
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
@@ -31,7 +31,7 @@ def samples(*lengths):
 def loss(model, some):
     scored = [ScoredSample(sample, None) for sample in some]
     targets = SparseTargets(
-        rows=predicting_rows(some, [s.completion_mask for s in some], packed=False),
+        positions=predicting_positions(some, [s.completion_mask for s in some], packed=False),
         teacher=sparse_distribution(scored, 64),
         beta=0.0,
         temperature=1.0,

@@ -26,12 +26,12 @@ LAYERS = 2
 def of_rank(rank, inputs, targets):
     """One of the two sequences, and the part of the targets that lies in it."""
     width = inputs["input_ids"].shape[1]
-    chosen = torch.nonzero(targets.rows // width == rank)[:, 0]
+    chosen = torch.nonzero(targets.positions // width == rank)[:, 0]
     first, last = int(chosen[0]), int(chosen[-1]) + 1
     return (
         {name: tensor[rank : rank + 1] for name, tensor in inputs.items()},
         SparseTargets(
-            targets.rows[first:last] - rank * width, targets.teacher[first:last], targets.beta,
+            targets.positions[first:last] - rank * width, targets.teacher[first:last], targets.beta,
             targets.temperature, targets.normalizer, targets.vocab_size,
         ),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def check_rank(rank, folder, apart, tied):
     expected = expected_loss(model, inputs, targets)
     expected_gradients = gradients(expected, model)
     mine, own_targets = of_rank(rank, inputs, targets)
-    logits = model(**mine).logits[0, own_targets.rows, :SHARED]
+    logits = model(**mine).logits[0, own_targets.positions, :SHARED]
     own_top = logits.topk(3).indices
 
     install_sparse_loss(model)
@@ -61,7 +61,7 @@ def check_rank(rank, folder, apart, tied):
     for _ in range(2):  # the second step finds what the first has left
         model.zero_grad()
         with torch.no_grad():
-            found = model(**mine, top_tokens=TopTokens(own_targets.rows, 3, SHARED))
+            found = model(**mine, top_tokens=TopTokens(own_targets.positions, 3, SHARED))
         assert torch.equal(found["token_ids"], own_top)
         assert not apart or isinstance(model.lm_head.weight, DTensor)
         with CommDebugMode() as traffic:

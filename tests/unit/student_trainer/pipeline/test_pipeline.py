@@ -11,12 +11,12 @@ from shared.errors import ConfigurationError, DatasetError, RolloutError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example, Sample
-from student_trainer.pipeline.pipeline import Method, Pipeline
-from student_trainer.pipeline.prefetched import load_ahead, save_ahead
+from student_trainer.pipeline.pipeline import DistillationConfig, Pipeline
+from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.rollouts import Rollout
 from student_trainer.runtime.timeline import Timeline
 
-METHOD = Method(
+METHOD = DistillationConfig(
     lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=2,
     max_new_tokens=4, seed=3, stop_ids=(1,),
 )  # fmt: skip
@@ -197,7 +197,7 @@ def test_what_an_engine_elsewhere_writes_is_complete_in_a_checkpoint():
     rollouts.let.release()
     collect(pipeline, 0, last=2)
     threading.Timer(0.05, rollouts.let.release).start()
-    [ahead] = pipeline.ahead(1)
+    [ahead] = pipeline.prefetched(1)
     assert [int(sample.token_ids[-2]) for sample in ahead.samples] == [31]
 
 
@@ -326,11 +326,11 @@ def test_what_was_begun_ahead_goes_through_a_file(tmp_path, lmbda):
     method = replace(METHOD, lmbda=lmbda)
     before = pipeline_of(method, RecordingTeacher(), CountingRollouts(), **options)
     collect(before, 0, last=3)
-    save_ahead(tmp_path / "ahead.npz", before.ahead(1))
+    save_prefetched(tmp_path / "ahead.npz", before.prefetched(1))
 
     teacher = RecordingTeacher()
     after = pipeline_of(method, teacher, CountingRollouts(), **options)
-    after.resume(load_ahead(tmp_path / "ahead.npz"))
+    after.resume(load_prefetched(tmp_path / "ahead.npz"))
     assert len(teacher.scored) == 2  # steps 1 and 2 are on their way again
     for step in (1, 2, 3):
         for a, b in zip(collect(before, step, 3), collect(after, step, 3), strict=True):
@@ -345,7 +345,7 @@ def test_what_was_begun_ahead_goes_through_a_file(tmp_path, lmbda):
 def test_what_can_be_made_again_is_not_kept():
     pipeline = pipeline_of(METHOD, RecordingTeacher(), batches=one_each(3), prefetch_steps=2)
     collect(pipeline, 0, last=2)
-    assert pipeline.ahead(0) == []
+    assert pipeline.prefetched(0) == []
 
 
 def test_a_batch_is_kept_until_the_next_one_is_taken():
@@ -353,9 +353,9 @@ def test_a_batch_is_kept_until_the_next_one_is_taken():
     method = replace(METHOD, lmbda=1.0)
     pipeline = pipeline_of(method, RecordingTeacher(), CountingRollouts(), batches=one_each(3))
     collect(pipeline, 0, last=2)
-    assert [batch.step for batch in pipeline.ahead(0)] == [0]
+    assert [batch.step for batch in pipeline.prefetched(0)] == [0]
     collect(pipeline, 1, last=2)
-    assert [batch.step for batch in pipeline.ahead(0)] == [1]
+    assert [batch.step for batch in pipeline.prefetched(0)] == [1]
 
 
 def test_completions_of_other_rows_or_older_weights_are_not_gone_on_with():
@@ -368,9 +368,9 @@ def test_completions_of_other_rows_or_older_weights_are_not_gone_on_with():
     first = pipeline(1, one_each(3))
     collect(first, 0, last=2)
     with pytest.raises(ConfigurationError, match="for step 2, but this run has other rows"):
-        pipeline(1, one_each(3)[::-1][1:] * 2).resume(first.ahead(1))
+        pipeline(1, one_each(3)[::-1][1:] * 2).resume(first.prefetched(1))
     with pytest.raises(ConfigurationError, match="resume with --rollout_staleness 1"):
-        pipeline(0, one_each(3)).resume(first.ahead(1))
+        pipeline(0, one_each(3)).resume(first.prefetched(1))
 
 
 def test_seq_kd_asks_for_each_prompt_once_and_reuses_the_completion():

@@ -10,7 +10,7 @@ from shared.protocol import ScoreRequest, ScoreResponse
 from shared.sparse import SparseLogprobs
 from student_trainer.config.arguments import TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
-from student_trainer.teacher.compatible import check_request
+from student_trainer.teacher.compatible import check_capabilities
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.unit.shared.test_validation import info
 
@@ -92,6 +92,6 @@ def test_what_the_teacher_cannot_score_is_refused_at_connect(
     arguments = DistillArguments(output_dir=str(tmp_path), beta=1.0, request_student_top_m=count)
     teacher = TeacherArguments(["http://teacher"], top_k_logprobs=8)
     with pytest.raises(ConfigurationError, match=message):
-        check_request(info(**capabilities), arguments, teacher)
+        check_capabilities(info(**capabilities), arguments, teacher)
     arguments.request_student_top_m = 0
-    check_request(info(**capabilities), arguments, teacher)
+    check_capabilities(info(**capabilities), arguments, teacher)

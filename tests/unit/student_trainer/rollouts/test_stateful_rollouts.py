@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaModel
 
 from shared.errors import RolloutError
-from student_trainer.model.probe import met_by_head
+from student_trainer.model.probe import record_head_inputs
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 from tests.support.models import DYNAMIC, LONGROPE, STATEFUL, small_model
 
@@ -163,7 +163,7 @@ def test_half_precision_is_no_fault(caplog):
 def test_a_trial_is_judged_by_the_dtype_that_the_head_computes_in():
     """Under autocast the states are float32, and all that makes them rounds to bfloat16."""
     model = build("llama")
-    with torch.autocast("cpu", torch.bfloat16), met_by_head(model) as seen:
+    with torch.autocast("cpu", torch.bfloat16), record_head_inputs(model) as seen:
         model(input_ids=torch.tensor([[3, 4, 5]]))
     assert [states.dtype for states in seen] == [torch.bfloat16]
 

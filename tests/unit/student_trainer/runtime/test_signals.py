@@ -76,4 +76,4 @@ def test_shared_memory_is_used_where_all_ranks_weights_fit(
     usage = namedtuple("usage", "free")(2 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert vllm._roomy_folder(engine.model, torch.float32) == (tmp_path if fits else None)
+    assert vllm._weights_folder(engine.model, torch.float32) == (tmp_path if fits else None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shared.sparse import SparseLogprobs
-from student_trainer.data.collate import model_inputs, predicting_rows
+from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.losses import generalized_jsd
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
@@ -53,7 +53,7 @@ def inputs(item, beta, temperature):
     return {
         **model_inputs(samples, 0, packed=False),
         "sparse_targets": SparseTargets(
-            rows=predicting_rows(samples, [item.sample.completion_mask], packed=False),
+            positions=predicting_positions(samples, [item.sample.completion_mask], packed=False),
             teacher=sparse_distribution([item], SHARED),
             beta=beta,
             temperature=temperature,

@@ -12,8 +12,8 @@ from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example
-from student_trainer.pipeline.pipeline import Method
-from student_trainer.teacher.compatible import check_request, check_vocabulary
+from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
 from student_trainer.training.recipe import longest_rollout, open_teacher
 from tests.support.stub import info
 
@@ -92,22 +92,22 @@ def test_what_the_teacher_cannot_do_is_refused(tmp_path):
     plain = Capabilities(temperature=False, requested_token_ids=False, generate=False)
     teacher = info(limits=Limits(max_top_k=8), capabilities=plain)
     with pytest.raises(ConfigurationError, match="16 is over the teacher's limit of 8"):
-        check_request(teacher, arguments(tmp_path), one)
+        check_capabilities(teacher, arguments(tmp_path), one)
     few = TeacherArguments(top_k_logprobs=8)
     with pytest.raises(ConfigurationError, match=r"--temperature 0\.5.*\(stub\) cannot apply"):
-        check_request(teacher, arguments(tmp_path, temperature=0.5), few)
+        check_capabilities(teacher, arguments(tmp_path, temperature=0.5), few)
     with pytest.raises(ConfigurationError, match="--seq_kd: this teacher does not generate"):
-        check_request(teacher, arguments(tmp_path, seq_kd=True), few)
+        check_capabilities(teacher, arguments(tmp_path, seq_kd=True), few)
     with pytest.raises(ConfigurationError, match=r"--teacher_support sampled.*\(stub\) draws no"):
-        check_request(teacher, arguments(tmp_path, teacher_support="sampled"), few)
-    check_request(teacher, arguments(tmp_path), few)
+        check_capabilities(teacher, arguments(tmp_path, teacher_support="sampled"), few)
+    check_capabilities(teacher, arguments(tmp_path), few)
 
 
 def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
     def example(length, checker=None):
         return Example(0, "row", np.zeros(length, np.uint32), None, checker, "text")
 
-    method = Method(1.0, False, 0.0, 1.0, 2, max_new_tokens=8, seed=0, stop_ids=(1,))
+    method = DistillationConfig(1.0, False, 0.0, 1.0, 2, max_new_tokens=8, seed=0, stop_ids=(1,))
     held_out = [example(20, {"kind": "exact_match"}), example(30)]
     assert longest_rollout([example(10)], held_out, method) == 28
     assert longest_rollout([example(25)], held_out, method) == 33
