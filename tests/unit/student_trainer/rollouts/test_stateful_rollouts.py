@@ -174,6 +174,6 @@ def test_a_lack_of_memory_is_no_fault_of_the_model(monkeypatch):
     def forward(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(type(writer), "_writes_right", forward)
+    monkeypatch.setattr(type(writer), "_generates_correctly", forward)
     with pytest.raises(torch.OutOfMemoryError):
         writer.prepare()
