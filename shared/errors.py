@@ -92,46 +92,68 @@ class ProtocolError(SparseGKDError):
 
 
 class MalformedRequestError(ProtocolError):
+    """A body that cannot be decoded in its media type."""
+
     status, title = 400, "Malformed request"
 
 
 class UnauthorizedError(ProtocolError):
+    """A request without a key that the server accepts."""
+
     status, title = 401, "Unauthorized"
 
 
 class NotFoundError(ProtocolError):
+    """A request for a path or a model that the server does not have."""
+
     status, title = 404, "Not found"
 
 
 class MethodNotAllowedError(ProtocolError):
+    """A request by a method that its path does not have."""
+
     status, title = 405, "Method not allowed"
 
 
 class PayloadTooLargeError(ProtocolError):
+    """A body or a sequence that is too large to be read or computed."""
+
     status, title = 413, "Payload too large"
 
 
 class UnsupportedMediaTypeError(ProtocolError):
+    """A body in a media type that the server does not read."""
+
     status, title = 415, "Unsupported media type"
 
 
 class InvalidRequestError(ProtocolError):
+    """A well-formed request that the server cannot serve as it is; names the field."""
+
     status, title = 422, "Invalid request"
 
 
 class OverloadedError(ProtocolError):
+    """A request that finds no room now, and may succeed later."""
+
     status, title = 429, "Overloaded"
 
 
 class InternalError(ProtocolError):
+    """A failure of the server itself, such as log-probs that are not finite."""
+
     status, title = 500, "Internal error"
 
 
 class UnavailableError(ProtocolError):
+    """A server that loads, shuts down or has lost its engine."""
+
     status, title = 503, "Unavailable"
 
 
 class DeadlineExceededError(ProtocolError):
+    """A request that was not answered within the server's request timeout."""
+
     status, title = 504, "Deadline exceeded"
 
 

@@ -26,6 +26,8 @@ _CHOICE = 4 * MAX_BATCH_JOBS
 
 
 class Job(Protocol):
+    """A job as the batcher sees it: its tokens, and the client that sent it."""
+
     @property
     def tokens(self) -> int: ...
 
