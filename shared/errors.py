@@ -92,46 +92,68 @@ class ProtocolError(SparseGKDError):
 
 
 class MalformedRequestError(ProtocolError):
+    """A body that is empty or cannot be decoded."""
+
     status, title = 400, "Malformed request"
 
 
 class UnauthorizedError(ProtocolError):
+    """A request without a key that the server knows."""
+
     status, title = 401, "Unauthorized"
 
 
 class NotFoundError(ProtocolError):
+    """A path that is not a route, or a model that is not served."""
+
     status, title = 404, "Not found"
 
 
 class MethodNotAllowedError(ProtocolError):
+    """A method that the route does not have."""
+
     status, title = 405, "Method not allowed"
 
 
 class PayloadTooLargeError(ProtocolError):
+    """A request that is over a limit by itself, at any time."""
+
     status, title = 413, "Payload too large"
 
 
 class UnsupportedMediaTypeError(ProtocolError):
+    """A media type or encoding that the server does not read or write."""
+
     status, title = 415, "Unsupported media type"
 
 
 class InvalidRequestError(ProtocolError):
+    """A message with a value that the server or its model cannot take."""
+
     status, title = 422, "Invalid request"
 
 
 class OverloadedError(ProtocolError):
+    """A request for which the server has no room now; it may succeed later."""
+
     status, title = 429, "Overloaded"
 
 
 class InternalError(ProtocolError):
+    """A failure of the server, which its log explains."""
+
     status, title = 500, "Internal error"
 
 
 class UnavailableError(ProtocolError):
+    """A server that is loading or draining, or whose engine has died."""
+
     status, title = 503, "Unavailable"
 
 
 class DeadlineExceededError(ProtocolError):
+    """A request that was not read or answered within the server's time limit."""
+
     status, title = 504, "Deadline exceeded"
 
 

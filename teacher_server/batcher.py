@@ -26,6 +26,8 @@ _CHOICE = 4 * MAX_BATCH_JOBS
 
 
 class Job(Protocol):
+    """The part of a job that batches are made by."""
+
     @property
     def tokens(self) -> int: ...
 
