@@ -1,4 +1,4 @@
-"""`sft` and `distill`: from flags to a trained model in a folder."""
+"""The recipe of `sft` and `distill`: from flags to a trained model in a folder."""
 
 from __future__ import annotations
 
