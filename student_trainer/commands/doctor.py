@@ -19,17 +19,6 @@ from student_trainer.commands.doctor_teacher import teacher_findings
 from student_trainer.runtime.terminal import Style, has_colours, painted
 
 _STYLES: dict[Status, Style] = {"ok": "green", "warn": "yellow", "fail": "red", "off": "dim"}
-# What is not needed, by what it is for; the extra that installs it, or the package itself.
-_OPTIONAL = {
-    "vllm": ("--rollout_engine vllm, and teachers at full speed", "'.[trainer,vllm]'"),
-    "triton": ("--loss_kernel triton; CUDA builds of torch bring it", "triton"),
-    "flash-attn": ("--attn_implementation flash_attention_2, and with it packing", "flash-attn"),
-    "bitsandbytes": ("--load_in_4bit and 8-bit optimizers; wants a GPU", "bitsandbytes"),
-    "deepspeed": ("--deepspeed", "deepspeed"),
-    "fastapi": ("teacher-server on this machine", "'.[teacher]'"),
-}
-_GIB = 1 << 30
-_TIMEOUT = 10.0  # seconds that a teacher is waited for
 
 
 class DoctorError(SparseGKDError):

@@ -98,7 +98,7 @@ def _check_fsdp(args: CommonTrainingArguments) -> None:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
     if args.world_size == 1 or not uses_fsdp(args):
         return
-    # The defaults of transformers and of accelerate.
+    # transformers uses version 2 by default, and accelerate version 1.
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
     if int(version) != 2:
         raise ConfigurationError(

@@ -131,7 +131,7 @@ class HeldOutEvaluation:
             return []
         teacher, sampling = self.teacher, self.plan.method.sampling(0.0, scored=False)
         prompts = [example.prompt_ids for example in bare]
-        # A rank without prompts meets the others here, too.
+        # Ranks without prompts take part too, since all ranks wait for one another here.
         completions = self.ranks.together(
             lambda: teacher.generate(prompts, sampling) if prompts else []
         )

@@ -24,7 +24,7 @@ from student_trainer.reporting.runs import HELD_OUT_FILE
 
 COUNT, TOKENS, TOP = 4, 200, 5  # samples, tokens of each, alternatives at each token
 _TEXT = 4000  # characters of a prompt or a completion
-_LEAST = 0.001  # probability of what is listed
+_LEAST = 0.001  # probability of a token that is listed, on either side
 
 # [token, the teacher's probability or None where it is in the tail, the student's].
 Support = list[list[Any]]
@@ -121,15 +121,15 @@ def _support(
         probabilities: [N, V], the student's.
     """
     named = torch.where(teacher.token_ids >= 0, teacher.logprobs.float(), -torch.inf)
-    theirs = named.topk(min(TOP, named.shape[1])).indices  # [N, TOP], places in the support
+    theirs = named.topk(min(TOP, named.shape[1])).indices  # [N, TOP], indices of the support
     ours = probabilities.topk(min(TOP, probabilities.shape[1])).indices  # [N, TOP], ids
     rows = []
-    for ids, logprobs, places, own, shares in zip(
+    for ids, probs, indices, own, shares in zip(
         teacher.token_ids.tolist(), named.exp().tolist(), theirs.tolist(), ours.tolist(),
         probabilities, strict=True,
     ):  # fmt: skip
-        known = {i: p for i, p in zip(ids, logprobs, strict=True) if i >= 0}
-        chosen = dict.fromkeys([*(ids[place] for place in places if ids[place] >= 0), *own])
+        known = {i: p for i, p in zip(ids, probs, strict=True) if i >= 0}
+        chosen = dict.fromkeys([*(ids[index] for index in indices if ids[index] >= 0), *own])
         row: Support = [
             [
                 token_text(tokenizer, i),

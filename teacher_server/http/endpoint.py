@@ -82,8 +82,8 @@ class EndpointWrapper:
             except (ClientGoneError, ClientDisconnect):
                 answer = Reply(status_code=CLIENT_GONE)
             except Exception as error:
-                told = as_protocol_error(error, exchange.request_id, self.metrics)
-                answer = refusal(told, exchange.request_id)
+                known = as_protocol_error(error, exchange.request_id, self.metrics)
+                answer = refusal(known, exchange.request_id)
             if exchange.hang_up:
                 # An open connection would go on to receive a body that nobody reads.
                 answer.headers["Connection"] = "close"
@@ -98,9 +98,9 @@ class EndpointWrapper:
         assert isinstance(error, HTTPException)
         exchange, ended = self._begin(request, "other", logging.INFO)
         detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
-        refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-        told = as_protocol_error(refusal(detail), exchange.request_id, self.metrics)
-        answer = problem_reply(told, exchange.request_id)
+        kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
+        known = as_protocol_error(kind(detail), exchange.request_id, self.metrics)
+        answer = problem_reply(known, exchange.request_id)
         answer.headers.update(error.headers or {})  # Allow, for 405
         answer.ended = ended
         return answer
