@@ -1,4 +1,4 @@
-"""Our trainer and its served teacher against TRL's GKDTrainer: the same work on the same two cores.
+"""Compare our trainer and its served teacher with TRL's GKDTrainer on the same work and two cores.
 
 Both distil the same teacher into the same student, on the same rows, for the same number of
 optimizer steps, and the same steps are on-policy. TRL is one process; ours are two, the server
@@ -95,7 +95,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trained student and what it took."""
+    """A trained student, and the time and memory that its training took."""
 
     student: Path
     seconds: dict[bool, list[float]]  # of a step, by whether it was on-policy
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def seconds(runs: Sequence[Run], kinds: Sequence[bool]) -> float:
-    """Of a step: the median over all runs' steps of a kind, and the mean of the kinds."""
+    """Return the seconds of a step: the median over a kind's steps, and the mean of the kinds."""
     return statistics.mean(
         statistics.median(value for run in runs for value in run.seconds[kind]) for kind in kinds
     )
@@ -172,13 +172,13 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
 
 
 def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """The function's result from a process of its own, which gives its memory back."""
+    """Return the function's result from a process of its own, which frees its memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def on_policy_steps(steps: int, seed: int) -> list[bool]:
-    """Our trainer's coins of the warm-up and of the steps that count."""
+    """Return for each step, warm-up included, whether our trainer takes it on-policy."""
     method = DistillationConfig(
         lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
@@ -187,7 +187,7 @@ def on_policy_steps(steps: int, seed: int) -> list[bool]:
 
 
 def balanced_seeds(steps: int, rounds: int) -> list[int]:
-    """The first seeds under which half of the steps that count are on-policy."""
+    """Return the first seeds under which half of the counted steps are on-policy."""
     fair = (s for s in count() if 2 * sum(on_policy_steps(steps, s)[WARM_UP:]) == steps)
     return [next(fair) for _ in range(rounds)]
 
@@ -246,10 +246,10 @@ def train_ours(folder: Path, output: Path, steps: int, seed: int) -> Run:
 def started(
     command: Sequence[Any], log: Path, stdout: int | None = None
 ) -> Iterator[subprocess.Popen[Any]]:
-    """A process that ends with the block at the latest; ``log`` takes what no pipe does."""
+    """Start a process that ends with the block; ``log`` takes the output that no pipe does."""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(word) for word in command],
+            [str(argument) for argument in command],
             stdout=file if stdout is None else stdout,
             stderr=file,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -272,7 +272,7 @@ def watched(
     trainer: subprocess.Popen[bytes],
     *others: subprocess.Popen[bytes],
 ) -> Run:
-    """Follow a training process by the line that it logs after each optimizer step, to its end.
+    """Measure a training process by the line that it logs after each optimizer step, to its end.
 
     Raises:
         RuntimeError: the process failed, or did not log every step.
@@ -301,7 +301,7 @@ def watched(
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
-    """Peak of the resident set, in bytes, of a process that has ended or is to end now."""
+    """End a process, unless it has ended, and return the peak of its resident set in bytes."""
     if process.stdout is None:
         process.terminate()
     _, status, usage = os.wait4(process.pid, 0)
@@ -310,7 +310,7 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def trl_environment(folder: Path) -> Path:
-    """Interpreter of an environment with TRL and the versions of ``constraints.txt``."""
+    """Return the interpreter of an environment with TRL, made by ``constraints.txt`` if missing."""
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():
@@ -331,7 +331,7 @@ def trl_environment(folder: Path) -> Path:
 
 
 def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
-    """Teacher and student, pretrained for a moment, and the rows to distil on."""
+    """Make the rows, and a teacher and a student that are pretrained for a moment."""
     print(f"pretraining models of {vocab_size} tokens in {folder}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -357,14 +357,17 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
 
 
 def _recipe() -> str:
-    """Of the models in a folder: others are made anew."""
+    """Return a digest of how the models are made; those of another digest are made anew."""
     recipe = (SHAPES, KNOWN_WORDS, PRETRAINING, PRETRAINING_ROWS, PRETRAINING_TARGETS)
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:
-    """Rows in a language where a word has four usual successors; a twentieth of the text is any
-    word, by Zipf's law. Teachers of it have most of their mass on few tokens, as real ones have."""
+    """Return rows in a language where a word has four usual successors.
+
+    A twentieth of the text is any word, by Zipf's law. Teachers of it have most of their mass on
+    few tokens, as real ones have.
+    """
     known = KNOWN_WORDS
     share = 1.0 / (np.arange(vocab_size - len(SPECIAL)) + 10.0)
     successors = rng.choice(known, (known, 4), p=share[:known] / share[:known].sum())
@@ -373,10 +376,10 @@ def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:
     chosen = rng.choice(4, (count, length), p=[0.6, 0.2, 0.1, 0.1])
     jumps = rng.random((count, length)) < 0.05
     ids = any_word.copy()  # [rows, length]
-    for place in range(1, length):
-        before = ids[:, place - 1] % known
-        following = successors[before, chosen[:, place]]
-        ids[:, place] = np.where(jumps[:, place], any_word[:, place], following)
+    for position in range(1, length):
+        before = ids[:, position - 1] % known
+        following = successors[before, chosen[:, position]]
+        ids[:, position] = np.where(jumps[:, position], any_word[:, position], following)
     texts = [[f"w{id}" for id in row] for row in ids.tolist()]
     return [(" ".join(text[:PROMPT]), " ".join(text[PROMPT:])) for text in texts]
 
@@ -396,7 +399,7 @@ def messages(row: Row) -> list[dict[str, str]]:
 
 
 def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token a word; words that no row has fill up the vocabulary."""
+    """Return a tokenizer of whole words; unused words fill up its vocabulary."""
     counted = Counter(word for row in rows for text in row for word in text.split())
     known = [word for word, _ in counted.most_common(vocab_size - len(SPECIAL))]
     known += [f"unused{i}" for i in range(vocab_size - len(SPECIAL) - len(known))]
@@ -413,9 +416,9 @@ def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerF
 def pretrain(
     folder: Path, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], steps: int
 ) -> None:
-    """Cross-entropy on words of the completions, so that distributions have a shape.
+    """Train a model on words of the completions, so that its distributions have a shape.
 
-    Never on a completion's end: both trainers' students then write to the limit, and so as much.
+    The end of a completion is not learned, so that both trainers' students write to the limit.
     """
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -428,11 +431,11 @@ def pretrain(
         learned = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (ids, start) in enumerate(texts):
             learned[row, start : len(ids) - 1] = True
-        places = learned.nonzero()
-        places = places[torch.randperm(len(places))[:PRETRAINING_TARGETS]]
+        targets = learned.nonzero()  # [n, 2]: row and position
+        targets = targets[torch.randperm(len(targets))[:PRETRAINING_TARGETS]]
         hidden = model.model(input_ids=input_ids).last_hidden_state  # [B, L, d]
-        logits = model.lm_head(hidden[places[:, 0], places[:, 1] - 1])
-        loss = torch.nn.functional.cross_entropy(logits, input_ids[places[:, 0], places[:, 1]])
+        logits = model.lm_head(hidden[targets[:, 0], targets[:, 1] - 1])
+        loss = torch.nn.functional.cross_entropy(logits, input_ids[targets[:, 0], targets[:, 1]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -444,7 +447,7 @@ def pretrain(
 def token_ids(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
 ) -> tuple[torch.Tensor, int]:
-    """Ids [L] of a row, and where its completion begins."""
+    """Return the ids [L] of a row, and the position at which its completion begins."""
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
@@ -454,7 +457,7 @@ def token_ids(
 
 @torch.inference_mode()
 def held_out_divergences(folder: Path, students: Sequence[Path]) -> list[float]:
-    """Dense generalized JSD from teacher to each student, nats a completion token, in float64."""
+    """Return the dense generalized JSD of each student, in nats a completion token, in float64."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     texts = [token_ids(tokenizer, json.loads(line)["messages"]) for line in lines]

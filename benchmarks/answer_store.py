@@ -1,7 +1,7 @@
-"""The store behind `--teacher_cache`: answers a second, and bytes on disk, beside bare LMDB's.
+"""Measure the store of `--teacher_cache` and bare LMDB: answers a second, and bytes on disk.
 
-LMDB is what it was before, and is left out where it is not installed: it is faster, and cannot
-outlive damage to its file. A step asks for as many answers as its batch has rows.
+LMDB, which is faster but does not survive damage to its file, is left out where it is not
+installed. A step reads as many answers as its batch has rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Read = Callable[[Sequence[bytes]], Sequence[bytes | None]]
 
 
 def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
-    """(answers written, answers found) a second; in batches, found in another order."""
+    """Return the answers written and found a second, in batches and in different orders."""
     keys = [hashlib.sha256(str(number).encode()).digest() for number in range(count)]
     noise = random.Random(0).randbytes(_BYTES + count)
     records = {key: noise[i : i + _BYTES] for i, key in enumerate(keys)}
@@ -41,12 +41,16 @@ def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
     for first in range(0, count, _BATCH):
         some = keys[first : first + _BATCH]
         if list(read(some)) != [records[key] for key in some]:
-            raise AssertionError("what was found is not what was written")
+            raise AssertionError("the answers found are not those written")
     return written, count / (time.perf_counter() - begun)
 
 
 def lmdb_calls(folder: Path) -> tuple[Write, Read]:
-    """LMDB without checksums, order or bound; raises `ImportError` where it is not installed."""
+    """Return functions that write and read LMDB, without checksums, order or bound.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     lmdb: Any = importlib.import_module("lmdb")
     folder.mkdir()
     env = lmdb.open(str(folder), map_size=8 << 30, metasync=False, readahead=False)

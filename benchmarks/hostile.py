@@ -1,10 +1,10 @@
-"""How long others wait while one request is hostile: `/health` beside each of a corpus of attacks.
+"""Measure how long `/health` waits while the server handles each hostile request of a corpus.
 
     python -m benchmarks.hostile
     python -m benchmarks.hostile --checkout ../older   # the server of another checkout
 
-The aim is 100 ms. What is measured includes the attacker and the asker, who share the machine's
-cores with the server.
+The aim is 100 ms. The attacker and the caller of `/health` share the machine's cores with the
+server, so their work is part of the time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 120.0  # seconds after which an attack counts as one that froze the s
 
 
 def main() -> None:
-    """Attack a server of a tiny model with a long context."""
+    """Run every attack on a server of a tiny model with a long context."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkout", type=Path, help="folder whose teacher_server is attacked")
     parser.add_argument("--quick", action="store_true", help="only the first three attacks")
@@ -65,7 +65,7 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
     waits: list[float] = []
     ended = threading.Event()
 
-    def ask() -> None:
+    def call_health() -> None:
         with httpx.Client(timeout=2 * PATIENCE) as client:
             while not (ended.is_set() and waits):
                 since = time.perf_counter()
@@ -74,8 +74,8 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
                 ended.wait(0.01)
 
     body = attack.make()
-    asker = threading.Thread(target=ask)
-    asker.start()
+    caller = threading.Thread(target=call_health)
+    caller.start()
     since = time.perf_counter()
     try:
         response = httpx.post(
@@ -87,7 +87,7 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
         status = type(error).__name__
     seconds = time.perf_counter() - since
     ended.set()
-    asker.join()
+    caller.join()
     return status, seconds, max(waits)
 
 

@@ -14,7 +14,7 @@ _CHUNK = 1 << 16
 
 
 class _Direction:
-    """One way through the link, shared by all connections."""
+    """A direction of the link, whose rate all connections share."""
 
     def __init__(self, seconds: float, bits_per_second: float) -> None:
         self.seconds = seconds
@@ -27,7 +27,7 @@ class _Direction:
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _Direction) -> None:
-    """Bytes from ``source`` to ``sink``, late, and no faster than slow start and the wire allow."""
+    """Copy ``source`` to ``sink``, late, and no faster than slow start and the wire allow."""
     loop = asyncio.get_running_loop()
     on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
@@ -42,21 +42,21 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _
         sink.close()
 
     delivery = asyncio.create_task(deliver())
-    window = left = _FIRST_WINDOW
+    window = unsent = _FIRST_WINDOW  # bytes; those that may still be sent before a pause
     round_trip, last = loop.time(), loop.time()
     with contextlib.suppress(OSError):
-        while data := await source.read(min(_CHUNK, left)):
+        while data := await source.read(min(_CHUNK, unsent)):
             now = loop.time()
             if now - last > _IDLE:
-                window = left = _FIRST_WINDOW
+                window = unsent = _FIRST_WINDOW
                 round_trip = now
             last = now
-            left -= len(data)
+            unsent -= len(data)
             on_the_way.put_nowait((way.arrival(now, len(data)), data))
-            if left <= 0:  # until it is acknowledged
+            if unsent <= 0:  # wait until the window is acknowledged
                 await asyncio.sleep(round_trip + 2 * way.seconds - loop.time())
                 window *= 2
-                left, round_trip = window, loop.time()
+                unsent, round_trip = window, loop.time()
     on_the_way.put_nowait((loop.time() + way.seconds, b""))
     with contextlib.suppress(OSError):
         await delivery
@@ -64,10 +64,10 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _
 
 @contextlib.contextmanager
 def link(url: str, *, round_trip: float, bits_per_second: float) -> Iterator[str]:
-    """Another address for ``url``, at the other end of a long wire.
+    """Yield an address at the near end of a long wire to ``url``.
 
-    Imitated are the round trip (in seconds, half of it each way, and once for a handshake), the
-    rate in each direction, and TCP's slow start after silence; not loss.
+    The wire has a round trip (in seconds, half of it each way, and once for a handshake), a rate
+    in each direction, and TCP's slow start after silence, but no loss.
     """
     target = urlsplit(url)
     loop = asyncio.new_event_loop()

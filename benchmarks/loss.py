@@ -1,4 +1,4 @@
-"""Time and memory of the sparse divergence against the dense one and against bare matmuls.
+"""Measure time and memory of the sparse divergence, the dense one and bare matmuls.
 
 Every method goes from the last hidden states [N, d] to the gradients of hidden states and output
 layer [V, d]. Each runs in its own process, so that its peak memory is its own; the processes take
@@ -62,6 +62,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes of one measurement."""
+
     rows: int
     vocab_size: int
     hidden_size: int
@@ -72,6 +74,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measurement:
+    """The time and memory of one step of a method."""
+
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -149,7 +153,7 @@ def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], No
 def _student(sizes: Sizes, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = getattr(torch, sizes.dtype)
     hidden = torch.randn(sizes.rows, sizes.hidden_size).to(dtype).requires_grad_()
-    # Few rows over and over: to draw all of them in every process takes longer than the steps.
+    # The rows repeat, since drawing all of them in every process takes longer than the steps.
     drawn = torch.randn(DRAWN_ROWS, sizes.hidden_size).mul_(sizes.hidden_size**-0.5)
     weight = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype)
     for part in weight.split(DRAWN_ROWS):
@@ -166,7 +170,7 @@ def _teacher_logits(sizes: Sizes) -> torch.Tensor:
 
 
 def _sparse_teacher(sizes: Sizes) -> SparseDistribution:
-    """Distinct ids all over the vocabulary, with nine tenths of the mass; no large temporary."""
+    """Return a teacher of distinct ids with 0.9 of the mass, made without a large temporary."""
     stride = sizes.vocab_size // sizes.top_k
     first = torch.randint(sizes.vocab_size, (sizes.rows, 1))
     ids = (first + stride * torch.arange(sizes.top_k)) % sizes.vocab_size  # [N, K]
@@ -193,7 +197,7 @@ def _peak_bytes() -> int:
 
 
 def _work(method: str, sizes: Sizes) -> None:
-    """In the child: a step for each line of input, answered by "seconds cpu_seconds peak_bytes".
+    """Run a step for each line of input in the child, and print its seconds and peak bytes.
 
     The warm-up is a small step of the same method: it starts threads and libraries, and is too
     small to raise the peak above the inputs.
@@ -249,7 +253,7 @@ class _Worker:
 
 
 def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measurement]:
-    """After a warm-up, ``repeats`` rounds of one step of each method; the median of the rounds.
+    """Return the median of each method over ``repeats`` rounds of one step, after a warm-up.
 
     The dense method takes part in every other round only, because it takes the longest.
     """
@@ -280,7 +284,7 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
 
 
 def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float]:
-    """What the fused loss is to the dense one and to the limit; ``head`` "_frozen" or trained."""
+    """Return the fused loss over the dense one and the limit; ``head`` is "_frozen" or trained."""
     dense, linear = measured["dense"], measured[f"linear{head}"]
     bare = [measured[f"matmuls{head}"], measured[f"matmuls{head}_chunked"]]
     limit = min(one.seconds for one in bare)
@@ -297,14 +301,14 @@ def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float
 
 
 def extra_bytes(one: Measurement, sizes: Sizes) -> int:
-    """Peak memory beyond the gradients of hidden states and output layer."""
+    """Return the peak memory beyond the gradients of hidden states and output layer."""
     size = getattr(torch, sizes.dtype).itemsize
     gradients = size * sizes.hidden_size * (sizes.rows + sizes.vocab_size)
     return max(0, one.peak_bytes - gradients)
 
 
 def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, float]:
-    """Time over bare matmuls and memory at many rows, named by vocabulary and rows."""
+    """Return time over bare matmuls and memory at many rows, named by vocabulary and rows."""
     linear, limit = measured["linear"], measured["matmuls_chunked"]
     prefix = f"v{sizes.vocab_size}_n{sizes.rows}"
     return {
@@ -315,7 +319,7 @@ def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, f
 
 
 def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | float]]:
-    """The table's rows of one size; a dash where the dense method was left out."""
+    """Return the table's rows of one size, with a dash where the dense method was left out."""
     dense = measured.get("dense")
     return [
         [
@@ -331,7 +335,7 @@ def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | fl
 
 
 def large(sizes: Sizes) -> dict[str, Measurement]:
-    """One step each of what fits at many rows."""
+    """Measure one step of each method that fits in memory at many rows."""
     fits = 4 * sizes.rows * sizes.vocab_size <= DENSE_BYTES
     return measure(sizes, ["dense", *LARGE_METHODS] if fits else LARGE_METHODS, 1)
 

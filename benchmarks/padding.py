@@ -1,4 +1,4 @@
-"""Time of a training pass over completions of different lengths: padded, grouped by length, packed.
+"""Measure training passes over completions of different lengths: padded, grouped and packed.
 
 One optimizer step's samples go forward and backward through a small Llama and the fused loss, in
 each way once a round: in the data's order, grouped by length, in micro-batches of a token budget,
@@ -39,7 +39,7 @@ NOTES = (
 
 @dataclass
 class Way:
-    """How a step is grouped, and what that cost."""
+    """A way to group the samples of a step, and its measured cost."""
 
     grouped: Callable[[list[int]], list[list[int]]]
     packed: bool
@@ -66,7 +66,7 @@ def read_samples(dataset: str, vocab_size: int) -> list[Sample]:
 
 
 def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -> int:
-    """Forward and backward of one micro-batch; its positions."""
+    """Run forward and backward of one micro-batch, and return its number of positions."""
     scored = [ScoredSample(sample, None) for sample in samples]
     masks = [sample.completion_mask for sample in samples]
     rows = predicting_positions(samples, masks, packed=packed)

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table for people and, as the very last line, one line of JSON."""
+"""The output of every benchmark: a table for people and, as the last line, one line of JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Figure = str | int | float | bool | None
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Aligned text: the first column to the left, all others to the right; 3 digits of floats.
+    """Return an aligned table: the first column to the left, others to the right, floats to .001.
 
     Raises:
         ValueError: a row with another number of cells than there are columns.
@@ -39,10 +39,10 @@ def print_report(
     *,
     notes: Sequence[str] = (),
 ) -> None:
-    """Title, table and notes; then ``figures`` as one line of JSON, which is the last line.
+    """Print title, table and notes, and then ``figures`` as the last line, in JSON.
 
     Raises:
-        ValueError: a figure is NaN or infinite, which JSON cannot say.
+        ValueError: a figure is NaN or infinite, which JSON does not have.
     """
     last = json.dumps(dict(figures), allow_nan=False)
     print(f"{title}\n\n{format_table(columns, rows)}\n")

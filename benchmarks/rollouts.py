@@ -1,4 +1,4 @@
-"""Completion tokens per second of the student's rollout engines, and when completions leave.
+"""Measure the rollout engines: completion tokens per second, and when completions are handed over.
 
 A random 4-layer model and completions of very different lengths: each 25th token of the
 vocabulary ends one, so lengths are geometric. Engines take turns, one round each, over the same
@@ -39,7 +39,7 @@ NOTES = (
 
 @dataclass
 class Figures:
-    """Of one engine in one case: a value for each round."""
+    """The measurements of one engine in one case, a value for each round."""
 
     tokens_per_second: list[float] = field(default_factory=list)
     seconds_to_half: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Figures:
 
 
 class Generate:
-    """`model.generate` over batches of prompts of similar length."""
+    """An engine of `model.generate` over batches of prompts of similar length."""
 
     def __init__(self, model: Any, stop_ids: Sequence[int], places: int | None, *, keyed: bool):
         self.model = model
@@ -98,7 +98,7 @@ class Generate:
 
 
 class _WholeCdf:
-    """Inverse-CDF sampling over a float64 cumulative sum of all tokens."""
+    """A logits processor of inverse-CDF sampling over a float64 sum of all tokens."""
 
     def __init__(self, draws: torch.Tensor, prompt_width: int) -> None:
         self.draws = draws
@@ -112,7 +112,7 @@ class _WholeCdf:
 
 
 def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
-    """Each engine's figures, after two prompts to warm up."""
+    """Return the measurements of each engine, after two prompts to warm up."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
@@ -138,7 +138,7 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
     figures = {name: Figures() for name in engines}
     rng = np.random.default_rng(0)
     for number in range(rounds):
-        asked = [
+        requests = [
             RolloutRequest(
                 rng.integers(vocab_size // 25, vocab_size, rng.integers(8, 65)).astype(np.uint32),
                 (number, i),
@@ -147,9 +147,9 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
         ]
         for name, engine in engines.items():
             if not number:
-                list(engine(asked[:2]))
+                list(engine(requests[:2]))
             since, tokens, handed, half = time.perf_counter(), 0, 0, 0.0
-            for group in engine(asked):
+            for group in engine(requests):
                 tokens += sum(len(rollout.token_ids) for _, rollout in group)
                 handed += len(group)
                 if handed >= prompts / 2 and not half:

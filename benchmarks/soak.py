@@ -1,11 +1,11 @@
-"""A teacher server under twice the load that it can take, for a long time: errors, memory, latency.
+"""Measure errors, memory and latency of a teacher server under twice its capacity for a long time.
 
     python -m benchmarks.soak                # 30 minutes
     python -m benchmarks.soak --minutes 3
 
 First the capacity is measured: 16 clients that wait for each answer, for 20 seconds. Then each
-sends at a 16th of twice that rate, answered or not. What is over the capacity must be refused at
-once, by 429 or 503 with Retry-After, and cost neither memory nor the time of those admitted.
+sends at a 16th of twice that rate, answered or not. The server must refuse what is over its
+capacity at once, by 429 or 503 with Retry-After, without growth or delay of other requests.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NOTES = (
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """The answers that all clients got, and the server's memory meanwhile."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     answered: Counter[int] = field(default_factory=Counter)  # 200s of each client
@@ -59,13 +59,13 @@ class Seen:
 
 
 def requests(client: int) -> Iterator[tuple[str, bytes]]:
-    """(route, body) again and again."""
+    """Yield (route, body) of a client's requests without end."""
     rng = np.random.default_rng(client)
     for number in itertools.count():
         if number % 10 == 9:
             prompt = rng.integers(0, 260, 32).astype(np.uint32)
-            asked = GenerateRequest(prompts=[prompt], max_new_tokens=16, seed=number)
-            yield "/v1/generate", wire.dump(asked, wire.MSGPACK_MEDIA_TYPE)
+            generate = GenerateRequest(prompts=[prompt], max_new_tokens=16, seed=number)
+            yield "/v1/generate", wire.dump(generate, wire.MSGPACK_MEDIA_TYPE)
             continue
         lengths = rng.integers(64, LENGTH, 4)
         sequences = [
@@ -80,7 +80,7 @@ def requests(client: int) -> Iterator[tuple[str, bytes]]:
 
 
 def key(client: int) -> str:
-    """The key that makes it a client of its own."""
+    """Return the API key of a client, which gives it limits of its own."""
     return f"client-of-the-soak-{client}"
 
 
@@ -101,7 +101,7 @@ async def ask(http: httpx.AsyncClient, client: int, route: str, body: bytes, see
 
 
 async def capacity(http: httpx.AsyncClient) -> float:
-    """Requests a second while every client waits for its answers."""
+    """Return the requests a second while every client waits for its answers."""
     seen = Seen()
     until = time.monotonic() + CALIBRATION_SECONDS
 
@@ -117,7 +117,7 @@ async def capacity(http: httpx.AsyncClient) -> float:
 
 
 async def overload(http: httpx.AsyncClient, url: str, rate: float, seconds: float) -> Seen:
-    """What all clients see who together send ``rate`` requests a second."""
+    """Return the answers to all clients, which together send ``rate`` requests a second."""
     seen = Seen()
     server = listener(url)
     until = time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""How long the trainer waits for the teacher, and how little any schedule could wait.
+"""Measure how long the trainer waits for the teacher, and compare it with the best schedule.
 
 Trainer, pipeline, client, wire and msgpack are the real ones. Both models are imitated: generating
 a group, training a micro-batch and scoring a token take set times, in which the processor is free,
@@ -49,7 +49,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """The settings of a training run."""
 
     urls: list[str]
     staleness: int
@@ -61,7 +61,7 @@ class Run:
 
 
 def serve(seconds_per_token: float) -> None:
-    """A teacher behind the wire, until standard input is closed; prints its address."""
+    """Serve a teacher behind the wire until standard input is closed, and print its address."""
     from shared.protocol import ScoreSequence
     from tests.support import stub
     from tests.support.paced import PacedTeacher, scores_of
@@ -77,7 +77,7 @@ def serve(seconds_per_token: float) -> None:
 
 
 def train(run: Run) -> None:
-    """The real trainer; its log goes to ``run.output``."""
+    """Run the real trainer, and write its log to ``run.output``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +91,7 @@ def train(run: Run) -> None:
     share = run.prompts / PROMPTS
 
     class PacedRollouts:
-        """Random completions, a group at a time."""
+        """An engine of random completions, a group at a time."""
 
         elsewhere = False
 
@@ -108,7 +108,7 @@ def train(run: Run) -> None:
         return (uniforms(*key, count=COMPLETION) * VOCAB_SIZE).astype(np.uint32)
 
     class PacedTrainer(DistillationTrainer):
-        """A micro-batch takes its time from when its scores are there."""
+        """A trainer whose micro-batches take their time from when their scores are there."""
 
         def _scored(self, *arguments: Any, **options: Any) -> Any:
             scored = super()._scored(*arguments, **options)
@@ -174,7 +174,7 @@ def teacher_process(seconds_per_token: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over a run's steps."""
+    """The means over a run's steps."""
 
     step: float
     waiting: float
@@ -219,7 +219,7 @@ def measure(
 
 
 def best_stall(found: Figures, *, staleness: int, scoring: float) -> float:
-    """The least share of waiting in any schedule of the same work, at the speeds measured.
+    """Return the least share of waiting in any schedule of the same work, at the measured speeds.
 
     Args:
         scoring: seconds that the teacher takes for a step.
@@ -277,13 +277,13 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="replicas, processes, prompts too")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--train", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve is not None:
-        serve(given.serve)
-    elif given.train is not None:
-        train(Run(**json.loads(given.train)))
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        serve(arguments.serve)
+    elif arguments.train is not None:
+        train(Run(**json.loads(arguments.train)))
     else:
-        report(given.scaling)
+        report(arguments.scaling)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens scored per second by a served teacher, against stock vLLM and against the bare model.
+"""Measure the tokens scored per second by a served teacher, by stock vLLM and by the bare model.
 
 Every server is a process of its own with one thread for its model; all are up, and take turns, one
 round each, so that a disturbance of the machine falls on all of them. A token is scored when its
@@ -59,6 +59,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
+    """The sizes of one case."""
+
     vocab_size: int
     top_k: int
     clients: int
@@ -75,7 +77,7 @@ STAR = (
 
 @dataclass
 class Figures:
-    """Of one method in one case: a value for each round."""
+    """The measurements of one method in one case, a value for each round."""
 
     rows_per_second: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -93,13 +95,13 @@ class Figures:
         return [float(p50), float(p99), round(self.bytes_per_token), f"{self.memory / 2**20:.0f}"]
 
 
-# A method runs one round of sequences and says what it saw.
+# A method runs one round of sequences and adds its measurements.
 Round = Callable[[Case, list[NDArray[np.uint32]], Figures], None]
 
 
 def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media_type: str,
               process: psutil.Process) -> Round:  # fmt: skip
-    """Each sequence in a request of its own, ``case.clients`` of them at a time."""
+    """Return a method that sends each sequence alone, ``case.clients`` requests at a time."""
 
     def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
         bodies = [body(case, sequence) for sequence in sequences]
@@ -127,19 +129,19 @@ def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media
 
 def score_body(case: Case, sequence: NDArray[np.uint32], dtype: LogprobDtype = "float16") -> bytes:
     one = ScoreSequence(token_ids=sequence, completion_start=PROMPT)
-    asked = ScoreRequest(sequences=[one], top_k=case.top_k, logprob_dtype=dtype)
-    return wire.dump(asked, wire.MSGPACK_MEDIA_TYPE)
+    request = ScoreRequest(sequences=[one], top_k=case.top_k, logprob_dtype=dtype)
+    return wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
 
 
 def stock_body(case: Case, sequence: NDArray[np.uint32]) -> bytes:
-    asked = {
+    request = {
         "model": "stock",
         "prompt": sequence.tolist(),
         "max_tokens": 1,
         "temperature": 0.0,
         "prompt_logprobs": case.top_k,
     }
-    return json.dumps(asked).encode()
+    return json.dumps(request).encode()
 
 
 def bare_forward(folder: Path) -> Round:
@@ -165,7 +167,7 @@ def bare_forward(folder: Path) -> Round:
 
 
 def bare_engine(folder: Path) -> Iterator[Round]:
-    """vLLM's own `LLM` in a process of its own, told each round through a pipe."""
+    """Yield a method that runs vLLM's own `LLM` in a process of its own, through a pipe."""
     command = [sys.executable, "-m", "benchmarks.teacher", "--engine", str(folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -195,7 +197,7 @@ def bare_engine(folder: Path) -> Iterator[Round]:
 
 
 def serve_engine(folder: str) -> None:
-    """The other end of `bare_engine`."""
+    """Run the child process of `bare_engine`."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(folder, dtype="float32", enforce_eager=True, enable_prefix_caching=False,
@@ -211,7 +213,7 @@ def serve_engine(folder: str) -> None:
 
 @contextlib.contextmanager
 def stock_server(folder: Path) -> Iterator[str]:
-    """URL of `vllm serve`, as vLLM ships it."""
+    """Yield the URL of `vllm serve`, as vLLM ships it."""
     port = free_port()
     with tempfile.TemporaryDirectory() as logs:
         log = Path(logs) / "log"
@@ -233,13 +235,13 @@ def stock_server(folder: Path) -> Iterator[str]:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of a server and all it started."""
+    """Return the resident bytes of a server and its child processes."""
     family = [process, *process.children(recursive=True)]
     return sum(int(member.memory_info().rss) for member in family)
 
 
 def listener(url: str) -> psutil.Process:
-    """The child of this process that listens at ``url``."""
+    """Return the child of this process that listens at ``url``."""
     port = int(url.rsplit(":", 1)[1])
     for child in psutil.Process().children():
         for connection in child.net_connections(kind="tcp"):
@@ -254,16 +256,16 @@ def random_sequences(rng: np.random.Generator, count: int, case: Case) -> list[A
 
 @torch.inference_mode()
 def largest_error(folder: Path, url: str, case: Case) -> float:
-    """Of any float32 log-prob of the server at ``url``, from a plain float32 forward pass."""
+    """Return the largest error of a server's float32 log-probs against a plain forward pass."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     worst = 0.0
     for sequence in random_sequences(np.random.default_rng(1), 3, case):
-        answered = httpx.post(
+        response = httpx.post(
             f"{url}/v1/score", content=score_body(case, sequence, "float32"), timeout=300,
             headers={"content-type": wire.MSGPACK_MEDIA_TYPE},
         )  # fmt: skip
         [scores] = wire.load(
-            ScoreResponse, answered.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 30
+            ScoreResponse, response.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 30
         ).sequences
         ids = torch.from_numpy(sequence.astype(np.int64))
         logits = model(ids[None]).logits[0, PROMPT - 1 : -1].double()  # [T, V]
@@ -281,7 +283,7 @@ def largest_error(folder: Path, url: str, case: Case) -> float:
 
 
 def soak(url: str, process: psutil.Process, requests: int, case: Case) -> float:
-    """Growth of resident memory over the last nine tenths of many short requests, as a ratio."""
+    """Return the growth of resident memory over the last 0.9 of many requests, as a ratio."""
     rng = np.random.default_rng(2)
     bodies = [score_body(case, s[: PROMPT + 16]) for s in random_sequences(rng, 64, case)]
     sizes = []
@@ -338,7 +340,7 @@ def main() -> None:
 
 def measure(cases: list[Case], rounds: int, soaked: int, rows: list[list[Cell]],
             figures: dict[str, Any]) -> None:  # fmt: skip
-    """Run all methods on all cases of one vocabulary; adds to ``rows`` and ``figures``."""
+    """Run all methods on all cases of one vocabulary, and add to ``rows`` and ``figures``."""
     vocab_size = cases[0].vocab_size
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

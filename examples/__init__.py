@@ -1,0 +1,1 @@
+"""The examples, each in a folder of its own."""

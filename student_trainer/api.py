@@ -1,4 +1,4 @@
-"""`distill` for a notebook or a script: the command, on what is in memory already."""
+"""The function `distill`: the command of that name, for models and rows in memory."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from student_trainer.model.forward import remove_sparse_loss
 
 Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 
-# Flags that `distill` has as parameters which take more than a name.
+# Flags that are parameters here, because those take objects as well as names.
 _PARAMETERS = {
     "model_name_or_path": "model",
     "dataset_name": "dataset",
     "eval_dataset_name": "eval_dataset",
 }
-# What can only be told to a model or a tokenizer while it loads.
+# Flags that only affect how a model or a tokenizer is loaded.
 _LOADING = (
     "model_revision", "torch_dtype", "trust_remote_code", "attn_implementation", "eos_token",
     "chat_template", "load_in_4bit",
 )  # fmt: skip
-_IN_MEMORY = "./rows in memory"  # like a path: a model card then names no data set of the Hub
+_IN_MEMORY = "./rows in memory"  # looks like a path, so a model card takes it for no dataset
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """What a run left.
+    """The result of a run.
 
     Attributes:
         output_dir: folder with the trained model, its tokenizer, logs and checkpoints.
@@ -63,9 +63,9 @@ def distill(
     eval_dataset: Dataset | None = None,
     **flags: Any,
 ) -> DistillationResult:
-    """Train a student on what a served teacher thinks of completions.
+    """Train a student on a served teacher's token distributions.
 
-    What `student-trainer distill` does, with its checks, defaults and files.
+    It is the same as `student-trainer distill`, with its checks, defaults and files.
 
     Args:
         model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``.
@@ -121,7 +121,7 @@ def distill(
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
     check_distillation(recipe, teacher, args)
     trainer = run_distill(recipe, teacher, args)
-    assert trainer is not None  # it was not dry
+    assert trainer is not None  # None only after a dry run
     history = trainer.state.log_history
     metrics = {name: value for entry in history for name, value in entry.items()}
     remove_sparse_loss(trainer.model)

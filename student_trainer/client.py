@@ -1,4 +1,4 @@
-"""`TeacherClient`: a served teacher in a notebook, or in a training loop of one's own."""
+"""The `TeacherClient`: a served teacher in a notebook or in your own training loop."""
 
 from __future__ import annotations
 
@@ -48,23 +48,24 @@ class Scored:
 
 
 def teacher_distribution(scored: Sequence[Scored], vocab_size: int) -> SparseDistribution:
-    """What the losses compare with: the rows of all completions, one after another.
+    """Return the teacher's distributions of all completions, as the losses take them.
 
     Args:
-        scored: of `TeacherClient.score` or `generate`.
+        scored: what `TeacherClient.score` or `generate` returned.
         vocab_size: the smaller of the student's and the teacher's vocabulary; teacher mass outside
             goes to the tail.
 
     Returns:
-        N = ΣT rows: token_ids [N, K] int64, logprobs [N, K] and tail_logprob [N] float32, on the
-        CPU. The support is the top-k joined with the token that came next.
+        N = ΣT positions, one completion after another: token_ids [N, K] int64, logprobs [N, K] and
+        tail_logprob [N] float32, on the CPU. The support is the top-k joined with the token that
+        came next.
     """
     samples = [ScoredSample(one.sample, one.scores) for one in scored]
     return sparse_distribution(samples, vocab_size)
 
 
 class TeacherClient:
-    """A served teacher: what it thinks of sequences, and what it writes.
+    """A client of a served teacher, which scores sequences and generates completions.
 
     Use it as a context manager, or `close` it. The first call waits until the teacher is ready.
     Work of any size is cut to the teacher's limits; a request that fails is tried again until
@@ -82,7 +83,7 @@ class TeacherClient:
             smaller, and what `distill` uses by default.
 
     Raises:
-        ConfigurationError: an address or a key that is none.
+        ConfigurationError: an invalid address or key.
 
     Every other call raises a `SparseGKDError`: `TeacherUnreachableError`,
     `TeacherUnauthorizedError`, `TokenizerMismatchError`, `TeacherAnswerError` for an answer that
@@ -122,7 +123,7 @@ class TeacherClient:
         self.close()
 
     def close(self) -> None:
-        """Drop connections, and what is in flight."""
+        """Close the connections and drop the requests under way."""
         self._teacher.close()
 
     @cached_property
@@ -147,13 +148,13 @@ class TeacherClient:
         top_k: int = 64,
         temperature: float = 1.0,
     ) -> list[Scored]:
-        """The teacher's distribution at each token of the completions.
+        """Return the teacher's distribution at each token of the completions.
 
         Args:
             sequences: rows as `distill` reads them, such as ``{"prompt": …, "completion": …}`` or
                 ``{"messages": […]}``, which become the same ids as in training, end token
                 included; or (token_ids [L], completion_start) pairs.
-            top_k: most probable tokens for each row.
+            top_k: most probable tokens at each position.
             temperature: divides the teacher's logits.
 
         Returns:
@@ -163,7 +164,7 @@ class TeacherClient:
             DatasetError: a row that has no completion, or cannot be tokenized.
             ConfigurationError: rows of text without a tokenizer.
         """
-        samples = [self._sample(number, given) for number, given in enumerate(sequences)]
+        samples = [self._sample(number, sequence) for number, sequence in enumerate(sequences)]
         pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
         scores = self._connected.score(pairs, top_k=top_k, temperature=temperature)
         return list(map(Scored, samples, scores))
@@ -179,7 +180,7 @@ class TeacherClient:
         top_k: int = 64,
         score_temperature: float = 1.0,
     ) -> list[Scored]:
-        """Completions that the teacher writes, one for each prompt, scored in the same pass.
+        """Return a completion for each prompt, generated and scored by the teacher in one pass.
 
         Args:
             prompts: text as it stands, rows (``{"messages": […]}`` for the chat template), or
@@ -198,7 +199,7 @@ class TeacherClient:
         Raises:
             As `score`.
         """
-        asked = [self._prompt(number, given) for number, given in enumerate(prompts)]
+        prompt_ids = [self._prompt(number, prompt) for number, prompt in enumerate(prompts)]
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -207,16 +208,16 @@ class TeacherClient:
             top_k=top_k,
             score_temperature=score_temperature,
         )
-        written = self._connected.generate(asked, sampling)
-        return [_written(prompt, answer) for prompt, answer in zip(asked, written, strict=True)]
+        completions = self._connected.generate(prompt_ids, sampling)
+        return list(map(_scored, prompt_ids, completions))
 
-    def _sample(self, number: int, given: Row | tuple[Ids, int]) -> Sample:
-        if isinstance(given, Mapping):
-            example = self._example(number, given)
+    def _sample(self, number: int, sequence: Row | tuple[Ids, int]) -> Sample:
+        if isinstance(sequence, Mapping):
+            example = self._example(number, sequence)
             if example.sample is None:
                 raise DatasetError(f"{example.name} has no completion to score")
             return example.sample
-        token_ids, start = _ids(given[0]), given[1]
+        token_ids, start = _ids(sequence[0]), sequence[1]
         if not 0 < start < len(token_ids):
             raise InvalidRequestError(
                 f"sequence {number}: completion_start {start} must be from 1 to "
@@ -226,8 +227,8 @@ class TeacherClient:
         learned = np.ones(len(token_ids) - start, dtype=bool)
         return Sample(token_ids, start, learned, source="dataset")
 
-    def _prompt(self, number: int, given: str | Row | Ids) -> NDArray[np.uint32]:
-        row = {"prompt": given} if isinstance(given, str) else given
+    def _prompt(self, number: int, prompt: str | Row | Ids) -> NDArray[np.uint32]:
+        row = {"prompt": prompt} if isinstance(prompt, str) else prompt
         return self._example(number, row).prompt_ids if isinstance(row, Mapping) else _ids(row)
 
     def _example(self, number: int, row: Row) -> Example:
@@ -241,7 +242,7 @@ class TeacherClient:
             RowTokenizer(
                 self.tokenizer,
                 tuple(self._stop_ids()),
-                # Text stands for what a tokenizer makes of it, as in vLLM's completions.
+                # A special token spelled in plain text is that token, as in vLLM's completions.
                 DataArguments(split_special_tokens=False),
                 self.info.max_model_len,
             ),
@@ -257,12 +258,12 @@ class TeacherClient:
         return stop_token_ids(self.tokenizer, GenerationConfig(eos_token_id=own))
 
 
-def _ids(given: Ids) -> NDArray[np.uint32]:
-    return np.asarray(given, dtype=np.uint32)
+def _ids(token_ids: Ids) -> NDArray[np.uint32]:
+    return np.asarray(token_ids, dtype=np.uint32)
 
 
-def _written(prompt: NDArray[np.uint32], completion: Completion) -> Scored:
-    assert completion.scores is not None  # the teacher's client checked
+def _scored(prompt: NDArray[np.uint32], completion: Completion) -> Scored:
+    assert completion.scores is not None  # `SparseGkdTeacher` has checked it
     token_ids, start = sequence_of(prompt, completion)
     learned = np.ones(len(completion.token_ids), dtype=bool)
     cut = completion.finish_reason == "length"

@@ -1,9 +1,11 @@
+"""The entry of `python -m teacher_server`."""
+
 import sys
 
 from teacher_server.cli import main
 
 if __name__ == "__main__":
-    # A process that multiprocessing spawns imports its parent's main module again, and finds it by
-    # this, unless it is called __main__; without, by its file. See `teacher_server.orphans`.
+    # multiprocessing does not import a main module again whose spec is named __main__, and
+    # `teacher_server.orphans` needs it imported; without a spec it is found by its file.
     __spec__ = None
     sys.exit(main())

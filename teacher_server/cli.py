@@ -1,4 +1,4 @@
-"""`teacher-server serve MODEL` and `completion SHELL`, also as `python -m teacher_server`.
+"""The program `teacher-server COMMAND`, also as `python -m teacher_server`.
 
 Exit codes: 0 stopped on request, 1 the model failed, 2 wrong flags, model or port.
 """
@@ -37,7 +37,7 @@ from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
 
 logger = logging.getLogger("teacher_server")
 
-end_with_parent()  # both commands' main modules import this one
+end_with_parent()  # here, as both ways to start the program import this module
 
 # Connections that the kernel keeps until they are accepted.
 _WAITING_CONNECTIONS = 1024
@@ -62,25 +62,25 @@ Memory for scoring
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return its exit code."""
     parser, serve = _parsers()
     try:
-        words = _with_file(sys.argv[1:] if argv is None else argv)
+        arguments = _with_file(sys.argv[1:] if argv is None else argv)
     except ConfigurationError as error:
         return _fail(error, 2)
-    parsed, engine_flags = parser.parse_known_args(words)
+    parsed, engine_flags = parser.parse_known_args(arguments)
     if parsed.command == "completion":
         commands = {"serve": arguments_of(serve, "load a model and answer requests"), **_COMPLETION}
         sys.stdout.write(completion_script(parsed.shell, "teacher-server", commands))
         return 0
     del parsed.command, parsed.config
-    arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
+    values = {**vars(parsed), "engine_flags": tuple(engine_flags)}
     logs.setup(
-        arguments.pop("log_format"), level=arguments.pop("log_level"),
+        values.pop("log_format"), level=values.pop("log_level"),
         text="%(asctime)s %(levelname)s %(message)s",
     )  # fmt: skip
     try:
-        settings = Settings(**arguments)
+        settings = Settings(**values)
         keys = load_keys(settings)
         listener = _listen(settings)
     except ConfigurationError as error:
@@ -89,25 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return asyncio.run(_serve(settings, keys, listener))
 
 
-def _with_file(words: Sequence[str]) -> list[str]:
-    """The words, and before them what the file of ``--config`` says: the command line wins.
+def _with_file(argv: Sequence[str]) -> list[str]:
+    """Return the arguments after those of the ``--config`` file, so that the command line wins.
 
     Raises:
         ConfigurationError: the file cannot be read, or holds something else than flags.
     """
-    path = config_path(words)
-    if path is None or words[0] != "serve":
-        return list(words)
-    told = list(words[1:])
+    path = config_path(argv)
+    if path is None or argv[0] != "serve":
+        return list(argv)
+    flags = list(argv[1:])
     content = {str(key).replace("_", "-"): value for key, value in read_config(path).items()}
     model = content.pop("model", None)
-    if not told[0].startswith("-"):
-        model = told.pop(0)
+    if not flags[0].startswith("-"):
+        model = flags.pop(0)
     return [
         "serve",
         *([] if model is None else [str(model)]),
-        *(word for name, value in content.items() for word in _flag(name, value)),
-        *told,
+        *(argument for name, value in content.items() for argument in _flag(name, value)),
+        *flags,
     ]
 
 
@@ -118,7 +118,7 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The whole one, and that of `serve`."""
+    """Return the parser of the program, and that of `serve`."""
     defaults = Settings.__dataclass_fields__
     parser = argparse.ArgumentParser(
         prog="teacher-server",
@@ -204,7 +204,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """The listening socket, taken before the model loads.
+    """Return the listening socket, taken before the model loads.
 
     Raises:
         ConfigurationError: the port is in use, or the address is not this machine's.
@@ -225,7 +225,7 @@ def _listen(settings: Settings) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that drains on SIGTERM and SIGINT and then ends normally, with exit code 0."""
+    """A uvicorn server that drains on SIGTERM and SIGINT and then ends with exit code 0."""
 
     def __init__(self, config: uvicorn.Config, app: TeacherApp) -> None:
         super().__init__(config)
@@ -234,7 +234,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        for listener in sockets or ():  # asyncio has told it how many are accepted at a time
+        for listener in sockets or ():  # asyncio has set the backlog to that of `uvicorn.Config`
             listener.listen(_WAITING_CONNECTIONS)
 
     @contextlib.contextmanager
@@ -245,22 +245,22 @@ class _Server(uvicorn.Server):
         yield
 
     def _drain(self, number: signal.Signals) -> None:
-        if self._draining is not None:  # told twice: now
+        if self._draining is not None:  # a second signal ends the server at once
             self.handle_exit(number, None)
             return
         logger.info("%s: finishing what runs, taking nothing new", number.name)
         self._draining = asyncio.create_task(self._finish(number))
 
     async def _finish(self, number: signal.Signals) -> None:
-        """Go on listening until what runs is answered: who asks now is told to go elsewhere."""
+        """Keep listening until all admitted requests are answered; new ones are refused."""
         patience = self.teacher_app.settings.drain_timeout
         since = time.monotonic()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self.teacher_app.admission.drain()
-        # What is left of it is for answers still being sent.
-        left = patience - (time.monotonic() - since)
-        self.config.timeout_graceful_shutdown = max(1, round(left))
+        # The rest of the time is for answers that are still being sent.
+        remaining = patience - (time.monotonic() - since)
+        self.config.timeout_graceful_shutdown = max(1, round(remaining))
         self.handle_exit(number, None)
 
 
@@ -271,14 +271,14 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         uvicorn.Config(
             app.api,
             log_level="warning",
-            log_config=None,  # its lines look like ours
-            access_log=False,  # ours knows the request's id
+            log_config=None,  # uvicorn's lines then have our format
+            access_log=False,  # our own access log has the request's id
             lifespan="off",
-            http=GuardedProtocol,  # of h11: httptools reads headers without end
+            http=GuardedProtocol,  # on h11, as httptools sets no limit to headers
             ws="none",
-            # So many connections are accepted before the first of them is looked at.
+            # asyncio accepts this many connections before it serves the first of them.
             backlog=max(1, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 32)),
-            # Longer than clients keep an idle connection: or one is closed as a request enters it.
+            # Longer than clients keep idle connections, so that none is closed under a request.
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
             ssl_certfile=settings.ssl_certfile,
@@ -293,7 +293,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
         logger.warning("--allow-unauthenticated: everyone who reaches this port may use it")
     if not settings.loopback and scheme == "http":
         logger.warning("Keys and tokens travel unencrypted; --ssl-certfile encrypts them")
-    # A thread that works on a body hands the interpreter over this soon.
+    # Threads that work on bodies then give the interpreter back to the event loop soon.
     sys.setswitchinterval(0.001)
     limit_log_lines()
     survive_full_tables(asyncio.get_running_loop())
@@ -304,7 +304,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
     if app.backend is not None:
         await app.backend.close()
     if not loading.done():
-        # Nothing interrupts the thread that loads, and a normal end would wait for it.
+        # A normal end would wait for the loading thread, which nothing can interrupt.
         for engine in multiprocessing.active_children():
             engine.terminate()
         logging.shutdown()
@@ -313,7 +313,7 @@ async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> 
 
 
 async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
-    """Load the model while the socket already answers; 0, or the exit code of the failure."""
+    """Load the model while the socket already answers; return the exit code, 0 for success."""
     try:
         loop = asyncio.get_running_loop()
         backend = await asyncio.to_thread(_make_backend, settings, app.metrics, loop)
@@ -324,7 +324,7 @@ async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
         logger.exception("The model failed to load")
         server.should_exit = True
         return _fail(error, 1)
-    # What is there now stays: looking through it for garbage takes a third of a second each time.
+    # The objects that exist now stay, and each search of them for garbage takes 0.3 s.
     await asyncio.to_thread(gc.collect)
     gc.freeze()
     app.ready(backend)

@@ -42,7 +42,7 @@ class _FoundError(Exception):
 
 
 def student_trainer_page() -> str:
-    """Every command of the trainer: first the flags that several share, by what they are about."""
+    """Return the page of the trainer's commands, whose shared flags come first, by subject."""
     main = student_trainer.commands.main.main
     lines = [
         "# student-trainer",
@@ -57,9 +57,9 @@ def student_trainer_page() -> str:
     }
     for name, group in _groups():
         takers = [c for c, groups in ARGUMENTS.items() if any(issubclass(g, group) for g in groups)]
-        told = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
+        names = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
         about = inspect.cleandoc(group.__doc__ or "").split("\n\n")[0]
-        lines += ["", f"## {name}", "", f"{escaped(about)} For {told}.", ""]
+        lines += ["", f"## {name}", "", f"{escaped(about)} For {names}.", ""]
         for flag in _own(group):
             lines += _entry(of_command[takers[0]][flag], f"{name.lower()}-{flag}")
     for command in ("study", "report", "doctor"):
@@ -71,7 +71,7 @@ def student_trainer_page() -> str:
 
 
 def teacher_server_page() -> str:
-    """`teacher-server serve`."""
+    """Return the page of `teacher-server serve`."""
     top = _parser(teacher_server.cli.main, "teacher-server", [])
     (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     parser = commands.choices["serve"]
@@ -84,8 +84,8 @@ def teacher_server_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _parser(main: Main, prog: str, words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser named ``prog`` with which a command reads its flags; the command does not run."""
+def _parser(main: Main, prog: str, argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser named ``prog`` of a command, without running the command."""
     parse = argparse.ArgumentParser.parse_known_args
 
     def stop(parser: argparse.ArgumentParser, *given: Any, **options: Any) -> Any:
@@ -95,16 +95,16 @@ def _parser(main: Main, prog: str, words: Sequence[str]) -> argparse.ArgumentPar
 
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
         try:
-            main(words)
+            main(argv)
         except _FoundError as found:
             return found.parser
-    raise AssertionError(f"nothing called {prog} parsed {words}")
+    raise AssertionError(f"nothing called {prog} parsed {argv}")
 
 
 def _by_name(
     parser: argparse.ArgumentParser, *, without: Sequence[str] = ("help", "config")
 ) -> dict[str, list[argparse.Action]]:
-    """Arguments by destination: `--x` and `--no_x` are two of one."""
+    """Return the arguments by destination, which `--x` and `--no_x` share."""
     found: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:
         if action.dest not in without:
@@ -113,42 +113,42 @@ def _by_name(
 
 
 def _groups() -> Iterable[tuple[str, type[Any]]]:
-    """Every dataclass of flags once, with the title of its section."""
+    """Yield every dataclass of flags once, with the title of its section."""
     every = dict.fromkeys(g for groups in ARGUMENTS.values() for g in groups)
     for group in [*(g for g in every if not issubclass(g, RunFlags)), RunFlags, DivergenceFlags]:
         yield _TITLES[group.__name__], group
 
 
 def _own(group: type[Any]) -> list[str]:
-    """The flags that a dataclass declares itself, without those that it inherits."""
+    """Return the flags that a dataclass declares itself, without those that it inherits."""
     return [f.name for f in fields(group) if f.init and f.name in inspect.get_annotations(group)]
 
 
 def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
-    """A heading, so that a flag can be linked to and found, and what the parser says of it."""
+    """Return the entry of a flag: a heading, so that it can be linked to, and the parser's text."""
     first = actions[0]
     names = [name for action in actions for name in _names(action)]
-    told = [escaped(first.help or "")]
-    if told[0] and not told[0].endswith((".", "…", ")")):
-        told[0] += "."
+    sentences = [escaped(first.help or "")]
+    if sentences[0] and not sentences[0].endswith((".", "…", ")")):
+        sentences[0] += "."
     if first.choices is not None:
-        told.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
+        sentences.append("One of " + ", ".join(f"`{choice}`" for choice in first.choices) + ".")
     if first.nargs in ("+", "*"):
-        told.append("Takes several values.")
+        sentences.append("Takes several values.")
     if "(default: " not in (first.help or "") and first.default not in (None, "", False):
-        told.append(f"Default: `{first.default}`.")
-    return [f"### `{', '.join(names)}` {{#{anchor}}}", "", " ".join(told), ""]
+        sentences.append(f"Default: `{first.default}`.")
+    return [f"### `{', '.join(names)}` {{#{anchor}}}", "", " ".join(sentences), ""]
 
 
 def _names(action: argparse.Action) -> list[str]:
-    """As they are written here: of --a_b and --a-b, which are the same, the first."""
+    """Return the names of a flag, of --a_b and --a-b only the first."""
     names = action.option_strings
     twins = {name.replace("_", "-") for name in names if "_" in name}
     return [name for name in names if name not in twins] or [str(action.metavar or action.dest)]
 
 
 def _of_transformers(by_name: dict[str, list[argparse.Action]]) -> list[str]:
-    """What is inherited: a line each, and what is refused here."""
+    """Return the section of transformers' own flags: a line each, and those refused here."""
     inherited = [f.name for f in fields(TrainingArguments) if f.name in by_name]
     inherited = [name for name in inherited if name not in _own(RunFlags)]
     lines = [
@@ -161,8 +161,8 @@ def _of_transformers(by_name: dict[str, list[argparse.Action]]) -> list[str]:
         if name in UNSUPPORTED:
             continue
         action = by_name[name][0]
-        told = "" if action.default in (None, "", False) else f" Default: `{action.default}`."
+        default = "" if action.default in (None, "", False) else f" Default: `{action.default}`."
         sentence = (action.help or "").strip().split("\n\n")[0]
-        lines += ["", f"`--{name}`", f":   {escaped(' '.join(sentence.split()))}{told}"]
+        lines += ["", f"`--{name}`", f":   {escaped(' '.join(sentence.split()))}{default}"]
     lines += ["", "### Refused", "", "What could have no effect here:", ""]
     return lines + [f"- `--{name}` {escaped(why)}" for name, why in UNSUPPORTED.items()]

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds: pages that are made or that lie outside docs/."""
+"""The hooks of mkdocs, which add pages that are made or that lie outside docs/."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-# Beside docs/ in the repository, beside the other pages on the site. (There a README is the start.)
+# Pages outside docs/, by their name on the site, where a README would be the start page.
 ROOT_PAGES = {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
 ROOT_PAGES["README.md"] = "overview.md"
-# Browsers break lines after a hyphen, also within --flag; those short enough stay whole.
+# Browsers break lines after the hyphens of a --flag, so short ones are kept whole.
 _FLAG = re.compile(r"<code>(-[^<]{1,34})</code>")
 _FROM_ELSEWHERE = re.compile(r"<(?:script|img|iframe|link rel=.(?:stylesheet|icon))[^>]*https?://")
 # The target of a Markdown link to a file, without its anchor.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
-# Its text and its target: a link to a folder, which a site cannot show, becomes its text.
+# The text and target of a link; one to a folder, which a site cannot show, becomes its text.
 _WHOLE_LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)\)")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add the reference, and the root's pages with what they link to."""
+    """Add the reference, the pages of the root, and the files that pages link to."""
     made = {
         "reference/student-trainer.md": command_line.student_trainer_page(),
         "reference/teacher-server.md": command_line.teacher_server_page(),
@@ -40,7 +40,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path, name in ROOT_PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
         files.append(File.generated(config, name, content=text))
-    # Files of the repository that a page links to lie on the site under the same path.
+    # A file that a page links to has the same path on the site.
     pages = [*(Path(path) for path in ROOT_PAGES), *ROOT.glob("docs/**/*.md")]
     for path in sorted({target for page in pages for target in _targets(page)}):
         if path not in ROOT_PAGES and not path.startswith("docs/") and (ROOT / path).is_file():
@@ -49,14 +49,14 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def _targets(page: Path) -> set[str]:
-    """What a page links to, as paths in the repository."""
+    """Return the targets of a page's links, as paths in the repository."""
     text = (ROOT / page).read_text(encoding="utf-8")
     folder = (ROOT / page).parent.relative_to(ROOT)
     return {os.path.normpath(folder / link) for link in _LINK.findall(text)}
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ and to it, which are written for the repository as it is."""
+    """Rewrite links out of docs/ and into it, which are written for the repository."""
     here = PurePosixPath(page.file.src_uri).parent
     at_root = page.file.src_uri in ROOT_PAGES.values()
     folder = here if at_root else PurePosixPath("docs") / here
@@ -77,6 +77,10 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> None:
-    """Raises `PluginError` for a page that would load something from elsewhere."""
+    """Check that a page loads nothing from another host.
+
+    Raises:
+        PluginError: it would.
+    """
     if found := _FROM_ELSEWHERE.search(output):
         raise PluginError(f"{page.file.src_uri}: needs the network: {found[0]}")

@@ -28,8 +28,8 @@ _BOUNDS = {
 
 
 def page() -> str:
-    """Every route, then every structure."""
-    # Its description needs no model.
+    """Return the page: every route, then every structure."""
+    # The description needs no loaded model.
     described = TeacherApp(Settings("org/name"), Metrics(), ApiKeys([])).api.openapi()
     lines = [
         "# HTTP",
@@ -59,7 +59,7 @@ def _route(title: str, operation: Schema) -> list[str]:
 
 
 def _content(body: Schema) -> str:
-    """Media types by the structure that they carry."""
+    """Return the media types of a body by the structure that they carry."""
     by_type: dict[str, list[str]] = {}
     for media_type, content in body["content"].items():
         by_type.setdefault(_type(content["schema"]), []).append(f"`{media_type}`")
@@ -74,16 +74,16 @@ def _structure(name: str, schema: Schema) -> list[str]:
     required = schema.get("required", ())
     lines += ["", "| field | type | |", "| --- | --- | --- |"]
     for field, of_field in schema.get("properties", {}).items():
-        told = attributes.get(field, "")
+        text = attributes.get(field, "")
         if field not in required and of_field.get("default") is not None:
-            told = f"{told} Default: `{of_field['default']}`.".strip()
+            text = f"{text} Default: `{of_field['default']}`.".strip()
         must = "" if field not in required else ", required"
-        lines.append(f"| `{field}` | {_type(of_field)}{must} | {escaped(told)} |")
+        lines.append(f"| `{field}` | {_type(of_field)}{must} | {escaped(text)} |")
     return lines
 
 
 def _documented(docstring: str) -> tuple[str, dict[str, str]]:
-    """The text before ``Attributes:``, and what that says of each."""
+    """Return the text before ``Attributes:``, and the text of each attribute."""
     about, _, listed = inspect.cleandoc(docstring).partition("Attributes:\n")
     attributes: dict[str, str] = {}
     for entry in re.split(r"\n    (?=\S)", "\n" + listed.split("\n\n")[0])[1:]:
@@ -94,7 +94,7 @@ def _documented(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _type(schema: Schema) -> str:
-    """A schema in a few words."""
+    """Return a schema in a few words."""
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[1]
         return f"[{name}](#{name.lower()})"

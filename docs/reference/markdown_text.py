@@ -1,4 +1,4 @@
-"""Plain text as Markdown."""
+"""The escaping of plain text for Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _CODE = re.compile(r"(`+[^`]*`+)")
 
 
 def escaped(text: str) -> str:
-    """Text that holds no markup but `code`, so that Markdown and HTML leave the rest as it is."""
+    """Return text in which Markdown and HTML see no markup but `code`."""
     parts = _CODE.split(text)
     parts[::2] = [re.sub(r"([*_\[\]|])", r"\\\1", p).replace("<", "&lt;") for p in parts[::2]]
     return "".join(parts)

@@ -37,7 +37,7 @@ _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Example|Examples)
 
 
 def page() -> str:
-    """Every module with its public functions and classes."""
+    """Return the page: every module with its public functions and classes."""
     lines = ["# Python", "", "Public modules, from their docstrings."]
     for name in MODULES:
         module = importlib.import_module(name)
@@ -48,7 +48,7 @@ def page() -> str:
 
 
 def _public(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """What ``__all__`` names; else what the module defines, in its order."""
+    """Yield (name, value) of those in ``__all__``, or else of the module's own, in their order."""
     defined = [name for name, value in vars(module).items() if _owns(module, name, value)]
     for name in getattr(module, "__all__", defined):
         value = getattr(module, name)
@@ -76,7 +76,7 @@ def _documented(path: str, name: str, value: Any) -> list[str]:
 
 
 def _signature(name: str, value: Any) -> str:
-    """As it is written, an argument a line where one line would be too long."""
+    """Return a signature as Python code, an argument a line where one line would be too long."""
     signature = inspect.signature(value)
     kind = "def"
     if inspect.isclass(value):
@@ -98,7 +98,7 @@ def _signature(name: str, value: Any) -> str:
 
 
 def docstring(text: str | None) -> list[str]:
-    """Google style as Markdown: sections become lists, drawings stay as they are."""
+    """Return a docstring as lines of Markdown: sections become lists, drawings stay."""
     lines: list[str] = []
     section = False
     for paragraph in re.split(r"\n\n+", inspect.cleandoc(text or "")):
@@ -107,8 +107,8 @@ def docstring(text: str | None) -> list[str]:
         if section:
             lines += [f"**{first}**", ""]
             for entry in re.split(r"\n(?=    \S)", "\n" + rest)[1:]:
-                name, colon, told = " ".join(entry.split()).partition(": ")
-                lines.append(f"- `{name}`: {escaped(told)}" if colon else f"- {escaped(name)}")
+                name, colon, text = " ".join(entry.split()).partition(": ")
+                lines.append(f"- `{name}`: {escaped(text)}" if colon else f"- {escaped(name)}")
         elif "├──" in paragraph:
             lines += ["```text", paragraph, "```"]
         elif paragraph.startswith("    "):

@@ -1,8 +1,8 @@
-"""Rows of code instructions, without those that resemble a problem of HumanEval.
+"""Write rows of code instructions, without those that resemble a problem of HumanEval.
 
     python -m examples.deepseek_coder.prepare --output train.jsonl
 
-A row needs two columns of text: what is asked and what is answered. They become ``prompt`` and
+A row needs two columns of text, an instruction and its answer. They become ``prompt`` and
 ``completion`` in plain text: the base models of DeepSeek-Coder have no chat template.
 """
 
@@ -23,12 +23,12 @@ Row = dict[str, Any]
 
 # The format of deepseek-coder's own instruction tuning.
 PROMPT = "### Instruction:\n{}\n### Response:\n"
-# So many words in a row, without digits and punctuation, are no coincidence; see the README.
+# Texts that share this many successive words are not alike by chance; see the README.
 N = 10
 
 
 def word_runs(text: str) -> Iterator[tuple[str, ...]]:
-    """All runs of `N` words of a text, whatever its case, layout and punctuation.
+    """Yield all runs of `N` words of a text, whatever its case, layout and punctuation.
 
     A text of fewer words is one run.
     """
@@ -38,7 +38,7 @@ def word_runs(text: str) -> Iterator[tuple[str, ...]]:
 
 
 def without(rows: Iterable[Row], problems: Sequence[Row]) -> Iterator[Row]:
-    """The rows that share no run of words with a problem's text, solution or tests.
+    """Yield the rows that share no run of words with a problem's text, solution or tests.
 
     Args:
         rows: with ``prompt`` and ``completion``.
@@ -57,20 +57,20 @@ def without(rows: Iterable[Row], problems: Sequence[Row]) -> Iterator[Row]:
 
 
 def as_rows(found: Iterable[tuple[str, Row]], prompt: str, completion: str) -> Iterator[Row]:
-    """``prompt`` and ``completion`` of (where, row) pairs.
+    """Yield rows with ``prompt`` and ``completion`` from (where, row) pairs.
 
     Raises:
         DatasetError: a row has no text in one of the two columns.
     """
     for where, row in found:
-        asked, answered = row.get(prompt), row.get(completion)
-        if not isinstance(asked, str) or not isinstance(answered, str) or not answered.strip():
+        task, answer = row.get(prompt), row.get(completion)
+        if not isinstance(task, str) or not isinstance(answer, str) or not answer.strip():
             raise DatasetError(f"{where}: {prompt!r} and {completion!r} must be text")
-        yield {"prompt": PROMPT.format(asked.strip()), "completion": answered.strip()}
+        yield {"prompt": PROMPT.format(task.strip()), "completion": answer.strip()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the file."""
+    """Write the JSONL file that the arguments name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
     parser.add_argument("--dataset_name", default="ise-uiuc/Magicoder-OSS-Instruct-75K")

@@ -1,4 +1,4 @@
-"""The tokenizer and the two models of the experiment, made on the spot with random weights."""
+"""The tokenizer and the two models of the experiment, with random weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 
-# One token opens each turn and one closes it. The markers tell the trainer what it may learn from:
-# the assistant's words and the token that ends them.
+# One token opens each turn and one closes it. The generation markers enclose what is learned: the
+# assistant's text and the token that ends it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -38,7 +38,7 @@ class ModelShape:
 def train_tokenizer(
     texts: Iterable[str], *, vocabulary_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `vocabulary_size` tokens, with the chat template.
+    """Return a byte-level BPE tokenizer of at most `vocabulary_size` tokens, with the template.
 
     `<|end|>` ends every turn and is the EOS token; there is no BOS token.
     """
@@ -71,7 +71,7 @@ def build_model(
     max_length: int,
     seed: int,
 ) -> LlamaForCausalLM:
-    """A randomly initialised float32 model over the tokenizer's vocabulary."""
+    """Return a randomly initialised float32 model over the tokenizer's vocabulary."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
@@ -92,6 +92,6 @@ def build_model(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write model and tokenizer as one folder that `from_pretrained` reads."""
+    """Write model and tokenizer into one folder that `from_pretrained` reads."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

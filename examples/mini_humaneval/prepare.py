@@ -1,4 +1,4 @@
-"""Writes tokenizer, untrained models and data of the experiment into a folder.
+"""Write tokenizer, untrained models and data of the experiment into a folder.
 
     python -m examples.mini_humaneval.prepare --output_dir DIR --seed 0
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, *, seed: int, settings: Settings = SETTINGS) -> None:
-    """Make everything; the same seed and settings write the same bytes."""
+    """Write everything into the folder; the same seed and settings write the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     data = make_dataset(seed, settings)
     for name, rows in data.files().items():
@@ -75,7 +75,7 @@ def prepare(folder: Path, *, seed: int, settings: Settings = SETTINGS) -> None:
 
 
 def make_dataset(seed: int, settings: Settings = SETTINGS) -> Dataset:
-    """All rows, from one generator: what is evaluated and labelled is drawn first."""
+    """Return all rows, drawn from one generator, the held-out and labelled ones first."""
     rng = random.Random(f"mini-humaneval-{seed}")
     taken: set[str] = set()
 
@@ -114,7 +114,7 @@ def make_dataset(seed: int, settings: Settings = SETTINGS) -> Dataset:
 
 
 def row_of(task: Task, style: Style, body: str | None = None) -> Row:
-    """A labelled row with its checker; `body` replaces the reference solution as the label."""
+    """Return a labelled row with its checker; `body` replaces the reference solution as label."""
     return {
         "messages": [
             {"role": "user", "content": task.description(style)},

@@ -1,4 +1,4 @@
-"""The whole story in one command: a served teacher distils a student over HTTP.
+"""Run the whole experiment in one command: a served teacher distils a student over HTTP.
 
     python -m examples.mini_humaneval.quickstart --output_dir runs/quickstart
 
@@ -46,7 +46,7 @@ MODELS = {
     "Student, SFT": "student_sft",
     "Student, distilled": "student_distilled",
 }
-# Cells of the study by the folder of their output; the data lie beside the models.
+# Cells of the study by their output folder, which lies beside the data.
 CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
 
 MARKER = ".quickstart"
@@ -54,7 +54,7 @@ MARKER = ".quickstart"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What `student-trainer evaluate` wrote about one model."""
+    """The results of `student-trainer evaluate` for one model."""
 
     pass_at_1: float
     samples: dict[str, dict[str, Any]]
@@ -69,7 +69,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.only and arguments.teacher_url:
         parser.error("--only teacher makes one, --teacher_url uses one: give one of them")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # else they would end us and leave the server
+    for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would leave the server running
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         quickstart = Quickstart(arguments.output_dir, arguments.seed)
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 class Quickstart:
-    """Runs the stages in order, keeping the time and the command of each."""
+    """The stages of the experiment, with the time and the command of each."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -93,7 +93,7 @@ class Quickstart:
         self.commands: list[str] = []
 
     def run(self, teacher_url: str | None) -> None:
-        """All stages, or those of the student with a teacher that is served elsewhere."""
+        """Run all stages, or those of the student if ``teacher_url`` is given."""
         since = time.perf_counter()
         if teacher_url is None:
             self.make_teacher(again=True)
@@ -110,7 +110,7 @@ class Quickstart:
         self._write(evaluated, total)
 
     def make_teacher(self, *, again: bool) -> None:
-        """Data and teacher, in an empty folder; or, unless ``again``, what is there already."""
+        """Make data and teacher in an empty folder; unless ``again``, keep those made before."""
         marker = self.folder / MARKER
         if not again and marker.exists() and marker.read_text():
             print(f"{self.folder} has its teacher")
@@ -132,9 +132,9 @@ class Quickstart:
         self.seconds, self.commands = made["seconds"], made["commands"]
 
     def _empty_folder(self) -> None:
-        """Begin anew, but never at the cost of files that are not ours.
+        """Delete an earlier quickstart's files, and refuse a folder with any others.
 
-        What is in the folder goes, and the folder stays: it may be a mount.
+        The folder itself stays, as it may be a mount.
         """
         marker = self.folder / MARKER
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,9 +153,9 @@ class Quickstart:
 
     def _train(self, output: str, *more: str) -> None:
         cell = self.study.cells[CELLS[output]]
-        self._run(output, [*self._words(cell, self.folder / output), *more])
+        self._run(output, [*self._argv(cell, self.folder / output), *more])
 
-    def _words(self, cell: Cell, output: Path) -> list[str]:
+    def _argv(self, cell: Cell, output: Path) -> list[str]:
         folders = {cell: str(self.folder / folder) for folder, cell in CELLS.items()}
         by = {**folders, "data": str(self.folder), "seed": str(self.seed)}
         flags = {key: substituted(value, by) for key, value in cell.flags.items()}
@@ -164,23 +164,23 @@ class Quickstart:
     def _evaluate(self, model: str) -> Evaluated:
         output = self.folder / "evaluation" / model
         cell = self.study.cells[f"{CELLS[model]}.evaluate"]
-        self._run(f"evaluate {model}", self._words(cell, output))
+        self._run(f"evaluate {model}", self._argv(cell, output))
         results = json.loads((output / "results.json").read_text())
         samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
         return Evaluated(results["pass@1"], {sample["task_id"]: sample for sample in samples})
 
-    def _run(self, name: str, words: list[str]) -> None:
-        command = shlex.join(["student-trainer", *words])
+    def _run(self, name: str, argv: list[str]) -> None:
+        command = shlex.join(["student-trainer", *argv])
         self.commands.append(command)
         print(f"\n$ {command}", flush=True)
         with self._timed(name):
-            code = cli.main(words)
+            code = cli.main(argv)
         if code != 0:
             raise SystemExit(code)
 
     @contextlib.contextmanager
     def _served(self, model: str) -> Iterator[str]:
-        """The teacher, in a process of its own."""
+        """Yield the URL of the teacher, served by a process of its own."""
         since = time.perf_counter()
         log = self.folder / "teacher-server.log"
         with served(self.folder / model, to_argv(self.study.serve), log) as (url, command):
@@ -272,7 +272,7 @@ class Quickstart:
         )
 
     def _stages(self) -> dict[str, float]:
-        """Seconds by kind of work, in the order of the run."""
+        """Return the seconds by kind of work, in the order of the run."""
         kinds = {
             "teacher_raw": "teacher's pretraining and SFT",
             "teacher_sft": "teacher's pretraining and SFT",
@@ -287,7 +287,7 @@ class Quickstart:
         return stages
 
     def _samples(self, evaluated: dict[str, Evaluated]) -> list[SideBySide]:
-        """A few tasks on which the models differ, else the first ones."""
+        """Return a few tasks on which the models differ, else the first ones."""
         rows = [
             json.loads(line) for line in (self.folder / "held_out.jsonl").read_text().splitlines()
         ]

@@ -10,11 +10,11 @@ from examples.mini_humaneval.models import ModelShape
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `prepare` needs to know."""
+    """The settings of `prepare`."""
 
     # Words are whole tokens at this size, so a prompt and its completion take about 45 tokens.
     vocabulary_size: int = 768
-    # The longest row has fewer than 70 tokens; the rest is room for a student that rambles.
+    # The longest row has fewer than 70 tokens; the rest is room for a student that writes on.
     max_length: int = 128
     # Two layers suffice to find a word and copy it; width is what tells teacher from student
     # (0.5 and 0.13 million parameters). Initialised at the usual 0.02, models this narrow spend

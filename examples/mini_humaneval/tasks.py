@@ -1,4 +1,4 @@
-"""Mini-HumanEval: a description in words, the body of a Python function, and its unit tests.
+"""The tasks of mini-HumanEval: a description, the body of a Python function, and its unit tests.
 
 A *task* is one or two steps over a number, a list or a string, run one after the other or chosen
 between by a condition. A *composition* is the pair of operations that meet in a task, whatever
@@ -29,7 +29,7 @@ NO_CONSTANT = ("",)
 
 @dataclass(frozen=True)
 class Operation:
-    """One step: an expression over `x` and its wordings; `{k}` stands for the constant."""
+    """An operation of one step: an expression over `x` and its wordings; `{k}` is the constant."""
 
     name: str
     takes: Kind
@@ -168,7 +168,7 @@ def _wording(part: Operation | Condition, style: Style) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One or two steps; with a `condition`, the first step where it holds, else the second."""
+    """A task of one or two steps; the first runs where a `condition` holds, else the second."""
 
     kind: Kind
     steps: tuple[Step, ...]
@@ -188,7 +188,7 @@ class Task:
         return frozenset(step.operation.name for step in self.steps)
 
     def body(self) -> str:
-        """The reference solution: the indented lines below `def f(x):`, no newline at the end."""
+        """Return the reference solution: the indented lines below `def f(x):`."""
         if self.condition is not None:
             test = self.condition.code.format(k=self.condition_constant)
             first, second = self.steps
@@ -197,7 +197,7 @@ class Task:
         return "".join(f"    x = {step.code}\n" for step in early) + f"    return {last.code}"
 
     def description(self, style: Style) -> str:
-        """The task in words: "target" is what users write, the others are for pretraining."""
+        """Return the task in words: "target" as users write, other styles for pretraining."""
         words = [step.words(style) for step in self.steps]
         kind = self.kind
         if self.condition is None:
@@ -217,14 +217,14 @@ class Task:
 
 
 def is_held_out(composition: frozenset[str], seed: int) -> bool:
-    """Whether tasks of this composition are kept for evaluation; never true of a single step."""
+    """Return whether tasks of this composition are kept for evaluation; never a single step."""
     if len(composition) != 2:
         return False
     return (sum(_INDEX[name] for name in composition) + seed) % HELD_OUT_EVERY == 0
 
 
 def run_on_probes(kind: Kind, body: str) -> list[Any]:
-    """What `f` returns with this body on every probe of its kind, in order.
+    """Return the values of `f` with this body on every probe of its kind, in order.
 
     Runs in this process: for the generator's own code, never for a model's completion.
     """
@@ -234,7 +234,7 @@ def run_on_probes(kind: Kind, body: str) -> list[Any]:
 
 
 def unit_test(task: Task) -> str:
-    """Source of `check(candidate)`: the reference solution's answers, one assertion per probe."""
+    """Return the source of `check(candidate)`, which compares each probe with the reference."""
     answers = run_on_probes(task.kind, task.body())
     lines = [
         f"    assert candidate({value!r}) == {answer!r}"
@@ -250,7 +250,7 @@ def _random_step(rng: random.Random, takes: Kind, gives: Kind | None = None) -> 
 
 
 def random_task(rng: random.Random, *, single_share: float, branch_share: float) -> Task:
-    """One task: a single step, a condition with two steps, or (the rest) a chain of two."""
+    """Return a random task: a single step, a condition with two, or (the rest) a chain of two."""
     kind: Kind = rng.choice(("number", "list", "string"))
     draw = rng.random()
     if draw < single_share:
@@ -273,8 +273,10 @@ def generate_tasks(
     branch_share: float,
     taken: set[str],
 ) -> Iterator[Task]:
-    """Endless tasks, each at most once, from one side of the split. `taken` grows with their ids,
-    so that two calls that share it never yield the same task."""
+    """Yield tasks from one side of the split without end, each at most once.
+
+    `taken` grows with their ids, so that two calls that share it never yield the same task.
+    """
     while True:
         task = random_task(rng, single_share=single_share, branch_share=branch_share)
         if is_held_out(task.composition, seed) != held_out or task.task_id in taken:
@@ -284,8 +286,10 @@ def generate_tasks(
 
 
 def corrupted_body(task: Task, rng: random.Random, seed: int) -> str:
-    """A plausible wrong body: a step swapped for a similar one, a constant misread, or the steps
-    exchanged. It runs, fails at least one unit test and stays clear of held-out compositions."""
+    """Return a plausible wrong body: another similar step, another constant, or another order.
+
+    It runs, fails at least one unit test and is of no held-out composition.
+    """
     answers = run_on_probes(task.kind, task.body())
     while True:
         position = rng.randrange(len(task.steps))

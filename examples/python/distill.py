@@ -1,4 +1,4 @@
-"""Distil a served teacher into a student that is in memory, on rows that are in memory.
+"""Distil a served teacher into a student in memory, on rows in memory.
 
     python examples/python/distill.py STUDENT http://localhost:8000 OUTPUT_DIR
 

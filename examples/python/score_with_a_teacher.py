@@ -1,4 +1,4 @@
-"""What a served teacher thinks of a completion, token by token, and what it would write itself.
+"""Print a served teacher's log-probs of a completion, token by token, and its own completion.
 
     python examples/python/score_with_a_teacher.py TOKENIZER http://localhost:8000 PROMPT COMPLETION
 

@@ -1,4 +1,4 @@
-"""`evaluate`: flags, read and checked before torch is imported."""
+"""The command `evaluate`: read and check the flags before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
+"""The program `student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
 130 Ctrl-C. `docs/command-line.md` has them all.
@@ -40,45 +40,49 @@ training saves a checkpoint and ends with 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    words = _log_as_told(list(sys.argv[1:] if argv is None else argv))
-    if not words or words[0] in ("-h", "--help"):
+    """Run one command and return its exit code."""
+    arguments = _set_up_logs(list(sys.argv[1:] if argv is None else argv))
+    if not arguments or arguments[0] in ("-h", "--help"):
         _print(USAGE)
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name == "--version":
         _print(f"student-trainer {__version__}")
         return 0
-    if words[0] not in COMMANDS:
-        return _fail(f"unknown command {words[0]!r}\n{USAGE}", 2)
+    if name not in COMMANDS:
+        return _fail(f"unknown command {name!r}\n{USAGE}", 2)
     no_bars_in_logs()
     try:
-        command = COMMANDS[words[0]].load()
+        command = COMMANDS[name].load()
         logs.adopt("transformers", "huggingface_hub", "datasets")
-        command(words[1:])
+        command(arguments[1:])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except SparseGKDError as error:
         return _fail(str(error), error.exit_code)
-    except ImportError as error:  # a flag asked for a package that is not installed
+    except ImportError as error:  # a flag needs a package that is not installed
         return _fail(str(error), 2)
     return 0
 
 
 def program() -> NoReturn:
-    """`main`, with its exit code."""
+    """Run `main` and end the process with its exit code."""
     end_process(main())
 
 
-def _log_as_told(words: list[str]) -> list[str]:
-    """The words without ``--log_format``, which is obeyed before anything large is imported."""
-    path = config_path(words)
+def _set_up_logs(argv: list[str]) -> list[str]:
+    """Set up logs by ``--log_format``, and return the arguments without it.
+
+    This happens before anything large is imported, so that all messages have the format.
+    """
+    path = config_path(argv)
     if path is not None:
-        with contextlib.suppress(ConfigurationError):  # is raised where all flags are read
+        with contextlib.suppress(ConfigurationError):  # raised again where all flags are read
             form = read_config(path).get("log_format")
-            words = words if form is None else [f"--log_format={form}", *words]
+            argv = argv if form is None else [f"--log_format={form}", *argv]
     parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
     parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
-    flags, rest = parser.parse_known_args(words)
+    flags, rest = parser.parse_known_args(argv)
     logs.setup(flags.log_format, level="warning", text="%(message)s")
     logging.getLogger("student_trainer").setLevel(logging.INFO)
     return rest

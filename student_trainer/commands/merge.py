@@ -1,4 +1,4 @@
-"""`merge`: LoRA adapters into their base model. torch is imported once the flags are checked."""
+"""The command `merge`: LoRA adapters into their base model; torch waits for checked flags."""
 
 from __future__ import annotations
 

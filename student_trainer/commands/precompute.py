@@ -1,4 +1,4 @@
-"""`precompute`: flags, read and checked before torch is imported."""
+"""The command `precompute`: read and check the flags before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from student_trainer.config.parse import ARGUMENTS, parse
 
 
 def precompute(argv: Sequence[str]) -> None:
-    """Fill --teacher_cache with what `distill` with the same flags asks off-policy, untrained.
+    """Fill --teacher_cache with the answers that `distill` with the same flags needs off-policy.
 
-    Every row is asked, whatever --max_steps says, in one process. What is there already is not
-    asked again, so an interrupted run goes on where it was.
+    Every row is requested, whatever --max_steps says, in one process and without training.
+    Answers in the cache are not requested again, so an interrupted run goes on where it was.
     """
     *parts, teacher, flags = parse(
         argv,

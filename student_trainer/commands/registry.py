@@ -21,7 +21,7 @@ class Command:
     function: str
 
     def load(self) -> Callable[[Sequence[str]], object]:
-        """Import the function."""
+        """Import the function and return it."""
         module, name = self.function.split(":")
         function: Callable[[Sequence[str]], object] = getattr(import_module(module), name)
         return function

@@ -1,11 +1,12 @@
-"""What `sft`, `distill` and `precompute` do once their flags are checked."""
+"""The runs of `sft`, `distill` and `precompute`, once their flags are checked."""
 
 from __future__ import annotations
 
 import logging
 
 from shared.errors import ConfigurationError
-from student_trainer.commands.dry_run import asked_briefly, dry_run
+from student_trainer.commands.dry_run import dry_run
+from student_trainer.commands.dry_run_teacher import dry_run_flags
 from student_trainer.config.arguments import DistillFlags, Recipe, SFTFlags, TeacherArguments
 from student_trainer.config.machine import check_machine
 from student_trainer.config.training_arguments import DistillArguments, training_arguments
@@ -31,7 +32,7 @@ _REQUEST_SIZE = 16
 
 
 def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
-    """Fine-tune, or show what a run would do."""
+    """Fine-tune a model, or print what the run would do."""
     args = training_arguments(flags)
     check_machine(recipe, args)
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
@@ -44,73 +45,86 @@ def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
 
 
 def run_distill(
-    recipe: Recipe, teacher: TeacherArguments, flags: DistillFlags
+    recipe: Recipe, teacher_flags: TeacherArguments, flags: DistillFlags
 ) -> DistillationTrainer | None:
-    """Distill; return the trainer after its run, or None after a dry one."""
+    """Distill a teacher; return the trainer after its run, or None after a dry run."""
     args = training_arguments(flags)
     assert isinstance(args, DistillArguments)
-    check_machine(recipe, args, teacher)
-    # Read before a teacher is waited for, so that a missing file is told at once.
+    check_machine(recipe, args, teacher_flags)
+    # Rows are read before the teacher is waited for, so that a missing file is reported at once.
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
     if args.dry_run:
-        teacher = asked_briefly(teacher)
-    # What a stream will request is not known, so a cache cannot tell that it holds all of it.
+        teacher_flags = dry_run_flags(teacher_flags)
+    # The requests of a stream are not known, so a cache cannot know that it holds all of them.
     alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
-    with open_teacher(teacher, recipe.model, starts_alone=alone) as client:
-        check_capabilities(client.connect(), args, teacher)
+    with open_teacher(teacher_flags, recipe.model, starts_alone=alone) as client:
+        check_capabilities(client.connect(), args, teacher_flags)
         check_one_teacher(client.info.teacher)
-        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
+        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher_flags)
         check_repeats(
-            client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
+            client,
+            prepared.train,
+            prepared.method,
+            tolerance=teacher_flags.teacher_repeat_tolerance,
         )
         if args.dry_run:
-            dry_run(recipe, prepared, args, teacher=client, asked=teacher)
+            dry_run(recipe, prepared, args, teacher=client, teacher_flags=teacher_flags)
             return None
-        keep_template_date(prepared, date_folders(args, teacher.teacher_cache))
-        all_flags = (*recipe.flags, teacher, args)
+        keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache))
+        all_flags = (*recipe.flags, teacher_flags, args)
         return run(recipe, prepared, args, teacher=client, flags=all_flags)
 
 
-def run_precompute(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlags) -> None:
-    """Fill the cache with all that a run will request off-policy, or show what that would be."""
+def run_precompute(recipe: Recipe, teacher_flags: TeacherArguments, flags: DistillFlags) -> None:
+    """Fill the cache with the answers that a run needs off-policy, or print what that would do."""
     args = training_arguments(flags)
     assert isinstance(args, DistillArguments)
-    check_machine(recipe, args, teacher)
+    check_machine(recipe, args, teacher_flags)
     if args.world_size > 1:
         raise ConfigurationError(
             f"precompute runs in one process, not in {args.world_size}: start it without a launcher"
         )
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
     if args.dry_run:
-        teacher = asked_briefly(teacher)
-    with open_teacher(teacher, recipe.model, starts_alone=True) as client:
-        check_capabilities(client.connect(), args, teacher)
-        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher)
+        teacher_flags = dry_run_flags(teacher_flags)
+    with open_teacher(teacher_flags, recipe.model, starts_alone=True) as client:
+        check_capabilities(client.connect(), args, teacher_flags)
+        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher_flags)
         check_repeats(
-            client, prepared.train, prepared.method, tolerance=teacher.teacher_repeat_tolerance
+            client,
+            prepared.train,
+            prepared.method,
+            tolerance=teacher_flags.teacher_repeat_tolerance,
         )
-        asked = planned_requests(prepared.method, prepared.train, prepared.held_out)
+        requests = planned_requests(prepared.method, prepared.train, prepared.held_out)
         if args.dry_run:
-            dry_run(recipe, prepared, args, teacher=client, asked=teacher, questions=len(asked))
+            dry_run(
+                recipe,
+                prepared,
+                args,
+                teacher=client,
+                teacher_flags=teacher_flags,
+                planned=len(requests),
+            )
             return
-        keep_template_date(prepared, date_folders(args, teacher.teacher_cache)[-1:])
-        assert isinstance(client, CachedTeacher)  # --teacher_cache is there
-        missing, wanted = count_missing(client, asked)
-        client.require(missing, wanted)
-        known = wanted - missing
+        keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache)[-1:])
+        assert isinstance(client, CachedTeacher)  # `precompute` requires --teacher_cache
+        missing, total = count_missing(client, requests)
+        client.require(missing, total)
+        known = total - missing
         with counted(
-            len(asked), "Asking the teacher", show=not (args.disable_tqdm and can_move())
+            len(requests), "Asking the teacher", show=not (args.disable_tqdm and can_move())
         ) as count:
-            for answers in send_all(client, asked, size=_REQUEST_SIZE):
+            for answers in send_all(client, requests, size=_REQUEST_SIZE):
                 count(answers)
-        missing, wanted = count_missing(client, asked)
+        missing, total = count_missing(client, requests)
         _, _, corrupt = client.take_lookups()
     logger.warning(
         "%d of %d answers are in --teacher_cache %s; %d were there before, %d were corrupt",
-        wanted - missing, wanted, teacher.teacher_cache, known, corrupt,
+        total - missing, total, teacher_flags.teacher_cache, known, corrupt,
     )  # fmt: skip
     if missing:
         raise ConfigurationError(
-            f"{missing} of {wanted} answers did not fit: raise --teacher_cache_max_gb "
-            f"{teacher.teacher_cache_max_gb:g}"
+            f"{missing} of {total} answers did not fit: raise --teacher_cache_max_gb "
+            f"{teacher_flags.teacher_cache_max_gb:g}"
         )

@@ -1,4 +1,4 @@
-"""`student-trainer completion`: what a shell needs to complete commands, flags and values."""
+"""The command `completion`: a script with which a shell completes commands, flags and values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def commands() -> dict[str, CommandArguments]:
-    """Every command with its flags."""
+    """Return every command with its flags."""
     # Imported here, so that --help does not wait for torch.
     from student_trainer.commands.doctor import make_parser as doctor
     from student_trainer.commands.registry import COMMANDS

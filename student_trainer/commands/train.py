@@ -1,4 +1,4 @@
-"""`sft` and `distill`: flags, read and checked before torch is imported."""
+"""The commands `sft` and `distill`: read and check the flags before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from student_trainer.config.parse import ARGUMENTS, parse
 
 
 def sft(argv: Sequence[str]) -> None:
-    """Supervised fine-tuning on the dataset's completions."""
+    """Fine-tune a model on the dataset's completions."""
     *parts, flags = parse(
         argv, *ARGUMENTS["sft"], prog="student-trainer sft", description=sft.__doc__ or ""
     )
@@ -22,7 +22,7 @@ def sft(argv: Sequence[str]) -> None:
 
 
 def distill(argv: Sequence[str]) -> None:
-    """Distillation from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
+    """Learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture."""
     *parts, teacher, flags = parse(
         argv,
         *ARGUMENTS["distill"],

@@ -1,1 +1,1 @@
-"""Flags: what there are, how they are read, and what they may not say together."""
+"""The flags: their declarations, their parser, and the checks of their values."""

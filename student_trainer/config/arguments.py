@@ -1,8 +1,7 @@
-"""Every flag of the trainer, as dataclasses of plain values.
+"""The flags of the trainer, as dataclasses of plain values.
 
-`sft` and `distill` take the flags of transformers' `TrainingArguments` beside those below;
-`config.training_arguments` makes the real ones of them, once all is checked. What flags may not
-say, alone or together, stands in `config.checks`.
+`sft` and `distill` also take the flags of transformers' `TrainingArguments`, which
+`config.training_arguments` builds once all flags are checked. `config.checks` has the checks.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class LoadedModel:
 class ModelArguments:
     """The model, and its tokenizer.
 
-    ``loaded`` is no flag: what a caller in Python has at hand, in the place of a name.
+    ``loaded`` is not a flag: a Python caller may set a loaded model in place of a name.
     """
 
     model_name_or_path: str = flag(
@@ -77,7 +76,7 @@ class ModelArguments:
 
 @dataclass
 class AdapterArguments:
-    """LoRA and QLoRA instead of full weights."""
+    """The training of LoRA or QLoRA adapters instead of all weights."""
 
     use_peft: bool = flag(
         False, "Train LoRA adapters instead of all weights.", group="LoRA", resume="same"
@@ -112,9 +111,9 @@ class AdapterArguments:
 
 @dataclass
 class DatasetArguments:
-    """Where the rows come from.
+    """The source of the rows.
 
-    ``rows`` are no flag: what a caller in Python has at hand, in the place of a name.
+    ``rows`` is not a flag: a Python caller may set rows in place of a name.
     """
 
     dataset_name: list[str] = flag(
@@ -145,7 +144,10 @@ class DatasetArguments:
 
 @dataclass
 class DataArguments:
-    """What is learned from a row, and which rows are held out; ``eval_rows`` are no flag."""
+    """The part of each row that is learned, and the held-out rows.
+
+    ``eval_rows`` is not a flag: a Python caller may set rows in place of a name.
+    """
 
     eval_dataset_name: str | None = flag(
         None, "Held-out rows, for --eval_strategy.", group="evaluation and logs", private=True
@@ -226,7 +228,7 @@ class DataArguments:
         return self.assistant_turns == "all" or self.assistant_only_loss
 
 
-# Of these a row's examples depend on.
+# Options that decide which examples a row becomes.
 ROW_OPTIONS = (
     "prompt_column", "completion_column", "assistant_turns", "assistant_only_loss",
     "split_special_tokens",
@@ -235,7 +237,7 @@ ROW_OPTIONS = (
 
 @dataclass
 class TemplateArguments:
-    """What the chat template is told, for prompts and completions alike."""
+    """The options of the chat template, for prompts and completions alike."""
 
     chat_template_kwargs: str | None = flag(
         None,
@@ -256,10 +258,10 @@ class TemplateArguments:
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """``--chat_template_kwargs`` as an object.
+        """The value of ``--chat_template_kwargs``, parsed.
 
         Raises:
-            ConfigurationError: it is none.
+            ConfigurationError: it is not a JSON object.
         """
         if self.chat_template_kwargs is None:
             return {}
@@ -279,7 +281,7 @@ class TemplateArguments:
 
 @dataclass
 class GenerationArguments:
-    """How completions are sampled."""
+    """The limits of generated completions."""
 
     max_new_tokens: int = flag(
         128,
@@ -372,7 +374,7 @@ class TeacherArguments:
 
 @dataclass
 class RunFlags:
-    """The trainer's flags beside transformers' own, and those of which it needs another default."""
+    """The trainer's own flags, and flags of transformers with another default."""
 
     output_dir: str | None = flag(
         None, "Folder for checkpoints, the final model and logs.", group="training", private=True
@@ -447,17 +449,17 @@ class RunFlags:
 
 @dataclass
 class TrainingFlags(RunFlags, TrainerFlags):
-    """What `sft` and `distill` are both told of training."""
+    """The flags of training that `sft` and `distill` share."""
 
 
 @dataclass
 class SFTFlags(TrainingFlags):
-    """Supervised fine-tuning: forward KL to the data's one-hot distribution. Needs no teacher."""
+    """The flags of `sft`: forward KL to the data's one-hot distribution, without a teacher."""
 
 
 @dataclass
 class DivergenceFlags:
-    """Which completions, and which divergence (GKD, arXiv 2306.13649)."""
+    """The completions to learn, and the divergence (GKD, arXiv 2306.13649)."""
 
     lmbda: float = flag(
         0.5,
@@ -563,7 +565,7 @@ class DivergenceFlags:
 
     @property
     def student_top_m(self) -> int:
-        """``request_student_top_m``, or its default for this beta."""
+        """The value of ``request_student_top_m``, or its default for this beta."""
         if self.request_student_top_m is None:
             return 16 if self.beta == 1.0 else 0
         return self.request_student_top_m
@@ -580,7 +582,7 @@ def divergence_of(flags: RunFlags) -> DivergenceFlags:
 
 @dataclass
 class DistillFlags(DivergenceFlags, TrainingFlags):
-    """Distillation from a served teacher."""
+    """The flags of `distill`, besides those of the teacher."""
 
 
 @dataclass
@@ -638,7 +640,7 @@ class EvaluateArguments:
 
 @dataclass
 class MergeArguments:
-    """LoRA adapters into their base model, for serving or as a student."""
+    """Merge LoRA adapters into their base model, for serving or as a student."""
 
     model_name_or_path: str = flag("", "Folder of a run with --use_peft.", group="model")
     output_dir: str = flag("", "New folder for the merged model and its tokenizer.", group="model")
@@ -655,7 +657,7 @@ class MergeArguments:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `sft` and `distill` are both told, besides the Trainer's own arguments."""
+    """The flags that `sft` and `distill` share, besides those of training."""
 
     model: ModelArguments
     adapters: AdapterArguments
@@ -666,17 +668,17 @@ class Recipe:
 
     @property
     def flags(self) -> tuple[Any, ...]:
-        """The parts, one after another."""
+        """The dataclasses of this recipe, in the order of `config.parse.ARGUMENTS`."""
         return (
             self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
         )  # fmt: skip
 
 
 def traced_steps(args: RunFlags) -> tuple[int, int] | None:
-    """First and last step of ``--trace_steps``, counted from 1.
+    """Return the first and last step of ``--trace_steps``, counted from 1; None without it.
 
     Raises:
-        ConfigurationError: that is no range of steps.
+        ConfigurationError: it is not a range of steps.
     """
     if args.trace_steps is None:
         return None
@@ -690,10 +692,10 @@ def traced_steps(args: RunFlags) -> tuple[int, int] | None:
 
 
 def uses_deepspeed(args: TrainingFlags | TrainingArguments) -> bool:
-    """Return whether it is asked for by ``--deepspeed`` or by accelerate's launcher."""
+    """Return whether ``--deepspeed`` or accelerate's launcher turns DeepSpeed on."""
     return bool(args.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
 def uses_fsdp(args: TrainingFlags | TrainingArguments) -> bool:
-    """Return whether it is asked for by ``--fsdp`` or by accelerate's launcher."""
+    """Return whether ``--fsdp`` or accelerate's launcher turns FSDP on."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"

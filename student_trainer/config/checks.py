@@ -1,6 +1,6 @@
-"""What flags may not say, alone or together: refused before torch is imported.
+"""The checks of flags, alone and together, that need no torch.
 
-`config.machine` has the checks that ask torch and transformers.
+`config.machine` has the checks that need torch and transformers.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ UNSUPPORTED = {
 
 
 def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
-    """Check what `sft` and `distill` are both told.
+    """Check the flags that `sft` and `distill` share.
 
     Raises:
-        ConfigurationError: it cannot work.
+        ConfigurationError: a value or a combination cannot work.
     """
     model, adapters, dataset, data = recipe.model, recipe.adapters, recipe.dataset, recipe.data
     if not args.output_dir:
@@ -119,7 +119,11 @@ def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
 
 
 def check_datasets(dataset: DatasetArguments, data: DataArguments, args: TrainingFlags) -> None:
-    """Raises `ConfigurationError` for names, weights and ways of reading that cannot work."""
+    """Check the names and weights of datasets, and how they are read.
+
+    Raises:
+        ConfigurationError: one of them cannot work.
+    """
     names, weights = dataset.dataset_name, data.dataset_weights
     _require("".join(names), "--dataset_name", "a file, a folder, a glob or a Hub id")
     if not all(names):
@@ -183,7 +187,7 @@ def check_model(model: ModelArguments) -> None:
 
 
 def holds_adapters(folder: str) -> bool:
-    """Whether a model folder holds LoRA adapters alone, without their base model."""
+    """Return whether a model folder holds LoRA adapters alone, without their base model."""
     path = Path(folder)
     return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
 
@@ -197,7 +201,11 @@ def check_adapters(adapters: AdapterArguments) -> None:
 
 
 def check_merge(args: MergeArguments) -> None:
-    """Raises `ConfigurationError` where there is nothing to merge, or no place for it."""
+    """Check the flags of `merge`.
+
+    Raises:
+        ConfigurationError: there is nothing to merge, or the output folder is in use.
+    """
     _require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
     _require(args.output_dir, "--output_dir", "a new folder for the merged model")
     if not holds_adapters(args.model_name_or_path):
@@ -210,10 +218,10 @@ def check_merge(args: MergeArguments) -> None:
 
 
 def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillFlags) -> None:
-    """Check all that `distill` is told.
+    """Check all flags of `distill`.
 
     Raises:
-        ConfigurationError: it cannot work.
+        ConfigurationError: a value or a combination cannot work.
     """
     check_distill(args, teacher)
     check_rollouts(args, recipe.adapters)
@@ -221,7 +229,11 @@ def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillF
 
 
 def check_distill(args: DistillFlags, teacher: TeacherArguments) -> None:
-    """Raises `ConfigurationError` for a method that does not exist or contradicts itself."""
+    """Check the method and the teacher of a distillation.
+
+    Raises:
+        ConfigurationError: a value is out of range, or two flags contradict each other.
+    """
     for name in ("lmbda", "beta"):
         value = getattr(args, name)
         if not 0.0 <= value <= 1.0:
@@ -270,7 +282,7 @@ def check_distill(args: DistillFlags, teacher: TeacherArguments) -> None:
 
 
 def _check_support(args: DistillFlags, teacher: TeacherArguments) -> None:
-    """What a support that is drawn cannot be combined with."""
+    """Check that nothing contradicts a sampled support."""
     if args.teacher_support != "sampled":
         return
     if args.beta != 0.0:
@@ -301,7 +313,7 @@ def _check_support(args: DistillFlags, teacher: TeacherArguments) -> None:
 
 
 def _check_ahead(args: DistillFlags) -> None:
-    """What runs ahead of the steps that learn from it."""
+    """Check by how many steps rollouts and scores run ahead."""
     for name in ("rollout_staleness", "teacher_prefetch_steps"):
         if getattr(args, name) < 0:
             raise ConfigurationError(f"--{name} {getattr(args, name)} must be 0 or above")
@@ -328,7 +340,11 @@ def _check_ahead(args: DistillFlags) -> None:
 
 
 def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
-    """Raises `ConfigurationError` where --rollout_engine vllm cannot work."""
+    """Check the flags of --rollout_engine vllm.
+
+    Raises:
+        ConfigurationError: it is not installed, or a combination cannot work.
+    """
     _check_engine(args)
     if args.rollout_engine != "vllm":
         return
@@ -370,7 +386,11 @@ def check_evaluate(
     teacher: TeacherArguments,
     args: EvaluateArguments,
 ) -> None:
-    """Raises `ConfigurationError` for an evaluation that cannot run."""
+    """Check the flags of `evaluate`.
+
+    Raises:
+        ConfigurationError: a value or a combination cannot work.
+    """
     check_model(model)
     check_generation(generation)
     _check_engine(args)
@@ -448,7 +468,7 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "such as --teacher_url http://localhost:8000"
         )
     for url in teacher.teacher_url:
-        if "@" in url:  # and is not shown
+        if "@" in url:  # the message must not show the password
             raise ConfigurationError(
                 "--teacher_url holds a user or a password, which every log would show; give a key "
                 "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
@@ -497,7 +517,11 @@ def _check_cache(teacher: TeacherArguments) -> None:
 
 
 def check_precompute(args: DistillFlags, teacher: TeacherArguments, data: DataArguments) -> None:
-    """Raises `ConfigurationError` where nothing can be asked before there is a student."""
+    """Check the flags of `precompute`.
+
+    Raises:
+        ConfigurationError: nothing can be requested before there is a student.
+    """
     if teacher.teacher_cache is None:
         raise ConfigurationError("--teacher_cache is missing: give a folder for the answers")
     if args.lmbda == 1.0:
@@ -518,12 +542,12 @@ def check_precompute(args: DistillFlags, teacher: TeacherArguments, data: DataAr
 
 
 def api_key_of(teacher: TeacherArguments) -> str | None:
-    """The key for the teacher, of ``--teacher_api_key_file`` or else of the environment.
+    """Return the teacher's key, from ``--teacher_api_key_file`` or else from the environment.
 
     It is in no argument, so that nothing that saves or logs arguments can hold it.
 
     Raises:
-        ConfigurationError: a file without a key or with several, or a key that is none.
+        ConfigurationError: a file without a key or with several, or an invalid key.
     """
     path = teacher.teacher_api_key_file
     if path is None:
@@ -540,7 +564,7 @@ def api_key_of(teacher: TeacherArguments) -> str | None:
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises for what is no port
+        _ = parts.port  # raises for an invalid port
     except ValueError:
         return False
     return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()
@@ -555,12 +579,12 @@ def _check_needs(part: Any) -> None:
     """Check that no flag is given without the one that it needs, see `flags.flag`.
 
     Raises:
-        ConfigurationError: names both.
+        ConfigurationError: a flag is given alone; the message names both.
     """
     for one in flags_of(type(part)).values():
         if one.needs is None or getattr(part, one.name) == one.default:
             continue
         name, value = one.needs
         if getattr(part, name) != value:
-            told = f"--{name}" if value is True else f"--{name} {value}"
-            raise ConfigurationError(f"--{one.name} has no effect without {told}")
+            needed = f"--{name}" if value is True else f"--{name} {value}"
+            raise ConfigurationError(f"--{one.name} has no effect without {needed}")

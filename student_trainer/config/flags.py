@@ -1,4 +1,4 @@
-"""Flags as data: declared by fields of dataclasses, read from text, YAML or Python.
+"""Flags as data: fields of dataclasses declare them; text, YAML or Python give their values.
 
 Nothing here imports torch or transformers, so that wrong flags are answered at once.
 """
@@ -15,8 +15,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Kind = Literal["bool", "int", "float", "str"]
-# What becomes of a flag when a checkpoint is resumed: it must be the "same" as before, a change is
-# "told", or it may be "free" to change as it decides nothing of what is learned.
+# How a flag may differ when a checkpoint is resumed: it must be the "same", a change is logged
+# ("told"), or it is "free" to change because it does not affect what is learned.
 Resume = Literal["same", "told", "free"]
 
 _TRUE, _FALSE = {"yes", "true", "t", "y", "1"}, {"no", "false", "f", "n", "0"}
@@ -39,7 +39,7 @@ def flag(
     Args:
         group: title under which ``--help`` lists it; None: ``--help_all`` alone does.
         resume: see `Resume`.
-        private: a model card does not tell it: an address, a key, or of this machine alone.
+        private: a model card leaves it out: an address, a key, or a setting of this machine.
         needs: (name, value) of the flag without which this one has no effect.
         aliases: other names, such as ``--dtype``.
         extends: the flag may be repeated; each time adds to the list.
@@ -58,8 +58,8 @@ class Flag:
     """A flag: its name, how its value is read, and what ``--help`` says of it.
 
     Attributes:
-        several: it takes one value or more.
-        switch: a text that may be left out, as a bool's may; it is True then.
+        several: whether it takes one value or more.
+        switch: whether its text may be left out, as a bool's may; it is True then.
         group: title under which ``--help`` lists it; None: ``--help_all`` alone does.
         needs, extends: as in `flag`.
     """
@@ -113,7 +113,7 @@ class Flag:
         return text
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        """Give a parser this flag, with dashes in the place of underscores, too."""
+        """Add this flag to a parser, also under its name with dashes instead of underscores."""
         names = [f"--{self.name}"]
         if "_" in self.name:
             names.append(f"--{self.name.replace('_', '-')}")
@@ -158,7 +158,7 @@ def _argument_bool(text: str) -> bool:
 
 
 def _text(value: Any) -> str:
-    """Return a value as a command line says it: JSON of a mapping, a dtype by its short name."""
+    """Return a value as the command line spells it: JSON for a mapping, a dtype's short name."""
     if isinstance(value, Mapping):
         return json.dumps(value)
     return str(value).removeprefix("torch.")
@@ -191,18 +191,18 @@ def _flag_of(declared: Field[Any], annotation: Any) -> Flag:
     default = declared.default
     if declared.default_factory is not MISSING:
         default = declared.default_factory()
-    told = declared.metadata
+    metadata = declared.metadata
     return Flag(
         name=declared.name,
         kind="str" if choices else annotation.__name__,
         default=default,
-        help=told["help"],
+        help=metadata["help"],
         choices=choices,
         several=several,
-        aliases=told["aliases"],
-        group=told["group"],
-        needs=told["needs"],
-        extends=told["extends"],
+        aliases=metadata["aliases"],
+        group=metadata["group"],
+        needs=metadata["needs"],
+        extends=metadata["extends"],
     )
 
 

@@ -1,4 +1,4 @@
-"""`--help`: the flags that matter, in groups; `--help_all` lists those of transformers too."""
+"""The texts of `--help`, with the flags that matter in groups, and of `--help_all`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXIT_CODES = """\
 exit codes: 0 done (also when SIGTERM ends training: a checkpoint is saved), 1 the run failed
 (teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM."""
 
-# Titles in the order in which `--help` lists them. Those of each flag stand at its declaration.
+# Titles in the order of `--help`; each flag names its group where it is declared.
 GROUPS = (
     "model", "data", "chat template", "teacher", "method and divergence",
     "rollouts and generation", "generation", "training", "memory and speed", "LoRA",
@@ -28,7 +28,7 @@ _INDENT = 30
 
 
 def add_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> None:
-    """Give a parser that was made without help ``--help`` and ``--help_all``."""
+    """Add ``--help`` and ``--help_all`` to a parser that was made without help."""
     groups: dict[str, list[str]] = {title: [] for title in GROUPS}
     for name, flag in flags.items():
         if flag.group is not None:
@@ -44,7 +44,7 @@ def add_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> None
 
 
 class _Show(argparse.Action):
-    """Writes a text to standard output, and ends."""
+    """An argparse action that writes a text to standard output and exits."""
 
     def __init__(
         self, option_strings: list[str], dest: str, *, text: Callable[[], str], help: str
@@ -58,7 +58,7 @@ class _Show(argparse.Action):
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """The optional arguments by name; of those that come with a ``--no_`` twin the plain one."""
+    """Return the optional arguments by name, without the ``--no_`` twins of switches."""
     flags: dict[str, argparse.Action] = {}
     for action in parser._actions:  # argparse has no public name for them
         if action.option_strings:
@@ -67,7 +67,7 @@ def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def short_help(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]]) -> str:
-    """The flags of the groups, each with the beginning of its help."""
+    """Return the text of ``--help``: the flags by group, each with the beginning of its help."""
     flags = actions_of(parser)
     width = min(100, shutil.get_terminal_size().columns)
     lines = [f"usage: {parser.prog} [flags]", ""]
@@ -101,7 +101,7 @@ def _lines(action: argparse.Action, width: int) -> list[str]:
 
 
 def _value(action: argparse.Action) -> str:
-    if action.nargs in (0, "?"):  # says enough without
+    if action.nargs in (0, "?"):  # a switch needs no value
         return ""
     if action.metavar is not None:
         return str(action.metavar)

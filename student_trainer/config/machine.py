@@ -1,4 +1,4 @@
-"""What this machine must have for the flags: GPUs, packages, a launcher. Asks torch."""
+"""The checks of flags against this machine's GPUs, packages and launcher, by torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from student_trainer.config.training_arguments import (
     checkpoint_of,
 )
 
-# What to install for --report_to, where that is called otherwise.
+# Packages to install for --report_to that have another name than the integration.
 _PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
@@ -29,7 +29,7 @@ def check_machine(
     """Check flags against this machine, before a teacher is waited for.
 
     Raises:
-        ConfigurationError: it has not what they need.
+        ConfigurationError: something that a flag needs is missing.
     """
     if args.n_gpu > 1:
         raise ConfigurationError(
@@ -98,7 +98,7 @@ def _check_fsdp(args: CommonTrainingArguments) -> None:
         raise ConfigurationError("--fsdp shards over several processes; start them with torchrun")
     if args.world_size == 1 or not uses_fsdp(args):
         return
-    # The defaults of transformers and of accelerate.
+    # transformers uses version 2 by default, and accelerate version 1.
     version = args.fsdp_config.get("version", 2) if args.fsdp else os.getenv("FSDP_VERSION", "1")
     if int(version) != 2:
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Flags, YAML and Python keywords, read into the dataclasses of `config.arguments`."""
+"""The parser of flags, YAML and Python keywords into the dataclasses of `config.arguments`."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ def _flags(types: Sequence[type[Any]]) -> dict[str, Flag]:
 def _from_yaml(path: Path, known: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any]:
     """Read the values of a file, less those that the command line gives again."""
     content = read_config(path)
-    content.pop("log_format", None)  # was obeyed before flags were read
-    given = {w.split("=")[0].lstrip("-").replace("-", "_") for w in argv if w.startswith("--")}
-    left = {key: None if key in given else value for key, value in content.items()}
-    return _read_all(left, known, f"--config {path}", what="key")
+    content.pop("log_format", None)  # `main` has set up the logs already
+    given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
+    values = {key: None if key in given else value for key, value in content.items()}
+    return _read_all(values, known, f"--config {path}", what="key")
 
 
 def _read_all(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from student_trainer.config.flags import Flag, Kind
 
 FILE = Path(__file__).with_name("trainer_flags.json")
-# Those that `--help` lists, with their group; `--help_all` lists them all.
+# Groups of the flags that `--help` lists; `--help_all` lists all flags.
 GROUPS = {
     "learning_rate": "training", "lr_scheduler_type": "training", "warmup_steps": "training",
     "num_train_epochs": "training", "max_steps": "training",
@@ -31,14 +31,14 @@ GROUPS = {
     "eval_steps": "evaluation and logs", "logging_steps": "evaluation and logs",
     "report_to": "evaluation and logs",
 }  # fmt: skip
-# Their change is told when a run is resumed (as `config.flags.Resume` says), or refused.
+# Flags whose change is logged or refused when a run is resumed, see `config.flags.Resume`.
 TOLD = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
     "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_steps", "num_train_epochs", "bf16",
     "fp16",
 )  # fmt: skip
 SAME = ("seed", "dataloader_drop_last")
-# A model card does not tell them: addresses, keys, and what is of this machine or of logs alone.
+# A model card leaves these out: addresses, keys, and settings of this machine or of logs alone.
 PRIVATE = (
     "logging_dir", "hub_token", "hub_model_id", "hub_strategy", "hub_private_repo",
     "hub_always_push", "hub_revision", "push_to_hub", "resume_from_checkpoint", "run_name",
@@ -68,7 +68,7 @@ def read_from_transformers() -> dict[str, Flag]:
     parser = HfArgumentParser(TrainingArguments, add_help=False)
     flags: dict[str, Flag] = {}
     for action in parser._actions:  # argparse has no public name for them
-        if action.dest not in flags:  # a second one is the --no_ twin of a switch
+        if action.dest not in flags:  # a second action is the --no_ twin of a switch
             flags[action.dest] = _flag_of(action)
     return flags
 
@@ -79,14 +79,14 @@ def _flag_of(action: argparse.Action) -> Flag:
     own = {f"--{action.dest}", f"--{action.dest.replace('_', '-')}"}
     kind = types.get(getattr(action.type, "__name__", ""), "str")
     if kind == "bool" and isinstance(action.default, str):
-        kind = "str"  # a switch that takes texts as well
+        kind = "str"  # a switch that also takes text
     return Flag(
         name=action.dest,
         kind=kind,
         default=_plain(action.default),
         help=" ".join((action.help or "").split()),
         choices=tuple(str(_plain(choice)) for choice in action.choices or ()),
-        # This field may hold several; its parser takes one.
+        # The field holds several values, though transformers' parser takes one.
         several=action.nargs == "+" or action.dest == "report_to",
         switch=switch and kind == "str",
         aliases=tuple(name for name in action.option_strings if name not in own),
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 if TYPE_CHECKING:
 
     class TrainerFlags:
-        """What `TrainingArguments` holds, as plain values; not checked, and nothing is set up."""
+        """The fields of `TrainingArguments` as plain values, unchecked and without its setup."""
 
         def __getattr__(self, name: str) -> Any: ...
 

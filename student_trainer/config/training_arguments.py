@@ -1,4 +1,4 @@
-"""transformers' `TrainingArguments` of a run, made of its flags once these are checked."""
+"""The `TrainingArguments` of transformers for a run, made from checked flags."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from student_trainer.runtime.terminal import can_move
 
 @dataclass
 class CommonTrainingArguments(RunFlags, TrainingArguments):
-    """transformers' TrainingArguments, with defaults that this trainer needs."""
+    """The `TrainingArguments` of transformers, with the defaults that this trainer needs."""
 
     def __post_init__(self) -> None:
         if uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
             raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
-        # bfloat16 autocast works on a CPU; transformers asks to be told that one is meant.
+        # transformers allows bfloat16 on a CPU only when use_cpu is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True
             if uses_deepspeed(self) and "LOCAL_RANK" in os.environ:
                 import deepspeed
 
-                # accelerate does so for accelerators alone, and ZeRO-3 then counts one process.
+                # accelerate initialises it for accelerators only; ZeRO-3 would count one process.
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
             self.disable_tqdm = True
         best = self.metric_for_best_model
         if self.greater_is_better is None and best is not None:
-            # transformers takes the greatest of whatever is not called a loss.
+            # transformers maximises every metric whose name does not end in "loss".
             self.greater_is_better = not best.endswith(("loss", "divergence"))
         super().__post_init__()
 
 
 @dataclass
 class SFTArguments(CommonTrainingArguments):
-    """Supervised fine-tuning."""
+    """The arguments of supervised fine-tuning."""
 
 
 @dataclass
 class DistillArguments(DivergenceFlags, CommonTrainingArguments):
-    """Distillation from a served teacher."""
+    """The arguments of distillation from a served teacher."""
 
 
 def training_arguments(flags: TrainingFlags) -> CommonTrainingArguments:
@@ -68,7 +68,7 @@ def training_arguments(flags: TrainingFlags) -> CommonTrainingArguments:
     given = {
         one.name: getattr(flags, one.name)
         for one in fields(flags)
-        # transformers' own defaults may depend on the machine.
+        # transformers' own defaults may depend on the machine, so equal values are left out.
         if one.name in ours
         or one.name not in usual
         or getattr(flags, one.name) != usual[one.name].default
@@ -80,10 +80,10 @@ def training_arguments(flags: TrainingFlags) -> CommonTrainingArguments:
 
 
 def checkpoint_of(args: CommonTrainingArguments) -> str | None:
-    """The checkpoint folder to resume from.
+    """Return the checkpoint folder to resume from, or None.
 
-    ``true`` is the last one in ``--output_dir``; ``auto`` as well, or none where there is none yet:
-    for services that start again by the same command.
+    ``true`` is the last one in ``--output_dir``; ``auto`` is the same, or None where there is none
+    yet, for services that restart with the same command.
 
     Raises:
         ConfigurationError: there is no such checkpoint.

@@ -35,6 +35,13 @@ def no_bars_in_logs() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+def readable_size(count: float) -> str:
+    """Return a number of bytes in the unit that suits it, up to GiB."""
+    unit = min(3, max(0, int(count).bit_length() - 1) // 10)
+    text = f"{count / 1024**unit:,.{0 if unit == 0 else 1}f}"
+    return f"{text} {('bytes', 'KiB', 'MiB', 'GiB')[unit]}"
+
+
 def painted(text: str, style: Style, colours: bool) -> str:
     """Return the text with each line coloured by itself, or as it is without ``colours``.
 

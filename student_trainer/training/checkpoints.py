@@ -1,7 +1,7 @@
-"""Checkpoints that are there whole or not at all.
+"""The writing and deleting of checkpoints, so that each is there whole or not at all.
 
-They are written in a folder beside, which no search for checkpoints looks into, and appear by a
-rename; they go by a rename too, for a deletion cut short would leave half of one.
+A checkpoint is written into `unfinished`, where no search for checkpoints looks, and renamed when
+it is whole. It is renamed before it is deleted too, since a deletion may be cut short.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from shared.errors import CheckpointError
 
 _UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
-# How torch.save tells that a disk is full: by a RuntimeError, as everything else is told.
+# Texts of the RuntimeErrors by which torch.save reports a full disk.
 _NOT_WRITTEN = ("PytorchStreamWriter", "unexpected pos", "file write")
 
 
 def unfinished(output: Path) -> Path:
-    """Where checkpoints of ``output`` are before they are finished, and while they are deleted."""
+    """Return the folder of checkpoints that are being written or deleted."""
     return output / _UNFINISHED
 
 
 def remove_unfinished(output: Path) -> None:
-    """What a killed run left half-written or half-deleted."""
+    """Delete what a killed run left half-written or half-deleted."""
     shutil.rmtree(unfinished(output), ignore_errors=True)
 
 
@@ -61,16 +61,16 @@ def keep_latest(output: Path, limit: int | None, *, newest: str, best: str | Non
 
 @contextmanager
 def writing(what: str, output: Path) -> Iterator[None]:
-    """Whatever is written inside, a full disk is told plainly.
+    """Turn errors of a full disk inside the context into a plain one.
 
     Raises:
-        CheckpointError: with the room left in ``output``, and where to go on from.
+        CheckpointError: names the room left in ``output``, and the checkpoint to go on from.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        told = any(text in str(error) for text in _NOT_WRITTEN)
-        if isinstance(error, RuntimeError) and not told:
+        disk_full = any(text in str(error) for text in _NOT_WRITTEN)
+        if isinstance(error, RuntimeError) and not disk_full:
             raise
         remove_unfinished(output)
         last = get_last_checkpoint(output) if output.is_dir() else None

@@ -1,4 +1,4 @@
-"""A warning where most generated completions reach the length limit."""
+"""A warning when most generated completions reach the length limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CutCompletions(TrainerCallback):
 
     def __init__(self, max_new_tokens: int) -> None:
         self._max_new_tokens = max_new_tokens
-        self._told = False
+        self._warned = False
 
     def on_log(
         self,
@@ -35,9 +35,9 @@ class CutCompletions(TrainerCallback):
         **_: Any,
     ) -> None:
         share = (logs or {}).get("truncated", 0.0)
-        if self._told or share <= _MOST or not state.is_world_process_zero:
+        if self._warned or share <= _MOST or not state.is_world_process_zero:
             return
-        self._told = True
+        self._warned = True
         logger.warning(
             "step %d: %.0f%% of the completions are cut at --max_new_tokens %d and teach no end: "
             "raise it, or compare the end tokens of student and teacher (student-trainer doctor)",

@@ -1,7 +1,7 @@
-"""transformers' Trainer for runs that are left alone.
+"""A Trainer whose runs survive SIGTERM, a lost teacher and a full disk.
 
 Checkpoints are whole or not there; SIGTERM saves one and stops, and so does a teacher that is lost,
-on all ranks alike. What `DurableTrainer` overrides of the Trainer:
+on all ranks alike. `DurableTrainer` overrides these methods of transformers' Trainer:
 
 =============================== ==============================================================
 method                          why
@@ -46,13 +46,14 @@ logger = logging.getLogger(__name__)
 
 
 class DurableTrainer(Trainer):
-    """Takes transformers' Trainer's arguments.
+    """A Trainer that saves whole checkpoints, and one more when its run is ended early.
 
     Args:
         inputs: what the run is trained with, for its checkpoints; see `training.inputs`.
+        trainer_arguments: those of transformers' Trainer.
 
     Attributes:
-        stopped: by SIGTERM, before the last step.
+        stopped: whether SIGTERM ended the run before the last step.
         ranks: the processes of the run.
     """
 
@@ -68,20 +69,20 @@ class DurableTrainer(Trainer):
         self._random_state: RandomState | None = None  # at the end of the last step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; after SIGTERM it returns early, with a checkpoint and `stopped` set.
+        """Train as the Trainer does; after SIGTERM save a checkpoint, set `stopped` and return.
 
         Raises:
             CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
         """
         if self.args.should_save:
             remove_unfinished(self._output)
-        with sigterm_event(_PATIENCE, self.ranks.wait_no_longer) as asked:
-            self.add_callback(_AfterStep(self, asked))
+        with sigterm_event(_PATIENCE, self.ranks.wait_no_longer) as sigterm:
+            self.add_callback(_AfterStep(self, sigterm))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
-                self.stopped = asked.is_set() and self.state.global_step > 0
+                self.stopped = sigterm.is_set() and self.state.global_step > 0
                 if not self.stopped:
                     raise
                 return None
@@ -93,7 +94,7 @@ class DurableTrainer(Trainer):
                 ) from error
 
     def _run_epoch(self, **arguments: Any) -> None:
-        """As the Trainer's, which would go one step too far after the last step's checkpoint."""
+        """Run an epoch, unless the run was resumed at its last step, where the Trainer would."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -103,7 +104,7 @@ class DurableTrainer(Trainer):
         return str(unfinished(self._output) if self._writing_checkpoint else self._output)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written beside by all ranks (and FSDP or DeepSpeed), then renamed by the main process.
+        """Save a checkpoint: all ranks write it in `unfinished`, and the main process renames it.
 
         Raises:
             CheckpointError: the disk takes no more.
@@ -132,12 +133,12 @@ class DurableTrainer(Trainer):
             super()._push_from_checkpoint(str(output / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Waits for the folder to have its name: the upload goes on in the background."""
+        """Do nothing: `_save_checkpoint` uploads the folder once it has its name."""
 
     def _finalize_training(self, *arguments: Any) -> Any:
         best = self.state.best_model_checkpoint
         if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            # The Trainer does so too, but a deletion of its own can be cut short.
+            # The Trainer's own deletion, which follows, could be cut short.
             keep_latest(self._output, 1, newest=Path(best).name, best=best)
         return super()._finalize_training(*arguments)
 
@@ -146,7 +147,7 @@ class DurableTrainer(Trainer):
         return Path(self.args.output_dir or "")
 
     def _save_what_was_learned(self) -> None:
-        """A checkpoint as of the end of the last step, whatever of the next one was done since.
+        """Save a checkpoint of the end of the last step, without the step that was under way.
 
         A run that goes on from it ends as one that was never interrupted.
         """
@@ -163,20 +164,22 @@ class DurableTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    """Keeps the random state, and saves and stops after the step in which any rank was told to end;
-    all ranks after the same."""
+    """A callback that keeps the random state and ends all ranks after the same step.
 
-    def __init__(self, trainer: DurableTrainer, asked: threading.Event) -> None:
+    The run is saved and stopped after the step in which any rank got SIGTERM.
+    """
+
+    def __init__(self, trainer: DurableTrainer, sigterm: threading.Event) -> None:
         self.trainer = trainer
-        self.asked = asked
+        self.sigterm = sigterm
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._random_state = RandomState.now()
-        if self.trainer.ranks.any(self.asked.is_set()):
+        if self.trainer.ranks.any(self.sigterm.is_set()):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             self.trainer.stopped = state.global_step < state.max_steps
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped:  # in its middle
+        if self.trainer.stopped:  # in the middle of the epoch
             control.should_save = control.should_evaluate = False

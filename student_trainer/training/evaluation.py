@@ -1,4 +1,4 @@
-"""Held-out rows: the divergence on fixed completions, and checkers on the student's own."""
+"""The evaluation on held-out rows: divergence on fixed completions, checkers on the student's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HeldOutEvaluation:
         self._first_look: dict[str, Any] | None = None
 
     def resume(self) -> None:
-        """Go on with the file that the run wrote before it was interrupted."""
+        """Continue the file that the run wrote before it was interrupted."""
         self._first_look = read_held_out(self.folder)
 
     def run(
@@ -70,13 +70,13 @@ class HeldOutEvaluation:
         step: int,
         before_rollouts: Callable[[], None],
     ) -> dict[str, float]:
-        """Measure, and return ``loss``, ``divergence`` and what the checkers say, of all ranks.
+        """Return ``loss``, ``divergence`` and the checkers' scores, over all ranks.
 
         The completions compared are the dataset's own; a bare prompt gets the teacher's greedy one,
-        written once. A few samples are shown token by token, see `held_out`.
+        written once. A few samples are kept token by token, see `held_out`.
 
         Args:
-            dataset: tells one dataset from another; its samples are scored only once.
+            dataset: number of the dataset, whose samples are scored only once.
             step: of the optimizer.
             before_rollouts: called before the student writes.
         """
@@ -131,7 +131,7 @@ class HeldOutEvaluation:
             return []
         teacher, sampling = self.teacher, self.plan.method.sampling(0.0, scored=False)
         prompts = [example.prompt_ids for example in bare]
-        # A rank without prompts meets the others here, too.
+        # Ranks without prompts take part too, since all ranks wait for one another here.
         completions = self.ranks.together(
             lambda: teacher.generate(prompts, sampling) if prompts else []
         )
@@ -199,7 +199,10 @@ class HeldOutEvaluation:
 
 @dataclass(frozen=True)
 class _Checked:
-    """This rank's examples with the student's text and its verdict; the first ``real`` count."""
+    """The examples of this rank with the student's text and its verdict.
+
+    Only the first ``real`` count; the others fill up the share of this rank.
+    """
 
     mine: list[tuple[Example, str, CheckResult]]
     real: int

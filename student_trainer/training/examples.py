@@ -1,4 +1,4 @@
-"""Rows become examples, checked against what the method needs of each."""
+"""The making of examples from rows, each checked for what the method needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from student_trainer.pipeline.pipeline import DistillationConfig, dataset_sample
 
 logger = logging.getLogger(__name__)
 
-_TRIED_ROWS = 16  # whose texts are encoded and decoded before a model loads
+_TRIED_ROWS = 16  # their texts are encoded and decoded before a model loads
 
 
 def make_examples(
@@ -40,7 +40,7 @@ def make_examples(
     args: CommonTrainingArguments,
     vocab_size: int,
 ) -> tuple[list[Example] | ExampleStream, list[Example] | None]:
-    """Training and held-out examples, checked against what the method needs of each row.
+    """Return training and held-out examples, each checked for what the method needs.
 
     Args:
         context: longest sequence in tokens.
@@ -76,7 +76,7 @@ def make_examples(
         )
         check_token_ids(checked, tokenizer, vocab_size)
         if main:
-            _tell_losses(rows, checked, max_length)
+            _warn_of_losses(rows, checked, max_length)
         return checked
 
     train: list[Example] | ExampleStream
@@ -103,12 +103,12 @@ def make_examples(
             rank=args.process_index,
             world=args.world_size,
         )
-        _ = train[0]  # what is wrong with all rows is told now
+        _ = train[0]  # a fault of all rows is reported now, not in the first step
     else:
         train = tokenize(rows.train, "training rows", _usable)
         if rows.mixture is not None:
-            train, told = mix(train, rows.mixture)
-            for line in told if main else ():
+            train, lines = mix(train, rows.mixture)
+            for line in lines if main else ():
                 logger.warning("%s", line)
     held_out = None
     if rows.held_out is not None:
@@ -116,21 +116,21 @@ def make_examples(
     return train, held_out
 
 
-def _tell_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
+def _warn_of_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
     left_out = len(rows) - len({row_of(example) for example in examples})
     if left_out:
         logger.warning("%d of %d rows are left out: too long", left_out, len(rows))
     cut = sum(example.sample.truncated for example in examples if example.sample is not None)
     if cut:
         logger.warning("%d of %d completions are cut at %d tokens", cut, len(examples), max_length)
-    for note, told in NOTES.items():
+    for note, warning in NOTES.items():
         count = sum(note in example.notes for example in examples)
         if count:
-            logger.warning("%d of %d completions %s", count, len(examples), told)
+            logger.warning("%d of %d completions %s", count, len(examples), warning)
 
 
 def _usable(example: Example, method: DistillationConfig, max_length: int) -> Example:
-    """The example, when the method can learn from it."""
+    """Return the example, after a check that the method can learn from it."""
     if method.lmbda < 1 and not method.seq_kd:
         dataset_sample(example)
     if method.lmbda > 0 or method.seq_kd:
@@ -139,7 +139,7 @@ def _usable(example: Example, method: DistillationConfig, max_length: int) -> Ex
 
 
 def _checkable(example: Example, method: DistillationConfig, max_length: int) -> Example:
-    """The held-out example, when its checker, if any, can be used."""
+    """Return the held-out example, after a check that its checker, if any, can be used."""
     if example.checker is not None:
         parse_checker(example.checker, example.name)
         _check_room(example, method, max_length)

@@ -1,8 +1,8 @@
-"""A few held-out samples token by token, for `student-trainer report`.
+"""A file of a few held-out samples token by token, for `student-trainer report`.
 
-Each evaluation writes ``_held_out_samples.json`` into the output folder: the first samples, of each
-the first tokens, how far teacher and student are apart at each, and the few most probable tokens of
-both. The first and the latest evaluation are kept, so that the file stays small.
+Each evaluation writes ``_held_out_samples.json`` into the output folder: for the first tokens of
+the first samples, the divergence and the most probable tokens of teacher and student. Only the
+first and the latest evaluation are kept, so that the file stays small.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from student_trainer.reporting.runs import HELD_OUT_FILE
 
 COUNT, TOKENS, TOP = 4, 200, 5  # samples, tokens of each, alternatives at each token
 _TEXT = 4000  # characters of a prompt or a completion
-_LEAST = 0.001  # probability of what is listed
+_LEAST = 0.001  # probability of a token that is listed, on either side
 
 # [token, the teacher's probability or None where it is in the tail, the student's].
 Support = list[list[Any]]
 
 
 def cut(item: ScoredSample) -> ScoredSample:
-    """The sample with only its first learned tokens."""
+    """Return the sample with only its first learned tokens."""
     mask = item.sample.completion_mask
     return replace(
         item, sample=replace(item.sample, completion_mask=mask & (np.cumsum(mask) <= TOKENS))
@@ -40,7 +40,7 @@ def cut(item: ScoredSample) -> ScoredSample:
 
 @torch.no_grad()
 def look(model: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """How the student meets one sample.
+    """Return the student's divergence and most probable tokens on one sample.
 
     Args:
         model: after `install_sparse_loss`.
@@ -64,7 +64,7 @@ def look(model: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def described(item: ScoredSample, name: str, prompt: str, tokenizer: Any) -> dict[str, Any]:
-    """What is the same at every evaluation of a `cut` sample."""
+    """Return the entry of a `cut` sample that is the same at every evaluation."""
     sample = item.sample
     ids = sample.completion_ids[sample.completion_mask].tolist()
     return {
@@ -85,14 +85,14 @@ def write(
     first: dict[str, Any] | None,
     **method: Any,
 ) -> dict[str, Any]:
-    """Write the file, and give what is in it.
+    """Write the file, and return its content.
 
     Args:
-        samples: `described`.
-        looks: what `look` says of them now.
+        samples: what `described` returned.
+        looks: what `look` returned for them now.
         written: the student's own completion and whether it is right, where it has written one.
         step: of the optimizer.
-        first: what an earlier evaluation of this run gave.
+        first: the content that an earlier evaluation of this run returned.
         method: beta and the like.
     """
     entries = []
@@ -107,24 +107,29 @@ def write(
     content = {**method, "samples": entries}
     part = folder / f"{HELD_OUT_FILE}.part"
     part.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    part.replace(folder / HELD_OUT_FILE)  # whole, or the one before
+    part.replace(folder / HELD_OUT_FILE)  # a reader sees the old file or the new one, whole
     return content
 
 
 def _support(
     teacher: SparseDistribution, probabilities: torch.Tensor, tokenizer: Any
 ) -> list[Support]:
-    """Of [N, V] the student's probabilities, those at the most probable tokens of either side."""
+    """Return the most probable tokens of either side, with both probabilities.
+
+    Args:
+        teacher: at N positions.
+        probabilities: [N, V], the student's.
+    """
     named = torch.where(teacher.token_ids >= 0, teacher.logprobs.float(), -torch.inf)
-    theirs = named.topk(min(TOP, named.shape[1])).indices  # [N, TOP], places in the support
+    theirs = named.topk(min(TOP, named.shape[1])).indices  # [N, TOP], indices of the support
     ours = probabilities.topk(min(TOP, probabilities.shape[1])).indices  # [N, TOP], ids
     rows = []
-    for ids, logprobs, places, own, shares in zip(
+    for ids, probs, indices, own, shares in zip(
         teacher.token_ids.tolist(), named.exp().tolist(), theirs.tolist(), ours.tolist(),
         probabilities, strict=True,
     ):  # fmt: skip
-        known = {i: p for i, p in zip(ids, logprobs, strict=True) if i >= 0}
-        chosen = dict.fromkeys([*(ids[place] for place in places if ids[place] >= 0), *own])
+        known = {i: p for i, p in zip(ids, probs, strict=True) if i >= 0}
+        chosen = dict.fromkeys([*(ids[index] for index in indices if ids[index] >= 0), *own])
         row: Support = [
             [
                 token_text(tokenizer, i),

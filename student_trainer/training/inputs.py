@@ -1,8 +1,8 @@
-"""What a run was trained with, kept in its folder and in each checkpoint.
+"""The record of what a run was trained with, kept in its folder and in each checkpoint.
 
-A checkpoint goes on with what it was begun with. On other data, under another template or with
-another divergence the result would be what neither run meant, so that is refused; what may well be
-changed, such as the number of steps, is told.
+A resumed run must have the same data, template and divergence, or its result would be of neither
+run: a change of these is refused. A change of what may change, such as the number of steps, is
+logged.
 """
 
 from __future__ import annotations
@@ -102,12 +102,10 @@ def keep_inputs(inputs: Mapping[str, Any], folder: Path) -> None:
 
 
 def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
-    """Compare a run with the one that wrote a checkpoint.
-
-    Changes of what may change are logged.
+    """Check that a run may go on from a checkpoint, and log the changes that are allowed.
 
     Raises:
-        ConfigurationError: names all that must not have changed, then and now.
+        ConfigurationError: names all inputs that must not change and did, with both values.
     """
     file = checkpoint / FILE
     try:

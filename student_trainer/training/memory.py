@@ -1,4 +1,4 @@
-"""What a step holds in memory, told from the configuration: no weight is loaded for it."""
+"""An estimate of the memory of a step, from the configuration alone: no weights are loaded."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _BYTES_OF_4_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process that nothing shards; activations, caches and kernels come on top.
+    """The bytes of one process without sharding; activations, caches and kernels come on top.
 
     Attributes:
         parameters, trainable: counts, not bytes.
         weights, gradients: of all parameters; of those that are trained.
         buckets: in which DDP exchanges gradients between processes: a second copy of them.
-        optimizer: its state after the first step; None where --optim does not tell without a GPU.
+        optimizer: its state after the first step; None where that is not known without a GPU.
         casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
         loss: a chunk of logits, and the gradient of the output layer where it is trained.
     """
@@ -56,7 +56,9 @@ class Memory:
 def estimate_memory(
     model: ModelArguments, adapters: AdapterArguments, args: CommonTrainingArguments, *, tokens: int
 ) -> Memory:
-    """Exact for weights, gradients and optimizer, unless weights are quantised.
+    """Return the memory of a training step.
+
+    It is exact for weights, gradients and optimizer, unless weights are quantised.
 
     Args:
         tokens: learned in a micro-batch, at most.
@@ -79,7 +81,7 @@ def estimate_memory(
     if args.bf16 or args.fp16:
         casts = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
     if adapters.load_in_4bit:
-        casts = 0  # a layer is unpacked as it is used, and no copy stays
+        casts = 0  # a 4-bit layer is unpacked when it is used, and no copy stays
     sharded = uses_fsdp(args) or uses_deepspeed(args)
     return Memory(
         parameters=sum(p.numel() for p in parameters),
@@ -100,15 +102,18 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 def _optimizer_bytes(
     args: CommonTrainingArguments, model: Any, trained: list[nn.Parameter]
 ) -> int | None:
-    """Of the state that the optimizer itself makes in a step on the meta device, which is none."""
+    """Return the bytes of the optimizer's state, from a step on the meta device; None if it fails.
+
+    Tensors on the meta device have shapes and no memory.
+    """
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        options.pop("fused", None)  # the same state, in a kernel that wants a device
+        options.pop("fused", None)  # the fused kernel needs a device, and has the same state
         optimizer = kind(trained, **options)
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
-    except Exception:  # whatever a library raises about a missing GPU, or tensors without numbers
+    except Exception:  # libraries raise anything about a missing GPU or tensors without numbers
         return None
     states = (value for state in optimizer.state.values() for value in state.values())
     return bytes_of(value for value in states if isinstance(value, torch.Tensor))

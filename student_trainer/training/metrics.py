@@ -1,4 +1,4 @@
-"""Sums of one logging window, and the averages that are logged from them."""
+"""The sums of one logging window, and the averages that are logged from them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _WITHOUT_TEACHER = ("step", "forward_backward", "optimizer")
 
 
 class WindowMetrics:
-    """What happened since the last log, summed; sums are added over ranks before dividing.
+    """The sums since the last log; they are added over ranks before they are divided.
 
     Logged, all per learned token unless said otherwise: ``divergence`` (nats), ``teacher_entropy``
     and ``student_entropy`` (nats, over support and tail: a lower bound), ``teacher_top_k_mass`` and
-    ``student_top_k_mass`` (probability on the support), ``top1_agreement`` (share of rows whose
-    most probable token is the same), ``cross_entropy`` (nats, of the completions' own tokens),
+    ``student_top_k_mass`` (probability on the support), ``top1_agreement`` (share of positions
+    whose most probable token is the same), ``cross_entropy`` (nats, of the completions' tokens),
     ``divergence_gap_bound`` (nats by which the dense divergence is above ``divergence`` at most;
     only for beta between 0 and 1, elsewhere nothing bounds it), ``completion_length`` (tokens a
     completion), ``truncated`` (share of completions), ``on_policy`` (share of steps),
@@ -39,8 +39,8 @@ class WindowMetrics:
     ``staleness`` and ``staleness_max`` (optimizer steps between the weights that wrote a completion
     of the student's and those that learn it), ``bytes_per_token`` (received for each scored token),
     ``teacher_tokens_per_second`` (scored, of all ranks), ``teacher_cache_hits`` (share of the
-    answers looked up that the cache held), ``teacher_cache_corrupt`` (how many were wrong there,
-    and were asked for) and ``skipped_steps`` (how many were not finite; where there are any).
+    answers looked up that the cache held), ``teacher_cache_corrupt`` (number of damaged ones,
+    requested again) and ``skipped_steps`` (number of steps that were not finite; if any).
 
     Of a step and rank, in seconds that add up to ``seconds_step``: ``seconds_teacher`` (waiting for
     it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),
@@ -84,14 +84,14 @@ class WindowMetrics:
         self.add(f"seconds_{name}", seconds)
 
     def add_statistics(self, statistics: SparseStatistics) -> None:
-        """Per-token statistics of one micro-batch; stays on the device."""
+        """Add the per-token statistics of one micro-batch; they stay on the device."""
         for field in fields(statistics):
             if field.name in _PER_TOKEN:
                 self.add(_PER_TOKEN[field.name], getattr(statistics, field.name).sum())
         self.add("tokens", len(statistics.divergence))
 
     def add_step(self, samples: Sequence[Sample], *, step: int, on_policy: bool) -> None:
-        """A step, counted from 0, learns these samples."""
+        """Add the samples of a step, which is counted from 0."""
         self.add("steps", 1)
         self.add("on_policy", on_policy)
         self.add("completions", len(samples))
@@ -103,18 +103,18 @@ class WindowMetrics:
         self._staleness_max = max([self._staleness_max, *stale])
 
     def skip_step(self) -> None:
-        """The step changes no weights: its loss or gradient is not finite."""
+        """Count a step that changes no weights, as its loss or gradient is not finite."""
         self._skipped += 1
 
     def add_inputs(self, positions: int, tokens: int) -> None:
-        """A micro-batch that computes ``positions`` hidden states for ``tokens`` real tokens."""
+        """Add a micro-batch of ``positions`` hidden states, ``tokens`` of them for real tokens."""
         self.add("positions", positions)
         self.add("padding", positions - tokens)
 
     def drain(
         self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, with_teacher: bool
     ) -> dict[str, float]:
-        """Averages of the window, which begins anew; empty when no step was taken in it."""
+        """Return the averages of the window and begin a new one; empty without a step."""
         values = torch.tensor([float(self._sums[name]) for name in self._SUMS], dtype=torch.float64)
         staleness_max, skipped = self._staleness_max, self._skipped
         self.reset()

@@ -1,4 +1,4 @@
-"""Scored samples become the inputs of one forward pass, and what it is compared with."""
+"""The builder of micro-batches: inputs of one forward pass, and the teacher's distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README.md of a trained model: what it is made of, for people and for the Hugging Face Hub.
+"""The README.md of a trained model, for people and for the Hugging Face Hub.
 
 It goes wherever the weights go, so it names no address, no key and no folder of this machine.
 """
@@ -44,15 +44,15 @@ def model_card(
     teacher: TeacherIdentity | None,
     rows: int,
 ) -> str:
-    """The card as text.
+    """Return the card as text.
 
     Args:
         name: of the model.
-        history: what was logged.
+        history: the entries of the log.
         arguments: dataclasses of flags, as `config.parse` gives them for `sft` or `distill`; the
             Trainer's own are the last.
-        teacher: who taught, or None for SFT.
-        rows: trained on.
+        teacher: its identity, or None for SFT.
+        rows: number of training rows.
     """
     flags = {f.name: getattr(part, f.name) for part in arguments for f in fields(part)}
     base, datasets = str(flags["model_name_or_path"]), list(flags["dataset_name"])
@@ -73,7 +73,7 @@ def model_card(
         _story(flags, method_of(arguments[-1]), teacher, rows) + "\n",
         f"## Use\n\n{_use(base, adapters)}",
         f"## Numbers\n\n{_numbers(history)}",
-        f"## Flags\n\nThose that are not the default:\n\n{_table(_told(arguments))}",
+        f"## Flags\n\nThose that are not the default:\n\n{_table(_changed_flags(arguments))}",
         f"sparse-gkd {__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__.split('+')[0]}.\n",
     ]
@@ -81,7 +81,7 @@ def model_card(
 
 
 def method_of(args: RunFlags) -> str:
-    """What the method is called in the literature."""
+    """Return the method's name in the literature."""
     if not isinstance(args, DivergenceFlags):
         return "supervised fine-tuning (SFT)"
     off_policy = "SeqKD" if args.seq_kd else "supervised KD"
@@ -141,9 +141,9 @@ def _numbers(history: Sequence[Mapping[str, Any]]) -> str:
     return _table(steps | {_NUMBERS[n]: f"{found[n]:.4g}" for n in _NUMBERS if n in found})
 
 
-def _told(arguments: Sequence[Any]) -> dict[str, Any]:
-    """Flags that are neither the default nor nobody's business."""
-    told: dict[str, Any] = {}
+def _changed_flags(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Return the flags that are not at their default and not private."""
+    shown: dict[str, Any] = {}
     private = {*PRIVATE, *marked([type(part) for part in arguments], "private", True)}
     for part in arguments:
         for flag in fields(part):
@@ -152,8 +152,8 @@ def _told(arguments: Sequence[Any]) -> dict[str, Any]:
             usual = value in (None, "", []) or value == _default(flag)
             plain = isinstance(value, str | int | float | list)
             if flag.init and flag.name not in private and plain and not usual:
-                told[f"`--{flag.name}`"] = f"`{_public(value)}`"
-    return told
+                shown[f"`--{flag.name}`"] = f"`{_public(value)}`"
+    return shown
 
 
 def _default(flag: Field[Any]) -> Any:
@@ -163,16 +163,16 @@ def _default(flag: Field[Any]) -> Any:
 
 
 def _is_local(name: str) -> bool:
-    """Whether it is a path; as the Hub's names have at most one slash and no such beginning."""
+    """Return whether a name is a path here and not a name on the Hub."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return True
-    with suppress(OSError):  # longer than the name of a file can be
+    with suppress(OSError):  # the name is too long for a file
         return Path(name).exists()
     return False
 
 
 def _public(value: Any) -> str:
-    """The value; of a path on this machine the last part alone."""
+    """Return a value as text; for a path on this machine only its last part."""
     text = str(value)
     return Path(text).name if isinstance(value, str) and _is_local(text) else text
 

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite: stopped or skipped, its batch kept in a file."""
+"""The guard against steps that are not finite: it stops or skips them and keeps their batch."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class NonFiniteGuard:
         self._batch: list[list[ScoredSample]] = []
 
     def begin_step(self) -> None:
-        """Forget the step before."""
+        """Forget the batch and the loss of the step before."""
         self._loss, self._batch = 0.0, []
 
     @property
     def began(self) -> bool:
-        """Whether a micro-batch of this step was learned already."""
+        """Return whether a micro-batch of this step was learned already."""
         return bool(self._batch)
 
     def add_batch(self, scored: list[ScoredSample]) -> None:
-        """Take note of a micro-batch of this step."""
+        """Keep a micro-batch of this step."""
         self._batch.append(scored)
 
     def add_loss(self, loss: torch.Tensor) -> None:
-        """Add to the loss of this step; stays on its device."""
+        """Add a micro-batch's loss to that of this step; it stays on its device."""
         self._loss = self._loss + loss.detach()
 
     def check(self, step: int, grad_norm: Any, *, skip: bool) -> bool:
@@ -63,7 +63,7 @@ class NonFiniteGuard:
 
         Args:
             step: counted from 1.
-            grad_norm: of the step's gradient; None where a loss scaler looks at it.
+            grad_norm: of the step's gradient; None where a loss scaler checks it.
             skip: return False for a step that is not finite, instead of an error.
 
         Raises:
@@ -106,7 +106,7 @@ def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> N
     }
     for name in _SCORES:
         values = [getattr(item.scores, name, None) for item in scored]
-        present = [value for value in values if value is not None]  # of all or of none
+        present = [value for value in values if value is not None]  # all samples have it, or none
         if present:
             arrays[f"teacher_{name}"] = np.concatenate(present)
     requested = [item.requested for item in scored if item.requested is not None]
@@ -116,7 +116,7 @@ def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> N
 
 
 def load_batch(path: Path) -> list[list[ScoredSample]]:
-    """The micro-batches that `save_batch` wrote."""
+    """Return the micro-batches that `save_batch` wrote."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     samples = samples_from_arrays(arrays)

@@ -1,4 +1,4 @@
-"""What a run does, as one value that is handed to the trainer whole."""
+"""The plan of a run, one value that is handed to the trainer whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from student_trainer.pipeline.pipeline import DistillationConfig
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run learns and how, besides what transformers' `TrainingArguments` say.
+    """The method and the options of a run, besides transformers' `TrainingArguments`.
 
     Attributes:
         method: lmbda, seq_kd and the like.

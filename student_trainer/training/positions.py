@@ -1,4 +1,4 @@
-"""Models whose positions depend on the longest sequence, under weights that ranks share."""
+"""A check of sharded models whose positions depend on the longest sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.rope import length_dependent_rope
 def check_positions(
     config: Any, *, longest: int | None, batch_sizes: set[int], regrouped: bool
 ) -> None:
-    """Refuse micro-batches that ranks would compute in unlike numbers of forward passes.
+    """Check that all ranks compute a micro-batch in the same number of forward passes.
 
     Args:
         config: of the model, whose weights are sharded over ranks.
@@ -29,7 +29,7 @@ def check_positions(
     most = rope.original - 1 if rope.each_length else rope.original
     if longest is not None and longest <= most:
         return
-    # With frequencies of each length's own, one sequence may take two passes.
+    # Where each length has frequencies of its own, even one sequence may take two passes.
     if not rope.each_length and batch_sizes == {1} and not regrouped:
         return
     remedy = f"pass --max_length {most}"

@@ -1,4 +1,4 @@
-"""`sft` and `distill`: from flags to a trained model in a folder."""
+"""The recipe of `sft` and `distill`: from flags to a trained model in a folder."""
 
 from __future__ import annotations
 
@@ -225,14 +225,14 @@ def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -
 
 
 def _end(trainer: DistillationTrainer) -> None:
-    """Together: a process that ends while the others' group still runs is aborted now and then."""
+    """End all ranks together, as one that ends while the group still runs may be aborted."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `distill` and `precompute` make of rows and flags, before there is a student."""
+    """The rows and flags as a run needs them, before there is a student."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int

@@ -285,12 +285,12 @@ class DistillationTrainer(DurableTrainer):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether ranks exchange weights or gradients in each micro-batch."""
+        """Return whether ranks exchange weights or gradients in each micro-batch."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled or self._syncs_each_batch
 
     @property
     def _syncs_each_batch(self) -> bool:
-        """Whether FSDP adds gradients in each micro-batch, to keep none unsharded."""
+        """Return whether FSDP adds gradients in each micro-batch, to keep none unsharded."""
         return bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
 
     # What the Trainer counts, logs and writes.

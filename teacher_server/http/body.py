@@ -30,14 +30,14 @@ class Body:
     limit: int
 
     def load(self, model: type[M]) -> M:
-        """Parse and validate the body as a message; raises as `wire.load` does."""
+        """Return the body as a validated message; raise as `wire.load` does."""
         return wire.load(model, self.data, self.media_type, max_bytes=self.limit)
 
 
 async def read_body(
     exchange: Exchange, max_bytes: int, media_types: tuple[str, ...] = MEDIA_TYPES
 ) -> Body:
-    """Read the body of a request; what it takes is held until the answer is sent.
+    """Read the body of a request, whose bytes are held until the answer is sent.
 
     Args:
         exchange: the request; its connection is closed after a refusal, the rest being unread.
@@ -59,7 +59,7 @@ async def read_body(
     encoding = exchange.request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r} is not supported")
-    exchange.answer_type()  # an answer nobody can read is refused before it is computed
+    exchange.answer_type()  # raises before an answer that the caller cannot read is computed
     limit = max_bytes
     if media_type == wire.JSON_MEDIA_TYPE:
         limit = min(limit, wire.MAX_JSON_REQUEST_BYTES)
@@ -91,7 +91,7 @@ async def _read(exchange: Exchange, media_type: str, limit: int) -> bytearray:
         data += chunk
         if len(data) > limit:
             raise PayloadTooLargeError(f"the body has over {limit} bytes, the limit")
-        if len(data) > expected:  # nothing was declared
+        if len(data) > expected:  # the length was not declared
             exchange.hold(len(data) - expected)
             expected = len(data)
     return data

@@ -1,4 +1,4 @@
-"""The page at `/docs`: everything that `/openapi.json` says, without a file from another host."""
+"""The page at `/docs`: it shows `/openapi.json`, and loads nothing from another host."""
 
 PAGE = """\
 <!doctype html>
@@ -40,5 +40,5 @@ PAGE = """\
 </script>
 </html>
 """
-# The page's own style and script, and nothing from elsewhere.
+# The browser then loads nothing from another host.
 POLICY = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

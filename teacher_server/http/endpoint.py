@@ -82,10 +82,10 @@ class EndpointWrapper:
             except (ClientGoneError, ClientDisconnect):
                 answer = Reply(status_code=CLIENT_GONE)
             except Exception as error:
-                told = as_protocol_error(error, exchange.request_id, self.metrics)
-                answer = refusal(told, exchange.request_id)
+                known = as_protocol_error(error, exchange.request_id, self.metrics)
+                answer = refusal(known, exchange.request_id)
             if exchange.hang_up:
-                # Kept open, the connection would go on to receive what nobody will read.
+                # An open connection would go on to receive a body that nobody reads.
                 answer.headers["Connection"] = "close"
             answer.ended = ended
             answer.patience = self.admission.request_timeout
@@ -94,13 +94,13 @@ class EndpointWrapper:
         return endpoint
 
     async def unknown_route(self, request: Request, error: Exception) -> Answer:
-        """Answer a path that is no route (404), or a method that its route does not have (405)."""
+        """Return the answer to an unknown path (404) or method (405)."""
         assert isinstance(error, HTTPException)
         exchange, ended = self._begin(request, "other", logging.INFO)
         detail = f"{request.method} {request.url.path}: {error.detail}; see /docs"
-        refusal = MethodNotAllowedError if error.status_code == 405 else NotFoundError
-        told = as_protocol_error(refusal(detail), exchange.request_id, self.metrics)
-        answer = problem_reply(told, exchange.request_id)
+        kind = MethodNotAllowedError if error.status_code == 405 else NotFoundError
+        known = as_protocol_error(kind(detail), exchange.request_id, self.metrics)
+        answer = problem_reply(known, exchange.request_id)
         answer.headers.update(error.headers or {})  # Allow, for 405
         answer.ended = ended
         return answer
@@ -108,7 +108,7 @@ class EndpointWrapper:
     def _begin(
         self, request: Request, route: str, log_level: int
     ) -> tuple[Exchange, Callable[[int], None]]:
-        """Return the exchange, and what is to be told the status when its answer has ended."""
+        """Return the exchange, and a function to call with the status once its answer has ended."""
         exchange = Exchange(request, _request_id(request), route, self.admission, self.pool)
         logs.bind(request_id=exchange.request_id)  # uvicorn gives each request a task of its own
         return exchange, partial(self._ended, exchange, log_level, time.perf_counter())
@@ -121,7 +121,7 @@ class EndpointWrapper:
         exchange.held.free()
 
     def _identify(self, exchange: Exchange) -> None:
-        """Set the client of a request: a key, or an address. Nothing of the body is read.
+        """Set the client of a request, a key or an address, before its body is read.
 
         Raises:
             UnauthorizedError: no key, where one is needed.
@@ -135,20 +135,20 @@ class EndpointWrapper:
         if client:
             exchange.identify(client)
             return
-        # A caller's name for itself is for the log only, since a new name would get a new share.
+        # The caller's own name is only logged: limits by name could be evaded by a new name.
         name = request.headers.get(_CLIENT_ID, "")[:_LONGEST_CLIENT_ID]
         exchange.identify("" if request.client is None else request.client.host, name)
 
 
 def _request_id(request: Request) -> str:
-    """Return the caller's id of the request where it is sensible, else a new one."""
+    """Return the caller's request id if it is short and plain, else a new one."""
     given = request.headers.get(REQUEST_ID, "")
     printable = given.isascii() and given.replace("-", "").replace("_", "").isalnum()
     return given if printable and len(given) <= _LONGEST_REQUEST_ID else uuid.uuid4().hex
 
 
 def _log_access(exchange: Exchange, level: int, status: int, seconds: float) -> None:
-    """Log one line that tells nothing of what the request holds: no text, no token ids, no key."""
+    """Log one line about a request, without its text, its token ids and its key."""
     method, route = exchange.request.method, exchange.route
     facts: dict[str, Any] = {
         "method": method,

@@ -1,4 +1,4 @@
-"""The event loop: how late it is, and what it says when the machine has no descriptor left."""
+"""The event loop's lag, and its log lines when the machine has no descriptor left."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks; a stall is seen less this much at most.
+# Seconds between two measurements; a stall is measured at most this much too short.
 _PERIOD = 0.01
 _NO_DESCRIPTOR = "socket.accept() out of system resource"
 
 
 class OncePerMinute(logging.Filter):
-    """Lets one warning of a kind pass each minute, with the number of those left out.
+    """A log filter that passes one warning of a kind each minute and counts the others.
 
-    Whoever reaches the port can cause as many as he likes. Errors always pass.
+    Anyone who reaches the port can cause any number of warnings. Errors always pass.
 
     Args:
-        seconds: the minute.
+        seconds: between two warnings of a kind.
     """
 
     def __init__(self, seconds: float = 60.0) -> None:
         super().__init__()
         self._seconds = seconds
-        self._last: dict[str, tuple[float, int]] = {}  # of each kind: when one passed, left out
+        self._last: dict[str, tuple[float, int]] = {}  # kind: (time of the last, left out since)
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING:
@@ -45,17 +45,17 @@ class OncePerMinute(logging.Filter):
 
 
 def limit_log_lines() -> None:
-    """Let what strangers cause fill no log: one line of a kind each minute."""
+    """Limit the warnings that callers can cause to one of a kind each minute."""
     for name in ("uvicorn.error", "teacher_server.http.replies", __name__):
         logging.getLogger(name).addFilter(OncePerMinute())
 
 
 def survive_full_tables(loop: asyncio.AbstractEventLoop) -> None:
-    """Say in one line that no descriptor is left, where asyncio writes thousands of tracebacks.
+    """Log one line when no descriptor is left, where asyncio writes thousands of tracebacks.
 
-    It tries again a second later, in the same loop of accepting.
+    asyncio tries to accept again a second later.
     """
-    # ``limit_log_lines`` lets one of them pass each minute.
+    # `limit_log_lines` passes one of these lines each minute.
     loop.set_exception_handler(_report)
 
 
@@ -71,7 +71,7 @@ def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
 
 async def watch_lag(observe: Callable[[float], None]) -> None:
-    """Tell ``observe`` again and again how many seconds the loop is late; ends when cancelled."""
+    """Call ``observe`` with the seconds by which the loop is late, until it is cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + _PERIOD

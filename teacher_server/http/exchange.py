@@ -1,4 +1,4 @@
-"""A request under way: what is known of it, and the limits that it runs under."""
+"""A request under way, and the limits that it runs under."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Exchange:
         route: path of the route, for metrics and the log.
         admission: bounds tokens and bytes of all requests; sets the deadline.
         pool: threads for work on bodies and texts.
-        client: who shares limits and turns, a key's digest or an address; empty until identified.
-        name: what the caller calls itself; for the log alone.
+        client: a key's digest or an address, which has its own limits and turns; empty until
+            identified.
+        name: the caller's name for itself; for the log alone.
         held: bytes of the body, and of the answer until it is sent.
         work: sequences and tokens of the request, once they are known; for the log.
         hang_up: True when the connection is to be closed with the answer.
@@ -52,7 +53,7 @@ class Exchange:
         self.identify("")
 
     def identify(self, client: str, name: str = "") -> None:
-        """Set whose request it is, before it holds anything."""
+        """Set the client of the request, before it holds anything."""
         self.client, self.name = client, name
         self.held = HeldBytes(self.admission.bytes, client)
 
@@ -87,7 +88,7 @@ class Exchange:
 
         Args:
             size: of what is about to be read or made.
-            field: the part of the request that asks for so much.
+            field: the part of the request that needs so much.
 
         Raises:
             PayloadTooLargeError: the request alone takes more than the server holds of all.
@@ -139,7 +140,11 @@ class Exchange:
 def _check_possible(
     amount: int, limit: int, things: str, flag: str, field: str | None = None
 ) -> None:
-    """Raise `PayloadTooLargeError` for more than ``limit``: trying again later cannot help."""
+    """Check that a request is not over a limit by itself, so that trying later can help.
+
+    Raises:
+        PayloadTooLargeError: ``amount`` is more than ``limit``.
+    """
     if amount > limit:
         raise PayloadTooLargeError(
             f"the request alone takes {amount} {things}; the server's limit of all requests "

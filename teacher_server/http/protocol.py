@@ -1,4 +1,4 @@
-"""Limits of a connection: heads that end in time, bodies in pieces of a sensible size."""
+"""The limits of connections: their number, the time of a head, the pieces of a body."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # Seconds from the first byte of a request, or from the connection, to the end of its head.
 HEAD_SECONDS = 20.0
-# A body may come in so many pieces of any size, and beyond them in pieces of this many bytes in the
-# mean: each costs as much as hundreds of bytes.
+# The first pieces of a body may have any size, and further ones this many bytes in the mean, as
+# each piece costs as much as hundreds of bytes.
 _FREE_PIECES, _MEAN_PIECE = 256, 64
 _DESCRIPTORS = 1 << 16
 
 
 class _Connection(h11.Connection):
-    """h11's, which refuses what its framing tolerates."""
+    """An h11 connection that refuses two length headers, and bodies in too many pieces."""
 
     pieces = 0
     size = 0
@@ -29,7 +29,8 @@ class _Connection(h11.Connection):
             self.pieces = self.size = 0
             names = {name for name, _ in event.headers}
             if {b"transfer-encoding", b"content-length"} <= names:
-                # A proxy in front may have believed the other one: what follows is anyone's.
+                # A proxy in front may have used the other header, so that the next bytes could be
+                # another caller's request.
                 raise h11.RemoteProtocolError("both Transfer-Encoding and Content-Length")
         elif isinstance(event, h11.Data):
             self.pieces += 1
@@ -40,7 +41,7 @@ class _Connection(h11.Connection):
 
 
 class GuardedProtocol(H11Protocol):
-    """uvicorn's protocol with a timeout of heads and a limit of connections.
+    """The HTTP protocol of uvicorn with a time limit for heads and a limit of connections.
 
     Above the limit the connection that has waited longest without a request is closed, so that a
     newcomer is served while descriptors are left.
@@ -85,12 +86,12 @@ class GuardedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
-        else:  # an answer is under way, and what it answers is broken
+        else:  # an answer is under way, so none can be sent about the broken request
             self.transport.abort()
 
     @property
     def awaits_head(self) -> bool:
-        """True while no request is under way, or only the beginning of its head."""
+        """Return whether no request is under way, or only the beginning of its head."""
         return bool(self.conn.their_state is h11.IDLE)
 
     def _watch_head(self) -> None:
@@ -104,13 +105,13 @@ class GuardedProtocol(H11Protocol):
 
 
 def most_connections() -> int:
-    """Half of the descriptors that the process may have: others are the model's."""
+    """Return the limit of connections: half of the descriptors, which leaves the model the rest."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(1, soft // 2)
 
 
 def raise_descriptor_limit() -> None:
-    """Take as many descriptors as the process may have, up to `_DESCRIPTORS`."""
+    """Raise the process's limit of descriptors as far as it may, up to `_DESCRIPTORS`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft < most:

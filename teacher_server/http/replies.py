@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-Id"
 CLIENT_GONE = 499  # the status in metrics and the log of a request whose caller left
-# Making JSON of an array, pydantic lets no other thread run.
+# A limit, since pydantic lets no other thread run while it writes an array as JSON.
 MAX_JSON_ARRAYS = 4 << 20
 _PIECE_BYTES = 64 << 10
-# Bytes that an answer takes while it is made, for each byte of its arrays: msgpack packs a copy,
-# JSON makes Python's numbers first, then text.
+# Bytes in memory for each byte of an answer's arrays: msgpack packs a copy, JSON makes Python
+# numbers and then text.
 _COPIES = {wire.MSGPACK_MEDIA_TYPE: 2, wire.JSON_MEDIA_TYPE: 16}
 
 
@@ -36,7 +36,7 @@ class Reply(Response):
 
     Attributes:
         patience: seconds that the caller has to take a piece of it.
-        ended: is told the status, when all is sent or nobody takes it.
+        ended: called with the status, when all is sent or the caller is gone.
     """
 
     patience = math.inf
@@ -55,7 +55,7 @@ class Stream(StreamingResponse):
     """An answer whose items are sent as they come.
 
     Attributes:
-        outcome: the status that it would have had, had it been known at the beginning.
+        outcome: the status that the answer would have, were its end known at its beginning.
         patience, ended: as of `Reply`, with the outcome as status.
     """
 
@@ -68,7 +68,7 @@ class Stream(StreamingResponse):
         self.outcome = 200
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The items watch for a caller who leaves; starlette's own watch would do it twice.
+        # The items already watch for a caller who leaves, so starlette must not do it again.
         try:
             await self.stream_response(_in_pieces(send, self.patience))
         except TimeoutError:
@@ -113,7 +113,7 @@ def hold_answer(exchange: Exchange, array_bytes: int, field: str) -> None:
     Args:
         exchange: the request.
         array_bytes: bytes of the answer's arrays, in float32.
-        field: the part of the request that lists what is asked for.
+        field: the part of the request that lists its items.
 
     Raises:
         InvalidRequestError: too large an answer for JSON.
@@ -143,7 +143,7 @@ def json_reply(value: Any) -> Reply:
 
 
 def as_protocol_error(error: Exception, request_id: str, metrics: Metrics) -> ProtocolError:
-    """Return what the caller is told of ``error``; the log keeps what is not meant for it."""
+    """Return the error that the caller sees for ``error``; the log keeps the rest."""
     if not isinstance(error, ProtocolError):
         logger.error("Request %s failed", request_id, exc_info=error)
         return InternalError(f"internal error; the log of request {request_id} says more")

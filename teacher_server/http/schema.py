@@ -35,7 +35,7 @@ class Bodies:
 
 
 def operation(bodies: Bodies) -> dict[str, Any]:
-    """Return the OpenAPI entry of a route, as far as it is about bodies."""
+    """Return the part of a route's OpenAPI entry that describes its bodies."""
     entry: dict[str, Any] = {}
     if bodies.answer is not None:
         problem = {"application/problem+json": {"schema": _ref(Problem)}}

@@ -1,4 +1,4 @@
-"""`POST /v1/generate`: completions of prompts, all at once or each when it is finished."""
+"""The route `POST /v1/generate`: completions of prompts, at once or each when it is finished."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from teacher_server.service import Service, in_order
 
 
 async def generate(service: Service, exchange: Exchange) -> Answer:
-    """Return completions of prompts, with sparse log-probs when asked."""
+    """Return completions of prompts, with sparse log-probs when requested."""
     backend, info = service.loaded()
     body = await read_body(exchange, info.limits.max_body_bytes)
     request, jobs = await exchange.in_pool(len(body.data), _check, body, info, exchange.client)
@@ -73,7 +73,7 @@ async def _stream(
     size = max(one.job.answer_bytes for one in jobs)
 
     async def packed(event: GenerateEvent) -> bytes:
-        # The caller's leaving ends the jobs, so it is not watched for here.
+        # `exchange.run` ends the jobs when the caller leaves, so this need not watch for it.
         return await exchange.pool.run(exchange.client, size, wire.dump, event, media_type)
 
     async def items() -> AsyncGenerator[bytes, None]:
@@ -86,9 +86,9 @@ async def _stream(
             stream.outcome = CLIENT_GONE
             return
         except Exception as error:
-            told = as_protocol_error(error, exchange.request_id, service.metrics)
-            stream.outcome = told.status
-            problem = problem_of(told, exchange.request_id)
+            refusal = as_protocol_error(error, exchange.request_id, service.metrics)
+            stream.outcome = refusal.status
+            problem = problem_of(refusal, exchange.request_id)
         finally:
             await finished.aclose()
         end = GenerateEnd(teacher=info.teacher, request_id=exchange.request_id, problem=problem)
@@ -106,9 +106,9 @@ async def _as_they_finish(
     jobs: Sequence[Keyed[GenerateJob]],
     n: int,
 ) -> AsyncGenerator[GenerateEvent, None]:
-    """Yield completions in the order they finish; then raise what kept the others from it.
+    """Yield completions in the order they finish; then raise the error that stopped the others.
 
-    The work goes on, and its place in the queue is free again, however slowly this is read.
+    A slow reader delays neither the work nor the freeing of its place in the queue.
     """
     finished: asyncio.Queue[GenerateEvent | None] = asyncio.Queue()
 

@@ -1,4 +1,4 @@
-"""`/v1/info`, `/health`, `/ready` and `/metrics`: the server's identity and its state."""
+"""The routes `/v1/info`, `/health`, `/ready` and `/metrics`: the server's identity and state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ async def info(service: Service, exchange: Exchange) -> Answer:
 
 
 async def health(service: Service, exchange: Exchange) -> Answer:
-    """Answer 200 while the process answers, and 503 when its engine has died: restart it."""
+    """Return 200 while the process answers, and 503 when its engine has died: restart it."""
     service.check_alive()
     return Reply('{"status":"ok"}', media_type=wire.JSON_MEDIA_TYPE)
 
 
 async def ready(service: Service, exchange: Exchange) -> Answer:
-    """Answer 200 when requests are taken, and 503 while loading, draining, or without an engine."""
+    """Return 200 when requests are taken, and 503 while loading, draining, or without an engine."""
     service.loaded()
     return Reply('{"status":"ready"}', media_type=wire.JSON_MEDIA_TYPE)
 

@@ -1,4 +1,4 @@
-"""`/v1/models`, `/v1/completions` and `/v1/chat/completions`, for OpenAI's clients."""
+"""The routes `/v1/models`, `/v1/completions` and `/v1/chat/completions` for OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from teacher_server.openai.plan import OpenAIPlan, check_model
 from teacher_server.openai.schema import ChatRequest, CompletionRequest
 from teacher_server.service import Service, both
 
-# Bytes that an answer takes while it is made, for each byte of the arrays that it is made from.
+# Bytes in memory for each byte of the arrays that an answer is made from.
 _COPIES = 40
-# Tokenizing a text takes about so many times as long as reading it.
+# Tokenizing a text takes about this many times as long as reading it.
 _TOKENIZED = 8
 
 

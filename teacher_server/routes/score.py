@@ -1,4 +1,4 @@
-"""`POST /v1/score`: the sparse log-probs of token sequences."""
+"""The route `POST /v1/score`: the sparse log-probs of token sequences."""
 
 from __future__ import annotations
 

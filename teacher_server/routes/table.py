@@ -26,16 +26,16 @@ from teacher_server.service import Service
 
 @dataclass(frozen=True)
 class Route:
-    """A row of the table.
+    """A route of the server.
 
     Attributes:
-        method, path: what is called.
-        handler: answers; its docstring's first line is the summary in the documentation.
-        bodies: what is sent, for the documentation.
+        method, path: of its requests.
+        handler: makes the answer; its docstring's first line is the summary in the documentation.
+        bodies: the messages, for the documentation.
         refusal: makes an answer of an error.
-        needs_key: False for what a load balancer asks, which has no key.
-        log_level: of the line about each request; what is asked every few seconds is for those who
-            look for it.
+        needs_key: False for routes that a load balancer calls without a key.
+        log_level: of the line about each request; DEBUG for routes that are called every few
+            seconds.
     """
 
     method: Literal["GET", "POST"]

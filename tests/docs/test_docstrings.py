@@ -34,11 +34,7 @@ def first_lines(source: str):
 def is_fragment(line: str) -> bool:
     """Return whether a first line does not say what the thing does."""
     words = line.split()
-    return (
-        words[0].strip("`,:;") in FRAGMENTS
-        or not (line[0].isupper() or line[0] == "`")
-        or len(words) < 2
-    )
+    return words[0].strip(",:;") in FRAGMENTS or not line[0].isupper() or len(words) < 2
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from student_trainer.commands import evaluate as evaluate_module
+from student_trainer.commands import evaluation_completions
 from student_trainer.commands.main import main
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.rollouts import Rollout
@@ -62,8 +62,8 @@ def test_vllm_writes_what_transformers_does_where_an_evaluation_was_interrupted(
 
     expected, results = run("transformers")
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate_module, "VllmEngine", StandIn)
-        patched.setattr(evaluate_module, "VllmRollouts", StandIn)
+        patched.setattr(evaluation_completions, "VllmEngine", StandIn)
+        patched.setattr(evaluation_completions, "VllmRollouts", StandIn)
         with pytest.raises(StoppedError):
             run("vllm")
     samples, found = run("vllm")

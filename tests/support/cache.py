@@ -1,4 +1,4 @@
-"""Damage to a teacher cache."""
+"""Functions that damage a teacher cache."""
 
 import sqlite3
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def database(folder: Path) -> Path:
-    """The file of a closed store that has never been damaged."""
+    """Return the file of a closed store that has never been damaged."""
     (file,) = folder.glob("answers-*.sqlite")
     return file
 
 
 def rewritten(folder: Path, change: Callable[[bytes], bytes], *, all: bool = False) -> int:
-    """Write the first record of a closed store anew, or all of them, checksum and all."""
+    """Change the first record of a closed store, or all of them, with valid checksums."""
     with sqlite3.connect(database(folder)) as db:
         found = db.execute("SELECT id, stored FROM records ORDER BY id").fetchall()
         found = found if all else found[:1]

@@ -1,4 +1,4 @@
-"""Certificates as a private network has them, made by the openssl command."""
+"""The certificates of a private network, made by the openssl command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Authority:
     """An authority of our own, and a certificate for 127.0.0.1 that it signed.
 
     Attributes:
-        root: certificate of the authority: what a client has to trust.
-        certificate, key: what the server shows, and proves that it is its own.
+        root: certificate of the authority, which a client has to trust.
+        certificate, key: of the server.
     """
 
     root: Path

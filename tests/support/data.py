@@ -1,4 +1,4 @@
-"""Published files for tests, where they lie beside the checkout; tests skip where they do not."""
+"""The published data files beside the checkout; tests that need a missing one are skipped."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ _DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def published(name: str) -> str:
-    """Path of a published data file.
+    """Return the path of a published data file, or skip the test.
 
     HumanEval and GSM8K (both MIT) are not part of this repository.
     """

@@ -1,4 +1,4 @@
-"""A backend that computes nothing and answers at once, or as its first token says."""
+"""A backend that computes nothing and whose first token decides how it answers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 
 
 class Engine:
-    """Answers zeros; a sequence that begins with 99 is beyond it, one with 98 crashes it.
+    """A backend of zeros: sequences that begin with 99 raise an `InternalError`, with 98 crash.
 
-    One that begins with 97 is never done; a completion of 96 is, when ``release`` is set.
+    Those that begin with 97 never end; completions of 96 and 98 wait until ``release`` is set.
     """
 
     alive = True

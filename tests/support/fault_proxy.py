@@ -1,4 +1,4 @@
-"""Between a teacher and who asks it: passes HTTP on, and breaks answers as it is told."""
+"""A proxy between a teacher and its client that passes HTTP on and breaks chosen answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Exchange:
     """The teacher's answer, and the connection that waits for it.
 
     Attributes:
-        over: set when the proxy closes: whoever stalls lets go.
+        over: set when the proxy closes, so that faults that stall end.
     """
 
     client: socket.socket
@@ -38,7 +38,7 @@ class Exchange:
     over: threading.Event
 
     def head(self, length: int | None = None) -> bytes:
-        """With ``length`` as the body's, or its own."""
+        """Return the head of the answer, with ``length`` in place of the body's own."""
         headers = {**self.headers, "Content-Length": str(len(self.body))}
         if length is not None:
             headers["Content-Length"] = str(length)
@@ -49,7 +49,7 @@ class Exchange:
         self.client.sendall(self.head() + self.body)
 
     def drip(self, data: bytes, pause: float = 0.1) -> None:
-        """A byte at a time, until it is over: each of them begins a timeout of httpx anew."""
+        """Send a byte at a time until the proxy closes; each restarts the timeout of httpx."""
         for index in range(len(data)):
             self.client.sendall(data[index : index + 1])
             if self.over.wait(pause):
@@ -68,7 +68,7 @@ def closed_without_an_answer(exchange: Exchange) -> None:
 
 
 def reset_without_an_answer(exchange: Exchange) -> None:
-    """RST instead of FIN."""
+    """Close with RST instead of FIN."""
     exchange.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     os.close(exchange.client.detach())  # `close` waits for the file made of the socket
 
@@ -129,7 +129,7 @@ def not_http(exchange: Exchange) -> None:
 
 
 def answered(status: int, body: bytes = b"", **headers: str) -> Fault:
-    """What stands between the two answers by itself; underscores in names of headers are dashes."""
+    """Return a fault that answers by itself; underscores in names of headers become dashes."""
 
     def fault(exchange: Exchange) -> None:
         exchange.status, exchange.body = status, body
@@ -152,7 +152,7 @@ def of_another_type(exchange: Exchange) -> None:
 
 
 def truncated(exchange: Exchange) -> None:
-    """Shorter than it was, and its length agrees."""
+    """Answer with half of the body, and a length that agrees."""
     exchange.body = exchange.body[: len(exchange.body) // 2]
     exchange.answer()
 
@@ -163,12 +163,12 @@ def scrambled(exchange: Exchange) -> None:
 
 
 def sent_twice(exchange: Exchange) -> None:
-    """The copy lies in wait for the next request on the connection."""
+    """Send the answer twice, so that the next request on the connection reads the copy."""
     exchange.client.sendall((exchange.head() + exchange.body) * 2)
 
 
 def changed(kind: type[BaseModel], change: Callable[[Any], dict[str, Any]]) -> Fault:
-    """The message with the fields that ``change`` makes of it."""
+    """Return a fault that changes the message's fields to those that ``change`` returns."""
 
     def fault(exchange: Exchange) -> None:
         message = wire.load(kind, exchange.body, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 28)
@@ -181,10 +181,10 @@ def changed(kind: type[BaseModel], change: Callable[[Any], dict[str, Any]]) -> F
 
 @dataclass
 class FaultProxy:
-    """Passes on what comes; the answers of POST routes through ``faults``, one each.
+    """A proxy that passes requests on and applies ``faults``, one to each POST answer.
 
     Attributes:
-        upstream: address of the teacher. Where nobody listens there, the connection is closed.
+        upstream: address of the teacher. If nothing listens there, the connection is closed.
         faults: of the next answers; without any, answers are passed on.
         always: the fault of every answer that has none of its own.
         ready: the fault of every answer of ``/ready``.
@@ -203,7 +203,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def serving(self, port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[FaultProxy]:
-        """At ``port`` or a free one; at the end open connections break."""
+        """Serve at ``port`` or a free one; at the end open connections break."""
         self._over.clear()
         connections: list[socket.socket] = []
         with socket.create_server(("127.0.0.1", port)) as listening:
@@ -237,7 +237,7 @@ class FaultProxy:
                 client = tls.wrap_socket(client, server_side=True)
             connections.append(client)
             with client, client.makefile("rb") as requests:
-                # Whoever speaks TLS here hears nothing but the end.
+                # The first byte of TLS is neither, so that connection is closed.
                 while requests.peek(1)[:1] in (b"G", b"P"):
                     line = requests.readline()
                     method, path, _ = line.decode().split(" ")

@@ -1,4 +1,4 @@
-"""A kernel that refuses some of the sandbox's fences, made by a seccomp filter around Python."""
+"""A kernel that refuses some of the sandbox's fences, imitated by a seccomp filter."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Command lines, read and checked as far as possible without a model, a teacher or a GPU."""
+"""The reading and checking of command lines without a model, a teacher or a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from teacher_server.limits.auth import load_keys
 from teacher_server.settings import Settings
 
 
-def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
-    """What ``student-trainer`` makes of these words.
+def read_trainer(argv: Sequence[str]) -> tuple[Any, ...]:
+    """Return the dataclasses of flags that ``student-trainer`` reads from arguments.
 
     Raises:
         ConfigurationError: it refuses them.
     """
-    command, *flags = words
+    command, *flags = argv
     parts = parse(flags, *ARGUMENTS[command], prog=f"student-trainer {command}", description="")
     if command == "evaluate":
         model, dataset, generation, _, teacher, args = parts
@@ -41,7 +41,7 @@ def read_trainer(words: Sequence[str]) -> tuple[Any, ...]:
 
 
 def checked(parts: Sequence[Any]) -> CommonTrainingArguments:
-    """The Trainer's arguments of `sft` or `distill`, of what `parse` returned.
+    """Return the Trainer's arguments of `sft` or `distill`, from the parts that `parse` returned.
 
     Raises:
         ConfigurationError: a flag is refused.
@@ -57,14 +57,14 @@ def checked(parts: Sequence[Any]) -> CommonTrainingArguments:
     return args
 
 
-def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What ``teacher-server`` makes of these words, where vLLM is installed.
+def read_server(argv: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Return the settings that ``teacher-server`` reads from arguments, as if vLLM was installed.
 
     Raises:
         ConfigurationError: it refuses them.
     """
     monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
-    parsed, engine_flags = cli._parsers()[0].parse_known_args(cli._with_file(words))
+    parsed, engine_flags = cli._parsers()[0].parse_known_args(cli._with_file(argv))
     arguments = {**vars(parsed), "engine_flags": tuple(engine_flags)}
     for name in ("log_level", "log_format", "command", "config"):
         del arguments[name]
@@ -73,41 +73,41 @@ def read_server(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Settin
     return settings
 
 
-def with_key(words: Sequence[str], folder: Path) -> list[str]:
-    """The words, with a file in ``folder`` in place of the key file that they name."""
+def with_key(argv: Sequence[str], folder: Path) -> list[str]:
+    """Return the arguments with a file in ``folder`` in place of the key file that they name."""
     key = folder / "teacher.key"
     key.write_text("0123456789abcdef" * 4)
     key.chmod(0o600)
     flags = ("--api-key-file", "--teacher_api_key_file")
     changed, follows = [], False
-    for word in words:
-        name = word.split("=")[0]
+    for argument in argv:
+        name = argument.split("=")[0]
         if follows:
             changed.append(str(key))
-        elif name in flags and "=" in word:
+        elif name in flags and "=" in argument:
             changed.append(f"{name}={key}")
         else:
-            changed.append(word)
-        follows = word in flags
+            changed.append(argument)
+        follows = argument in flags
     return changed
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """The words of each line of the page's code blocks."""
+    """Yield each line of the page's code blocks, split as a shell does."""
     for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             yield shlex.split(line)
 
 
 def trainer_lines(page: Path) -> Iterator[list[str]]:
-    """The words after ``student-trainer``, however it is started."""
-    for words in command_lines(page):
-        if "student_trainer" in words:
-            yield words[words.index("student_trainer") + 1 :]
-        elif words and words[0] == "student-trainer":
-            yield words[1:]
+    """Yield the arguments of each ``student-trainer`` on the page, however it is started."""
+    for line in command_lines(page):
+        if "student_trainer" in line:
+            yield line[line.index("student_trainer") + 1 :]
+        elif line and line[0] == "student-trainer":
+            yield line[1:]
 
 
 def server_lines(page: Path) -> Iterator[list[str]]:
-    """The words after ``teacher-server``."""
-    return (words[1:] for words in command_lines(page) if words and words[0] == "teacher-server")
+    """Return the arguments of each ``teacher-server`` on the page."""
+    return (line[1:] for line in command_lines(page) if line and line[0] == "teacher-server")

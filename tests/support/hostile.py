@@ -1,4 +1,4 @@
-"""Requests that are made to be expensive: small to send, and each a way to stop a server."""
+"""The corpus of hostile requests: small to send, and expensive for a careless server."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ JSON, MSGPACK = wire.JSON_MEDIA_TYPE, wire.MSGPACK_MEDIA_TYPE
 
 @dataclass(frozen=True)
 class Attack:
-    """A request.
+    """A hostile request.
 
     Attributes:
-        make: its body, made when it is sent, because it may be large.
-        statuses: what it may be answered.
-        model: whether ``make`` is given the name of the served model.
+        make: returns the body, which is made when it is sent because it may be large.
+        statuses: those that may answer it.
     """
 
     name: str
@@ -39,7 +38,7 @@ def _json(**body: Any) -> Callable[[], bytes]:
 
 
 def _filled(before: str, item: str, count: int, after: str) -> Callable[[], bytes]:
-    """A JSON text with a list of ``count`` times ``item``."""
+    """Return a function that makes a JSON text with a list of ``count`` times ``item``."""
     return lambda: (before + ",".join([item] * count) + after).encode()
 
 
@@ -48,7 +47,7 @@ def _packed(make: Callable[[], Any]) -> Callable[[], bytes]:
 
 
 def attacks(model: str) -> list[Attack]:
-    """The corpus, for a server of the model of that name: 260 tokens, a context of `CONTEXT`."""
+    """Return the corpus for a served model of 260 tokens and a context of `CONTEXT`."""
     name = json.dumps(model)
     chat = f'{{"model":{name},"messages":['
     ids = np.full(1 << 18, 5, np.uint32)

@@ -1,4 +1,4 @@
-"""Calls to a teacher over a socket, in either media type, and what they lead to."""
+"""Helpers that call a teacher over a socket and read its metrics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from shared import wire
 
 A = TypeVar("A", bound=BaseModel)
 
-# The metric of generations whose caller left before they were done.
+# The metric of generations whose caller disconnected before they were done.
 LEFT = 'teacher_requests_total{route="/v1/generate",status="499"}'
 
 
 def post(url: str, request: BaseModel, answer: type[A], media_type: str) -> A:
-    """The answer to ``request``, which goes to the ``url`` of a route."""
+    """Return the answer of the route at ``url`` to ``request``."""
     response = httpx.post(
         url,
         content=wire.dump(request, media_type),
@@ -31,7 +31,7 @@ def post(url: str, request: BaseModel, answer: type[A], media_type: str) -> A:
 
 
 def metric(url: str, name: str) -> float:
-    """Value of one line of ``/metrics``; 0 for a line that is not there yet."""
+    """Return the value of one line of ``/metrics``, or 0 if it is not there yet."""
     for line in httpx.get(f"{url}/metrics").text.splitlines():
         if line.startswith(name + " "):
             return float(line.rsplit(" ", 1)[1])
@@ -39,7 +39,7 @@ def metric(url: str, name: str) -> float:
 
 
 def engine_metric(url: str, name: str, **labels: str) -> float:
-    """Sum of vLLM's metric over all lines that carry ``labels``; there must be one.
+    """Return the sum of vLLM's metric over all lines that carry ``labels``.
 
     Raises:
         AssertionError: no such line.
@@ -67,7 +67,7 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
 
 
 def client_at(number: int) -> httpx.Client:
-    """An HTTP client with an address of its own on this machine: 127.0.0.1 is number 1."""
+    """Return an HTTP client with an address of its own on this machine: 127.0.0.1 is number 1."""
     return httpx.Client(
         transport=httpx.HTTPTransport(local_address=f"127.0.0.{number}"), timeout=60
     )

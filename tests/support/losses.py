@@ -1,4 +1,4 @@
-"""What the tests of the divergences share: exact sparse teachers and the plain definition."""
+"""The helpers of the divergences' tests: exact sparse teachers and the plain definition."""
 
 import math
 
@@ -11,7 +11,7 @@ TAILS = ["bucket", "renormalize"]
 
 
 def top_k(teacher_logits, k, temperature=1.0):
-    """The exact sparse teacher of full logits."""
+    """Return the exact sparse teacher of full logits."""
     logprobs = torch.log_softmax(teacher_logits / temperature, dim=-1)
     values, ids = logprobs.topk(k, dim=-1)
     rest = logprobs.scatter(1, ids, -math.inf)
@@ -19,7 +19,7 @@ def top_k(teacher_logits, k, temperature=1.0):
 
 
 def plain(logits, teacher, *, beta, temperature=1.0, tail="bucket"):
-    """The definition, row by row, over explicit outcomes, for autograd."""
+    """Return the divergence by its definition, row by row over explicit outcomes, for autograd."""
     values = []
     for row, ids, logprobs, tail_logprob in zip(
         logits, teacher.token_ids, teacher.logprobs, teacher.tail_logprob, strict=True

@@ -1,4 +1,4 @@
-"""Tiny tokenizers and models, made locally."""
+"""The makers of tiny tokenizers and models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
 
 
 def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer of 260 tokens with a chat template that marks generations."""
+    """Save a byte-level tokenizer of 260 tokens with a chat template that marks generations."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +78,7 @@ def save_model(
     hidden_size: int = 32,
     **config: Any,
 ) -> None:
-    """A random 2-layer model of ``family`` (llama, qwen2, gemma2, …) in float32."""
+    """Save a random 2-layer model of ``family`` (llama, qwen2, gemma2, …) in float32."""
     options = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -99,7 +99,7 @@ def save_model(
 
 
 def small_model() -> LlamaForCausalLM:
-    """Always the same random model of 64 tokens, far from uniform."""
+    """Return a random model of 64 tokens, far from uniform and always the same."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,

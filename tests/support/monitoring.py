@@ -1,4 +1,4 @@
-"""What docker/monitoring asks Prometheus, and what a server shows it."""
+"""The expressions and rules of docker/monitoring, and the metrics that a server exposes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ DASHBOARD = FOLDER / "grafana" / "dashboards" / "teacher.json"
 
 
 def panels() -> list[dict[str, Any]]:
-    """Those of the dashboard that ask something."""
+    """Return the panels of the dashboard that have expressions."""
     found = json.loads(DASHBOARD.read_text())["panels"]
     return [panel for panel in found if panel["type"] != "row"]
 
 
 def drawn() -> list[str]:
-    """Every expression of the dashboard, for all servers and over ten seconds."""
-    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
-    return [text.replace("$instance", ".+").replace("$__rate_interval", "10s") for text in asked]
+    """Return every expression of the dashboard, for all servers and over ten seconds."""
+    found = [target["expr"] for panel in panels() for target in panel["targets"]]
+    return [text.replace("$instance", ".+").replace("$__rate_interval", "10s") for text in found]
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -36,10 +36,10 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Names of the metrics that an expression reads."""
+    """Return the names of the metrics that an expression reads."""
     return set(re.findall(r"\b(?:teacher_|process_|vllm:)\w+", expression))
 
 
 def exposed(url: str) -> list[Metric]:
-    """The families of a server's ``/metrics``."""
+    """Return the metric families of a server's ``/metrics``."""
     return list(text_string_to_metric_families(httpx.get(f"{url}/metrics").text))

@@ -1,4 +1,4 @@
-"""Network namespaces of this machine, as nodes on one switch."""
+"""The network namespaces of this machine, as nodes on one switch."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ class Node:
 
     @property
     def launcher(self) -> tuple[str, ...]:
-        """What a command line begins with that runs there."""
+        """The beginning of a command line that runs in the namespace."""
         return ("ip", "netns", "exec", self.namespace)
 
 
-def command(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True, text=True)
+def command(*argv: str) -> None:
+    subprocess.run(argv, check=True, capture_output=True, text=True)
 
 
 @contextlib.contextmanager
 def skipped_where_forbidden() -> Iterator[None]:
-    """Making namespaces needs root, and `ip` and the like."""
+    """Skip the test where namespaces cannot be made, which needs root and `ip`."""
     try:
         yield
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or error
-        pytest.skip(f"network namespaces are not permitted here: {said}")
+        reason = getattr(error, "stderr", "") or error
+        pytest.skip(f"network namespaces are not permitted here: {reason}")
 
 
 @contextlib.contextmanager
 def switched(count: int) -> Iterator[list[Node]]:
-    """So many nodes that reach each other, and nothing else."""
+    """Yield ``count`` nodes that reach each other, and nothing else."""
     switch = f"gkds{os.getpid()}"
     nodes = [Node(f"gkdn{i}-{os.getpid()}", f"10.213.78.{i + 1}") for i in range(count)]
     with contextlib.ExitStack() as life:

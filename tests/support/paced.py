@@ -1,4 +1,4 @@
-"""A teacher without a model that takes the time it is told to, one request after another."""
+"""A teacher without a model whose answers take a chosen time, one after another."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS = 1 << 10
 
 @cache
 def _distributions(vocab_size: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(log-probs [_ROWS, V], ids of the k largest [_ROWS, k]) of random rows, computed once."""
+    """Return log-probs [_ROWS, V] and ids of the k largest [_ROWS, k] of random rows."""
     logits = np.random.default_rng(0).normal(0, 2, (_ROWS, vocab_size))
     logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     top = np.argsort(-logprobs, axis=1)[:, :k]
@@ -31,7 +31,7 @@ def _distributions(vocab_size: int, k: int) -> tuple[NDArray[np.float32], NDArra
 def scores_of(
     sequence: ScoreSequence, vocab_size: int, k: int, dtype: LogprobDtype = "float32"
 ) -> SparseLogprobs:
-    """One distribution for each completion row, chosen by the tokens up to there."""
+    """Return a distribution for each completion position, chosen by the tokens up to there."""
     logprobs, top = _distributions(vocab_size, k)
     start, ids = sequence.completion_start, sequence.token_ids.astype(np.int64)
     rows = np.cumsum(ids * (np.arange(len(ids)) + 7))[start - 1 : -1] % _ROWS
@@ -52,12 +52,12 @@ def scores_of(
 
 @dataclass
 class PacedTeacher:
-    """Scores that depend on the tokens alone, and come as late as is asked.
+    """A teacher whose scores depend on the tokens alone and take a chosen time.
 
     Attributes:
-        info: what it says of itself.
-        seconds_for: time that the answer to so many tokens takes.
-        one_at_a_time: requests wait for one another, as on one device.
+        info: the answer of ``/v1/info``.
+        seconds_for: returns the time that the answer to so many tokens takes.
+        one_at_a_time: whether requests wait for one another, as on one device.
     """
 
     info: InfoResponse

@@ -1,4 +1,4 @@
-"""Published tokenizers and models for tests, which skip where they are not.
+"""The published tokenizers and models; tests that need a missing one are skipped.
 
 `make real-models` fetches them. `REAL_MODELS` names another folder than the default.
 """

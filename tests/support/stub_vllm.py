@@ -24,7 +24,7 @@ def refusal(message: str, param: str) -> Answer:
 
 @dataclass
 class StubVllm:
-    """Answers ``script`` first, one entry a completion call, and rightly after that.
+    """A stub that answers completions by ``script``, an entry a call, and rightly after that.
 
     Every row's distribution is ``probabilities``, over the whole vocabulary.
     """
@@ -78,7 +78,7 @@ class StubVllm:
         return {"model": request["model"], "choices": choices[::-1]}
 
     def row(self, token_id: int, k: int) -> dict[str, dict[str, Any]]:
-        """The token that came first, then the top-k, as vLLM writes it; −9999 stands for −inf."""
+        """Return the prompt's token and then the top-k, as vLLM writes them; −9999 is −inf."""
         order = np.argsort(-self.probabilities, kind="stable").tolist()
         with np.errstate(divide="ignore"):
             logprobs = np.maximum(np.log(self.probabilities), -9999.0)

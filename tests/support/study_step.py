@@ -1,7 +1,7 @@
-"""A cell of a study for tests, whose flags say what to do.
+"""The command of a study's cells in tests, whose flags say what to do.
 
-Writes ``value.txt``, the sum of ``--add`` and of what its ``--inputs`` hold, and ``results.json``;
-appends a line to ``--journal``.
+It writes ``value.txt``, the sum of ``--add`` and of the values in its ``--inputs``, and
+``results.json``, and appends a line to ``--journal``.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Published chat templates on published tokenizers, and conversations as people have them."""
+"""The published chat templates on published tokenizers, and the turns of conversations."""
 
 import copy
 import datetime
@@ -16,8 +16,8 @@ from student_trainer.data.template import TemplateOptions
 from tests.support.real import tokenizer_folder
 
 TODAY = datetime.date(2026, 1, 2)
-# Template: its tokenizer, and tokens of its own that this tokenizer lacks. TRL ships the templates
-# as their models publish them; None is the one that the tokenizer brings.
+# By name: the tokenizer, TRL's name of the template (None for the tokenizer's own), the special
+# tokens that the tokenizer lacks, and the end tokens.
 TEMPLATES: dict[str, tuple[str, str | None, tuple[str, ...], tuple[str, ...]]] = {
     "qwen2.5": ("qwen3", "qwen2_5", (), ("<|im_end|>", "<|endoftext|>")),
     "qwen3": ("qwen3", None, (), ("<|im_end|>", "<|endoftext|>")),
@@ -65,7 +65,7 @@ WEATHER = {
 
 
 def call(name: str = "get_weather", **arguments: Any) -> dict[str, Any]:
-    """A tool call in OpenAI's form, its arguments as JSON text."""
+    """Return a tool call in OpenAI's form, its arguments as JSON text."""
     text = json.dumps(arguments, ensure_ascii=False)
     return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": text}}
 
@@ -88,7 +88,7 @@ def _published(folder: str, tokens: tuple[str, ...]) -> PreTrainedTokenizerBase:
 
 @functools.cache
 def load(name: str) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
-    """The tokenizer with one of `TEMPLATES`, and the ids that end a completion."""
+    """Return the tokenizer with one of `TEMPLATES`, and the ids that end a completion."""
     trl = pytest.importorskip("trl")
     folder, template, tokens, stops = TEMPLATES[name]
     tokenizer = copy.copy(_published(folder, tokens))
@@ -102,7 +102,7 @@ def load(name: str) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
 def row_tokenizer(
     name: str, *, one_sequence: bool = False, kwargs: dict[str, Any] | None = None, **options: Any
 ) -> RowTokenizer:
-    """What makes examples of rows under one of `TEMPLATES`."""
+    """Return the row tokenizer under one of `TEMPLATES`."""
     tokenizer, stop_ids = load(name)
     return RowTokenizer(
         tokenizer,

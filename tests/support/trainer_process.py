@@ -1,4 +1,4 @@
-"""A trainer in a process of its own, so that it can be killed at a moment that is chosen."""
+"""A trainer in a process of its own, which can be killed at a chosen moment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from student_trainer.commands.main import main
 from student_trainer.runtime.threads import end_process
 from tests.support.server import free_port
 
-# All are forked from one process that has imported torch: that takes longer than a run.
+# All are forked from one process that has imported torch, since the import outlasts a run.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["student_trainer.training.recipe"])
 
@@ -27,19 +27,19 @@ Moment = tuple[str, str]  # an event of Python's audit, and how its first argume
 
 @contextlib.contextmanager
 def running(
-    words: Sequence[str],
+    argv: Sequence[str],
     *,
     killed_at: Moment | None = None,
     by: signal.Signals = signal.SIGKILL,
     **environment: str,
 ) -> Iterator[BaseProcess]:
-    """``student-trainer`` with these words; at the end it is killed, if it still runs.
+    """Run ``student-trainer`` with these arguments, and kill it at the end if it still runs.
 
     Args:
-        killed_at: it sends itself a signal just before that.
+        killed_at: the process sends itself a signal just before that.
         by: the signal.
     """
-    process = _CONTEXT.Process(target=_run, args=(list(words), killed_at, by, environment))
+    process = _CONTEXT.Process(target=_run, args=(list(argv), killed_at, by, environment))
     process.start()
     try:
         yield process
@@ -49,7 +49,7 @@ def running(
 
 
 def _run(
-    words: list[str], killed_at: Moment | None, by: signal.Signals, environment: dict[str, str]
+    argv: list[str], killed_at: Moment | None, by: signal.Signals, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
     if killed_at is not None:
@@ -60,16 +60,16 @@ def _run(
                 os.kill(os.getpid(), by)
 
         sys.addaudithook(hook)
-    end_process(main(words))
+    end_process(main(argv))
 
 
 def checkpoints(output: Path) -> list[int]:
-    """Steps of the checkpoints there, in order."""
+    """Return the steps of the checkpoints in a folder, in order."""
     return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
-    """To the last bit, which that of a NaN is too."""
+    """Assert that two models are equal to the last bit, NaNs included."""
     one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert one.keys() == two.keys()
     for name, value in one.items():
@@ -77,11 +77,11 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 @contextlib.contextmanager
-def two_ranks(words: Sequence[str]) -> Iterator[tuple[BaseProcess, BaseProcess]]:
-    """Two processes that train together, as a launcher would start them."""
+def two_ranks(argv: Sequence[str]) -> Iterator[tuple[BaseProcess, BaseProcess]]:
+    """Run two processes that train together, as a launcher would start them."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with (
-        running(words, RANK="0", LOCAL_RANK="0", **shared) as first,
-        running(words, RANK="1", LOCAL_RANK="1", **shared) as second,
+        running(argv, RANK="0", LOCAL_RANK="0", **shared) as first,
+        running(argv, RANK="1", LOCAL_RANK="1", **shared) as second,
     ):
         yield first, second

@@ -1,4 +1,4 @@
-"""Which tests need vLLM, and which are about the other backend alone."""
+"""The marks of tests that need vLLM."""
 
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ VLLM = [
 
 
 def only(backend):
-    """Run a test of the API on one backend alone."""
+    """Return a mark that runs a test of the API on one backend alone."""
     marks = VLLM if backend == "vllm" else []
     values = [pytest.param(backend, marks=marks)]
     return pytest.mark.parametrize("backend", values, indirect=True, scope="session")

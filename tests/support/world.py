@@ -13,7 +13,7 @@ from tests.support.models import save_model, save_tokenizer
 
 @dataclass(frozen=True)
 class World:
-    """Folders and files, and the address of the teacher where it is served."""
+    """The folders and files of a world, and the address of its teacher where it is served."""
 
     folder: Path
     url: str
@@ -36,7 +36,7 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """Always the same one: 48 rows, 16 held-out ones, and a teacher that is not served."""
+    """Make a world of 48 rows, 16 held-out ones and a teacher not served, always the same."""
     for name, hidden_size, seed in (("student", 16, 1), ("teacher", 32, 2)):
         save_tokenizer(folder / name)
         save_model(folder / name, hidden_size=hidden_size, seed=seed)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from student_trainer.commands import doctor
+from student_trainer.commands import doctor_machine, doctor_teacher
 from student_trainer.commands.main import main
 from tests.support.stub import StubTeacher
 
@@ -37,14 +37,15 @@ def test_lines_are_for_eyes_without_escapes_in_a_log(capsys):
     assert any(line.startswith("ok   torch           2.13.0") for line in out.splitlines())
     assert "\033" not in out
     assert re.fullmatch(
-        r"\d+ ok.*; no teacher was asked: --teacher_url http://host:8000 does", out.splitlines()[-1]
+        r"\d+ ok.*; no teacher was checked: add --teacher_url http://host:8000",
+        out.splitlines()[-1],
     )
 
 
 def test_a_package_that_is_missing_or_does_not_fit_fails_with_the_remedy(capsys, monkeypatch):
     there = {"transformers": "4.57.0", "peft": None, "vllm": "0.11.0"}
-    known = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: there.get(name, known(name)))
+    known = doctor_machine._version
+    monkeypatch.setattr(doctor_machine, "_version", lambda name: there.get(name, known(name)))
     monkeypatch.setitem(there, "torch", "2.13.0+cu130")
     code, found = lines(capsys)
     assert code == 1
@@ -57,25 +58,27 @@ def test_a_package_that_is_missing_or_does_not_fit_fails_with_the_remedy(capsys,
 
 def test_the_extras_of_the_wheel_are_those_of_the_source(monkeypatch, tmp_path):
     """A wheel has no pyproject.toml, and says the same in its own way."""
-    source = doctor.requirements()
+    source = doctor_machine.requirements()
     wheel = [*source[""], *(f"{line}; extra == 'trainer'" for line in source["trainer"])]
-    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "student_trainer" / "doctor.py"))
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: wheel)
-    found = doctor.requirements()
+    monkeypatch.setattr(
+        doctor_machine, "__file__", str(tmp_path / "student_trainer" / "doctor_machine.py")
+    )
+    monkeypatch.setattr(doctor_machine.importlib.metadata, "requires", lambda name: wheel)
+    found = doctor_machine.requirements()
     assert (found[""], found["trainer"]) == (source[""], source["trainer"])
 
 
 def test_little_disk_warns_and_hardly_any_fails(monkeypatch, tmp_path):
     for free, status in ((20, "ok"), (9, "warn"), (0.9, "fail")):
         usage = type("usage", (), {"free": free * 2**30, "total": 100 * 2**30})
-        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder, usage=usage: usage)
-        assert doctor._free("disk here", tmp_path, 10, "").status == status
+        monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        assert doctor_machine._free("disk here", tmp_path, 10, "").status == status
 
 
 def test_a_clock_that_is_behind_fails(monkeypatch):
-    assert doctor._clock().status == "ok"
-    monkeypatch.setattr(doctor, "_now", lambda: datetime(2020, 1, 1, tzinfo=UTC))
-    assert doctor._clock().status == "fail"
+    assert doctor_machine._clock().status == "ok"
+    monkeypatch.setattr(doctor_machine, "_now", lambda: datetime(2020, 1, 1, tzinfo=UTC))
+    assert doctor_machine._clock().status == "fail"
 
 
 def test_a_teacher_is_told_with_latency_identity_and_key(capsys, monkeypatch):
@@ -124,7 +127,7 @@ def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):
 
 
 def test_clocks_that_disagree_are_told(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_now", lambda: datetime.now(UTC) + timedelta(hours=1))
+    monkeypatch.setattr(doctor_teacher, "_now", lambda: datetime.now(UTC) + timedelta(hours=1))
     with StubTeacher().serving() as stub:
         _, found = lines(capsys, "--teacher_url", stub.url)
     assert found["teacher's clock"]["status"] == "warn"
@@ -132,9 +135,9 @@ def test_clocks_that_disagree_are_told(capsys, monkeypatch):
 
 
 def test_a_version_that_fits_but_is_not_the_tested_one_says_so(capsys, monkeypatch):
-    known = doctor._version
+    known = doctor_machine._version
     monkeypatch.setattr(
-        doctor, "_version", lambda name: "99.0" if name == "tenacity" else known(name)
+        doctor_machine, "_version", lambda name: "99.0" if name == "tenacity" else known(name)
     )
     _, found = lines(capsys)
     assert found["tenacity"]["status"] == "ok"

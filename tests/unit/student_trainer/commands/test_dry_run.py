@@ -10,7 +10,9 @@ from shared.errors import ConfigurationError
 from shared.identity import tokenizer_identity
 from student_trainer.api import distill
 from student_trainer.commands import dry_run
+from student_trainer.commands.dry_run_teacher import dry_run_flags, token_bytes
 from student_trainer.commands.main import main
+from student_trainer.config.arguments import TeacherArguments
 from tests.support.stub import StubTeacher, info
 from tests.support.stub_vllm import StubVllm
 from tests.support.world import make_world
@@ -96,8 +98,8 @@ def test_the_teacher_is_asked_about_four_rows(world, stub, tmp_path, capsys):
     ("dtype", "m", "size"), [("float16", 0, 392), ("float32", 0, 520), ("float16", 16, 424)]
 )
 def test_bytes_of_a_token(dtype, m, size):
-    asked = dry_run.TeacherArguments(["http://host"], teacher_logprob_dtype=dtype)
-    assert dry_run.token_bytes(asked, m) == size
+    flags = TeacherArguments(["http://host"], teacher_logprob_dtype=dtype)
+    assert token_bytes(flags, m) == size
 
 
 def test_bare_prompts_are_shown_and_scored(world, stub, tmp_path, capsys):
@@ -178,10 +180,10 @@ def test_a_teacher_that_is_not_there_ends_with_1(world, tmp_path, capsys):
 
 
 def test_a_teacher_is_not_waited_for_as_long_as_in_a_run():
-    asked = dry_run.asked_briefly(dry_run.TeacherArguments(["http://host"], teacher_cache="x"))
-    assert (asked.teacher_timeout, asked.teacher_cache) == (30.0, None)
-    told = dry_run.TeacherArguments(["http://host"], teacher_timeout=90.0)
-    assert dry_run.asked_briefly(told).teacher_timeout == 90.0
+    flags = dry_run_flags(TeacherArguments(["http://host"], teacher_cache="x"))
+    assert (flags.teacher_timeout, flags.teacher_cache) == (30.0, None)
+    flags = TeacherArguments(["http://host"], teacher_timeout=90.0)
+    assert dry_run_flags(flags).teacher_timeout == 90.0
 
 
 def test_a_stock_vllm_is_asked_as_well(world, tokenizer, tmp_path, capsys):

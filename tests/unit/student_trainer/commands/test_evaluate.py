@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.mini_humaneval.prepare import make_dataset
 from examples.mini_humaneval.settings import Settings
-from student_trainer.commands import run_evaluation as evaluate_module
+from student_trainer.commands import evaluation_completions, evaluation_prompts, run_evaluation
 from student_trainer.commands.main import main
 from student_trainer.commands.run_evaluation import where_from
 from student_trainer.config.arguments import DatasetArguments
@@ -68,7 +68,7 @@ def asked(monkeypatch):
                 if count == Engine.stop_after:
                     raise StoppedError
 
-    monkeypatch.setattr(evaluate_module, "TransformersRollouts", Engine)
+    monkeypatch.setattr(evaluation_completions, "TransformersRollouts", Engine)
     return Engine
 
 
@@ -211,14 +211,14 @@ def test_vllm_writes_the_completions_where_it_is_asked_to(model, rows, tmp_path,
         def sync(self, version):
             made.append(version)
 
-    class Rollouts(evaluate_module.VllmRollouts):
+    class Rollouts(evaluation_completions.VllmRollouts):
         def generate(self, requests):
             assert made[-1] == 0  # it has the weights
             for index, request in enumerate(requests):
                 yield [(index, Rollout(request.prompt_ids, truncated=False))]
 
-    monkeypatch.setattr(evaluate_module, "VllmEngine", Engine)
-    monkeypatch.setattr(evaluate_module, "VllmRollouts", Rollouts)
+    monkeypatch.setattr(evaluation_completions, "VllmEngine", Engine)
+    monkeypatch.setattr(evaluation_completions, "VllmRollouts", Rollouts)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     vllm = {"rollout_engine": "vllm", "vllm_gpu_memory_utilization": 0.5}
     assert main(words(model, rows, tmp_path / "out", **vllm)) == 0
@@ -264,7 +264,7 @@ def asked_of(model, rows, output, monkeypatch, **options):
             prompts.extend(request.prompt_ids for request in requests)
             return super().generate(requests)
 
-    monkeypatch.setattr(evaluate_module, "TransformersRollouts", Engine)
+    monkeypatch.setattr(evaluation_completions, "TransformersRollouts", Engine)
     options = {"n": 1, "temperature": 0.0, **options}
     assert main(words(model, rows, output, **options)) == 0
     [sample] = read_samples(output / "samples.jsonl")
@@ -321,10 +321,13 @@ def test_the_share_of_truncated_completions_is_told(model, rows, tmp_path):
 def test_tokenizer_and_configuration_are_read_once(model, rows, tmp_path, monkeypatch):
     read = []
     for name in ("load_tokenizer", "load_config"):
-        load = getattr(evaluate_module, name)
-        monkeypatch.setattr(
-            evaluate_module, name, lambda of, name=name, load=load: (read.append(name), load(of))[1]
-        )
+        load = getattr(evaluation_prompts, name)
+
+        def counted(model, name=name, load=load):
+            read.append(name)
+            return load(model)
+
+        monkeypatch.setattr(evaluation_prompts, name, counted)
     assert main(words(model, rows, tmp_path / "out")) == 0
     assert sorted(read) == ["load_config", "load_tokenizer"]
 
@@ -342,9 +345,9 @@ def test_without_a_fence_no_program_runs_unless_that_is_wanted(
     command = (sys.executable, "-S", "-s", "-P", str(tmp_path / "refuse.py"))
     monkeypatch.setattr(sandbox_module, "_PYTHON", command)
     loaded = []
-    load = evaluate_module.load_model
+    load = run_evaluation.load_model
     monkeypatch.setattr(
-        evaluate_module, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k)
+        run_evaluation, "load_model", lambda *a, **k: loaded.append(1) or load(*a, **k)
     )
     capsys.readouterr()
     assert main(words(model, path, tmp_path / "refused")) == 2
