@@ -11,7 +11,6 @@ all rows together, all in float64. For beta 0 also what k draws from the teacher
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import subprocess
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.report import print_report
+from benchmarks.harness import argument_parser, print_report, set_threads
 from student_trainer.config.arguments import DataArguments, ModelArguments
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
@@ -325,9 +324,8 @@ def plot(results: Sequence[Result], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rows, k = 16 and 64, two supports, bucket"
+    parser = argument_parser(
+        __doc__, quick="fewer rows, k = 16 and 64, two supports, bucket", threads=0
     )
     parser.add_argument(
         "--run_folder",
@@ -340,6 +338,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plots and arguments.quick:
         parser.error("--plots needs all k and supports: drop --quick")
+    set_threads(arguments.threads)
     if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
         subprocess.run(
             [sys.executable, "-m", "examples.mini_humaneval.quickstart",

@@ -10,11 +10,9 @@ TRL and pretrains the models, in the work folder.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import statistics
@@ -23,13 +21,12 @@ import sys
 import time
 import venv
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -43,12 +40,11 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from benchmarks.report import Cell, print_report
+from benchmarks.harness import Cell, argument_parser, print_report, run_apart
 from student_trainer.pipeline.pipeline import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
 
-T = TypeVar("T")
 Row = tuple[str, str]  # the words of a prompt and of its completion
 
 REPOSITORY = Path(__file__).parents[1]
@@ -105,8 +101,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one round of fewer steps")
+    parser = argument_parser(__doc__, quick="one round of fewer steps")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--steps", type=int, help="whose time counts, an even number")
     parser.add_argument("--rounds", type=int, help="runs of each; default 2, with --quick 1")
@@ -128,13 +123,13 @@ def main() -> None:
     for vocab_size in args.vocab_size:
         folder = work / f"{'gsm8k' if args.gsm8k else 'synthetic'}-{vocab_size}-{_recipe()}"
         if not (folder / "ready").exists():
-            apart(prepare, folder, vocab_size, args.gsm8k)
+            run_apart(prepare, folder, vocab_size, args.gsm8k)
         runs: dict[str, list[Run]] = {TRL: [], OURS: []}
         for seed in seeds:
             runs[TRL].append(train_trl(folder, folder / f"trl-{seed}", steps, seed, python))
             runs[OURS].append(train_ours(folder, folder / f"ours-{seed}", steps, seed))
         students = [run.student for name in (TRL, OURS) for run in runs[name]]
-        before, *after = apart(held_out_divergences, folder, [folder / "student", *students])
+        before, *after = run_apart(held_out_divergences, folder, [folder / "student", *students])
         held_out = {
             TRL: statistics.mean(after[: len(seeds)]),
             OURS: statistics.mean(after[len(seeds) :]),
@@ -169,12 +164,6 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
             statistics.median(run.cpu_seconds for run in runs),
             f"{trainer_memory(runs) / 2**20:.0f}",
             f"{max(run.memory for run in runs) / 2**20:.0f}"]  # fmt: skip
-
-
-def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """The function's result from a process of its own, which gives its memory back."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def on_policy_steps(steps: int, seed: int) -> list[bool]:

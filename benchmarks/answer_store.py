@@ -1,12 +1,13 @@
 """The store behind `--teacher_cache`: answers a second, and bytes on disk, beside bare LMDB's.
 
+    python -m benchmarks.answer_store --quick
+
 LMDB is what it was before, and is left out where it is not installed: it is faster, and cannot
 outlive damage to its file. A step asks for as many answers as its batch has rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import random
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import print_report
+from benchmarks.harness import argument_parser, print_report
 from student_trainer.teacher.store import AnswerStore
 
 _BATCH = 16  # answers of one request
@@ -64,8 +65,7 @@ def lmdb_calls(folder: Path) -> tuple[Write, Read]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="800 answers instead of 8,000")
+    parser = argument_parser(__doc__, quick="800 answers instead of 8,000")
     count = 800 if parser.parse_args().quick else 8_000
     rows: list[tuple[str, float, float, float]] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -9,7 +9,6 @@ cores with the server.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import threading
 import time
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.report import Cell, print_report
+from benchmarks.harness import Cell, argument_parser, print_report
 from tests.support.hostile import CONTEXT, Attack, attacks
 from tests.support.models import save_model, save_tokenizer
-from tests.support.server import free_port, start_server, wait_until_ready
+from tests.support.server import running_server
 
 MODEL = "attacked"
 PATIENCE = 120.0  # seconds after which an attack counts as one that froze the server
@@ -28,27 +27,20 @@ PATIENCE = 120.0  # seconds after which an attack counts as one that froze the s
 
 def main() -> None:
     """Attack a server of a tiny model with a long context."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argument_parser(__doc__, quick="only the first three attacks")
     parser.add_argument("--checkout", type=Path, help="folder whose teacher_server is attacked")
-    parser.add_argument("--quick", action="store_true", help="only the first three attacks")
     options = parser.parse_args()
     # `python -m` looks into the working directory first.
     launcher = () if options.checkout is None else ("env", "-C", str(options.checkout))
     with tempfile.TemporaryDirectory() as folder:
-        model, log, port = Path(folder) / "model", Path(folder) / "log", free_port()
+        model = Path(folder)
         save_tokenizer(model)
         save_model(model, max_position_embeddings=CONTEXT)
-        arguments = ("--served-model-name", MODEL)
-        process = start_server(model, *arguments, port=port, log=log, launcher=launcher)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_ready(process, url, log)
-            rows: list[list[Cell]] = []
-            for attack in attacks(MODEL)[: 3 if options.quick else None]:
-                rows.append([attack.name, *_attacked(url, attack)])
-        finally:
-            process.kill()
-            process.wait()
+        with running_server(model, "--served-model-name", MODEL, launcher=launcher) as url:
+            rows: list[list[Cell]] = [
+                [attack.name, *_attacked(url, attack)]
+                for attack in attacks(MODEL)[: 3 if options.quick else None]
+            ]
     longest = [float(row[-1]) for row in rows]
     print_report(
         "Hostile requests",

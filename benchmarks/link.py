@@ -1,12 +1,24 @@
-"""A long wire on one machine: a TCP relay that needs no privileges and no kernel module."""
+"""A long wire on one machine: a TCP relay that needs no privileges and no kernel module.
+
+As a benchmark: how much later than the wire that it imitates an answer arrives.
+
+    python -m benchmarks.link --quick
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import statistics
 import threading
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from urllib.parse import urlsplit
+
+import httpx
+
+from benchmarks.harness import Cell, Worker, argument_parser, print_report
 
 _FIRST_WINDOW = 10 * 1460  # bytes a new connection sends before the first acknowledgement
 _IDLE = 0.2  # seconds of silence after which TCP begins anew
@@ -95,3 +107,57 @@ def link(url: str, *, round_trip: float, bits_per_second: float) -> Iterator[str
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0))
         loop.close()
+
+
+# The benchmark.
+
+CASES = ((0.02, 1e9, 1_000), (0.02, 1e9, 1_000_000), (0.02, 1e8, 1_000_000))
+
+
+def serve(parent: Connection) -> None:
+    """Answer ``/SIZE`` with so many bytes, in a child, and send the address."""
+    from tests.support import stub
+
+    class Sized:
+        def get(self, path: str) -> stub.Answer:
+            return 200, {}, bytes(int(path.removeprefix("/")))
+
+        def post(self, path: str, body: bytes) -> stub.Answer:
+            return self.get(path)
+
+    with stub.serving(Sized()) as url:
+        parent.send(url)
+        parent.recv()  # until the benchmark ends
+
+
+def measure(url: str, round_trip: float, bits_per_second: float, size: int, rounds: int) -> float:
+    """Return the median seconds of an answer of ``size`` bytes over a link that is warm."""
+    seconds = []
+    wire = {"round_trip": round_trip, "bits_per_second": bits_per_second}
+    with link(url, **wire) as far, httpx.Client(timeout=60) as client:
+        for _ in range(rounds + 2):  # the first open the connection and TCP's window
+            since = time.perf_counter()
+            client.get(f"{far}/{size}").raise_for_status()
+            seconds.append(time.perf_counter() - since)
+    return statistics.median(seconds[2:])
+
+
+def main() -> None:
+    """Measure answers of several sizes and print them beside what the wire itself takes."""
+    quick = argument_parser(__doc__, quick="5 rounds instead of 50").parse_args().quick
+    rows: list[list[Cell]] = []
+    figures: dict[str, float] = {}
+    with Worker(serve) as server:
+        url = server.receive()
+        for round_trip, bits_per_second, size in CASES:
+            imitated = round_trip + 8 * size / bits_per_second
+            found = measure(url, round_trip, bits_per_second, size, 5 if quick else 50)
+            wire = f"{bits_per_second / 1e6:g} Mbit/s"
+            rows.append([f"{size:,} bytes, {wire}", imitated, found, found - imitated])
+            figures[f"late_{size}_bytes_{bits_per_second / 1e6:g}_mbit"] = found - imitated
+    columns = ["answer", "wire s", "measured s", "late s"]
+    print_report("The imitated wire", columns, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

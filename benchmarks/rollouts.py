@@ -9,7 +9,6 @@ prompts, so that a disturbance of the machine falls on all of them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from benchmarks.report import Cell, Figure, print_report
+from benchmarks.harness import Cell, Figure, argument_parser, print_report, set_threads
 from shared.sampling import uniforms
 from student_trainer.rollouts import Rollout, RolloutRequest, TransformersRollouts
 
@@ -28,7 +27,7 @@ HIDDEN, LAYERS, MOST = 256, 4, 64
 PLACES = 8
 Engine = Callable[[Sequence[RolloutRequest]], Iterator[list[tuple[int, Rollout]]]]
 NOTES = (
-    f"A Llama of {LAYERS} layers, d = {HIDDEN}, float32, one thread; prompts of 8 to 64 tokens, "
+    f"A Llama of {LAYERS} layers, d = {HIDDEN}, float32; prompts of 8 to 64 tokens, "
     f"completions of 1 to {MOST}, geometric with mean 20 or so; temperature 1.",
     "generate: `model.generate` over the same rows, all kept until the last has ended; in float64 "
     "with inverse-CDF sampling from the request's key, multinomial as transformers samples itself.",
@@ -160,10 +159,9 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two cases, two rounds")
+    parser = argument_parser(__doc__, quick="two cases, two rounds", threads=1)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    set_threads(arguments.threads)
     cases = [(32_000, 16), (152_000, 16), (32_000, 64), (152_000, 64)]
     rounds = 3
     if arguments.quick:
@@ -180,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratio = figures["rollouts"].speed / base
         summary[f"speedup_v{vocab_size // 1000}k_{prompts}"] = round(ratio, 2)
     print_report(
-        "Rollouts: completion tokens per second",
+        f"Rollouts: completion tokens per second, threads: {torch.get_num_threads()}",
         ["case", "tokens/s", "× generate", "half, s"],
         rows,
         summary,
