@@ -1,0 +1,1 @@
+"""Benchmarks: time, memory and accuracy, none of which a test asserts."""

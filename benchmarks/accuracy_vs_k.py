@@ -1,4 +1,4 @@
-"""How near the sparse divergence is to the dense one: value and gradient against k.
+"""The error of the sparse divergence against k: its value and gradient beside the dense ones.
 
     python -m benchmarks.accuracy_vs_k --quick
 
@@ -68,7 +68,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of one student and its teacher, both dense; ``next_ids`` were sampled.
+    """The rows of one student and its teacher, both dense; ``next_ids`` were sampled.
 
     Attributes:
         student, teacher: [N, V] float64 logits.
@@ -83,6 +83,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
+    """One combination of rows, beta, support, tail and k, and how near it is to the dense one."""
+
     case: str
     beta: float
     support: str
@@ -97,7 +99,7 @@ class Result:
 
 
 def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> Case:
-    """Zipf-like teachers of different peakedness, and students that are noisy copies of them.
+    """Make Zipf-like teachers of different peakedness, and students that are noisy copies.
 
     With ``own_favourites`` each student holds half of its mass on so many random tokens that the
     teacher ranks anywhere: what reverse KL has to take away.
@@ -119,7 +121,7 @@ def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> C
 
 
 def trained(folder: Path, name: str, prompts: int) -> Case:
-    """Completions that the student samples for held-out prompts; dense logits of both models."""
+    """Return completions that the student samples for held-out prompts, and both models' logits."""
     student_folder, teacher_folder = folder / STUDENTS[name], folder / "teacher_sft"
     arguments = ModelArguments(str(student_folder))
     tokenizer = load_tokenizer(arguments)
@@ -163,7 +165,7 @@ def _rows(model: Any, token_ids: NDArray[np.uint32], start: int) -> torch.Tensor
 
 
 def support_of(case: Case, k: int, support: str) -> SparseDistribution:
-    """The exact sparse teacher of a case; no id twice."""
+    """Return the exact sparse teacher of a case; no id twice."""
     ids = case.teacher.topk(k, dim=-1).indices
     if support != "top-k":
         ids = torch.cat([ids, case.next_ids[:, None]], dim=1)
@@ -178,7 +180,7 @@ def support_of(case: Case, k: int, support: str) -> SparseDistribution:
 
 
 def sampled(case: Case, k: int, seed: int = 0) -> SparseDistribution:
-    """The estimate from k draws of each row: see `student_trainer.pipeline.targets`."""
+    """Return the estimate from k draws of each row: see `student_trainer.pipeline.targets`."""
     log_p = case.teacher.log_softmax(dim=-1)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.multinomial(log_p.exp(), k, replacement=True, generator=generator)
@@ -196,7 +198,7 @@ def sampled(case: Case, k: int, seed: int = 0) -> SparseDistribution:
 
 
 def truncated(logits: torch.Tensor, teacher: SparseDistribution, beta: float) -> torch.Tensor:
-    """The definition summed over the support alone, as some systems do."""
+    """Return the definition summed over the support alone, as some systems do."""
     valid = teacher.token_ids >= 0
     log_q = logits.log_softmax(dim=-1).gather(1, teacher.token_ids.clamp_min(0))
     log_p = teacher.logprobs
@@ -212,7 +214,7 @@ def truncated(logits: torch.Tensor, teacher: SparseDistribution, beta: float) ->
 def study(
     case: Case, ks: Sequence[int], supports: Sequence[str], tails: Sequence[str]
 ) -> Iterator[Result]:
-    """Every combination of one case."""
+    """Yield the result of every combination of one case."""
     teachers = {(k, s): support_of(case, k, s) for k in ks for s in supports}
     drawn = {(k, SAMPLED): sampled(case, k) for k in ks}
     logits = case.student.clone().requires_grad_()
@@ -255,8 +257,11 @@ def _masses(logits: torch.Tensor, teacher: SparseDistribution) -> tuple[float, f
 
 
 def figures(results: Sequence[Result]) -> dict[str, float]:
-    """Worst of all betas at k = 64, tail as a bucket: the trained pair on the support that training
-    takes by default at each beta, then rows and supports with a prefix."""
+    """Return the worst of all betas at k = 64, tail as a bucket.
+
+    The trained pair on the support that training takes by default at each beta; then other rows and
+    supports, with a prefix.
+    """
     trained = [name for name in STUDENTS if name != "untrained"]
     groups = {
         "": (None, trained),
@@ -281,7 +286,7 @@ def figures(results: Sequence[Result]) -> dict[str, float]:
 
 
 def plot(results: Sequence[Result], folder: Path) -> None:
-    """1 − cosine against k: by tail, by support, and by point of training."""
+    """Draw 1 − cosine against k: by tail, by support, and by point of training."""
 
     def lines(**fixed: Any) -> list[tuple[float, float]]:
         return [

@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def seconds(runs: Sequence[Run], kinds: Sequence[bool]) -> float:
-    """Of a step: the median over all runs' steps of a kind, and the mean of the kinds."""
+    """Return the seconds of a step: the mean over kinds of the median over all runs' steps."""
     return statistics.mean(
         statistics.median(value for run in runs for value in run.seconds[kind]) for kind in kinds
     )
@@ -167,7 +167,7 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
 
 
 def on_policy_steps(steps: int, seed: int) -> list[bool]:
-    """Our trainer's coins of the warm-up and of the steps that count."""
+    """Return our trainer's coins of the warm-up and of the steps that count."""
     method = DistillationConfig(
         lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
@@ -176,7 +176,7 @@ def on_policy_steps(steps: int, seed: int) -> list[bool]:
 
 
 def balanced_seeds(steps: int, rounds: int) -> list[int]:
-    """The first seeds under which half of the steps that count are on-policy."""
+    """Return the first seeds under which half of the steps that count are on-policy."""
     fair = (s for s in count() if 2 * sum(on_policy_steps(steps, s)[WARM_UP:]) == steps)
     return [next(fair) for _ in range(rounds)]
 
@@ -290,7 +290,7 @@ def watched(
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
-    """Peak of the resident set, in bytes, of a process that has ended or is to end now."""
+    """Return the peak resident memory, in bytes, of a process that has ended or is to end now."""
     if process.stdout is None:
         process.terminate()
     _, status, usage = os.wait4(process.pid, 0)
@@ -299,7 +299,7 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def trl_environment(folder: Path) -> Path:
-    """Interpreter of an environment with TRL and the versions of ``constraints.txt``."""
+    """Return the interpreter of an environment with TRL and the versions of constraints.txt."""
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():
@@ -320,7 +320,7 @@ def trl_environment(folder: Path) -> Path:
 
 
 def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
-    """Teacher and student, pretrained for a moment, and the rows to distil on."""
+    """Make teacher and student, pretrained for a moment, and the rows to distil on."""
     print(f"pretraining models of {vocab_size} tokens in {folder}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -346,14 +346,17 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
 
 
 def _recipe() -> str:
-    """Of the models in a folder: others are made anew."""
+    """Return a hash of how models are made: a folder of another one is made anew."""
     recipe = (SHAPES, KNOWN_WORDS, PRETRAINING, PRETRAINING_ROWS, PRETRAINING_TARGETS)
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:
-    """Rows in a language where a word has four usual successors; a twentieth of the text is any
-    word, by Zipf's law. Teachers of it have most of their mass on few tokens, as real ones have."""
+    """Make rows in a language where a word has four usual successors.
+
+    A twentieth of the text is any word, by Zipf's law. Teachers of it have most of their mass on
+    few tokens, as real ones have.
+    """
     known = KNOWN_WORDS
     share = 1.0 / (np.arange(vocab_size - len(SPECIAL)) + 10.0)
     successors = rng.choice(known, (known, 4), p=share[:known] / share[:known].sum())
@@ -385,7 +388,7 @@ def messages(row: Row) -> list[dict[str, str]]:
 
 
 def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """One token a word; words that no row has fill up the vocabulary."""
+    """Make a tokenizer of one token a word; words that no row has fill up the vocabulary."""
     counted = Counter(word for row in rows for text in row for word in text.split())
     known = [word for word, _ in counted.most_common(vocab_size - len(SPECIAL))]
     known += [f"unused{i}" for i in range(vocab_size - len(SPECIAL) - len(known))]
@@ -402,7 +405,7 @@ def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerF
 def pretrain(
     folder: Path, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], steps: int
 ) -> None:
-    """Cross-entropy on words of the completions, so that distributions have a shape.
+    """Train with cross-entropy on words of the completions, so that distributions have a shape.
 
     Never on a completion's end: both trainers' students then write to the limit, and so as much.
     """
@@ -433,7 +436,7 @@ def pretrain(
 def token_ids(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
 ) -> tuple[torch.Tensor, int]:
-    """Ids [L] of a row, and where its completion begins."""
+    """Return the ids [L] of a row, and where its completion begins."""
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
@@ -443,7 +446,7 @@ def token_ids(
 
 @torch.inference_mode()
 def held_out_divergences(folder: Path, students: Sequence[Path]) -> list[float]:
-    """Dense generalized JSD from teacher to each student, nats a completion token, in float64."""
+    """Return the dense generalized JSD to each student, nats a completion token, in float64."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     texts = [token_ids(tokenizer, json.loads(line)["messages"]) for line in lines]

@@ -29,7 +29,7 @@ Read = Callable[[Sequence[bytes]], Sequence[bytes | None]]
 
 
 def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
-    """(answers written, answers found) a second; in batches, found in another order."""
+    """Return (answers written, answers found) a second; in batches, found in another order."""
     keys = [hashlib.sha256(str(number).encode()).digest() for number in range(count)]
     noise = random.Random(0).randbytes(_BYTES + count)
     records = {key: noise[i : i + _BYTES] for i, key in enumerate(keys)}
@@ -47,7 +47,7 @@ def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
 
 
 def lmdb_calls(folder: Path) -> tuple[Write, Read]:
-    """LMDB without checksums, order or bound; raises `ImportError` where it is not installed."""
+    """Open LMDB without checksums, order or bound; `ImportError` where it is not installed."""
     lmdb: Any = importlib.import_module("lmdb")
     folder.mkdir()
     env = lmdb.open(str(folder), map_size=8 << 30, metasync=False, readahead=False)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: arguments, processes of their own, servers' memory, and the report.
+"""The parts that all benchmarks share: arguments, processes, servers' memory, and the report.
 
 A benchmark is a module of this folder with a docstring, which is its ``--help``, a function that
 sets up what is measured, its cases, and a ``main`` that ends with `print_report`.

@@ -1,4 +1,4 @@
-"""How long others wait while one request is hostile: `/health` beside each of a corpus of attacks.
+"""The wait of others while one request is hostile: `/health` beside each of a corpus of attacks.
 
     python -m benchmarks.hostile
     python -m benchmarks.hostile --checkout ../older   # the server of another checkout

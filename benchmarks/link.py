@@ -39,7 +39,7 @@ class _Direction:
 
 
 async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _Direction) -> None:
-    """Bytes from ``source`` to ``sink``, late, and no faster than slow start and the wire allow."""
+    """Pass bytes on, late, and no faster than slow start and the wire allow."""
     loop = asyncio.get_running_loop()
     on_the_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
@@ -76,7 +76,7 @@ async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter, way: _
 
 @contextlib.contextmanager
 def link(url: str, *, round_trip: float, bits_per_second: float) -> Iterator[str]:
-    """Another address for ``url``, at the other end of a long wire.
+    """Give another address for ``url``, at the other end of a long wire.
 
     Imitated are the round trip (in seconds, half of it each way, and once for a handshake), the
     rate in each direction, and TCP's slow start after silence; not loss.

@@ -1,4 +1,4 @@
-"""What log-probs that travel as float16 change in the divergence and its gradient.
+"""The error that log-probs in float16 make in the divergence and its gradient.
 
     python -m benchmarks.logprob_dtype --quick
     python -m benchmarks.logprob_dtype
@@ -37,6 +37,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Result:
+    """One comparison of float16 with float32."""
+
     case: str
     beta: float
     sent: str
@@ -47,7 +49,7 @@ class Result:
 
 
 def answers(case: Case) -> dict[str, SparseDistribution]:
-    """The teacher as it arrives, by how its log-probs travelled."""
+    """Return the teacher as it arrives, by how its log-probs travelled."""
     log_p = case.teacher.log_softmax(dim=-1)
     top = log_p.topk(K, dim=-1)
     requested = case.student.topk(STUDENT_TOP_M, dim=-1).indices
@@ -85,7 +87,7 @@ def _arrived(case: Case, scores: SparseLogprobs, requested: torch.Tensor) -> Spa
 
 
 def compare(case: Case) -> Iterator[Result]:
-    """Both float16 variants against float32, for each beta."""
+    """Compare both float16 variants with float32, for each beta."""
     found = answers(case)
     student = case.student.float().requires_grad_()
     for beta in BETAS:

@@ -63,6 +63,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Sizes:
+    """The sizes of one measurement."""
+
     rows: int
     vocab_size: int
     hidden_size: int
@@ -73,6 +75,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measurement:
+    """The medians of one method's steps, and the growth of its peak memory."""
+
     seconds: float
     cpu_seconds: float
     peak_bytes: int
@@ -167,7 +171,7 @@ def _teacher_logits(sizes: Sizes) -> torch.Tensor:
 
 
 def _sparse_teacher(sizes: Sizes) -> SparseDistribution:
-    """Distinct ids all over the vocabulary, with nine tenths of the mass; no large temporary."""
+    """Make distinct ids all over the vocabulary, with nine tenths of the mass."""
     stride = sizes.vocab_size // sizes.top_k
     first = torch.randint(sizes.vocab_size, (sizes.rows, 1))
     ids = (first + stride * torch.arange(sizes.top_k)) % sizes.vocab_size  # [N, K]
@@ -240,7 +244,7 @@ def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measure
 
 
 def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float]:
-    """What the fused loss is to the dense one and to the limit; ``head`` "_frozen" or trained."""
+    """Compare the fused loss with the dense one and the limit; ``head`` is "_frozen" or ""."""
     dense, linear = measured["dense"], measured[f"linear{head}"]
     bare = [measured[f"matmuls{head}"], measured[f"matmuls{head}_chunked"]]
     limit = min(one.seconds for one in bare)
@@ -257,14 +261,14 @@ def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float
 
 
 def extra_bytes(one: Measurement, sizes: Sizes) -> int:
-    """Peak memory beyond the gradients of hidden states and output layer."""
+    """Return the peak memory beyond the gradients of hidden states and output layer."""
     size = getattr(torch, sizes.dtype).itemsize
     gradients = size * sizes.hidden_size * (sizes.rows + sizes.vocab_size)
     return max(0, one.peak_bytes - gradients)
 
 
 def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, float]:
-    """Time over bare matmuls and memory at many rows, named by vocabulary and rows."""
+    """Return time over bare matmuls and memory at many rows, named by vocabulary and rows."""
     linear, limit = measured["linear"], measured["matmuls_chunked"]
     prefix = f"v{sizes.vocab_size}_n{sizes.rows}"
     return {
@@ -275,7 +279,7 @@ def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, f
 
 
 def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | float]]:
-    """The table's rows of one size; a dash where the dense method was left out."""
+    """Return the table's rows of one size; a dash where the dense method was left out."""
     dense = measured.get("dense")
     return [
         [
@@ -291,7 +295,7 @@ def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | fl
 
 
 def large(sizes: Sizes) -> dict[str, Measurement]:
-    """One step each of what fits at many rows."""
+    """Measure one step each of what fits at many rows."""
     fits = 4 * sizes.rows * sizes.vocab_size <= DENSE_BYTES
     return measure(sizes, ["dense", *LARGE_METHODS] if fits else LARGE_METHODS, 1)
 

@@ -38,7 +38,7 @@ NOTES = (
 
 @dataclass
 class Way:
-    """How a step is grouped, and what that cost."""
+    """A way to group a step, and what it cost."""
 
     grouped: Callable[[list[int]], list[list[int]]]
     packed: bool
@@ -65,7 +65,7 @@ def read_samples(dataset: str, vocab_size: int) -> list[Sample]:
 
 
 def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -> int:
-    """Forward and backward of one micro-batch; its positions."""
+    """Run one micro-batch forward and backward; return its positions."""
     scored = [ScoredSample(sample, None) for sample in samples]
     masks = [sample.completion_mask for sample in samples]
     rows = predicting_positions(samples, masks, packed=packed)

@@ -38,7 +38,7 @@ NOTES = (
 
 @dataclass
 class Figures:
-    """Of one engine in one case: a value for each round."""
+    """The figures of one engine in one case: a value for each round."""
 
     tokens_per_second: list[float] = field(default_factory=list)
     seconds_to_half: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Figures:
 
 
 class Generate:
-    """`model.generate` over batches of prompts of similar length."""
+    """An engine that calls `model.generate` on batches of prompts of similar length."""
 
     def __init__(self, model: Any, stop_ids: Sequence[int], places: int | None, *, keyed: bool):
         self.model = model
@@ -97,7 +97,7 @@ class Generate:
 
 
 class _WholeCdf:
-    """Inverse-CDF sampling over a float64 cumulative sum of all tokens."""
+    """An inverse-CDF sampler over a float64 cumulative sum of all tokens."""
 
     def __init__(self, draws: torch.Tensor, prompt_width: int) -> None:
         self.draws = draws
@@ -111,7 +111,7 @@ class _WholeCdf:
 
 
 def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
-    """Each engine's figures, after two prompts to warm up."""
+    """Return each engine's figures, after two prompts to warm up."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,

@@ -49,7 +49,7 @@ NOTES = (
 
 @dataclass
 class Seen:
-    """What the clients saw."""
+    """The answers that the clients got, and the server's memory."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     answered: Counter[int] = field(default_factory=Counter)  # 200s of each client
@@ -59,7 +59,7 @@ class Seen:
 
 
 def requests(client: int) -> Iterator[tuple[str, bytes]]:
-    """(route, body) again and again."""
+    """Yield (route, body) again and again."""
     rng = np.random.default_rng(client)
     for number in itertools.count():
         if number % 10 == 9:
@@ -80,7 +80,7 @@ def requests(client: int) -> Iterator[tuple[str, bytes]]:
 
 
 def key(client: int) -> str:
-    """The key that makes it a client of its own."""
+    """Return the key that makes it a client of its own."""
     return f"client-of-the-soak-{client}"
 
 
@@ -117,7 +117,7 @@ async def capacity(http: httpx.AsyncClient, seconds: float) -> float:
 
 
 async def overload(http: httpx.AsyncClient, url: str, rate: float, seconds: float) -> Seen:
-    """What all clients see who together send ``rate`` requests a second."""
+    """Return what all clients see who together send ``rate`` requests a second."""
     seen = Seen()
     server = listener(url)
     until = time.monotonic() + seconds

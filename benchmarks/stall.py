@@ -1,4 +1,4 @@
-"""How long the trainer waits for the teacher, and how little any schedule could wait.
+"""The share of a step in which the trainer waits for the teacher, and the least of any schedule.
 
 Trainer, pipeline, client, wire and msgpack are the real ones. Both models are imitated: generating
 a group, training a micro-batch and scoring a token take set times, in which the processor is free,
@@ -51,7 +51,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Run:
-    """One training run."""
+    """A training run: teachers, sizes, and where its log goes."""
 
     urls: list[str]
     staleness: int
@@ -80,7 +80,7 @@ def serve(parent: Connection, seconds_per_token: float) -> None:
 
 
 def train(run: Run) -> None:
-    """The real trainer; its log goes to ``run.output``."""
+    """Run the real trainer; its log goes to ``run.output``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +94,7 @@ def train(run: Run) -> None:
     share = run.prompts / PROMPTS
 
     class PacedRollouts:
-        """Random completions, a group at a time."""
+        """An engine that makes random completions, a group at a time."""
 
         elsewhere = False
 
@@ -111,7 +111,7 @@ def train(run: Run) -> None:
         return (uniforms(*key, count=COMPLETION) * VOCAB_SIZE).astype(np.uint32)
 
     class PacedTrainer(DistillationTrainer):
-        """A micro-batch takes its time from when its scores are there."""
+        """A trainer whose micro-batches take their time from when their scores are there."""
 
         def _scored(self, *arguments: Any, **options: Any) -> Any:
             scored = super()._scored(*arguments, **options)
@@ -165,7 +165,7 @@ def train(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over a run's steps."""
+    """The means over a run's steps."""
 
     step: float
     waiting: float
@@ -217,7 +217,7 @@ def measure(
 
 
 def best_stall(found: Figures, *, staleness: int, scoring: float) -> float:
-    """The least share of waiting in any schedule of the same work, at the speeds measured.
+    """Return the least share of waiting in any schedule of the same work, at the speeds measured.
 
     Args:
         scoring: seconds that the teacher takes for a step.

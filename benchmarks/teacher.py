@@ -68,6 +68,8 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
+    """A point at which all methods are measured."""
+
     vocab_size: int
     top_k: int
     clients: int
@@ -84,7 +86,7 @@ STAR = (
 
 @dataclass
 class Figures:
-    """Of one method in one case: a value for each round."""
+    """The figures of one method in one case: a value for each round."""
 
     rows_per_second: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -108,7 +110,7 @@ Round = Callable[[Case, list[NDArray[np.uint32]], Figures], None]
 
 def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media_type: str,
               process: psutil.Process) -> Round:  # fmt: skip
-    """Each sequence in a request of its own, ``case.clients`` of them at a time."""
+    """Send each sequence in a request of its own, ``case.clients`` of them at a time."""
 
     def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
         bodies = [body(case, sequence) for sequence in sequences]
@@ -205,7 +207,7 @@ def random_sequences(rng: np.random.Generator, count: int, case: Case) -> list[A
 
 @torch.inference_mode()
 def largest_error(folder: Path, url: str, case: Case) -> float:
-    """Of any float32 log-prob of the server at ``url``, from a plain float32 forward pass."""
+    """Return the largest error of a float32 log-prob, from a plain float32 forward pass."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     worst = 0.0
     for sequence in random_sequences(np.random.default_rng(1), 3, case):
@@ -232,7 +234,7 @@ def largest_error(folder: Path, url: str, case: Case) -> float:
 
 
 def soak(url: str, process: psutil.Process, requests: int, case: Case) -> float:
-    """Growth of resident memory over the last nine tenths of many short requests, as a ratio."""
+    """Return the growth, a ratio, of resident memory over the last nine tenths of requests."""
     rng = np.random.default_rng(2)
     bodies = [score_body(case, s[: PROMPT + 16]) for s in random_sequences(rng, 64, case)]
     sizes = []

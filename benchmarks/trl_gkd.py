@@ -16,7 +16,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 
 class Coins(TrainerCallback):
-    """Whether each optimizer step is on-policy, as on our side.
+    """A callback that makes each optimizer step on-policy or not, as on our side.
 
     GKDTrainer draws ``random() <= lmbda`` for each micro-batch; here lmbda is 0 or 1 for a step.
     """
