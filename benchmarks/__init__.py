@@ -1,1 +1,1 @@
-"""The benchmarks, each a module with a table and one line of JSON."""
+"""Benchmarks: time, memory and accuracy, none of which a test asserts."""

@@ -1,4 +1,4 @@
-"""Measure the error of the sparse divergence and of its gradient against the dense one, over k.
+"""The error of the sparse divergence against k: its value and gradient beside the dense ones.
 
     python -m benchmarks.accuracy_vs_k --quick
 
@@ -11,7 +11,6 @@ all rows together, all in float64. For beta 0 also what k draws from the teacher
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import subprocess
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.report import print_report
+from benchmarks.harness import argument_parser, print_report, set_threads
 from student_trainer.config.arguments import DataArguments, ModelArguments
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
@@ -69,7 +68,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
-    """The positions of one student and its teacher, both dense; ``next_ids`` were sampled.
+    """The rows of one student and its teacher, both dense; ``next_ids`` were sampled.
 
     Attributes:
         student, teacher: [N, V] float64 logits.
@@ -84,7 +83,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The errors of one sparse support at one k and beta."""
+    """One combination of rows, beta, support, tail and k, and how near it is to the dense one."""
 
     case: str
     beta: float
@@ -100,10 +99,10 @@ class Result:
 
 
 def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> Case:
-    """Return Zipf-like teachers of different peakedness, and students that are noisy copies.
+    """Make Zipf-like teachers of different peakedness, and students that are noisy copies.
 
-    With ``own_favourites`` each student holds half of its mass on so many random tokens, which
-    reverse KL has to take away.
+    With ``own_favourites`` each student holds half of its mass on so many random tokens that the
+    teacher ranks anywhere: what reverse KL has to take away.
     """
     generator = torch.Generator().manual_seed(0)
     ranks = torch.arange(1, vocab_size + 1, dtype=torch.float64).log()
@@ -122,7 +121,7 @@ def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> C
 
 
 def trained(folder: Path, name: str, prompts: int) -> Case:
-    """Return both models' logits on completions that the student samples for held-out prompts."""
+    """Return completions that the student samples for held-out prompts, and both models' logits."""
     student_folder, teacher_folder = folder / STUDENTS[name], folder / "teacher_sft"
     arguments = ModelArguments(str(student_folder))
     tokenizer = load_tokenizer(arguments)
@@ -166,7 +165,7 @@ def _rows(model: Any, token_ids: NDArray[np.uint32], start: int) -> torch.Tensor
 
 
 def support_of(case: Case, k: int, support: str) -> SparseDistribution:
-    """Return the exact sparse teacher of a case, without an id twice."""
+    """Return the exact sparse teacher of a case; no id twice."""
     ids = case.teacher.topk(k, dim=-1).indices
     if support != "top-k":
         ids = torch.cat([ids, case.next_ids[:, None]], dim=1)
@@ -181,7 +180,7 @@ def support_of(case: Case, k: int, support: str) -> SparseDistribution:
 
 
 def sampled(case: Case, k: int, seed: int = 0) -> SparseDistribution:
-    """Return the teacher estimated from k draws a row: see `student_trainer.pipeline.targets`."""
+    """Return the estimate from k draws of each row: see `student_trainer.pipeline.targets`."""
     log_p = case.teacher.log_softmax(dim=-1)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.multinomial(log_p.exp(), k, replacement=True, generator=generator)
@@ -199,7 +198,7 @@ def sampled(case: Case, k: int, seed: int = 0) -> SparseDistribution:
 
 
 def truncated(logits: torch.Tensor, teacher: SparseDistribution, beta: float) -> torch.Tensor:
-    """Return the divergence summed over the support alone, as some systems do."""
+    """Return the definition summed over the support alone, as some systems do."""
     valid = teacher.token_ids >= 0
     log_q = logits.log_softmax(dim=-1).gather(1, teacher.token_ids.clamp_min(0))
     log_p = teacher.logprobs
@@ -215,7 +214,7 @@ def truncated(logits: torch.Tensor, teacher: SparseDistribution, beta: float) ->
 def study(
     case: Case, ks: Sequence[int], supports: Sequence[str], tails: Sequence[str]
 ) -> Iterator[Result]:
-    """Yield the result of every combination on one case."""
+    """Yield the result of every combination of one case."""
     teachers = {(k, s): support_of(case, k, s) for k in ks for s in supports}
     drawn = {(k, SAMPLED): sampled(case, k) for k in ks}
     logits = case.student.clone().requires_grad_()
@@ -258,9 +257,10 @@ def _masses(logits: torch.Tensor, teacher: SparseDistribution) -> tuple[float, f
 
 
 def figures(results: Sequence[Result]) -> dict[str, float]:
-    """Return the worst result of all betas at k = 64, with the tail as a bucket.
+    """Return the worst of all betas at k = 64, tail as a bucket.
 
-    Figures without a prefix are of the trained pair on the default support of each beta.
+    The trained pair on the support that training takes by default at each beta; then other rows and
+    supports, with a prefix.
     """
     trained = [name for name in STUDENTS if name != "untrained"]
     groups = {
@@ -329,9 +329,8 @@ def plot(results: Sequence[Result], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rows, k = 16 and 64, two supports, bucket"
+    parser = argument_parser(
+        __doc__, quick="fewer rows, k = 16 and 64, two supports, bucket", threads=0
     )
     parser.add_argument(
         "--run_folder",
@@ -344,6 +343,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plots and arguments.quick:
         parser.error("--plots needs all k and supports: drop --quick")
+    set_threads(arguments.threads)
     if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
         subprocess.run(
             [sys.executable, "-m", "examples.mini_humaneval.quickstart",

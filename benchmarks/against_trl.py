@@ -1,4 +1,4 @@
-"""Compare our trainer and its served teacher with TRL's GKDTrainer on the same work and two cores.
+"""Our trainer and its served teacher against TRL's GKDTrainer: the same work on the same two cores.
 
 Both distil the same teacher into the same student, on the same rows, for the same number of
 optimizer steps, and the same steps are on-policy. TRL is one process; ours are two, the server
@@ -10,11 +10,9 @@ TRL and pretrains the models, in the work folder.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import statistics
@@ -23,13 +21,12 @@ import sys
 import time
 import venv
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
@@ -43,12 +40,11 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from benchmarks.report import Cell, print_report
+from benchmarks.harness import Cell, argument_parser, print_report, run_apart
 from student_trainer.pipeline.pipeline import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
 
-T = TypeVar("T")
 Row = tuple[str, str]  # the words of a prompt and of its completion
 
 REPOSITORY = Path(__file__).parents[1]
@@ -95,7 +91,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A trained student, and the time and memory that its training took."""
+    """A trained student and what it took."""
 
     student: Path
     seconds: dict[bool, list[float]]  # of a step, by whether it was on-policy
@@ -105,8 +101,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one round of fewer steps")
+    parser = argument_parser(__doc__, quick="one round of fewer steps")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--steps", type=int, help="whose time counts, an even number")
     parser.add_argument("--rounds", type=int, help="runs of each; default 2, with --quick 1")
@@ -128,13 +123,13 @@ def main() -> None:
     for vocab_size in args.vocab_size:
         folder = work / f"{'gsm8k' if args.gsm8k else 'synthetic'}-{vocab_size}-{_recipe()}"
         if not (folder / "ready").exists():
-            apart(prepare, folder, vocab_size, args.gsm8k)
+            run_apart(prepare, folder, vocab_size, args.gsm8k)
         runs: dict[str, list[Run]] = {TRL: [], OURS: []}
         for seed in seeds:
             runs[TRL].append(train_trl(folder, folder / f"trl-{seed}", steps, seed, python))
             runs[OURS].append(train_ours(folder, folder / f"ours-{seed}", steps, seed))
         students = [run.student for name in (TRL, OURS) for run in runs[name]]
-        before, *after = apart(held_out_divergences, folder, [folder / "student", *students])
+        before, *after = run_apart(held_out_divergences, folder, [folder / "student", *students])
         held_out = {
             TRL: statistics.mean(after[: len(seeds)]),
             OURS: statistics.mean(after[len(seeds) :]),
@@ -154,7 +149,7 @@ def main() -> None:
 
 
 def seconds(runs: Sequence[Run], kinds: Sequence[bool]) -> float:
-    """Return the seconds of a step: the median over a kind's steps, and the mean of the kinds."""
+    """Return the seconds of a step: the mean over kinds of the median over all runs' steps."""
     return statistics.mean(
         statistics.median(value for run in runs for value in run.seconds[kind]) for kind in kinds
     )
@@ -171,14 +166,8 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
             f"{max(run.memory for run in runs) / 2**20:.0f}"]  # fmt: skip
 
 
-def apart(function: Callable[..., T], *arguments: Any) -> T:
-    """Return the function's result from a process of its own, which frees its memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def on_policy_steps(steps: int, seed: int) -> list[bool]:
-    """Return for each step, warm-up included, whether our trainer takes it on-policy."""
+    """Return our trainer's coins of the warm-up and of the steps that count."""
     method = DistillationConfig(
         lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
@@ -187,7 +176,7 @@ def on_policy_steps(steps: int, seed: int) -> list[bool]:
 
 
 def balanced_seeds(steps: int, rounds: int) -> list[int]:
-    """Return the first seeds under which half of the counted steps are on-policy."""
+    """Return the first seeds under which half of the steps that count are on-policy."""
     fair = (s for s in count() if 2 * sum(on_policy_steps(steps, s)[WARM_UP:]) == steps)
     return [next(fair) for _ in range(rounds)]
 
@@ -246,10 +235,10 @@ def train_ours(folder: Path, output: Path, steps: int, seed: int) -> Run:
 def started(
     command: Sequence[Any], log: Path, stdout: int | None = None
 ) -> Iterator[subprocess.Popen[Any]]:
-    """Start a process that ends with the block; ``log`` takes the output that no pipe does."""
+    """A process that ends with the block at the latest; ``log`` takes what no pipe does."""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(argument) for argument in command],
+            [str(word) for word in command],
             stdout=file if stdout is None else stdout,
             stderr=file,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -272,7 +261,7 @@ def watched(
     trainer: subprocess.Popen[bytes],
     *others: subprocess.Popen[bytes],
 ) -> Run:
-    """Measure a training process by the line that it logs after each optimizer step, to its end.
+    """Follow a training process by the line that it logs after each optimizer step, to its end.
 
     Raises:
         RuntimeError: the process failed, or did not log every step.
@@ -301,7 +290,7 @@ def watched(
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
-    """End a process, unless it has ended, and return the peak of its resident set in bytes."""
+    """Return the peak resident memory, in bytes, of a process that has ended or is to end now."""
     if process.stdout is None:
         process.terminate()
     _, status, usage = os.wait4(process.pid, 0)
@@ -310,7 +299,7 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def trl_environment(folder: Path) -> Path:
-    """Return the interpreter of an environment with TRL, made by ``constraints.txt`` if missing."""
+    """Return the interpreter of an environment with TRL and the versions of constraints.txt."""
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():
@@ -331,7 +320,7 @@ def trl_environment(folder: Path) -> Path:
 
 
 def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
-    """Make the rows, and a teacher and a student that are pretrained for a moment."""
+    """Make teacher and student, pretrained for a moment, and the rows to distil on."""
     print(f"pretraining models of {vocab_size} tokens in {folder}", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
@@ -357,13 +346,13 @@ def prepare(folder: Path, vocab_size: int, gsm8k: Path | None) -> None:
 
 
 def _recipe() -> str:
-    """Return a digest of how the models are made; those of another digest are made anew."""
+    """Return a hash of how models are made: a folder of another one is made anew."""
     recipe = (SHAPES, KNOWN_WORDS, PRETRAINING, PRETRAINING_ROWS, PRETRAINING_TARGETS)
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
 
 
 def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:
-    """Return rows in a language where a word has four usual successors.
+    """Make rows in a language where a word has four usual successors.
 
     A twentieth of the text is any word, by Zipf's law. Teachers of it have most of their mass on
     few tokens, as real ones have.
@@ -376,10 +365,10 @@ def synthetic_rows(rng: np.random.Generator, vocab_size: int) -> list[Row]:
     chosen = rng.choice(4, (count, length), p=[0.6, 0.2, 0.1, 0.1])
     jumps = rng.random((count, length)) < 0.05
     ids = any_word.copy()  # [rows, length]
-    for position in range(1, length):
-        before = ids[:, position - 1] % known
-        following = successors[before, chosen[:, position]]
-        ids[:, position] = np.where(jumps[:, position], any_word[:, position], following)
+    for place in range(1, length):
+        before = ids[:, place - 1] % known
+        following = successors[before, chosen[:, place]]
+        ids[:, place] = np.where(jumps[:, place], any_word[:, place], following)
     texts = [[f"w{id}" for id in row] for row in ids.tolist()]
     return [(" ".join(text[:PROMPT]), " ".join(text[PROMPT:])) for text in texts]
 
@@ -399,7 +388,7 @@ def messages(row: Row) -> list[dict[str, str]]:
 
 
 def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words; unused words fill up its vocabulary."""
+    """Make a tokenizer of one token a word; words that no row has fill up the vocabulary."""
     counted = Counter(word for row in rows for text in row for word in text.split())
     known = [word for word, _ in counted.most_common(vocab_size - len(SPECIAL))]
     known += [f"unused{i}" for i in range(vocab_size - len(SPECIAL) - len(known))]
@@ -416,9 +405,9 @@ def word_tokenizer(rows: Sequence[Row], vocab_size: int) -> PreTrainedTokenizerF
 def pretrain(
     folder: Path, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], steps: int
 ) -> None:
-    """Train a model on words of the completions, so that its distributions have a shape.
+    """Train with cross-entropy on words of the completions, so that distributions have a shape.
 
-    The end of a completion is not learned, so that both trainers' students write to the limit.
+    Never on a completion's end: both trainers' students then write to the limit, and so as much.
     """
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -431,11 +420,11 @@ def pretrain(
         learned = torch.zeros_like(input_ids, dtype=torch.bool)
         for row, (ids, start) in enumerate(texts):
             learned[row, start : len(ids) - 1] = True
-        targets = learned.nonzero()  # [n, 2]: row and position
-        targets = targets[torch.randperm(len(targets))[:PRETRAINING_TARGETS]]
+        places = learned.nonzero()
+        places = places[torch.randperm(len(places))[:PRETRAINING_TARGETS]]
         hidden = model.model(input_ids=input_ids).last_hidden_state  # [B, L, d]
-        logits = model.lm_head(hidden[targets[:, 0], targets[:, 1] - 1])
-        loss = torch.nn.functional.cross_entropy(logits, input_ids[targets[:, 0], targets[:, 1]])
+        logits = model.lm_head(hidden[places[:, 0], places[:, 1] - 1])
+        loss = torch.nn.functional.cross_entropy(logits, input_ids[places[:, 0], places[:, 1]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -447,7 +436,7 @@ def pretrain(
 def token_ids(
     tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]
 ) -> tuple[torch.Tensor, int]:
-    """Return the ids [L] of a row, and the position at which its completion begins."""
+    """Return the ids [L] of a row, and where its completion begins."""
     prompt = tokenizer.apply_chat_template(
         messages[:1], add_generation_prompt=True, return_dict=False
     )
@@ -457,7 +446,7 @@ def token_ids(
 
 @torch.inference_mode()
 def held_out_divergences(folder: Path, students: Sequence[Path]) -> list[float]:
-    """Return the dense generalized JSD of each student, in nats a completion token, in float64."""
+    """Return the dense generalized JSD to each student, nats a completion token, in float64."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     texts = [token_ids(tokenizer, json.loads(line)["messages"]) for line in lines]

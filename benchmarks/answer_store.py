@@ -1,12 +1,13 @@
-"""Measure the store of `--teacher_cache` and bare LMDB: answers a second, and bytes on disk.
+"""The store behind `--teacher_cache`: answers a second, and bytes on disk, beside bare LMDB's.
 
-LMDB, which is faster but does not survive damage to its file, is left out where it is not
-installed. A step reads as many answers as its batch has rows.
+    python -m benchmarks.answer_store --quick
+
+LMDB is what it was before, and is left out where it is not installed: it is faster, and cannot
+outlive damage to its file. A step asks for as many answers as its batch has rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import random
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import print_report
+from benchmarks.harness import argument_parser, print_report
 from student_trainer.teacher.store import AnswerStore
 
 _BATCH = 16  # answers of one request
@@ -28,7 +29,7 @@ Read = Callable[[Sequence[bytes]], Sequence[bytes | None]]
 
 
 def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
-    """Return the answers written and found a second, in batches and in different orders."""
+    """Return (answers written, answers found) a second; in batches, found in another order."""
     keys = [hashlib.sha256(str(number).encode()).digest() for number in range(count)]
     noise = random.Random(0).randbytes(_BYTES + count)
     records = {key: noise[i : i + _BYTES] for i, key in enumerate(keys)}
@@ -41,16 +42,12 @@ def measure(write: Write, read: Read, count: int) -> tuple[float, float]:
     for first in range(0, count, _BATCH):
         some = keys[first : first + _BATCH]
         if list(read(some)) != [records[key] for key in some]:
-            raise AssertionError("the answers found are not those written")
+            raise AssertionError("what was found is not what was written")
     return written, count / (time.perf_counter() - begun)
 
 
 def lmdb_calls(folder: Path) -> tuple[Write, Read]:
-    """Return functions that write and read LMDB, without checksums, order or bound.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """Open LMDB without checksums, order or bound; `ImportError` where it is not installed."""
     lmdb: Any = importlib.import_module("lmdb")
     folder.mkdir()
     env = lmdb.open(str(folder), map_size=8 << 30, metasync=False, readahead=False)
@@ -68,8 +65,7 @@ def lmdb_calls(folder: Path) -> tuple[Write, Read]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="800 answers instead of 8,000")
+    parser = argument_parser(__doc__, quick="800 answers instead of 8,000")
     count = 800 if parser.parse_args().quick else 8_000
     rows: list[tuple[str, float, float, float]] = []
     with tempfile.TemporaryDirectory() as temporary:

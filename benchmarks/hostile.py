@@ -1,15 +1,14 @@
-"""Measure how long `/health` waits while the server handles each hostile request of a corpus.
+"""The wait of others while one request is hostile: `/health` beside each of a corpus of attacks.
 
     python -m benchmarks.hostile
     python -m benchmarks.hostile --checkout ../older   # the server of another checkout
 
-The aim is 100 ms. The attacker and the caller of `/health` share the machine's cores with the
-server, so their work is part of the time.
+The aim is 100 ms. What is measured includes the attacker and the asker, who share the machine's
+cores with the server.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import threading
 import time
@@ -17,38 +16,31 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.report import Cell, print_report
+from benchmarks.harness import Cell, argument_parser, print_report
 from tests.support.hostile import CONTEXT, Attack, attacks
 from tests.support.models import save_model, save_tokenizer
-from tests.support.server import free_port, start_server, wait_until_ready
+from tests.support.server import running_server
 
 MODEL = "attacked"
 PATIENCE = 120.0  # seconds after which an attack counts as one that froze the server
 
 
 def main() -> None:
-    """Run every attack on a server of a tiny model with a long context."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    """Attack a server of a tiny model with a long context."""
+    parser = argument_parser(__doc__, quick="only the first three attacks")
     parser.add_argument("--checkout", type=Path, help="folder whose teacher_server is attacked")
-    parser.add_argument("--quick", action="store_true", help="only the first three attacks")
     options = parser.parse_args()
     # `python -m` looks into the working directory first.
     launcher = () if options.checkout is None else ("env", "-C", str(options.checkout))
     with tempfile.TemporaryDirectory() as folder:
-        model, log, port = Path(folder) / "model", Path(folder) / "log", free_port()
+        model = Path(folder)
         save_tokenizer(model)
         save_model(model, max_position_embeddings=CONTEXT)
-        arguments = ("--served-model-name", MODEL)
-        process = start_server(model, *arguments, port=port, log=log, launcher=launcher)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_ready(process, url, log)
-            rows: list[list[Cell]] = []
-            for attack in attacks(MODEL)[: 3 if options.quick else None]:
-                rows.append([attack.name, *_attacked(url, attack)])
-        finally:
-            process.kill()
-            process.wait()
+        with running_server(model, "--served-model-name", MODEL, launcher=launcher) as url:
+            rows: list[list[Cell]] = [
+                [attack.name, *_attacked(url, attack)]
+                for attack in attacks(MODEL)[: 3 if options.quick else None]
+            ]
     longest = [float(row[-1]) for row in rows]
     print_report(
         "Hostile requests",
@@ -65,7 +57,7 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
     waits: list[float] = []
     ended = threading.Event()
 
-    def call_health() -> None:
+    def ask() -> None:
         with httpx.Client(timeout=2 * PATIENCE) as client:
             while not (ended.is_set() and waits):
                 since = time.perf_counter()
@@ -74,8 +66,8 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
                 ended.wait(0.01)
 
     body = attack.make()
-    caller = threading.Thread(target=call_health)
-    caller.start()
+    asker = threading.Thread(target=ask)
+    asker.start()
     since = time.perf_counter()
     try:
         response = httpx.post(
@@ -87,7 +79,7 @@ def _attacked(url: str, attack: Attack) -> tuple[str, float, float]:
         status = type(error).__name__
     seconds = time.perf_counter() - since
     ended.set()
-    caller.join()
+    asker.join()
     return status, seconds, max(waits)
 
 

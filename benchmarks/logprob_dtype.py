@@ -1,5 +1,6 @@
-"""Measure the change of the divergence and its gradient when log-probs travel as float16.
+"""The error that log-probs in float16 make in the divergence and its gradient.
 
+    python -m benchmarks.logprob_dtype --quick
     python -m benchmarks.logprob_dtype
 
 The rows of `benchmarks.accuracy_vs_k`, k = 64, next token and the student's top 16 requested. Each
@@ -10,7 +11,6 @@ logits, all rows together, and the divergence of the teacher to itself, which sh
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy_vs_k import STUDENT_TOP_M, Case, synthetic, trained
-from benchmarks.report import print_report
+from benchmarks.harness import argument_parser, print_report, set_threads
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample
 from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
@@ -37,7 +37,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Result:
-    """The errors of one float16 variant on one case and beta."""
+    """One comparison of float16 with float32."""
 
     case: str
     beta: float
@@ -49,7 +49,7 @@ class Result:
 
 
 def answers(case: Case) -> dict[str, SparseDistribution]:
-    """Return the teacher's distribution as it arrives, by the dtype of its log-probs."""
+    """Return the teacher as it arrives, by how its log-probs travelled."""
     log_p = case.teacher.log_softmax(dim=-1)
     top = log_p.topk(K, dim=-1)
     requested = case.student.topk(STUDENT_TOP_M, dim=-1).indices
@@ -87,7 +87,7 @@ def _arrived(case: Case, scores: SparseLogprobs, requested: torch.Tensor) -> Spa
 
 
 def compare(case: Case) -> Iterator[Result]:
-    """Yield both float16 variants compared with float32, for each beta."""
+    """Compare both float16 variants with float32, for each beta."""
     found = answers(case)
     student = case.student.float().requires_grad_()
     for beta in BETAS:
@@ -116,16 +116,21 @@ def _loss(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argument_parser(
+        __doc__, quick="the synthetic rows, 4 instead of 12; needs no run", threads=0
+    )
     parser.add_argument(
         "--run_folder",
         type=Path,
         default=Path("runs/quickstart"),
         help="of examples.mini_humaneval.quickstart, which must have run",
     )
-    folder = parser.parse_args().run_folder
-    cases = [synthetic(12, own_favourites=count) for count in (0, 8)]
-    cases += [trained(folder, name, 32) for name in ("warmed up", "distilled")]
+    arguments = parser.parse_args()
+    set_threads(arguments.threads)
+    rows = 4 if arguments.quick else 12
+    cases = [synthetic(rows, own_favourites=count) for count in (0, 8)]
+    if not arguments.quick:
+        cases += [trained(arguments.run_folder, name, 32) for name in ("warmed up", "distilled")]
     results = [result for case in cases for result in compare(case)]
     kept = [result for result in results if result.sent == "normalized"]
     print_report(

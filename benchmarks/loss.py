@@ -1,4 +1,4 @@
-"""Measure time and memory of the sparse divergence, the dense one and bare matmuls.
+"""Time and memory of the sparse divergence against the dense one and against bare matmuls.
 
 Every method goes from the last hidden states [N, d] to the gradients of hidden states and output
 layer [V, d]. Each runs in its own process, so that its peak memory is its own; the processes take
@@ -9,20 +9,21 @@ turns, one repeat each, so that a disturbance of the machine falls on all of the
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import math
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.report import print_report
+from benchmarks.harness import Worker, argument_parser, print_report, set_threads
 from student_trainer.losses import (
     SparseDistribution,
     linear_sparse_jsd,
@@ -74,7 +75,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The time and memory of one step of a method."""
+    """The medians of one method's steps, and the growth of its peak memory."""
 
     seconds: float
     cpu_seconds: float
@@ -153,7 +154,7 @@ def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], No
 def _student(sizes: Sizes, *, trained: bool) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = getattr(torch, sizes.dtype)
     hidden = torch.randn(sizes.rows, sizes.hidden_size).to(dtype).requires_grad_()
-    # The rows repeat, since drawing all of them in every process takes longer than the steps.
+    # Few rows over and over: to draw all of them in every process takes longer than the steps.
     drawn = torch.randn(DRAWN_ROWS, sizes.hidden_size).mul_(sizes.hidden_size**-0.5)
     weight = torch.empty(sizes.vocab_size, sizes.hidden_size, dtype=dtype)
     for part in weight.split(DRAWN_ROWS):
@@ -170,7 +171,7 @@ def _teacher_logits(sizes: Sizes) -> torch.Tensor:
 
 
 def _sparse_teacher(sizes: Sizes) -> SparseDistribution:
-    """Return a teacher of distinct ids with 0.9 of the mass, made without a large temporary."""
+    """Make distinct ids all over the vocabulary, with nine tenths of the mass."""
     stride = sizes.vocab_size // sizes.top_k
     first = torch.randint(sizes.vocab_size, (sizes.rows, 1))
     ids = (first + stride * torch.arange(sizes.top_k)) % sizes.vocab_size  # [N, K]
@@ -196,95 +197,54 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _work(method: str, sizes: Sizes) -> None:
-    """Run a step for each line of input in the child, and print its seconds and peak bytes.
+def work(parent: Connection, method: str, sizes: Sizes) -> None:
+    """Run a step for each message, in a child; answer (seconds, CPU seconds, peak bytes).
 
     The warm-up is a small step of the same method: it starts threads and libraries, and is too
     small to raise the peak above the inputs.
     """
-    torch.set_num_threads(sizes.threads)
+    set_threads(sizes.threads)
     torch.manual_seed(0)
     _build(method, replace(sizes, rows=16, vocab_size=16 * sizes.top_k))()
     step = _build(method, sizes)
     before = _peak_bytes()
-    print("ready", flush=True)
-    for _ in sys.stdin:
+    parent.send("ready")
+    while parent.recv():
         started = time.perf_counter(), time.process_time()
         step()
         seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
-        print(seconds, cpu_seconds, _peak_bytes() - before, flush=True)
-
-
-class _Worker:
-    """A child process that runs one method, a step at a time."""
-
-    def __init__(self, method: str, sizes: Sizes) -> None:
-        self.method = method
-        flags = [f"--{name}={value}" for name, value in vars(sizes).items()]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.loss", f"--worker={method}", *flags],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.peak_bytes = 0
-
-    def step(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        seconds, cpu_seconds, peak = self.read().split()
-        self.seconds.append(float(seconds))
-        self.cpu_seconds.append(float(cpu_seconds))
-        self.peak_bytes = int(peak)
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"{self.method} ended with status {self.process.wait()}; out of RAM?"
-            )
-        return line
+        parent.send((seconds, cpu_seconds, _peak_bytes() - before))
 
 
 def measure(sizes: Sizes, methods: list[str], repeats: int) -> dict[str, Measurement]:
-    """Return the median of each method over ``repeats`` rounds of one step, after a warm-up.
+    """Take ``repeats`` rounds of one step of each method, and the median of the rounds.
 
     The dense method takes part in every other round only, because it takes the longest.
     """
     started = time.perf_counter()
-    workers: list[_Worker] = []
-    try:
-        for method in methods:
-            workers.append(_Worker(method, sizes))
-        for worker in workers:
-            worker.read()  # "ready"
+    steps: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(work, name, sizes)) for name in methods}
+        for worker in workers.values():
+            worker.receive()  # "ready"
         for turn in range(repeats):
-            for worker in workers:
-                if worker.method != "dense" or turn % 2 == 0:
-                    worker.step()
-    finally:
-        for worker in workers:
-            worker.stop()
+            for name, worker in workers.items():
+                if name != "dense" or turn % 2 == 0:
+                    steps[name].append(worker.ask("step"))
     took = time.perf_counter() - started
     print(f"V={sizes.vocab_size:,} N={sizes.rows:,}: {took:.0f} s", file=sys.stderr, flush=True)
     return {
-        worker.method: Measurement(
-            statistics.median(worker.seconds),
-            statistics.median(worker.cpu_seconds),
-            worker.peak_bytes,
+        name: Measurement(
+            statistics.median(seconds for seconds, _, _ in taken),
+            statistics.median(cpu_seconds for _, cpu_seconds, _ in taken),
+            taken[-1][2],
         )
-        for worker in workers
+        for name, taken in steps.items()
     }
 
 
 def figures(measured: dict[str, Measurement], head: str = "") -> dict[str, float]:
-    """Return the fused loss over the dense one and the limit; ``head`` is "_frozen" or trained."""
+    """Compare the fused loss with the dense one and the limit; ``head`` is "_frozen" or ""."""
     dense, linear = measured["dense"], measured[f"linear{head}"]
     bare = [measured[f"matmuls{head}"], measured[f"matmuls{head}_chunked"]]
     limit = min(one.seconds for one in bare)
@@ -319,7 +279,7 @@ def large_figures(measured: dict[str, Measurement], sizes: Sizes) -> dict[str, f
 
 
 def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | float]]:
-    """Return the table's rows of one size, with a dash where the dense method was left out."""
+    """Return the table's rows of one size; a dash where the dense method was left out."""
     dense = measured.get("dense")
     return [
         [
@@ -335,17 +295,16 @@ def report(sizes: Sizes, measured: dict[str, Measurement]) -> list[list[str | fl
 
 
 def large(sizes: Sizes) -> dict[str, Measurement]:
-    """Measure one step of each method that fits in memory at many rows."""
+    """Measure one step each of what fits at many rows."""
     fits = 4 * sizes.rows * sizes.vocab_size <= DENSE_BYTES
     return measure(sizes, ["dense", *LARGE_METHODS] if fits else LARGE_METHODS, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="half the rows, 2 repeats instead of 3, one vocabulary, no frozen output layer",
+    parser = argument_parser(
+        __doc__,
+        quick="half the rows, 2 repeats instead of 3, one vocabulary, no frozen output layer",
+        threads=2,
     )
     parser.add_argument("--rows", type=int, help="default 1024, with --quick 512")
     parser.add_argument("--vocab_size", type=int, default=151_936)
@@ -365,16 +324,11 @@ def main() -> None:
     )
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--top_k", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--worker", choices=METHODS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rows is None:
         arguments.rows = 512 if arguments.quick else 1024
-    sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
-    if arguments.worker:
-        _work(arguments.worker, sizes)
-        return
+    sizes = Sizes(**{field.name: getattr(arguments, field.name) for field in fields(Sizes)})
     repeats = 2 if arguments.quick else 3
     measured = measure(sizes, QUICK_METHODS if arguments.quick else list(METHODS), repeats)
     table = report(sizes, measured)

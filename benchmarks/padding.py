@@ -1,16 +1,15 @@
-"""Measure training passes over completions of different lengths: padded, grouped and packed.
+"""Time of a training pass over completions of different lengths: padded, grouped by length, packed.
 
 One optimizer step's samples go forward and backward through a small Llama and the fused loss, in
 each way once a round: in the data's order, grouped by length, in micro-batches of a token budget,
 and each of the latter two packed into one row. The ways take turns, so that a disturbance of the
 machine falls on all of them.
 
-    python -m benchmarks.padding --dataset_name gsm8k_train.jsonl
+    python -m benchmarks.padding --quick --dataset_name gsm8k_train.jsonl
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import Cell, Figure, print_report
+from benchmarks.harness import Cell, Figure, argument_parser, print_report, set_threads
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.micro_batches import group_by_sizes, group_within_budget
 from student_trainer.data.rows import load_rows
@@ -39,7 +38,7 @@ NOTES = (
 
 @dataclass
 class Way:
-    """A way to group the samples of a step, and its measured cost."""
+    """A way to group a step, and what it cost."""
 
     grouped: Callable[[list[int]], list[list[int]]]
     packed: bool
@@ -66,7 +65,7 @@ def read_samples(dataset: str, vocab_size: int) -> list[Sample]:
 
 
 def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -> int:
-    """Run forward and backward of one micro-batch, and return its number of positions."""
+    """Run one micro-batch forward and backward; return its positions."""
     scored = [ScoredSample(sample, None) for sample in samples]
     masks = [sample.completion_mask for sample in samples]
     rows = predicting_positions(samples, masks, packed=packed)
@@ -86,7 +85,7 @@ def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argument_parser(__doc__, quick="2 rounds instead of 8", threads=2)
     parser.add_argument("--dataset_name", required=True, help="GSM8K, as it is published.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--accumulation", type=int, default=4)
@@ -94,10 +93,10 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--attn_implementation", default="sdpa")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, help="default 8, with --quick 2")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    rounds = arguments.rounds or (2 if arguments.quick else 8)
+    set_threads(arguments.threads)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
@@ -127,7 +126,7 @@ def main() -> None:
         ),
     }
     tokens = 0
-    for turn in range(arguments.rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first warms up
         step = [samples[i] for i in order[turn * sum(sizes) :][: sum(sizes)]]
         lengths = [len(sample.token_ids) for sample in step]
         tokens += sum(lengths)
@@ -145,7 +144,7 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     for name, way in ways.items():
         padding = 1 - tokens / sum(way.positions)
-        passes = len(way.positions) / (arguments.rounds + 1)
+        passes = len(way.positions) / (rounds + 1)
         ratio = statistics.median(a / b for a, b in zip(way.seconds, slowest, strict=True))
         rows.append([name, padding, passes, max(way.positions), ratio])
         figures[f"padding: {name}"] = round(padding, 4)

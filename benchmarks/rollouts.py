@@ -1,4 +1,4 @@
-"""Measure the rollout engines: completion tokens per second, and when completions are handed over.
+"""Completion tokens per second of the student's rollout engines, and when completions leave.
 
 A random 4-layer model and completions of very different lengths: each 25th token of the
 vocabulary ends one, so lengths are geometric. Engines take turns, one round each, over the same
@@ -9,7 +9,6 @@ prompts, so that a disturbance of the machine falls on all of them.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from benchmarks.report import Cell, Figure, print_report
+from benchmarks.harness import Cell, Figure, argument_parser, print_report, set_threads
 from shared.sampling import uniforms
 from student_trainer.rollouts import Rollout, RolloutRequest, TransformersRollouts
 
@@ -28,7 +27,7 @@ HIDDEN, LAYERS, MOST = 256, 4, 64
 PLACES = 8
 Engine = Callable[[Sequence[RolloutRequest]], Iterator[list[tuple[int, Rollout]]]]
 NOTES = (
-    f"A Llama of {LAYERS} layers, d = {HIDDEN}, float32, one thread; prompts of 8 to 64 tokens, "
+    f"A Llama of {LAYERS} layers, d = {HIDDEN}, float32; prompts of 8 to 64 tokens, "
     f"completions of 1 to {MOST}, geometric with mean 20 or so; temperature 1.",
     "generate: `model.generate` over the same rows, all kept until the last has ended; in float64 "
     "with inverse-CDF sampling from the request's key, multinomial as transformers samples itself.",
@@ -39,7 +38,7 @@ NOTES = (
 
 @dataclass
 class Figures:
-    """The measurements of one engine in one case, a value for each round."""
+    """The figures of one engine in one case: a value for each round."""
 
     tokens_per_second: list[float] = field(default_factory=list)
     seconds_to_half: list[float] = field(default_factory=list)
@@ -50,7 +49,7 @@ class Figures:
 
 
 class Generate:
-    """An engine of `model.generate` over batches of prompts of similar length."""
+    """An engine that calls `model.generate` on batches of prompts of similar length."""
 
     def __init__(self, model: Any, stop_ids: Sequence[int], places: int | None, *, keyed: bool):
         self.model = model
@@ -98,7 +97,7 @@ class Generate:
 
 
 class _WholeCdf:
-    """A logits processor of inverse-CDF sampling over a float64 sum of all tokens."""
+    """An inverse-CDF sampler over a float64 cumulative sum of all tokens."""
 
     def __init__(self, draws: torch.Tensor, prompt_width: int) -> None:
         self.draws = draws
@@ -112,7 +111,7 @@ class _WholeCdf:
 
 
 def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
-    """Return the measurements of each engine, after two prompts to warm up."""
+    """Return each engine's figures, after two prompts to warm up."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
@@ -138,7 +137,7 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
     figures = {name: Figures() for name in engines}
     rng = np.random.default_rng(0)
     for number in range(rounds):
-        requests = [
+        asked = [
             RolloutRequest(
                 rng.integers(vocab_size // 25, vocab_size, rng.integers(8, 65)).astype(np.uint32),
                 (number, i),
@@ -147,9 +146,9 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
         ]
         for name, engine in engines.items():
             if not number:
-                list(engine(requests[:2]))
+                list(engine(asked[:2]))
             since, tokens, handed, half = time.perf_counter(), 0, 0, 0.0
-            for group in engine(requests):
+            for group in engine(asked):
                 tokens += sum(len(rollout.token_ids) for _, rollout in group)
                 handed += len(group)
                 if handed >= prompts / 2 and not half:
@@ -160,10 +159,9 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two cases, two rounds")
+    parser = argument_parser(__doc__, quick="two cases, two rounds", threads=1)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    set_threads(arguments.threads)
     cases = [(32_000, 16), (152_000, 16), (32_000, 64), (152_000, 64)]
     rounds = 3
     if arguments.quick:
@@ -180,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratio = figures["rollouts"].speed / base
         summary[f"speedup_v{vocab_size // 1000}k_{prompts}"] = round(ratio, 2)
     print_report(
-        "Rollouts: completion tokens per second",
+        f"Rollouts: completion tokens per second, threads: {torch.get_num_threads()}",
         ["case", "tokens/s", "× generate", "half, s"],
         rows,
         summary,

@@ -1,16 +1,16 @@
-"""Measure errors, memory and latency of a teacher server under twice its capacity for a long time.
+"""A teacher server under twice the load that it can take, for a long time: errors, memory, latency.
 
     python -m benchmarks.soak                # 30 minutes
+    python -m benchmarks.soak --quick        # half a minute
     python -m benchmarks.soak --minutes 3
 
 First the capacity is measured: 16 clients that wait for each answer, for 20 seconds. Then each
-sends at a 16th of twice that rate, answered or not. The server must refuse what is over its
-capacity at once, by 429 or 503 with Retry-After, without growth or delay of other requests.
+sends at a 16th of twice that rate, answered or not. What is over the capacity must be refused at
+once, by 429 or 503 with Retry-After, and cost neither memory nor the time of those admitted.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import statistics
@@ -24,8 +24,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from benchmarks.report import Cell, print_report
-from benchmarks.teacher import listener, resident
+from benchmarks.harness import Cell, argument_parser, listener, print_report, resident_bytes
 from shared import wire
 from shared.protocol import GenerateRequest, ScoreRequest, ScoreSequence
 from tests.support.models import save_model, save_tokenizer
@@ -33,7 +32,8 @@ from tests.support.server import running_server
 
 CLIENTS = 16
 VOCAB_SIZE, LENGTH, QUEUED_TOKENS = 8_192, 512, 65_536
-CALIBRATION_SECONDS = 20.0
+CALIBRATION_SECONDS, MINUTES = 20.0, 30.0
+QUICK_CALIBRATION_SECONDS, QUICK_MINUTES = 5.0, 0.5
 OVERLOAD = 2.0
 WARM_UP = 0.2  # of the time, before which memory is not compared
 REFUSED = (429, 503)
@@ -49,7 +49,7 @@ NOTES = (
 
 @dataclass
 class Seen:
-    """The answers that all clients got, and the server's memory meanwhile."""
+    """The answers that the clients got, and the server's memory."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     answered: Counter[int] = field(default_factory=Counter)  # 200s of each client
@@ -59,13 +59,13 @@ class Seen:
 
 
 def requests(client: int) -> Iterator[tuple[str, bytes]]:
-    """Yield (route, body) of a client's requests without end."""
+    """Yield (route, body) again and again."""
     rng = np.random.default_rng(client)
     for number in itertools.count():
         if number % 10 == 9:
             prompt = rng.integers(0, 260, 32).astype(np.uint32)
-            generate = GenerateRequest(prompts=[prompt], max_new_tokens=16, seed=number)
-            yield "/v1/generate", wire.dump(generate, wire.MSGPACK_MEDIA_TYPE)
+            asked = GenerateRequest(prompts=[prompt], max_new_tokens=16, seed=number)
+            yield "/v1/generate", wire.dump(asked, wire.MSGPACK_MEDIA_TYPE)
             continue
         lengths = rng.integers(64, LENGTH, 4)
         sequences = [
@@ -80,7 +80,7 @@ def requests(client: int) -> Iterator[tuple[str, bytes]]:
 
 
 def key(client: int) -> str:
-    """Return the API key of a client, which gives it limits of its own."""
+    """Return the key that makes it a client of its own."""
     return f"client-of-the-soak-{client}"
 
 
@@ -100,10 +100,10 @@ async def ask(http: httpx.AsyncClient, client: int, route: str, body: bytes, see
         seen.without_retry_after += 1
 
 
-async def capacity(http: httpx.AsyncClient) -> float:
+async def capacity(http: httpx.AsyncClient, seconds: float) -> float:
     """Return the requests a second while every client waits for its answers."""
     seen = Seen()
-    until = time.monotonic() + CALIBRATION_SECONDS
+    until = time.monotonic() + seconds
 
     async def one(client: int) -> None:
         for route, body in requests(client):
@@ -113,11 +113,11 @@ async def capacity(http: httpx.AsyncClient) -> float:
 
     await asyncio.gather(*map(one, range(CLIENTS)))
     assert set(seen.statuses) == {"200"}, seen.statuses
-    return len(seen.latencies) / CALIBRATION_SECONDS
+    return len(seen.latencies) / seconds
 
 
 async def overload(http: httpx.AsyncClient, url: str, rate: float, seconds: float) -> Seen:
-    """Return the answers to all clients, which together send ``rate`` requests a second."""
+    """Return what all clients see who together send ``rate`` requests a second."""
     seen = Seen()
     server = listener(url)
     until = time.monotonic() + seconds
@@ -134,23 +134,29 @@ async def overload(http: httpx.AsyncClient, url: str, rate: float, seconds: floa
     async def watch() -> None:
         for _ in range(100):
             await asyncio.sleep(seconds / 100)
-            seen.memory.append(resident(server))
+            seen.memory.append(resident_bytes(server))
 
     await asyncio.gather(watch(), *map(one, range(CLIENTS)))
     return seen
 
 
-async def soak(url: str, minutes: float) -> tuple[float, Seen]:
+async def soak(url: str, calibration: float, minutes: float) -> tuple[float, Seen]:
+    """Measure the capacity for ``calibration`` seconds, then overload the server."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
-        found = await capacity(http)
+        found = await capacity(http, calibration)
         return found, await overload(http, url, OVERLOAD * found, minutes * 60)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30.0)
-    minutes = parser.parse_args().minutes
+    parser = argument_parser(
+        __doc__,
+        quick=f"{QUICK_MINUTES:g} minutes, {QUICK_CALIBRATION_SECONDS:g} seconds of calibration",
+    )
+    parser.add_argument("--minutes", type=float, help=f"default {MINUTES:g}")
+    arguments = parser.parse_args()
+    minutes = arguments.minutes or (QUICK_MINUTES if arguments.quick else MINUTES)
+    calibration = QUICK_CALIBRATION_SECONDS if arguments.quick else CALIBRATION_SECONDS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_tokenizer(folder)
@@ -161,7 +167,7 @@ def main() -> None:
         keys.chmod(0o600)
         flags += ["--api-key-file", str(keys)]
         with running_server(folder, *flags) as url:
-            found, seen = asyncio.run(soak(url, minutes))
+            found, seen = asyncio.run(soak(url, calibration, minutes))
     total = sum(seen.statuses.values())
     refused = sum(seen.statuses[str(status)] for status in REFUSED)
     first, tenth = int(WARM_UP * len(seen.memory)), len(seen.memory) // 10

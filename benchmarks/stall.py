@@ -1,10 +1,11 @@
-"""Measure how long the trainer waits for the teacher, and compare it with the best schedule.
+"""The share of a step in which the trainer waits for the teacher, and the least of any schedule.
 
 Trainer, pipeline, client, wire and msgpack are the real ones. Both models are imitated: generating
 a group, training a micro-batch and scoring a token take set times, in which the processor is free,
 as with models on GPUs; so what is measured is the schedule. The teacher is a process of its own
 behind 20 ms of round trip and 1 Gbit/s (`benchmarks.link`).
 
+    python -m benchmarks.stall --quick
     python -m benchmarks.stall [--scaling]
 """
 
@@ -20,13 +21,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness import Cell, Worker, argument_parser, print_report
 from benchmarks.link import link
-from benchmarks.report import Cell, print_report
 from shared.sampling import uniforms
 from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.training.plan import TrainingPlan
@@ -35,7 +37,7 @@ ROUND_TRIP, BITS_PER_SECOND = 0.02, 1e9
 PROMPT, COMPLETION, TOP_K, VOCAB_SIZE = 32, 128, 64, 260
 PROMPTS, MICRO_BATCHES = 32, 8  # of a step and process
 GENERATING = TRAINING = 0.5  # seconds of a step with PROMPTS prompts
-WARM_UP, STEPS = 3, 10
+WARM_UP, STEPS, QUICK_STEPS = 3, 10, 3
 NOTES = (
     f"{PROMPTS} prompts a step, completions of {COMPLETION} tokens, k {TOP_K}; generated in "
     f"{MICRO_BATCHES} groups and trained in {MICRO_BATCHES} micro-batches; {GENERATING} s of "
@@ -49,19 +51,20 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a training run."""
+    """A training run: teachers, sizes, and where its log goes."""
 
     urls: list[str]
     staleness: int
     prompts: int = PROMPTS  # of a step and process
     output: str = ""  # file for the log
+    steps: int = STEPS  # that are measured
 
 
 # The processes: a teacher, and a trainer.
 
 
-def serve(seconds_per_token: float) -> None:
-    """Serve a teacher behind the wire until standard input is closed, and print its address."""
+def serve(parent: Connection, seconds_per_token: float) -> None:
+    """Hold a teacher behind the wire, in a child, and send its address."""
     from shared.protocol import ScoreSequence
     from tests.support import stub
     from tests.support.paced import PacedTeacher, scores_of
@@ -72,12 +75,12 @@ def serve(seconds_per_token: float) -> None:
     teacher = PacedTeacher(info, lambda tokens: tokens * seconds_per_token)
     wire = {"round_trip": ROUND_TRIP, "bits_per_second": BITS_PER_SECOND}
     with stub.serving(teacher) as near, link(near, **wire) as far:
-        print(far, flush=True)
-        sys.stdin.read()
+        parent.send(far)
+        parent.recv()  # until the benchmark ends
 
 
 def train(run: Run) -> None:
-    """Run the real trainer, and write its log to ``run.output``."""
+    """Run the real trainer; its log goes to ``run.output``."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -91,7 +94,7 @@ def train(run: Run) -> None:
     share = run.prompts / PROMPTS
 
     class PacedRollouts:
-        """An engine of random completions, a group at a time."""
+        """An engine that makes random completions, a group at a time."""
 
         elsewhere = False
 
@@ -143,7 +146,7 @@ def train(run: Run) -> None:
             TrainingPlan(method, VOCAB_SIZE, beta=0.5, staleness=run.staleness),
             teacher=teacher,
             args=CommonTrainingArguments(
-                output_dir=folder, max_steps=WARM_UP + STEPS + run.staleness,
+                output_dir=folder, max_steps=WARM_UP + run.steps + run.staleness,
                 logging_steps=1, report_to="none",
                 per_device_train_batch_size=run.prompts // MICRO_BATCHES, save_strategy="no",
                 gradient_accumulation_steps=MICRO_BATCHES, disable_tqdm=True, use_cpu=True,
@@ -158,18 +161,6 @@ def train(run: Run) -> None:
 
 
 # The measurement.
-
-
-@contextlib.contextmanager
-def teacher_process(seconds_per_token: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "benchmarks.stall", "--serve", str(seconds_per_token)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-    finally:
-        process.kill()
-        process.wait()
 
 
 @dataclass(frozen=True)
@@ -187,16 +178,23 @@ class Figures:
 
 
 def measure(
-    *, staleness: int, pace: float, prompts: int = PROMPTS, replicas: int = 1, processes: int = 1
+    *,
+    staleness: int,
+    pace: float,
+    prompts: int = PROMPTS,
+    replicas: int = 1,
+    processes: int = 1,
+    steps: int = STEPS,
 ) -> Figures:
     """Train against ``replicas`` teachers that together keep ``pace`` with one process."""
     made = PROMPTS * (PROMPT + COMPLETION) / (GENERATING + TRAINING)  # tokens a second
     with contextlib.ExitStack() as stack:
-        urls = [
-            stack.enter_context(teacher_process(replicas / (pace * made))) for _ in range(replicas)
+        teachers = [
+            stack.enter_context(Worker(serve, replicas / (pace * made))) for _ in range(replicas)
         ]
+        urls = [teacher.receive() for teacher in teachers]
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        run = Run(urls, staleness, prompts, f"{folder}/log.json")
+        run = Run(urls, staleness, prompts, f"{folder}/log.json", steps)
         command = [sys.executable, "-m"]
         if processes > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
@@ -210,16 +208,16 @@ def measure(
             raise RuntimeError(done.stdout + done.stderr)
         log = json.loads(Path(run.output).read_text())
     # The last steps have nothing left to generate ahead.
-    steps = [entry for entry in log if "seconds_step" in entry][WARM_UP : WARM_UP + STEPS]
+    measured = [entry for entry in log if "seconds_step" in entry][WARM_UP : WARM_UP + steps]
     step, waiting, generating = (
-        float(np.mean([entry[f"seconds_{name}"] for entry in steps]))
+        float(np.mean([entry[f"seconds_{name}"] for entry in measured]))
         for name in ("step", "teacher", "generating")
     )
     return Figures(step, waiting, generating, processes * prompts * COMPLETION / step)
 
 
 def best_stall(found: Figures, *, staleness: int, scoring: float) -> float:
-    """Return the least share of waiting in any schedule of the same work, at the measured speeds.
+    """Return the least share of waiting in any schedule of the same work, at the speeds measured.
 
     Args:
         scoring: seconds that the teacher takes for a step.
@@ -238,12 +236,13 @@ def best_stall(found: Figures, *, staleness: int, scoring: float) -> float:
     return 1 - working / trained
 
 
-def report(scaling: bool) -> None:
+def report(*, quick: bool, scaling: bool) -> None:
+    """Measure all cases and print them."""
     rows: list[list[Cell]] = []
     figures: dict[str, float] = {}
-    for pace in (0.5, 1.0, 2.0):
+    for pace in (1.0,) if quick else (0.5, 1.0, 2.0):
         for staleness in (0, 1):
-            found = measure(staleness=staleness, pace=pace)
+            found = measure(staleness=staleness, pace=pace, steps=QUICK_STEPS if quick else STEPS)
             scoring = (GENERATING + TRAINING) / pace
             bound = best_stall(found, staleness=staleness, scoring=scoring)
             rows.append(
@@ -273,17 +272,15 @@ def report(scaling: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__, quick=f"pace 1 alone, {QUICK_STEPS} steps instead of {STEPS}")
     parser.add_argument("--scaling", action="store_true", help="replicas, processes, prompts too")
-    parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
+    # torchrun starts the trainers from a command line.
     parser.add_argument("--train", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve is not None:
-        serve(arguments.serve)
-    elif arguments.train is not None:
-        train(Run(**json.loads(arguments.train)))
+    given = parser.parse_args()
+    if given.train is not None:
+        train(Run(**json.loads(given.train)))
     else:
-        report(arguments.scaling)
+        report(quick=given.quick, scaling=given.scaling)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure the tokens scored per second by a served teacher, by stock vLLM and by the bare model.
+"""Tokens scored per second by a served teacher, against stock vLLM and against the bare model.
 
 Every server is a process of its own with one thread for its model; all are up, and take turns, one
 round each, so that a disturbance of the machine falls on all of them. A token is scored when its
@@ -13,18 +13,16 @@ by flags is measured in every combination.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +33,26 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from benchmarks.report import Cell, print_report
+from benchmarks.harness import (
+    Cell,
+    Worker,
+    argument_parser,
+    listener,
+    print_report,
+    resident_bytes,
+    set_threads,
+)
 from shared import wire
 from shared.protocol import LogprobDtype, ScoreRequest, ScoreResponse, ScoreSequence
 from tests.support.models import save_model, save_tokenizer
-from tests.support.server import free_port, running_server, wait_until_ready
+from tests.support.server import running_server, running_stock_vllm
 
 LENGTH, PROMPT = 256, 64
 ROWS = LENGTH - PROMPT
 LIMIT_BATCH = 8  # sequences of the bare forward pass
+STOCK_FLAGS = ("--served-model-name", "stock", "--max-logprobs", "1024",
+               "--max-num-batched-tokens", "16384", "--no-enable-log-requests",
+               "--uvicorn-log-level", "warning")  # fmt: skip
 OURS, OTHER, STOCK = "teacher-server, vLLM", "teacher-server, transformers", "vllm serve, JSON"
 ENGINE, LIMIT = "bare vLLM prefill, no log-probs", "bare forward + log-softmax + top-k"
 NOTES = (
@@ -59,7 +68,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Case:
-    """The sizes of one case."""
+    """A point at which all methods are measured."""
 
     vocab_size: int
     top_k: int
@@ -77,7 +86,7 @@ STAR = (
 
 @dataclass
 class Figures:
-    """The measurements of one method in one case, a value for each round."""
+    """The figures of one method in one case: a value for each round."""
 
     rows_per_second: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
@@ -95,13 +104,13 @@ class Figures:
         return [float(p50), float(p99), round(self.bytes_per_token), f"{self.memory / 2**20:.0f}"]
 
 
-# A method runs one round of sequences and adds its measurements.
+# A method runs one round of sequences and says what it saw.
 Round = Callable[[Case, list[NDArray[np.uint32]], Figures], None]
 
 
 def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media_type: str,
               process: psutil.Process) -> Round:  # fmt: skip
-    """Return a method that sends each sequence alone, ``case.clients`` requests at a time."""
+    """Send each sequence in a request of its own, ``case.clients`` of them at a time."""
 
     def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
         bodies = [body(case, sequence) for sequence in sequences]
@@ -122,26 +131,26 @@ def over_http(url: str, body: Callable[[Case, NDArray[np.uint32]], bytes], media
         figures.rows_per_second.append(len(sequences) * ROWS / seconds)
         figures.latencies.extend(latency for latency, _ in answers)
         figures.bytes_per_token = sum(size for _, size in answers) / (len(sequences) * ROWS)
-        figures.memory = resident(process)
+        figures.memory = resident_bytes(process)
 
     return run
 
 
 def score_body(case: Case, sequence: NDArray[np.uint32], dtype: LogprobDtype = "float16") -> bytes:
     one = ScoreSequence(token_ids=sequence, completion_start=PROMPT)
-    request = ScoreRequest(sequences=[one], top_k=case.top_k, logprob_dtype=dtype)
-    return wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
+    asked = ScoreRequest(sequences=[one], top_k=case.top_k, logprob_dtype=dtype)
+    return wire.dump(asked, wire.MSGPACK_MEDIA_TYPE)
 
 
 def stock_body(case: Case, sequence: NDArray[np.uint32]) -> bytes:
-    request = {
+    asked = {
         "model": "stock",
         "prompt": sequence.tolist(),
         "max_tokens": 1,
         "temperature": 0.0,
         "prompt_logprobs": case.top_k,
     }
-    return json.dumps(request).encode()
+    return json.dumps(asked).encode()
 
 
 def bare_forward(folder: Path) -> Round:
@@ -166,88 +175,30 @@ def bare_forward(folder: Path) -> Round:
     return run
 
 
-def bare_engine(folder: Path) -> Iterator[Round]:
-    """Yield a method that runs vLLM's own `LLM` in a process of its own, through a pipe."""
-    command = [sys.executable, "-m", "benchmarks.teacher", "--engine", str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+def bare_engine(engine: Worker) -> Round:
+    """Return rounds of vLLM's own `LLM`, which runs `serve_engine`."""
 
-        def ask(line: str) -> str:
-            print(line, file=process.stdin, flush=True)
-            return answer()
+    def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
+        seconds = engine.ask([sequence.tolist() for sequence in sequences])
+        figures.rows_per_second.append(len(sequences) * ROWS / seconds)
 
-        def answer() -> str:
-            for line in process.stdout or ():
-                if line.startswith(ENGINE):
-                    return line.removeprefix(ENGINE).strip()
-            raise RuntimeError("the bare engine ended")
-
-        def run(case: Case, sequences: list[NDArray[np.uint32]], figures: Figures) -> None:
-            seconds = float(ask(json.dumps([sequence.tolist() for sequence in sequences])))
-            figures.rows_per_second.append(len(sequences) * ROWS / seconds)
-
-        answer()  # loaded
-        try:
-            yield run
-        finally:
-            process.stdin.close()
+    engine.receive()  # "loaded"
+    return run
 
 
-def serve_engine(folder: str) -> None:
-    """Run the child process of `bare_engine`."""
+def serve_engine(parent: Connection, folder: Path) -> None:
+    """Read prompts with vLLM's `LLM`, in a child; answer the seconds that each list took."""
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(folder, dtype="float32", enforce_eager=True, enable_prefix_caching=False,
+    llm = LLM(str(folder), dtype="float32", enforce_eager=True, enable_prefix_caching=False,
               max_num_batched_tokens=16_384, skip_tokenizer_init=True)  # fmt: skip
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-    print(f"\n{ENGINE} ready", flush=True)
-    for line in sys.stdin:
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in json.loads(line)]
+    parent.send("loaded")
+    while True:
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in parent.recv()]
         since = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        print(f"\n{ENGINE} {time.perf_counter() - since}", flush=True)
-
-
-@contextlib.contextmanager
-def stock_server(folder: Path) -> Iterator[str]:
-    """Yield the URL of `vllm serve`, as vLLM ships it."""
-    port = free_port()
-    with tempfile.TemporaryDirectory() as logs:
-        log = Path(logs) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-                 "--port", str(port), "--served-model-name", "stock", "--dtype", "float32",
-                 "--max-logprobs", "1024", "--max-num-batched-tokens", "16384",
-                 "--enforce-eager", "--no-enable-log-requests", "--uvicorn-log-level", "warning"],
-                stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(process, url, log, route="/health")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def resident(process: psutil.Process) -> int:
-    """Return the resident bytes of a server and its child processes."""
-    family = [process, *process.children(recursive=True)]
-    return sum(int(member.memory_info().rss) for member in family)
-
-
-def listener(url: str) -> psutil.Process:
-    """Return the child of this process that listens at ``url``."""
-    port = int(url.rsplit(":", 1)[1])
-    for child in psutil.Process().children():
-        for connection in child.net_connections(kind="tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-                return child
-    raise RuntimeError(f"no child process listens on port {port}")
+        parent.send(time.perf_counter() - since)
 
 
 def random_sequences(rng: np.random.Generator, count: int, case: Case) -> list[Any]:
@@ -256,16 +207,16 @@ def random_sequences(rng: np.random.Generator, count: int, case: Case) -> list[A
 
 @torch.inference_mode()
 def largest_error(folder: Path, url: str, case: Case) -> float:
-    """Return the largest error of a server's float32 log-probs against a plain forward pass."""
+    """Return the largest error of a float32 log-prob, from a plain float32 forward pass."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     worst = 0.0
     for sequence in random_sequences(np.random.default_rng(1), 3, case):
-        response = httpx.post(
+        answered = httpx.post(
             f"{url}/v1/score", content=score_body(case, sequence, "float32"), timeout=300,
             headers={"content-type": wire.MSGPACK_MEDIA_TYPE},
         )  # fmt: skip
         [scores] = wire.load(
-            ScoreResponse, response.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 30
+            ScoreResponse, answered.content, wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 30
         ).sequences
         ids = torch.from_numpy(sequence.astype(np.int64))
         logits = model(ids[None]).logits[0, PROMPT - 1 : -1].double()  # [T, V]
@@ -283,7 +234,7 @@ def largest_error(folder: Path, url: str, case: Case) -> float:
 
 
 def soak(url: str, process: psutil.Process, requests: int, case: Case) -> float:
-    """Return the growth of resident memory over the last 0.9 of many requests, as a ratio."""
+    """Return the growth, a ratio, of resident memory over the last nine tenths of requests."""
     rng = np.random.default_rng(2)
     bodies = [score_body(case, s[: PROMPT + 16]) for s in random_sequences(rng, 64, case)]
     sizes = []
@@ -296,13 +247,12 @@ def soak(url: str, process: psutil.Process, requests: int, case: Case) -> float:
                 lambda content: client.post(f"{url}/v1/score", content=content), share
             ):
                 response.raise_for_status()
-            sizes.append(resident(process))
+            sizes.append(resident_bytes(process))
     return sizes[-1] / sizes[0]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the headline case, no memory test")
+    parser = argument_parser(__doc__, quick="the headline case, no memory test")
     parser.add_argument("--vocab_size", type=int, nargs="+", help="of all combinations")
     parser.add_argument("--top_k", type=int, nargs="+", help="of all combinations")
     parser.add_argument("--clients", type=int, nargs="+", help="of all combinations")
@@ -310,11 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--soak", type=int, help="requests of the memory test; default 10000, 0 none"
     )
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.engine:
-        serve_engine(args.engine)
-        return
     cases = list(STAR)
     if args.quick or args.vocab_size or args.top_k or args.clients:
         cases = [
@@ -327,7 +273,7 @@ def main() -> None:
     soaked = args.soak if args.soak is not None else (0 if args.quick else 10_000)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    set_threads(1)
     rows: list[list[Cell]] = []
     figures: dict[str, Any] = {}
     for vocab_size in dict.fromkeys(case.vocab_size for case in cases):
@@ -340,7 +286,7 @@ def main() -> None:
 
 def measure(cases: list[Case], rounds: int, soaked: int, rows: list[list[Cell]],
             figures: dict[str, Any]) -> None:  # fmt: skip
-    """Run all methods on all cases of one vocabulary, and add to ``rows`` and ``figures``."""
+    """Run all methods on all cases of one vocabulary; adds to ``rows`` and ``figures``."""
     vocab_size = cases[0].vocab_size
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -356,11 +302,12 @@ def measure(cases: list[Case], rounds: int, soaked: int, rows: list[list[Cell]],
             score = f"{urls[name]}/v1/score"
             process = listener(urls[name])
             methods[name] = over_http(score, score_body, wire.MSGPACK_MEDIA_TYPE, process)
-        url = stack.enter_context(stock_server(folder))
+        url = stack.enter_context(running_stock_vllm(folder, *STOCK_FLAGS))
         methods[STOCK] = over_http(
             f"{url}/v1/completions", stock_body, wire.JSON_MEDIA_TYPE, listener(url)
         )
-        methods[ENGINE] = stack.enter_context(contextlib.contextmanager(bare_engine)(folder))
+        engine = stack.enter_context(Worker(serve_engine, folder, quiet=True))
+        methods[ENGINE] = bare_engine(engine)
         methods[LIMIT] = bare_forward(folder)
         rng = np.random.default_rng(0)
         for case in cases:

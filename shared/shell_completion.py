@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shared.compat import parser_actions
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -40,7 +42,7 @@ def arguments_of(parser: argparse.ArgumentParser, help: str) -> CommandArguments
     flags: dict[str, str] = {}
     values: dict[str, list[str]] = {}
     switches, positional, seen = set(), list[str](), set[str]()
-    for action in parser._actions:  # argparse has no public list of its actions
+    for action in parser_actions(parser):
         names = [name for name in action.option_strings if name.startswith("--")]
         choices = [str(choice) for choice in action.choices or ()]
         if not action.option_strings:

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 import student_trainer.commands.main
 import teacher_server.cli
+from shared.compat import parser_actions
 from student_trainer.config.arguments import DivergenceFlags, RunFlags
 from student_trainer.config.checks import UNSUPPORTED
 from student_trainer.config.parse import ARGUMENTS
@@ -73,8 +74,8 @@ def student_trainer_page() -> str:
 def teacher_server_page() -> str:
     """Return the page of `teacher-server serve`."""
     top = _parser(teacher_server.cli.main, "teacher-server", [])
-    (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
-    parser = commands.choices["serve"]
+    commands = next(a.choices for a in parser_actions(top) if isinstance(a.choices, dict))
+    parser = commands["serve"]
     lines = ["# teacher-server", "", "From the command's own parser.", "", "## serve", ""]
     for actions in _by_name(parser, without=("help",)).values():
         lines += _entry(actions, f"serve-{actions[0].dest}")
@@ -106,7 +107,7 @@ def _by_name(
 ) -> dict[str, list[argparse.Action]]:
     """Return the arguments by destination, which `--x` and `--no_x` share."""
     found: dict[str, list[argparse.Action]] = {}
-    for action in parser._actions:
+    for action in parser_actions(parser):
         if action.dest not in without:
             found.setdefault(action.dest, []).append(action)
     return found

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from shared.compat import parser_actions
 from student_trainer.config.flags import Flag
 
 EXIT_CODES = """\
@@ -60,7 +61,7 @@ class _Show(argparse.Action):
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Return the optional arguments by name, without the ``--no_`` twins of switches."""
     flags: dict[str, argparse.Action] = {}
-    for action in parser._actions:  # argparse has no public name for them
+    for action in parser_actions(parser):
         if action.option_strings:
             flags.setdefault(action.dest, action)
     return flags

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.compat import parser_actions
 from student_trainer.config.flags import Flag, Kind
 
 FILE = Path(__file__).with_name("trainer_flags.json")
@@ -67,7 +68,7 @@ def read_from_transformers() -> dict[str, Flag]:
 
     parser = HfArgumentParser(TrainingArguments, add_help=False)
     flags: dict[str, Flag] = {}
-    for action in parser._actions:  # argparse has no public name for them
+    for action in parser_actions(parser):
         if action.dest not in flags:  # a second action is the --no_ twin of a switch
             flags[action.dest] = _flag_of(action)
     return flags

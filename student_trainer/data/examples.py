@@ -84,7 +84,7 @@ class RowTokenizer:
     def fingerprint(self) -> str:
         """The SHA-256 (hex) of everything but the row that its examples depend on."""
         identity = tokenizer_identity(self.tokenizer)
-        backend = getattr(self.tokenizer, "_tokenizer", None)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told = [
             __version__,
             identity.fingerprint,

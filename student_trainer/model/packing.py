@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers.utils.generic import is_flash_attention_requested
 
 from shared.errors import ConfigurationError
 from shared.rope import length_dependent_rope
 from student_trainer.data.collate import model_inputs
 from student_trainer.data.sample import Sample
 from student_trainer.model.probe import probe_model
+from student_trainer.runtime.compat import is_flash_attention_requested
 
 logger = logging.getLogger(__name__)
 

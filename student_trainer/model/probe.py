@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from student_trainer.runtime.compat import attention_of, set_attention
+
 # Errors of models with other attributes or arguments, and of kernels that do not run here.
 PROBE_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
@@ -29,7 +31,7 @@ def probe_model(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
         (result, ""), or (False, the error) if both attempts raised.
     """
     config = model.config.get_text_config()
-    training, attention = model.training, config._attn_implementation
+    training, attention = model.training, attention_of(config)
     model.eval()
     try:
         try:
@@ -37,14 +39,14 @@ def probe_model(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
         except torch.OutOfMemoryError:
             raise
         except PROBE_ERRORS:
-            config._attn_implementation = "eager"
+            set_attention(config, "eager")
             return trial(), ""
     except torch.OutOfMemoryError:
         raise
     except PROBE_ERRORS as error:
         return False, f"{type(error).__name__}: {error}"
     finally:
-        config._attn_implementation = attention
+        set_attention(config, attention)
         model.train(training)
 
 

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.errors import RolloutError

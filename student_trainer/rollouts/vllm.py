@@ -19,7 +19,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers.core_model_loading import revert_weight_conversion
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.sampling import uniforms
@@ -27,6 +26,7 @@ from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
+from student_trainer.runtime.compat import revert_weight_conversion
 from student_trainer.runtime.signals import signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")

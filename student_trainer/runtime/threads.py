@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from typing import NoReturn, TypeVar
 from weakref import WeakSet
 
+from student_trainer.runtime.compat import run_exit_functions
+
 R = TypeVar("R")
 
 _PATIENCE = 2.0  # seconds in all; a client that is closed ends its threads much sooner
@@ -56,8 +58,7 @@ def end_process(code: int) -> NoReturn:
     """
     if "LOCAL_RANK" not in os.environ:
         sys.exit(code)
-    threading._shutdown()  # type: ignore[attr-defined]  # from here on as the interpreter ends
-    atexit._run_exitfuncs()
+    run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

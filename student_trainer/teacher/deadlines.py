@@ -17,6 +17,8 @@ from typing import Any
 import httpcore
 import httpx
 
+from student_trainer.runtime.compat import set_network_backend
+
 _PIECE = 1 << 14  # bytes written at once, so that the deadline is checked during slow writes
 
 
@@ -51,8 +53,7 @@ class BoundedTransport(httpx.HTTPTransport):
 
     def __init__(self, socket_options: Iterable[httpcore.SOCKET_OPTION]) -> None:
         super().__init__(socket_options=list(socket_options))
-        # httpx 0.28 has no argument for the backend; httpcore 1.0 uses it for each new connection.
-        self._pool._network_backend = _Backend()
+        set_network_backend(self, _Backend())
 
 
 class _Backend(httpcore.SyncBackend):

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from shared.errors import CheckpointError
+from student_trainer.runtime.compat import sort_checkpoints
 
 _UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
 # Texts of the RuntimeErrors by which torch.save reports a full disk.
@@ -53,7 +54,7 @@ def keep_latest(output: Path, limit: int | None, *, newest: str, best: str | Non
     if limit is None or limit <= 0:
         return
     kept = {str(output / newest)} | ({str(Path(best))} if best else set())
-    found = sort_checkpoints(str(output), PREFIX_CHECKPOINT_DIR, use_mtime=True)
+    found = sort_checkpoints(str(output), PREFIX_CHECKPOINT_DIR)
     spare = [path for path in found if path not in kept]
     for path in spare[: max(0, len(found) - max(limit, len(kept)))]:
         _delete(output, Path(path))

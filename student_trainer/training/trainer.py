@@ -58,6 +58,7 @@ from student_trainer.pipeline.pipeline import PendingBatch, Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
+from student_trainer.runtime.compat import prepare_inputs
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
@@ -335,7 +336,7 @@ class DistillationTrainer(DurableTrainer):
         return EvalLoopOutput(None, None, metrics, len(examples))
 
     def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        inputs: MicroBatch = self._prepare_inputs(micro_batch)
+        inputs: MicroBatch = prepare_inputs(self, micro_batch)
         targets: SparseTargets = inputs["sparse_targets"]
         return {**inputs, "sparse_targets": targets.to(self.args.device)}
 

@@ -17,10 +17,9 @@ states are kept. With the logits, their exponentials and the top-k's work space 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +30,13 @@ from numpy.typing import NDArray
 from shared.sparse import SparseLogprobs
 from shared.vllm_sampling import SeededSampling
 from teacher_server.backends.base import ScoreJob
+from teacher_server.backends.compat import (
+    checked_method,
+    is_first_runner,
+    prompt_logprobs_method,
+    replace_prompt_logprobs_method,
+    runner_output,
+)
 from teacher_server.backends.scoring import CHUNK_BYTES, Head, score_positions
 
 logger = logging.getLogger(__name__)
@@ -302,7 +308,7 @@ class ScoringExtension(SeededSampling):
         """
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         scorer = StepScorer(Float32Head(runner.model), vocab_size, chunk_bytes)
-        if hasattr(runner, "_get_prompt_logprobs_dict"):
+        if is_first_runner(runner):
             _hook_v1(runner, scorer)
             return "V1"
         if hasattr(runner, "prompt_logprobs_worker"):
@@ -314,7 +320,7 @@ class ScoringExtension(SeededSampling):
 
 def _hook_v1(runner: Any, scorer: StepScorer) -> None:
     """Hook the runner that keeps its requests in ``requests`` and scores after sampling."""
-    original = _method(runner, "_get_prompt_logprobs_dict", "hidden_states", "num_scheduled_tokens")
+    original = prompt_logprobs_method(runner)
     sample_tokens = runner.sample_tokens
     seen: set[str] = set()
     answers: dict[str, torch.Tensor] = {}
@@ -340,23 +346,22 @@ def _hook_v1(runner: Any, scorer: StepScorer) -> None:
         output = sample_tokens(*arguments, **options)
         if answers:
             # Async scheduling wraps the output until its copies from the device are done.
-            inner = getattr(output, "_model_runner_output", output)
-            inner.prompt_token_id_logprobs_dict = dict(answers)
+            runner_output(output).prompt_token_id_logprobs_dict = dict(answers)
             answers.clear()
         return output
 
-    runner._get_prompt_logprobs_dict = get_prompt_logprobs_dict
+    replace_prompt_logprobs_method(runner, get_prompt_logprobs_dict)
     runner.sample_tokens = sample
 
 
 def _hook_v2(worker: Any, scorer: StepScorer) -> None:
     """Hook the runner whose prompt log-prob worker is told of requests and of every step."""
-    compute = _method(
+    compute = checked_method(
         worker, "compute_prompt_token_id_logprobs",
         "logits_fn", "hidden_states", "input_batch", "prompt_lens",
     )  # fmt: skip
-    add_request = _method(worker, "add_request", "req_id", "req_idx", "sampling_params")
-    remove_request = _method(worker, "remove_request", "req_id")
+    add_request = checked_method(worker, "add_request", "req_id", "req_idx", "sampling_params")
+    remove_request = checked_method(worker, "remove_request", "req_id")
 
     def add(req_id: str, req_idx: int, sampling_params: Any) -> None:
         scorer.add(req_id, sampling_params)
@@ -385,20 +390,3 @@ def _hook_v2(worker: Any, scorer: StepScorer) -> None:
     worker.add_request = add
     worker.remove_request = remove
     worker.compute_prompt_token_id_logprobs = compute_scores
-
-
-def _method(owner: Any, name: str, *parameters: str) -> Callable[..., Any]:
-    """Return the method to wrap, if its parameters are the known ones.
-
-    Raises:
-        RuntimeError: the method is missing, or takes other parameters.
-    """
-    method: Callable[..., Any] = getattr(owner, name, None) or _missing(owner, name)
-    found = tuple(inspect.signature(method).parameters)
-    if found != parameters:
-        raise RuntimeError(f"{type(owner).__name__}.{name} takes {found}, not {parameters}")
-    return method
-
-
-def _missing(owner: Any, name: str) -> Callable[..., Any]:
-    raise RuntimeError(f"{type(owner).__name__} has no {name}")

@@ -62,12 +62,12 @@ def wait_until_ready(
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *arguments: str) -> Iterator[str]:
+def running_server(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[str]:
     """Yield the URL of a ready server, whose log is shown when the test inside fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        server = start_server(model, *arguments, port=port, log=log)
+        server = start_server(model, *arguments, port=port, log=log, launcher=launcher)
         with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/ready") as url:
             yield url
 

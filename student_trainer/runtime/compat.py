@@ -1,0 +1,115 @@
+"""The private names of other people's code that the trainer calls or reads, one function each.
+
+An upgrade may change them without a word. `test_compat_names.py` then fails first, and names what
+changed. It also holds the signatures of what cannot be moved here:
+
+================================= ==============================================================
+overridden method of `Trainer`    where, and why there is no public one
+================================= ==============================================================
+`_run_epoch`                      `training.durable`: no callback can leave out an epoch
+`_get_output_dir`,                `training.durable`: nothing says where checkpoints are written,
+`_save_checkpoint`,               and `on_save` comes when one is complete
+`_push_from_checkpoint`
+`_finalize_training`              `training.durable`: nothing keeps it from deleting checkpoints
+`_get_grad_norm`                  `training.trainer`: `on_pre_optimizer_step` is not told the norm
+`_track_num_input_tokens`         `training.trainer`: it counts one batch, and a substep has many
+`_save_rng_state`                 `training.trainer`: `on_save` comes when the checkpoint has its
+                                  name already
+================================= ==============================================================
+
+All are of transformers 5.19.0. ``evaluation/_harness.py`` and ``evaluation/_fences.py`` name
+private modules of CPython 3.11, to close them to the code that is graded. They run alone in the
+interpreter of the sandbox, which cannot import this file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpcore
+    import httpx
+
+
+def run_exit_functions() -> None:
+    """Wait for threads and call what `atexit` has registered, as the interpreter does at its end.
+
+    Calls ``threading._shutdown`` and ``atexit._run_exitfuncs``, from CPython 3.11. `sys.exit` would
+    do both, and then finalize the interpreter; there is no public way to do one without the other.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+
+
+def set_network_backend(transport: httpx.HTTPTransport, backend: httpcore.NetworkBackend) -> None:
+    """Let a transport open its connections by another backend.
+
+    Writes ``HTTPTransport._pool`` and ``ConnectionPool._network_backend``, from httpx 0.28.1 and
+    httpcore 1.0.9. httpx makes the pool itself and has no argument for the backend.
+    """
+    transport._pool._network_backend = backend
+
+
+def attention_of(config: Any) -> str:
+    """Return the attention implementation of a model's (text) configuration.
+
+    Reads ``PreTrainedConfig._attn_implementation``, from transformers 5.19.0. Nothing public tells
+    it; `PreTrainedModel.set_attn_implementation` only sets it.
+    """
+    found: str = config._attn_implementation
+    return found
+
+
+def set_attention(config: Any, implementation: str) -> None:
+    """Set what `attention_of` returns, for the part of a model that the configuration is of.
+
+    Writes ``PreTrainedConfig._attn_implementation``, from transformers 5.19.0. The public
+    `PreTrainedModel.set_attn_implementation` sets all parts of a model, and may load a kernel.
+    """
+    config._attn_implementation = implementation
+
+
+def is_flash_attention_requested(config: Any) -> bool:
+    """Return whether a model's configuration asks for any kind of flash attention.
+
+    Calls a function of ``transformers.utils.generic``, from transformers 5.19.0. Nothing public
+    knows all names of such kernels.
+    """
+    from transformers.utils import generic
+
+    return bool(generic.is_flash_attention_requested(config))
+
+
+def revert_weight_conversion(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's weights under the names, and in the shapes, of its published checkpoint.
+
+    Calls a function of ``transformers.core_model_loading``, from transformers 5.19.0. Publicly only
+    `save_pretrained` does so, which also writes files.
+    """
+    from transformers import core_model_loading
+
+    reverted: dict[str, Any] = core_model_loading.revert_weight_conversion(model, weights)
+    return reverted
+
+
+def sort_checkpoints(output: str, prefix: str) -> list[str]:
+    """Return the checkpoints of a folder, the oldest first.
+
+    Calls a function of ``transformers.trainer_utils``, from transformers 5.19.0: the Trainer's own
+    order, which has no documented name.
+    """
+    from transformers import trainer_utils
+
+    found: list[str] = trainer_utils.sort_checkpoints(output, prefix, use_mtime=True)
+    return found
+
+
+def prepare_inputs(trainer: Any, inputs: Any) -> Any:
+    """Return a batch as the Trainer hands it to its model: on its device, in its dtype.
+
+    Calls ``Trainer._prepare_inputs``, from transformers 5.19.0. Publicly only `training_step` and
+    `prediction_step` do so, which also run the model.
+    """
+    return trainer._prepare_inputs(inputs)

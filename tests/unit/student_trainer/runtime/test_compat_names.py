@@ -1,0 +1,130 @@
+"""The private names of other people's code that the trainer depends on: the first to fail.
+
+Where a test fails after an upgrade, read the release's code and mend
+`student_trainer/runtime/compat.py`, or the method that overrides the one named here.
+"""
+
+import atexit
+import inspect
+import threading
+
+import httpcore
+import httpx
+import pytest
+from accelerate.state import GradientState, PartialState
+from peft.tuners.lora import LoraLayer
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.generic import is_flash_attention_requested
+
+from student_trainer.runtime import compat
+from student_trainer.training.durable import DurableTrainer
+from student_trainer.training.trainer import DistillationTrainer
+
+TRAINER = {
+    "_run_epoch": (
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch",
+        "trial", "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_get_output_dir": ("trial",),
+    "_save_checkpoint": ("model", "trial"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_track_num_input_tokens": ("inputs",),
+    "_save_rng_state": ("output_dir",),
+}  # fmt: skip
+# Neither private nor documented.
+UNDOCUMENTED = {
+    "create_accelerator_and_postprocess": (),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "floating_point_ops": ("inputs",),
+    "evaluation_loop": (
+        "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
+    ),
+}  # fmt: skip
+CALLED = [
+    (Trainer._prepare_inputs, ("self", "inputs")),
+    (trainer_utils.sort_checkpoints,
+     ("output_dir", "checkpoint_prefix", "use_mtime", "best_model_checkpoint")),
+    (trainer_utils.get_last_checkpoint, ("folder",)),
+    (is_flash_attention_requested, ("config", "requested_attention_implementation", "version")),
+    (revert_weight_conversion, ("model", "state_dict")),
+    (threading._shutdown, ()),
+]  # fmt: skip
+
+
+def parameters(function):
+    return tuple(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(("name", "expected"), [*TRAINER.items(), *UNDOCUMENTED.items()])
+def test_the_trainer_has_the_methods_that_are_overridden(name, expected):
+    method = getattr(Trainer, name, None)
+    assert method is not None, f"transformers has no Trainer.{name} any more"
+    assert parameters(method) == ("self", *expected), f"Trainer.{name} takes other arguments"
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_the_trainer_calls_what_is_overridden(name):
+    """One that is never called would be overridden in vain."""
+    calls = [
+        function for function in vars(Trainer).values()
+        if inspect.isfunction(function) and name in function.__code__.co_names
+    ]  # fmt: skip
+    assert calls, f"nothing in the Trainer calls {name} any more"
+
+
+def test_every_overridden_private_method_is_in_the_table():
+    own = {**vars(DurableTrainer), **vars(DistillationTrainer)}
+    overridden = {n for n in own if n.startswith("_") and n[1] != "_" and hasattr(Trainer, n)}
+    assert overridden == set(TRAINER)
+    for name in overridden:
+        assert f"`{name}`" in compat.__doc__
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"), CALLED, ids=lambda one: getattr(one, "__name__", "")
+)
+def test_functions_that_are_called_take_the_known_arguments(function, expected):
+    assert parameters(function) == expected
+
+
+def test_python_has_what_ends_a_process():
+    assert callable(getattr(atexit, "_run_exitfuncs", None)), "CPython has no atexit._run_exitfuncs"
+
+
+def test_a_transport_opens_connections_by_the_backend_that_is_set():
+    opened = []
+
+    class Backend(httpcore.NetworkBackend):
+        def connect_tcp(self, host, port, **options):
+            opened.append((host, port))
+            raise httpcore.ConnectError("as it should")
+
+    with httpx.HTTPTransport() as transport:
+        assert hasattr(transport._pool, "_network_backend"), "httpcore has renamed its backend"
+        compat.set_network_backend(transport, Backend())
+        with pytest.raises(httpx.ConnectError, match="as it should"):
+            transport.handle_request(httpx.Request("GET", "http://teacher.example:81/"))
+    assert opened == [("teacher.example", 81)]
+
+
+def test_a_configuration_keeps_its_attention():
+    config = LlamaConfig(attn_implementation="sdpa")
+    assert compat.attention_of(config) == "sdpa"
+    compat.set_attention(config, "eager")
+    assert compat.attention_of(config) == "eager"
+    assert not compat.is_flash_attention_requested(config)
+    compat.set_attention(config, "flash_attention_2")
+    assert compat.is_flash_attention_requested(config)
+
+
+def test_parts_that_are_public_but_not_documented_exist():
+    assert isinstance(PreTrainedTokenizerFast.backend_tokenizer, property)
+    assert hasattr(GradientState(), "plugin_kwargs")
+    assert "distributed_type" in PartialState._known_attrs
+    assert "lora_A" in LoraLayer.adapter_layer_names
