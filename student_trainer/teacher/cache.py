@@ -11,7 +11,8 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from concurrent.futures import Future
+from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,17 +30,19 @@ from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
-    Teacher,
     check_completion,
     check_info,
     check_scores,
+    connected_info,
     sequence_of,
     with_scores,
 )
-from student_trainer.teacher.sparse import requested_width
+from student_trainer.teacher.sparse import SparseGkdTeacher, requested_width
 from student_trainer.teacher.store import AnswerStore
 
 M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ _FORMAT = 1  # part of each key, so that records of another format are never fou
 _MAX_BYTES = 1 << 30
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher:
     """A `Teacher` that sends another one only the requests whose answers the store lacks.
 
     The teacher's answers are checked before they are stored. A stored answer is used only if its
@@ -71,7 +74,7 @@ class CachedTeacher(Teacher):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: SparseGkdTeacher,
         store: AnswerStore,
         *,
         logprob_dtype: LogprobDtype,
@@ -81,12 +84,17 @@ class CachedTeacher(Teacher):
         self._store = store
         self._dtype = logprob_dtype
         self._starts_alone = starts_alone
-        self._replicas = teacher._replicas
-        self._info = None
+        self._info: InfoResponse | None = None
         self._connected = False
         self._connecting = threading.Lock()
         self._counting = threading.Lock()
         self._looked_up = self._found = self._corrupt = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._teacher.close()
@@ -94,26 +102,30 @@ class CachedTeacher(Teacher):
 
     def connect(self) -> InfoResponse:
         known = self._noted_info() if self._starts_alone else None
-        if known is not None and self._replicas.switched_off():
+        if known is not None and self._teacher.switched_off():
             logger.warning(
                 "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
                 "and it is waited for only if one is missing",
-                ", ".join(self._replicas.urls), known.teacher,
+                ", ".join(self._teacher.urls), known.teacher,
             )  # fmt: skip
             self._info = known
             return known
         self._info = self._teacher.connect()
         self._connected = True
-        for url in self._replicas.urls:
+        for url in self._teacher.urls:
             self._store.note(url, _dump(self._info))
         return self._info
+
+    @property
+    def info(self) -> InfoResponse:
+        return connected_info(self._info)
 
     @property
     def connected(self) -> bool:
         return self._connected
 
     @property
-    def live(self) -> Teacher:
+    def live(self) -> SparseGkdTeacher:
         return self._ensure_connected("this question is not cached")
 
     def require(self, missing: int, wanted: int) -> None:
@@ -124,6 +136,14 @@ class CachedTeacher(Teacher):
         """
         if missing:
             self._ensure_connected(f"{missing} of {wanted} answers that this run needs are missing")
+
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        return self._teacher.submit(call, *arguments, **options)
+
+    def take_traffic(self) -> tuple[int, int]:
+        return self._teacher.take_traffic()
 
     def take_lookups(self) -> tuple[int, int, int]:
         with self._counting:
@@ -234,16 +254,13 @@ class CachedTeacher(Teacher):
             sequences, top_k=sampling.top_k, temperature=sampling.score_temperature
         )
 
-    def _get_info(self, url: str) -> InfoResponse:
-        return self._teacher._get_info(url)
-
     def _noted_info(self) -> InfoResponse | None:
         """Return the stored description of the teacher at these addresses; None if it is unknown.
 
         Without one for these addresses, the only one in the store is used.
         """
         notes = self._store.notes()
-        here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
+        here = {notes[url] for url in self._teacher.urls if url in notes} or set(notes.values())
         if len(here) != 1:
             return None
         try:
@@ -254,7 +271,7 @@ class CachedTeacher(Teacher):
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
-    def _ensure_connected(self, why: str) -> Teacher:
+    def _ensure_connected(self, why: str) -> SparseGkdTeacher:
         """Return the teacher itself, after waiting for it if `connect` did not.
 
         Args:

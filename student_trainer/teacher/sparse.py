@@ -6,8 +6,9 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,26 +40,33 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.balancer import FAILOVER_ERRORS, Replicas, Unreachable
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
-    Teacher,
+    check_all_scores,
     check_completion,
     check_info,
+    connected_info,
     sequence_of,
 )
+from student_trainer.teacher.http import ServerKind
+from student_trainer.teacher.replicas import Replicas
+from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
 from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SERVER = ServerKind(wire.MSGPACK_MEDIA_TYPE, ready="/ready", start="teacher-server serve MODEL")
 
 _MAX_ANSWER_BYTES = 1 << 30
 _MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # for an answer, and again for each sequence in it
 
 
-class SparseGkdTeacher(Teacher):
+class SparseGkdTeacher:
     """A `Teacher` client of sparse-gkd's own server, with the protocol of `shared.protocol`.
 
     Args:
@@ -67,7 +75,7 @@ class SparseGkdTeacher(Teacher):
         accept_change: continue when the teacher's identity changes in the middle of a run.
         logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
         api_key: the teacher's key, sent as ``Authorization: Bearer``.
-        unreachable: as in `Replicas`.
+        unreachable: as in `student_trainer.teacher.replicas.Replicas`.
     """
 
     def __init__(
@@ -82,18 +90,67 @@ class SparseGkdTeacher(Teacher):
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
-        self._info = None
+        self._info: InfoResponse | None = None
         self._lock = threading.Lock()
         self._replicas = Replicas(
             urls,
+            SERVER,
             timeout=timeout,
-            media_type=wire.MSGPACK_MEDIA_TYPE,
-            ready="/ready",
             rejoins=self._rejoins,
-            start="teacher-server serve MODEL",
             api_key=api_key,
             unreachable=unreachable,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client; requests in flight fail."""
+        self._replicas.close()
+
+    @property
+    def info(self) -> InfoResponse:
+        """The teacher's description of itself, known since `connect`."""
+        return connected_info(self._info)
+
+    @property
+    def connected(self) -> bool:
+        return self._info is not None
+
+    @property
+    def live(self) -> Self:
+        return self
+
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        return self._replicas.submit(call, *arguments, **options)
+
+    def take_traffic(self) -> tuple[int, int]:
+        return self._replicas.traffic.take()
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    @property
+    def urls(self) -> Sequence[str]:
+        """The addresses of the replicas."""
+        return self._replicas.urls
+
+    def switched_off(self) -> bool:
+        """Return whether nothing listens at any address; a server that loads its model listens.
+
+        Raises:
+            TeacherUnreachableError: a certificate is not trusted.
+        """
+        return self._replicas.switched_off()
+
+    def connect(self) -> InfoResponse:
+        self._info = self._replicas.connect(self._get_info, self._info)
+        return self._info
 
     def score(
         self,
@@ -130,15 +187,17 @@ class SparseGkdTeacher(Teacher):
 
             def scored(url: str) -> list[SparseLogprobs]:
                 answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
-                self._check(
+                check_all_scores(
+                    url,
                     answer.sequences,
                     sequences[first:last],
-                    top_k,
-                    widths[first:last],
-                    url=url,
+                    top_k=top_k,
+                    requested=widths[first:last],
                     offset=first,
+                    vocab_size=self.info.vocab_size,
                     drawn=sample_seed is not None,
                 )
+                self._replicas.traffic.count_scored(sum(map(len, answer.sequences)))
                 return answer.sequences
 
             return self._replicas.call(scored, lambda: tokens)
@@ -207,7 +266,7 @@ class SparseGkdTeacher(Teacher):
         path = "/v1/generate"
         waiting = dict(enumerate(indices))  # index in the request -> number of the prompt
         try:
-            with self._replicas.stream(url, "POST", path, body) as chunks:
+            with self._replicas.http.stream(url, "POST", path, body) as chunks:
                 for message in _stream_messages(url + path, chunks):
                     self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
@@ -255,8 +314,15 @@ class SparseGkdTeacher(Teacher):
             return
         if completion.scores is None:
             raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
-        sequences = [sequence_of(prompt, completion)]
-        self._check([completion.scores], sequences, sampling.top_k, url=url, offset=index)
+        check_all_scores(
+            url,
+            [completion.scores],
+            [sequence_of(prompt, completion)],
+            top_k=sampling.top_k,
+            offset=index,
+            vocab_size=self.info.vocab_size,
+        )
+        self._replicas.traffic.count_scored(len(completion.scores))
 
     def _call(
         self,
@@ -268,7 +334,7 @@ class SparseGkdTeacher(Teacher):
         *,
         most: int = _MAX_ANSWER_BYTES,
     ) -> M:
-        content = self._replicas.request(url, method, path, body, most=most)
+        content = self._replicas.http.request(url, method, path, body, most=most)
         with _as_answer_errors(url + path):
             message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
         if isinstance(message, ScoreResponse):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,19 +36,27 @@ from shared.protocol import (
 )
 from shared.sparse import SparseLogprobs
 from shared.tokenizer_file import PROBES
-from student_trainer.teacher.balancer import Replicas, Unreachable
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
-    Teacher,
+    check_all_scores,
     check_completion,
     check_info,
+    connected_info,
     sequence_of,
     with_scores,
 )
+from student_trainer.teacher.http import ServerKind
+from student_trainer.teacher.replicas import Replicas
+from student_trainer.teacher.retry import Unreachable
 from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SERVER = ServerKind("application/json", ready="/health", start="vllm serve MODEL")
 
 _PROBED_TOKENS = 4096
 # Limits an answer to some 75 MB of JSON, because all positions are sent, the prompts' too.
@@ -58,7 +67,7 @@ _MAX_VOCABULARY = 1 << 24
 _ROUNDING_ABOVE_ZERO = 0.01  # rounding may raise a log-prob of 0 to this
 
 
-class VllmTeacher(Teacher):
+class VllmTeacher:
     """A `Teacher` client of vLLM's own OpenAI-style server.
 
     vLLM reports neither fingerprint nor vocabulary. `connect` checks what can be checked;
@@ -73,7 +82,7 @@ class VllmTeacher(Teacher):
         timeout: seconds to wait for a teacher: at `connect`, and for each request with retries.
         accept_change: continue when a replica comes back with another version of vLLM.
         api_key: one of vLLM's ``--api-key``.
-        unreachable: as in `Replicas`.
+        unreachable: as in `student_trainer.teacher.replicas.Replicas`.
     """
 
     def __init__(
@@ -92,17 +101,49 @@ class VllmTeacher(Teacher):
         self._tokenizer = tokenizer
         self._rows = rows
         self._top_k = top_k
-        self._info = None
+        self._info: InfoResponse | None = None
         self._replicas = Replicas(
             urls,
+            SERVER,
             timeout=timeout,
-            media_type="application/json",
-            ready="/health",
             rejoins=self._rejoins,
-            start="vllm serve MODEL",
             api_key=api_key,
             unreachable=unreachable,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client; requests in flight fail."""
+        self._replicas.close()
+
+    @property
+    def info(self) -> InfoResponse:
+        """The teacher's description of itself, known since `connect`."""
+        return connected_info(self._info)
+
+    @property
+    def connected(self) -> bool:
+        return self._info is not None
+
+    @property
+    def live(self) -> Self:
+        return self
+
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        return self._replicas.submit(call, *arguments, **options)
+
+    def take_traffic(self) -> tuple[int, int]:
+        return self._replicas.traffic.take()
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        return 0, 0, 0
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and check everything that vLLM reports.
@@ -118,12 +159,12 @@ class VllmTeacher(Teacher):
             ConfigurationError: vLLM serves fewer log-probs; names the flag that raises its limit.
             TeacherAnswerError: this is not vLLM.
         """
-        super().connect()
+        self._info = self._replicas.connect(self._get_info, self._info)
         urls = self._replicas.urls
         for url in urls:
-            self._replicas.call_ready_replica(url, self._check_tokenizer)
-            self._replicas.call_ready_replica(url, self._check_top_k)
-        vocab_size = self._replicas.call_ready_replica(urls[0], self._count_token_ids)
+            self._replicas.call_ready(url, self._check_tokenizer)
+            self._replicas.call_ready(url, self._check_top_k)
+        vocab_size = self._replicas.call_ready(urls[0], self._count_token_ids)
         self._info = self.info.model_copy(update={"vocab_size": vocab_size})
         logger.warning(
             "--teacher_protocol vllm: %s serves %s with vLLM %s, which reports no fingerprints: "
@@ -176,7 +217,9 @@ class VllmTeacher(Teacher):
                 self._read_scores(choice, ids, start, top_k)
                 for choice, (ids, start) in zip(choices, part, strict=True)
             ]
-            self._check(scores, part, top_k, url=url, offset=first)
+            vocab_size = self.info.vocab_size
+            check_all_scores(url, scores, part, top_k=top_k, offset=first, vocab_size=vocab_size)
+            self._replicas.traffic.count_scored(sum(map(len, scores)))
             return scores
 
         return split_and_send(costs, _REQUEST_LIMITS, send)
@@ -432,7 +475,7 @@ class VllmTeacher(Teacher):
     ) -> dict[str, Any]:
         """Send a JSON request to one replica, and return its answer, a JSON object."""
         data = None if body is None else json.dumps(body).encode()
-        content = self._replicas.request(url, method, path, data)
+        content = self._replicas.http.request(url, method, path, data)
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError) as error:

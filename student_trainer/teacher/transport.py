@@ -1,4 +1,4 @@
-"""The HTTP transport whose reads and writes all end at one deadline.
+"""The HTTP transport of direct connections: one deadline for all reads and writes, and keep-alive.
 
 httpx's own timeouts restart with each byte: a head that arrives slowly, or `100 Continue` without
 end, would hold a thread and a connection for ever.
@@ -7,8 +7,10 @@ end, would hold a thread and a connection for ever.
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from typing import Any
 import httpcore
 import httpx
 
+# With keep-alive, a connection whose other end vanished fails after a minute, not at the timeout.
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _PIECE = 1 << 14  # bytes written at once, so that the deadline is checked during slow writes
 
 
@@ -53,6 +57,17 @@ class BoundedTransport(httpx.HTTPTransport):
         super().__init__(socket_options=list(socket_options))
         # httpx 0.28 has no argument for the backend; httpcore 1.0 uses it for each new connection.
         self._pool._network_backend = _Backend()
+
+
+def direct_transport() -> BoundedTransport | None:
+    """Return a transport with TCP keep-alive; None, httpx's own, if a proxy is configured."""
+    if set(urllib.request.getproxies()) - {"no"}:
+        return None
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return BoundedTransport(options)
 
 
 class _Backend(httpcore.SyncBackend):
