@@ -47,6 +47,7 @@ _OPTIONAL = {
 }
 _GIB = 1 << 30
 _TIMEOUT = 10.0  # seconds that a teacher is waited for
+_HEALTH_BYTES = 1 << 16  # in an answer to /health at most
 
 
 class DoctorError(SparseGKDError):
@@ -328,23 +329,31 @@ def _teacher(url: str, key_file: str | None, student: str | None) -> Iterator[Fi
 
 
 def _ping(url: str) -> tuple[float, float | None]:
-    """Seconds of the fastest of three answers, and seconds by which its clock is ahead, to one.
+    """Return the seconds of the fastest of three answers, and by how many its clock is ahead.
+
+    Returns:
+        None in place of the second, if the answer names no date.
 
     Raises:
-        TeacherUnreachableError: no answer.
+        TeacherUnreachableError: no answer, or SSL_CERT_FILE cannot be read.
     """
     import httpx
 
+    from student_trainer.teacher.http import HttpClient
+    from student_trainer.teacher.sparse import SERVER
+
     seconds, skew = [], None
     try:
-        with httpx.Client(timeout=_TIMEOUT) as http:
+        with contextlib.closing(HttpClient(SERVER, seconds=_TIMEOUT)) as http:
             for _ in range(3):
                 since = time.perf_counter()
-                response = http.get(f"{url.rstrip('/')}/health")
+                with http.open("GET", f"{url.rstrip('/')}/health") as response:
+                    # A body that is read leaves the connection open for the next of the three.
+                    b"".join(http.body(response, _HEALTH_BYTES))
                 seconds.append(time.perf_counter() - since)
         with contextlib.suppress(KeyError, TypeError, ValueError):  # no date that can be read
             skew = (parsedate_to_datetime(response.headers["Date"]) - _now()).total_seconds()
-    except (httpx.HTTPError, OSError) as error:  # OSError: SSL_CERT_FILE names no file
+    except (httpx.HTTPError, ConfigurationError) as error:
         raise TeacherUnreachableError(f"{url}: {error or type(error).__name__}") from error
     return min(seconds), skew
 
