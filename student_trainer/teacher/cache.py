@@ -16,15 +16,9 @@ from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
-from shared import codec, wire
-from shared.errors import (
-    ProtocolError,
-    TeacherAnswerError,
-    TeacherChangedError,
-    TeacherUnreachableError,
-)
+from shared import codec
+from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
@@ -37,23 +31,20 @@ from student_trainer.teacher.base import (
     sequence_of,
     with_scores,
 )
-from student_trainer.teacher.sparse import SparseGkdTeacher, requested_width
+from student_trainer.teacher.records import UNUSABLE, CheckedRecords, Reader, dump, load
+from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_messages import requested_width
 from student_trainer.teacher.store import AnswerStore
 
-M = TypeVar("M", bound=BaseModel)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 OneSequence: TypeAlias = tuple[NDArray[np.uint32], int]  # token_ids [L], completion_start
-# Returns the checked answer that a record under a key holds, or raises one of `_UNUSABLE`.
-Reader: TypeAlias = Callable[[bytes, bytes], M]
 
-_UNUSABLE = (ProtocolError, TeacherAnswerError)
 _NAME = "--teacher_cache"
 _FORMAT = 1  # part of each key, so that records of another format are never found
-_MAX_BYTES = 1 << 30
 
 
 class CachedTeacher:
@@ -87,8 +78,7 @@ class CachedTeacher:
         self._info: InfoResponse | None = None
         self._connected = False
         self._connecting = threading.Lock()
-        self._counting = threading.Lock()
-        self._looked_up = self._found = self._corrupt = 0
+        self._records = CheckedRecords(store)
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +103,7 @@ class CachedTeacher:
         self._info = self._teacher.connect()
         self._connected = True
         for url in self._teacher.urls:
-            self._store.note(url, _dump(self._info))
+            self._store.note(url, dump(self._info))
         return self._info
 
     @property
@@ -146,11 +136,7 @@ class CachedTeacher:
         return self._teacher.take_traffic()
 
     def take_lookups(self) -> tuple[int, int, int]:
-        with self._counting:
-            taken = self._looked_up, self._found, self._store.corrupt - self._corrupt
-            self._looked_up = self._found = 0
-            self._corrupt = self._store.corrupt
-        return taken
+        return self._records.take_lookups()
 
     def score(
         self,
@@ -189,7 +175,7 @@ class CachedTeacher:
         read = self._score_reader(
             dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
         )
-        found = {**known, **self._look_up([key for key in keys if key not in known], read)}
+        found = {**known, **self._records.look_up([key for key in keys if key not in known], read)}
         missing = _first_missing(keys, found)
         if missing:
             scores = self._ensure_connected(
@@ -201,7 +187,7 @@ class CachedTeacher:
                 requested=None if requested is None else [requested[i] for i in missing],
             )
             new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
-            found |= self._store_answers(new, read)
+            found |= self._records.add(new, read)
         return [found[key] for key in keys]
 
     def generate(
@@ -210,7 +196,7 @@ class CachedTeacher:
         top_k = sampling.top_k
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)
-        found = self._look_up(keys, read)
+        found = self._records.look_up(keys, read)
         missing = _first_missing(keys, found)
         fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
         if missing:
@@ -226,8 +212,8 @@ class CachedTeacher:
                     sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key], scored[key] = completion.scores, (sequence, 0)
-            fresh = self._store_answers(fresh, self._score_reader(scored, top_k or 0))
-            found |= self._store_answers(new, read)
+            fresh = self._records.add(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._records.add(new, read)
         written = [found[key] for key in keys]
         if top_k is None:
             return written
@@ -242,7 +228,7 @@ class CachedTeacher:
     def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
         """Return for how many of the prompts `generate` needs no teacher."""
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
-        found = self._read(keys, self._completion_reader(sampling))
+        found = self._records.read(keys, self._completion_reader(sampling))
         sequences = [
             sequence_of(prompt, found[key])
             for key, prompt in zip(keys, prompts, strict=True)
@@ -264,10 +250,10 @@ class CachedTeacher:
         if len(here) != 1:
             return None
         try:
-            known = _load(InfoResponse, here.pop())
+            known = load(InfoResponse, here.pop())
             check_info(_NAME, known)
             return known
-        except _UNUSABLE:
+        except UNUSABLE:
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
@@ -310,7 +296,7 @@ class CachedTeacher:
         """
 
         def read(key: bytes, record: bytes) -> SparseLogprobs:
-            (sequence, width), score = requests[key], _load(SparseLogprobs, record)
+            (sequence, width), score = requests[key], load(SparseLogprobs, record)
             vocab_size = self.info.vocab_size
             check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=vocab_size)
             return score
@@ -319,45 +305,12 @@ class CachedTeacher:
 
     def _completion_reader(self, sampling: Sampling) -> Reader[Completion]:
         def read(key: bytes, record: bytes) -> Completion:
-            completion = _load(Completion, record)
+            completion = load(Completion, record)
             longest, vocab_size = sampling.max_new_tokens, self.info.vocab_size
             check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=vocab_size)
             return completion
 
         return read
-
-    def _look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """Return the stored answers by key, and count lookups and answers."""
-        found = self._read(keys, read)
-        with self._counting:
-            self._looked_up += len(keys)
-            self._found += sum(key in found for key in keys)
-        return found
-
-    def _read(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """Return the stored answers by key, and remove records that are no such answer."""
-        different = list(dict.fromkeys(keys))
-        records = zip(different, self._store.get(different), strict=True)
-        return self._read_records({key: r for key, r in records if r is not None}, read)
-
-    def _store_answers(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
-        """Store answers, and return those kept: another process's where that was first."""
-        records = {key: _dump(message) for key, message in new.items()}
-        standing = self._store.add(records)
-        others = {key: record for key, record in standing.items() if record != records[key]}
-        return {**new, **self._read_records(others, read)}
-
-    def _read_records(self, records: Mapping[bytes, bytes], read: Reader[M]) -> dict[bytes, M]:
-        found: dict[bytes, M] = {}
-        bad: dict[bytes, bytes] = {}
-        for key, record in records.items():
-            try:
-                found[key] = read(key, record)
-            except _UNUSABLE:
-                bad[key] = record
-        if bad:
-            self._store.reject(bad)
-        return found
 
     def _score_key(
         self,
@@ -394,11 +347,3 @@ def _first_missing(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list
         if key not in found:
             places.setdefault(key, place)
     return list(places.values())
-
-
-def _dump(message: BaseModel) -> bytes:
-    return wire.dump(message, wire.MSGPACK_MEDIA_TYPE)
-
-
-def _load(kind: type[M], record: bytes) -> M:
-    return wire.load(kind, record, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_BYTES)

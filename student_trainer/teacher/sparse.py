@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from shared import codec, wire
 from shared.errors import (
-    InvalidRequestError,
-    MalformedRequestError,
-    PayloadTooLargeError,
     TeacherAnswerError,
     TeacherChangedError,
     TokenizerMismatchError,
     error_from_problem,
 )
-from shared.printable import one_line
 from shared.protocol import (
-    PROTOCOL_VERSION,
     Completion,
     GenerateEnd,
-    GenerateEvent,
     GenerateRequest,
     InfoResponse,
-    Limits,
     LogprobDtype,
     ScoreRequest,
     ScoreResponse,
@@ -45,25 +36,30 @@ from student_trainer.teacher.base import (
     Sequences,
     check_all_scores,
     check_completion,
-    check_info,
     connected_info,
     sequence_of,
 )
 from student_trainer.teacher.http import ServerKind
 from student_trainer.teacher.replicas import Replicas
 from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
+from student_trainer.teacher.sparse_messages import (
+    MAX_BYTES_BESIDE_ARRAYS,
+    body_bytes,
+    max_answer_bytes,
+    request_info,
+    request_limits,
+    request_message,
+    requested_width,
+    stream_messages,
+)
 from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=BaseModel)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 SERVER = ServerKind(wire.MSGPACK_MEDIA_TYPE, ready="/ready", start="teacher-server serve MODEL")
-
-_MAX_ANSWER_BYTES = 1 << 30
-_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # for an answer, and again for each sequence in it
 
 
 class SparseGkdTeacher:
@@ -175,7 +171,7 @@ class SparseGkdTeacher:
             sample_seed=sample_seed,
         )
         costs = [
-            (1, len(ids), (len(ids) - start) * (top_k + width), _body_bytes(item))
+            (1, len(ids), (len(ids) - start) * (top_k + width), body_bytes(item))
             for (ids, start), width, item in zip(sequences, widths, items, strict=True)
         ]
 
@@ -183,10 +179,13 @@ class SparseGkdTeacher:
             request = envelope.model_copy(update={"sequences": items[first:last]})
             tokens = sum(len(ids) for ids, _ in sequences[first:last])
             body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_max_answer_bytes, costs[first:last]))
+            most = MAX_BYTES_BESIDE_ARRAYS + sum(map(max_answer_bytes, costs[first:last]))
 
             def scored(url: str) -> list[SparseLogprobs]:
-                answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
+                answer = request_message(
+                    self._replicas.http, "POST", url, "/v1/score", ScoreResponse, body, most=most
+                )
+                self._check_identity(url, answer.teacher)
                 check_all_scores(
                     url,
                     answer.sequences,
@@ -202,7 +201,7 @@ class SparseGkdTeacher:
 
             return self._replicas.call(scored, lambda: tokens)
 
-        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
+        return split_and_send(costs, request_limits(self.info.limits, envelope), send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
@@ -243,7 +242,7 @@ class SparseGkdTeacher:
                 )
             return [finished[index] for index in range(first, last)]
 
-        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
+        return split_and_send(costs, request_limits(self.info.limits, envelope), send)
 
     def _receive(
         self,
@@ -267,7 +266,7 @@ class SparseGkdTeacher:
         waiting = dict(enumerate(indices))  # index in the request -> number of the prompt
         try:
             with self._replicas.http.stream(url, "POST", path, body) as chunks:
-                for message in _stream_messages(url + path, chunks):
+                for message in stream_messages(url + path, chunks):
                     self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
                         if message.problem is not None:
@@ -296,6 +295,9 @@ class SparseGkdTeacher:
                     f"{len(indices) - len(waiting)}"
                 )
 
+    def _get_info(self, url: str) -> InfoResponse:
+        return request_info(self._replicas.http, url)
+
     def _check_completion(
         self,
         url: str,
@@ -323,23 +325,6 @@ class SparseGkdTeacher:
             vocab_size=self.info.vocab_size,
         )
         self._replicas.traffic.count_scored(len(completion.scores))
-
-    def _call(
-        self,
-        method: str,
-        url: str,
-        path: str,
-        answer: type[M],
-        body: bytes | None = None,
-        *,
-        most: int = _MAX_ANSWER_BYTES,
-    ) -> M:
-        content = self._replicas.http.request(url, method, path, body, most=most)
-        with _as_answer_errors(url + path):
-            message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
-        if isinstance(message, ScoreResponse):
-            self._check_identity(url, message.teacher)
-        return message
 
     def _check_identity(self, url: str, identity: TeacherIdentity) -> None:
         if identity == self.info.teacher:
@@ -378,54 +363,3 @@ class SparseGkdTeacher:
         if identity != self.info.teacher and not self.accept_change:
             raise self._changed(url, identity)
         return identity == self.info.teacher
-
-    def _get_info(self, url: str) -> InfoResponse:
-        info = self._call("GET", url, "/v1/info", InfoResponse)
-        if info.protocol_version != PROTOCOL_VERSION:
-            raise TeacherAnswerError(
-                f"{url} speaks protocol version {info.protocol_version}, this trainer "
-                f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
-            )
-        check_info(url, info)
-        return info
-
-
-def _request_limits(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
-    """Return the sequences, tokens, log-probs and bytes that fit a request beside other fields."""
-    list_header = 4  # a full list's header is longer by this than that of the empty one
-    body = limits.max_body_bytes - _body_bytes(envelope) - list_header
-    return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
-
-
-def _body_bytes(message: BaseModel) -> int:
-    """Return the bytes of a message in a request's body."""
-    return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
-
-
-def _max_answer_bytes(cost: tuple[int, ...]) -> int:
-    """Return the most bytes in the answer to one sequence: an id and a float32 per log-prob."""
-    _, tokens, logprobs, _ = cost
-    return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
-
-
-def requested_width(requested: NDArray[np.uint32] | None) -> int:
-    """Return the number of requested ids at each position, m of [T, m]."""
-    return 0 if requested is None else requested.shape[1]
-
-
-def _stream_messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
-    # As this is a generator, errors of its consumer are not raised within the block.
-    with _as_answer_errors(where):
-        yield from wire.stream_messages(
-            chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
-        )
-
-
-@contextlib.contextmanager
-def _as_answer_errors(where: str) -> Iterator[None]:
-    """Raise `TeacherAnswerError` for an answer that cannot be decoded in the block."""
-    try:
-        yield
-    except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
-        text = one_line(str(error))
-        raise TeacherAnswerError(f"{where} answered something else: {text}") from error
