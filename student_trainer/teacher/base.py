@@ -276,14 +276,3 @@ class Teacher(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exception: object) -> None: ...
-
-
-def connected_info(info: InfoResponse | None) -> InfoResponse:
-    """Return the description that `Teacher.connect` has set.
-
-    Raises:
-        RuntimeError: `connect` was not called.
-    """
-    if info is None:
-        raise RuntimeError("call connect() first")
-    return info

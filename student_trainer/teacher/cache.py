@@ -27,11 +27,11 @@ from student_trainer.teacher.base import (
     check_completion,
     check_info,
     check_scores,
-    connected_info,
     sequence_of,
     with_scores,
 )
 from student_trainer.teacher.records import UNUSABLE, CheckedRecords, Reader, dump, load
+from student_trainer.teacher.replicas import connected_info
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from student_trainer.teacher.sparse_messages import requested_width
 from student_trainer.teacher.store import AnswerStore
@@ -87,10 +87,12 @@ class CachedTeacher:
         self.close()
 
     def close(self) -> None:
+        """Close the client and the store; requests in flight fail."""
         self._teacher.close()
         self._store.close()
 
     def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and return the description, as `Teacher.connect`."""
         known = self._noted_info() if self._starts_alone else None
         if known is not None and self._teacher.switched_off():
             logger.warning(
@@ -130,12 +132,15 @@ class CachedTeacher:
     def submit(
         self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
     ) -> Future[list[R]]:
+        """Run this teacher's `score` or `generate` in a thread."""
         return self._teacher.submit(call, *arguments, **options)
 
     def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
         return self._teacher.take_traffic()
 
     def take_lookups(self) -> tuple[int, int, int]:
+        """Return (cache lookups, answers found, corrupt answers) since the last call."""
         return self._records.take_lookups()
 
     def score(
@@ -147,6 +152,7 @@ class CachedTeacher:
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
+        """Return the distributions at every completion position, as `Teacher.score`."""
         if sample_seed is not None:  # the seed is new in each step, so the request never repeats
             return self.live.score(
                 sequences,
@@ -193,6 +199,7 @@ class CachedTeacher:
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
+        """Return a completion of each prompt [P], as `Teacher.generate`."""
         top_k = sampling.top_k
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)

@@ -196,3 +196,14 @@ class Replicas:
                     "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
                 )
             time.sleep(min(0.5, left))
+
+
+def connected_info(info: InfoResponse | None) -> InfoResponse:
+    """Return the description that `Teacher.connect` has set.
+
+    Raises:
+        RuntimeError: `connect` was not called.
+    """
+    if info is None:
+        raise RuntimeError("call connect() first")
+    return info

@@ -36,11 +36,10 @@ from student_trainer.teacher.base import (
     Sequences,
     check_all_scores,
     check_completion,
-    connected_info,
     sequence_of,
 )
 from student_trainer.teacher.http import ServerKind
-from student_trainer.teacher.replicas import Replicas
+from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
 from student_trainer.teacher.sparse_messages import (
     MAX_BYTES_BESIDE_ARRAYS,
@@ -123,12 +122,15 @@ class SparseGkdTeacher:
     def submit(
         self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
     ) -> Future[list[R]]:
+        """Run this teacher's `score` or `generate` in a thread."""
         return self._replicas.submit(call, *arguments, **options)
 
     def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
         return self._replicas.traffic.take()
 
     def take_lookups(self) -> tuple[int, int, int]:
+        """Return zeros, because there is no cache."""
         return 0, 0, 0
 
     @property
@@ -145,6 +147,7 @@ class SparseGkdTeacher:
         return self._replicas.switched_off()
 
     def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and return the description, as `Teacher.connect`."""
         self._info = self._replicas.connect(self._get_info, self._info)
         return self._info
 
@@ -157,6 +160,7 @@ class SparseGkdTeacher:
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
+        """Return the distributions at every completion position, as `Teacher.score`."""
         requested_ids = [None] * len(sequences) if requested is None else list(requested)
         items = [
             ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
@@ -206,6 +210,7 @@ class SparseGkdTeacher:
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
+        """Return a completion of each prompt [P], as `Teacher.generate`."""
         envelope = GenerateRequest(
             prompts=[],
             max_new_tokens=sampling.max_new_tokens,

@@ -22,12 +22,11 @@ from student_trainer.teacher.base import (
     Sequences,
     check_all_scores,
     check_completion,
-    connected_info,
     sequence_of,
     with_scores,
 )
 from student_trainer.teacher.http import ServerKind
-from student_trainer.teacher.replicas import Replicas
+from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import Unreachable
 from student_trainer.teacher.split import split_and_send
 from student_trainer.teacher.vllm_json import (
@@ -126,12 +125,15 @@ class VllmTeacher:
     def submit(
         self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
     ) -> Future[list[R]]:
+        """Run this teacher's `score` or `generate` in a thread."""
         return self._replicas.submit(call, *arguments, **options)
 
     def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
         return self._replicas.traffic.take()
 
     def take_lookups(self) -> tuple[int, int, int]:
+        """Return zeros, because there is no cache."""
         return 0, 0, 0
 
     def connect(self) -> InfoResponse:

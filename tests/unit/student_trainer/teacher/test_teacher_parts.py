@@ -36,6 +36,7 @@ def test_each_teacher_has_the_interface_and_inherits_nothing(teacher):
         declared, own = getattr(Teacher, name), getattr(teacher, name)
         assert isinstance(own, property) == isinstance(declared, property), name
         if not isinstance(declared, property):
+            assert own.__doc__ or name.startswith("_"), name
             assert list(inspect.signature(own).parameters) == list(
                 inspect.signature(declared).parameters
             )
