@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from shared.errors import SparseGKDError, TeacherUnauthorizedError, TeacherUnreachableError
+from shared.errors import (
+    ConfigurationError,
+    SparseGKDError,
+    TeacherUnauthorizedError,
+    TeacherUnreachableError,
+)
 from shared.protocol import InfoResponse
 from student_trainer.commands.doctor_finding import Finding, Status
 
 _TIMEOUT = 10.0  # seconds to wait for a teacher
+_HEALTH_BYTES = 1 << 16  # in an answer to /health at most
 
 
 def teacher_findings(url: str, key_file: str | None, student: str | None) -> Iterator[Finding]:
@@ -59,20 +65,25 @@ def _ping(url: str) -> tuple[float, float | None]:
     The clock is known to a second; None where the answer has no date.
 
     Raises:
-        TeacherUnreachableError: no answer.
+        TeacherUnreachableError: no answer, or SSL_CERT_FILE cannot be read.
     """
     import httpx
 
+    from student_trainer.teacher.http import HttpClient
+    from student_trainer.teacher.sparse import SERVER
+
     seconds, skew = [], None
     try:
-        with httpx.Client(timeout=_TIMEOUT) as http:
+        with contextlib.closing(HttpClient(SERVER, seconds=_TIMEOUT)) as http:
             for _ in range(3):
                 since = time.perf_counter()
-                response = http.get(f"{url.rstrip('/')}/health")
+                with http.open("GET", f"{url.rstrip('/')}/health") as response:
+                    # A body that is read leaves the connection open for the next of the three.
+                    b"".join(http.body(response, _HEALTH_BYTES))
                 seconds.append(time.perf_counter() - since)
         with contextlib.suppress(KeyError, TypeError, ValueError):  # the date cannot be read
             skew = (parsedate_to_datetime(response.headers["Date"]) - _now()).total_seconds()
-    except (httpx.HTTPError, OSError) as error:  # OSError: SSL_CERT_FILE names no file
+    except (httpx.HTTPError, ConfigurationError) as error:
         raise TeacherUnreachableError(f"{url}: {error or type(error).__name__}") from error
     return min(seconds), skew
 

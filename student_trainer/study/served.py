@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx
-
 from shared.errors import TeacherUnreachableError
+from student_trainer.teacher.http import HttpClient
+from student_trainer.teacher.sparse import SERVER
 
 
 @contextlib.contextmanager
@@ -47,12 +47,12 @@ def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, 
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    while True:
-        if server.poll() is not None:
-            raise TeacherUnreachableError(
-                f"the teacher server ended with {server.returncode}:\n{log.read_text()}"
-            )
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+    with contextlib.closing(HttpClient(SERVER, seconds=10.0)) as http:
+        while True:
+            if server.poll() is not None:
+                raise TeacherUnreachableError(
+                    f"the teacher server ended with {server.returncode}:\n{log.read_text()}"
+                )
+            if not http.why_not_ready(url):
                 return
-        time.sleep(0.2)
+            time.sleep(0.2)

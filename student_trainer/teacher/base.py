@@ -1,8 +1,7 @@
-"""The interface of a teacher's client, and the checks of its answers."""
+"""The interface of a teacher's client, the data that it takes, and the checks of its answers."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -11,19 +10,10 @@ from typing import ParamSpec, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import (
-    TeacherAnswerError,
-    TeacherChangedError,
-)
+from shared.errors import TeacherAnswerError
 from shared.printable import one_line
-from shared.protocol import (
-    Completion,
-    InfoResponse,
-)
+from shared.protocol import Completion, InfoResponse
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.balancer import Replicas
-
-logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -142,6 +132,47 @@ def check_scores(
     score.require_plausible(name, ids[start:], drawn=drawn)
 
 
+def check_all_scores(
+    url: str,
+    scores: Sequence[SparseLogprobs],
+    sequences: Sequences,
+    *,
+    top_k: int,
+    requested: Sequence[int] | None = None,
+    offset: int,
+    vocab_size: int,
+    drawn: bool = False,
+) -> None:
+    """Check that scores fit the request.
+
+    Args:
+        url: URL of the replica that answered, for messages.
+        requested: number m of requested ids of each sequence; None for none.
+        offset: number of the first sequence, for messages.
+        vocab_size: size of the teacher's vocabulary.
+        drawn: the supports are drawn from the teacher.
+
+    Raises:
+        TeacherAnswerError: a wrong number of scores, or as in `check_scores`.
+    """
+    if len(scores) != len(sequences):
+        raise TeacherAnswerError(
+            f"{len(sequences)} sequences were sent, {url} answered {len(scores)}"
+        )
+    widths = [0] * len(scores) if requested is None else requested
+    triples = zip(scores, sequences, widths, strict=True)
+    for number, (score, sequence, width) in enumerate(triples, offset):
+        check_scores(
+            f"{url}, sequence {number}",
+            score,
+            sequence,
+            top_k=top_k,
+            width=width,
+            vocab_size=vocab_size,
+            drawn=drawn,
+        )
+
+
 def check_completion(name: str, completion: Completion, *, longest: int, vocab_size: int) -> None:
     """Check the tokens of a completion from a teacher or a cache.
 
@@ -173,44 +204,6 @@ class Teacher(Protocol):
         TeacherChangedError: another teacher answered.
     """
 
-    _replicas: Replicas
-    _info: InfoResponse | None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the client; requests in flight fail."""
-        self._replicas.close()
-
-    @property
-    def info(self) -> InfoResponse:
-        """The teacher's description of itself, known since `connect`."""
-        if self._info is None:
-            raise RuntimeError("call connect() first")
-        return self._info
-
-    @property
-    def connected(self) -> bool:
-        """The connection state: True if the teacher itself is connected, not only its cache."""
-        return self._info is not None
-
-    def take_traffic(self) -> tuple[int, int]:
-        """Return (bytes received, completion tokens scored) since the last call."""
-        return self._replicas.take_traffic()
-
-    @property
-    def live(self) -> Teacher:
-        """The teacher without its cache, if there is one, for requests that never repeat."""
-        return self
-
-    def take_lookups(self) -> tuple[int, int, int]:
-        """Return (cache lookups, answers found, corrupt answers) since the last call."""
-        return 0, 0, 0
-
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and return the teacher's description.
 
@@ -219,62 +212,22 @@ class Teacher(Protocol):
             TeacherChangedError: the replicas are different teachers.
             TeacherAnswerError: something other than a teacher listens there.
         """
-        self._replicas.wait_until_ready()
-        urls = self._replicas.urls
-        for url in urls:
-            info = self._replicas.call_ready_replica(url, self._get_info)
-            if self._info is None:
-                self._info = info
-            elif info.teacher != self._info.teacher:
-                raise TeacherChangedError(
-                    f"the replicas are different teachers: {urls[0]} is {self._info.teacher}, "
-                    f"{url} is {info.teacher}. Serve one model, or give one --teacher_url"
-                )
-        return self.info
-
-    def _get_info(self, url: str) -> InfoResponse:
-        """Return one replica's description of the teacher."""
         ...
 
-    def _check(
-        self,
-        scores: Sequence[SparseLogprobs],
-        sequences: Sequences,
-        top_k: int,
-        requested: Sequence[int] | None = None,
-        *,
-        url: str,
-        offset: int,
-        drawn: bool = False,
-    ) -> None:
-        """Check that scores fit the request, and count the scored tokens.
+    @property
+    def info(self) -> InfoResponse:
+        """The teacher's description of itself, known since `connect`."""
+        ...
 
-        Args:
-            requested: number m of requested ids of each sequence; None for none.
-            url: URL of the replica that answered, for messages.
-            offset: number of the first sequence, for messages.
-            drawn: the supports are drawn from the teacher.
+    @property
+    def connected(self) -> bool:
+        """The connection state: True if the teacher itself is connected, not only its cache."""
+        ...
 
-        Raises:
-            TeacherAnswerError: a wrong number of scores, or as in `check_scores`.
-        """
-        if len(scores) != len(sequences):
-            raise TeacherAnswerError(
-                f"{len(sequences)} sequences were sent, {url} answered {len(scores)}"
-            )
-        widths = [0] * len(scores) if requested is None else requested
-        triples = zip(scores, sequences, widths, strict=True)
-        for number, (score, (ids, start), width) in enumerate(triples, offset):
-            check_scores(
-                f"{url}, sequence {number}",
-                score,
-                (ids, start),
-                top_k=top_k,
-                width=width,
-                vocab_size=self.info.vocab_size,
-                drawn=drawn,
-            )
-        self._replicas.count_scored(sum(len(score) for score in scores))
+    @property
+    def live(self) -> Teacher:
+        """The teacher without its cache, if there is one, for requests that never repeat."""
+        ...
 
     def score(
         self,
@@ -306,4 +259,20 @@ class Teacher(Protocol):
         self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
     ) -> Future[list[R]]:
         """Run ``call``, which is this teacher's `score` or `generate`, in a thread."""
-        return self._replicas.submit(call, *arguments, **options)
+        ...
+
+    def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
+        ...
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """Return (cache lookups, answers found, corrupt answers) since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Close the client; requests in flight fail."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...

@@ -11,49 +11,43 @@ import hashlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from concurrent.futures import Future
+from typing import Any, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
-from shared import codec, wire
-from shared.errors import (
-    ProtocolError,
-    TeacherAnswerError,
-    TeacherChangedError,
-    TeacherUnreachableError,
-)
+from shared import codec
+from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
-    Teacher,
     check_completion,
     check_info,
     check_scores,
     sequence_of,
     with_scores,
 )
-from student_trainer.teacher.sparse import requested_width
+from student_trainer.teacher.records import UNUSABLE, CheckedRecords, Reader, dump, load
+from student_trainer.teacher.replicas import connected_info
+from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_messages import requested_width
 from student_trainer.teacher.store import AnswerStore
 
-M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 OneSequence: TypeAlias = tuple[NDArray[np.uint32], int]  # token_ids [L], completion_start
-# Returns the checked answer that a record under a key holds, or raises one of `_UNUSABLE`.
-Reader: TypeAlias = Callable[[bytes, bytes], M]
 
-_UNUSABLE = (ProtocolError, TeacherAnswerError)
 _NAME = "--teacher_cache"
 _FORMAT = 1  # part of each key, so that records of another format are never found
-_MAX_BYTES = 1 << 30
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher:
     """A `Teacher` that sends another one only the requests whose answers the store lacks.
 
     The teacher's answers are checked before they are stored. A stored answer is used only if its
@@ -71,7 +65,7 @@ class CachedTeacher(Teacher):
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: SparseGkdTeacher,
         store: AnswerStore,
         *,
         logprob_dtype: LogprobDtype,
@@ -81,39 +75,49 @@ class CachedTeacher(Teacher):
         self._store = store
         self._dtype = logprob_dtype
         self._starts_alone = starts_alone
-        self._replicas = teacher._replicas
-        self._info = None
+        self._info: InfoResponse | None = None
         self._connected = False
         self._connecting = threading.Lock()
-        self._counting = threading.Lock()
-        self._looked_up = self._found = self._corrupt = 0
+        self._records = CheckedRecords(store)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
+        """Close the client and the store; requests in flight fail."""
         self._teacher.close()
         self._store.close()
 
     def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and return the description, as `Teacher.connect`."""
         known = self._noted_info() if self._starts_alone else None
-        if known is not None and self._replicas.switched_off():
+        if known is not None and self._teacher.switched_off():
             logger.warning(
                 "The teacher at %s is switched off: the answers of %s come from --teacher_cache, "
                 "and it is waited for only if one is missing",
-                ", ".join(self._replicas.urls), known.teacher,
+                ", ".join(self._teacher.urls), known.teacher,
             )  # fmt: skip
             self._info = known
             return known
         self._info = self._teacher.connect()
         self._connected = True
-        for url in self._replicas.urls:
-            self._store.note(url, _dump(self._info))
+        for url in self._teacher.urls:
+            self._store.note(url, dump(self._info))
         return self._info
+
+    @property
+    def info(self) -> InfoResponse:
+        return connected_info(self._info)
 
     @property
     def connected(self) -> bool:
         return self._connected
 
     @property
-    def live(self) -> Teacher:
+    def live(self) -> SparseGkdTeacher:
         return self._ensure_connected("this question is not cached")
 
     def require(self, missing: int, wanted: int) -> None:
@@ -125,12 +129,19 @@ class CachedTeacher(Teacher):
         if missing:
             self._ensure_connected(f"{missing} of {wanted} answers that this run needs are missing")
 
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        """Run this teacher's `score` or `generate` in a thread."""
+        return self._teacher.submit(call, *arguments, **options)
+
+    def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
+        return self._teacher.take_traffic()
+
     def take_lookups(self) -> tuple[int, int, int]:
-        with self._counting:
-            taken = self._looked_up, self._found, self._store.corrupt - self._corrupt
-            self._looked_up = self._found = 0
-            self._corrupt = self._store.corrupt
-        return taken
+        """Return (cache lookups, answers found, corrupt answers) since the last call."""
+        return self._records.take_lookups()
 
     def score(
         self,
@@ -141,6 +152,7 @@ class CachedTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
+        """Return the distributions at every completion position, as `Teacher.score`."""
         if sample_seed is not None:  # the seed is new in each step, so the request never repeats
             return self.live.score(
                 sequences,
@@ -169,7 +181,7 @@ class CachedTeacher(Teacher):
         read = self._score_reader(
             dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
         )
-        found = {**known, **self._look_up([key for key in keys if key not in known], read)}
+        found = {**known, **self._records.look_up([key for key in keys if key not in known], read)}
         missing = _first_missing(keys, found)
         if missing:
             scores = self._ensure_connected(
@@ -181,16 +193,17 @@ class CachedTeacher(Teacher):
                 requested=None if requested is None else [requested[i] for i in missing],
             )
             new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
-            found |= self._store_answers(new, read)
+            found |= self._records.add(new, read)
         return [found[key] for key in keys]
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
+        """Return a completion of each prompt [P], as `Teacher.generate`."""
         top_k = sampling.top_k
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)
-        found = self._look_up(keys, read)
+        found = self._records.look_up(keys, read)
         missing = _first_missing(keys, found)
         fresh: dict[bytes, SparseLogprobs] = {}  # scores that came with new completions
         if missing:
@@ -206,8 +219,8 @@ class CachedTeacher(Teacher):
                     sequence = sequence_of(prompts[i], completion)
                     key = self._score_key(sequence, top_k, sampling.score_temperature)
                     fresh[key], scored[key] = completion.scores, (sequence, 0)
-            fresh = self._store_answers(fresh, self._score_reader(scored, top_k or 0))
-            found |= self._store_answers(new, read)
+            fresh = self._records.add(fresh, self._score_reader(scored, top_k or 0))
+            found |= self._records.add(new, read)
         written = [found[key] for key in keys]
         if top_k is None:
             return written
@@ -222,7 +235,7 @@ class CachedTeacher(Teacher):
     def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
         """Return for how many of the prompts `generate` needs no teacher."""
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
-        found = self._read(keys, self._completion_reader(sampling))
+        found = self._records.read(keys, self._completion_reader(sampling))
         sequences = [
             sequence_of(prompt, found[key])
             for key, prompt in zip(keys, prompts, strict=True)
@@ -234,27 +247,24 @@ class CachedTeacher(Teacher):
             sequences, top_k=sampling.top_k, temperature=sampling.score_temperature
         )
 
-    def _get_info(self, url: str) -> InfoResponse:
-        return self._teacher._get_info(url)
-
     def _noted_info(self) -> InfoResponse | None:
         """Return the stored description of the teacher at these addresses; None if it is unknown.
 
         Without one for these addresses, the only one in the store is used.
         """
         notes = self._store.notes()
-        here = {notes[url] for url in self._replicas.urls if url in notes} or set(notes.values())
+        here = {notes[url] for url in self._teacher.urls if url in notes} or set(notes.values())
         if len(here) != 1:
             return None
         try:
-            known = _load(InfoResponse, here.pop())
+            known = load(InfoResponse, here.pop())
             check_info(_NAME, known)
             return known
-        except _UNUSABLE:
+        except UNUSABLE:
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
 
-    def _ensure_connected(self, why: str) -> Teacher:
+    def _ensure_connected(self, why: str) -> SparseGkdTeacher:
         """Return the teacher itself, after waiting for it if `connect` did not.
 
         Args:
@@ -293,7 +303,7 @@ class CachedTeacher(Teacher):
         """
 
         def read(key: bytes, record: bytes) -> SparseLogprobs:
-            (sequence, width), score = requests[key], _load(SparseLogprobs, record)
+            (sequence, width), score = requests[key], load(SparseLogprobs, record)
             vocab_size = self.info.vocab_size
             check_scores(_NAME, score, sequence, top_k=top_k, width=width, vocab_size=vocab_size)
             return score
@@ -302,45 +312,12 @@ class CachedTeacher(Teacher):
 
     def _completion_reader(self, sampling: Sampling) -> Reader[Completion]:
         def read(key: bytes, record: bytes) -> Completion:
-            completion = _load(Completion, record)
+            completion = load(Completion, record)
             longest, vocab_size = sampling.max_new_tokens, self.info.vocab_size
             check_completion(f"{_NAME}: it", completion, longest=longest, vocab_size=vocab_size)
             return completion
 
         return read
-
-    def _look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """Return the stored answers by key, and count lookups and answers."""
-        found = self._read(keys, read)
-        with self._counting:
-            self._looked_up += len(keys)
-            self._found += sum(key in found for key in keys)
-        return found
-
-    def _read(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:
-        """Return the stored answers by key, and remove records that are no such answer."""
-        different = list(dict.fromkeys(keys))
-        records = zip(different, self._store.get(different), strict=True)
-        return self._read_records({key: r for key, r in records if r is not None}, read)
-
-    def _store_answers(self, new: Mapping[bytes, M], read: Reader[M]) -> dict[bytes, M]:
-        """Store answers, and return those kept: another process's where that was first."""
-        records = {key: _dump(message) for key, message in new.items()}
-        standing = self._store.add(records)
-        others = {key: record for key, record in standing.items() if record != records[key]}
-        return {**new, **self._read_records(others, read)}
-
-    def _read_records(self, records: Mapping[bytes, bytes], read: Reader[M]) -> dict[bytes, M]:
-        found: dict[bytes, M] = {}
-        bad: dict[bytes, bytes] = {}
-        for key, record in records.items():
-            try:
-                found[key] = read(key, record)
-            except _UNUSABLE:
-                bad[key] = record
-        if bad:
-            self._store.reject(bad)
-        return found
 
     def _score_key(
         self,
@@ -377,11 +354,3 @@ def _first_missing(keys: Sequence[bytes], found: Mapping[bytes, object]) -> list
         if key not in found:
             places.setdefault(key, place)
     return list(places.values())
-
-
-def _dump(message: BaseModel) -> bytes:
-    return wire.dump(message, wire.MSGPACK_MEDIA_TYPE)
-
-
-def _load(kind: type[M], record: bytes) -> M:
-    return wire.load(kind, record, wire.MSGPACK_MEDIA_TYPE, max_bytes=_MAX_BYTES)

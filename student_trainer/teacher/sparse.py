@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from shared import codec, wire
 from shared.errors import (
-    InvalidRequestError,
-    MalformedRequestError,
-    PayloadTooLargeError,
     TeacherAnswerError,
     TeacherChangedError,
     TokenizerMismatchError,
     error_from_problem,
 )
-from shared.printable import one_line
 from shared.protocol import (
-    PROTOCOL_VERSION,
     Completion,
     GenerateEnd,
-    GenerateEvent,
     GenerateRequest,
     InfoResponse,
-    Limits,
     LogprobDtype,
     ScoreRequest,
     ScoreResponse,
@@ -39,26 +31,37 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.balancer import FAILOVER_ERRORS, Replicas, Unreachable
 from student_trainer.teacher.base import (
     Sampling,
     Sequences,
-    Teacher,
+    check_all_scores,
     check_completion,
-    check_info,
     sequence_of,
+)
+from student_trainer.teacher.http import ServerKind
+from student_trainer.teacher.replicas import Replicas, connected_info
+from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
+from student_trainer.teacher.sparse_messages import (
+    MAX_BYTES_BESIDE_ARRAYS,
+    body_bytes,
+    max_answer_bytes,
+    request_info,
+    request_limits,
+    request_message,
+    requested_width,
+    stream_messages,
 )
 from student_trainer.teacher.split import split_and_send
 
 logger = logging.getLogger(__name__)
 
-M = TypeVar("M", bound=BaseModel)
+P = ParamSpec("P")
+R = TypeVar("R")
 
-_MAX_ANSWER_BYTES = 1 << 30
-_MAX_BYTES_BESIDE_ARRAYS = 1 << 16  # for an answer, and again for each sequence in it
+SERVER = ServerKind(wire.MSGPACK_MEDIA_TYPE, ready="/ready", start="teacher-server serve MODEL")
 
 
-class SparseGkdTeacher(Teacher):
+class SparseGkdTeacher:
     """A `Teacher` client of sparse-gkd's own server, with the protocol of `shared.protocol`.
 
     Args:
@@ -67,7 +70,7 @@ class SparseGkdTeacher(Teacher):
         accept_change: continue when the teacher's identity changes in the middle of a run.
         logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
         api_key: the teacher's key, sent as ``Authorization: Bearer``.
-        unreachable: as in `Replicas`.
+        unreachable: as in `student_trainer.teacher.replicas.Replicas`.
     """
 
     def __init__(
@@ -82,18 +85,71 @@ class SparseGkdTeacher(Teacher):
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
-        self._info = None
+        self._info: InfoResponse | None = None
         self._lock = threading.Lock()
         self._replicas = Replicas(
             urls,
+            SERVER,
             timeout=timeout,
-            media_type=wire.MSGPACK_MEDIA_TYPE,
-            ready="/ready",
             rejoins=self._rejoins,
-            start="teacher-server serve MODEL",
             api_key=api_key,
             unreachable=unreachable,
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the client; requests in flight fail."""
+        self._replicas.close()
+
+    @property
+    def info(self) -> InfoResponse:
+        """The teacher's description of itself, known since `connect`."""
+        return connected_info(self._info)
+
+    @property
+    def connected(self) -> bool:
+        return self._info is not None
+
+    @property
+    def live(self) -> Self:
+        return self
+
+    def submit(
+        self, call: Callable[P, list[R]], *arguments: P.args, **options: P.kwargs
+    ) -> Future[list[R]]:
+        """Run this teacher's `score` or `generate` in a thread."""
+        return self._replicas.submit(call, *arguments, **options)
+
+    def take_traffic(self) -> tuple[int, int]:
+        """Return (bytes received, completion tokens scored) since the last call."""
+        return self._replicas.traffic.take()
+
+    def take_lookups(self) -> tuple[int, int, int]:
+        """Return zeros, because there is no cache."""
+        return 0, 0, 0
+
+    @property
+    def urls(self) -> Sequence[str]:
+        """The addresses of the replicas."""
+        return self._replicas.urls
+
+    def switched_off(self) -> bool:
+        """Return whether nothing listens at any address; a server that loads its model listens.
+
+        Raises:
+            TeacherUnreachableError: a certificate is not trusted.
+        """
+        return self._replicas.switched_off()
+
+    def connect(self) -> InfoResponse:
+        """Wait until every replica is ready, and return the description, as `Teacher.connect`."""
+        self._info = self._replicas.connect(self._get_info, self._info)
+        return self._info
 
     def score(
         self,
@@ -104,6 +160,7 @@ class SparseGkdTeacher(Teacher):
         requested: Sequence[NDArray[np.uint32]] | None = None,
         sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
+        """Return the distributions at every completion position, as `Teacher.score`."""
         requested_ids = [None] * len(sequences) if requested is None else list(requested)
         items = [
             ScoreSequence(token_ids=ids, completion_start=start, requested_token_ids=more)
@@ -118,7 +175,7 @@ class SparseGkdTeacher(Teacher):
             sample_seed=sample_seed,
         )
         costs = [
-            (1, len(ids), (len(ids) - start) * (top_k + width), _body_bytes(item))
+            (1, len(ids), (len(ids) - start) * (top_k + width), body_bytes(item))
             for (ids, start), width, item in zip(sequences, widths, items, strict=True)
         ]
 
@@ -126,28 +183,34 @@ class SparseGkdTeacher(Teacher):
             request = envelope.model_copy(update={"sequences": items[first:last]})
             tokens = sum(len(ids) for ids, _ in sequences[first:last])
             body = wire.dump(request, wire.MSGPACK_MEDIA_TYPE)
-            most = _MAX_BYTES_BESIDE_ARRAYS + sum(map(_max_answer_bytes, costs[first:last]))
+            most = MAX_BYTES_BESIDE_ARRAYS + sum(map(max_answer_bytes, costs[first:last]))
 
             def scored(url: str) -> list[SparseLogprobs]:
-                answer = self._call("POST", url, "/v1/score", ScoreResponse, body, most=most)
-                self._check(
+                answer = request_message(
+                    self._replicas.http, "POST", url, "/v1/score", ScoreResponse, body, most=most
+                )
+                self._check_identity(url, answer.teacher)
+                check_all_scores(
+                    url,
                     answer.sequences,
                     sequences[first:last],
-                    top_k,
-                    widths[first:last],
-                    url=url,
+                    top_k=top_k,
+                    requested=widths[first:last],
                     offset=first,
+                    vocab_size=self.info.vocab_size,
                     drawn=sample_seed is not None,
                 )
+                self._replicas.traffic.count_scored(sum(map(len, answer.sequences)))
                 return answer.sequences
 
             return self._replicas.call(scored, lambda: tokens)
 
-        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
+        return split_and_send(costs, request_limits(self.info.limits, envelope), send)
 
     def generate(
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
+        """Return a completion of each prompt [P], as `Teacher.generate`."""
         envelope = GenerateRequest(
             prompts=[],
             max_new_tokens=sampling.max_new_tokens,
@@ -184,7 +247,7 @@ class SparseGkdTeacher(Teacher):
                 )
             return [finished[index] for index in range(first, last)]
 
-        return split_and_send(costs, _request_limits(self.info.limits, envelope), send)
+        return split_and_send(costs, request_limits(self.info.limits, envelope), send)
 
     def _receive(
         self,
@@ -207,8 +270,8 @@ class SparseGkdTeacher(Teacher):
         path = "/v1/generate"
         waiting = dict(enumerate(indices))  # index in the request -> number of the prompt
         try:
-            with self._replicas.stream(url, "POST", path, body) as chunks:
-                for message in _stream_messages(url + path, chunks):
+            with self._replicas.http.stream(url, "POST", path, body) as chunks:
+                for message in stream_messages(url + path, chunks):
                     self._check_identity(url, message.teacher)
                     if isinstance(message, GenerateEnd):
                         if message.problem is not None:
@@ -237,6 +300,9 @@ class SparseGkdTeacher(Teacher):
                     f"{len(indices) - len(waiting)}"
                 )
 
+    def _get_info(self, url: str) -> InfoResponse:
+        return request_info(self._replicas.http, url)
+
     def _check_completion(
         self,
         url: str,
@@ -255,25 +321,15 @@ class SparseGkdTeacher(Teacher):
             return
         if completion.scores is None:
             raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
-        sequences = [sequence_of(prompt, completion)]
-        self._check([completion.scores], sequences, sampling.top_k, url=url, offset=index)
-
-    def _call(
-        self,
-        method: str,
-        url: str,
-        path: str,
-        answer: type[M],
-        body: bytes | None = None,
-        *,
-        most: int = _MAX_ANSWER_BYTES,
-    ) -> M:
-        content = self._replicas.request(url, method, path, body, most=most)
-        with _as_answer_errors(url + path):
-            message = wire.load(answer, content, wire.MSGPACK_MEDIA_TYPE, max_bytes=most)
-        if isinstance(message, ScoreResponse):
-            self._check_identity(url, message.teacher)
-        return message
+        check_all_scores(
+            url,
+            [completion.scores],
+            [sequence_of(prompt, completion)],
+            top_k=sampling.top_k,
+            offset=index,
+            vocab_size=self.info.vocab_size,
+        )
+        self._replicas.traffic.count_scored(len(completion.scores))
 
     def _check_identity(self, url: str, identity: TeacherIdentity) -> None:
         if identity == self.info.teacher:
@@ -312,54 +368,3 @@ class SparseGkdTeacher(Teacher):
         if identity != self.info.teacher and not self.accept_change:
             raise self._changed(url, identity)
         return identity == self.info.teacher
-
-    def _get_info(self, url: str) -> InfoResponse:
-        info = self._call("GET", url, "/v1/info", InfoResponse)
-        if info.protocol_version != PROTOCOL_VERSION:
-            raise TeacherAnswerError(
-                f"{url} speaks protocol version {info.protocol_version}, this trainer "
-                f"{PROTOCOL_VERSION}: install the same release of sparse-gkd on both sides"
-            )
-        check_info(url, info)
-        return info
-
-
-def _request_limits(limits: Limits, envelope: BaseModel) -> tuple[int, int, int, int]:
-    """Return the sequences, tokens, log-probs and bytes that fit a request beside other fields."""
-    list_header = 4  # a full list's header is longer by this than that of the empty one
-    body = limits.max_body_bytes - _body_bytes(envelope) - list_header
-    return limits.max_sequences, limits.max_tokens, limits.max_logprobs, body
-
-
-def _body_bytes(message: BaseModel) -> int:
-    """Return the bytes of a message in a request's body."""
-    return len(wire.dump(message, wire.MSGPACK_MEDIA_TYPE))
-
-
-def _max_answer_bytes(cost: tuple[int, ...]) -> int:
-    """Return the most bytes in the answer to one sequence: an id and a float32 per log-prob."""
-    _, tokens, logprobs, _ = cost
-    return _MAX_BYTES_BESIDE_ARRAYS + 8 * (tokens + logprobs)
-
-
-def requested_width(requested: NDArray[np.uint32] | None) -> int:
-    """Return the number of requested ids at each position, m of [T, m]."""
-    return 0 if requested is None else requested.shape[1]
-
-
-def _stream_messages(where: str, chunks: Iterable[bytes]) -> Iterator[GenerateEvent | GenerateEnd]:
-    # As this is a generator, errors of its consumer are not raised within the block.
-    with _as_answer_errors(where):
-        yield from wire.stream_messages(
-            chunks, wire.MSGPACK_STREAM_MEDIA_TYPE, max_bytes=_MAX_ANSWER_BYTES
-        )
-
-
-@contextlib.contextmanager
-def _as_answer_errors(where: str) -> Iterator[None]:
-    """Raise `TeacherAnswerError` for an answer that cannot be decoded in the block."""
-    try:
-        yield
-    except (MalformedRequestError, InvalidRequestError, PayloadTooLargeError) as error:
-        text = one_line(str(error))
-        raise TeacherAnswerError(f"{where} answered something else: {text}") from error

@@ -117,7 +117,7 @@ def test_a_machine_that_is_lost_and_replaced_is_asked_again_long_before_the_time
 ):
     """No packet ends the connections to the first one, and the second knows nothing of them."""
     seconds = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
-    monkeypatch.setattr("student_trainer.teacher.balancer._KEEPALIVE", seconds)
+    monkeypatch.setattr("student_trainer.teacher.transport._KEEPALIVE", seconds)
     with contextlib.ExitStack() as life:
         with machine(tmp_path, seconds=120) as wire:
             client = life.enter_context(SparseGkdTeacher([wire.url], timeout=300))
@@ -148,7 +148,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
 
 @pytest.mark.slow_fault
 def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
-    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.http._READY_TIMEOUT", 0.3)
     with SparseGkdTeacher([wire.url], timeout=1) as client:
         client.connect()
         wire.falls_apart()

@@ -413,7 +413,7 @@ AT_THE_START = {
     ("broken", "error", "said"), AT_THE_START.values(), ids=AT_THE_START.keys()
 )
 def test_what_is_no_teacher_is_told_at_the_start(proxy, broken, error, said, monkeypatch):
-    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.5)
+    monkeypatch.setattr("student_trainer.teacher.http._READY_TIMEOUT", 0.5)
     proxy.ready = broken
     with (
         pytest.raises(error, match=said) as caught,

@@ -42,7 +42,7 @@ def client_of(*ports, **options):
 def asked(client):
     """A call under way: it is with a teacher when the fault comes, a quarter of a second long."""
     call = client.submit(client.score, [(IDS, START)], top_k=4)
-    until(lambda: any(client._replicas._outstanding.values()), 5)
+    until(lambda: any(client._replicas._balancer._outstanding.values()), 5)
     return call
 
 
@@ -98,7 +98,7 @@ def test_a_stopped_teacher_answers_when_it_goes_on(running):
 
 
 def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, caplog, monkeypatch):
-    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.http._READY_TIMEOUT", 0.3)
     first, second = free_port(), free_port()
     process = running(first)
     running(second)
@@ -111,7 +111,7 @@ def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, capl
 
 
 def test_a_teacher_stopped_for_good_is_named_after_the_timeout(running, monkeypatch):
-    monkeypatch.setattr("student_trainer.teacher.balancer._READY_TIMEOUT", 0.3)
+    monkeypatch.setattr("student_trainer.teacher.http._READY_TIMEOUT", 0.3)
     port = free_port()
     process = running(port)
     with client_of(port, timeout=1.0) as client:

@@ -124,6 +124,7 @@ def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.crt")
     code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")
     assert (code, found["teacher"]["status"]) == (1, "fail")
+    assert "SSL_CERT_FILE /nowhere/ca.crt: No such file" in found["teacher"]["detail"]
 
 
 def test_clocks_that_disagree_are_told(capsys, monkeypatch):

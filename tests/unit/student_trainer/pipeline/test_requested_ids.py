@@ -45,7 +45,7 @@ def client_of(width_answered, **limits):
         return httpx.Response(200, stream=packed)
 
     client = SparseGkdTeacher(["http://teacher"], timeout=5.0)
-    client._replicas._http = httpx.Client(transport=httpx.MockTransport(answer))
+    client._replicas.http._client = httpx.Client(transport=httpx.MockTransport(answer))
     client._info = info(limits=limits)
     return client, received
 

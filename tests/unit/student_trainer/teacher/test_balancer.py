@@ -19,7 +19,7 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TeacherUnreachableError,
 )
-from student_trainer.teacher.balancer import _seconds
+from student_trainer.teacher.refusals import _seconds
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
 
@@ -120,7 +120,7 @@ def test_a_gateways_page_before_a_replica_that_restarts_ends_nothing(pair, caplo
 
 
 def test_a_silent_teacher_is_told_of(monkeypatch, caplog):
-    monkeypatch.setattr("student_trainer.teacher.balancer._REMIND_SECONDS", 0.2)
+    monkeypatch.setattr("student_trainer.teacher.http._REMIND_SECONDS", 0.2)
 
     def late(request):
         time.sleep(0.7)
@@ -251,7 +251,9 @@ def test_a_replica_that_comes_back_with_another_key_ends_the_run(pair):
         first.script = [lambda request: problem(503, "draining")]
         score(client)
         first.get = lambda path: (200, {}, b"") if path == "/ready" else problem(401, "key")
-        eventually(lambda: client._replicas._fatal is not None, "the replica was not asked")
+        eventually(
+            lambda: client._replicas._balancer._fatal is not None, "the replica was not asked"
+        )
         with pytest.raises(TeacherUnauthorizedError, match="TEACHER_API_KEY"):
             score(client)
 
@@ -274,6 +276,6 @@ def test_the_clients_of_one_process_are_one_to_the_teacher_and_no_others(pair):
     names = []
     for _ in range(2):
         with connected(pair[0]) as client:
-            names.append(client._replicas._http.headers["X-Client-Id"])
+            names.append(client._replicas.http._client.headers["X-Client-Id"])
     assert names[0] == names[1]
     assert names[0].endswith(f"-{os.getpid()}")

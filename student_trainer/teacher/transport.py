@@ -1,4 +1,4 @@
-"""The HTTP transport whose reads and writes all end at one deadline.
+"""The HTTP transport of direct connections: one deadline for all reads and writes, and keep-alive.
 
 httpx's own timeouts restart with each byte: a head that arrives slowly, or `100 Continue` without
 end, would hold a thread and a connection for ever.
@@ -7,8 +7,10 @@ end, would hold a thread and a connection for ever.
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import httpx
 
 from student_trainer.runtime.compat import set_network_backend
 
+# With keep-alive, a connection whose other end vanished fails after a minute, not at the timeout.
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _PIECE = 1 << 14  # bytes written at once, so that the deadline is checked during slow writes
 
 
@@ -54,6 +58,17 @@ class BoundedTransport(httpx.HTTPTransport):
     def __init__(self, socket_options: Iterable[httpcore.SOCKET_OPTION]) -> None:
         super().__init__(socket_options=list(socket_options))
         set_network_backend(self, _Backend())
+
+
+def direct_transport() -> BoundedTransport | None:
+    """Return a transport with TCP keep-alive; None, httpx's own, if a proxy is configured."""
+    if set(urllib.request.getproxies()) - {"no"}:
+        return None
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return BoundedTransport(options)
 
 
 class _Backend(httpcore.SyncBackend):

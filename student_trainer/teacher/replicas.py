@@ -1,0 +1,209 @@
+"""The client of one teacher at several addresses: HTTP, balancing, retries and counts composed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from shared import logs
+from shared.errors import DeadlineExceededError, TeacherChangedError, TeacherUnreachableError
+from shared.protocol import InfoResponse
+from student_trainer.runtime.threads import in_thread
+from student_trainer.teacher.balancer import Balancer
+from student_trainer.teacher.http import HttpClient, ServerKind
+from student_trainer.teacher.retry import TRANSIENT_ERRORS, RetryPolicy, Unreachable
+from student_trainer.teacher.traffic import Traffic
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_CONNECTIONS = 8
+
+
+class Replicas:
+    """A client of one teacher behind one or several addresses; safe in several threads.
+
+    A replica that fails (no connection, no answer in time, 429, 5xx) is excluded by the balancer,
+    and the request goes to another. If all failed, the retry policy says when to begin again.
+
+    Args:
+        urls: addresses, such as ``http://host:8000``.
+        server: the kind of server that listens there.
+        timeout: seconds to wait for an answer, with retries; one attempt gets an equal share of it
+            for each replica, so that a replica that hangs leaves time for the others.
+        rejoins: returns whether a replica that is ready again is the same teacher as the others. A
+            `TeacherError` that it raises ends the run: the next request raises it.
+        api_key: sent with every request, to these addresses only.
+        unreachable: behaviour when a request failed and no replica is ready: "wait" until
+            ``timeout``, or "stop" at once.
+
+    Attributes:
+        urls: the addresses, without a slash at the end.
+        http: sends a request to one of them, once.
+        traffic: counts bytes and scored tokens.
+
+    Raises:
+        ConfigurationError: the certificates that SSL_CERT_FILE names cannot be read.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        server: ServerKind,
+        *,
+        timeout: float,
+        rejoins: Callable[[str], bool],
+        api_key: str | None,
+        unreachable: Unreachable = "wait",
+    ) -> None:
+        self.urls = [url.rstrip("/") for url in urls]
+        self.traffic = Traffic()
+        self.http = HttpClient(
+            server, seconds=timeout / len(self.urls), api_key=api_key, traffic=self.traffic
+        )
+        self._balancer = Balancer(
+            self.urls,
+            may_rejoin=lambda url: not self.http.why_not_ready(url) and rejoins(url),
+            longest_pause=timeout,
+        )
+        self._retries = RetryPolicy(
+            self.urls,
+            timeout=timeout,
+            start=server.start,
+            unreachable=unreachable,
+            nobody_ready=lambda: all(map(self.http.why_not_ready, self.urls)),
+        )
+        self._server = server
+        self._timeout = timeout
+        self._slots = threading.Semaphore(_CONNECTIONS)
+
+    def close(self) -> None:
+        """Close the client; requests in flight fail."""
+        self._balancer.close()
+        self.http.close()
+
+    def submit(self, work: Callable[..., R], *arguments: Any, **options: Any) -> Future[R]:
+        """Run ``work`` in a thread, as many at once as there are connections."""
+
+        def run() -> R:
+            with self._slots:
+                return work(*arguments, **options)
+
+        return in_thread(run, name="teacher")
+
+    def call(self, call: Callable[[str], R], left: Callable[[], int]) -> R:
+        """Return ``call(url)`` of a replica, or of another one if it fails, until the timeout.
+
+        All attempts carry one request id, which the servers and this client log.
+
+        Args:
+            left: returns the tokens whose answer is outstanding; called from any thread.
+
+        Raises:
+            TeacherUnreachableError: no answer within the timeout, or the client is closed.
+            TeacherError: a replica came back as another teacher.
+            Whatever else ``call`` raises.
+        """
+        request_id, attempts = uuid.uuid4().hex, itertools.count(1)
+
+        def attempt(url: str) -> R:
+            logs.bind(attempt=next(attempts))
+            return call(url)
+
+        with logs.bound(request_id=request_id):
+            return self._retries.run(lambda: self._balancer.call(attempt, left), request_id)
+
+    def connect(
+        self, describe: Callable[[str], InfoResponse], known: InfoResponse | None
+    ) -> InfoResponse:
+        """Wait until every replica is ready, and return the description of the one teacher.
+
+        Args:
+            describe: returns the description by one replica.
+            known: the description by an earlier call, if there was one.
+
+        Raises:
+            TeacherUnreachableError: a replica is not ready within the timeout.
+            TeacherChangedError: the replicas are different teachers.
+            Whatever else ``describe`` raises.
+        """
+        self._wait_until_ready()
+        for url in self.urls:
+            info = self.call_ready(url, describe)
+            if known is None:
+                known = info
+            elif info.teacher != known.teacher:
+                raise TeacherChangedError(
+                    f"the replicas are different teachers: {self.urls[0]} is {known.teacher}, "
+                    f"{url} is {info.teacher}. Serve one model, or give one --teacher_url"
+                )
+        assert known is not None  # there is at least one address
+        return known
+
+    def call_ready(self, url: str, call: Callable[[str], R]) -> R:
+        """Return ``call(url)`` of a replica that was ready a moment ago.
+
+        Raises:
+            TeacherUnreachableError: the replica does not answer any more.
+        """
+        try:
+            return call(url)
+        except (*TRANSIENT_ERRORS, DeadlineExceededError) as error:
+            raise TeacherUnreachableError(
+                f"the teacher at {url} was ready and does not answer now: {error}"
+            ) from error
+
+    def switched_off(self) -> bool:
+        """Return whether nothing listens at any address; a server that loads its model listens.
+
+        Raises:
+            TeacherUnreachableError: a certificate is not trusted.
+        """
+        return not any(map(self.http.listens, self.urls))
+
+    def _wait_until_ready(self) -> None:
+        """Wait until every replica is ready, and log a message every few seconds.
+
+        Raises:
+            TeacherAnswerError: something other than a teacher listens there.
+            TeacherUnauthorizedError: a gateway before it requires a key, or another one.
+            TeacherUnreachableError: a replica is not ready within the timeout, or its certificate
+                is not trusted.
+        """
+        deadline = time.monotonic() + self._timeout
+        for url in self.urls:
+            self._wait_for(url, deadline)
+
+    def _wait_for(self, url: str, deadline: float) -> None:
+        announced = 0.0
+        while problem := self.http.why_not_ready(url):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TeacherUnreachableError(
+                    f"the teacher at {url} {problem} after {self._timeout:g} s. Start it with "
+                    f"`{self._server.start}`, check --teacher_url, or raise --teacher_timeout"
+                )
+            if time.monotonic() - announced >= 5.0:
+                announced = time.monotonic()
+                logger.warning(
+                    "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
+                )
+            time.sleep(min(0.5, left))
+
+
+def connected_info(info: InfoResponse | None) -> InfoResponse:
+    """Return the description that `Teacher.connect` has set.
+
+    Raises:
+        RuntimeError: `connect` was not called.
+    """
+    if info is None:
+        raise RuntimeError("call connect() first")
+    return info
