@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from benchmarks.report import Cell, print_report
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.pipeline import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
@@ -180,7 +181,7 @@ def apart(function: Callable[..., T], *arguments: Any) -> T:
 def on_policy_steps(steps: int, seed: int) -> list[bool]:
     """Our trainer's coins of the warm-up and of the steps that count."""
     method = DistillationConfig(
-        lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1,
+        lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
     )  # fmt: skip
     return [method.on_policy(step) for step in range(WARM_UP + steps)]

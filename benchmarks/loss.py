@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from benchmarks.report import print_report
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     linear_sparse_jsd,
     sparse_generalized_jsd,
@@ -105,7 +106,7 @@ def sparse(sizes: Sizes) -> Callable[[], None]:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        divergence = sparse_generalized_jsd(hidden @ weight.T, teacher, beta=BETA)
+        divergence = sparse_generalized_jsd(hidden @ weight.T, teacher, Divergence(BETA)).loss
         (divergence.sum() / sizes.rows).backward()
 
     return step
@@ -117,7 +118,9 @@ def linear(sizes: Sizes, *, trained: bool = True) -> Callable[[], None]:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        loss = linear_sparse_jsd(hidden, weight, teacher, beta=BETA, normalizer=sizes.rows)
+        loss = linear_sparse_jsd(
+            hidden, weight, teacher, Divergence(BETA), normalizer=sizes.rows
+        ).loss
         loss.backward()
 
     return step

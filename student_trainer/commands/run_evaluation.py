@@ -41,6 +41,7 @@ from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.evaluation.suites import Problem, problems_of
+from student_trainer.losses import Divergence
 from student_trainer.model.load import (
     context_length,
     load_config,
@@ -321,7 +322,13 @@ def _measured(
         return {}
     rows = parts.rows
     found, vocab_size = (None, rows) if scored is None else scored
-    return measure(model, references, found, beta=args.beta, vocab_size=min(rows, vocab_size))
+    return measure(
+        model,
+        references,
+        found,
+        divergence=Divergence(args.beta),
+        vocab_size=min(rows, vocab_size),
+    )
 
 
 def _generate(

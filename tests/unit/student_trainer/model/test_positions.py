@@ -10,6 +10,7 @@ from shared.errors import ConfigurationError
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.evaluation.perplexity import measure
+from student_trainer.losses import Divergence
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
@@ -33,8 +34,7 @@ def loss(model, some):
     targets = SparseTargets(
         positions=predicting_positions(some, [s.completion_mask for s in some], packed=False),
         teacher=sparse_distribution(scored, 64),
-        beta=0.0,
-        temperature=1.0,
+        divergence=Divergence(0.0),
         normalizer=10.0,
         vocab_size=64,
         labels=hard_labels(scored, 0.0)[1],
