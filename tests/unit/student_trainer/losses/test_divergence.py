@@ -102,7 +102,7 @@ def test_the_former_parameters_still_work_and_tell_the_new_one(loss):
                 getattr(statistics, name), column, rtol=0, atol=0, equal_nan=True
             )
     with (
-        pytest.warns(DeprecationWarning),
+        pytest.warns(DeprecationWarning, match="pass a Divergence"),
         pytest.raises(TypeError, match="multiple values for argument 'divergence'"),
     ):
         function(*arguments, Divergence(0.3), beta=0.3, **options)
