@@ -31,9 +31,9 @@ with TeacherClient(url, tokenizer=AutoTokenizer.from_pretrained(name)) as teache
                 hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]  # [L, d]
                 hidden = hidden[one.sample.completion_start - 1 : -1]  # [T, d], each predicts one
                 target = teacher_distribution([one], vocab_size)
-                found = linear_sparse_jsd(hidden, head, target, divergence, normalizer=tokens)
-                found.loss.backward()
-                step_loss += found.loss.item()
+                loss, _ = linear_sparse_jsd(hidden, head, target, divergence, normalizer=tokens)
+                loss.backward()
+                step_loss += loss.item()
             optimizer.step()
             optimizer.zero_grad()
         print(f"epoch {epoch}: {step_loss:.4f} nats a token in the last step")

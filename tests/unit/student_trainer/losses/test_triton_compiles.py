@@ -30,7 +30,7 @@ for mode, flags, dtype in itertools.product((0, 1, 2), FLAGS, ("*bf16", "*fp16",
     signature = {
         name: "constexpr" if name in constants
         else dtype if name == "logits_at"
-        else POINTERS.get(name) or ("i32" if name in ("rows", "vocab_size", "support") else "fp32")
+        else POINTERS.get(name) or ("i32" if name in ("count", "vocab_size", "support") else "fp32")
         for name in _kernel.arg_names
     }
     source = ASTSource(_kernel, signature=signature, constexprs=constants)
