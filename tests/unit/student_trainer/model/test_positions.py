@@ -67,10 +67,12 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_each_alone(kind):
 
 def test_perplexity_does_not_depend_on_what_was_measured_before():
     model = build("llama", **DYNAMIC)
-    alone = measure(copy.deepcopy(model), samples(30), None, beta=0.0, vocab_size=64)
+    alone = measure(
+        copy.deepcopy(model), samples(30), None, divergence=Divergence(0.0), vocab_size=64
+    )
     first = samples(30)[0]
-    measure(model, samples(60), None, beta=0.0, vocab_size=64)
-    after = measure(model, [first], None, beta=0.0, vocab_size=64)
+    measure(model, samples(60), None, divergence=Divergence(0.0), vocab_size=64)
+    after = measure(model, [first], None, divergence=Divergence(0.0), vocab_size=64)
     assert after["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
 
 
