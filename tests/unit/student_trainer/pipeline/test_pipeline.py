@@ -264,6 +264,14 @@ def test_a_micro_batch_waits_for_its_own_scores_alone():
     assert pipeline.scored(batch, [2, 3])[1].sample.token_ids[1] == 13
 
 
+def test_each_sample_gets_its_own_scores_out_of_a_request_of_several():
+    """The request is in the order of the lengths, 1, 2, 0."""
+    rows = [example(0, (1,)), example(1, (8, 8, 8, 1)), example(2, (8, 1))]
+    scored = collect(pipeline_of(METHOD, RecordingTeacher(), batches=[rows], request_size=3), 0)
+    assert [len(item.scores) for item in scored] == [1, 4, 2]
+    assert [int(item.scores.token_ids[0, 0]) for item in scored] == [5 + 3, 5 + 6, 5 + 4]
+
+
 def steps_begun(teacher):
     """The prompts of what was asked; `one_each` has prompt 10 + t in step t."""
     return [sequence[1] - 10 for request in teacher.scored for sequence in request]
