@@ -30,6 +30,7 @@ from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.rows import load_rows
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     Tail,
     generalized_jsd,
@@ -219,7 +220,7 @@ def study(
     drawn = {(k, SAMPLED): sampled(case, k) for k in ks}
     logits = case.student.clone().requires_grad_()
     for beta in BETAS:
-        dense = generalized_jsd(logits, case.teacher, beta=beta)
+        dense = generalized_jsd(logits, case.teacher, Divergence(beta))
         (exact,) = torch.autograd.grad(dense.sum(), logits)
         value = float(dense.detach().mean())
         for (k, support), teacher in (teachers | (drawn if beta == 0.0 else {})).items():
@@ -247,11 +248,11 @@ def _sparse(
     if tail == "truncate":
         return truncated(logits, teacher, beta)
     kind: Tail = "bucket" if tail == "bucket" else "renormalize"
-    return sparse_generalized_jsd(logits, teacher, beta=beta, tail=kind)
+    return sparse_generalized_jsd(logits, teacher, Divergence(beta, tail=kind)).loss
 
 
 def _masses(logits: torch.Tensor, teacher: SparseDistribution) -> tuple[float, float]:
-    _, statistics = sparse_generalized_jsd(logits, teacher, beta=0.5, return_statistics=True)
+    statistics = sparse_generalized_jsd(logits, teacher, Divergence()).statistics
     masses = (statistics.teacher_support_mass, statistics.student_support_mass)
     return float(masses[0].mean()), float(masses[1].mean())
 

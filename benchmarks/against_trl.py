@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from benchmarks.harness import Cell, argument_parser, print_report, run_apart
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.pipeline import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
@@ -169,7 +170,7 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
 def on_policy_steps(steps: int, seed: int) -> list[bool]:
     """Return our trainer's coins of the warm-up and of the steps that count."""
     method = DistillationConfig(
-        lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1,
+        lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
     )  # fmt: skip
     return [method.on_policy(step) for step in range(WARM_UP + steps)]

@@ -23,7 +23,7 @@ from benchmarks.accuracy_vs_k import STUDENT_TOP_M, Case, synthetic, trained
 from benchmarks.harness import argument_parser, print_report, set_threads
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample
-from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
+from student_trainer.losses import Divergence, SparseDistribution, sparse_generalized_jsd
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 
 K = 64
@@ -94,7 +94,9 @@ def compare(case: Case) -> Iterator[Result]:
         value, gradient = _loss(student, found["float32"], beta)
         for sent in ("rounded", "normalized"):
             other, moved = _loss(student, found[sent], beta)
-            itself = sparse_generalized_jsd(case.teacher.float(), found[sent], beta=beta)
+            itself = sparse_generalized_jsd(
+                case.teacher.float(), found[sent], Divergence(beta)
+            ).loss
             cosine = float((moved * gradient).sum() / (moved.norm() * gradient.norm()))
             yield Result(
                 case.name,
@@ -110,7 +112,7 @@ def compare(case: Case) -> Iterator[Result]:
 def _loss(
     student: torch.Tensor, teacher: SparseDistribution, beta: float
 ) -> tuple[float, torch.Tensor]:
-    rows = sparse_generalized_jsd(student, teacher, beta=beta)
+    rows = sparse_generalized_jsd(student, teacher, Divergence(beta)).loss
     (gradient,) = torch.autograd.grad(rows.sum(), student)
     return float(rows.detach().double().mean()), gradient.double()
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks.harness import Worker, argument_parser, print_report, set_threads
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     linear_sparse_jsd,
     sparse_generalized_jsd,
@@ -110,7 +111,7 @@ def sparse(sizes: Sizes) -> Callable[[], None]:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        divergence = sparse_generalized_jsd(hidden @ weight.T, teacher, beta=BETA)
+        divergence = sparse_generalized_jsd(hidden @ weight.T, teacher, Divergence(BETA)).loss
         (divergence.sum() / sizes.rows).backward()
 
     return step
@@ -122,7 +123,9 @@ def linear(sizes: Sizes, *, trained: bool = True) -> Callable[[], None]:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        loss = linear_sparse_jsd(hidden, weight, teacher, beta=BETA, normalizer=sizes.rows)
+        loss = linear_sparse_jsd(
+            hidden, weight, teacher, Divergence(BETA), normalizer=sizes.rows
+        ).loss
         loss.backward()
 
     return step

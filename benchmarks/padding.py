@@ -24,7 +24,7 @@ from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.micro_batches import group_by_sizes, group_within_budget
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
-from student_trainer.losses import HardLabels
+from student_trainer.losses import Divergence, HardLabels
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 
@@ -73,8 +73,7 @@ def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -
     targets = SparseTargets(
         positions=rows,
         teacher=sparse_distribution(scored, model.config.vocab_size),
-        beta=0.0,
-        temperature=1.0,
+        divergence=Divergence(0.0),
         normalizer=len(rows),
         vocab_size=model.config.vocab_size,
         labels=HardLabels(torch.from_numpy(labels)),

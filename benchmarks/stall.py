@@ -85,6 +85,7 @@ def train(run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
     from student_trainer.data.sample import Example
+    from student_trainer.losses import Divergence
     from student_trainer.pipeline.pipeline import DistillationConfig
     from student_trainer.rollouts import Rollout
     from student_trainer.teacher.sparse import SparseGkdTeacher
@@ -130,7 +131,7 @@ def train(run: Run) -> None:
         for i in range(4 * run.prompts)
     ]
     method = DistillationConfig(
-        lmbda=1.0, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=TOP_K,
+        lmbda=1.0, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=TOP_K,
         max_new_tokens=COMPLETION, seed=0, stop_ids=(1,),
     )  # fmt: skip
     torch.set_num_threads(1)
@@ -143,7 +144,7 @@ def train(run: Run) -> None:
         save_model(Path(folder), hidden_size=16)
         trainer = PacedTrainer(
             AutoModelForCausalLM.from_pretrained(folder),
-            TrainingPlan(method, VOCAB_SIZE, beta=0.5, staleness=run.staleness),
+            TrainingPlan(method, VOCAB_SIZE, staleness=run.staleness),
             teacher=teacher,
             args=CommonTrainingArguments(
                 output_dir=folder, max_steps=WARM_UP + run.steps + run.staleness,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from student_trainer.api import DistillationResult, distill
     from student_trainer.client import Scored, TeacherClient, teacher_distribution
     from student_trainer.losses import (
+        Divergence,
+        LossOutput,
         SparseDistribution,
         generalized_jsd,
         linear_sparse_jsd,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DistillationResult",
+    "Divergence",
+    "LossOutput",
     "Scored",
     "SparseDistribution",
     "SparseGKDError",

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from student_trainer import TeacherClient, linear_sparse_jsd, teacher_distribution
+from student_trainer import Divergence, TeacherClient, linear_sparse_jsd, teacher_distribution
 
 name, url, rows_file = sys.argv[1:]
 rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
 model = AutoModelForCausalLM.from_pretrained(name)
 head = model.get_output_embeddings().weight  # [V, d]
+divergence = Divergence(beta=0.5)  # between forward KL, 0, and reverse KL, 1
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 with TeacherClient(url, tokenizer=AutoTokenizer.from_pretrained(name)) as teacher:
@@ -30,7 +31,7 @@ with TeacherClient(url, tokenizer=AutoTokenizer.from_pretrained(name)) as teache
                 hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0]  # [L, d]
                 hidden = hidden[one.sample.completion_start - 1 : -1]  # [T, d], each predicts one
                 target = teacher_distribution([one], vocab_size)
-                loss = linear_sparse_jsd(hidden, head, target, beta=0.5, normalizer=tokens)
+                loss, _ = linear_sparse_jsd(hidden, head, target, divergence, normalizer=tokens)
                 loss.backward()
                 step_loss += loss.item()
             optimizer.step()

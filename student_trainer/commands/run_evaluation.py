@@ -41,6 +41,7 @@ from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import mean_pass_at_k, write_samples
 from student_trainer.evaluation.perplexity import measure
 from student_trainer.evaluation.suites import Problem, problems_of
+from student_trainer.losses import Divergence
 from student_trainer.model.load import load_model
 from student_trainer.teacher.compatible import check_vocabulary
 from student_trainer.training.recipe import open_teacher
@@ -190,7 +191,13 @@ def _measured(
         return {}
     rows = parts.rows
     targets, vocab_size = (None, rows) if scored is None else scored
-    return measure(model, references, targets, beta=args.beta, vocab_size=min(rows, vocab_size))
+    return measure(
+        model,
+        references,
+        targets,
+        divergence=Divergence(args.beta),
+        vocab_size=min(rows, vocab_size),
+    )
 
 
 def _write(

@@ -11,6 +11,7 @@ import torch
 from shared.sparse import SparseLogprobs
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
+from student_trainer.losses import Divergence
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.runtime.progress import tracked
@@ -22,30 +23,29 @@ def measure(
     samples: Sequence[Sample],
     scores: Sequence[SparseLogprobs] | None,
     *,
-    beta: float,
+    divergence: Divergence,
     vocab_size: int,
 ) -> dict[str, float]:
     """Return ``perplexity`` per completion token and, with a teacher's scores, ``divergence``.
 
     Args:
         model: as `install_sparse_loss` takes it, which is done here.
-        scores: of the samples, at temperature 1; None without a teacher.
-        beta: of the divergence, which is in nats a token.
+        scores: of the samples, at the divergence's temperature; None without a teacher.
+        divergence: of the teacher and the model, in nats a token.
         vocab_size: the vocabulary that both share; the rest is left out of the student's softmax.
     """
     install_sparse_loss(model)
     model.eval()
     device = next(model.parameters()).device
     given = [None] * len(samples) if scores is None else scores
-    cross_entropy, divergence, tokens = 0.0, 0.0, 0
+    cross_entropy, total, tokens = 0.0, 0.0, 0
     for sample, score in zip(tracked(samples, len(samples), "Measuring"), given, strict=True):
         item = ScoredSample(sample, score)
         rows = predicting_positions([sample], [sample.completion_mask], packed=False)
         targets = SparseTargets(
             positions=rows,
             teacher=sparse_distribution([item], vocab_size),
-            beta=beta,
-            temperature=1.0,
+            divergence=divergence,
             normalizer=1.0,
             vocab_size=vocab_size,
             labels=hard_labels([item], 0.0)[1],
@@ -56,7 +56,7 @@ def measure(
             sparse_targets=targets.to(device),
         )
         cross_entropy += float(outputs["statistics"].cross_entropy.sum())
-        divergence += float(outputs["statistics"].divergence.sum())
+        total += float(outputs["statistics"].divergence.sum())
         tokens += len(rows)
     found = {"perplexity": math.exp(cross_entropy / tokens)}
-    return found if scores is None else {**found, "divergence": divergence / tokens}
+    return found if scores is None else {**found, "divergence": total / tokens}

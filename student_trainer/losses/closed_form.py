@@ -8,14 +8,11 @@ vocabulary. `triton` is the same on a GPU in one kernel; `kernels` chooses betwe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
-
-Tail = Literal["bucket", "renormalize"]
+from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 
 CACHE_BYTES = 2 << 20  # a block of logits of this size stays in a CPU core's cache between passes
 
@@ -25,47 +22,18 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class SparseStatistics:
-    """The statistics of each position, from the pass that computes the loss; [N] float32, detached.
-
-    For a teacher estimated from draws, its mass, its entropy and the agreement are NaN.
-
-    Attributes:
-        divergence: nats.
-        teacher_support_mass, student_support_mass: probability on the support.
-        teacher_entropy, student_entropy: nats over the support and the tail as one outcome, a
-            lower bound of the entropy over the vocabulary.
-        top1_agreement: 1 where the teacher's most probable token is the student's too.
-        cross_entropy: nats, of the hard labels; NaN where there are none.
-        gap_bound: nats; the dense divergence lies between ``divergence`` and ``divergence +
-            gap_bound``. +inf where the masses alone give no bound; see `_gap_bound`.
-    """
-
-    divergence: torch.Tensor
-    teacher_support_mass: torch.Tensor
-    student_support_mass: torch.Tensor
-    teacher_entropy: torch.Tensor
-    student_entropy: torch.Tensor
-    top1_agreement: torch.Tensor
-    cross_entropy: torch.Tensor
-    gap_bound: torch.Tensor
-
-
 @torch.no_grad()
 def divergence_and_gradient(
     logits: torch.Tensor,
     teacher: SparseDistribution,
-    beta: float,
-    temperature: float,
-    tail: Tail,
+    divergence: Divergence,
     *,
     scale: float = 1.0,
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
     softcap: float | None = None,
     with_gradient: bool,
-) -> tuple[torch.Tensor, SparseStatistics]:
+) -> LossOutput:
     """Return weighted divergence plus cross-entropy of each position; ``logits`` is overwritten.
 
     With P and Q over the outcomes b, q the student's softmax and h_b = ∂D/∂Q_b,
@@ -87,8 +55,9 @@ def divergence_and_gradient(
         softcap: c, or None; needs a second matrix like ``logits``.
 
     Returns:
-        (weight · divergence + label weight · cross-entropy [N], statistics).
+        weight · divergence + label weight · cross-entropy [N], and the statistics.
     """
+    beta, temperature = divergence.beta, divergence.temperature
     slopes = None
     if softcap is not None:
         slopes = torch.div(logits, softcap).tanh_()
@@ -141,14 +110,14 @@ def divergence_and_gradient(
     gap = _gap_bound(log_p[:, -1], log_q[:, -1], teacher.tail_logprob, beta)
     gap = torch.where(coarse, gap, 0.0)
     kept_log_p, kept_p, kept_log_q, kept_q = log_p, p, log_q, q
-    if tail == "renormalize":
+    if divergence.tail == "renormalize":
         gap = torch.where(exists, math.inf, 0.0)
         present[:, -1] = False
         kept_log_p, kept_p = _renormalized(log_p, present)
         kept_log_q, kept_q = _renormalized(log_q, present)
 
-    divergence, gradient = _divergence_over_outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
-    objective = divergence if weights is None else divergence * weights
+    values, gradient = _divergence_over_outcomes(kept_log_p, kept_p, kept_log_q, kept_q, beta)
+    objective = values if weights is None else values * weights
     label_weights = None if labels is None else labels.weights
     if label_weights is not None:
         objective = objective + label_weights * cross_entropy
@@ -167,13 +136,12 @@ def divergence_and_gradient(
         if slopes is not None:
             exponentials *= slopes
     columns = (
-        divergence, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
+        values, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
         cross_entropy, gap,
     )  # fmt: skip
     # Copies: the objective may be the same tensor, and only the statistics are non-differentiable.
-    return objective.to(logits.dtype), SparseStatistics(
-        *(c.to(torch.float32, copy=True) for c in columns)
-    )
+    statistics = SparseStatistics(*(c.to(torch.float32, copy=True) for c in columns))
+    return LossOutput(objective.to(logits.dtype), statistics)
 
 
 def _finite_log_masses(

@@ -8,16 +8,18 @@ the gradients is one chunk.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.deprecated import former_parameters
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 from student_trainer.losses.kernels import Kernel, choose_kernel
 from student_trainer.losses.projection import project
-from student_trainer.losses.reference import check_parameters, compute_dtype
+from student_trainer.losses.reference import compute_dtype
 from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
 
 # Each chunk reads and writes the whole weight gradient, so a chunk needs hundreds of positions: at
@@ -25,97 +27,56 @@ from student_trainer.losses.sparse import check_teacher, check_weights, with_off
 CHUNK_BYTES = 256 << 20
 
 
-@overload
+@former_parameters
 def linear_sparse_jsd(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     teacher: SparseDistribution,
-    *,
-    normalizer: float,
-    bias: torch.Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    beta: float,
-    temperature: float = ...,
-    chunk_size: int | None = ...,
-    tail: Tail = ...,
-    vocab_size: int | None = ...,
-    weights: torch.Tensor | None = ...,
-    labels: HardLabels | None = ...,
-    kernel: Kernel = ...,
-    return_statistics: Literal[False] = ...,
-) -> torch.Tensor: ...
-@overload
-def linear_sparse_jsd(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    teacher: SparseDistribution,
-    *,
-    normalizer: float,
-    bias: torch.Tensor | None = ...,
-    softcap: float | None = ...,
-    logit_scale: float = ...,
-    beta: float,
-    temperature: float = ...,
-    chunk_size: int | None = ...,
-    tail: Tail = ...,
-    vocab_size: int | None = ...,
-    weights: torch.Tensor | None = ...,
-    labels: HardLabels | None = ...,
-    kernel: Kernel = ...,
-    return_statistics: Literal[True],
-) -> tuple[torch.Tensor, SparseStatistics]: ...
-def linear_sparse_jsd(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    teacher: SparseDistribution,
+    divergence: Divergence,
     *,
     normalizer: float,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    beta: float,
-    temperature: float = 1.0,
     chunk_size: int | None = None,
-    tail: Tail = "bucket",
     vocab_size: int | None = None,
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
     kernel: Kernel = "auto",
-    return_statistics: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
+) -> LossOutput:
     """Return the summed sparse divergence over ``normalizer``, computed from hidden states.
 
-    The student's logits are ``logit_scale · (hidden @ weightᵀ + bias)``, and the result equals
-    `sparse_generalized_jsd(...).sum() / normalizer`. Gradients are computed in the forward pass,
-    only for tensors that require them: a frozen output layer costs no weight gradient. Logits of
-    half-precision states and weights are float32; their gradient is rounded to half precision
+    The student's logits are ``logit_scale · (hidden @ weightᵀ + bias)``, and the loss equals
+    `sparse_generalized_jsd(...).loss.sum() / normalizer`. Gradients are computed in the forward
+    pass, only for tensors that require them: a frozen output layer costs no weight gradient. Logits
+    of half-precision states and weights are float32; their gradient is rounded to half precision
     before it is multiplied with states and weights.
 
     Args:
         hidden: [N, d] last hidden states of the positions.
         weight: [V, d] output layer, of the dtype of ``hidden`` (under autocast, any).
-        teacher: distributions of N positions.
+        teacher: distributions of N positions, scored at the divergence's temperature.
+        divergence: beta, temperature and treatment of the tail.
         normalizer: divisor of the sum, such as the tokens of the whole optimizer step.
         bias: [V] or None.
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
         logit_scale: factor of the logits, before they are capped (Cohere, Granite).
-        beta, temperature, tail, weights, labels, kernel: see `sparse_generalized_jsd`.
+        weights, labels, kernel: see `sparse_generalized_jsd`.
         chunk_size: positions at a time; by default equal chunks of at most 256 MiB of logits.
         vocab_size: number of token ids that are outcomes (padded vocabularies); the rest gets no
             probability and no gradient.
-        return_statistics: also return `SparseStatistics`.
 
     Returns:
-        Scalar of the arithmetic's dtype: float64 for float64 input, else float32.
+        ``loss``, a scalar of the arithmetic's dtype: float64 for float64 input, else float32;
+        differentiable once with respect to ``hidden``, ``weight`` and ``bias``. ``statistics`` of
+        each position [N], detached.
 
     Raises:
         ValueError: as in `sparse_generalized_jsd`, or shapes and dtypes do not fit.
     """
-    check_parameters(beta, temperature)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     _check_shapes(hidden, weight, bias, teacher, vocab_size)
-    check_teacher(teacher, vocab_size, tail)
+    check_teacher(teacher, vocab_size)
     check_weights(weights, labels, len(teacher), vocab_size)
     if chunk_size is None:
         chunk_size = _even_chunk_size(len(teacher), CHUNK_BYTES // (4 * vocab_size))
@@ -135,13 +96,30 @@ def linear_sparse_jsd(
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight is {weight.dtype}, hidden is {hidden.dtype}: use one dtype")
     with torch.autocast(device, enabled=False):
+        projection = _Projection(
+            chunk_size, 1.0 / float(normalizer), vocab_size, softcap, float(logit_scale)
+        )
         loss, *columns = _LinearSparseJSD.apply(
-            hidden, weight, bias, teacher,
-            (beta, temperature, tail, chunk_size, 1.0 / float(normalizer), vocab_size, softcap,
-             float(logit_scale)),
-            weights, labels, kernel,
-        )  # fmt: skip
-    return (loss, SparseStatistics(*columns)) if return_statistics else loss
+            hidden, weight, bias, teacher, divergence, projection, weights, labels, kernel
+        )
+    return LossOutput(loss, SparseStatistics(*columns))
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """The numbers by which hidden states become chunks of logits and a sum of losses.
+
+    Attributes:
+        chunk_size: positions at a time.
+        scale: factor of the sum, 1 / normalizer.
+        vocab_size, softcap, logit_scale: as in `linear_sparse_jsd`.
+    """
+
+    chunk_size: int
+    scale: float
+    vocab_size: int
+    softcap: float | None
+    logit_scale: float
 
 
 def _even_chunk_size(count: int, limit: int) -> int:
@@ -182,15 +160,17 @@ class _LinearSparseJSD(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         teacher: SparseDistribution,
-        settings: tuple[float, float, Tail, int, float, int, float | None, float],
+        divergence: Divergence,
+        projection: _Projection,
         weights: torch.Tensor | None,
         labels: HardLabels | None,
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
-        beta, temperature, tail, chunk_size, scale, vocab_size, softcap, logit_scale = settings
+        chunk_size, scale = projection.chunk_size, projection.scale
+        vocab_size, logit_scale = projection.vocab_size, projection.logit_scale
         count, dtype = hidden.shape[0], compute_dtype(hidden)
         step = choose_kernel(kernel, hidden)
-        projection = weight[:vocab_size]  # [V, d], a view
+        layer = weight[:vocab_size]  # [V, d], a view
         offset = None if bias is None else bias[:vocab_size]  # [V]
         wanted = ctx.needs_input_grad[:3]
         # In float16 most gradients underflow if they are divided by the normalizer before a loss
@@ -209,25 +189,27 @@ class _LinearSparseJSD(torch.autograd.Function):
         for first in range(0, count, chunk_size):
             chunk = slice(first, min(first + chunk_size, count))
             part = hidden[chunk]  # [n, d]
-            logits = project(part, projection, offset, out=buffer[: part.shape[0]])  # [n, V]
+            logits = project(part, layer, offset, out=buffer[: part.shape[0]])  # [n, V]
             if logit_scale != 1.0:
                 logits *= logit_scale
             targets = teacher[chunk]
             counts = None if weights is None else weights[chunk]
-            objective, statistics = step.divergence_and_gradient(
-                logits, targets, beta, temperature, tail,
+            found = step.divergence_and_gradient(
+                logits,
+                targets,
+                divergence,
                 scale=early_scale * logit_scale,
                 weights=counts,
                 labels=None if labels is None else labels[chunk],
-                softcap=softcap,
+                softcap=projection.softcap,
                 with_gradient=any(wanted),
-            )  # fmt: skip
-            objective, statistics = with_offset(objective, statistics, targets, counts)
-            loss += objective.sum() * scale
+            )
+            losses, statistics = with_offset(found, targets, counts)
+            loss += losses.sum() * scale
             parts.append(statistics)
             gradient = logits.to(hidden.dtype)  # [n, V], no copy if the dtypes are equal
             if grad_hidden is not None:
-                torch.mm(gradient, projection, out=grad_hidden[chunk])
+                torch.mm(gradient, layer, out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_outer(grad_weight[:vocab_size], gradient, part, first=first == 0)
             if grad_bias is not None:
@@ -247,7 +229,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             None if saved is None else (saved if unscaled else saved * factor).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _add_outer(

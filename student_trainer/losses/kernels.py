@@ -9,8 +9,8 @@ from typing import Literal, Protocol
 import torch
 
 from student_trainer.losses import closed_form
-from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.divergence import Divergence, LossOutput
 
 Kernel = Literal["auto", "torch", "triton"]
 
@@ -26,16 +26,14 @@ class ChunkStep(Protocol):
         self,
         logits: torch.Tensor,
         teacher: SparseDistribution,
-        beta: float,
-        temperature: float,
-        tail: Tail,
+        divergence: Divergence,
         *,
         scale: float = 1.0,
         weights: torch.Tensor | None = None,
         labels: HardLabels | None = None,
         softcap: float | None = None,
         with_gradient: bool,
-    ) -> tuple[torch.Tensor, SparseStatistics]:
+    ) -> LossOutput:
         """Compute as `closed_form.divergence_and_gradient` does."""
         ...
 

@@ -6,47 +6,37 @@ import math
 
 import torch
 
-
-def check_parameters(beta: float, temperature: float) -> None:
-    """Refuse a ``beta`` outside [0, 1] or a ``temperature`` that is not above 0 and finite.
-
-    Raises:
-        ValueError: names the parameter and its value.
-    """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta {beta} must be from 0 (forward KL) to 1 (reverse KL)")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature {temperature} must be above 0 and finite")
+from student_trainer.losses.deprecated import former_parameters
+from student_trainer.losses.divergence import Divergence
 
 
+@former_parameters
 def generalized_jsd(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    *,
-    beta: float,
-    temperature: float = 1.0,
+    divergence: Divergence,
 ) -> torch.Tensor:
     """Return the generalized Jensen-Shannon divergence over the full vocabulary.
 
-    D_β = β·KL(P‖M) + (1−β)·KL(Q‖M) with M = βP + (1−β)Q, P the teacher and Q the student at
-    ``temperature``; D_0 = KL(P‖Q) and D_1 = KL(Q‖P). There is no T² factor. D is discontinuous at
+    D_β = β·KL(P‖M) + (1−β)·KL(Q‖M) with M = βP + (1−β)Q, P the teacher and Q the student at the
+    temperature; D_0 = KL(P‖Q) and D_1 = KL(Q‖P). There is no T² factor. D is discontinuous at
     both ends: near 0 and 1 the interior form tends to 0.
 
     Args:
         student_logits: [N, V], any floating dtype; the arithmetic is float32 at least.
         teacher_logits: [N, V].
-        beta: in [0, 1].
-        temperature: divides both logits.
+        divergence: its temperature divides both logits; every token is in the support, so its tail
+            makes no difference.
 
     Returns:
         [N], nats.
 
     Raises:
-        ValueError: a parameter is out of range, or shapes differ.
+        ValueError: shapes differ.
 
     Source: GKD, arXiv 2306.13649, section 2 and appendix A.
     """
-    check_parameters(beta, temperature)
+    beta, temperature = divergence.beta, divergence.temperature
     if student_logits.shape != teacher_logits.shape or student_logits.ndim != 2:
         raise ValueError(
             f"student and teacher logits must both be [N, V], got {list(student_logits.shape)} "

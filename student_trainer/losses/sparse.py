@@ -7,55 +7,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from student_trainer.losses.closed_form import SparseStatistics, Tail
+from student_trainer.losses.deprecated import former_parameters
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 from student_trainer.losses.kernels import Kernel, choose_kernel
-from student_trainer.losses.reference import check_parameters
 
 
-@overload
+@former_parameters
 def sparse_generalized_jsd(
     student_logits: torch.Tensor,
     teacher: SparseDistribution,
+    divergence: Divergence,
     *,
-    beta: float,
-    temperature: float = ...,
-    tail: Tail = ...,
-    weights: torch.Tensor | None = ...,
-    labels: HardLabels | None = ...,
-    kernel: Kernel = ...,
-    return_statistics: Literal[False] = ...,
-) -> torch.Tensor: ...
-@overload
-def sparse_generalized_jsd(
-    student_logits: torch.Tensor,
-    teacher: SparseDistribution,
-    *,
-    beta: float,
-    temperature: float = ...,
-    tail: Tail = ...,
-    weights: torch.Tensor | None = ...,
-    labels: HardLabels | None = ...,
-    kernel: Kernel = ...,
-    return_statistics: Literal[True],
-) -> tuple[torch.Tensor, SparseStatistics]: ...
-def sparse_generalized_jsd(
-    student_logits: torch.Tensor,
-    teacher: SparseDistribution,
-    *,
-    beta: float,
-    temperature: float = 1.0,
-    tail: Tail = "bucket",
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
     kernel: Kernel = "auto",
-    return_statistics: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, SparseStatistics]:
+) -> LossOutput:
     """Return the generalized JSD between a sparse teacher and the student's full logits.
 
     Over support and tail it never exceeds the dense divergence (coarse-graining lowers an
@@ -63,75 +35,66 @@ def sparse_generalized_jsd(
 
     Args:
         student_logits: [N, V], any floating dtype; the arithmetic is float32 at least.
-        teacher: distributions of N positions, at the same ``temperature``.
-        beta: 0 forward KL(P‖Q), 1 reverse KL(Q‖P), between them the mixture; see
-            `generalized_jsd`.
-        temperature: divides the student's logits; the teacher must have been scored at it.
-        tail: "bucket" is exact on the outcomes; "renormalize" drops the tail and rescales both
-            sides over the support, which is biased, for comparison with systems that do so.
+        teacher: distributions of N positions, scored at the divergence's temperature.
+        divergence: beta, temperature and treatment of the tail.
         weights: [N] weight of each position's divergence; None for 1.
         labels: adds their weighted cross-entropy −log softmax(z / T) at each position's label.
         kernel: implementation; "auto" takes Triton on a GPU.
-        return_statistics: also return `SparseStatistics`.
 
     Returns:
-        [N], nats: weight · divergence + label weight · cross-entropy; differentiable once with
-        respect to ``student_logits``.
+        ``loss`` [N], nats: weight · divergence + label weight · cross-entropy; differentiable once
+        with respect to ``student_logits``. ``statistics`` of each position, detached.
 
     Raises:
-        ValueError: a parameter out of range, shapes that do not fit, an id outside the
-            vocabulary or twice in a row, or a teacher log-prob or a weight that is NaN or infinite.
+        ValueError: shapes that do not fit, an id outside the vocabulary or twice in a row, or a
+            teacher log-prob or a weight that is NaN or infinite.
 
     Source: GKD, arXiv 2306.13649, over the coarse-grained outcomes.
     """
-    check_parameters(beta, temperature)
     if student_logits.ndim != 2 or len(teacher) != student_logits.shape[0]:
         raise ValueError(
             f"student_logits must be [N, V] with N = {len(teacher)} as in the teacher, got "
             f"{list(student_logits.shape)}"
         )
-    check_teacher(teacher, student_logits.shape[1], tail)
+    check_teacher(teacher, student_logits.shape[1])
     check_weights(weights, labels, len(teacher), student_logits.shape[1])
-    objective, *columns = _SparseJSD.apply(
-        student_logits, teacher, (beta, temperature, tail), weights, labels, kernel
-    )
-    return (objective, SparseStatistics(*columns)) if return_statistics else objective
+    loss, *columns = _SparseJSD.apply(student_logits, teacher, divergence, weights, labels, kernel)
+    return LossOutput(loss, SparseStatistics(*columns))
 
 
 def with_offset(
-    objective: torch.Tensor,
-    statistics: SparseStatistics,
-    teacher: SparseDistribution,
-    weights: torch.Tensor | None,
-) -> tuple[torch.Tensor, SparseStatistics]:
-    """Return objective and statistics with the teacher's offset added, if it has one.
+    found: LossOutput, teacher: SparseDistribution, weights: torch.Tensor | None
+) -> LossOutput:
+    """Return loss [N] and statistics with the teacher's offset added, if it has one.
 
     A teacher estimated from draws has one. Statistics that draws cannot estimate become NaN, and
     the gap bound +inf.
     """
     if teacher.offset is None:
-        return objective, statistics
-    offset = teacher.offset.to(objective.dtype)
+        return found
+    loss, statistics = found
+    offset = teacher.offset.to(loss.dtype)
     unknown = torch.full_like(statistics.divergence, math.nan)
-    return objective + (offset if weights is None else offset * weights), replace(
-        statistics,
-        divergence=statistics.divergence + teacher.offset.float(),
-        teacher_support_mass=unknown,
-        teacher_entropy=unknown,
-        top1_agreement=unknown,
-        gap_bound=torch.full_like(unknown, math.inf),
+    return LossOutput(
+        loss + (offset if weights is None else offset * weights),
+        replace(
+            statistics,
+            divergence=statistics.divergence + teacher.offset.float(),
+            teacher_support_mass=unknown,
+            teacher_entropy=unknown,
+            top1_agreement=unknown,
+            gap_bound=torch.full_like(unknown, math.inf),
+        ),
     )
 
 
-def check_teacher(teacher: SparseDistribution, vocab_size: int, tail: str) -> None:
+def check_teacher(teacher: SparseDistribution, vocab_size: int) -> None:
     """Check the teacher's ids and log-probs; waits for the device once.
 
     Raises:
-        ValueError: an unknown ``tail``, an id outside the vocabulary or twice at a position, or a
-            log-prob that is NaN or +inf.
+        ValueError: an id outside the vocabulary or twice at a position, or a log-prob that is NaN
+            or +inf.
     """
-    if tail not in ("bucket", "renormalize"):
-        raise ValueError(f"tail {tail!r} must be 'bucket' or 'renormalize'")
     ids = teacher.token_ids
     named = torch.where(ids >= 0, teacher.logprobs, 0.0)
     ordered = ids.sort(dim=1).values
@@ -206,7 +169,7 @@ class _SparseJSD(torch.autograd.Function):
         ctx: Any,
         student_logits: torch.Tensor,
         teacher: SparseDistribution,
-        parameters: tuple[float, float, Tail],
+        divergence: Divergence,
         weights: torch.Tensor | None,
         labels: HardLabels | None,
         kernel: Kernel,
@@ -218,20 +181,20 @@ class _SparseJSD(torch.autograd.Function):
             memory_format=torch.contiguous_format,
         )
         with_gradient = ctx.needs_input_grad[0]
-        objective, statistics = step.divergence_and_gradient(
+        found = step.divergence_and_gradient(
             logits,
             teacher,
-            *parameters,
+            divergence,
             weights=weights,
             labels=labels,
             with_gradient=with_gradient,
         )
-        objective, statistics = with_offset(objective, statistics, teacher, weights)
+        loss, statistics = with_offset(found, teacher, weights)
         if with_gradient:
             ctx.save_for_backward(logits)
             ctx.dtype = student_logits.dtype
         ctx.mark_non_differentiable(*vars(statistics).values())
-        return objective, *vars(statistics).values()
+        return loss, *vars(statistics).values()
 
     @staticmethod
     @once_differentiable

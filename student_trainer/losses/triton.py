@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from student_trainer.losses.closed_form import SparseStatistics, Tail
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
+from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 
 BLOCK_V = 4096  # tokens in registers at once
 _LOWEST = torch.finfo(torch.float32).min / 4  # in place of −inf, so that 0·log 0 is 0
@@ -34,17 +34,16 @@ def logits_dtype(dtype: torch.dtype) -> torch.dtype:
 def divergence_and_gradient(
     logits: torch.Tensor,
     teacher: SparseDistribution,
-    beta: float,
-    temperature: float,
-    tail: Tail,
+    divergence: Divergence,
     *,
     scale: float = 1.0,
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
     softcap: float | None = None,
     with_gradient: bool,
-) -> tuple[torch.Tensor, SparseStatistics]:
+) -> LossOutput:
     """Compute as `closed_form.divergence_and_gradient`, on float32, bfloat16 or float16 logits."""
+    beta, temperature = divergence.beta, divergence.temperature
     count, vocab_size = logits.shape
     if not logits.is_contiguous():
         raise ValueError("logits must be contiguous")
@@ -72,7 +71,7 @@ def divergence_and_gradient(
             scale / temperature,
             1.0 if softcap is None else softcap,
             MODE=0 if beta == 0.0 else 1 if beta == 1.0 else 2,
-            RENORMALIZE=tail == "renormalize",
+            RENORMALIZE=divergence.tail == "renormalize",
             WEIGHTED=weights is not None,
             LABELLED=labels is not None,
             LABEL_WEIGHTED=label_weights is not None,
@@ -84,7 +83,7 @@ def divergence_and_gradient(
             BLOCK_V=min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size))),
             num_warps=8,
         )
-    return out[0], SparseStatistics(*out[1:])
+    return LossOutput(out[0], SparseStatistics(*out[1:]))
 
 
 @triton.jit

@@ -13,11 +13,11 @@ from torch.nn.functional import pad
 from shared.errors import ConfigurationError
 from shared.rope import LengthDependentRope, length_dependent_rope
 from student_trainer.losses import (
+    Divergence,
     HardLabels,
     Kernel,
     SparseDistribution,
     SparseStatistics,
-    Tail,
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
@@ -29,16 +29,15 @@ _INPUTS = ("input_ids", "attention_mask", "position_ids")  # packed inputs have 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """The targets and parameters of a micro-batch's loss.
+    """The targets of a micro-batch's loss, and how it is computed.
 
     Attributes:
         positions: [N] int64, index into the flattened inputs of the hidden state that predicts each
             learned token: ``b·L + position`` where sequences are padded.
         teacher: the teacher's distributions at these positions.
-        beta, temperature: parameters of the divergence.
+        divergence: of teacher and student at each position.
         normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
         vocab_size: size of the shared vocabulary; student logits of other ids are left out.
-        tail: treatment of the mass off the support, as in `sparse_generalized_jsd`.
         weights: [N] weight of each divergence; None for 1.
         labels: the data's next tokens, and the weights of their cross-entropy.
         kernel: implementation of the loss.
@@ -46,11 +45,9 @@ class SparseTargets:
 
     positions: torch.Tensor
     teacher: SparseDistribution
-    beta: float
-    temperature: float
+    divergence: Divergence
     normalizer: float
     vocab_size: int
-    tail: Tail = "bucket"
     weights: torch.Tensor | None = None
     labels: HardLabels | None = None
     kernel: Kernel = "auto"
@@ -227,39 +224,33 @@ def _loss_of_hidden(
     head: OutputHead, hidden: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
     with head.gathered():
-        loss, statistics = linear_sparse_jsd(
+        found = linear_sparse_jsd(
             hidden,  # [N, d]
             head.layer.weight,
             targets.teacher,
+            targets.divergence,
             bias=head.layer.bias,
             softcap=head.softcap,
             logit_scale=head.scale,
-            beta=targets.beta,
-            temperature=targets.temperature,
             normalizer=targets.normalizer,
             vocab_size=targets.vocab_size,
-            tail=targets.tail,
             weights=targets.weights,
             labels=targets.labels,
             kernel=targets.kernel,
-            return_statistics=True,
         )
-    return {"loss": loss, "statistics": statistics}
+    return found._asdict()
 
 
 @torch.compiler.disable
 def _loss_of_logits(
     logits: torch.Tensor, targets: SparseTargets
 ) -> dict[str, torch.Tensor | SparseStatistics]:
-    losses, statistics = sparse_generalized_jsd(
+    found = sparse_generalized_jsd(
         logits[:, : targets.vocab_size],  # [N, V]
         targets.teacher,
-        beta=targets.beta,
-        temperature=targets.temperature,
-        tail=targets.tail,
+        targets.divergence,
         weights=targets.weights,
         labels=targets.labels,
         kernel=targets.kernel,
-        return_statistics=True,
     )
-    return {"loss": losses.sum() / targets.normalizer, "statistics": statistics}
+    return {"loss": found.loss.sum() / targets.normalizer, "statistics": found.statistics}

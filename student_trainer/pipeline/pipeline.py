@@ -26,6 +26,7 @@ from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Example, Sample, completed
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.prefetched import PrefetchedBatch
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
@@ -40,16 +41,17 @@ _Written = list[list[Completion]]
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """The settings of a distillation: who writes completions, and how the teacher scores them.
+    """The settings of a distillation: who writes completions, and how they are scored and compared.
 
     SFT has no teacher; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1. With
-    ``sampled`` the support is ``top_k`` draws from the teacher, not its top-k.
+    ``sampled`` the support is ``top_k`` draws from the teacher, not its top-k. The teacher scores
+    at the temperature of the ``divergence``, which for SFT is forward KL.
     """
 
     lmbda: float
     seq_kd: bool
     seq_kd_temperature: float
-    temperature: float
+    divergence: Divergence
     top_k: int
     max_new_tokens: int
     seed: int
@@ -72,8 +74,35 @@ class DistillationConfig:
             seed=self.seed,
             stop_token_ids=self.stop_ids,
             top_k=self.top_k if scored else None,
-            score_temperature=self.temperature,
+            score_temperature=self.divergence.temperature,
         )
+
+
+@dataclass
+class PendingSample:
+    """An example on its way to a scored sample.
+
+    Attributes:
+        example: the row that it is made of.
+        sample: None until its completion is written.
+        requested: proposed ids [T, m]; None if none are proposed.
+        answer: the request that scores it, while its scores have not been taken from there.
+        place: its place in the answer.
+        scores: scores that have arrived or came with the completion, until they are handed out.
+    """
+
+    example: Example
+    sample: Sample | None = None
+    requested: NDArray[np.uint32] | None = None
+    answer: Future[list[SparseLogprobs]] | None = None
+    place: int = 0
+    scores: SparseLogprobs | None = None
+
+    @property
+    def written(self) -> Sample:
+        """The sample, once its completion is written."""
+        assert self.sample is not None
+        return self.sample
 
 
 @dataclass
@@ -82,24 +111,19 @@ class PendingBatch:
 
     Attributes:
         step: step that learns it, from 0.
+        pending: its samples, in the order of the step's examples.
         weight_version: number of optimizer steps of the weights that it was started with.
-        samples: the samples known so far, by index in ``examples``.
-        requested: proposed ids [T, m] of these samples.
-        answers: for each sample, the request that scores it and its place in that request.
-        scores: scores that have arrived or came without a request.
-        completions: indices of examples, and the teacher's completions of them.
+        completions: samples that the teacher writes, and its completions of them.
         writing: the thread that generates the student's completions, or None.
     """
 
     step: int
-    examples: list[Example]
+    pending: list[PendingSample]
     on_policy: bool
     weight_version: int
-    samples: dict[int, Sample] = field(default_factory=dict)
-    requested: dict[int, NDArray[np.uint32]] = field(default_factory=dict)
-    answers: dict[int, tuple[Future[list[SparseLogprobs]], int]] = field(default_factory=dict)
-    scores: dict[int, SparseLogprobs] = field(default_factory=dict)
-    completions: list[tuple[list[int], Future[list[Completion]]]] = field(default_factory=list)
+    completions: list[tuple[list[PendingSample], Future[list[Completion]]]] = field(
+        default_factory=list
+    )
     writing: Future[None] | None = None
 
 
@@ -182,35 +206,33 @@ class Pipeline:
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
             written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
-        for (indices, _), completions in zip(batch.completions, written, strict=True):
-            for index, completion in zip(indices, completions, strict=True):
-                example = batch.examples[index]
-                batch.samples[index] = _teacher_sample(example, completion)
-                if completion.scores is not None:
-                    batch.scores[index] = completion.scores
-                new[_key(example.prompt_ids)] = completion.model_copy(update={"scores": None})
+        for (unwritten, _), completions in zip(batch.completions, written, strict=True):
+            for one, completion in zip(unwritten, completions, strict=True):
+                one.sample = _teacher_sample(one.example, completion)
+                one.scores = completion.scores
+                bare = completion.model_copy(update={"scores": None})
+                new[_key(one.example.prompt_ids)] = bare
         batch.completions.clear()  # frees the scores, which are kept per sample from here on
         if self._scores_after_writing(batch):
-            self._score(batch, list(range(len(batch.examples))))
+            self._score(batch, batch.pending)
         if self.method.seq_kd and not batch.on_policy and self._remember:
             self._written.update(self._share(new))
-        return [batch.samples[index] for index in range(len(batch.examples))]
+        return [one.written for one in batch.pending]
 
     def scored(self, batch: PendingBatch, indices: Sequence[int]) -> list[ScoredSample]:
-        """Wait for the scores of the given samples only, and return them."""
-        for index in indices:
-            if index in batch.answers:
-                answer, place = batch.answers.pop(index)
-                batch.scores[index] = self._wait(answer)[place]
-        return [
-            ScoredSample(
-                batch.samples[i],
-                batch.scores.pop(i, None),
-                batch.requested.get(i),
-                sampled=self.method.sampled,
-            )
-            for i in indices
+        """Wait for the scores of the given samples only, and hand them out."""
+        wanted = [batch.pending[index] for index in indices]
+        for one in wanted:
+            if one.answer is not None:
+                answer, one.answer = one.answer, None
+                one.scores = self._wait(answer)[one.place]
+        found = [
+            ScoredSample(one.written, one.scores, one.requested, sampled=self.method.sampled)
+            for one in wanted
         ]
+        for one in wanted:
+            one.scores = None  # frees the memory once the micro-batch is learned
+        return found
 
     def finish_writing(self) -> None:
         """Wait until the rollout engine has generated all completions of all batches."""
@@ -228,9 +250,9 @@ class Pipeline:
                 batch.step,
                 batch.weight_version,
                 batch.on_policy,
-                [example.index for example in batch.examples],
-                [batch.samples[index] for index in range(len(batch.examples))],
-                [batch.requested[index] for index in range(len(batch.requested))],
+                [one.example.index for one in batch.pending],
+                [one.written for one in batch.pending],
+                [one.requested for one in batch.pending if one.requested is not None],
             )
             for batch in self._batches.values()
             if batch.step >= step and not self._independent_of_weights(batch.step)
@@ -256,10 +278,14 @@ class Pipeline:
                     f"after step {saved.weight_version}: resume with --rollout_staleness "
                     f"{saved.step - saved.weight_version}, or delete ahead-*.npz there"
                 )
-            batch = PendingBatch(saved.step, examples, saved.on_policy, saved.weight_version)
-            batch.samples.update(enumerate(saved.samples))
-            batch.requested.update(enumerate(saved.requested))
-            self._submit(batch, list(batch.samples))
+            none: list[None] = [None] * len(examples)
+            requested = saved.requested or none
+            pending = [
+                PendingSample(*values)
+                for values in zip(examples, saved.samples, requested, strict=True)
+            ]
+            batch = PendingBatch(saved.step, pending, saved.on_policy, saved.weight_version)
+            self._submit(batch, pending)
             self._batches[saved.step] = batch
 
     def _max_lead(self, step: int) -> int:
@@ -282,15 +308,16 @@ class Pipeline:
         an engine in other processes: these are left to a thread.
         """
         on_policy = self.teacher is not None and self.method.on_policy(step)
-        batch = PendingBatch(step, self._upcoming(step), on_policy, weight_version)
+        pending = [PendingSample(example) for example in self._upcoming(step)]
+        batch = PendingBatch(step, pending, on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
         elif self.method.seq_kd and self.teacher is not None:
             self._generate_with_teacher(batch)
         else:
-            for index, example in enumerate(batch.examples):
-                batch.samples[index] = dataset_sample(example)
-            self._score(batch, list(batch.samples))
+            for one in pending:
+                one.sample = dataset_sample(one.example)
+            self._score(batch, pending)
         return batch
 
     def _wait(self, answer: Future[list[R]]) -> list[R]:
@@ -313,8 +340,8 @@ class Pipeline:
     def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
         assert self.rollouts is not None
         requests = [
-            RolloutRequest(example.prompt_ids, key=(self.method.seed, step, example.index))
-            for example in batch.examples
+            RolloutRequest(one.example.prompt_ids, key=(self.method.seed, step, one.example.index))
+            for one in batch.pending
         ]
         if any(begun.writing for begun in self._batches.values()):
             with self._timeline.during("generating"):
@@ -333,66 +360,70 @@ class Pipeline:
         assert self.rollouts is not None
         for group in self.rollouts.generate(requests):
             for index, rollout in group:
-                batch.samples[index] = completed(
-                    batch.examples[index],
+                one = batch.pending[index]
+                one.sample = completed(
+                    one.example,
                     rollout.token_ids,
                     "student",
                     truncated=rollout.truncated,
                     weight_version=batch.weight_version,
                 )
-            self._score(batch, sorted(index for index, _ in group))
+            self._score(batch, [batch.pending[i] for i in sorted(index for index, _ in group)])
 
     def _generate_with_teacher(self, batch: PendingBatch) -> None:
         assert self.teacher is not None
-        unwritten: list[int] = []
-        for index, example in enumerate(batch.examples):
-            completion = self._written.get(_key(example.prompt_ids))
+        unwritten: list[PendingSample] = []
+        for one in batch.pending:
+            completion = self._written.get(_key(one.example.prompt_ids))
             if completion is None:
-                unwritten.append(index)
+                unwritten.append(one)
             else:
-                batch.samples[index] = _teacher_sample(example, completion)
+                one.sample = _teacher_sample(one.example, completion)
         late = self._scores_after_writing(batch)
         if not late:
-            self._score(batch, list(batch.samples))
+            self._score(batch, [one for one in batch.pending if one.sample is not None])
         if unwritten:
             sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
-            prompts = [batch.examples[i].prompt_ids for i in unwritten]
+            prompts = [one.example.prompt_ids for one in unwritten]
             future = self.teacher.submit(self.teacher.generate, prompts, sampling)
             self._timeline.request(future, prompts=len(unwritten))
             batch.completions.append((unwritten, future))
 
-    def _score(self, batch: PendingBatch, indices: list[int]) -> None:
-        """Send samples to the teacher, with the ids that are proposed for them."""
-        if self.teacher is None or not indices:
+    def _score(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
+        """Send written samples to the teacher, with the ids that are proposed for them."""
+        if self.teacher is None or not pending:
             return
         if self._propose is not None:
             with self._timeline.during("generating"):
-                requested = self._propose([batch.samples[i] for i in indices])
-            batch.requested.update(zip(indices, requested, strict=True))
-        self._submit(batch, indices)
+                proposed = self._propose([one.written for one in pending])
+            for one, ids in zip(pending, proposed, strict=True):
+                one.requested = ids
+        self._submit(batch, pending)
 
-    def _submit(self, batch: PendingBatch, indices: list[int]) -> None:
+    def _submit(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
         assert self.teacher is not None
+        proposed = any(one.requested is not None for one in pending)  # for all of them, or none
         # Requests that depend on the student's weights never repeat, so they bypass the cache.
-        teacher = self.teacher.live if batch.on_policy or batch.requested else self.teacher
+        teacher = self.teacher.live if batch.on_policy or proposed else self.teacher
         # Requests go out in training order, so that the first micro-batch is scored first.
-        lengths = [len(batch.samples[i].token_ids) for i in indices]
+        lengths = [len(one.written.token_ids) for one in pending]
         order = order_by_length(lengths, shortest_first=batch.on_policy)
-        indices = [indices[place] for place in order]
-        for first in range(0, len(indices), self._request_size):
-            part = indices[first : first + self._request_size]
-            samples = [batch.samples[i] for i in part]
+        for first in range(0, len(order), self._request_size):
+            part = [pending[index] for index in order[first : first + self._request_size]]
+            samples = [one.written for one in part]
+            requested = [one.requested for one in part if one.requested is not None]
             answer = teacher.submit(
                 teacher.score,
                 [(s.token_ids, s.completion_start) for s in samples],
                 top_k=self.method.top_k,
-                temperature=self.method.temperature,
-                requested=[batch.requested[i] for i in part] if batch.requested else None,
+                temperature=self.method.divergence.temperature,
+                requested=requested or None,
                 sample_seed=self.method.sample_seed(batch.step),
             )
             scored_tokens = sum(len(sample.completion_mask) for sample in samples)
             self._timeline.request(answer, sequences=len(samples), scored_tokens=scored_tokens)
-            batch.answers.update((index, (answer, place)) for place, index in enumerate(part))
+            for place, one in enumerate(part):
+                one.answer, one.place = answer, place
 
 
 def _wait_for_writer(batch: PendingBatch) -> None:

@@ -40,7 +40,7 @@ class PlannedRequests:
 
     @property
     def score_options(self) -> dict[str, Any]:
-        return {"top_k": self.method.top_k, "temperature": self.method.temperature}
+        return {"top_k": self.method.top_k, "temperature": self.method.divergence.temperature}
 
 
 def planned_requests(

@@ -116,7 +116,7 @@ class HeldOutEvaluation:
                     self.teacher.score,
                     [(s.token_ids, s.completion_start) for s in samples],
                     top_k=self.plan.method.top_k,
-                    temperature=self.plan.method.temperature,
+                    temperature=self.plan.method.divergence.temperature,
                 )
                 scores = self.ranks.together(score)
                 self.teacher.take_traffic()  # not part of a training step
@@ -190,8 +190,8 @@ class HeldOutEvaluation:
             [own.get(example.index) for example in chosen],
             step=step,
             first=self._first_look,
-            beta=self.plan.beta,
-            temperature=self.plan.method.temperature,
+            beta=self.plan.method.divergence.beta,
+            temperature=self.plan.method.divergence.temperature,
             teacher=self.teacher is not None,
         )
         self._first_look = self._first_look or content

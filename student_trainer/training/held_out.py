@@ -54,9 +54,9 @@ def look(model: Any, inputs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     wanted = PositionLogits(targets.positions, targets.vocab_size)
     logits = model(**rest, position_logits=wanted)["logits"].float()  # [N, V]
     divergence = sparse_generalized_jsd(
-        logits, targets.teacher, beta=targets.beta, temperature=targets.temperature, kernel="torch"
-    )
-    probabilities = (logits / targets.temperature).softmax(dim=-1)
+        logits, targets.teacher, targets.divergence, kernel="torch"
+    ).loss
+    probabilities = (logits / targets.divergence.temperature).softmax(dim=-1)
     return {
         "divergence": [round(value, 4) for value in divergence.tolist()],
         "support": _support(targets.teacher, probabilities, tokenizer),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from student_trainer.data.collate import model_inputs, predicting_positions
-from student_trainer.losses import Tail
+from student_trainer.losses import Divergence
 from student_trainer.model.forward import SparseTargets
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
 from student_trainer.training.plan import TrainingPlan
@@ -34,14 +34,21 @@ class MicroBatchBuilder:
         Args:
             normalizer: learned tokens of the whole optimizer step, over ranks and micro-batches.
         """
-        return self._build(scored, normalizer, self.plan.tail, self.plan.sft_weight)
+        return self._build(scored, normalizer, self.plan.method.divergence, self.plan.sft_weight)
 
     def held_out(self, scored: Sequence[ScoredSample]) -> MicroBatch:
-        """Build a micro-batch whose loss is the sum of the divergences, with the exact tail."""
-        return self._build(scored, 1.0, "bucket", 0.0)
+        """Build a micro-batch whose loss is the sum of the divergences.
+
+        The tail is always the exact one, so that runs can be compared.
+        """
+        return self._build(scored, 1.0, replace(self.plan.method.divergence, tail="bucket"), 0.0)
 
     def _build(
-        self, scored: Sequence[ScoredSample], normalizer: float, tail: Tail, sft_weight: float
+        self,
+        scored: Sequence[ScoredSample],
+        normalizer: float,
+        divergence: Divergence,
+        sft_weight: float,
     ) -> MicroBatch:
         samples = [item.sample for item in scored]
         masks = [sample.completion_mask for sample in samples]
@@ -51,11 +58,9 @@ class MicroBatchBuilder:
             "sparse_targets": SparseTargets(
                 positions=predicting_positions(samples, masks, packed=self.packed),
                 teacher=sparse_distribution(scored, self.plan.vocab_size),
-                beta=self.plan.beta,
-                temperature=self.plan.method.temperature,
+                divergence=divergence,
                 normalizer=normalizer,
                 vocab_size=self.plan.vocab_size,
-                tail=tail,
                 weights=weights,
                 labels=labels,
                 kernel=self.plan.kernel,

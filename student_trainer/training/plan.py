@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from student_trainer.losses import Kernel, Tail
+from student_trainer.losses import Kernel
 from student_trainer.model.packing import Packing
 from student_trainer.pipeline.pipeline import DistillationConfig
 
@@ -16,11 +16,8 @@ class TrainingPlan:
     """The method and the options of a run, besides transformers' `TrainingArguments`.
 
     Attributes:
-        method: lmbda, seq_kd and the like.
+        method: lmbda, seq_kd and the like, and the divergence.
         vocab_size: the vocabulary that teacher and student share.
-        beta: of the divergence; 0 for SFT.
-        tail: what becomes of the mass off the support in training; held-out divergences keep the
-            bucket, so that runs can be compared.
         sft_weight: share of the cross-entropy on what the dataset or the teacher wrote.
         kernel: who computes the loss.
         student_top_m: the student's own most probable tokens that the teacher scores at each
@@ -41,8 +38,6 @@ class TrainingPlan:
 
     method: DistillationConfig
     vocab_size: int
-    beta: float = 0.0
-    tail: Tail = "bucket"
     sft_weight: float = 0.0
     kernel: Kernel = "auto"
     student_top_m: int = 0

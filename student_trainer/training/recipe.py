@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from shared.errors import (
 )
 from student_trainer.config.arguments import (
     DataArguments,
+    DivergenceFlags,
     GenerationArguments,
     ModelArguments,
     Recipe,
@@ -45,6 +46,7 @@ from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.evaluation.checkers import missing_fences
+from student_trainer.losses import Divergence
 from student_trainer.model.load import (
     context_length,
     load_config,
@@ -204,22 +206,20 @@ def run(
 
 def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> TrainingPlan:
     """Return what the flags say that a run does, without its card and inputs."""
-    divergence = divergence_of(args)
+    flags = divergence_of(args)
     return TrainingPlan(
         method=prepared.method,
         vocab_size=prepared.vocab_size,
-        beta=divergence.beta,
-        tail=divergence.tail,
-        sft_weight=divergence.sft_weight,
+        sft_weight=flags.sft_weight,
         kernel=args.loss_kernel,
-        student_top_m=divergence.student_top_m,
-        rollout_temperature=divergence.rollout_temperature,
+        student_top_m=flags.student_top_m,
+        rollout_temperature=flags.rollout_temperature,
         generation_batch_size=recipe.generation.generation_batch_size,
         max_tokens_per_batch=args.max_tokens_per_batch,
         packing=args.packing,
         longest=prepared.max_length,
-        staleness=divergence.rollout_staleness,
-        prefetch_steps=divergence.teacher_prefetch_steps,
+        staleness=flags.rollout_staleness,
+        prefetch_steps=flags.teacher_prefetch_steps,
         trace_steps=traced_steps(args),
     )
 
@@ -397,18 +397,23 @@ def _make_folder(args: CommonTrainingArguments) -> None:
         raise ConfigurationError(f"--output_dir {folder}: {error.strerror or error}") from error
 
 
+def chosen_divergence(flags: DivergenceFlags) -> Divergence:
+    """Return the divergence of the flags, which are named as its fields."""
+    return Divergence(**{field.name: getattr(flags, field.name) for field in fields(Divergence)})
+
+
 def _method(
     args: CommonTrainingArguments, generation: GenerationArguments, top_k: int, stop_ids: list[int]
 ) -> DistillationConfig:
-    divergence = divergence_of(args)
+    flags = divergence_of(args)
     return DistillationConfig(
-        lmbda=divergence.lmbda,
-        seq_kd=divergence.seq_kd,
-        seq_kd_temperature=divergence.seq_kd_temperature,
-        temperature=divergence.temperature,
+        lmbda=flags.lmbda,
+        seq_kd=flags.seq_kd,
+        seq_kd_temperature=flags.seq_kd_temperature,
+        divergence=chosen_divergence(flags),
         top_k=top_k,
         max_new_tokens=generation.max_new_tokens,
         seed=args.seed,
         stop_ids=tuple(stop_ids),
-        sampled=divergence.teacher_support == "sampled",
+        sampled=flags.teacher_support == "sampled",
     )

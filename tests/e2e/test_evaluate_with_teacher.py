@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer.commands.main import main
-from student_trainer.losses import generalized_jsd
+from student_trainer.losses import Divergence, generalized_jsd
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
@@ -30,5 +30,5 @@ def test_held_out_divergence_is_the_dense_one(world, tmp_path, beta):
         for folder in (world.student, world.teacher)
     )
     with torch.no_grad():
-        dense = float(generalized_jsd(student, teacher, beta=beta).mean())
+        dense = float(generalized_jsd(student, teacher, Divergence(beta)).mean())
     assert results["divergence"] == pytest.approx(dense, rel=1e-2)

@@ -22,6 +22,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from student_trainer import (
+    Divergence,
     TeacherClient,
     distill,
     generalized_jsd,
@@ -110,11 +111,11 @@ class TestTeacherClient:
             hidden.append(model.get_decoder()(ids).last_hidden_state[0, rows])
             student = logprobs_of(world.student, one.sample.token_ids)[rows]
             ours = logprobs_of(world.teacher, one.sample.token_ids)[rows]
-            dense.append(generalized_jsd(student, ours, beta=0.5))
+            dense.append(generalized_jsd(student, ours, Divergence(0.5)))
+        target = teacher_distribution(scored, 260)
         loss = linear_sparse_jsd(
-            torch.cat(hidden), model.lm_head.weight, teacher_distribution(scored, 260), beta=0.5,
-            normalizer=4,
-        )  # fmt: skip
+            torch.cat(hidden), model.lm_head.weight, target, Divergence(0.5), normalizer=4
+        ).loss
         assert loss.item() == pytest.approx(float(torch.cat(dense).mean()), rel=1e-4)
 
     def test_what_cannot_be_asked_is_told_by_name(self, world, teacher):

@@ -6,7 +6,7 @@ import torch
 
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.data.sample import Sample
-from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
+from student_trainer.losses import Divergence, generalized_jsd, sparse_generalized_jsd
 from student_trainer.model.forward import install_sparse_loss
 from student_trainer.model.load import load_model as load_student
 from student_trainer.model.top_tokens import TopTokenProposals
@@ -77,8 +77,8 @@ def test_the_joined_support_is_exact_and_brings_the_divergence_nearer_to_dense(w
                     _reverse_kl_within(np.delete(logits[row], named), np.delete(dense[row], named))
                 )
             student_logits = torch.from_numpy(logits)
-            exact = generalized_jsd(student_logits, torch.from_numpy(dense), beta=1.0)
-            sparse = sparse_generalized_jsd(student_logits, teacher, beta=1.0)
+            exact = generalized_jsd(student_logits, torch.from_numpy(dense), Divergence(1.0))
+            sparse = sparse_generalized_jsd(student_logits, teacher, Divergence(1.0)).loss
             # The chain rule: what is missing is the divergence within the tail, no more.
             np.testing.assert_allclose((exact - sparse).numpy(), hidden, atol=1e-5)
             errors.append(float((exact - sparse).mean() / exact.mean()))

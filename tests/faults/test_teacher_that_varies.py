@@ -11,6 +11,7 @@ from shared import wire
 from shared.errors import TeacherAnswerError
 from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
 from student_trainer.commands.main import main
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub
@@ -89,7 +90,7 @@ def test_a_cache_does_not_hide_it(command, varying, tmp_path, capsys):
 
 def test_prompts_of_one_token_hide_it_no_more(varying):
     example = SimpleNamespace(name="row 1", prompt_ids=np.array([5], np.uint32), sample=None)
-    method = SimpleNamespace(top_k=4, temperature=1.0)
+    method = SimpleNamespace(top_k=4, divergence=Divergence())
     with stub.serving(varying(0.5)) as url, SparseGkdTeacher([url]) as client:
         client.connect()
         with pytest.raises(TeacherAnswerError, match="row 1"):

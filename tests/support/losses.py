@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from student_trainer.losses import SparseDistribution, sparse_generalized_jsd
+from student_trainer.losses import LossOutput, SparseDistribution, sparse_generalized_jsd
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 TAILS = ["bucket", "renormalize"]
@@ -18,8 +18,9 @@ def top_k(teacher_logits, k, temperature=1.0):
     return SparseDistribution(ids, values, rest.logsumexp(dim=-1))
 
 
-def plain(logits, teacher, *, beta, temperature=1.0, tail="bucket"):
+def plain(logits, teacher, divergence):
     """Return the divergence by its definition, row by row over explicit outcomes, for autograd."""
+    beta, temperature, tail = divergence.beta, divergence.temperature, divergence.tail
     values = []
     for row, ids, logprobs, tail_logprob in zip(
         logits, teacher.token_ids, teacher.logprobs, teacher.tail_logprob, strict=True
@@ -45,9 +46,11 @@ def plain(logits, teacher, *, beta, temperature=1.0, tail="bucket"):
     return torch.stack(values)
 
 
-def value_and_gradient(logits, teacher, function=sparse_generalized_jsd, **arguments):
+def value_and_gradient(logits, teacher, divergence, function=sparse_generalized_jsd, **arguments):
     logits = logits.detach().requires_grad_()
-    value = function(logits, teacher, **arguments)
+    value = function(logits, teacher, divergence, **arguments)
+    if isinstance(value, LossOutput):
+        value = value.loss
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), gradient
 

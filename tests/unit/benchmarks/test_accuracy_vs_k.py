@@ -17,7 +17,7 @@ from benchmarks.accuracy_vs_k import (
     synthetic,
     truncated,
 )
-from student_trainer.losses import generalized_jsd, sparse_generalized_jsd
+from student_trainer.losses import Divergence, generalized_jsd, sparse_generalized_jsd
 from student_trainer.reporting.svg import write_chart
 
 V = 60
@@ -62,10 +62,12 @@ def test_draws_give_the_dense_value_and_gradient_in_the_mean(case):
     def value_and_gradient(rows):
         return torch.cat([rows.detach(), torch.autograd.grad(rows.sum(), logits)[0].flatten()])
 
-    dense = value_and_gradient(generalized_jsd(logits, case.teacher, beta=0.0))
+    dense = value_and_gradient(generalized_jsd(logits, case.teacher, Divergence(0.0)))
     found = torch.stack(
         [
-            value_and_gradient(sparse_generalized_jsd(logits, sampled(case, 8, seed), beta=0.0))
+            value_and_gradient(
+                sparse_generalized_jsd(logits, sampled(case, 8, seed), Divergence(0.0)).loss
+            )
             for seed in range(1000)
         ]
     )
@@ -79,7 +81,7 @@ def test_draws_give_the_dense_value_and_gradient_in_the_mean(case):
 @pytest.mark.parametrize("beta", BETAS)
 def test_truncation_sums_the_definition_over_the_support_alone(case, beta):
     every = truncated(case.student, support_of(case, V, "top-k"), beta)
-    dense = generalized_jsd(case.student, case.teacher, beta=beta)
+    dense = generalized_jsd(case.student, case.teacher, Divergence(beta))
     torch.testing.assert_close(every, dense)
     some = truncated(case.student, support_of(case, 4, "top-k"), beta)
     assert (some < dense).all()
@@ -105,9 +107,9 @@ def test_naming_one_of_several_favourites_turns_the_gradient_yet_brings_it_neare
     def gradient(divergence):
         return torch.autograd.grad(divergence.sum(), logits)[0]
 
-    dense = gradient(generalized_jsd(logits, case.teacher, beta=1.0))[0]
+    dense = gradient(generalized_jsd(logits, case.teacher, Divergence(1.0)))[0]
     unnamed, named = (
-        gradient(sparse_generalized_jsd(logits, support_of(case, 1, support), beta=1.0))
+        gradient(sparse_generalized_jsd(logits, support_of(case, 1, support), Divergence(1.0)).loss)
         for support in ("top-k", "default")
     )
 

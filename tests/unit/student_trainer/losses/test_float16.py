@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from student_trainer.losses import linear_sparse_jsd
+from student_trainer.losses import Divergence, linear_sparse_jsd
 from tests.support.losses import BETAS, top_k
 
 ROWS, WIDTH, VOCAB_SIZE = 64, 16, 2_000
@@ -21,7 +21,7 @@ def test_a_loss_scaler_keeps_float16_gradients_from_underflow(beta, under_autoca
     def gradients(dtype, scale):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
         with torch.autocast("cpu", torch.float16, enabled=under_autocast and scale != 1.0):
-            loss = linear_sparse_jsd(*inputs, teacher, beta=beta, normalizer=NORMALIZER)
+            loss = linear_sparse_jsd(*inputs, teacher, Divergence(beta), normalizer=NORMALIZER).loss
         scaled = torch.autograd.grad(loss * scale, inputs)
         return [gradient.float() / scale for gradient in scaled]
 
@@ -38,7 +38,8 @@ def test_an_upstream_gradient_of_one_still_divides_by_the_normalizer_in_float16(
     teacher = top_k(3 * torch.randn(4, 50), 8)
     whole, quarter = (
         torch.autograd.grad(
-            linear_sparse_jsd(hidden, weight, teacher, beta=0.5, normalizer=normalizer), hidden
+            linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=normalizer).loss,
+            hidden,
         )[0]
         for normalizer in (1, 4)
     )

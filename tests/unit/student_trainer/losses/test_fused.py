@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from student_trainer.losses import SparseDistribution, linear_sparse_jsd, sparse_generalized_jsd
+from student_trainer.losses import (
+    Divergence,
+    SparseDistribution,
+    linear_sparse_jsd,
+    sparse_generalized_jsd,
+)
 from student_trainer.losses.fused import _even_chunk_size
 from tests.support.losses import BETAS, TAILS, assert_close, top_k
 
@@ -25,9 +30,9 @@ def problem(dtype=torch.float64, seed=0):
     return hidden, weight, bias, top_k(teacher, K)
 
 
-def through_logits(hidden, weight, bias, teacher, *, normalizer=1.0, vocab_size=None, **arguments):
+def through_logits(hidden, weight, bias, teacher, divergence, *, normalizer=1.0, vocab_size=None):
     logits = (hidden @ weight.T + (0.0 if bias is None else bias))[:, :vocab_size]
-    return sparse_generalized_jsd(logits, teacher, **arguments).sum() / normalizer
+    return sparse_generalized_jsd(logits, teacher, divergence).loss.sum() / normalizer
 
 
 def gradients(loss, *inputs):
@@ -50,13 +55,11 @@ def test_linear_equals_sparse_on_its_logits_for_every_chunk_size(
     hidden, weight, bias, teacher = problem(seed=seed)
     bias = bias if with_bias else None
     inputs = [hidden, weight] + ([bias] if with_bias else [])
-    arguments = {
-        "beta": beta, "temperature": temperature, "tail": tail, "normalizer": normalizer,
-    }  # fmt: skip
-    expected = through_logits(hidden, weight, bias, teacher, **arguments)
+    divergence = Divergence(beta, temperature, tail)
+    expected = through_logits(hidden, weight, bias, teacher, divergence, normalizer=normalizer)
     actual = linear_sparse_jsd(
-        hidden, weight, teacher, bias=bias, chunk_size=chunk_size, **arguments
-    )
+        hidden, weight, teacher, divergence, bias=bias, chunk_size=chunk_size, normalizer=normalizer
+    ).loss
     assert actual.shape == ()
     assert_close(actual, expected)
     for one, other in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
@@ -67,18 +70,25 @@ def test_linear_equals_sparse_on_its_logits_for_every_chunk_size(
 def test_vocab_size_equals_slicing_the_logits(beta):
     hidden, weight, bias, _ = problem()
     teacher = top_k(torch.randn(N, 9, dtype=torch.float64), K)
-    expected = through_logits(hidden, weight, bias, teacher, beta=beta, vocab_size=9)
+    expected = through_logits(hidden, weight, bias, teacher, Divergence(beta), vocab_size=9)
     actual = linear_sparse_jsd(
-        hidden, weight, teacher, bias=bias, beta=beta, vocab_size=9, chunk_size=3, normalizer=1
-    )
+        hidden,
+        weight,
+        teacher,
+        Divergence(beta),
+        bias=bias,
+        vocab_size=9,
+        chunk_size=3,
+        normalizer=1,
+    ).loss
     assert_close(actual, expected)
     inputs = (hidden, weight, bias)
     for one, other in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
         assert_close(one, other)
     _, grad_weight, grad_bias = gradients(
         linear_sparse_jsd(
-            hidden, weight, teacher, bias=bias, beta=beta, vocab_size=9, normalizer=1
-        ),
+            hidden, weight, teacher, Divergence(beta), bias=bias, vocab_size=9, normalizer=1
+        ).loss,
         *inputs,
     )
     assert not grad_weight[9:].any()
@@ -91,9 +101,11 @@ def test_vocab_size_equals_slicing_the_logits(beta):
 def test_softcap_equals_capping_the_logits(beta, softcap):
     hidden, weight, bias, teacher = problem()
     logits = softcap * torch.tanh((hidden @ weight.T + bias) / softcap)
-    expected = sparse_generalized_jsd(logits, teacher, beta=beta, temperature=2.0).sum()
-    arguments = {"beta": beta, "temperature": 2.0, "normalizer": 1, "softcap": softcap}
-    actual = linear_sparse_jsd(hidden, weight, teacher, bias=bias, chunk_size=3, **arguments)
+    divergence = Divergence(beta, temperature=2.0)
+    expected = sparse_generalized_jsd(logits, teacher, divergence).loss.sum()
+    actual = linear_sparse_jsd(
+        hidden, weight, teacher, divergence, bias=bias, softcap=softcap, chunk_size=3, normalizer=1
+    ).loss
     assert_close(actual, expected)
     inputs = (hidden, weight, bias)
     for one, other in zip(gradients(actual, *inputs), gradients(expected, *inputs), strict=True):
@@ -104,12 +116,14 @@ def test_softcap_equals_capping_the_logits(beta, softcap):
 def test_only_what_requires_a_gradient_gets_one(trained):
     hidden, weight, bias, teacher = problem()
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
-    (expected,) = gradients(through_logits(*inputs.values(), teacher, beta=0.5), inputs[trained])
+    (expected,) = gradients(
+        through_logits(*inputs.values(), teacher, Divergence()), inputs[trained]
+    )
     for name, tensor in inputs.items():
         tensor.requires_grad_(name == trained)
     loss = linear_sparse_jsd(
-        hidden, weight, teacher, bias=bias, beta=0.5, chunk_size=2, normalizer=1
-    )
+        hidden, weight, teacher, Divergence(), bias=bias, chunk_size=2, normalizer=1
+    ).loss
     kept = [saved is not None for saved in loss.grad_fn.saved_tensors]
     assert kept == [name == trained for name in inputs]
     loss.backward()
@@ -120,10 +134,10 @@ def test_only_what_requires_a_gradient_gets_one(trained):
 
 def test_without_any_gradient_the_value_is_the_same():
     hidden, weight, bias, teacher = problem()
-    arguments = {"bias": bias, "beta": 0.5, "normalizer": 1}
-    expected = linear_sparse_jsd(hidden, weight, teacher, **arguments)
+    arguments = {"bias": bias, "normalizer": 1}
+    expected = linear_sparse_jsd(hidden, weight, teacher, Divergence(), **arguments).loss
     with torch.no_grad():
-        value = linear_sparse_jsd(hidden, weight, teacher, **arguments)
+        value = linear_sparse_jsd(hidden, weight, teacher, Divergence(), **arguments).loss
     assert not value.requires_grad
     assert value.item() == expected.item()
 
@@ -132,32 +146,30 @@ def test_without_any_gradient_the_value_is_the_same():
 def test_upstream_gradient_scales_all_gradients(upstream):
     hidden, weight, bias, teacher = problem()
     inputs = (hidden, weight, bias)
-    loss = linear_sparse_jsd(hidden, weight, teacher, bias=bias, beta=0.5, normalizer=1)
-    expected = gradients(through_logits(*inputs, teacher, beta=0.5), *inputs)
+    loss = linear_sparse_jsd(hidden, weight, teacher, Divergence(), bias=bias, normalizer=1).loss
+    expected = gradients(through_logits(*inputs, teacher, Divergence()), *inputs)
     for one, other in zip(gradients(upstream * loss, *inputs), expected, strict=True):
         assert_close(one, upstream * other)
 
 
 def test_gradients_accumulate_over_calls():
     hidden, weight, bias, teacher = problem()
-    arguments = {"bias": bias, "beta": 0.5}
+    arguments = {"bias": bias, "normalizer": N}
     (expected,) = gradients(
-        linear_sparse_jsd(hidden, weight, teacher, normalizer=N, **arguments), weight
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), **arguments).loss, weight
     )
     for rows in (slice(0, 3), slice(3, N)):
-        linear_sparse_jsd(hidden[rows], weight, teacher[rows], normalizer=N, **arguments).backward()
+        one = linear_sparse_jsd(hidden[rows], weight, teacher[rows], Divergence(), **arguments)
+        one.loss.backward()
     assert_close(weight.grad, expected)
 
 
 def test_statistics_are_those_of_the_logits_in_the_order_of_the_rows():
     hidden, weight, bias, teacher = problem()
     loss, statistics = linear_sparse_jsd(
-        hidden, weight, teacher,
-        bias=bias, beta=0.5, chunk_size=2, normalizer=4, return_statistics=True,
-    )  # fmt: skip
-    divergence, expected = sparse_generalized_jsd(
-        hidden @ weight.T + bias, teacher, beta=0.5, return_statistics=True
+        hidden, weight, teacher, Divergence(), bias=bias, chunk_size=2, normalizer=4
     )
+    divergence, expected = sparse_generalized_jsd(hidden @ weight.T + bias, teacher, Divergence())
     assert_close(loss, divergence.sum() / 4)
     for name, column in vars(statistics).items():
         assert column.dtype == torch.float32
@@ -168,9 +180,7 @@ def test_statistics_are_those_of_the_logits_in_the_order_of_the_rows():
 def test_no_rows_give_zero_and_zero_gradients():
     _, weight, _, teacher = problem()
     hidden = torch.zeros(0, D, dtype=torch.float64, requires_grad=True)
-    loss, statistics = linear_sparse_jsd(
-        hidden, weight, teacher[:0], beta=0.5, normalizer=1, return_statistics=True
-    )
+    loss, statistics = linear_sparse_jsd(hidden, weight, teacher[:0], Divergence(), normalizer=1)
     grad_hidden, grad_weight = gradients(loss, hidden, weight)
     assert loss.item() == 0.0
     assert grad_hidden.shape == (0, D)
@@ -184,10 +194,10 @@ def test_half_precision_is_near_float32(dtype, tolerance, beta):
     hidden, weight, bias, teacher = problem(dtype)
     inputs = (hidden, weight, bias)
     exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    expected = through_logits(*exact, teacher, beta=beta)
+    expected = through_logits(*exact, teacher, Divergence(beta))
     loss = linear_sparse_jsd(
-        hidden, weight, teacher, bias=bias, beta=beta, chunk_size=2, normalizer=1
-    )
+        hidden, weight, teacher, Divergence(beta), bias=bias, chunk_size=2, normalizer=1
+    ).loss
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for one, other in zip(gradients(loss, *inputs), gradients(expected, *exact), strict=True):
@@ -199,11 +209,13 @@ def test_autocast_projects_in_its_dtype_and_computes_in_float32():
     hidden, weight, bias, teacher = problem(torch.float32)
     inputs = (hidden, weight, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_sparse_jsd(hidden, weight, teacher, bias=bias, beta=0.5, normalizer=1)
+        loss = linear_sparse_jsd(
+            hidden, weight, teacher, Divergence(), bias=bias, normalizer=1
+        ).loss
     halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
     expected = linear_sparse_jsd(
-        halves[0], halves[1], teacher, bias=halves[2], beta=0.5, normalizer=1
-    )
+        halves[0], halves[1], teacher, Divergence(), bias=halves[2], normalizer=1
+    ).loss
     assert loss.dtype == torch.float32
     assert loss.item() == expected.item()
     for one, other in zip(gradients(loss, *inputs), gradients(expected, *halves), strict=True):
@@ -214,8 +226,10 @@ def test_autocast_projects_in_its_dtype_and_computes_in_float32():
 def test_autocast_takes_mixed_dtypes():
     hidden, weight, _, teacher = problem(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = linear_sparse_jsd(hidden.bfloat16(), weight, teacher, beta=0.5, normalizer=1)
-        same = linear_sparse_jsd(hidden, weight, teacher, beta=0.5, normalizer=1)
+        mixed = linear_sparse_jsd(
+            hidden.bfloat16(), weight, teacher, Divergence(), normalizer=1
+        ).loss
+        same = linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=1).loss
     assert mixed.item() == same.item()
 
 
@@ -224,7 +238,9 @@ def test_autocast_takes_mixed_dtypes():
 def test_extreme_logits_give_finite_values_and_gradients(beta, scale):
     hidden, weight, _, teacher = problem(torch.float32)
     weight = (weight.detach() * scale).requires_grad_()
-    loss = linear_sparse_jsd(hidden, weight, teacher, beta=beta, chunk_size=3, normalizer=N)
+    loss = linear_sparse_jsd(
+        hidden, weight, teacher, Divergence(beta), chunk_size=3, normalizer=N
+    ).loss
     assert math.isfinite(loss.item())
     assert all(gradient.isfinite().all() for gradient in gradients(loss, hidden, weight))
 
@@ -240,9 +256,6 @@ def test_default_chunks_are_of_equal_size(rows, limit, size):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"beta": 1.5}, r"beta 1\.5"),
-        ({"temperature": 0.0}, r"temperature 0\.0"),
-        ({"tail": "drop"}, "'drop'"),
         ({"chunk_size": 0}, "chunk_size 0 must be at least 1"),
         ({"normalizer": 0}, "normalizer 0 must be above 0"),
         ({"normalizer": -1.0}, r"normalizer -1\.0"),
@@ -257,7 +270,7 @@ def test_default_chunks_are_of_equal_size(rows, limit, size):
 def test_bad_arguments_are_named(arguments, message):
     hidden, weight, _, teacher = problem()
     with pytest.raises(ValueError, match=message):
-        linear_sparse_jsd(hidden, weight, teacher, **{"beta": 0.5, "normalizer": 1, **arguments})
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), **{"normalizer": 1, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -273,7 +286,7 @@ def test_bad_arguments_are_named(arguments, message):
 def test_shapes_and_dtypes_that_do_not_fit_are_refused(hidden, weight, message):
     teacher = problem()[3]
     with pytest.raises(ValueError, match=message):
-        linear_sparse_jsd(hidden, weight, teacher, beta=0.5, normalizer=1)
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=1)
 
 
 @pytest.mark.parametrize(
@@ -291,10 +304,10 @@ def test_a_teacher_that_cannot_be_used_is_refused(name, value, message):
     fields = {field: getattr(teacher, field).clone() for field in names}
     fields[name].view(-1)[2] = value
     with pytest.raises(ValueError, match=message):
-        linear_sparse_jsd(hidden, weight, SparseDistribution(**fields), beta=0.5, normalizer=1)
+        linear_sparse_jsd(hidden, weight, SparseDistribution(**fields), Divergence(), normalizer=1)
 
 
 def test_ids_beyond_the_restricted_vocabulary_are_refused():
     hidden, weight, _, teacher = problem()
     with pytest.raises(ValueError, match="must be below the vocabulary of 3"):
-        linear_sparse_jsd(hidden, weight, teacher, beta=0.5, normalizer=1, vocab_size=3)
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=1, vocab_size=3)

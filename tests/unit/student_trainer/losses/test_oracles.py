@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     generalized_jsd,
     linear_sparse_jsd,
@@ -50,8 +51,7 @@ def test_dense_divergence_equals_the_oracle(case):
     value = generalized_jsd(
         row(case["student_logits"]),
         row(case["teacher_logits"]),
-        beta=case["beta"],
-        temperature=case["temperature"],
+        Divergence(case["beta"], case["temperature"]),
     )
     assert value.item() == pytest.approx(case["dense_value"], rel=0.0, abs=1e-10)
 
@@ -60,8 +60,8 @@ def test_dense_divergence_equals_the_oracle(case):
 def test_sparse_divergence_and_gradient_equal_the_oracle(case):
     logits = row(case["student_logits"]).requires_grad_()
     value = sparse_generalized_jsd(
-        logits, teacher_of(case), beta=case["beta"], temperature=case["temperature"]
-    )
+        logits, teacher_of(case), Divergence(case["beta"], case["temperature"])
+    ).loss
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     assert value.item() == pytest.approx(case["value"], rel=0.0, abs=1e-10)
     assert_equal(gradient, case["grad_student_logits"])
@@ -76,10 +76,9 @@ def test_linear_divergence_and_gradient_equal_the_oracle(case):
         hidden,
         weight,
         teacher_of(case),
-        beta=case["beta"],
-        temperature=case["temperature"],
+        Divergence(case["beta"], case["temperature"]),
         normalizer=1,
-    )
+    ).loss
     grad_hidden, grad_weight = torch.autograd.grad(value, (hidden, weight))
     assert value.item() == pytest.approx(case["value"], rel=0.0, abs=1e-10)
     assert_equal(grad_hidden, case["grad_student_logits"])

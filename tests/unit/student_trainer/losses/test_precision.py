@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     generalized_jsd,
     linear_sparse_jsd,
@@ -37,9 +38,9 @@ def near(noise, dtype, rows=16, width=64, vocab_size=1_000):
     )
 
 
-def loss_and_gradients(hidden, weight, teacher, **arguments):
+def loss_and_gradients(hidden, weight, teacher, divergence, **arguments):
     inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    loss = linear_sparse_jsd(*inputs, teacher, normalizer=1, **arguments)
+    loss = linear_sparse_jsd(*inputs, teacher, divergence, normalizer=1, **arguments).loss
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
@@ -57,8 +58,8 @@ def test_gradients_of_half_precision_point_where_float64s_do(dtype, noise, beta,
     single = SparseDistribution(
         teacher.token_ids, teacher.logprobs.float(), teacher.tail_logprob.float()
     )
-    exact = loss_and_gradients(hidden.double(), weight.double(), teacher, beta=beta)
-    found = loss_and_gradients(hidden, weight, single, beta=beta, kernel=kernel)
+    exact = loss_and_gradients(hidden.double(), weight.double(), teacher, Divergence(beta))
+    found = loss_and_gradients(hidden, weight, single, Divergence(beta), kernel=kernel)
     assert found[0].item() == pytest.approx(exact[0].item(), rel=2e-3, abs=1e-6)
     assert found[1].dtype == found[2].dtype == dtype
     assert cosine(found[1], exact[1]) > 0.9999
@@ -69,9 +70,11 @@ def test_gradients_of_half_precision_point_where_float64s_do(dtype, noise, beta,
 def test_autocast_rounds_factors_and_no_logits(kernel):
     hidden, weight, logits = near(0.03, torch.bfloat16)
     teacher = top_k(logits, 32)
-    exact = loss_and_gradients(hidden.double(), weight.double(), teacher, beta=0.5)
+    exact = loss_and_gradients(hidden.double(), weight.double(), teacher, Divergence())
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss_and_gradients(hidden.float(), weight.float(), teacher, beta=0.5, kernel=kernel)
+        found = loss_and_gradients(
+            hidden.float(), weight.float(), teacher, Divergence(), kernel=kernel
+        )
     assert cosine(found[1], exact[1]) > 0.9999
     assert cosine(found[2], exact[2]) > 0.9999
 
@@ -86,10 +89,10 @@ def test_a_logit_scale_is_that_of_the_logits(dtype, kernel):
     scale, teacher = 5 / 6, top_k(logits * 5 / 6, 32)
     inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     capped = 30 * torch.tanh(scale * (inputs[0] @ inputs[1].T) / 30)
-    expected = sparse_generalized_jsd(capped, teacher, beta=0.5).sum()
+    expected = sparse_generalized_jsd(capped, teacher, Divergence()).loss.sum()
     gradients = torch.autograd.grad(expected, inputs)
     found = loss_and_gradients(
-        hidden, weight, teacher, beta=0.5, softcap=30.0, logit_scale=scale, kernel=kernel
+        hidden, weight, teacher, Divergence(), softcap=30.0, logit_scale=scale, kernel=kernel
     )
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert found[0].item() == pytest.approx(expected.item(), rel=tolerance)
@@ -102,7 +105,7 @@ def test_a_logit_scale_is_that_of_the_logits(dtype, kernel):
 def test_a_logit_scale_that_is_none_is_refused(scale):
     hidden, weight, logits = near(0.1, torch.float32)
     with pytest.raises(ValueError, match=f"logit_scale {scale} must be finite and not 0"):
-        loss_and_gradients(hidden, weight, top_k(logits, 4), beta=0.5, logit_scale=scale)
+        loss_and_gradients(hidden, weight, top_k(logits, 4), Divergence(), logit_scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -144,8 +147,8 @@ def test_a_diffuse_student_and_a_faint_tail_leave_the_gradient_exact(beta, tail,
     ids = torch.arange(8).repeat(3, 1)
     logprobs = torch.randn(3, 8, dtype=torch.float64).log_softmax(dim=-1)
     teacher = SparseDistribution(ids, logprobs, torch.full((3,), tail, dtype=torch.float64))
-    _, exact = value_and_gradient(student.double(), teacher, plain, beta=beta)
-    _, found = value_and_gradient(student, float32(teacher), beta=beta, kernel=kernel)
+    _, exact = value_and_gradient(student.double(), teacher, Divergence(beta), plain)
+    _, found = value_and_gradient(student, float32(teacher), Divergence(beta), kernel=kernel)
     error = (found.double() - exact).abs()
     assert (error[:, 8:].sum(dim=1) < 3e-7).all()
     assert (error[:, :8] < 3e-7).all()
@@ -161,9 +164,9 @@ def test_the_dense_reference_keeps_its_gradient_far_from_the_teacher(beta):
     teacher[:, 0] -= 60
     student[:, 0] += 12
     student, teacher = student.float(), teacher.float()
-    value, found = value_and_gradient(student, teacher, generalized_jsd, beta=beta)
+    value, found = value_and_gradient(student, teacher, Divergence(beta), generalized_jsd)
     expected, exact = value_and_gradient(
-        student.double(), teacher.double(), generalized_jsd, beta=beta
+        student.double(), teacher.double(), Divergence(beta), generalized_jsd
     )
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
     assert float((found.double() - exact).abs().max()) < 3e-7
@@ -172,7 +175,7 @@ def test_the_dense_reference_keeps_its_gradient_far_from_the_teacher(beta):
 def test_a_teacher_logit_of_minus_infinity_leaves_the_reference_infinite():
     teacher = torch.tensor([[-math.inf, 0.0]])
     student = torch.tensor([[3.0, 0.0]])
-    assert generalized_jsd(student, teacher, beta=1.0).isposinf().all()
+    assert generalized_jsd(student, teacher, Divergence(1.0)).isposinf().all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -189,8 +192,8 @@ def test_no_floor_makes_improbable_tokens_cheaper(beta, where, lowest, kernel):
     else:
         tail[:] = lowest
     teacher = SparseDistribution(torch.tensor([[3, 9, 1, 20]] * 2), logprobs, tail)
-    value, gradient = value_and_gradient(student.double(), teacher, plain, beta=beta)
-    found, slope = value_and_gradient(student, float32(teacher), beta=beta, kernel=kernel)
+    value, gradient = value_and_gradient(student.double(), teacher, Divergence(beta), plain)
+    found, slope = value_and_gradient(student, float32(teacher), Divergence(beta), kernel=kernel)
     torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         slope.double(), gradient, rtol=1e-5, atol=3e-7 * float(gradient.abs().max())
@@ -206,7 +209,7 @@ def test_no_mass_is_never_more_than_some_mass(kernel):
         teacher = SparseDistribution(
             torch.tensor([[0, 1]]), torch.tensor([[-1e-6, -300.0]]), torch.tensor([tail])
         )
-        value, gradient = value_and_gradient(student, teacher, beta=1.0, kernel=kernel)
+        value, gradient = value_and_gradient(student, teacher, Divergence(1.0), kernel=kernel)
         assert gradient.isfinite().all()
         assert abs(gradient.sum().item()) < 1e-5 * gradient.abs().sum().item()
         values.append(value.item())
@@ -221,7 +224,9 @@ def test_log_masses_at_the_end_of_float32_give_finite_numbers(kernel, log_mass):
         torch.tensor([[0, 1]]), torch.tensor([[0.0, log_mass]]), torch.tensor([log_mass])
     )
     for beta in BETAS:
-        value, gradient = value_and_gradient(torch.zeros(1, 6), teacher, beta=beta, kernel=kernel)
+        value, gradient = value_and_gradient(
+            torch.zeros(1, 6), teacher, Divergence(beta), kernel=kernel
+        )
         assert value.isfinite().all()
         assert gradient.isfinite().all()
 
@@ -231,8 +236,8 @@ def test_an_id_twice_in_a_row_is_refused_and_pads_are_not():
     padded = SparseDistribution(torch.tensor([[0, -1, -1], [2, 1, 0]]), logprobs, tail)
     twice = SparseDistribution(torch.tensor([[0, 1, 2], [3, 1, 3]]), logprobs, tail)
     message = "teacher.token_ids names 3 twice in row 1; name each id once"
-    sparse_generalized_jsd(torch.zeros(2, 5), padded, beta=0.5)
+    sparse_generalized_jsd(torch.zeros(2, 5), padded, Divergence())
     with pytest.raises(ValueError, match=message):
-        sparse_generalized_jsd(torch.zeros(2, 5), twice, beta=0.5)
+        sparse_generalized_jsd(torch.zeros(2, 5), twice, Divergence())
     with pytest.raises(ValueError, match=message):
-        linear_sparse_jsd(torch.zeros(2, 4), torch.zeros(5, 4), twice, beta=0.5, normalizer=1)
+        linear_sparse_jsd(torch.zeros(2, 4), torch.zeros(5, 4), twice, Divergence(), normalizer=1)

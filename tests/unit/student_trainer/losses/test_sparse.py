@@ -1,6 +1,7 @@
 """The sparse divergence: its properties, its closed-form gradient, its tail."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_trainer.losses import (
+    Divergence,
     SparseDistribution,
     closed_form,
     generalized_jsd,
@@ -28,39 +30,35 @@ FIVE_STUDENT = [0.2, 1.5, -0.5, 0.7, -1.0]
 
 @st.composite
 def problems(draw):
-    """Student logits, teacher logits [N, V] float64, k, and the arguments beta, temperature."""
+    """Student logits, teacher logits [N, V] float64, k, and a divergence with the tail's bucket."""
     vocab_size = draw(st.integers(2, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([0.1, 1.0, 4.0]))
     student, teacher = scale * torch.randn(
         2, draw(st.integers(1, 3)), vocab_size, generator=generator, dtype=torch.float64
     )
-    arguments = {
-        "beta": draw(st.sampled_from(BETAS)),
-        "temperature": draw(st.sampled_from([0.5, 1.0, 2.0])),
-    }
-    return student, teacher, draw(st.integers(1, vocab_size)), arguments
+    divergence = Divergence(draw(st.sampled_from(BETAS)), draw(st.sampled_from([0.5, 1.0, 2.0])))
+    return student, teacher, draw(st.integers(1, vocab_size)), divergence
 
 
 @settings(deadline=None)
 @given(problems())
 def test_sparse_never_exceeds_dense(problem):
-    student, teacher, k, arguments = problem
-    sparse = sparse_generalized_jsd(
-        student, top_k(teacher, k, arguments["temperature"]), **arguments
-    )
-    assert (sparse <= generalized_jsd(student, teacher, **arguments) + 1e-12).all()
+    student, teacher, k, divergence = problem
+    support = top_k(teacher, k, divergence.temperature)
+    sparse = sparse_generalized_jsd(student, support, divergence).loss
+    assert (sparse <= generalized_jsd(student, teacher, divergence) + 1e-12).all()
     assert (sparse >= -1e-12).all()
 
 
 @settings(deadline=None)
 @given(problems())
 def test_sparse_equals_dense_when_the_support_is_the_vocabulary(problem):
-    student, teacher, _, arguments = problem
-    support = top_k(teacher, teacher.shape[1], arguments["temperature"])
+    student, teacher, _, divergence = problem
+    support = top_k(teacher, teacher.shape[1], divergence.temperature)
     assert support.tail_logprob.isneginf().all()
-    value, gradient = value_and_gradient(student, support, **arguments)
-    dense_value, dense_gradient = value_and_gradient(student, teacher, generalized_jsd, **arguments)
+    value, gradient = value_and_gradient(student, support, divergence)
+    dense_value, dense_gradient = value_and_gradient(student, teacher, divergence, generalized_jsd)
     assert_close(value, dense_value)
     assert_close(gradient, dense_gradient)
 
@@ -68,9 +66,9 @@ def test_sparse_equals_dense_when_the_support_is_the_vocabulary(problem):
 @settings(deadline=None)
 @given(problems(), st.sampled_from(TAILS))
 def test_value_and_gradient_vanish_when_student_equals_teacher(problem, tail):
-    _, teacher, k, arguments = problem
-    support = top_k(teacher, k, arguments["temperature"])
-    value, gradient = value_and_gradient(teacher, support, tail=tail, **arguments)
+    _, teacher, k, divergence = problem
+    support = top_k(teacher, k, divergence.temperature)
+    value, gradient = value_and_gradient(teacher, support, replace(divergence, tail=tail))
     assert_close(value, torch.zeros_like(value))
     assert_close(gradient, torch.zeros_like(gradient))
 
@@ -78,20 +76,20 @@ def test_value_and_gradient_vanish_when_student_equals_teacher(problem, tail):
 @settings(deadline=None)
 @given(problems(), st.sampled_from(TAILS))
 def test_gradient_sums_to_zero_over_the_vocabulary(problem, tail):
-    student, teacher, k, arguments = problem
-    support = top_k(teacher, k, arguments["temperature"])
-    _, gradient = value_and_gradient(student, support, tail=tail, **arguments)
+    student, teacher, k, divergence = problem
+    support = top_k(teacher, k, divergence.temperature)
+    _, gradient = value_and_gradient(student, support, replace(divergence, tail=tail))
     assert_close(gradient.sum(dim=-1), torch.zeros(len(gradient), dtype=torch.float64))
 
 
 @settings(deadline=None)
 @given(problems(), st.sampled_from(TAILS))
 def test_closed_form_equals_autograd_of_the_definition(problem, tail):
-    student, teacher, k, arguments = problem
-    support = top_k(teacher, k, arguments["temperature"])
-    value, gradient = value_and_gradient(student, support, tail=tail, **arguments)
+    student, teacher, k, divergence = problem
+    support = top_k(teacher, k, divergence.temperature)
+    value, gradient = value_and_gradient(student, support, replace(divergence, tail=tail))
     expected_value, expected_gradient = value_and_gradient(
-        student, support, plain, tail=tail, **arguments
+        student, support, replace(divergence, tail=tail), plain
     )
     assert_close(value, expected_value)
     assert_close(gradient, expected_gradient)
@@ -100,15 +98,17 @@ def test_closed_form_equals_autograd_of_the_definition(problem, tail):
 @settings(deadline=None)
 @given(problems(), st.sampled_from(TAILS), st.randoms(use_true_random=False))
 def test_permutation_and_padding_of_the_support_change_nothing(problem, tail, random):
-    student, teacher, k, arguments = problem
-    support = top_k(teacher, k, arguments["temperature"])
+    student, teacher, k, divergence = problem
+    support = top_k(teacher, k, divergence.temperature)
     order = random.sample(range(k + 3), k + 3)
     ids = torch.cat([support.token_ids, torch.full((len(student), 3), -1)], dim=1)
     junk = torch.tensor([[math.nan, math.inf, 5.0]], dtype=torch.float64)
     logprobs = torch.cat([support.logprobs, junk.expand(len(student), 3)], dim=1)
     shuffled = SparseDistribution(ids[:, order], logprobs[:, order], support.tail_logprob)
-    value, gradient = value_and_gradient(student, support, tail=tail, **arguments)
-    same_value, same_gradient = value_and_gradient(student, shuffled, tail=tail, **arguments)
+    value, gradient = value_and_gradient(student, support, replace(divergence, tail=tail))
+    same_value, same_gradient = value_and_gradient(
+        student, shuffled, replace(divergence, tail=tail)
+    )
     assert_close(same_value, value)
     assert_close(same_gradient, gradient)
 
@@ -118,10 +118,12 @@ def test_upstream_gradient_scales_each_row(beta):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 8, dtype=torch.float64)
     support, weights = top_k(teacher, 3), torch.tensor([2.0, 0.0, -0.5], dtype=torch.float64)
-    _, gradient = value_and_gradient(student, support, beta=beta)
+    _, gradient = value_and_gradient(student, support, Divergence(beta))
     student.requires_grad_()
     (weighted,) = torch.autograd.grad(
-        sparse_generalized_jsd(student, support, beta=beta), student, grad_outputs=weights
+        sparse_generalized_jsd(student, support, Divergence(beta)).loss,
+        student,
+        grad_outputs=weights,
     )
     assert_close(weighted, gradient * weights[:, None])
 
@@ -134,9 +136,9 @@ def test_rows_without_any_support_have_no_divergence_and_no_gradient(beta):
         torch.tensor([[math.nan, 0.0], [-1.0, 0.0]], dtype=torch.float64),
         torch.tensor([0.0, math.log1p(-math.exp(-1.0))], dtype=torch.float64),
     )
-    value, gradient = value_and_gradient(student, support, beta=beta)
+    value, gradient = value_and_gradient(student, support, Divergence(beta))
     expected_value, expected_gradient = value_and_gradient(
-        student[1:], support[1:], plain, beta=beta
+        student[1:], support[1:], Divergence(beta), plain
     )
     assert_close(value[0], torch.zeros_like(value[0]), 1e-14)
     assert_close(gradient[0], torch.zeros_like(gradient[0]), 1e-14)
@@ -153,7 +155,7 @@ def test_one_hot_teacher_at_beta_0_is_cross_entropy(dtype):
     teacher = SparseDistribution(
         labels[:, None], torch.zeros(4, 1, dtype=dtype), torch.full((4,), -math.inf, dtype=dtype)
     )
-    value, gradient = value_and_gradient(student, teacher, beta=0.0)
+    value, gradient = value_and_gradient(student, teacher, Divergence(0.0))
     expected = torch.nn.functional.cross_entropy(student, labels, reduction="none")
     one_hot = torch.nn.functional.one_hot(labels, 50)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
@@ -165,9 +167,7 @@ def test_statistics_describe_each_row():
     student = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 3.0]], dtype=torch.float64)
     teacher = torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 2.0, 1.0, 9.0]], dtype=torch.float64)
     support = top_k(teacher, 2)
-    divergence, statistics = sparse_generalized_jsd(
-        student.requires_grad_(), support, beta=0.5, return_statistics=True
-    )
+    divergence, statistics = sparse_generalized_jsd(student.requires_grad_(), support, Divergence())
     p, q = teacher.softmax(-1), student.detach().softmax(-1)
     kept_p, kept_q = p.gather(1, support.token_ids), q.gather(1, support.token_ids)
     outcomes_p, outcomes_q = (
@@ -189,7 +189,7 @@ def test_statistics_describe_each_row():
 def test_float32_divergence_is_differentiable_beside_its_statistics():
     student = torch.randn(3, 8, requires_grad=True)
     divergence, statistics = sparse_generalized_jsd(
-        student, top_k(torch.randn(3, 8), 2), beta=0.5, return_statistics=True
+        student, top_k(torch.randn(3, 8), 2), Divergence()
     )
     assert divergence.requires_grad
     assert not statistics.divergence.requires_grad
@@ -199,20 +199,20 @@ def test_inputs_are_left_as_they_are():
     student, teacher = torch.randn(3, 8), top_k(torch.randn(3, 8), 2)
     inputs = [student, teacher.token_ids, teacher.logprobs, teacher.tail_logprob]
     before = [tensor.clone() for tensor in inputs]
-    value_and_gradient(student, teacher, beta=0.5)
+    value_and_gradient(student, teacher, Divergence())
     for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor, copy)
 
 
-def truncated_reverse_kl(logits, teacher, *, beta):
+def truncated_reverse_kl(logits, teacher, divergence):
     """What some systems compute: reverse KL summed over the support alone, no tail."""
-    assert beta == 1.0
+    assert divergence == Divergence(1.0)
     log_q = logits.log_softmax(dim=-1).gather(1, teacher.token_ids)
     return (log_q.exp() * (log_q - teacher.logprobs)).sum(dim=-1)
 
 
-def renormalized(logits, teacher, *, beta):
-    return sparse_generalized_jsd(logits, teacher, beta=beta, tail="renormalize")
+def renormalized(logits, teacher, divergence):
+    return sparse_generalized_jsd(logits, teacher, replace(divergence, tail="renormalize")).loss
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_only_the_tail_bucket_leaves_the_right_mass_on_the_support(function, kep
     teacher = top_k(torch.tensor([FIVE_TEACHER], dtype=torch.float64), 2)
     assert teacher.logprobs.exp().sum().item() == pytest.approx(0.8245, abs=5e-5)
     for _ in range(4000):
-        value, gradient = value_and_gradient(student, teacher, function, beta=1.0)
+        value, gradient = value_and_gradient(student, teacher, Divergence(1.0), function)
         student = student - gradient
     assert gradient.abs().max() < 1e-8
     mass = student.softmax(dim=-1)[0, :2].sum().item()
@@ -243,8 +243,8 @@ def test_a_vocabulary_that_fills_the_cache_is_read_a_few_rows_at_a_time(
     student, teacher = 4 * torch.randn(2, 5, 9, dtype=torch.float64)
     support = top_k(teacher, 3, temperature)
     monkeypatch.setattr(closed_form, "CACHE_BYTES", rows * 9 * student.element_size())
-    arguments = {"beta": 0.5, "temperature": temperature}
-    value, gradient = value_and_gradient(student, support, **arguments)
-    expected, expected_gradient = value_and_gradient(student, support, plain, **arguments)
+    divergence = Divergence(0.5, temperature)
+    value, gradient = value_and_gradient(student, support, divergence)
+    expected, expected_gradient = value_and_gradient(student, support, divergence, plain)
     assert_close(value, expected)
     assert_close(gradient, expected_gradient)

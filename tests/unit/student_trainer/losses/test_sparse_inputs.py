@@ -1,11 +1,17 @@
 """The sparse divergence on hard inputs: half precision, extremes, nothing, and what it refuses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from student_trainer.losses import SparseDistribution, generalized_jsd, sparse_generalized_jsd
+from student_trainer.losses import (
+    Divergence,
+    SparseDistribution,
+    generalized_jsd,
+    sparse_generalized_jsd,
+)
 from tests.support.losses import BETAS, TAILS, assert_close, plain, top_k, value_and_gradient
 
 
@@ -15,8 +21,8 @@ def test_half_precision_logits_are_computed_in_float32(dtype, beta):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 30).to(dtype).float()
     support = top_k(teacher, 5)
-    value, gradient = value_and_gradient(student, support, beta=beta)
-    half_value, half_gradient = value_and_gradient(student.to(dtype), support, beta=beta)
+    value, gradient = value_and_gradient(student, support, Divergence(beta))
+    half_value, half_gradient = value_and_gradient(student.to(dtype), support, Divergence(beta))
     assert half_value.dtype == torch.float32
     assert_close(half_value, value, 0.0)
     assert half_gradient.dtype == dtype
@@ -28,9 +34,9 @@ def test_half_precision_logits_under_autocast_give_the_same(beta):
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 4, 30)
     support = top_k(teacher, 5)
-    value, gradient = value_and_gradient(student, support, beta=beta)
+    value, gradient = value_and_gradient(student, support, Divergence(beta))
     with torch.autocast("cpu", torch.bfloat16):
-        cast_value, cast_gradient = value_and_gradient(student, support, beta=beta)
+        cast_value, cast_gradient = value_and_gradient(student, support, Divergence(beta))
     assert_close(cast_value, value, 0.0)
     assert_close(cast_gradient, gradient, 0.0)
 
@@ -65,7 +71,7 @@ def test_extreme_rows_stay_finite_and_exact_in_float32(beta, tail):
     tolerance = 1e-5 if tail == "bucket" else 1e-3
     compared = 0
     for student, teacher in extremes(torch.float32):
-        value, gradient = value_and_gradient(student, teacher, beta=beta, tail=tail)
+        value, gradient = value_and_gradient(student, teacher, Divergence(beta, tail=tail))
         assert value.isfinite().all()
         assert gradient.isfinite().all()
         if tail == "bucket":
@@ -76,7 +82,7 @@ def test_extreme_rows_stay_finite_and_exact_in_float32(beta, tail):
             teacher.token_ids, teacher.logprobs.double(), teacher.tail_logprob.double()
         )
         exact_value, exact_gradient = value_and_gradient(
-            student.double(), double, beta=beta, tail=tail
+            student.double(), double, Divergence(beta, tail=tail)
         )
         torch.testing.assert_close(value.double(), exact_value, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(
@@ -93,11 +99,13 @@ def test_a_tail_that_underflows_still_pulls_towards_its_tokens(beta):
     teacher = SparseDistribution(
         torch.tensor([[0]]), torch.tensor([[-30.0]]), torch.tensor([-(math.exp(-30.0))])
     )
-    value, gradient = value_and_gradient(student, teacher, beta=beta)
+    value, gradient = value_and_gradient(student, teacher, Divergence(beta))
     double = SparseDistribution(
         teacher.token_ids, teacher.logprobs.double(), teacher.tail_logprob.double()
     )
-    exact_value, exact_gradient = value_and_gradient(student.double(), double, plain, beta=beta)
+    exact_value, exact_gradient = value_and_gradient(
+        student.double(), double, Divergence(beta), plain
+    )
     torch.testing.assert_close(value.double(), exact_value, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-6, atol=1e-6)
     if beta == 0.0:
@@ -111,7 +119,7 @@ def test_student_logits_of_minus_infinity_are_tokens_without_probability():
         torch.tensor([[0, 1]]), torch.tensor([[-0.4, -1.2]]), torch.tensor([-3.5])
     )
     for beta in (0.1, 0.5, 1.0):
-        value, gradient = value_and_gradient(student, support, beta=beta)
+        value, gradient = value_and_gradient(student, support, Divergence(beta))
         assert value.isfinite().all()
         assert gradient.isfinite().all()
         assert gradient[0, 2:].tolist() == [0.0, 0.0]
@@ -121,7 +129,7 @@ def test_no_rows_give_an_empty_divergence():
     empty = SparseDistribution(
         torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0)
     )
-    value, gradient = value_and_gradient(torch.zeros(0, 5), empty, beta=0.5)
+    value, gradient = value_and_gradient(torch.zeros(0, 5), empty, Divergence())
     assert value.shape == (0,)
     assert gradient.shape == (0, 5)
 
@@ -149,7 +157,9 @@ def teacher_with(**changes):
 )
 def test_parameters_out_of_range_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        sparse_generalized_jsd(torch.zeros(1, 4), teacher_with(), **{"beta": 0.5, **arguments})
+        Divergence(**arguments)
+    with pytest.raises(ValueError, match=message):
+        replace(Divergence(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -165,19 +175,19 @@ def test_parameters_out_of_range_are_named(arguments, message):
 )
 def test_a_teacher_that_cannot_be_used_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        sparse_generalized_jsd(torch.zeros(1, 4), teacher_with(**changes), beta=0.5)
+        sparse_generalized_jsd(torch.zeros(1, 4), teacher_with(**changes), Divergence())
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (1, 1, 4)])
 def test_student_logits_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"student_logits must be \[N, V\] with N = 1"):
-        sparse_generalized_jsd(torch.zeros(shape), teacher_with(), beta=0.5)
+        sparse_generalized_jsd(torch.zeros(shape), teacher_with(), Divergence())
 
 
 @pytest.mark.parametrize(("student", "teacher"), [((1, 4), (1, 5)), ((2, 4), (1, 4)), ((4,), (4,))])
 def test_dense_logits_of_different_shapes_are_refused(student, teacher):
     with pytest.raises(ValueError, match=r"must both be \[N, V\]"):
-        generalized_jsd(torch.zeros(student), torch.zeros(teacher), beta=0.5)
+        generalized_jsd(torch.zeros(student), torch.zeros(teacher), Divergence())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_trainer.losses import (
+    Divergence,
     HardLabels,
     SparseDistribution,
     closed_form,
@@ -36,13 +37,13 @@ def ragged(teacher, generator):
     return SparseDistribution(ids[:, order], logprobs[:, order], tail)
 
 
-def both(logits, teacher, parameters, **arguments):
+def both(logits, teacher, divergence, **arguments):
     """(objective, gradient, statistics) of the twins, for the same input."""
     results = []
     for module in (closed_form, triton):
         matrix = logits.to(module.logits_dtype(logits.dtype), copy=True)
         objective, statistics = module.divergence_and_gradient(
-            matrix, teacher, *parameters, with_gradient=True, **arguments
+            matrix, teacher, divergence, with_gradient=True, **arguments
         )
         results.append((objective, matrix, statistics))
     return results
@@ -93,7 +94,7 @@ def test_the_kernel_equals_the_closed_form(
         )
     weights = torch.rand(4, generator=generator) if weighted else None
     slow, fast = both(
-        logits.to(DEVICE), teacher.to(DEVICE), (beta, temperature, tail),
+        logits.to(DEVICE), teacher.to(DEVICE), Divergence(beta, temperature, tail),
         scale=1 / 3, softcap=softcap,
         weights=None if weights is None else weights.to(DEVICE),
         labels=None if labels is None else labels.to(DEVICE),
@@ -106,7 +107,7 @@ def test_the_whole_vocabulary_as_support_leaves_no_tail(beta):
     torch.manual_seed(0)
     student, teacher = 2 * torch.randn(2, 3, 50)
     slow, fast = both(
-        student.to(DEVICE), top_k(teacher, 50).to(DEVICE), (beta, 1.0, "bucket"), scale=1.0
+        student.to(DEVICE), top_k(teacher, 50).to(DEVICE), Divergence(beta), scale=1.0
     )
     assert_twins(slow, fast, torch.float32)
     assert not fast[2].gap_bound.any()
@@ -122,7 +123,7 @@ def test_extreme_rows_stay_finite_and_equal(beta, shift):
     logprobs[1] = -60.0
     tail = torch.tensor([-math.inf, 0.0, -60.0])
     teacher = SparseDistribution(ids, logprobs, tail)
-    slow, fast = both(student.to(DEVICE), teacher.to(DEVICE), (beta, 1.0, "bucket"), scale=1.0)
+    slow, fast = both(student.to(DEVICE), teacher.to(DEVICE), Divergence(beta), scale=1.0)
     assert fast[0].isfinite().all()
     assert fast[1].isfinite().all()
     torch.testing.assert_close(fast[0], slow[0], rtol=2e-5, atol=2e-5)
@@ -132,7 +133,7 @@ def test_extreme_rows_stay_finite_and_equal(beta, shift):
 def test_the_same_input_gives_the_same_bits():
     torch.manual_seed(0)
     logits, teacher = torch.randn(3, 5000).to(DEVICE), top_k(torch.randn(3, 5000), 30).to(DEVICE)
-    runs = [both(logits, teacher, (0.5, 1.0, "bucket"), scale=1.0)[1] for _ in range(2)]
+    runs = [both(logits, teacher, Divergence(), scale=1.0)[1] for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert torch.equal(runs[0][1], runs[1][1])
 
@@ -148,9 +149,17 @@ def test_linear_loss_by_triton_equals_that_by_torch(beta, dtype):
     for kernel in ("torch", "triton"):
         hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in inputs)
         loss, statistics = linear_sparse_jsd(
-            hidden, weight, teacher, bias=bias, beta=beta, temperature=1.5, softcap=3.0,
-            vocab_size=33, chunk_size=3, normalizer=4, kernel=kernel, return_statistics=True,
-        )  # fmt: skip
+            hidden,
+            weight,
+            teacher,
+            Divergence(beta, temperature=1.5),
+            bias=bias,
+            softcap=3.0,
+            vocab_size=33,
+            chunk_size=3,
+            normalizer=4,
+            kernel=kernel,
+        )
         gradients = torch.autograd.grad(3 * loss, (hidden, weight, bias))
         found.append((loss, statistics.divergence, *gradients))
     for slow, fast in zip(*found, strict=True):
@@ -166,7 +175,7 @@ def test_logits_of_any_layout_are_taken_and_left_as_they_are():
     before = logits.detach().clone()
     values, gradients = [], []
     for kernel in ("torch", "triton"):
-        rows = sparse_generalized_jsd(logits, teacher, beta=0.5, kernel=kernel)
+        rows = sparse_generalized_jsd(logits, teacher, Divergence(), kernel=kernel).loss
         values.append(rows.detach())
         gradients.append(torch.autograd.grad(rows.sum(), logits)[0])
     assert torch.equal(logits, before)
@@ -177,7 +186,7 @@ def test_logits_of_any_layout_are_taken_and_left_as_they_are():
 def test_no_rows_are_no_launch():
     objective, statistics = triton.divergence_and_gradient(
         torch.zeros(0, 9, device=DEVICE), top_k(torch.zeros(0, 9), 2).to(DEVICE),
-        0.5, 1.0, "bucket", with_gradient=True,
+        Divergence(), with_gradient=True,
     )  # fmt: skip
     assert objective.shape == statistics.divergence.shape == (0,)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_trainer.losses import (
+    Divergence,
     HardLabels,
     generalized_jsd,
     linear_sparse_jsd,
@@ -42,22 +43,25 @@ def problem(seed, k):
 def test_the_mixture_equals_its_parts_by_autograd(seed, k, beta, temperature, tail):
     hidden, weight, teacher_logits, weights, shares, labels = problem(seed, k)
     teacher = top_k(teacher_logits, k, temperature)
-    arguments = {"beta": beta, "temperature": temperature, "tail": tail}
+    divergence = Divergence(beta, temperature, tail)
     logits = hidden @ weight.T
     cross_entropy = F.cross_entropy(logits / temperature, labels, reduction="none")
-    expected = weights * plain(logits, teacher, **arguments) + shares * cross_entropy
+    expected = weights * plain(logits, teacher, divergence) + shares * cross_entropy
     rows, statistics = sparse_generalized_jsd(
-        hidden @ weight.T, teacher, weights=weights, labels=HardLabels(labels, shares),
-        return_statistics=True, **arguments,
-    )  # fmt: skip
+        hidden @ weight.T,
+        teacher,
+        divergence,
+        weights=weights,
+        labels=HardLabels(labels, shares),
+    )
     assert_close(rows, expected)
     assert_close(statistics.cross_entropy, cross_entropy.detach().float(), 1e-5)
-    divergence = plain(logits, teacher, **arguments)
-    assert_close(statistics.divergence, divergence.detach().float(), 1e-5)
+    unweighted = plain(logits, teacher, divergence)
+    assert_close(statistics.divergence, unweighted.detach().float(), 1e-5)
     loss = linear_sparse_jsd(
-        hidden, weight, teacher, weights=weights, labels=HardLabels(labels, shares),
-        normalizer=3, chunk_size=4, **arguments,
-    )  # fmt: skip
+        hidden, weight, teacher, divergence, weights=weights, labels=HardLabels(labels, shares),
+        normalizer=3, chunk_size=4,
+    ).loss  # fmt: skip
     assert_close(loss, expected.sum() / 3)
     inputs = (hidden, weight)
     for value in (rows.sum() / 3, loss):
@@ -72,13 +76,10 @@ def test_the_mixture_equals_its_parts_by_autograd(seed, k, beta, temperature, ta
 def test_labels_without_weights_are_measured_and_change_nothing():
     hidden, weight, teacher_logits, _, _, labels = problem(0, 3)
     teacher = top_k(teacher_logits, 3)
-    arguments = {"beta": 0.5, "normalizer": 1}
     loss, statistics = linear_sparse_jsd(
-        hidden, weight, teacher, labels=HardLabels(labels), return_statistics=True, **arguments
+        hidden, weight, teacher, Divergence(), normalizer=1, labels=HardLabels(labels)
     )
-    plain_loss, without = linear_sparse_jsd(
-        hidden, weight, teacher, return_statistics=True, **arguments
-    )
+    plain_loss, without = linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=1)
     assert loss.item() == plain_loss.item()
     (one,), (other,) = (torch.autograd.grad(x, hidden) for x in (loss, plain_loss))
     assert torch.equal(one, other)
@@ -91,8 +92,10 @@ def test_a_weight_of_zero_removes_a_row():
     hidden, weight, teacher_logits, _, _, _ = problem(0, 3)
     teacher = top_k(teacher_logits, 3)
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
-    loss = linear_sparse_jsd(hidden, weight, teacher, beta=1.0, weights=weights, normalizer=1)
-    first = linear_sparse_jsd(hidden[:3], weight, teacher[:3], beta=1.0, normalizer=1)
+    loss = linear_sparse_jsd(
+        hidden, weight, teacher, Divergence(1.0), weights=weights, normalizer=1
+    ).loss
+    first = linear_sparse_jsd(hidden[:3], weight, teacher[:3], Divergence(1.0), normalizer=1).loss
     assert_close(loss, first)
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert not gradient[3:].any()
@@ -116,9 +119,9 @@ def test_weights_and_labels_that_do_not_fit_are_refused(arguments, message):
     hidden, weight, teacher_logits, *_ = problem(0, 3)
     teacher = top_k(teacher_logits, 3)
     with pytest.raises(ValueError, match=message):
-        linear_sparse_jsd(hidden, weight, teacher, beta=0.5, normalizer=1, **arguments)
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), normalizer=1, **arguments)
     with pytest.raises(ValueError, match=message):
-        sparse_generalized_jsd(hidden @ weight.T, teacher, beta=0.5, **arguments)
+        sparse_generalized_jsd(hidden @ weight.T, teacher, Divergence(), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +147,8 @@ def test_labels_of_wrong_shape_or_dtype_are_refused(token_ids, weights):
 def test_the_dense_divergence_lies_within_the_gap_bound(seed, k, beta, scale):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = scale * torch.randn(2, N, V, generator=generator, dtype=torch.float64)
-    dense = generalized_jsd(student, teacher, beta=beta)
-    value, statistics = sparse_generalized_jsd(
-        student, top_k(teacher, k), beta=beta, return_statistics=True
-    )
+    dense = generalized_jsd(student, teacher, Divergence(beta))
+    value, statistics = sparse_generalized_jsd(student, top_k(teacher, k), Divergence(beta))
     gap = dense - value
     assert (gap <= statistics.gap_bound + 1e-6).all()
     if k >= V - 1:  # a tail of one token hides nothing
@@ -159,10 +160,8 @@ def test_the_gap_bound_is_reached_by_disjoint_tails(beta):
     """Teacher and student agree on token 0 and use different tokens off the support."""
     student = torch.tensor([[0.6, 0.4, 0.0, 0.0]], dtype=torch.float64).log().clamp_min(-60)
     teacher = torch.tensor([[0.8, 0.0, 0.1, 0.1]], dtype=torch.float64).log().clamp_min(-60)
-    value, statistics = sparse_generalized_jsd(
-        student, top_k(teacher, 1), beta=beta, return_statistics=True
-    )
-    dense = generalized_jsd(student, teacher, beta=beta)
+    value, statistics = sparse_generalized_jsd(student, top_k(teacher, 1), Divergence(beta))
+    dense = generalized_jsd(student, teacher, Divergence(beta))
     p, q = beta * 0.2, (1 - beta) * 0.4
     assert statistics.gap_bound.item() == pytest.approx(
         -p * math.log(p / (p + q)) - q * math.log(q / (p + q)), rel=1e-5
@@ -173,15 +172,13 @@ def test_the_gap_bound_is_reached_by_disjoint_tails(beta):
 def test_no_bound_is_claimed_where_the_masses_give_none():
     student, teacher = torch.randn(2, N, V, dtype=torch.float64)
 
-    def bound(support, **arguments):
-        return sparse_generalized_jsd(student, support, return_statistics=True, **arguments)[
-            1
-        ].gap_bound
+    def bound(support, *fields):
+        return sparse_generalized_jsd(student, support, Divergence(*fields)).statistics.gap_bound
 
     for beta in (0.0, 1.0):
-        assert bound(top_k(teacher, 3), beta=beta).isposinf().all()
-        assert not bound(top_k(teacher, V), beta=beta).any()
-    assert bound(top_k(teacher, 3), beta=0.5, tail="renormalize").isposinf().all()
+        assert bound(top_k(teacher, 3), beta).isposinf().all()
+        assert not bound(top_k(teacher, V), beta).any()
+    assert bound(top_k(teacher, 3), 0.5, 1.0, "renormalize").isposinf().all()
     certain = top_k(torch.where(teacher == teacher.amax(1, keepdim=True), 0.0, -math.inf), 1)
-    assert not bound(certain, beta=0.0).any()  # P's tail is empty: forward KL hides nothing there
-    assert bound(certain, beta=1.0).isposinf().all()
+    assert not bound(certain, 0.0).any()  # P's tail is empty: forward KL hides nothing there
+    assert bound(certain, 1.0).isposinf().all()

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
-from student_trainer.losses import sparse_generalized_jsd
+from student_trainer.losses import Divergence, sparse_generalized_jsd
 from student_trainer.model.forward import PositionLogits, SparseTargets, install_sparse_loss
 from student_trainer.model.head import OutputHead, find_head
 from student_trainer.model.load import load_student
@@ -59,15 +59,15 @@ def batch(beta, temperature=1.0):
     }
     rows = torch.tensor([2, 3, 5, 8, 10])
     teacher = top_k(2 * torch.randn(len(rows), SHARED, dtype=torch.float64), 6, temperature)
-    targets = SparseTargets(rows, teacher, beta, temperature, 4.0, SHARED)
+    targets = SparseTargets(rows, teacher, Divergence(beta, temperature), 4.0, SHARED)
     return inputs, targets
 
 
 def expected_loss(model, inputs, targets):
     """The model's own logits, the plain definition, autograd."""
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[targets.positions, :SHARED]
-    arguments = {"beta": targets.beta, "temperature": targets.temperature}
-    return plain(logits.double(), targets.teacher, **arguments).sum() / targets.normalizer
+    rows = plain(logits.double(), targets.teacher, targets.divergence)
+    return rows.sum() / targets.normalizer
 
 
 def gradients(loss, model):
@@ -247,7 +247,7 @@ def test_statistics_are_those_of_the_rows():
     model = tiny("gemma2")
     inputs, targets = batch(0.5)
     logits = model(**inputs).logits.flatten(0, 1)[targets.positions, :SHARED]
-    _, expected = sparse_generalized_jsd(logits, targets.teacher, beta=0.5, return_statistics=True)
+    _, expected = sparse_generalized_jsd(logits, targets.teacher, Divergence())
     install_sparse_loss(model)
     statistics = model(**inputs, sparse_targets=targets)["statistics"]
     for name, column in vars(expected).items():
@@ -283,10 +283,10 @@ def test_logits_of_half_precision_are_float32_whichever_way_they_come(tmp_path, 
     torch.testing.assert_close(logits.double(), exact[:, :SHARED], rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(head)  # no other call of the model is changed
     teacher = top_k(exact[:, :SHARED] + 0.03 * torch.randn(len(exact), SHARED).double(), 6)
-    targets = SparseTargets(targets.positions, teacher, 0.5, 1.0, 1.0, SHARED)
+    targets = SparseTargets(targets.positions, teacher, Divergence(), 1.0, SHARED)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**inputs, sparse_targets=targets)["loss"]
-    expected = sparse_generalized_jsd(exact[:, :SHARED], teacher, beta=0.5).sum()
+    expected = sparse_generalized_jsd(exact[:, :SHARED], teacher, Divergence()).loss.sum()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     loss.backward()
 

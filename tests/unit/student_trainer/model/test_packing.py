@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from shared.errors import ConfigurationError
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
+from student_trainer.losses import Divergence
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.model.top_tokens import TopTokenProposals
@@ -62,7 +63,7 @@ def loss(model, *, packed):
     rows = predicting_positions(SAMPLES, [s.completion_mask for s in SAMPLES], packed=packed)
     torch.manual_seed(2)
     teacher = top_k(2 * torch.randn(len(rows), SHARED, dtype=torch.float64), 6)
-    targets = SparseTargets(rows, teacher, 0.5, 1.0, 7.0, SHARED)
+    targets = SparseTargets(rows, teacher, Divergence(), 7.0, SHARED)
     return model(**model_inputs(SAMPLES, 0, packed=packed), sparse_targets=targets)["loss"]
 
 

@@ -10,6 +10,7 @@ from shared.errors import ConfigurationError
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
 from student_trainer.evaluation.perplexity import measure
+from student_trainer.losses import Divergence
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
 from student_trainer.pipeline.targets import ScoredSample, hard_labels, sparse_distribution
@@ -33,8 +34,7 @@ def loss(model, some):
     targets = SparseTargets(
         positions=predicting_positions(some, [s.completion_mask for s in some], packed=False),
         teacher=sparse_distribution(scored, 64),
-        beta=0.0,
-        temperature=1.0,
+        divergence=Divergence(0.0),
         normalizer=10.0,
         vocab_size=64,
         labels=hard_labels(scored, 0.0)[1],
@@ -67,10 +67,12 @@ def test_a_mixed_batch_has_the_loss_and_gradient_of_each_alone(kind):
 
 def test_perplexity_does_not_depend_on_what_was_measured_before():
     model = build("llama", **DYNAMIC)
-    alone = measure(copy.deepcopy(model), samples(30), None, beta=0.0, vocab_size=64)
+    alone = measure(
+        copy.deepcopy(model), samples(30), None, divergence=Divergence(0.0), vocab_size=64
+    )
     first = samples(30)[0]
-    measure(model, samples(60), None, beta=0.0, vocab_size=64)
-    after = measure(model, [first], None, beta=0.0, vocab_size=64)
+    measure(model, samples(60), None, divergence=Divergence(0.0), vocab_size=64)
+    after = measure(model, [first], None, divergence=Divergence(0.0), vocab_size=64)
     assert after["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
 
 

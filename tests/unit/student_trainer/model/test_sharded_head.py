@@ -31,8 +31,8 @@ def of_rank(rank, inputs, targets):
     return (
         {name: tensor[rank : rank + 1] for name, tensor in inputs.items()},
         SparseTargets(
-            targets.positions[first:last] - rank * width, targets.teacher[first:last], targets.beta,
-            targets.temperature, targets.normalizer, targets.vocab_size,
+            targets.positions[first:last] - rank * width, targets.teacher[first:last],
+            targets.divergence, targets.normalizer, targets.vocab_size,
         ),
     )  # fmt: skip
 

@@ -11,13 +11,14 @@ from shared.errors import ConfigurationError, DatasetError, RolloutError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example, Sample
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.pipeline import DistillationConfig, Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.rollouts import Rollout
 from student_trainer.runtime.timeline import Timeline
 
 METHOD = DistillationConfig(
-    lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=2,
+    lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=2,
     max_new_tokens=4, seed=3, stop_ids=(1,),
 )  # fmt: skip
 
@@ -256,9 +257,19 @@ def test_a_micro_batch_waits_for_its_own_scores_alone():
     teacher.unanswered[0]()
     first = pipeline.scored(batch, [0, 1])
     assert [item.scores.token_ids[0, 0] for item in first] == [9, 9]
-    assert not batch.answers[2][0].done()
+    assert [one.answer is None for one in batch.pending] == [True, True, False, False]
+    assert all(one.scores is None for one in batch.pending)  # handed out, or not there yet
+    assert not batch.pending[2].answer.done()
     teacher.unanswered[1]()
     assert pipeline.scored(batch, [2, 3])[1].sample.token_ids[1] == 13
+
+
+def test_each_sample_gets_its_own_scores_out_of_a_request_of_several():
+    """The request is in the order of the lengths, 1, 2, 0."""
+    rows = [example(0, (1,)), example(1, (8, 8, 8, 1)), example(2, (8, 1))]
+    scored = collect(pipeline_of(METHOD, RecordingTeacher(), batches=[rows], request_size=3), 0)
+    assert [len(item.scores) for item in scored] == [1, 4, 2]
+    assert [int(item.scores.token_ids[0, 0]) for item in scored] == [5 + 3, 5 + 6, 5 + 4]
 
 
 def steps_begun(teacher):

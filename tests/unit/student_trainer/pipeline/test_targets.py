@@ -9,6 +9,7 @@ import torch
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample
 from student_trainer.losses import (
+    Divergence,
     generalized_jsd,
     linear_sparse_jsd,
     sparse_generalized_jsd,
@@ -188,7 +189,7 @@ def test_log_probs_rounded_to_float16_still_make_a_distribution(with_requested):
         item = ScoredSample(sample(next_ids), scores, more)
         teacher = sparse_distribution([item], 1000)
         total = teacher.logprobs.double().exp().sum(1) + teacher.tail_logprob.double().exp()
-        values = sparse_generalized_jsd(logits, teacher, beta=0.0)
+        values = sparse_generalized_jsd(logits, teacher, Divergence(0.0)).loss
         return float(values.abs().max()), float((total - 1.0).abs().max()), teacher
 
     value, off, rounded = self_divergence(halved(exact))
@@ -292,11 +293,13 @@ def test_the_mean_over_draws_is_the_dense_divergence_and_its_gradient():
         (gradient,) = torch.autograd.grad(rows.sum(), logits)
         return torch.cat([rows.detach(), gradient.flatten()]).double()
 
-    dense = numbers(weights * generalized_jsd(logits, target, beta=0.0))
+    dense = numbers(weights * generalized_jsd(logits, target, Divergence(0.0)))
     found = []
     for seed in range(1500):
         teacher = sparse_distribution([drawn_sample(log_p.numpy(), 4, seed)[0]], 40)
-        found.append(numbers(sparse_generalized_jsd(logits, teacher, beta=0.0, weights=weights)))
+        found.append(
+            numbers(sparse_generalized_jsd(logits, teacher, Divergence(0.0), weights=weights).loss)
+        )
     found = torch.stack(found)
     error = found.std(0) / 1500**0.5
 
@@ -307,8 +310,8 @@ def test_the_mean_over_draws_is_the_dense_divergence_and_its_gradient():
     top = scores_of(log_p.exp().numpy(), 4, [0, 0, 0])
     support = sparse_distribution([ScoredSample(sample([0, 0, 0]), top)], 40)
     renormalized = sparse_generalized_jsd(
-        logits, support, beta=0.0, tail="renormalize", weights=weights
-    )
+        logits, support, Divergence(0.0, tail="renormalize"), weights=weights
+    ).loss
     assert worst(numbers(renormalized)) > 20
 
 
@@ -324,12 +327,17 @@ def test_logits_that_never_exist_give_the_same_estimate():
         states = hidden.clone().requires_grad_()
         if fused:
             loss, statistics = linear_sparse_jsd(
-                states, weight, teacher, normalizer=1.0, beta=0.0, chunk_size=2, weights=weights,
-                return_statistics=True,
-            )  # fmt: skip
+                states,
+                weight,
+                teacher,
+                Divergence(0.0),
+                normalizer=1.0,
+                chunk_size=2,
+                weights=weights,
+            )
         else:
             rows, statistics = sparse_generalized_jsd(
-                states @ weight.T, teacher, beta=0.0, weights=weights, return_statistics=True
+                states @ weight.T, teacher, Divergence(0.0), weights=weights
             )
             loss = rows.sum()
         loss.backward()

@@ -9,7 +9,7 @@ import torch
 from shared.sparse import SparseLogprobs
 from student_trainer.data.collate import model_inputs, predicting_positions
 from student_trainer.data.sample import Sample
-from student_trainer.losses import generalized_jsd
+from student_trainer.losses import Divergence, generalized_jsd
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.reporting.runs import HELD_OUT_FILE, read_held_out
@@ -48,15 +48,14 @@ def scored(length=9, start=4):
     return ScoredSample(sample, scores), logprobs
 
 
-def inputs(item, beta, temperature):
+def inputs(item, divergence):
     samples = [item.sample]
     return {
         **model_inputs(samples, 0, packed=False),
         "sparse_targets": SparseTargets(
             positions=predicting_positions(samples, [item.sample.completion_mask], packed=False),
             teacher=sparse_distribution([item], SHARED),
-            beta=beta,
-            temperature=temperature,
+            divergence=divergence,
             normalizer=1.0,
             vocab_size=SHARED,
         ),
@@ -75,9 +74,10 @@ def test_what_is_shown_is_the_dense_divergence_and_the_models_own_probabilities(
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, item.sample.completion_start - 1 : -1, :SHARED]
     install_sparse_loss(model)
-    seen = held_out.look(model, inputs(item, beta, temperature), Letters())
+    divergence = Divergence(beta, temperature)
+    seen = held_out.look(model, inputs(item, divergence), Letters())
     # The teacher's log-probs are at that temperature already.
-    expected = generalized_jsd(logits, teacher * temperature, beta=beta, temperature=temperature)
+    expected = generalized_jsd(logits, teacher * temperature, divergence)
     assert seen["divergence"] == pytest.approx(expected.tolist(), abs=2e-4)
     shares = (logits / temperature).softmax(-1)
     for row, support in enumerate(seen["support"]):

@@ -12,6 +12,7 @@ from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.pipeline import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
 from student_trainer.training.recipe import longest_rollout, open_teacher
@@ -107,7 +108,9 @@ def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
     def example(length, checker=None):
         return Example(0, "row", np.zeros(length, np.uint32), None, checker, "text")
 
-    method = DistillationConfig(1.0, False, 0.0, 1.0, 2, max_new_tokens=8, seed=0, stop_ids=(1,))
+    method = DistillationConfig(
+        1.0, False, 0.0, Divergence(), 2, max_new_tokens=8, seed=0, stop_ids=(1,)
+    )
     held_out = [example(20, {"kind": "exact_match"}), example(30)]
     assert longest_rollout([example(10)], held_out, method) == 28
     assert longest_rollout([example(25)], held_out, method) == 33

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.data.sample import Example, Sample
+from student_trainer.losses import Divergence
 from student_trainer.pipeline.pipeline import DistillationConfig
 from student_trainer.training import durable, trainer
 from student_trainer.training.durable import DurableTrainer
@@ -18,8 +19,8 @@ from student_trainer.training.trainer import DistillationTrainer
 from tests.support.models import save_model, save_tokenizer
 
 METHOD = DistillationConfig(
-    lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, temperature=1.0, top_k=1, max_new_tokens=4,
-    seed=0, stop_ids=(1,),
+    lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(0.0), top_k=1,
+    max_new_tokens=4, seed=0, stop_ids=(1,),
 )  # fmt: skip
 
 
