@@ -1,4 +1,4 @@
-"""vLLM's JSON: a request and its answer, and what is read from an answer."""
+"""The JSON of a stock vLLM: a request, its answer, and what is read from an answer."""
 
 from __future__ import annotations
 
