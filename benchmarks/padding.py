@@ -84,24 +84,26 @@ def train(model: LlamaForCausalLM, samples: Sequence[Sample], *, packed: bool) -
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, quick="2 rounds instead of 8", threads=2)
+    parser = argument_parser(__doc__, quick="1 round of 2 micro-batches of 4, 2 layers", threads=2)
     parser.add_argument("--dataset_name", required=True, help="GSM8K, as it is published.")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--accumulation", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, help="default 8, with --quick 4")
+    parser.add_argument("--accumulation", type=int, help="default 4, with --quick 2")
     parser.add_argument("--max_tokens_per_batch", type=int, default=2048)
     parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, help="default 6, with --quick 2")
     parser.add_argument("--attn_implementation", default="sdpa")
-    parser.add_argument("--rounds", type=int, help="default 8, with --quick 2")
+    parser.add_argument("--rounds", type=int, help="default 8, with --quick 1")
     arguments = parser.parse_args()
-    rounds = arguments.rounds or (2 if arguments.quick else 8)
+    rounds = arguments.rounds or (1 if arguments.quick else 8)
+    batch_size = arguments.batch_size or (4 if arguments.quick else 8)
+    accumulation = arguments.accumulation or (2 if arguments.quick else 4)
     set_threads(arguments.threads)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192,
         hidden_size=arguments.hidden_size,
         intermediate_size=3 * arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
+        num_hidden_layers=arguments.layers or (2 if arguments.quick else 6),
         num_attention_heads=arguments.hidden_size // 32,
         num_key_value_heads=arguments.hidden_size // 64,
         max_position_embeddings=4096,
@@ -110,7 +112,7 @@ def main() -> None:
     model = LlamaForCausalLM(config)
     install_sparse_loss(model)
     samples = read_samples(arguments.dataset_name, config.vocab_size)
-    sizes = [arguments.batch_size] * arguments.accumulation
+    sizes = [batch_size] * accumulation
     budget = arguments.max_tokens_per_batch
     order = np.random.default_rng(1).permutation(len(samples))
     ways: dict[str, Way] = {
@@ -149,7 +151,7 @@ def main() -> None:
         figures[f"padding: {name}"] = round(padding, 4)
         figures[f"time: {name}"] = round(ratio, 4)
     print_report(
-        f"{sum(sizes)} samples a step, {arguments.batch_size} a micro-batch, "
+        f"{sum(sizes)} samples a step, {batch_size} a micro-batch, "
         f"{arguments.attn_implementation}, {sum(p.numel() for p in model.parameters()):,} weights",
         ["way", "padding", "passes", "largest", "time"],
         rows,
