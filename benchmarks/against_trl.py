@@ -42,7 +42,7 @@ from transformers import (
 
 from benchmarks.harness import Cell, argument_parser, print_report, run_apart
 from student_trainer.losses import Divergence
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
 

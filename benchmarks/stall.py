@@ -86,7 +86,7 @@ def train(run: Run) -> None:
 
     from student_trainer.data.sample import Example
     from student_trainer.losses import Divergence
-    from student_trainer.pipeline.pipeline import DistillationConfig
+    from student_trainer.pipeline.method import DistillationConfig
     from student_trainer.rollouts import Rollout
     from student_trainer.teacher.sparse import SparseGkdTeacher
     from student_trainer.training.trainer import DistillationTrainer

@@ -1,4 +1,8 @@
-"""The table of commands: what each does, and which function runs it."""
+"""The table of commands: what each does, and which function runs it.
+
+A new command stands here, and its flags in `config.parse.ARGUMENTS`, or its own parser in
+`shell_completion.commands`.
+"""
 
 from __future__ import annotations
 

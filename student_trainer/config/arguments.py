@@ -1,4 +1,4 @@
-"""The flags of the trainer, as dataclasses of plain values.
+"""The flags of the trainer: each is a field of one of these dataclasses of plain values.
 
 `sft` and `distill` also take the flags of transformers' `TrainingArguments`, which
 `config.training_arguments` builds once all flags are checked. `config.checks` has the checks.

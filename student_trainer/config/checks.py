@@ -282,7 +282,7 @@ def check_distill(args: DistillFlags, teacher: TeacherArguments) -> None:
 
 
 def _check_support(args: DistillFlags, teacher: TeacherArguments) -> None:
-    """Check that nothing contradicts a sampled support."""
+    """Check what ``--teacher_support sampled`` cannot go with: a beta, ``--tail``, a cache."""
     if args.teacher_support != "sampled":
         return
     if args.beta != 0.0:

@@ -10,7 +10,7 @@ import torch
 
 
 class TrainingOrder:
-    """A random order of row numbers, new in each epoch, equal to that of accelerate's loader.
+    """A shuffled order of the rows, new in each epoch, exactly as accelerate's data loader has it.
 
     Args:
         rows: number of rows in the dataset.

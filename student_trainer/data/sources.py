@@ -27,7 +27,7 @@ from student_trainer.data.stream import RowStream
 
 logger = logging.getLogger(__name__)
 
-_ROWS_CHECKED = 100  # rows of each dataset of a stream that are checked before the run
+ROWS_CHECKED = 100  # rows of each dataset of a stream that are checked before the run
 _DEFAULT_BUFFER = 10_000
 
 
@@ -58,7 +58,7 @@ def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows
     train: list[Row] | RowStream
     if data.streaming:
         train = _stream(dataset, data, seed)
-        check_columns(train.head(_ROWS_CHECKED), data)
+        check_columns(train.head(ROWS_CHECKED), data)
         if train.weights is not None:
             for name, weight in zip(train.names, train.weights, strict=True):
                 share = weight / sum(train.weights)

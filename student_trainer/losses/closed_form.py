@@ -1,7 +1,7 @@
 """The closed form of the sparse divergence and its gradient on a chunk of logits, in PyTorch.
 
-It is the reference of every fast path. The outcomes are the tokens of the support and the tail τ,
-which holds every other token on both sides; the student's side is always normalised over the full
+It is the reference of every fast path. The outcomes are the tokens of the support and one tail τ:
+all other tokens, for teacher and student. The student is always normalised over the full
 vocabulary. `triton` is the same on a GPU in one kernel; `kernels` chooses between them.
 """
 
@@ -41,12 +41,12 @@ def divergence_and_gradient(
         ∂D/∂z_v = q_v·(h_b(v) − Σ_b Q_b h_b) / T
 
     where h = −P/Q for β = 0, h = log Q − log P for β = 1 and h = (1−β)(log Q − log M) between.
-    Because Σ_b Q_b = 1, h is taken relative to that of the student's heaviest outcome; otherwise
-    float32 would lose most digits of the difference between a large h and its mean. Summed over the
-    tokens of an outcome the gradient is (Q_b·h_b − Q_b Σ_b Q_b h_b) / T: an outcome of the support
-    is one token, and the tail's share is spread by the student's softmax within the tail. The
-    cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping replaces z
-    by c·tanh(z/c) and multiplies the gradient by 1 − tanh²(z/c).
+    Because Σ_b Q_b = 1, subtracting a constant from h changes nothing: the h of the student's most
+    probable outcome is subtracted, or float32 would lose most digits of a large h minus its mean.
+    Summed over the tokens of an outcome the gradient is (Q_b·h_b − Q_b Σ_b Q_b h_b) / T: an outcome
+    of the support is one token, and the tail's share is spread by the student's softmax within the
+    tail. The cross-entropy at label y adds (q_v − [v = y]) / T, spread the same way. Soft-capping
+    replaces z by c·tanh(z/c) and multiplies the gradient by 1 − tanh²(z/c).
 
     Args:
         logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with

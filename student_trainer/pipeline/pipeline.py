@@ -22,60 +22,20 @@ from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.protocol import Completion
-from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from student_trainer.data.micro_batches import order_by_length
 from student_trainer.data.sample import Example, Sample, completed
-from student_trainer.losses import Divergence
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.prefetched import PrefetchedBatch
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.threads import in_thread
 from student_trainer.runtime.timeline import Timeline
-from student_trainer.teacher.base import Sampling, Teacher
+from student_trainer.teacher.base import Teacher
 
 R = TypeVar("R")
 
 _Written = list[list[Completion]]
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """The settings of a distillation: who writes completions, and how they are scored and compared.
-
-    SFT has no teacher; Supervised KD is lmbda 0; SeqKD is seq_kd; on-policy GKD is lmbda 1. With
-    ``sampled`` the support is ``top_k`` draws from the teacher, not its top-k. The teacher scores
-    at the temperature of the ``divergence``, which for SFT is forward KL.
-    """
-
-    lmbda: float
-    seq_kd: bool
-    seq_kd_temperature: float
-    divergence: Divergence
-    top_k: int
-    max_new_tokens: int
-    seed: int
-    stop_ids: tuple[int, ...]
-    sampled: bool = False
-
-    def on_policy(self, step: int) -> bool:
-        """Return whether the student writes a step's completions; the same on every rank."""
-        return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)
-
-    def sample_seed(self, step: int) -> int | None:
-        """Return the seed of a step's draws from the teacher; None if the support is not drawn."""
-        return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
-
-    def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
-        """Return the teacher's sampling settings; with ``scored`` it scores its completions too."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
-            seed=self.seed,
-            stop_token_ids=self.stop_ids,
-            top_k=self.top_k if scored else None,
-            score_temperature=self.divergence.temperature,
-        )
 
 
 @dataclass
@@ -181,7 +141,7 @@ class Pipeline:
         self._written: dict[bytes, Completion] = {}  # SeqKD's completions by hash of the prompt
 
     def take(self, step: int, last: int) -> PendingBatch:
-        """Return the batch of ``step``, after starting all batches up to ``last`` that may start.
+        """Start every batch that may run ahead, none after ``last``; return that of ``step``.
 
         Raises:
             DatasetError: an off-policy row has no completion to learn from.
@@ -240,9 +200,9 @@ class Pipeline:
             _wait_for_writer(batch)
 
     def prefetched(self, step: int) -> list[PrefetchedBatch]:
-        """Return the batches for ``step`` and later that a resumed run could not start again.
+        """Return the batches of ``step`` and later that a resumed run could not write again.
 
-        They depend on weights that are gone, or that the checkpoint holds.
+        The weights that wrote them are gone, or are those of the checkpoint.
         """
         self.finish_writing()
         return [
@@ -302,7 +262,7 @@ class Pipeline:
         return not (self.method.on_policy(step) or proposed)
 
     def _begin(self, step: int, weight_version: int) -> PendingBatch:
-        """Start a generation batch.
+        """Start a batch, which the student writes (on-policy), the teacher (SeqKD) or the dataset.
 
         The student's completions are generated before this returns, except ahead of their step by
         an engine in other processes: these are left to a thread.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from student_trainer.data.sample import Example
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.base import Sequences, Teacher
 from student_trainer.teacher.cache import CachedTeacher
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shared.errors import TeacherAnswerError
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.base import Teacher
 
 _ROWS = 2

@@ -166,7 +166,9 @@ def _offsets(
 
 
 def _renormalize(logprobs: NDArray[np.float32], rest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Shift log-probs [n, K] sent as float16 so that with ``rest`` [n] they sum to one.
+    """Shift log-probs [n, K] sent as float16 until their mass is 1 − exp(``rest``) [n].
+
+    ``rest`` is the log of the mass of the next token and the tail, which travel as float32.
 
     Rounding moves each by up to 2⁻¹¹ of itself and their sum by some 1e-4, so a divergence near
     zero would have an error of that size, and could be negative. All of a position are shifted by

@@ -50,20 +50,21 @@ class Ranks:
     def share(self, items: Sequence[T]) -> tuple[list[T], int]:
         """Return every n-th item for this process, and how many of them are real.
 
-        The rest repeats one: processes that share weights must call the model equally often.
+        A process with too few gets the first item again, because all that share weights must call
+        the model equally often.
         """
         mine = list(items[self.rank :: self.count])
         missing = -(-len(items) // self.count) - len(mine)
         return mine + list(items[:1]) * missing, len(mine)
 
     def together(self, wait: Callable[[], R], *, meets: bool = True) -> R:
-        """Return what ``wait`` brings from the teacher; all processes fail where one does.
+        """Return the result of ``wait``; if it fails on one process, it fails on all.
 
-        None is left waiting for another's gradients, and all can save a checkpoint.
+        So no process is left waiting for another's gradients, and all can save a checkpoint.
 
         Args:
-            meets: the processes exchange something in what follows. Where they do not, one that
-                fails waits here until the others come to where they do.
+            meets: True if a collective follows. If False, only a process that fails waits here,
+                until the others reach a call with True.
 
         Raises:
             TeacherError, ProtocolError: as ``wait``.

@@ -34,14 +34,14 @@ def signals_as_exits() -> Iterator[None]:
 
 @contextmanager
 def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM sets, where it would end the process; a second does.
+    """Yield an event that the first SIGTERM sets; the second ends the process.
 
-    A signal that is ignored or handled stays so. Other threads than the main one, which gets the
-    signals, change nothing.
+    A signal that is ignored or handled stays so. Outside the main thread, which gets the signals,
+    this does nothing.
 
     Args:
-        patience: seconds after which, and then each second, ``remind`` is called in that thread,
-            wherever it is; it may raise. Infinite for never.
+        patience: seconds after the first one, from which on ``remind`` interrupts the main thread
+            every second; it may raise. Infinite for never.
     """
     event = threading.Event()
     main = threading.current_thread() is threading.main_thread()

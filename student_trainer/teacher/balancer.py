@@ -1,4 +1,4 @@
-"""The choice among replicas: which is next, which is excluded, and which rejoins."""
+"""The choice of the replica that gets a call: a failed one is left out until it is ready again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules by which a request that failed at every replica is sent again."""
+"""Errors after which another replica is tried, and the rules by which a request is sent again."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def remove_unfinished(output: Path) -> None:
 def publish(output: Path, name: str) -> None:
     """Make the checkpoint in `unfinished` durable, then let it appear in ``output``.
 
-    An earlier one of that name gives way: the run was resumed from before it.
+    A checkpoint of the same name is replaced: it is from before the run was resumed.
     """
     written, final = unfinished(output) / name, output / name
     for folder, _, files in os.walk(written):

@@ -94,7 +94,7 @@ class DurableTrainer(Trainer):
                 ) from error
 
     def _run_epoch(self, **arguments: Any) -> None:
-        """Run an epoch, unless the run was resumed at its last step, where the Trainer would."""
+        """Run an epoch, unless the last step is done already; the Trainer would run one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return

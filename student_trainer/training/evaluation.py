@@ -169,7 +169,7 @@ class HeldOutEvaluation:
         own: dict[int, tuple[str, bool]],
         step: int,
     ) -> None:
-        """Write what `held_out` shows; every rank looks at as many, and the first one writes."""
+        """Write what `held_out` shows: every rank runs equally many samples, rank 0 writes."""
         shown = [held_out.cut(item) for item in scored[: held_out.COUNT]]
         model.eval()
         looks = []

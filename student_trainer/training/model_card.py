@@ -106,6 +106,8 @@ def _story(
     )
     k = flags["top_k_logprobs"]
     seen = f"its {k} most probable tokens and an exact tail"
+    if flags["teacher_protocol"] == "vllm":
+        seen = f"its {k} most probable tokens and the rest to one as its tail"
     if flags["tail"] == "renormalize":
         seen = f"its {k} most probable tokens, without a tail"
     if flags["teacher_support"] == "sampled":

@@ -95,8 +95,8 @@ class NonFiniteGuard:
 def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> None:
     """Write samples and scores as plain arrays (.npz), laid end to end; see `load_batch`.
 
-    Of a sample's T completion rows, all samples' one after another: ``teacher_*``, the fields of
-    `SparseLogprobs`, and ``requested_token_ids`` [sum of T, m]; none of them for SFT.
+    ``teacher_*``, the fields of `SparseLogprobs`, and ``requested_token_ids`` [sum of T, m] hold
+    one entry for each of a sample's T completion positions, samples concatenated; absent for SFT.
     """
     scored = [item for micro_batch in micro_batches for item in micro_batch]
     arrays: dict[str, Any] = {

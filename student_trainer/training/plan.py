@@ -8,7 +8,7 @@ from typing import Any
 
 from student_trainer.losses import Kernel
 from student_trainer.model.packing import Packing
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,8 @@ class TrainingPlan:
         vocab_size: the vocabulary that teacher and student share.
         sft_weight: share of the cross-entropy on what the dataset or the teacher wrote.
         kernel: who computes the loss.
-        student_top_m: the student's own most probable tokens that the teacher scores at each
-            position of a training step; held-out rows keep one support, so that they can be
-            compared.
+        student_top_m: how many of the student's most probable tokens the teacher scores too, at
+            each position, in training alone: held-out rows keep one support, to be compared.
         rollout_temperature: of the student's sampling.
         generation_batch_size: prompts generated at once; None for as many as a step has.
         max_tokens_per_batch: regroups a step's samples into micro-batches of at most so many

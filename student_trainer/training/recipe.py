@@ -41,7 +41,7 @@ from student_trainer.data.rows import (
     Row,
 )
 from student_trainer.data.sample import Example
-from student_trainer.data.sources import _ROWS_CHECKED, Rows
+from student_trainer.data.sources import ROWS_CHECKED, Rows
 from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
@@ -55,7 +55,7 @@ from student_trainer.model.load import (
     load_text_end,
     load_tokenizer,
 )
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import count_missing, planned_requests
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import sigterm_event
@@ -80,10 +80,10 @@ logger = logging.getLogger(__name__)
 def open_teacher(
     teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
 ) -> Teacher:
-    """The client that ``--teacher_protocol`` names, not yet connected; behind ``--teacher_cache``.
+    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``; connect later.
 
     Args:
-        starts_alone: a cache that knows the teacher does not wait for it.
+        starts_alone: if the cache knows the teacher, start without waiting for it.
     """
     assert teacher.teacher_url is not None  # checked with the flags
     if teacher.teacher_protocol == "vllm":
@@ -205,7 +205,7 @@ def run(
 
 
 def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> TrainingPlan:
-    """Return what the flags say that a run does, without its card and inputs."""
+    """Make the plan of a run from its flags; card and inputs are added later."""
     flags = divergence_of(args)
     return TrainingPlan(
         method=prepared.method,
@@ -322,7 +322,7 @@ def prepare(
 
 def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:
     """Return whether no row is a conversation; of a stream, its first rows tell."""
-    some = rows.head(_ROWS_CHECKED) if isinstance(rows, RowStream) else rows
+    some = rows.head(ROWS_CHECKED) if isinstance(rows, RowStream) else rows
     return all(isinstance(read_row(where, row, data), PlainText) for where, row in some)
 
 
@@ -397,8 +397,11 @@ def _make_folder(args: CommonTrainingArguments) -> None:
         raise ConfigurationError(f"--output_dir {folder}: {error.strerror or error}") from error
 
 
-def chosen_divergence(flags: DivergenceFlags) -> Divergence:
-    """Return the divergence of the flags, which are named as its fields."""
+def divergence_from_flags(flags: DivergenceFlags) -> Divergence:
+    """Return the `Divergence` that --beta, --temperature and --tail make.
+
+    Each flag has the name of its field, so a new field of the divergence is read here already.
+    """
     return Divergence(**{field.name: getattr(flags, field.name) for field in fields(Divergence)})
 
 
@@ -410,7 +413,7 @@ def _method(
         lmbda=flags.lmbda,
         seq_kd=flags.seq_kd,
         seq_kd_temperature=flags.seq_kd_temperature,
-        divergence=chosen_divergence(flags),
+        divergence=divergence_from_flags(flags),
         top_k=top_k,
         max_new_tokens=generation.max_new_tokens,
         seed=args.seed,

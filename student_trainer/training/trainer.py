@@ -11,8 +11,8 @@ get_batch_samples               a step's rows come from `TrainingOrder`, its com
 training_step                   a micro-batch waits for its own scores, and a substep may hold
                                 several
 compute_loss                    the loss is computed in the forward pass, over the step's tokens
-_get_grad_norm                  is asked for last before the optimizer: a step that is not finite
-                                ends here
+_get_grad_norm                  is the last call before the optimizer, so a step that is not
+                                finite is stopped here
 evaluation_loop                 see `HeldOutEvaluation`
 log                             adds what `WindowMetrics` counted
 floating_point_ops,             take the micro-batches of a substep
@@ -155,10 +155,10 @@ class DistillationTrainer(DurableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
     ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
-        """Return the micro-batches of each substep of one optimizer step, written, not yet scored.
+        """Return one step's micro-batches, by substep, and its number of learned tokens.
 
-        And how many tokens they teach. The loader's iterator is left alone: the order is known for
-        all steps, see `TrainingOrder`.
+        Completions are written; scores may be missing. The loader's iterator is left alone: the
+        order is known for all steps, see `TrainingOrder`.
         """
         step = self.state.global_step
         self.timeline.begin_step(step + 1)
@@ -168,7 +168,8 @@ class DistillationTrainer(DurableTrainer):
             self._stream.forget(before=self.order.micro_batches(step)[0][0])
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
-        if self.plan.method.seq_kd:  # a later epoch needs completions that are still written
+        if self.plan.method.seq_kd:
+            # The next epoch reuses completions that are not written yet, so none of it starts.
             last = min(last, self.order.last_of_epoch(step))
         batch = self.pipeline.take(step, last)
         samples = self.pipeline.samples(batch)
@@ -190,8 +191,8 @@ class DistillationTrainer(DurableTrainer):
     ) -> torch.Tensor:
         """Run forward and backward of a substep's micro-batches, each once its scores are there.
 
-        The Trainer counts on ``gradient_accumulation_steps`` substeps, and adds gradients over
-        ranks in the last; where a token budget puts several micro-batches in it, in their last.
+        The Trainer counts on ``gradient_accumulation_steps`` substeps. Gradients are added over
+        ranks only in the last micro-batch of the last substep.
         """
         loss = torch.zeros((), device=self.args.device)
         for place, pending in enumerate(inputs):
@@ -246,9 +247,10 @@ class DistillationTrainer(DurableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the sum of the divergences / learned tokens of the whole step over all ranks.
+        """Call the model, whose forward pass computes the loss (`model.forward`), and scale it.
 
-        Times the number of ranks, because the distributed wrappers average gradients over them.
+        The loss is the sum of the divergences / learned tokens of the whole step over all ranks,
+        times the number of ranks, because the distributed wrappers average gradients over them.
         """
         targets: SparseTargets = inputs["sparse_targets"]
         inputs = {**inputs, "sparse_targets": targets.to(inputs["input_ids"].device)}
@@ -297,7 +299,7 @@ class DistillationTrainer(DurableTrainer):
     # What the Trainer counts, logs and writes.
 
     def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """Return those of all micro-batches of a substep."""
+        """Return the floating-point operations of all micro-batches of a substep."""
         return sum(super(DistillationTrainer, self).floating_point_ops(one) for one in inputs)
 
     def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
@@ -379,12 +381,12 @@ class DistillationTrainer(DurableTrainer):
         """Make the accelerator as the Trainer does, on CPU processes for FSDP too."""
         if self.args.use_cpu and self.args.world_size > 1 and uses_fsdp(self.args):
             # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
-            # where it sees no GPUs. What it is told here is what it then replaces by FSDP.
+            # where it sees no GPUs. It replaces MULTI_GPU by FSDP.
             PartialState().distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
     def prepare_rollouts(self) -> None:
-        """Try how the student writes, where this run will have it write.
+        """Find the way the student generates, if it will write completions in this run.
 
         Raises:
             RolloutError: it cannot.

@@ -105,8 +105,8 @@ def _score_chunk(
     """Return ids [n, k], their log-probs [n, k], log-probs of ``extra`` [n, 1 + m], tail [n].
 
     The ids are the most probable ones, or with ``points`` [n, k] the draws at those points.
-    Overwrites ``logits``. The tail is a sum of exponentials over what no column names, never 1 − p.
-    Together with the named tokens, each counted once, it is the normaliser.
+    Overwrites ``logits``. The tail is exact: it sums the exponentials of all tokens that no column
+    names, and is never 1 − p. Tail and named tokens, each counted once, make the normaliser.
     """
     widths = [extra.shape[1], points.shape[1]]
     if points.shape[1]:  # draws may repeat, so they are scored like requested ids and not ranked

@@ -140,7 +140,7 @@ class Exchange:
 def _check_possible(
     amount: int, limit: int, things: str, flag: str, field: str | None = None
 ) -> None:
-    """Check that a request is not over a limit by itself, so that trying later can help.
+    """Refuse a request that exceeds a limit alone (413), because trying later could never help.
 
     Raises:
         PayloadTooLargeError: ``amount`` is more than ``limit``.

@@ -1,4 +1,4 @@
-"""Admit requests: readiness, back-pressure, deadlines, and callers who left."""
+"""Admit requests or refuse them: 429 over a quota, 503 while draining, 504 at the deadline."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class ClientGoneError(Exception):
 class Quota:
     """A quota of one resource, which all requests share.
 
-    A client that holds some already must leave as much free: one client fills at most half of the
-    quota, two fill a third each, so another always finds some. A request over the quota is refused,
-    never queued.
+    A client that holds some already may never hold more than it leaves free: one client gets at
+    most half, two get a third each, so another always finds some. A request over the quota is
+    refused, never queued.
 
     Source: Choudhury and Hahne, Dynamic Queue Length Thresholds for Shared-Memory Packet Switches,
     IEEE/ACM Transactions on Networking 6(2), 1998.
@@ -48,7 +48,7 @@ class Quota:
         self._total = 0
 
     def take(self, client: str, amount: int, *, already: int = 0) -> None:
-        """Take ``amount`` more for a request that holds ``already`` of it.
+        """Take ``amount`` more for a request that holds ``already`` of it, or refuse it (429).
 
         Raises:
             OverloadedError: the quota does not allow it.

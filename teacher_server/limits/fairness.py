@@ -9,9 +9,8 @@ LEAST_JOB_TOKENS = 16
 class FairQueue:
     """A fair queue that gives each job a start, counted in tokens; the least start is next.
 
-    A client's job starts where its last one ends, clients side by side, so what a client queues
-    delays its own next job and nobody else's. A client with nothing queued starts now, and saves up
-    no time.
+    Each client has its own clock: its job starts where its last one ended, so what it queues delays
+    its own jobs and nobody else's. An idle client starts now, without credit for having been idle.
 
     Args:
         least: the least tokens that a job counts.

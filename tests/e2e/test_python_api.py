@@ -190,8 +190,8 @@ class TestDistill:
         [
             ({"lmbd": 0.5}, r"distill\(\): unknown keyword 'lmbd'; did you mean lmbda?"),
             ({"beta": 2}, "--beta 2.0 must be from 0 to 1"),
-            ({"beta": "half"}, "argument --beta: invalid float value: 'half'"),
-            ({"tail": "cut"}, "argument --tail: invalid choice: 'cut'"),
+            ({"beta": "half"}, "keyword beta: invalid float value: 'half'"),
+            ({"tail": "cut"}, "keyword tail: invalid choice: 'cut'"),
             ({"dataset_name": "rows.jsonl"}, "give dataset_name as dataset"),
             ({"eval_strategy": "steps", "eval_steps": 1}, "needs --eval_dataset_name"),
             ({"tokenizer": object()}, "a folder or Hub id without"),

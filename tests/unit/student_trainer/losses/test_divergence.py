@@ -17,11 +17,11 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.model.forward import install_sparse_loss
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.training.micro_batch import MicroBatchBuilder
 from student_trainer.training.plan import TrainingPlan
-from student_trainer.training.recipe import chosen_divergence
+from student_trainer.training.recipe import divergence_from_flags
 from tests.support.losses import top_k
 from tests.unit.student_trainer.model.test_head import SHARED, Halved, tiny
 
@@ -71,7 +71,7 @@ def test_each_field_is_a_flag_of_its_name_and_default():
     defaults = {field.name: field.default for field in fields(Divergence)}
     assert {name: getattr(DivergenceFlags(), name) for name in defaults} == defaults
     flags = DivergenceFlags(beta=0.3, temperature=2.0, tail="renormalize")
-    assert chosen_divergence(flags) == Divergence(0.3, 2.0, "renormalize")
+    assert divergence_from_flags(flags) == Divergence(0.3, 2.0, "renormalize")
 
 
 @pytest.mark.parametrize("loss", ["sparse", "linear", "dense"])

@@ -12,7 +12,8 @@ from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Example, Sample
 from student_trainer.losses import Divergence
-from student_trainer.pipeline.pipeline import DistillationConfig, Pipeline
+from student_trainer.pipeline.method import DistillationConfig
+from student_trainer.pipeline.pipeline import Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.rollouts import Rollout
 from student_trainer.runtime.timeline import Timeline

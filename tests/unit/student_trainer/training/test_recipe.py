@@ -13,7 +13,7 @@ from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example
 from student_trainer.losses import Divergence
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
 from student_trainer.training.recipe import longest_rollout, open_teacher
 from tests.support.stub import info

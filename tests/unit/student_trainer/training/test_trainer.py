@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.data.sample import Example, Sample
 from student_trainer.losses import Divergence
-from student_trainer.pipeline.pipeline import DistillationConfig
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.training import durable, trainer
 from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.plan import TrainingPlan
