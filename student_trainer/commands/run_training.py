@@ -10,14 +10,16 @@ from student_trainer.commands.dry_run_teacher import dry_run_flags
 from student_trainer.config.arguments import DistillFlags, Recipe, SFTFlags, TeacherArguments
 from student_trainer.config.machine import check_machine
 from student_trainer.config.training_arguments import DistillArguments, training_arguments
-from student_trainer.data.sources import read_rows
+from student_trainer.data.sources import Rows, read_rows
 from student_trainer.pipeline.planned_requests import count_missing, planned_requests, send_all
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.runtime.progress import counted
 from student_trainer.runtime.terminal import can_move
+from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_capabilities, check_one_teacher
 from student_trainer.training.recipe import (
+    Prepared,
     date_folders,
     keep_template_date,
     open_teacher,
@@ -58,21 +60,33 @@ def run_distill(
     # The requests of a stream are not known, so a cache cannot know that it holds all of them.
     alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
     with open_teacher(teacher_flags, recipe.model, starts_alone=alone) as client:
-        check_capabilities(client.connect(), args, teacher_flags)
-        check_one_teacher(client.info.teacher)
-        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher_flags)
-        check_repeats(
-            client,
-            prepared.train,
-            prepared.method,
-            tolerance=teacher_flags.teacher_repeat_tolerance,
-        )
+        prepared = _connect_and_prepare(client, recipe, rows, args, teacher_flags)
         if args.dry_run:
             dry_run(recipe, prepared, args, teacher=client, teacher_flags=teacher_flags)
             return None
         keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache))
         all_flags = (*recipe.flags, teacher_flags, args)
         return run(recipe, prepared, args, teacher=client, flags=all_flags)
+
+
+def _connect_and_prepare(
+    client: Teacher,
+    recipe: Recipe,
+    rows: Rows,
+    args: DistillArguments,
+    teacher_flags: TeacherArguments,
+) -> Prepared:
+    """Return what the run learns from, once the teacher is known to be able to teach it.
+
+    Raises:
+        TeacherError, ConfigurationError, DatasetError: teacher, flags or rows cannot be used.
+    """
+    check_capabilities(client.connect(), args, teacher_flags)
+    check_one_teacher(client.info.teacher)
+    prepared = prepare(recipe, rows, args, teacher=client, teacher_flags=teacher_flags)
+    tolerance = teacher_flags.teacher_repeat_tolerance
+    check_repeats(client, prepared.train, prepared.method, tolerance=tolerance)
+    return prepared
 
 
 def run_precompute(recipe: Recipe, teacher_flags: TeacherArguments, flags: DistillFlags) -> None:
@@ -88,14 +102,7 @@ def run_precompute(recipe: Recipe, teacher_flags: TeacherArguments, flags: Disti
     if args.dry_run:
         teacher_flags = dry_run_flags(teacher_flags)
     with open_teacher(teacher_flags, recipe.model, starts_alone=True) as client:
-        check_capabilities(client.connect(), args, teacher_flags)
-        prepared = prepare(recipe, rows, args, teacher=client, asked=teacher_flags)
-        check_repeats(
-            client,
-            prepared.train,
-            prepared.method,
-            tolerance=teacher_flags.teacher_repeat_tolerance,
-        )
+        prepared = _connect_and_prepare(client, recipe, rows, args, teacher_flags)
         requests = planned_requests(prepared.method, prepared.train, prepared.held_out)
         if args.dry_run:
             dry_run(

@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def commands() -> dict[str, CommandArguments]:
     """Return every command with its flags."""
-    # Imported here, so that --help does not wait for torch.
+    # The parsers of all commands take a second to import, for which --help does not wait.
     from student_trainer.commands.doctor import make_parser as doctor
     from student_trainer.commands.registry import COMMANDS
     from student_trainer.config.parse import ARGUMENTS, make_parser

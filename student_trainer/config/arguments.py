@@ -575,7 +575,7 @@ class DivergenceFlags:
 SFT = DivergenceFlags(lmbda=0.0, beta=0.0, teacher_prefetch_steps=0)
 
 
-def divergence_of(flags: RunFlags) -> DivergenceFlags:
+def divergence_flags_of(flags: RunFlags) -> DivergenceFlags:
     """Return the flags of completions and divergence; `SFT` where there is no teacher."""
     return flags if isinstance(flags, DivergenceFlags) else SFT
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,8 +27,6 @@ class CommonTrainingArguments(RunFlags, TrainingArguments):
     """The `TrainingArguments` of transformers, with the defaults that this trainer needs."""
 
     def __post_init__(self) -> None:
-        if uses_deepspeed(self) and importlib.util.find_spec("deepspeed") is None:
-            raise ConfigurationError("DeepSpeed is not installed here: pip install deepspeed")
         # transformers allows bfloat16 on a CPU only when use_cpu is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True

@@ -132,14 +132,6 @@ class Encoder:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
-    def encode_literally(self, text: str) -> list[int]:
-        """Return the ids of a text without reading any control token in it.
-
-        Raises:
-            DatasetError: the tokenizer cannot encode it as plain text.
-        """
-        return self.encode(self.protect(text))
-
     def _encode_literally(self, text: str) -> list[int]:
         """Return the ids of an original text, split so that none of them is a control token."""
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

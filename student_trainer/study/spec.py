@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
-from shared.yaml_file import read_yaml
+from shared.yaml_file import flag_arguments, read_yaml
 
 TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
@@ -113,13 +112,7 @@ def substituted(value: Any, by: Mapping[str, str]) -> Any:
 
 def to_argv(flags: Mapping[str, Any]) -> list[str]:
     """Return flags as command-line arguments, without those that are null."""
-    argv = []
-    for key, value in flags.items():
-        if isinstance(value, list):
-            argv += [f"--{key}", *(str(item) for item in value)]
-        elif value is not None:
-            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return argv
+    return [argument for name, value in flags.items() for argument in flag_arguments(name, value)]
 
 
 def nearest(names: Iterable[str], name: str) -> str:

@@ -25,7 +25,7 @@ from student_trainer.config.arguments import (
     ModelArguments,
     Recipe,
     TeacherArguments,
-    divergence_of,
+    divergence_flags_of,
     traced_steps,
 )
 from student_trainer.config.checks import api_key_of
@@ -206,7 +206,7 @@ def run(
 
 def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> TrainingPlan:
     """Make the plan of a run from its flags; card and inputs are added later."""
-    flags = divergence_of(args)
+    flags = divergence_flags_of(args)
     return TrainingPlan(
         method=prepared.method,
         vocab_size=prepared.vocab_size,
@@ -250,12 +250,12 @@ def prepare(
     args: CommonTrainingArguments,
     *,
     teacher: Teacher | None = None,
-    asked: TeacherArguments | None = None,
+    teacher_flags: TeacherArguments | None = None,
 ) -> Prepared:
     """Return what a run learns from, as its flags say.
 
     Args:
-        teacher, asked: the connected teacher, and its flags; None for SFT.
+        teacher, teacher_flags: the connected teacher, and its flags; None for SFT.
 
     Raises:
         DatasetError, ConfigurationError: rows or flags that cannot be learned.
@@ -268,11 +268,10 @@ def prepare(
         check_vocabulary(tokenizer, vocab_size, teacher.info)
         vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
-    divergence = divergence_of(args)
-    if divergence.student_top_m > vocab_size:
+    student_top_m = divergence_flags_of(args).student_top_m
+    if student_top_m > vocab_size:
         raise ConfigurationError(
-            f"--request_student_top_m {divergence.student_top_m} is over the shared "
-            f"vocabulary of {vocab_size}"
+            f"--request_student_top_m {student_top_m} is over the shared vocabulary of {vocab_size}"
         )
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     if teacher is not None and PartialState().is_main_process:
@@ -280,9 +279,12 @@ def prepare(
         if told is not None:
             logger.warning("%s", told)
     method = _method(
-        args, recipe.generation, 1 if asked is None else asked.top_k_logprobs, stop_ids
+        args,
+        recipe.generation,
+        1 if teacher_flags is None else teacher_flags.top_k_logprobs,
+        stop_ids,
     )
-    folders = date_folders(args, None if asked is None else asked.teacher_cache)
+    folders = date_folders(args, None if teacher_flags is None else teacher_flags.teacher_cache)
     today = read_date(recipe.template.chat_template_date, folders)
     template = TemplateOptions(recipe.template.kwargs, gather_object([today])[0])
     text_end = load_text_end(recipe.model, tokenizer)
@@ -338,7 +340,7 @@ def keep_template_date(prepared: Prepared, folders: Sequence[Path]) -> None:
 
 
 def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:
-    """Numbers of the rows that this rank learns."""
+    """Return the numbers of the rows that this rank learns."""
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(args.num_train_epochs * order.steps_per_epoch)
@@ -349,20 +351,20 @@ def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int
 def longest_rollout(
     train: Sequence[Example], held_out: Sequence[Example] | None, method: DistillationConfig
 ) -> int:
-    """Tokens of the longest prompt that the student is asked, and a whole completion.
+    """Return the tokens of the longest prompt that the student completes, and of a completion.
 
-    Of held-out rows those with a checker: others may fill the context.
+    Held-out rows count if they have a checker; others are not completed, and may fill the context.
     """
-    asked = [*train, *(example for example in held_out or [] if example.checker is not None)]
-    return max(len(example.prompt_ids) for example in asked) + method.max_new_tokens
+    completed = [*train, *(example for example in held_out or [] if example.checker is not None)]
+    return max(len(example.prompt_ids) for example in completed) + method.max_new_tokens
 
 
 def open_engine(
     student: Any, recipe: Recipe, args: CommonTrainingArguments, max_model_len: int
 ) -> AbstractContextManager[VllmEngine | None]:
     """Open what ``--rollout_engine`` names beside the student; nothing for transformers."""
-    divergence = divergence_of(args)
-    if divergence.rollout_engine == "transformers":
+    flags = divergence_flags_of(args)
+    if flags.rollout_engine == "transformers":
         return nullcontext()
     dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
     if args.bf16 or args.fp16:  # what the student computes in
@@ -371,7 +373,7 @@ def open_engine(
         student,
         max_model_len=max_model_len,
         dtype=dtype,
-        gpu_memory_utilization=divergence.vllm_gpu_memory_utilization,
+        gpu_memory_utilization=flags.vllm_gpu_memory_utilization,
         max_num_seqs=recipe.generation.generation_batch_size,
     )
 
@@ -408,7 +410,7 @@ def divergence_from_flags(flags: DivergenceFlags) -> Divergence:
 def _method(
     args: CommonTrainingArguments, generation: GenerationArguments, top_k: int, stop_ids: list[int]
 ) -> DistillationConfig:
-    flags = divergence_of(args)
+    flags = divergence_flags_of(args)
     return DistillationConfig(
         lmbda=flags.lmbda,
         seq_kd=flags.seq_kd,

@@ -133,16 +133,16 @@ class DistillationTrainer(DurableTrainer):
         )
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.held_out = HeldOutEvaluation(
-            plan,
-            self.builder,
-            teacher,
-            self._rollout_engine(0.0, batch_size or step),
-            tokenizer,
-            self.ranks,
-            self._on_device,
-            self.compute_loss_context_manager,
-            self._output,
-            self.args.unsafe_sandbox,
+            plan=plan,
+            builder=self.builder,
+            teacher=teacher,
+            rollouts=self._rollout_engine(0.0, batch_size or step),
+            tokenizer=tokenizer,
+            ranks=self.ranks,
+            on_device=self._on_device,
+            autocast=self.compute_loss_context_manager,
+            folder=self._output,
+            unsafe_sandbox=self.args.unsafe_sandbox,
         )
         self.add_callback(_StepEnd(self))
         if in_json():

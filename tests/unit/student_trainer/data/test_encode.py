@@ -99,7 +99,7 @@ def test_what_looks_like_a_control_token_is_text(tokenizer):
     encoder = Encoder(tokenizer)
     end = tokenizer.eos_token
     text = f"the token {end} ends; {end}"
-    ids = encoder.encode_literally(text)
+    ids = encoder.encode(encoder.protect(text))
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == text
     assert tokenizer(text, add_special_tokens=False)["input_ids"].count(tokenizer.eos_token_id) == 2
