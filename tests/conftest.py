@@ -1,4 +1,4 @@
-"""What is true of all tests."""
+"""The settings of all tests."""
 
 import os
 from pathlib import Path
@@ -12,8 +12,10 @@ if not Path("/proc/driver/nvidia").exists():
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Of several workers one takes all tests of a file, and one all of a backend's API, whose tests
-    share servers; unless a file says otherwise."""
+    """Give one worker all tests of a file, or all of a backend's API.
+
+    The latter share servers. A test that names its group keeps it.
+    """
     for item in items:
         if item.get_closest_marker("xdist_group"):
             continue

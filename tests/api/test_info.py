@@ -1,4 +1,4 @@
-"""What a teacher says of itself: identity, health, metrics and its own documentation."""
+"""A teacher's description of itself: identity, health, metrics and documentation."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is written of the metrics is what a live server shows, to a real Prometheus too."""
+"""The documented metrics are those of a live server, as a real Prometheus sees them too."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ ROW = re.compile(r"\| `(teacher_\w+)` \| (\w+) \|(.*?)\|")
 
 
 def ask(url):
-    """What brings tokens of every kind, and a refusal."""
+    """Send requests that bring tokens of every kind, and a refusal."""
     sequences = [{"token_ids": [2, 65, 1, 70, 71], "completion_start": 3}]
     prompts = {"prompts": [[2, 65, 1]], "max_new_tokens": 2, "temperature": 0}
     for path, body, status in (

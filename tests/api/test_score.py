@@ -1,4 +1,4 @@
-"""What a served teacher answers equals a plain float32 forward pass, whatever the batching."""
+"""The scores of a served teacher equal a plain float32 forward pass, whatever the batching."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor

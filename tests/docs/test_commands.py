@@ -317,7 +317,7 @@ RULES = {
 
 
 def settings_of(words):
-    """What `teacher-server` makes of its arguments, keys and certificates."""
+    """Return the settings that `teacher-server` makes of arguments, keys and certificates."""
     with (
         mock.patch.object(teacher_server.cli, "_listen", side_effect=ConfigurationError) as listen,
         # Flags of vLLM's engine have a test of their own.

@@ -1,4 +1,4 @@
-"""How samples are grouped into micro-batches, padded or packed, changes no gradient."""
+"""The grouping of samples into micro-batches, padded or packed, changes no gradient."""
 
 import json
 import random

@@ -73,7 +73,7 @@ def step(student, seed):
 
 
 def largest_difference(vllm, student, prompt):
-    """Of the log-probs that vLLM sampled by from those of the trainer's forward pass."""
+    """Return how far vLLM's log-probs are from those of the trainer's forward pass."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=LONGEST, seed=1, logprobs=0, detokenize=False)

@@ -1,4 +1,4 @@
-"""What strangers do with connections: halves of heads, crumbs of bodies, contradicting lengths."""
+"""Connections of strangers: halves of heads, crumbs of bodies, contradicting lengths."""
 
 import contextlib
 import socket

@@ -43,7 +43,7 @@ def fill(store, numbers):
 
 
 def found(store):
-    """How many records are there; each must be the one that was written."""
+    """Return how many records are there; each must be the one that was written."""
     records = store.get([key(number) for number in range(COUNT)])
     for number, value in enumerate(records):
         assert value in (None, record(number))

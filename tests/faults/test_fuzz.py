@@ -1,4 +1,4 @@
-"""What reads bytes from the network, under a coverage-guided fuzzer."""
+"""The readers of bytes from the network, under a coverage-guided fuzzer."""
 
 import re
 import subprocess

@@ -64,7 +64,7 @@ def watched(url):
 
 
 def late(url):
-    """How often the loop was later than `LONGEST_LAG`."""
+    """Return how often the loop was later than `LONGEST_LAG`."""
     text, name = httpx.get(f"{url}/metrics").text, "teacher_event_loop_lag_seconds"
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(name))
     return float(lines[f"{name}_count"]) - float(lines[f'{name}_bucket{{le="{LONGEST_LAG}"}}'])

@@ -1,4 +1,4 @@
-"""What happens to a teacher server, each by really causing it; docs/reliability.md lists them."""
+"""The faults of a teacher server, each by really causing it; docs/reliability.md lists them."""
 
 import contextlib
 import resource

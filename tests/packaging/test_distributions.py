@@ -1,4 +1,4 @@
-"""What is built is complete: it installs elsewhere, and both commands start from it."""
+"""The built distributions are complete: they install elsewhere, and both commands start."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What ends plain text and turns of pretrained models."""
+"""The tokens that end plain text and turns of pretrained models."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What docs/how-to/chat-templates.md says of published templates is what is done."""
+"""The table of docs/how-to/chat-templates.md says what is done with published templates."""
 
 from tests.real.documented import BEGIN, END, PAGE, table
 

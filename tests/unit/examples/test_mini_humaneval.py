@@ -58,7 +58,7 @@ def _constants(name: str) -> tuple[str, ...]:
 
 
 def passes(row: dict[str, Any], body: str) -> bool:
-    """Whether checker.prompt + body + test runs through, put together as HumanEval does it."""
+    """Return whether checker.prompt + body + test runs through, joined as HumanEval does it."""
     checker = row["checker"]
     program = f"{checker['prompt']}{body}\n{checker['test']}\ncheck({checker['entry_point']})"
     try:

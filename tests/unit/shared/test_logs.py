@@ -11,7 +11,7 @@ from shared import logs
 
 
 def line(formatter, message="a %s", *arguments, **options):
-    """What the formatter makes of a record."""
+    """Return a record as the formatter writes it."""
     record = logging.getLogger("here").makeRecord(
         "here", logging.INFO, "file", 1, message, arguments, options.pop("exc_info", None),
         extra=options,

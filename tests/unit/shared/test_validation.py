@@ -1,4 +1,4 @@
-"""What a teacher refuses, and that each refusal names the field, the value and the limit."""
+"""The refusals of a teacher: each names the field, the value and the limit."""
 
 import numpy as np
 import pytest

@@ -581,7 +581,7 @@ def test_a_dead_engine_is_not_alive(app):
 
 @pytest.fixture
 def lines():
-    """What the server logs, as objects."""
+    """The lines that the server logs, as objects."""
     found = []
 
     class Lines(logging.Handler):

@@ -55,7 +55,7 @@ class StoppedError(Exception):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How many completions were asked for; after ``stop_after`` groups it is interrupted."""
+    """Return how many completions were requested, interrupted after ``stop_after`` groups."""
 
     class Engine(TransformersRollouts):
         requests = []  # noqa: RUF012

@@ -30,7 +30,7 @@ def scripts(tmp_path_factory):
 
 
 def bash(scripts, *words):
-    """What bash offers for the last word."""
+    """Return what bash offers for the last word."""
     program = words[0]
     line = (
         f"source {scripts}/{program}.bash; set -- {shlex.join(words)}; "
@@ -71,7 +71,7 @@ def zsh(scripts, line, completed):
 
 
 def _until(terminal, text):
-    """What comes until ``text`` does, for half a minute at most."""
+    """Return what comes until ``text`` does, for half a minute at most."""
     shown, since = "", time.monotonic()
     while text not in shown and time.monotonic() - since < 30:
         if select.select([terminal], [], [], 0.2)[0]:

@@ -9,7 +9,7 @@ from student_trainer.data.order import TrainingOrder
 
 
 def accelerates(rows, batch_size, seed, rank, world, drop_last, epochs):
-    """What transformers' Trainer would be handed, epoch by epoch."""
+    """Return the rows that transformers' Trainer would be handed, epoch by epoch."""
     data = list(range(rows))
     loader = prepare_data_loader(
         DataLoader(data, batch_size, sampler=RandomSampler(data), drop_last=drop_last,

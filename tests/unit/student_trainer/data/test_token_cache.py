@@ -42,7 +42,7 @@ def examples(tokenizer, rows, *, max_length=60, **options):
 
 
 def same(first, second):
-    """Whether two examples, or two samples, are equal in every field, dtypes included."""
+    """Return whether two examples, or samples, are equal in every field, dtypes included."""
     for field in fields(first):
         a, b = getattr(first, field.name), getattr(second, field.name)
         if isinstance(a, np.ndarray):

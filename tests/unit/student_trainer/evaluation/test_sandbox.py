@@ -307,7 +307,7 @@ OUTCOMES = {name: outcome for outcome, group in HOSTILE.items() for name in grou
 
 @dataclass(frozen=True)
 class Ran:
-    """How a hostile program ended, and the folder that it was to harm."""
+    """Return how a hostile program ended, and the folder that it was to harm."""
 
     result: SandboxResult
     folder: Path
@@ -346,7 +346,7 @@ def test_hostile_programs_neither_pass_nor_harm(ran, name):
 
 
 def landlock() -> bool:
-    """Whether this kernel fences files."""
+    """Return whether this kernel fences files."""
     return ctypes.CDLL(None).syscall(444, None, 0, 1) >= 6
 
 

@@ -1,4 +1,4 @@
-"""What the kernel holds, without the audit hook: as root, as a plain user, and in a container."""
+"""The kernel's fences without the audit hook: as root, as a plain user, and in a container."""
 
 import ctypes
 import os

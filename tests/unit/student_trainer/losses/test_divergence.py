@@ -49,7 +49,7 @@ def received(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "unknown"])
 def test_a_new_option_goes_from_the_plan_to_the_closed_form_by_itself(family, received):
-    """What is left to write for one: its field, its flag, and its mathematics in both kernels."""
+    """The rest to write for one: its field, its flag, and its mathematics in both kernels."""
     model = Halved(tiny("llama")) if family == "unknown" else tiny(family)
     install_sparse_loss(model)
     chosen = Extended(0.3, 2.0, "renormalize", margin=0.25)

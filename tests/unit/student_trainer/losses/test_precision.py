@@ -1,4 +1,4 @@
-"""How much of the gradient survives half precision, near teachers, and masses far apart."""
+"""The gradient survives half precision, near teachers, and masses far apart."""
 
 import math
 

@@ -205,7 +205,7 @@ def test_inputs_are_left_as_they_are():
 
 
 def truncated_reverse_kl(logits, teacher, divergence):
-    """What some systems compute: reverse KL summed over the support alone, no tail."""
+    """Return what some systems compute: reverse KL over the support alone, no tail."""
     assert divergence == Divergence(1.0)
     log_q = logits.log_softmax(dim=-1).gather(1, teacher.token_ids)
     return (log_q.exp() * (log_q - teacher.logprobs)).sum(dim=-1)

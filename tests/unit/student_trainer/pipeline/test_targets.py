@@ -24,7 +24,7 @@ def sample(completion, mask=None, prompt=(9, 9)):
 
 
 def scores_of(probabilities, k, next_ids, requested=None):
-    """What a teacher with these rows [T, V] would answer."""
+    """Return the answer of a teacher with these log-probs [T, V]."""
     p = np.asarray(probabilities, dtype=np.float64)
     top = np.argsort(-p, axis=1)[:, :k]
     named = np.zeros_like(p, dtype=bool)
@@ -239,7 +239,7 @@ def test_float16_rows_without_a_rest_keep_their_values_in_bounds():
 
 
 def drawn_sample(log_p, k, seed, learned=None):
-    """What a teacher of log-probs [T, V] answers to a request for draws."""
+    """Return the answer of a teacher of log-probs [T, V] to a request for draws."""
     draws = torch.multinomial(
         torch.from_numpy(np.exp(log_p)), k, replacement=True,
         generator=torch.Generator().manual_seed(seed),

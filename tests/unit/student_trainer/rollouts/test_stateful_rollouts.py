@@ -43,7 +43,7 @@ def requests(*lengths):
 
 
 def right_rows(make, asked, rollouts):
-    """How many are what a plain forward pass of the model, new each time, says token by token."""
+    """Return how many equal a plain forward pass of the model, run anew for each token."""
     found = 0
     for index, request in enumerate(asked):
         ids = list(map(int, request.prompt_ids))

@@ -46,7 +46,7 @@ def test_control_characters_are_spelled_out():
 
 
 def count_to_100(monkeypatch, seconds, *, terminal=False, **options):
-    """What is written to standard error, when each of a hundred takes so many seconds."""
+    """Return the text on standard error, when each of a hundred takes so many seconds."""
     error, now = Stream(terminal), [0.0]
     monkeypatch.setattr("sys.stderr", error)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -1,4 +1,4 @@
-"""What is wrong in a study's file is named with the file and the key, before anything runs."""
+"""A fault in a study's file is named with the file and the key, before anything runs."""
 
 from pathlib import Path
 

@@ -254,7 +254,7 @@ def test_the_rest_goes_to_another_replica(stub):
 
 
 def test_completions_that_came_no_longer_count_as_outstanding(stub):
-    """Of 43 tokens at most 20 are still to come when the third is read: less than 24 elsewhere."""
+    """At most 20 of 43 tokens are still to come at the third: less than 24 elsewhere."""
     with (
         StubTeacher().serving() as other,
         SparseGkdTeacher([stub.url, other.url], timeout=10.0) as client,

@@ -96,7 +96,7 @@ def test_quantised_weights_are_half_a_byte_and_their_scales(tmp_path):
 
 
 def test_nothing_of_a_large_model_is_made(tmp_path):
-    """Of 42 GB, twice that with its gradients: few machines that run tests could hold it."""
+    """The model has 42 GB, and as much in gradients: few machines that run tests could hold it."""
     d, ff, kv, layers, vocab = 8192, 28672, 1024, 10, 128256
     AutoConfig.for_model(
         "llama", hidden_size=d, intermediate_size=ff, num_hidden_layers=layers,

@@ -1,4 +1,4 @@
-"""What is compared between teacher and student before the first step."""
+"""The comparison of teacher and student before the first step."""
 
 import logging
 

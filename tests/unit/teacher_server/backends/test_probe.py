@@ -1,4 +1,4 @@
-"""What a neighbour, a later token or a cache would change is tried as a model loads."""
+"""The trials of a model as it loads: what a neighbour, a later token or a cache changes."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def generate_jobs(*lengths, max_new_tokens=12):
 
 
 def forward_rows(model):
-    """How many rows each forward pass has, from now on."""
+    """Return a list that gets the number of rows of each forward pass from now on."""
     rows = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True

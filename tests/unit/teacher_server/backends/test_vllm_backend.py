@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def public_answer(dense, job):
-    """What vLLM's prompt log-probs hold: the next token, then the top k, [T, 1 + k]."""
+    """Return vLLM's prompt log-probs: the next token, then the top k, [T, 1 + k]."""
     top = np.argsort(-dense, axis=1)[:, : job.top_k]
     following = job.token_ids[job.completion_start :].astype(np.int64)[:, None]
     ids = np.concatenate([following, top], axis=1)

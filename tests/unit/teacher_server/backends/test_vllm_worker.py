@@ -174,7 +174,7 @@ def extension(runner):
 
 
 class Runner:
-    """What of vLLM's V1 runner the hook touches, with two requests in a step of 9 + 19 rows."""
+    """The part of vLLM's V1 runner that the hook touches, with two requests of 9 + 19 rows."""
 
     def __init__(self, one):
         self.model = SimpleNamespace(compute_logits=head)
@@ -266,7 +266,7 @@ class TestV2Runner:
 
 
 class Processor(torch.nn.Module):
-    """Of vLLM's logits processor what matters: a dtype, and a refusal where it cannot be."""
+    """The part of vLLM's logits processor that matters: a dtype, or a refusal."""
 
     head_dtype = torch.bfloat16
 

@@ -23,7 +23,7 @@ def test_a_client_that_floods_leaves_threads_to_another():
 
 
 def test_turns_are_counted_in_what_the_work_costs():
-    """Of two clients with as many requests, the one with small bodies is done first."""
+    """The client with small bodies is done before one with as many large ones."""
     gates, order = [threading.Event(), threading.Event()], []
 
     async def work():
