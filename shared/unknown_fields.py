@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticCustomError
+
+from shared.nearest import nearest
 
 # The type of the pydantic error, whose context holds the field's name.
 UNKNOWN_FIELD = "unknown_field"
@@ -31,8 +32,8 @@ def refuse_unknown_fields(cls: type[BaseModel], value: Any) -> Any:
 
 
 def _unknown(name: str, known: list[str]) -> PydanticCustomError:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+    near = nearest(name.lower(), known)
+    hint = f"did you mean {near!r}?" if near else f"the fields are {', '.join(known)}"
     # The message is passed as data, because braces in a template would be read as placeholders.
     return PydanticCustomError(
         UNKNOWN_FIELD, "{reason}", {"reason": f"not permitted here; {hint}", "name": name}

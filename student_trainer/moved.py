@@ -12,6 +12,7 @@ from types import ModuleType
 
 MOVED = {
     "student_trainer.cached_teacher": "student_trainer.teacher.cache",
+    "student_trainer.commands.registry": "student_trainer.config.commands",
     "student_trainer.nonfinite": "student_trainer.training.nonfinite",
     "student_trainer.trainer": "student_trainer.training.trainer",
     "student_trainer.vllm_teacher": "student_trainer.teacher.vllm",

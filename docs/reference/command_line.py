@@ -17,7 +17,7 @@ import teacher_server.cli
 from shared.compat import parser_actions
 from student_trainer.config.arguments import DivergenceFlags, RunFlags
 from student_trainer.config.checks import UNSUPPORTED
-from student_trainer.config.parse import ARGUMENTS
+from student_trainer.config.commands import ARGUMENTS
 
 _TITLES = {
     "ModelArguments": "Model",
@@ -58,7 +58,7 @@ def student_trainer_page() -> str:
     }
     for name, group in _groups():
         takers = [c for c, groups in ARGUMENTS.items() if any(issubclass(g, group) for g in groups)]
-        names = ", ".join(f"`{c}`" for c in takers).replace("`distill`", "`distill`, `precompute`")
+        names = ", ".join(f"`{c}`" for c in takers)
         about = inspect.cleandoc(group.__doc__ or "").split("\n\n")[0]
         lines += ["", f"## {name}", "", f"{escaped(about)} For {names}.", ""]
         for flag in _own(group):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from student_trainer.config.checks import check_evaluate
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:

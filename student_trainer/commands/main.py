@@ -19,7 +19,7 @@ from shared.errors import (
     SparseGKDError,
 )
 from shared.yaml_file import config_path, read_config
-from student_trainer.commands.registry import COMMANDS
+from student_trainer.config.commands import COMMANDS
 from student_trainer.runtime.terminal import no_bars_in_logs
 from student_trainer.runtime.threads import end_process
 

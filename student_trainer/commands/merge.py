@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.config.checks import check_merge
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 
 
 def merge(argv: Sequence[str]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distill, check_precompute, check_recipe
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 
 
 def precompute(argv: Sequence[str]) -> None:
@@ -17,7 +18,7 @@ def precompute(argv: Sequence[str]) -> None:
     """
     *parts, teacher, flags = parse(
         argv,
-        *ARGUMENTS["distill"],
+        *ARGUMENTS["precompute"],
         prog="student-trainer precompute",
         description=precompute.__doc__ or "",
     )

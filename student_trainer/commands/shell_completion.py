@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
+from student_trainer.config import parse
+from student_trainer.config.commands import COMMANDS, imported
 
 _DESCRIPTION = """\
 Print a completion script. In bash: eval "$(student-trainer completion bash)", or put the output
@@ -16,11 +18,12 @@ into ~/.local/share/bash-completion/completions/student-trainer. In zsh, after c
 
 def completion(argv: Sequence[str]) -> None:
     """Print the completion script of a shell."""
-    arguments = _parser().parse_args(list(argv))
+    arguments = make_parser().parse_args(list(argv))
     sys.stdout.write(completion_script(arguments.shell, "student-trainer", commands()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of `completion`."""
     parser = argparse.ArgumentParser(
         prog="student-trainer completion", description=_DESCRIPTION, allow_abbrev=False
     )
@@ -30,20 +33,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def commands() -> dict[str, CommandArguments]:
     """Return every command with its flags."""
-    # The parsers of all commands take a second to import, for which --help does not wait.
-    from student_trainer.commands.doctor import make_parser as doctor
-    from student_trainer.commands.registry import COMMANDS
-    from student_trainer.config.parse import ARGUMENTS, make_parser
-    from student_trainer.reporting.command import make_parser as report
-    from student_trainer.study.command import make_parser as study
-
-    others = {"completion": _parser, "doctor": doctor, "report": report, "study": study}
     found = {}
     for name, command in COMMANDS.items():
-        if name in others:
-            found[name] = arguments_of(others[name](), command.help)
+        if command.parser:
+            parser = imported(command.parser)()
         else:
-            types = ARGUMENTS["distill" if name == "precompute" else name]
             prog = f"student-trainer {name}"
-            found[name] = arguments_of(make_parser(*types, prog=prog, description=""), command.help)
+            parser = parse.make_parser(*command.arguments, prog=prog, description="")
+        found[name] = arguments_of(parser, command.help)
     return found

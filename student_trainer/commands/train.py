@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 
 
 def sft(argv: Sequence[str]) -> None:

@@ -668,7 +668,7 @@ class Recipe:
 
     @property
     def flags(self) -> tuple[Any, ...]:
-        """The dataclasses of this recipe, in the order of `config.parse.ARGUMENTS`."""
+        """The dataclasses of this recipe, in the order of `config.commands`."""
         return (
             self.model, self.adapters, self.dataset, self.data, self.generation, self.template,
         )  # fmt: skip

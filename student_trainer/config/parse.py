@@ -3,52 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
+from shared.nearest import nearest
 from shared.yaml_file import config_path, read_config
-from student_trainer.config.arguments import (
-    AdapterArguments,
-    DataArguments,
-    DatasetArguments,
-    DistillFlags,
-    EvaluateArguments,
-    GenerationArguments,
-    MergeArguments,
-    ModelArguments,
-    SFTFlags,
-    TeacherArguments,
-    TemplateArguments,
-)
+from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.help import add_help
-
-_RECIPE = (
-    ModelArguments,
-    AdapterArguments,
-    DatasetArguments,
-    DataArguments,
-    GenerationArguments,
-    TemplateArguments,
-)
-# The dataclasses of each command, in the order in which `parse` returns them.
-ARGUMENTS: dict[str, tuple[type[Any], ...]] = {
-    "sft": (*_RECIPE, SFTFlags),
-    "distill": (*_RECIPE, TeacherArguments, DistillFlags),
-    "evaluate": (
-        ModelArguments,
-        DatasetArguments,
-        GenerationArguments,
-        TemplateArguments,
-        TeacherArguments,
-        EvaluateArguments,
-    ),
-    "merge": (MergeArguments,),
-}
 
 
 def make_parser(*types: type[Any], prog: str, description: str) -> argparse.ArgumentParser:
@@ -85,8 +50,8 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
     namespace, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**values))
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
-        hint = f" Did you mean --{near[0]}?" if near else f" See {prog} --help_all."
+        near = nearest(name.lstrip("-").replace("-", "_"), known)
+        hint = f" Did you mean --{near}?" if near else f" See {prog} --help_all."
         raise ConfigurationError(f"unknown argument {name!r}.{hint}")
     return _instances(types, vars(namespace))
 
@@ -131,8 +96,8 @@ def _read_all(
     read = {}
     for key, value in values.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(str(key), known)
+            hint = f"; did you mean {near}?" if near else ""
             raise ConfigurationError(f"{where}: unknown {what} {key!r}{hint}")
         if value is None:
             continue

@@ -7,13 +7,13 @@ column with or without the completion column; ShareGPT's ``conversations``; Alpa
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.errors import ConfigurationError, DatasetError
+from shared.nearest import nearest
 from shared.printable import one_line
 from student_trainer.config.arguments import DataArguments
 from student_trainer.data.messages import Message
@@ -105,11 +105,11 @@ def _check_near_columns(where: str, row: Mapping[str, Any]) -> None:
         structured = isinstance(value, list | dict) or str(value).lstrip()[:1] in ("[", "{")
         if not value or not structured or column in _TEMPLATE_COLUMNS:
             continue
-        near = difflib.get_close_matches(column, _TEMPLATE_COLUMNS, n=1, cutoff=0.8)
-        meant = ["tools"] if column == "functions" else near
+        near = nearest(column, _TEMPLATE_COLUMNS, cutoff=0.8)
+        meant = "tools" if column == "functions" else near
         if meant:
             raise DatasetError(
-                f"{where}: nothing reads the column {column!r}; did you mean {meant[0]!r}?"
+                f"{where}: nothing reads the column {column!r}; did you mean {meant!r}?"
             )
 
 
@@ -168,8 +168,8 @@ def check_columns(rows: Iterable[tuple[str, Mapping[str, Any]]], options: DataAr
 
 
 def _suggestion(column: str, columns: Iterable[str]) -> str:
-    near = difflib.get_close_matches(column, [str(name) for name in columns], n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = nearest(column, map(str, columns))
+    return f" Did you mean {near}?" if near else ""
 
 
 def _read_messages(

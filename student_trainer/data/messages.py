@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.errors import DatasetError
+from shared.nearest import nearest
 
 Message = dict[str, Any]
 
@@ -97,11 +97,9 @@ def _check_keys(where: str, message: Message, template: str) -> None:
             continue
         if re.search(rf"(?:\.|['\"]){re.escape(key)}\b", template):  # the template reads this key
             continue
-        near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.75)
+        near = nearest(key, KEYS, cutoff=0.75)
         if near:
-            raise DatasetError(
-                f"{where} has {key!r}, which nothing reads; did you mean {near[0]!r}?"
-            )
+            raise DatasetError(f"{where} has {key!r}, which nothing reads; did you mean {near!r}?")
 
 
 def reasoning_of(message: Message) -> str | None:

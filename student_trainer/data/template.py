@@ -8,7 +8,6 @@ rendering. It is an error if the template does not print something that a row ho
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError, DatasetError
+from shared.nearest import nearest
 from student_trainer.data.conversation import Conversation
 from student_trainer.data.encode import Encoder
 from student_trainer.data.messages import (
@@ -204,8 +204,8 @@ class ChatTemplate:
             if name in _RESERVED:
                 raise DatasetError(f"{name!r} is not an option of the template; drop it")
             if name not in words:
-                near = difflib.get_close_matches(str(name), words, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else "; drop it"
+                near = nearest(str(name), words)
+                hint = f"; did you mean {near!r}?" if near else "; drop it"
                 raise DatasetError(f"{self.name} reads no {name!r}{hint}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from shared import __version__
 from shared.errors import ConfigurationError
-from student_trainer.study.spec import Cell, Study, nearest, references, substituted, to_argv
+from student_trainer.study.spec import Cell, Study, hint_for, references, substituted, to_argv
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def select(study: Study, plan: Plan, seeds: Sequence[int], only: Sequence[str]) 
                 known = [*(table.name for table in study.tables), *study.cells]
                 raise ConfigurationError(
                     f"--only {pattern} matches no table and no cell of {study.path}; "
-                    f"{nearest(known, pattern)}"
+                    f"{hint_for(pattern, known)}"
                 )
             names |= matching
         names |= {cell.name for cell in study.cells.values() if cell.measures in names}

@@ -6,7 +6,6 @@ folder, of the same seed; ``{seed}`` is the seed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError
+from shared.nearest import nearest
 from shared.yaml_file import flag_arguments, read_yaml
 
 TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
@@ -115,10 +115,10 @@ def to_argv(flags: Mapping[str, Any]) -> list[str]:
     return [argument for name, value in flags.items() for argument in flag_arguments(name, value)]
 
 
-def nearest(names: Iterable[str], name: str) -> str:
-    """Return a hint for an unknown name."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"did you mean {near[0]}?" if near else f"there is {', '.join(names)}"
+def hint_for(name: str, names: Iterable[str]) -> str:
+    """Return a hint for an unknown name: the nearest one, or all there are."""
+    near = nearest(name, names)
+    return f"did you mean {near}?" if near else f"there is {', '.join(names)}"
 
 
 class _ContentError(Exception):
@@ -253,7 +253,7 @@ def _matching(pattern: Any, names: Iterable[str], source: str) -> list[str]:
     found = [name for name in names if fnmatchcase(name, str(pattern))]
     if not found:
         raise _ContentError(
-            f"{source}: {pattern!r} matches no cell; {nearest(names, str(pattern))}"
+            f"{source}: {pattern!r} matches no cell; {hint_for(str(pattern), names)}"
         )
     return found
 
@@ -270,7 +270,7 @@ def _check_inputs(cell: Cell, cells: Mapping[str, Cell]) -> None:
     for key, names in named.items():
         for name in names:
             if name != "seed" and name not in cells:
-                hint = nearest(cells, name)
+                hint = hint_for(name, cells)
                 raise _ContentError(f"{cell.source}.{key}: unknown cell {name!r}; {hint}")
 
 
@@ -304,5 +304,5 @@ def _mapping(value: Any, source: str, known: Sequence[str] | None = None) -> dic
     for key in value:
         if known is not None and key not in known:
             where = "" if source == "the file" else f"{source}."
-            raise _ContentError(f"{where}{key}: unknown key; {nearest(known, str(key))}")
+            raise _ContentError(f"{where}{key}: unknown key; {hint_for(str(key), known)}")
     return {str(key): item for key, item in value.items()}

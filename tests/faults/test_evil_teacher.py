@@ -21,7 +21,8 @@ from shared.errors import (
 )
 from shared.protocol import Problem, ScoreResponse
 from student_trainer.commands.main import main
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 from student_trainer.teacher.base import Sampling
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from student_trainer.training.model_card import model_card

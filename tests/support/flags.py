@@ -16,8 +16,9 @@ from student_trainer.config.checks import (
     check_evaluate,
     check_recipe,
 )
+from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.machine import check_machine
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.parse import parse
 from student_trainer.config.training_arguments import CommonTrainingArguments, training_arguments
 from teacher_server import cli
 from teacher_server.limits.auth import load_keys

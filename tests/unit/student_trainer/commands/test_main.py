@@ -11,7 +11,7 @@ import pytest
 
 from shared import errors
 from student_trainer.commands import main as cli
-from student_trainer.commands.registry import COMMANDS, Command
+from student_trainer.config.commands import COMMANDS, Command
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "command-line.md"
 
@@ -90,9 +90,10 @@ def test_signals_before_training_end_with_128_and_their_number(tmp_path):
     """As a shell sees it; Python's own subprocess calls a death by signal N the code -N."""
     words = [
         sys.executable, "-c",
-        "import sys, time\nfrom student_trainer.commands import main as cli, registry\n"
+        "import sys, time\nfrom student_trainer.commands import main as cli\n"
+        "from student_trainer.config import commands\n"
         "def wait(words):\n    print('waiting', flush=True)\n    time.sleep(60)\n"
-        "registry.Command.load = lambda self: wait\nsys.exit(cli.main(['report']))",
+        "commands.Command.load = lambda self: wait\nsys.exit(cli.main(['report']))",
     ]  # fmt: skip
     codes = {}
     for number in (signal.SIGINT, signal.SIGTERM):

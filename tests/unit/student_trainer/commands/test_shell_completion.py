@@ -11,8 +11,8 @@ import time
 import pytest
 
 from student_trainer.commands.main import main
-from student_trainer.commands.registry import COMMANDS
 from student_trainer.commands.shell_completion import commands
+from student_trainer.config.commands import COMMANDS
 from teacher_server.cli import main as teacher_server
 
 

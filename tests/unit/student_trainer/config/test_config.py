@@ -11,8 +11,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
 from student_trainer.config.checks import check_merge, check_recipe
+from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.machine import check_machine
-from student_trainer.config.parse import ARGUMENTS, parse, parse_keywords
+from student_trainer.config.parse import parse, parse_keywords
 from student_trainer.config.training_arguments import checkpoint_of, training_arguments
 from tests.support.flags import checked
 

@@ -6,17 +6,17 @@ import pytest
 from transformers import TrainingArguments
 
 from student_trainer.commands.main import main
+from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import flags_of
 from student_trainer.config.help import EXIT_CODES, GROUPS, actions_of
-from student_trainer.config.parse import ARGUMENTS, make_parser
+from student_trainer.config.parse import make_parser
 from student_trainer.config.trainer_flags import read_from_transformers, trainer_flags
 
 OF_TRANSFORMERS = {field.name for field in fields(TrainingArguments)}
 
 
 def parser_of(command):
-    types = ARGUMENTS["distill" if command == "precompute" else command]
-    return make_parser(*types, prog=f"student-trainer {command}", description="")
+    return make_parser(*ARGUMENTS[command], prog=f"student-trainer {command}", description="")
 
 
 def printed(capsys, *words):

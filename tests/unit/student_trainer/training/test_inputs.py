@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import DataArguments
+from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Resume, flag, marked
-from student_trainer.config.parse import ARGUMENTS
 from student_trainer.config.trainer_flags import PRIVATE, SAME, TOLD
 from student_trainer.data.encode import Encoder
 from student_trainer.data.examples import RowTokenizer

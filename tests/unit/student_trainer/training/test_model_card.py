@@ -5,7 +5,8 @@ from huggingface_hub import ModelCard
 
 from shared.protocol import TeacherIdentity
 from student_trainer.config.arguments import DistillFlags, SFTFlags
-from student_trainer.config.parse import ARGUMENTS, parse
+from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.parse import parse
 from student_trainer.training.model_card import method_of, model_card
 
 TEACHER = TeacherIdentity(
