@@ -23,7 +23,7 @@ from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.losses import SparseDistribution
 from student_trainer.model.load import check_loaded_tokenizer
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
-from student_trainer.teacher.base import Sampling, sequence_of
+from student_trainer.teacher.base import Sampling, ScoreOptions, sequence_of
 from student_trainer.teacher.compatible import check_vocabulary
 from student_trainer.teacher.sparse import SparseGkdTeacher
 
@@ -166,7 +166,7 @@ class TeacherClient:
         """
         samples = [self._sample(number, sequence) for number, sequence in enumerate(sequences)]
         pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
-        scores = self._connected.score(pairs, top_k=top_k, temperature=temperature)
+        scores = self._connected.score(pairs, ScoreOptions(top_k, temperature))
         return list(map(Scored, samples, scores))
 
     def generate(

@@ -55,7 +55,7 @@ def describe_scores(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str
     if not samples:
         return [("scored", "nothing: the prompts have a single token")]
     sequences = [(sample.token_ids, sample.completion_start) for sample in samples]
-    scores = teacher.score(sequences, top_k=method.top_k, temperature=method.divergence.temperature)
+    scores = teacher.score(sequences, method.scoring())
     items = [ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)]
     found = sparse_distribution(items, prepared.vocab_size)
     logs = torch.cat([found.logprobs, found.tail_logprob[:, None]], dim=1).double()  # [N, K + 1]

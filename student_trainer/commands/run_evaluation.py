@@ -43,6 +43,7 @@ from student_trainer.evaluation.perplexity import measure
 from student_trainer.evaluation.suites import Problem, problems_of
 from student_trainer.losses import Divergence
 from student_trainer.model.load import load_model
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.compatible import check_vocabulary
 from student_trainer.training.recipe import open_teacher
 
@@ -177,7 +178,7 @@ def _scored(
         info = client.connect()
         check_vocabulary(parts.tokenizer, parts.rows, info)
         sequences = [(sample.token_ids, sample.completion_start) for sample in references]
-        return client.score(sequences, top_k=teacher.top_k_logprobs), info.vocab_size
+        return client.score(sequences, ScoreOptions(teacher.top_k_logprobs)), info.vocab_size
 
 
 def _measured(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from shared.sampling import uniforms
 from student_trainer.losses import Divergence
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class DistillationConfig:
     def sample_seed(self, step: int) -> int | None:
         """Return the seed of a step's draws from the teacher; None if the support is not drawn."""
         return int(uniforms("draws", self.seed, step, count=1)[0] * 2**53) if self.sampled else None
+
+    def scoring(self, step: int | None = None) -> ScoreOptions:
+        """Return the options of scores; with a step also its draws, if the support is drawn."""
+        seed = None if step is None else self.sample_seed(step)
+        return ScoreOptions(self.top_k, self.divergence.temperature, seed)
 
     def sampling(self, temperature: float, *, scored: bool = True) -> Sampling:
         """Return the teacher's sampling settings; with ``scored`` it scores its completions too."""

@@ -375,10 +375,8 @@ class Pipeline:
             answer = teacher.submit(
                 teacher.score,
                 [(s.token_ids, s.completion_start) for s in samples],
-                top_k=self.method.top_k,
-                temperature=self.method.divergence.temperature,
+                self.method.scoring(batch.step),
                 requested=requested or None,
-                sample_seed=self.method.sample_seed(batch.step),
             )
             scored_tokens = sum(len(sample.completion_mask) for sample in samples)
             self._timeline.request(answer, sequences=len(samples), scored_tokens=scored_tokens)

@@ -38,10 +38,6 @@ class PlannedRequests:
     def __len__(self) -> int:
         return len(self.sequences) + len(self.prompts) + len(self.held_out_prompts)
 
-    @property
-    def score_options(self) -> dict[str, Any]:
-        return {"top_k": self.method.top_k, "temperature": self.method.divergence.temperature}
-
 
 def planned_requests(
     method: DistillationConfig, train: Sequence[Example], held_out: Sequence[Example] | None
@@ -60,7 +56,7 @@ def planned_requests(
 
 def count_missing(teacher: CachedTeacher, planned: PlannedRequests) -> tuple[int, int]:
     """Return how many planned requests the cache cannot answer, and how many there are."""
-    found = teacher.count_scores(planned.sequences, **planned.score_options)
+    found = teacher.count_scores(planned.sequences, planned.method.scoring())
     temperature = planned.method.seq_kd_temperature
     found += teacher.count_completions(planned.prompts, planned.method.sampling(temperature))
     found += teacher.count_completions(planned.held_out_prompts, planned.method.sampling(0.0))
@@ -83,7 +79,7 @@ def _submit_all(
 ) -> Iterator[tuple[Future[Any], int]]:
     for first in range(0, len(planned.sequences), size):
         sequences = planned.sequences[first : first + size]
-        yield teacher.submit(teacher.score, sequences, **planned.score_options), len(sequences)
+        yield teacher.submit(teacher.score, sequences, planned.method.scoring()), len(sequences)
     temperature = planned.method.seq_kd_temperature
     for everything, sampling in (
         (planned.prompts, planned.method.sampling(temperature)),

@@ -36,10 +36,7 @@ def check_repeats(
         return
     examples = examples[:_ROWS]
     sequences = [(_tokens(example), 1) for example in examples]  # all tokens but the first
-    first, second = (
-        teacher.live.score(sequences, top_k=method.top_k, temperature=method.divergence.temperature)
-        for _ in range(2)
-    )
+    first, second = (teacher.live.score(sequences, method.scoring()) for _ in range(2))
     teacher.take_traffic()  # drop these counts, which are not of a training step
     for example, a, b in zip(examples, first, second, strict=True):
         once, again = _probabilities(a), _probabilities(b)

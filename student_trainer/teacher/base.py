@@ -24,6 +24,21 @@ _LONGEST_NAME = 1_000  # characters
 
 
 @dataclass(frozen=True)
+class ScoreOptions:
+    """The options of a request for scores, which are the same for all of its sequences.
+
+    Attributes:
+        top_k: log-probs at each position.
+        temperature: temperature at which the teacher's logits are normalised.
+        sample_seed: seed to return ``top_k`` draws instead, as in `shared.protocol.ScoreRequest`.
+    """
+
+    top_k: int
+    temperature: float = 1.0
+    sample_seed: int | None = None
+
+
+@dataclass(frozen=True)
 class Sampling:
     """The settings with which a teacher generates completions.
 
@@ -42,6 +57,11 @@ class Sampling:
     stop_token_ids: Sequence[int]
     top_k: int | None = None
     score_temperature: float = 1.0
+
+    @property
+    def scoring(self) -> ScoreOptions | None:
+        """The options of the completions' scores; None if they are not scored."""
+        return None if self.top_k is None else ScoreOptions(self.top_k, self.score_temperature)
 
 
 def sequence_of(
@@ -232,20 +252,15 @@ class Teacher(Protocol):
     def score(
         self,
         sequences: Sequences,
+        options: ScoreOptions,
         *,
-        top_k: int,
-        temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
-        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Return the teacher's distributions at every completion position, in the given order.
 
         Args:
-            top_k: log-probs at each position.
-            temperature: temperature at which the teacher's logits are normalised.
+            options: how many log-probs, at which temperature, and whether they are drawn.
             requested: for each sequence, ids [T, m] whose log-probs are returned too.
-            sample_seed: seed to return ``top_k`` draws instead, as in
-                `shared.protocol.ScoreRequest`.
         """
         ...
 

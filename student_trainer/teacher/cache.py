@@ -23,6 +23,7 @@ from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
     Sampling,
+    ScoreOptions,
     Sequences,
     check_completion,
     check_info,
@@ -30,6 +31,7 @@ from student_trainer.teacher.base import (
     sequence_of,
     with_scores,
 )
+from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.records import UNUSABLE, CheckedRecords, Reader, dump, load
 from student_trainer.teacher.replicas import connected_info
 from student_trainer.teacher.sparse import SparseGkdTeacher
@@ -143,44 +145,35 @@ class CachedTeacher:
         """Return (cache lookups, answers found, corrupt answers) since the last call."""
         return self._records.take_lookups()
 
+    @former_score_parameters
     def score(
         self,
         sequences: Sequences,
+        options: ScoreOptions,
         *,
-        top_k: int,
-        temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
-        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Return the distributions at every completion position, as `Teacher.score`."""
-        if sample_seed is not None:  # the seed is new in each step, so the request never repeats
-            return self.live.score(
-                sequences,
-                top_k=top_k,
-                temperature=temperature,
-                requested=requested,
-                sample_seed=sample_seed,
-            )
-        return self._scores(sequences, top_k, temperature, requested, {})
+        if options.sample_seed is not None:  # new in each step, so the request never repeats
+            return self.live.score(sequences, options, requested=requested)
+        return self._scores(sequences, options, requested, {})
 
     def _scores(
         self,
         sequences: Sequences,
-        top_k: int,
-        temperature: float,
+        options: ScoreOptions,
         requested: Sequence[NDArray[np.uint32]] | None,
         known: Mapping[bytes, SparseLogprobs],
     ) -> list[SparseLogprobs]:
         """Return the scores of `score`, of which ``known`` holds some by key."""
         ids = [None] * len(sequences) if requested is None else list(requested)
         keys = [
-            self._score_key(sequence, top_k, temperature, more)
+            self._score_key(sequence, options, more)
             for sequence, more in zip(sequences, ids, strict=True)
         ]
         widths = map(requested_width, ids)
-        read = self._score_reader(
-            dict(zip(keys, zip(sequences, widths, strict=True), strict=True)), top_k
-        )
+        requests = dict(zip(keys, zip(sequences, widths, strict=True), strict=True))
+        read = self._score_reader(requests, options.top_k)
         found = {**known, **self._records.look_up([key for key in keys if key not in known], read)}
         missing = _first_missing(keys, found)
         if missing:
@@ -188,8 +181,7 @@ class CachedTeacher:
                 f"{len(missing)} of {len(keys)} scores are missing"
             ).score(
                 [sequences[i] for i in missing],
-                top_k=top_k,
-                temperature=temperature,
+                options,
                 requested=None if requested is None else [requested[i] for i in missing],
             )
             new = {keys[i]: score for i, score in zip(missing, scores, strict=True)}
@@ -200,7 +192,7 @@ class CachedTeacher:
         self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling
     ) -> list[Completion]:
         """Return a completion of each prompt [P], as `Teacher.generate`."""
-        top_k = sampling.top_k
+        scoring = sampling.scoring
         keys = [self._completion_key(prompt, sampling) for prompt in prompts]
         read = self._completion_reader(sampling)
         found = self._records.look_up(keys, read)
@@ -215,22 +207,22 @@ class CachedTeacher:
             scored: dict[bytes, tuple[OneSequence, int]] = {}
             for i, completion in zip(missing, completions, strict=True):
                 new[keys[i]] = completion.model_copy(update={"scores": None})
-                if completion.scores is not None and top_k is not None:
+                if completion.scores is not None and scoring is not None:
                     sequence = sequence_of(prompts[i], completion)
-                    key = self._score_key(sequence, top_k, sampling.score_temperature)
+                    key = self._score_key(sequence, scoring)
                     fresh[key], scored[key] = completion.scores, (sequence, 0)
-            fresh = self._records.add(fresh, self._score_reader(scored, top_k or 0))
+            fresh = self._records.add(fresh, self._score_reader(scored, sampling.top_k or 0))
             found |= self._records.add(new, read)
         written = [found[key] for key in keys]
-        if top_k is None:
+        if scoring is None:
             return written
         sequences = [sequence_of(p, c) for p, c in zip(prompts, written, strict=True)]
-        scores = self._scores(sequences, top_k, sampling.score_temperature, None, fresh)
+        scores = self._scores(sequences, scoring, None, fresh)
         return with_scores(written, scores)
 
-    def count_scores(self, sequences: Sequences, *, top_k: int, temperature: float) -> int:
+    def count_scores(self, sequences: Sequences, options: ScoreOptions) -> int:
         """Return for how many of the sequences `score` needs no teacher."""
-        return self._store.count([self._score_key(s, top_k, temperature) for s in sequences])
+        return self._store.count([self._score_key(s, options) for s in sequences])
 
     def count_completions(self, prompts: Sequence[NDArray[np.uint32]], sampling: Sampling) -> int:
         """Return for how many of the prompts `generate` needs no teacher."""
@@ -241,11 +233,8 @@ class CachedTeacher:
             for key, prompt in zip(keys, prompts, strict=True)
             if key in found
         ]
-        if sampling.top_k is None:
-            return len(sequences)
-        return self.count_scores(
-            sequences, top_k=sampling.top_k, temperature=sampling.score_temperature
-        )
+        scoring = sampling.scoring
+        return len(sequences) if scoring is None else self.count_scores(sequences, scoring)
 
     def _noted_info(self) -> InfoResponse | None:
         """Return the stored description of the teacher at these addresses; None if it is unknown.
@@ -322,14 +311,12 @@ class CachedTeacher:
     def _score_key(
         self,
         sequence: tuple[NDArray[np.uint32], int],
-        top_k: int,
-        temperature: float,
+        options: ScoreOptions,
         requested: NDArray[np.uint32] | None = None,
     ) -> bytes:
         ids, start = np.asarray(sequence[0], np.uint32), int(sequence[1])
-        return self._key(
-            "score", ids, start, int(top_k), float(temperature), requested, self._dtype
-        )
+        top_k, temperature = int(options.top_k), float(options.temperature)
+        return self._key("score", ids, start, top_k, temperature, requested, self._dtype)
 
     def _completion_key(self, prompt: NDArray[np.uint32], sampling: Sampling) -> bytes:
         return self._key(

@@ -33,11 +33,13 @@ from shared.protocol import (
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
     Sampling,
+    ScoreOptions,
     Sequences,
     check_all_scores,
     check_completion,
     sequence_of,
 )
+from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.http import ServerKind
 from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
@@ -151,14 +153,13 @@ class SparseGkdTeacher:
         self._info = self._replicas.connect(self._get_info, self._info)
         return self._info
 
+    @former_score_parameters
     def score(
         self,
         sequences: Sequences,
+        options: ScoreOptions,
         *,
-        top_k: int,
-        temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
-        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Return the distributions at every completion position, as `Teacher.score`."""
         requested_ids = [None] * len(sequences) if requested is None else list(requested)
@@ -169,13 +170,13 @@ class SparseGkdTeacher:
         widths = [requested_width(more) for more in requested_ids]
         envelope = ScoreRequest(
             sequences=[],
-            top_k=top_k,
-            temperature=temperature,
+            top_k=options.top_k,
+            temperature=options.temperature,
             logprob_dtype=self.logprob_dtype,
-            sample_seed=sample_seed,
+            sample_seed=options.sample_seed,
         )
         costs = [
-            (1, len(ids), (len(ids) - start) * (top_k + width), body_bytes(item))
+            (1, len(ids), (len(ids) - start) * (options.top_k + width), body_bytes(item))
             for (ids, start), width, item in zip(sequences, widths, items, strict=True)
         ]
 
@@ -194,11 +195,11 @@ class SparseGkdTeacher:
                     url,
                     answer.sequences,
                     sequences[first:last],
-                    top_k=top_k,
+                    top_k=options.top_k,
                     requested=widths[first:last],
                     offset=first,
                     vocab_size=self.info.vocab_size,
-                    drawn=sample_seed is not None,
+                    drawn=options.sample_seed is not None,
                 )
                 self._replicas.traffic.count_scored(sum(map(len, answer.sequences)))
                 return answer.sequences

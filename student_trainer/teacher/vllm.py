@@ -19,12 +19,14 @@ from shared.protocol import Completion, InfoResponse, Limits
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import (
     Sampling,
+    ScoreOptions,
     Sequences,
     check_all_scores,
     check_completion,
     sequence_of,
     with_scores,
 )
+from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.http import ServerKind
 from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import Unreachable
@@ -175,14 +177,13 @@ class VllmTeacher:
         )  # fmt: skip
         return self.info
 
+    @former_score_parameters
     def score(
         self,
         sequences: Sequences,
+        options: ScoreOptions,
         *,
-        top_k: int,
-        temperature: float = 1.0,
         requested: Sequence[NDArray[np.uint32]] | None = None,
-        sample_seed: int | None = None,
     ) -> list[SparseLogprobs]:
         """Return the teacher's distributions at every completion position, in the given order.
 
@@ -195,16 +196,17 @@ class VllmTeacher:
                 "vLLM scores no requested ids; use `teacher-server serve`",
                 field="requested_token_ids",
             )
-        if sample_seed is not None:
+        if options.sample_seed is not None:
             raise InvalidRequestError(
                 "vLLM draws no support; use `teacher-server serve`", field="sample_seed"
             )
-        if temperature != 1.0:
+        if options.temperature != 1.0:
             raise InvalidRequestError(
-                f"temperature {temperature}: vLLM never applies a temperature to the log-probs of "
-                "a prompt; use 1.0, or `teacher-server serve`",
+                f"temperature {options.temperature}: vLLM never applies a temperature to the "
+                "log-probs of a prompt; use 1.0, or `teacher-server serve`",
                 field="temperature",
             )
+        top_k = options.top_k
         costs = [(1, len(ids) + 1, len(ids) * (top_k + 1)) for ids, _ in sequences]
 
         def send(first: int, last: int) -> list[SparseLogprobs]:
@@ -249,12 +251,9 @@ class VllmTeacher:
             return completions
 
         completions = split_and_send(costs, _REQUEST_LIMITS, send)
-        if sampling.top_k is not None:
-            scores = self.score(
-                [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)],
-                top_k=sampling.top_k,
-                temperature=sampling.score_temperature,
-            )
+        if sampling.scoring is not None:
+            sequences = [sequence_of(p, c) for p, c in zip(prompts, completions, strict=True)]
+            scores = self.score(sequences, sampling.scoring)
             completions = with_scores(completions, scores)
         return completions
 

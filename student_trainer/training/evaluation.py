@@ -115,8 +115,7 @@ class HeldOutEvaluation:
                 score = partial(
                     self.teacher.score,
                     [(s.token_ids, s.completion_start) for s in samples],
-                    top_k=self.plan.method.top_k,
-                    temperature=self.plan.method.divergence.temperature,
+                    self.plan.method.scoring(),
                 )
                 scores = self.ranks.together(score)
                 self.teacher.take_traffic()  # not part of a training step

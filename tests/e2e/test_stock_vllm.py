@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from shared.protocol import ScoreSequence
 from student_trainer.commands.main import main
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.vllm import VllmTeacher
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import dense_logprobs, largest_error, load_model
@@ -65,7 +65,7 @@ def test_scores_are_those_of_a_plain_forward_pass(stock, folder, tokenizer, k):
     ]
     with VllmTeacher([stock], tokenizer=tokenizer, rows=260, top_k=k, timeout=60) as teacher:
         info = teacher.connect()
-        scored = teacher.score(sequences, top_k=k)
+        scored = teacher.score(sequences, ScoreOptions(k))
     assert (info.vocab_size, info.max_model_len) == (272, 255)
     for answer, (ids, start) in zip(scored, sequences, strict=True):
         sequence = ScoreSequence(token_ids=ids, completion_start=start)

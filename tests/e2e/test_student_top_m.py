@@ -11,6 +11,7 @@ from student_trainer.model.forward import install_sparse_loss
 from student_trainer.model.load import load_model as load_student
 from student_trainer.model.top_tokens import TopTokenProposals
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.e2e.test_distillation import (
     METHODS,
@@ -57,7 +58,7 @@ def test_the_joined_support_is_exact_and_brings_the_divergence_nearer_to_dense(w
                 requested = propose(samples)
             scores = client.score(
                 [(s.token_ids, s.completion_start) for s in samples],
-                top_k=8, requested=requested,
+                ScoreOptions(8), requested=requested,
             )  # fmt: skip
             scored = [
                 ScoredSample(s, score, None if requested is None else requested[i])

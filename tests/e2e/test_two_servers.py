@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.http import metric
 from tests.support.server import free_port, start_server, wait_until_ready
@@ -20,19 +21,19 @@ def test_a_killed_server_is_done_without_and_rejoins(world, tmp_path):
         wait_until_ready(server, url, log)
         with SparseGkdTeacher([url, world.url], timeout=60) as client:
             client.connect()
-            both = client.score(sequences, top_k=8)
+            both = client.score(sequences, ScoreOptions(8))
             assert metric(url, SCORED) == 1
             server.kill()
             server.wait()
             before = metric(world.url, SCORED)
-            alone = client.score(sequences, top_k=8)
+            alone = client.score(sequences, ScoreOptions(8))
             assert metric(world.url, SCORED) == before + 1
             server = start_server(world.teacher, port=port, log=log)
             wait_until_ready(server, url, log)
             deadline = time.monotonic() + 30
             while metric(url, SCORED) == 0:
                 assert time.monotonic() < deadline, "it does not rejoin"
-                again = client.score(sequences, top_k=8)
+                again = client.score(sequences, ScoreOptions(8))
     finally:
         server.kill()
         server.wait()

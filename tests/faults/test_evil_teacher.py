@@ -23,7 +23,7 @@ from shared.protocol import Problem, ScoreResponse
 from student_trainer.commands.main import main
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.parse import parse
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from student_trainer.training.model_card import model_card
 from tests.support import stub
@@ -93,7 +93,7 @@ def test_a_top_k_that_names_an_id_twice_is_refused(proxy):
     with connected(proxy.url) as client:
         proxy.faults = [changed(ScoreResponse, twice)]
         with pytest.raises(TeacherAnswerError, match="token id 50 twice in row 1"):
-            client.score([SEQUENCE], top_k=K)
+            client.score([SEQUENCE], ScoreOptions(K))
 
 
 def test_a_top_k_out_of_order_is_refused(proxy):
@@ -111,7 +111,7 @@ def test_a_top_k_out_of_order_is_refused(proxy):
     with connected(proxy.url) as client:
         proxy.faults = [changed(ScoreResponse, rising)]
         with pytest.raises(TeacherAnswerError, match="from the most probable down"):
-            client.score([SEQUENCE], top_k=K)
+            client.score([SEQUENCE], ScoreOptions(K))
 
 
 @pytest.mark.parametrize("token_id", [-1, 100, 2**40])
@@ -152,7 +152,7 @@ def test_control_characters_of_a_problem_reach_no_message(proxy):
     with connected(proxy.url) as client:
         proxy.faults = [answered(422, body, Content_Type="application/problem+json")]
         with pytest.raises(InvalidRequestError, match=r"no\\x1b\[2J") as caught:
-            client.score([SEQUENCE], top_k=K)
+            client.score([SEQUENCE], ScoreOptions(K))
     for text in (str(caught.value), caught.value.field, caught.value.request_id):
         assert harmless(text)
         assert len(text) < 3000
@@ -185,7 +185,7 @@ def test_control_characters_elsewhere_in_an_answer_reach_no_message(proxy, evil)
     with connected(proxy.url) as client:
         proxy.faults = [evil]
         with pytest.raises(SparseGKDError) as caught:
-            client.score([SEQUENCE], top_k=K)
+            client.score([SEQUENCE], ScoreOptions(K))
     assert harmless(str(caught.value))
     assert len(str(caught.value)) < 3000
 
@@ -249,7 +249,7 @@ def test_what_never_ends_ends_in_the_timeout_and_leaves_no_thread(proxy, evil, e
     before = len(teacher_threads())
     with connected(proxy.url, timeout=1.0) as client:
         proxy.always = evil
-        call = client.submit(client.score, [SEQUENCE], top_k=K)
+        call = client.submit(client.score, [SEQUENCE], ScoreOptions(K))
         with pytest.raises(error):
             call.result(15)
         until(lambda: len(teacher_threads()) <= before, 5)

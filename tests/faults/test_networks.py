@@ -11,6 +11,7 @@ import pytest
 from benchmarks.link import link
 from shared.errors import TeacherUnreachableError
 from shared.protocol import ScoreSequence
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
@@ -96,7 +97,7 @@ def test_lost_packets_cost_time_only(wire):
     with SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         for _ in range(5):
-            assert_right(client.score(SEQUENCES, top_k=K))
+            assert_right(client.score(SEQUENCES, ScoreOptions(K)))
 
 
 @pytest.mark.slow_fault
@@ -104,7 +105,7 @@ def test_a_network_that_falls_apart_and_heals_costs_time_only(wire, caplog):
     with caplog.at_level(logging.WARNING), SparseGkdTeacher([wire.url], timeout=60) as client:
         client.connect()
         wire.falls_apart()
-        call = client.submit(client.score, SEQUENCES, top_k=K)
+        call = client.submit(client.score, SEQUENCES, ScoreOptions(K))
         with pytest.raises(TimeoutError):
             call.result(1.5)
         wire.heals()
@@ -122,7 +123,7 @@ def test_a_machine_that_is_lost_and_replaced_is_asked_again_long_before_the_time
         with machine(tmp_path, seconds=120) as wire:
             client = life.enter_context(SparseGkdTeacher([wire.url], timeout=300))
             client.connect()
-            call = client.submit(client.score, SEQUENCES, top_k=K)
+            call = client.submit(client.score, SEQUENCES, ScoreOptions(K))
             with pytest.raises(TimeoutError):
                 call.result(0.5)
             wire.falls_apart()
@@ -140,7 +141,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
         client.connect()
         wire.falls_apart()
         for _ in range(2):  # idle replicas take turns: it is asked once at least
-            assert_right(client.score(SEQUENCES, top_k=K))
+            assert_right(client.score(SEQUENCES, ScoreOptions(K)))
         assert f"{wire.url} is left out" in caplog.text
         wire.heals()
         until(lambda: f"{wire.url} is back" in caplog.text, 60)
@@ -153,7 +154,7 @@ def test_a_network_apart_for_good_is_named_after_the_timeout(wire, monkeypatch):
         client.connect()
         wire.falls_apart()
         with pytest.raises(TeacherUnreachableError, match=f"{wire.url} within 1 s"):
-            client.score(SEQUENCES, top_k=K)
+            client.score(SEQUENCES, ScoreOptions(K))
 
 
 def test_a_long_and_narrow_wire_costs_time_only():
@@ -164,4 +165,5 @@ def test_a_long_and_narrow_wire_costs_time_only():
         SparseGkdTeacher([far], timeout=60) as client,
     ):
         client.connect()
-        assert_right(client.score(SEQUENCES[:2], top_k=K) + client.score(SEQUENCES[2:], top_k=K))
+        first = client.score(SEQUENCES[:2], ScoreOptions(K))
+        assert_right(first + client.score(SEQUENCES[2:], ScoreOptions(K)))

@@ -22,7 +22,7 @@ from shared.errors import (
     TeacherUnreachableError,
 )
 from shared.protocol import ScoreResponse, ScoreSequence
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import fault_proxy as fault
 from tests.support import stub
@@ -90,7 +90,7 @@ passing = pytest.mark.parametrize("broken", PASSING.values(), ids=PASSING.keys()
 def test_what_passes_is_asked_again_at_the_only_teacher(proxy, broken, caplog):
     with caplog.at_level(logging.WARNING), connected(proxy.url) as client:
         proxy.faults = [broken, broken]
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
     assert proxy.asked == 3
     assert caplog.text.count(f"Teacher call failed at {proxy.url}") == 2
 
@@ -116,7 +116,7 @@ def test_what_fails_at_one_replica_is_answered_by_another(proxy, teacher, broken
         connected(proxy.url, other.url, timeout=2.0) as client,
     ):
         proxy.faults = [broken]
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
         assert (proxy.asked, other.asked) == (1, 1)
     assert f"{proxy.url} is left out" in caplog.text
 
@@ -125,7 +125,7 @@ def test_what_fails_at_one_replica_is_answered_by_another(proxy, teacher, broken
 def test_what_does_not_come_in_time_is_asked_in_halves(proxy, broken, caplog):
     with caplog.at_level(logging.WARNING), connected(proxy.url, timeout=0.7) as client:
         proxy.faults = [broken]
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
     assert proxy.asked == 3
     assert "A request of 4 is asked in halves" in caplog.text
     assert proxy.url in caplog.text
@@ -139,7 +139,7 @@ def test_what_never_comes_is_an_error_that_names_teacher_and_cause(proxy, broken
         pytest.raises(DeadlineExceededError, match="sequence 0, of 12 tokens, is too much alone")
         as caught,
     ):  # fmt: skip
-        client.score(SEQUENCES[:1], top_k=K)
+        client.score(SEQUENCES[:1], ScoreOptions(K))
     assert proxy.url in str(caught.value)
 
 
@@ -150,7 +150,7 @@ def test_a_teacher_ten_times_slower_than_the_other_is_waited_for(proxy, teacher,
         caplog.at_level(logging.WARNING),
         connected(proxy.url, other.url) as client,
     ):
-        calls = [client.submit(client.score, SEQUENCES, top_k=K) for _ in range(12)]
+        calls = [client.submit(client.score, SEQUENCES, ScoreOptions(K)) for _ in range(12)]
         for call in calls:
             assert_right(call.result())
         assert proxy.asked + other.asked == 12
@@ -165,7 +165,7 @@ def test_a_500_three_times_ends_the_run(proxy):
             InternalError, match=rf"out of memory \({proxy.url} answered 500 to request \w+\)"
         ),
     ):
-        client.score(SEQUENCES, top_k=K)
+        client.score(SEQUENCES, ScoreOptions(K))
     assert proxy.asked == 3
 
 
@@ -177,17 +177,17 @@ def test_what_does_not_pass_is_an_error_after_the_timeout(proxy, broken, caplog)
         connected(proxy.url, timeout=1.0) as client,
         pytest.raises(TeacherUnreachableError, match=f"no answer from {proxy.url} within 1 s: "),
     ):
-        client.score(SEQUENCES, top_k=K)
+        client.score(SEQUENCES, ScoreOptions(K))
     assert "s left" in caplog.text  # the countdown
 
 
 def test_nobody_is_waited_for_where_the_run_shall_stop(proxy):
     with connected(proxy.url, timeout=1000.0, unreachable="stop") as client:
         proxy.faults = [fault.reset_in_the_body] * 2  # it is ready: that passes
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
         proxy.upstream = "http://127.0.0.1:9"
         with pytest.raises(TeacherUnreachableError, match="--teacher_unreachable wait") as caught:
-            client.score(SEQUENCES, top_k=K)
+            client.score(SEQUENCES, ScoreOptions(K))
     assert proxy.url in str(caught.value)
 
 
@@ -258,7 +258,7 @@ def test_what_cannot_be_used_ends_the_run_and_names_teacher_and_cause(proxy, tea
     ):
         proxy.faults = [broken]
         with pytest.raises(TeacherAnswerError, match=said) as caught:
-            client.score(SEQUENCES, top_k=K)
+            client.score(SEQUENCES, ScoreOptions(K))
     assert proxy.url in str(caught.value)
     assert (proxy.asked, other.asked) == (1, 0)
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_used_ends_the_run_and_names_teacher_and_cause(proxy, tea
 def test_another_teacher_ends_the_run_and_both_are_shown(proxy):
     proxy.faults = [changed(ScoreResponse, lambda message: {"teacher": OTHER})]
     with connected(proxy.url) as client, pytest.raises(TeacherChangedError) as caught:
-        client.score(SEQUENCES, top_k=K)
+        client.score(SEQUENCES, ScoreOptions(K))
     for shown in (proxy.url, OTHER.fingerprint, stub.IDENTITY.fingerprint):
         assert shown in str(caught.value)
 
@@ -287,35 +287,35 @@ def test_a_refusal_ends_the_run_and_names_the_teacher(proxy, status, error):
         connected(proxy.url) as client,
         pytest.raises(error, match=f"{proxy.url} answer(s|ed) {status}"),
     ):
-        client.score(SEQUENCES, top_k=K)
+        client.score(SEQUENCES, ScoreOptions(K))
     assert proxy.asked == 1
 
 
 def test_413_is_asked_in_halves_down_to_one_sequence(proxy):
     proxy.faults = [answered(413, b"too large")] * 2
     with connected(proxy.url) as client:
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
         assert proxy.asked == 5  # 4, 2, 1, 1, 2
         proxy.always = answered(413, b"too large")
         with pytest.raises(PayloadTooLargeError, match=f"{proxy.url} answered 413"):
-            client.score(SEQUENCES, top_k=K)
+            client.score(SEQUENCES, ScoreOptions(K))
 
 
 def test_a_copy_of_an_answer_is_never_taken_for_the_next_one(proxy):
     """On one connection, where it lies before the next request is asked: httpx gives it out."""
     proxy.always = fault.sent_twice
     with connected(proxy.url) as client:
-        (first,) = client.score(SEQUENCES[:1], top_k=K)
+        (first,) = client.score(SEQUENCES[:1], ScoreOptions(K))
         assert_right([first, *RIGHT[1:]])
         with pytest.raises(TeacherAnswerError, match=f"{proxy.url}.*of another sequence"):
-            client.score(SEQUENCES[1:2], top_k=K)
+            client.score(SEQUENCES[1:2], ScoreOptions(K))
 
 
 @pytest.mark.parametrize("date", ["Wed, 21 Oct 2015 07:28:00 GMT", "-5", "nan", "1e999"])
 def test_a_strange_retry_after_is_no_reason_to_fail(proxy, date):
     proxy.faults = [answered(503, b"", Retry_After=date)]
     with connected(proxy.url, timeout=1.0) as client:
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
 
 
 # Streamed completions.
@@ -372,13 +372,13 @@ def test_a_certificate_that_is_trusted_no_more_ends_the_run_at_once(
     with FaultProxy(teacher).serving(tls=showing(first)) as proxy:
         client = SparseGkdTeacher([proxy.url], timeout=1000.0)
         client.connect()
-        assert_right(client.score(SEQUENCES, top_k=K))
+        assert_right(client.score(SEQUENCES, ScoreOptions(K)))
     with (
         client,
         FaultProxy(teacher).serving(port_of(proxy), tls=showing(second)),
         pytest.raises(TeacherUnreachableError, match=f"certificate of {proxy.url} is not trusted"),
     ):
-        client.score(SEQUENCES, top_k=K)
+        client.score(SEQUENCES, ScoreOptions(K))
 
 
 def test_a_teacher_that_speaks_no_tls_any_more_is_waited_for(
@@ -391,7 +391,7 @@ def test_a_teacher_that_speaks_no_tls_any_more_is_waited_for(
         client.connect()
     with client, caplog.at_level(logging.WARNING):
         with FaultProxy(teacher).serving(port_of(proxy)):
-            call = client.submit(client.score, SEQUENCES, top_k=K)
+            call = client.submit(client.score, SEQUENCES, ScoreOptions(K))
             until(lambda: "Teacher call failed" in caplog.text, 10)
         with FaultProxy(teacher).serving(port_of(proxy), tls=showing(first)):
             assert_right(call.result())

@@ -9,6 +9,7 @@ import pytest
 
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import ScoreSequence
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
@@ -41,7 +42,7 @@ def client_of(*ports, **options):
 
 def asked(client):
     """A call under way: it is with a teacher when the fault comes, a quarter of a second long."""
-    call = client.submit(client.score, [(IDS, START)], top_k=4)
+    call = client.submit(client.score, [(IDS, START)], ScoreOptions(4))
     until(lambda: any(client._replicas._balancer._outstanding.values()), 5)
     return call
 
@@ -104,7 +105,7 @@ def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, capl
     running(second)
     with caplog.at_level(logging.WARNING), client_of(first, second, timeout=2.0) as client:
         process.send_signal(signal.SIGSTOP)
-        assert_right(client.score([(IDS, START)], top_k=4))
+        assert_right(client.score([(IDS, START)], ScoreOptions(4)))
         assert f"127.0.0.1:{first} is left out" in caplog.text
         process.send_signal(signal.SIGCONT)
         until(lambda: f"127.0.0.1:{first} is back" in caplog.text, 20)
@@ -117,7 +118,7 @@ def test_a_teacher_stopped_for_good_is_named_after_the_timeout(running, monkeypa
     with client_of(port, timeout=1.0) as client:
         process.send_signal(signal.SIGSTOP)
         with pytest.raises(TeacherUnreachableError, match=f"127.0.0.1:{port} within 1 s"):
-            client.score([(IDS, START)], top_k=4)
+            client.score([(IDS, START)], ScoreOptions(4))
 
 
 def test_another_model_at_the_same_address_ends_the_run_and_both_are_shown(running):

@@ -64,8 +64,8 @@ class RecordingTeacher:
             self.unanswered.pop()()
         return future
 
-    def score(self, sequences, *, top_k, temperature, requested, sample_seed):
-        self.seeds.append(sample_seed)
+    def score(self, sequences, options, *, requested):
+        self.seeds.append(options.sample_seed)
         self.scored.append([tuple(ids.tolist()) for ids, _ in sequences])
         self.requested.append(requested)
         return [scores_for(ids, start) for ids, start in sequences]

@@ -10,6 +10,7 @@ from shared.protocol import ScoreRequest, ScoreResponse
 from shared.sparse import SparseLogprobs
 from student_trainer.config.arguments import TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.compatible import check_capabilities
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.unit.shared.test_validation import info
@@ -52,7 +53,7 @@ def client_of(width_answered, **limits):
 
 def test_each_sequence_carries_its_own_ids():
     client, received = client_of(2)
-    scores = client.score(SEQUENCES, top_k=4, requested=REQUESTED)
+    scores = client.score(SEQUENCES, ScoreOptions(4), requested=REQUESTED)
     assert [s.requested_logprobs.shape for s in scores] == [(3, 2), (2, 2)]
     for sent, ids in zip(received[0].sequences, REQUESTED, strict=True):
         assert sent.requested_token_ids.tolist() == ids.tolist()
@@ -61,7 +62,7 @@ def test_each_sequence_carries_its_own_ids():
 def test_requests_are_split_by_top_k_and_requested_ids_together():
     # (3 + 2 rows) x (4 + 2) = 30 log-probs; without the requested ids it would be 20
     client, received = client_of(2, max_logprobs=29)
-    assert len(client.score(SEQUENCES, top_k=4, requested=REQUESTED)) == 2
+    assert len(client.score(SEQUENCES, ScoreOptions(4), requested=REQUESTED)) == 2
     assert [len(request.sequences) for request in received] == [1, 1]
 
 
@@ -69,13 +70,13 @@ def test_requests_are_split_by_top_k_and_requested_ids_together():
 def test_an_answer_of_another_width_is_refused(answered):
     client, _ = client_of(answered)
     with pytest.raises(TeacherAnswerError, match="sequence 0: expected log-probs of 2 requested"):
-        client.score(SEQUENCES, top_k=4, requested=REQUESTED)
+        client.score(SEQUENCES, ScoreOptions(4), requested=REQUESTED)
 
 
 def test_log_probs_that_were_not_requested_are_refused():
     client, _ = client_of(2)
     with pytest.raises(TeacherAnswerError, match="expected log-probs of 0 requested"):
-        client.score(SEQUENCES, top_k=4)
+        client.score(SEQUENCES, ScoreOptions(4))
 
 
 @pytest.mark.parametrize(

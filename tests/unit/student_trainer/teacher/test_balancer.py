@@ -19,6 +19,7 @@ from shared.errors import (
     TeacherUnauthorizedError,
     TeacherUnreachableError,
 )
+from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.refusals import _seconds
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
@@ -42,7 +43,7 @@ def pair():
 
 
 def score(client):
-    (scored,) = client.score(SEQUENCE, top_k=3)
+    (scored,) = client.score(SEQUENCE, ScoreOptions(3))
     return scored
 
 

@@ -10,7 +10,7 @@ from shared import wire
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from student_trainer.teacher.store import AnswerStore, _checksum
@@ -60,8 +60,8 @@ SAMPLING = Sampling(
 
 def test_only_what_is_missing_of_a_request_is_asked(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
-        first = teacher.score([A, B], top_k=K)
-        again = teacher.score([C, B, A, C], top_k=K)
+        first = teacher.score([A, B], ScoreOptions(K))
+        again = teacher.score([C, B, A, C], ScoreOptions(K))
         assert teacher.take_lookups() == (6, 2, 0)
         assert teacher.take_lookups() == (0, 0, 0)
     assert asked(stub) == [[(5, 6, 7), (5, 6, 8)], [(9, 6, 8)]]
@@ -74,29 +74,29 @@ def test_only_what_is_missing_of_a_request_is_asked(stub, tmp_path):
 def test_whatever_changes_the_answer_is_another_question(stub, tmp_path):
     other_teacher = IDENTITY.model_copy(update={"fingerprint": "2" * 64})
     with cached(tmp_path, stub.url) as teacher:
-        teacher.score([A], top_k=K)
-        teacher.score([A], top_k=K + 1)
-        teacher.score([A], top_k=K, temperature=2.0)
-        teacher.score([(A[0], 2)], top_k=K)
+        teacher.score([A], ScoreOptions(K))
+        teacher.score([A], ScoreOptions(K + 1))
+        teacher.score([A], ScoreOptions(K, temperature=2.0))
+        teacher.score([(A[0], 2)], ScoreOptions(K))
         assert len(stub.requests) == 4
     with cached(tmp_path, stub.url, dtype="float32") as teacher:
-        teacher.score([A], top_k=K)
+        teacher.score([A], ScoreOptions(K))
         assert len(stub.requests) == 5
     stub.info = info(other_teacher)
     with cached(tmp_path, stub.url) as teacher:
-        teacher.score([A], top_k=K)
+        teacher.score([A], ScoreOptions(K))
         assert len(stub.requests) == 6
     stub.info = info()
     with cached(tmp_path, stub.url) as teacher:  # all of it is there
-        teacher.score([A], top_k=K)
-        teacher.score([A], top_k=K, temperature=2.0)
+        teacher.score([A], ScoreOptions(K))
+        teacher.score([A], ScoreOptions(K, temperature=2.0))
         assert len(stub.requests) == 6
 
 
 def test_draws_are_asked_for_again_and_never_mistaken_for_a_top_k(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
         for seed in (7, 7, None):
-            teacher.score([A], top_k=K, sample_seed=seed)
+            teacher.score([A], ScoreOptions(K, sample_seed=seed))
     assert [request.sample_seed for request in stub.requests] == [7, 7, None]
 
 
@@ -113,7 +113,7 @@ def test_requested_ids_are_part_of_the_question(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
         for wanted in (ids(20, 21), ids(20, 22), ids(20, 21)):
             rows = np.tile(wanted, (2, 1))
-            (score,) = teacher.score([A], top_k=K, requested=[rows])
+            (score,) = teacher.score([A], ScoreOptions(K), requested=[rows])
             np.testing.assert_array_equal(score.requested_logprobs, -rows.astype(np.float32))
     assert len(stub.requests) == 2
 
@@ -136,7 +136,7 @@ def test_a_completion_is_written_once_for_its_prompt_seed_and_sampling(stub, tmp
 def test_scores_that_came_with_a_completion_serve_the_sequence_too(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
         teacher.generate([ids(5, 6)], SAMPLING)
-        teacher.score([(ids(5, 6, 5, 1), 2)], top_k=K)
+        teacher.score([(ids(5, 6, 5, 1), 2)], ScoreOptions(K))
         assert len(stub.requests) == 1
         # At another k the completion is known, and its scores alone are asked for.
         (completion,) = teacher.generate([ids(5, 6)], replace(SAMPLING, top_k=K + 1))
@@ -149,22 +149,22 @@ def test_scores_that_came_with_a_completion_serve_the_sequence_too(stub, tmp_pat
 def test_live_goes_past_the_store(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
         for _ in range(2):
-            teacher.live.score([A], top_k=K)
+            teacher.live.score([A], ScoreOptions(K))
         assert teacher.take_lookups() == (0, 0, 0)
-        teacher.score([A], top_k=K)
+        teacher.score([A], ScoreOptions(K))
     assert len(stub.requests) == 3
 
 
 def test_a_corrupt_answer_is_asked_for_anew_and_counted(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
-        teacher.score([A, B], top_k=K)
+        teacher.score([A, B], ScoreOptions(K))
     corrupt_one_record(tmp_path)
     with cached(tmp_path, stub.url) as teacher:
-        scores = teacher.score([A, B], top_k=K)
+        scores = teacher.score([A, B], ScoreOptions(K))
         assert teacher.take_lookups() == (2, 1, 1)
         assert len(stub.requests[-1].sequences) == 1
         np.testing.assert_array_equal(scores[0].logprobs, scores[1].logprobs)
-        teacher.score([A, B], top_k=K)
+        teacher.score([A, B], ScoreOptions(K))
         assert teacher.take_lookups() == (2, 2, 0)
 
 
@@ -197,8 +197,8 @@ def test_a_record_that_cannot_be_an_answer_is_asked_for_anew_and_told_once(
     stub, tmp_path, caplog, change
 ):
     with cached(tmp_path, stub.url) as teacher:
-        right = teacher.score([A, B], top_k=K)
-        keys = [teacher._score_key(sequence, K, 1.0) for sequence in (A, B)]
+        right = teacher.score([A, B], ScoreOptions(K))
+        keys = [teacher._score_key(sequence, ScoreOptions(K)) for sequence in (A, B)]
 
     def rewrite(stored):  # a checksum is of key and record
         (key,) = (key for key in keys if _checksum(key, stored[16:]) == stored[:16])
@@ -208,12 +208,12 @@ def test_a_record_that_cannot_be_an_answer_is_asked_for_anew_and_told_once(
 
     assert rewritten(tmp_path, rewrite, all=True) == 2
     with cached(tmp_path, stub.url) as teacher:
-        again = teacher.score([A, B], top_k=K)
+        again = teacher.score([A, B], ScoreOptions(K))
         assert teacher.take_lookups() == (2, 0, 2)
         for one, other in zip(again, right, strict=True):
             np.testing.assert_array_equal(one.token_ids, other.token_ids)
             np.testing.assert_array_equal(one.logprobs, other.logprobs)
-        teacher.score([A, B], top_k=K)
+        teacher.score([A, B], ScoreOptions(K))
         assert teacher.take_lookups() == (2, 2, 0)
     assert len(stub.requests) == 2
     assert caplog.text.count("is not what was written") == 1
@@ -239,7 +239,7 @@ def test_a_completion_that_cannot_be_one_is_written_anew(stub, tmp_path):
 
 def test_another_processs_answer_that_cannot_be_right_does_not_stand(stub, tmp_path):
     with cached(tmp_path, stub.url) as teacher:
-        store, key = teacher._store, teacher._score_key(A, K, 1.0)
+        store, key = teacher._store, teacher._score_key(A, ScoreOptions(K))
 
         def answer(request):
             wrong = LIES["mass above 1"](scores(2, K))
@@ -247,7 +247,7 @@ def test_another_processs_answer_that_cannot_be_right_does_not_stand(stub, tmp_p
             return packed(score_response(request))
 
         stub.script = [answer]
-        (used,) = teacher.score([A], top_k=K)
+        (used,) = teacher.score([A], ScoreOptions(K))
         np.testing.assert_array_equal(used.logprobs, scores(2, K).logprobs)
 
 
@@ -271,13 +271,13 @@ def test_without_a_teacher_the_answers_of_then_are_given(tmp_path, caplog):
     with StubTeacher(info=info(max_model_len=48)).serving() as stub:
         url = stub.url
         with cached(tmp_path, url) as teacher:
-            scores = teacher.score([A], top_k=K)
+            scores = teacher.score([A], ScoreOptions(K))
     with cached(tmp_path, url, starts_alone=True) as teacher:
         assert teacher.info.max_model_len == 48
-        (stored,) = teacher.submit(teacher.score, [A], top_k=K).result(10)
+        (stored,) = teacher.submit(teacher.score, [A], ScoreOptions(K)).result(10)
         np.testing.assert_array_equal(stored.logprobs, scores[0].logprobs)
         with pytest.raises(TeacherUnreachableError) as error:
-            teacher.submit(teacher.score, [A, B, C], top_k=K).result(30)
+            teacher.submit(teacher.score, [A, B, C], ScoreOptions(K)).result(30)
         assert "2 of 3 scores are missing in --teacher_cache" in str(error.value)
         assert "`student-trainer precompute`" in str(error.value)
         with pytest.raises(TeacherUnreachableError, match="7 of 9 answers that this run needs"):
@@ -317,9 +317,9 @@ def test_a_store_that_does_not_know_the_teacher_waits_for_it(tmp_path):
 
 def test_the_only_teacher_of_a_store_is_known_at_any_address_and_two_are_not(tmp_path):
     with StubTeacher().serving() as stub, cached(tmp_path, stub.url) as teacher:
-        teacher.score([A], top_k=K)
+        teacher.score([A], ScoreOptions(K))
     with cached(tmp_path, "http://127.0.0.1:9", starts_alone=True) as teacher:
-        assert len(teacher.score([A], top_k=K)) == 1
+        assert len(teacher.score([A], ScoreOptions(K))) == 1
     other = info(IDENTITY.model_copy(update={"model": "other"}))
     with StubTeacher(info=other).serving() as second, cached(tmp_path, second.url):
         pass
@@ -334,13 +334,13 @@ def test_the_only_teacher_of_a_store_is_known_at_any_address_and_two_are_not(tmp
 
 def test_a_teacher_that_comes_back_for_what_is_missing_must_be_the_same(tmp_path):
     with StubTeacher().serving() as stub, cached(tmp_path, stub.url) as teacher:
-        teacher.score([A], top_k=K)
+        teacher.score([A], ScoreOptions(K))
     port = int(stub.url.rsplit(":", 1)[1])
     with (
         cached(tmp_path, stub.url, starts_alone=True) as teacher,
         StubTeacher().serving(port) as same,
     ):
-        teacher.score([A, B], top_k=K)
+        teacher.score([A, B], ScoreOptions(K))
         assert asked(same) == [[(5, 6, 8)]]
     other = info(IDENTITY.model_copy(update={"fingerprint": "2" * 64}))
     with (
@@ -348,7 +348,7 @@ def test_a_teacher_that_comes_back_for_what_is_missing_must_be_the_same(tmp_path
         StubTeacher(info=other).serving(port) as changed,
     ):
         with pytest.raises(TeacherChangedError, match="is another one now"):
-            teacher.score([C], top_k=K)
+            teacher.score([C], ScoreOptions(K))
         assert changed.requests == []
 
 
@@ -356,7 +356,7 @@ def test_two_who_ask_at_once_learn_from_the_first_answer(stub, tmp_path):
     """Both ask before either has stored: they agree all the same."""
     with cached(tmp_path, stub.url) as teacher:
         store = teacher._store
-        key = teacher._score_key(A, K, 1.0)
+        key = teacher._score_key(A, ScoreOptions(K))
 
         def answer(request):  # another process is faster, by a different batch: a bit differs
             (right,) = score_response(request).sequences
@@ -365,7 +365,7 @@ def test_two_who_ask_at_once_learn_from_the_first_answer(stub, tmp_path):
             return packed(score_response(request))
 
         stub.script = [answer]
-        (used,) = teacher.score([A], top_k=K)
-        (stored,) = teacher.score([A], top_k=K)
+        (used,) = teacher.score([A], ScoreOptions(K))
+        (stored,) = teacher.score([A], ScoreOptions(K))
     np.testing.assert_array_equal(used.tail_logprob, stored.tail_logprob)
     assert used.tail_logprob[0] < scores(2, K).tail_logprob[0] - 0.5

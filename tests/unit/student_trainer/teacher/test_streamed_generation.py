@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import InvalidRequestError, TeacherAnswerError, TeacherChangedError
 from shared.protocol import Problem
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
@@ -262,7 +262,7 @@ def test_completions_that_came_no_longer_count_as_outstanding(stub):
         client.connect()
 
         def score(length):
-            client.score([(np.arange(length, dtype=np.uint32), 2)], top_k=3)
+            client.score([(np.arange(length, dtype=np.uint32), 2)], ScoreOptions(3))
 
         def pieces(request):
             for prompt in (0, 1, 2):

@@ -21,7 +21,7 @@ from shared.errors import (
     TokenizerMismatchError,
 )
 from shared.protocol import Limits, ScoreResponse
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.sparse import SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
@@ -56,7 +56,7 @@ def sequences(*shapes):
 def test_scores_come_back_in_order_and_traffic_is_counted(stub):
     with connected(stub) as client:
         client.take_traffic()
-        answers = client.score(sequences((6, 2), (9, 8), (4, 1)), top_k=3, temperature=0.7)
+        answers = client.score(sequences((6, 2), (9, 8), (4, 1)), ScoreOptions(3, temperature=0.7))
         received, scored = client.take_traffic()
         assert client.take_traffic() == (0, 0)
     assert [answer.token_ids.shape for answer in answers] == [(4, 3), (1, 3), (3, 3)]
@@ -77,7 +77,7 @@ def test_scores_come_back_in_order_and_traffic_is_counted(stub):
 def test_work_is_split_to_the_teachers_limits(stub, limits, sizes):
     stub.info = info(limits=limits)
     with connected(stub) as client:
-        answers = client.score(sequences(*[(10, 2)] * 5), top_k=3)
+        answers = client.score(sequences(*[(10, 2)] * 5), ScoreOptions(3))
     assert [len(request.sequences) for request in stub.requests] == sizes
     assert len(answers) == 5
 
@@ -90,7 +90,7 @@ def test_a_request_holds_what_fits_its_bytes_and_no_more(stub, room):
     requested = [np.zeros((8, width), np.uint32) for width in (0, 1, 2, 9) * 3]
     stub.script = [lambda request: packed(with_requested(score_response(request), request))] * 12
     with connected(stub) as client:
-        answers = client.score(shapes, top_k=3, requested=requested)
+        answers = client.score(shapes, ScoreOptions(3), requested=requested)
     assert [answer.requested_logprobs.shape[1] for answer in answers] == [0, 1, 2, 9] * 3
     sizes = [len(wire.dump(request, wire.MSGPACK_MEDIA_TYPE)) for request in stub.requests]
     for request, following, size in zip(stub.requests, stub.requests[1:], sizes, strict=False):
@@ -127,7 +127,7 @@ def test_what_is_too_much_is_asked_in_halves(stub, status, most, caplog):
     stub.script = [answer] * 50
     lengths = list(range(10, 17))
     with caplog.at_level(logging.WARNING), connected(stub) as client:
-        answers = client.score(sequences(*[(length, 2) for length in lengths]), top_k=3)
+        answers = client.score(sequences(*[(length, 2) for length in lengths]), ScoreOptions(3))
     assert [len(scores) for scores in answers] == [length - 2 for length in lengths]
     answered = [request for request in stub.requests if len(request.sequences) <= most]
     asked = [len(sequence.token_ids) for request in answered for sequence in request.sequences]
@@ -146,7 +146,7 @@ def test_what_a_ready_teacher_does_not_answer_in_time_is_asked_in_halves(stub, c
 
     stub.script = [answer] * 3
     with caplog.at_level(logging.WARNING), connected(stub, timeout=1.0) as client:
-        answers = client.score(sequences((6, 2), (9, 2)), top_k=3)
+        answers = client.score(sequences((6, 2), (9, 2)), ScoreOptions(3))
         over.set()
     assert [len(scores) for scores in answers] == [4, 7]
     assert "in halves: " in caplog.text
@@ -161,7 +161,7 @@ def test_a_teacher_that_hangs_and_is_not_ready_is_not_asked_in_halves(stub):
         with pytest.raises(
             TeacherUnreachableError, match=r"within 1 s: (timed out|no head of an answer)"
         ):
-            client.score(sequences((6, 2), (9, 2)), top_k=3)
+            client.score(sequences((6, 2), (9, 2)), ScoreOptions(3))
         over.set()
     assert len(stub.requests) == 1
 
@@ -181,7 +181,7 @@ def test_a_sequence_that_is_too_much_alone_is_named(stub, answer, error):
 
     stub.script = [refuse] * 50
     with connected(stub) as client, pytest.raises(error) as caught:
-        client.score(sequences((6, 2), (7, 2), (30, 2), (8, 2)), top_k=3)
+        client.score(sequences((6, 2), (7, 2), (30, 2), (8, 2)), ScoreOptions(3))
     assert "sequence 2, of 30 tokens, is too much alone" in str(caught.value)
     assert "--request-timeout (504)" in str(caught.value)
     assert len(stub.requests) == 6  # 4, 2, 1, 1, 2, 1
@@ -190,7 +190,7 @@ def test_a_sequence_that_is_too_much_alone_is_named(stub, answer, error):
 def test_log_probs_travel_in_the_type_asked_for(stub):
     for dtype in ("float16", "float32"):
         with connected(stub, logprob_dtype=dtype) as client:
-            client.score(sequences((6, 2)), top_k=3)
+            client.score(sequences((6, 2)), ScoreOptions(3))
             sampling = Sampling(2, temperature=0.0, seed=5, stop_token_ids=[1], top_k=4)
             client.generate([np.array([3], np.uint32)], sampling)
         assert [request.logprob_dtype for request in stub.requests[-2:]] == [dtype] * 2
@@ -198,7 +198,7 @@ def test_log_probs_travel_in_the_type_asked_for(stub):
 
 def test_no_sequences_ask_nothing(stub):
     with connected(stub) as client:
-        assert client.score([], top_k=3) == []
+        assert client.score([], ScoreOptions(3)) == []
     assert stub.requests == []
 
 
@@ -215,7 +215,7 @@ def test_no_sequences_ask_nothing(stub):
 def test_what_fails_in_passing_is_tried_again(stub, failure, caplog):
     stub.script = [lambda request: failure] * 2
     with caplog.at_level(logging.WARNING), connected(stub) as client:
-        assert len(client.score(sequences((6, 2)), top_k=3)) == 1
+        assert len(client.score(sequences((6, 2)), ScoreOptions(3))) == 1
     assert len(stub.requests) == 3
     assert caplog.text.count("Teacher call failed") == 2
 
@@ -224,14 +224,14 @@ def test_retry_after_is_honoured(stub):
     stub.script = [lambda request: problem(429, "full", **{"Retry-After": "1"})]
     since = time.monotonic()
     with connected(stub) as client:
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))
     assert time.monotonic() - since >= 1.0
 
 
 def test_a_retry_after_beyond_the_timeout_is_cut_to_it(stub):
     stub.script = [lambda request: problem(429, "full", **{"Retry-After": "3600"})]
     with connected(stub, timeout=1.0) as client:
-        assert len(client.score(sequences((6, 2)), top_k=3)) == 1
+        assert len(client.score(sequences((6, 2)), ScoreOptions(3))) == 1
 
 
 def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):
@@ -240,7 +240,7 @@ def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):
         connected(stub, timeout=1.0) as client,
         pytest.raises(TeacherUnreachableError) as caught,
     ):
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))
     assert stub.url in str(caught.value)
     assert "within 1 s: still loading" in str(caught.value)
 
@@ -248,7 +248,7 @@ def test_a_teacher_that_stays_down_is_named_after_the_timeout(stub):
 def test_a_refusal_is_not_tried_again(stub):
     stub.script = [lambda request: problem(422, "top_k 999 is over the limit 10")]
     with connected(stub) as client, pytest.raises(InvalidRequestError, match="over the limit 10"):
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))
     assert len(stub.requests) == 1
 
 
@@ -288,21 +288,23 @@ ARRAYS = ("token_ids", "logprobs", "next_token_logprob", "tail_logprob")
 def test_an_answer_that_cannot_be_used_stops_the_run(stub, answer, message):
     stub.script = [answer]
     with connected(stub) as client, pytest.raises(TeacherAnswerError, match=message):
-        client.score(sequences((6, 2), (8, 3)), top_k=3)
+        client.score(sequences((6, 2), (8, 3)), ScoreOptions(3))
     assert len(stub.requests) == 1
 
 
 def test_an_empty_tail_is_a_good_answer(stub):
     stub.script = [changed("tail_logprob", -np.inf)]
     with connected(stub) as client:
-        assert client.score(sequences((6, 2), (8, 3)), top_k=3)[1].tail_logprob[1] == -np.inf
+        assert (
+            client.score(sequences((6, 2), (8, 3)), ScoreOptions(3))[1].tail_logprob[1] == -np.inf
+        )
 
 
 def test_another_teacher_at_the_address_stops_the_run_and_shows_both(stub):
     with connected(stub) as client:
         stub.info = info(OTHER)
         with pytest.raises(TeacherChangedError) as caught:
-            client.score(sequences((6, 2)), top_k=3)
+            client.score(sequences((6, 2)), ScoreOptions(3))
     assert IDENTITY.fingerprint in str(caught.value)
     assert OTHER.fingerprint in str(caught.value)
     assert "--accept_teacher_change" in str(caught.value)
@@ -311,10 +313,10 @@ def test_another_teacher_at_the_address_stops_the_run_and_shows_both(stub):
 def test_another_teacher_is_accepted_when_told_so(stub, caplog):
     with connected(stub, accept_change=True) as client:
         stub.info = info(OTHER)
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))
         assert client.info.teacher == OTHER
         caplog.clear()
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))
     assert "another teacher" not in caplog.text  # said once
 
 
@@ -322,18 +324,18 @@ def test_another_vocabulary_is_never_accepted(stub):
     with connected(stub, accept_change=True) as client:
         stub.info = info(OTHER, vocab_size=101)
         with pytest.raises(TokenizerMismatchError, match="another tokenizer too: 101 rows"):
-            client.score(sequences((6, 2)), top_k=3)
+            client.score(sequences((6, 2)), ScoreOptions(3))
 
 
 def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
     """In a process of its own: it ends while the teacher still thinks."""
     asks = (
         "import sys, time, numpy as np\n"
-        "from student_trainer.teacher.sparse import SparseGkdTeacher\n"
+        "from student_trainer.teacher import ScoreOptions, SparseGkdTeacher\n"
         "client = SparseGkdTeacher([sys.argv[1]], timeout=60)\n"
         "client.connect()\n"
         "sequence = np.arange(6, dtype=np.uint32), 2\n"
-        "client.submit(client.score, [sequence], top_k=3)\n"
+        "client.submit(client.score, [sequence], ScoreOptions(3))\n"
         "time.sleep(0.5)\n"
         "sys.exit(3)\n"
     )
@@ -351,7 +353,7 @@ def test_a_process_does_not_wait_for_answers_that_nobody_needs(stub):
 def test_idle_replicas_take_turns(stub):
     with StubTeacher().serving() as other, connected(stub, other) as client:
         for _ in range(4):
-            client.score(sequences((6, 2)), top_k=3)
+            client.score(sequences((6, 2)), ScoreOptions(3))
     assert (len(stub.requests), len(other.requests)) == (2, 2)
 
 
@@ -387,11 +389,11 @@ def test_requests_go_to_the_replica_with_fewer_tokens_outstanding(stub):
     with StubTeacher().serving() as other, connected(stub, other) as client:
 
         def meanwhile(request):
-            client.score(sequences((6, 2)), top_k=3)  # while the first call is under way
+            client.score(sequences((6, 2)), ScoreOptions(3))  # while the first call is under way
             return packed(score_response(request))
 
         stub.script = [meanwhile]
-        client.score(sequences((20, 2)), top_k=3)
+        client.score(sequences((20, 2)), ScoreOptions(3))
     assert [len(r.sequences[0].token_ids) for r in stub.requests] == [20]
     assert [len(r.sequences[0].token_ids) for r in other.requests] == [6]
 
@@ -413,4 +415,4 @@ def test_a_closed_client_refuses(stub):
     client = connected(stub)
     client.close()
     with pytest.raises(TeacherUnreachableError, match="closed"):
-        client.score(sequences((6, 2)), top_k=3)
+        client.score(sequences((6, 2)), ScoreOptions(3))

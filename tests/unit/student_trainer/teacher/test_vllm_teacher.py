@@ -19,7 +19,7 @@ from shared.errors import (
     TeacherUnreachableError,
     TokenizerMismatchError,
 )
-from student_trainer.teacher.base import Sampling
+from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.vllm import VllmTeacher
 from tests.support.stub_vllm import StubVllm, as_json
 
@@ -54,7 +54,7 @@ def test_scores_are_the_top_k_the_next_token_and_what_is_left(stub, k):
     p = stub.probabilities
     with connected(stub, top_k=k) as teacher:
         teacher.take_traffic()
-        scored = teacher.score(SEQUENCES, top_k=k)
+        scored = teacher.score(SEQUENCES, ScoreOptions(k))
         received, rows = teacher.take_traffic()
     assert rows == 4
     assert received > 100
@@ -73,9 +73,9 @@ def test_the_tail_is_never_negative_mass_and_empty_only_when_all_is_named(tokeni
     sure[3] = 1.0
     with StubVllm(tokenizer, sure, max_logprobs=ROWS).serving() as stub:
         with connected(stub) as teacher:
-            (_, short) = teacher.score(SEQUENCES, top_k=4)
+            (_, short) = teacher.score(SEQUENCES, ScoreOptions(4))
         with connected(stub, top_k=ROWS) as teacher:
-            (_, whole) = teacher.score(SEQUENCES, top_k=ROWS)
+            (_, whole) = teacher.score(SEQUENCES, ScoreOptions(ROWS))
     assert short.tail_logprob.tolist() == [pytest.approx(np.log(2.0**-24))]
     assert whole.tail_logprob.tolist() == [-np.inf]
 
@@ -91,7 +91,7 @@ def test_log_probs_that_round_to_more_than_one_leave_the_smallest_tail(stub):
 
     with connected(stub) as teacher:
         stub.script = [over]
-        (_, scored) = teacher.score(SEQUENCES, top_k=4)
+        (_, scored) = teacher.score(SEQUENCES, ScoreOptions(4))
     assert scored.tail_logprob.tolist() == [pytest.approx(np.log(2.0**-24))]
 
 
@@ -103,7 +103,7 @@ def test_the_teachers_rows_are_counted_though_vllm_does_not_tell(tokenizer, rows
 
 def test_what_vllm_does_not_tell_is_said_once(stub, caplog):
     with caplog.at_level(logging.WARNING), connected(stub) as teacher:
-        teacher.score(SEQUENCES, top_k=4)
+        teacher.score(SEQUENCES, ScoreOptions(4))
     (record,) = caplog.records
     assert "stub with vLLM 0.32.0, which reports no fingerprints" in record.message
     assert "its context (64), how many token ids it knows (272)" in record.message
@@ -156,19 +156,19 @@ def test_a_replica_that_fails_is_left_out_and_rejoins(stub, tokenizer):
     with StubVllm(tokenizer, steep()).serving() as other, connected(stub, other) as teacher:
         stub.script = [lambda request: (500, {}, b"engine dead")]
         for _ in range(3):
-            teacher.score(SEQUENCES, top_k=4)
+            teacher.score(SEQUENCES, ScoreOptions(4))
         assert (len(stub.requests), len(other.requests)) == (1, 3)
         deadline = time.monotonic() + 10
         while len(stub.requests) == 1:
             assert time.monotonic() < deadline, "it does not rejoin"
-            teacher.score(SEQUENCES, top_k=4)
+            teacher.score(SEQUENCES, ScoreOptions(4))
             time.sleep(0.05)
 
 
 def score_for_seconds(teacher):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        teacher.score(SEQUENCES, top_k=4)
+        teacher.score(SEQUENCES, ScoreOptions(4))
         time.sleep(0.05)
 
 
@@ -201,7 +201,7 @@ def test_another_version_is_accepted_when_told_so(stub, tokenizer, caplog):
         deadline = time.monotonic() + 10
         while len(stub.requests) < 2:
             assert time.monotonic() < deadline, "it does not rejoin"
-            teacher.score(SEQUENCES, top_k=4)
+            teacher.score(SEQUENCES, ScoreOptions(4))
             time.sleep(0.05)
     assert f"{stub.url} is vLLM 0.33.0 now" in caplog.text
 
@@ -211,7 +211,7 @@ def test_a_temperature_is_refused_as_vllm_would_ignore_it(stub):
         assert not teacher.info.capabilities.temperature
         assert not teacher.info.capabilities.requested_token_ids
         with pytest.raises(InvalidRequestError, match=r"temperature 0\.7: vLLM never applies"):
-            teacher.score(SEQUENCES, top_k=4, temperature=0.7)
+            teacher.score(SEQUENCES, ScoreOptions(4, temperature=0.7))
         hotter = replace(SAMPLING, top_k=4, score_temperature=2.0)
         with pytest.raises(InvalidRequestError, match="temperature 2"):
             teacher.generate([SEQUENCES[0][0]], hotter)
@@ -224,7 +224,7 @@ def test_token_ids_outside_the_teachers_vocabulary_are_refused(stub):
         connected(stub) as teacher,
         pytest.raises(MalformedRequestError, match="Token id 272 is out of vocabulary"),
     ):
-        teacher.score(outside, top_k=4)
+        teacher.score(outside, ScoreOptions(4))
 
 
 def test_completions_are_scored_in_a_second_pass(stub):
@@ -245,7 +245,7 @@ def test_completions_are_scored_in_a_second_pass(stub):
 
 def test_long_work_is_split(stub):
     with connected(stub) as teacher:
-        answers = teacher.score(SEQUENCES[1:] * 1500, top_k=4)
+        answers = teacher.score(SEQUENCES[1:] * 1500, ScoreOptions(4))
     assert [len(request["prompt"]) for request in stub.requests] == [1024, 476]
     assert len(answers) == 1500
 
@@ -254,7 +254,7 @@ def test_what_a_gateway_does_not_wait_for_is_asked_in_halves(stub):
     with connected(stub) as teacher:
         late = (504, {}, b"<html>Gateway Time-out")
         stub.script = [lambda request: late] * 2
-        answers = teacher.score(SEQUENCES * 2, top_k=4)
+        answers = teacher.score(SEQUENCES * 2, ScoreOptions(4))
     assert [len(request["prompt"]) for request in stub.requests] == [4, 2, 1, 1, 2]
     assert [len(scores) for scores in answers] == [3, 1, 3, 1]
 
@@ -315,7 +315,7 @@ def test_an_answer_that_cannot_be_used_stops_the_run(stub, change, error, messag
     with connected(stub) as teacher:
         stub.script = [spoilt(change)(stub)]
         with pytest.raises(error, match=message):
-            teacher.score(SEQUENCES, top_k=4)
+            teacher.score(SEQUENCES, ScoreOptions(4))
     assert len(stub.requests) == 1
 
 
@@ -348,13 +348,13 @@ def test_answers_that_are_no_json_are_refused(stub):
         for body in (b"<html>", json.dumps([1]).encode()):
             stub.script = [lambda request, body=body: (200, {}, body)]
             with pytest.raises(TeacherAnswerError, match="/v1/completions answered"):
-                teacher.score(SEQUENCES, top_k=4)
+                teacher.score(SEQUENCES, ScoreOptions(4))
 
 
 def test_the_key_is_sent_to_vllm_too(tokenizer):
     with StubVllm(tokenizer, steep(), key="k" * 12).serving() as stub:
         with connected(stub, api_key="k" * 12) as teacher:
-            assert len(teacher.score(SEQUENCES, top_k=4)) == 2
+            assert len(teacher.score(SEQUENCES, ScoreOptions(4))) == 2
         for wrong in (None, "x" * 12):
             with pytest.raises(TeacherUnauthorizedError, match="answers 401"):
                 connected(stub, api_key=wrong, timeout=1000.0).__enter__()
