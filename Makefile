@@ -15,7 +15,7 @@ help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make test-real    tests on published tokenizers and models, which it fetches (800 MB)"
-	@echo "make test-faults  every fault of docs/reliability.md, the slow ones too"
+	@echo "make test-faults  every fault of docs/explanation/reliability.md, the slow ones too"
 	@echo "make check        lint, format, types, layers, docs, and what is known of the pinned versions"
 	@echo "make docs         the documentation site, into build/site"
 	@echo "make audit        the last, strictly: every version must be known to PyPI"

@@ -1,6 +1,8 @@
 """The student trainer: prompts come in, gradients go out; the teacher is across HTTP.
 
-The public names for notebooks and training loops of one's own; docs/python-api.md shows them.
+The public names for notebooks and training loops of one's own.
+
+docs/how-to/python-api.md shows them.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """The Prometheus metrics: requests, tokens, queue, batches, and seconds of each.
 
-docs/operating.md says what each metric means.
+docs/how-to/operating.md says what each metric means.
 """
 
 from __future__ import annotations

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 from markdown_text import escaped
-from transformers import TrainingArguments
 
 import student_trainer.commands.main
 import teacher_server.cli
 from shared.compat import parser_actions
-from student_trainer.config.arguments import DivergenceFlags, RunFlags
 from student_trainer.config.checks import UNSUPPORTED
 from student_trainer.config.commands import ARGUMENTS
-
-_TITLES = {
-    "ModelArguments": "Model",
-    "AdapterArguments": "Adapters",
-    "DatasetArguments": "Dataset",
-    "DataArguments": "Rows",
-    "GenerationArguments": "Generation",
-    "TemplateArguments": "Chat template",
-    "TeacherArguments": "Teacher",
-    "RunFlags": "Training",
-    "DivergenceFlags": "Distillation",
-    "EvaluateArguments": "Evaluation",
-    "MergeArguments": "Merging",
-}
-
+from student_trainer.config.flags import Flag, flags_of
+from student_trainer.config.help import GROUPS, by_group, summary
 
 Main = Callable[[Sequence[str]], int]
 
@@ -43,7 +27,7 @@ class _FoundError(Exception):
 
 
 def student_trainer_page() -> str:
-    """Return the page of the trainer's commands, whose shared flags come first, by subject."""
+    """Return the page of the trainer's commands: the common flags, then all of them by group."""
     main = student_trainer.commands.main.main
     lines = [
         "# student-trainer",
@@ -52,23 +36,70 @@ def student_trainer_page() -> str:
         "`--config FILE.yaml` holds the same names, and the command line wins.",
         "",
         f"```text\n{student_trainer.commands.main.USAGE}\n```",
+        "",
+        "## Flags that matter to most runs",
+        "",
+        "The flags that `student-trainer distill --help` lists.",
+        "",
+        *common_table(),
     ]
-    of_command = {
-        name: _by_name(_parser(main, f"student-trainer {name}", [name])) for name in ARGUMENTS
-    }
-    for name, group in _groups():
-        takers = [c for c, groups in ARGUMENTS.items() if any(issubclass(g, group) for g in groups)]
-        names = ", ".join(f"`{c}`" for c in takers)
-        about = inspect.cleandoc(group.__doc__ or "").split("\n\n")[0]
-        lines += ["", f"## {name}", "", f"{escaped(about)} For {names}.", ""]
-        for flag in _own(group):
-            lines += _entry(of_command[takers[0]][flag], f"{name.lower()}-{flag}")
-    for command in ("study", "report", "doctor"):
+    flags = {command: _flags(kinds) for command, kinds in ARGUMENTS.items()}
+    distill = _by_name(_parser(main, "student-trainer distill", ["distill"]))
+    names = [name for name in distill if name in flags["distill"] and name not in UNSUPPORTED]
+    groups = by_group(names, flags["distill"])
+    for title, of_group in groups.items():
+        if title in GROUPS and of_group:
+            lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        for name in of_group if title in GROUPS else ():
+            lines += _entry(distill[name], f"flag-{name}", after=_takers(name, flags))
+    lines += _of_transformers(
+        [name for title in groups.keys() - {*GROUPS} for name in groups[title]]
+    )
+    for command in ("evaluate", "merge", "study", "report", "doctor"):
         parser = _parser(main, f"student-trainer {command}", [command])
+        own = _by_name(parser, without=("help", "help_all", "config"))
+        shared = [name for name in own if _is_shared(name, command)]
         lines += ["", f"## {command}", "", escaped(parser.description or ""), ""]
-        for actions in _by_name(parser).values():
-            lines += _entry(actions, f"{command}-{actions[0].dest}")
-    return "\n".join([*lines, *_of_transformers(of_command["sft"])]) + "\n"
+        if shared:
+            lines += ["As above: " + ", ".join(f"`--{name}`" for name in shared) + ".", ""]
+        for name in own:
+            if name not in shared:
+                lines += _entry(own[name], f"{command}-{name}")
+    return "\n".join(lines) + "\n"
+
+
+def common_table() -> list[str]:
+    """Return the table of the flags that `student-trainer distill --help` lists."""
+    flags = _flags(ARGUMENTS["distill"])
+    groups = by_group([name for name, one in flags.items() if one.common], flags)
+    rows = [
+        f"| `--{name}` | {escaped(summary(flags[name]))}{_default(flags[name])} |"
+        for names in groups.values()
+        for name in names
+    ]
+    return ["| flag | what it sets |", "| --- | --- |", *rows]
+
+
+def _default(flag: Flag) -> str:
+    unset = flag.default is False or flag.default in (None, "", [])
+    return "" if unset else f" (default: {flag.default})"
+
+
+def _flags(kinds: Iterable[type[Any]]) -> dict[str, Flag]:
+    """Return the flags of a command's dataclasses by name."""
+    return {name: one for kind in kinds for name, one in flags_of(kind).items()}
+
+
+def _takers(name: str, flags: Mapping[str, Mapping[str, Flag]]) -> str:
+    """Return what to say of a flag that `sft` does not take; empty otherwise."""
+    return "" if name in flags["sft"] else "Not for `sft`."
+
+
+def _is_shared(name: str, command: str) -> bool:
+    """Return whether a command has a flag from dataclasses that `distill` has as well."""
+    shared = [k for k in ARGUMENTS.get(command, ()) if k in ARGUMENTS["distill"]]
+    own = [k for k in ARGUMENTS.get(command, ()) if k not in ARGUMENTS["distill"]]
+    return name in _flags(shared) and name not in _flags(own)
 
 
 def teacher_server_page() -> str:
@@ -113,19 +144,7 @@ def _by_name(
     return found
 
 
-def _groups() -> Iterable[tuple[str, type[Any]]]:
-    """Yield every dataclass of flags once, with the title of its section."""
-    every = dict.fromkeys(g for groups in ARGUMENTS.values() for g in groups)
-    for group in [*(g for g in every if not issubclass(g, RunFlags)), RunFlags, DivergenceFlags]:
-        yield _TITLES[group.__name__], group
-
-
-def _own(group: type[Any]) -> list[str]:
-    """Return the flags that a dataclass declares itself, without those that it inherits."""
-    return [f.name for f in fields(group) if f.init and f.name in inspect.get_annotations(group)]
-
-
-def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
+def _entry(actions: Sequence[argparse.Action], anchor: str, *, after: str = "") -> list[str]:
     """Return the entry of a flag: a heading, so that it can be linked to, and the parser's text."""
     first = actions[0]
     names = [name for action in actions for name in _names(action)]
@@ -138,6 +157,8 @@ def _entry(actions: Sequence[argparse.Action], anchor: str) -> list[str]:
         sentences.append("Takes several values.")
     if "(default: " not in (first.help or "") and first.default not in (None, "", False):
         sentences.append(f"Default: `{first.default}`.")
+    if after:
+        sentences.append(after)
     return [f"### `{', '.join(names)}` {{#{anchor}}}", "", " ".join(sentences), ""]
 
 
@@ -148,22 +169,14 @@ def _names(action: argparse.Action) -> list[str]:
     return [name for name in names if name not in twins] or [str(action.metavar or action.dest)]
 
 
-def _of_transformers(by_name: dict[str, list[argparse.Action]]) -> list[str]:
-    """Return the section of transformers' own flags: a line each, and those refused here."""
-    inherited = [f.name for f in fields(TrainingArguments) if f.name in by_name]
-    inherited = [name for name in inherited if name not in _own(RunFlags)]
-    lines = [
-        "",
-        "## TrainingArguments",
-        "",
-        "transformers' own, for `sft`, `distill`, `precompute`.",
-    ]
-    for name in inherited:
-        if name in UNSUPPORTED:
-            continue
-        action = by_name[name][0]
-        default = "" if action.default in (None, "", False) else f" Default: `{action.default}`."
-        sentence = (action.help or "").strip().split("\n\n")[0]
-        lines += ["", f"`--{name}`", f":   {escaped(' '.join(sentence.split()))}{default}"]
+def _of_transformers(names: Sequence[str]) -> list[str]:
+    """Return the section of transformers' other flags: a line each, and those refused here."""
+    flags = _flags(ARGUMENTS["sft"])
+    lines = ["", "## TrainingArguments", "", "The other flags of transformers' own."]
+    for name in names:
+        default = flags[name].default
+        suffix = "" if default in (None, "", False) else f" Default: `{default}`."
+        sentence = flags[name].help.replace("%%", "%").strip()
+        lines += ["", f"`--{name}`", f":   {escaped(sentence)}{suffix}"]
     lines += ["", "### Refused", "", "What could have no effect here:", ""]
     return lines + [f"- `--{name}` {escaped(why)}" for name, why in UNSUPPORTED.items()]

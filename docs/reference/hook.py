@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from html import escape, unescape
 from pathlib import Path, PurePosixPath
 
 import command_line
@@ -14,6 +16,12 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+convert: Callable[..., str] | None
+try:
+    from latex2mathml.converter import convert
+except ImportError:  # the pages can be read without
+    convert = None
+
 ROOT = Path(__file__).parents[2]
 # Pages outside docs/, by their name on the site, where a README would be the start page.
 ROOT_PAGES = {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")}
@@ -21,6 +29,10 @@ ROOT_PAGES["README.md"] = "overview.md"
 # Browsers break lines after the hyphens of a --flag, so short ones are kept whole.
 _FLAG = re.compile(r"<code>(-[^<]{1,34})</code>")
 _FROM_ELSEWHERE = re.compile(r"<(?:script|img|iframe|link rel=.(?:stylesheet|icon))[^>]*https?://")
+# What pymdownx.arithmatex leaves of $…$ and $$…$$.
+_FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
 # The target of a Markdown link to a file, without its anchor.
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 # The text and target of a link; one to a folder, which a site cannot show, becomes its text.
@@ -73,7 +85,23 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return _FLAG.sub(r'<code class="flag">\1</code>', html)
+    return typeset(_FLAG.sub(r'<code class="flag">\1</code>', html))
+
+
+def typeset(html: str) -> str:
+    """Return a page whose formulas are MathML, which browsers draw without a script.
+
+    Without the package latex2mathml they stay as they are written, in TeX.
+    """
+
+    def formula(found: re.Match[str]) -> str:
+        tag, tex = found["tag"], unescape(found["tex"])
+        if convert is None:
+            return f'<{tag}><code class="formula">{escape(tex)}</code></{tag}>'
+        math = convert(tex, display="block" if tag == "div" else "inline")
+        return f'<div class="formula">{math}</div>' if tag == "div" else math
+
+    return _FORMULA.sub(formula, html)
 
 
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> None:

@@ -1,7 +1,7 @@
 """The program `student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
-130 Ctrl-C. `docs/command-line.md` has them all.
+130 Ctrl-C. `docs/reference/command-line.md` has them all.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ class ModelArguments:
         "",
         "Folder (LoRA adapters are merged into their base) or Hugging Face Hub id.",
         group="model",
+        common=True,
         resume="told",
         private=True,
     )
@@ -51,6 +52,7 @@ class ModelArguments:
         "Dtype of the weights; auto takes the checkpoint's.",
         aliases=("--dtype",),
         group="model",
+        common=True,
         resume="told",
     )
     trust_remote_code: bool = flag(
@@ -79,7 +81,11 @@ class AdapterArguments:
     """The training of LoRA or QLoRA adapters instead of all weights."""
 
     use_peft: bool = flag(
-        False, "Train LoRA adapters instead of all weights.", group="LoRA", resume="same"
+        False,
+        "Train LoRA adapters instead of all weights.",
+        group="LoRA",
+        common=True,
+        resume="same",
     )
     lora_r: int = flag(
         16, "Rank of the adapters.", group="LoRA", resume="same", needs=("use_peft", True)
@@ -118,9 +124,11 @@ class DatasetArguments:
 
     dataset_name: list[str] = flag(
         [],
-        "File of rows (Parquet, Arrow, JSONL, JSON, CSV, TSV; text also compressed), a folder of "
-        "such files or of save_to_disk, a glob, or a Hub id; several are put together.",
+        "Rows: a file, a folder, a glob or a Hub id. A file is Parquet, Arrow, JSONL, JSON, CSV or "
+        "TSV, text also compressed; a folder holds such files, or what save_to_disk wrote. "
+        "Several names are put together.",
         group="data",
+        common=True,
         resume="told",
         private=True,
     )
@@ -150,7 +158,11 @@ class DataArguments:
     """
 
     eval_dataset_name: str | None = flag(
-        None, "Held-out rows, for --eval_strategy.", group="evaluation and logs", private=True
+        None,
+        "Held-out rows, for --eval_strategy.",
+        group="evaluation and logs",
+        common=True,
+        private=True,
     )
     eval_dataset_split: str = flag(
         "test", "As --dataset_split, of the held-out rows.", group="evaluation and logs"
@@ -196,6 +208,7 @@ class DataArguments:
         None,
         "Longest prompt + completion, in tokens; completions are cut at it. Default: context.",
         group="data",
+        common=True,
         resume="told",
     )
     skip_long_rows: bool = flag(
@@ -287,6 +300,7 @@ class GenerationArguments:
         128,
         "Longest completion that is generated, in tokens.",
         group="rollouts and generation",
+        common=True,
         resume="same",
     )
     generation_batch_size: int | None = flag(
@@ -306,6 +320,7 @@ class TeacherArguments:
         "fails is left out until it is ready again.",
         extends=True,
         group="teacher",
+        common=True,
         private=True,
     )
     teacher_protocol: Literal["sparse-gkd", "vllm"] = flag(
@@ -336,7 +351,11 @@ class TeacherArguments:
         group="teacher",
     )
     top_k_logprobs: int = flag(
-        64, "Teacher log-probs for each position (top-k).", group="teacher", resume="same"
+        64,
+        "k: the teacher's most probable tokens at each position, sent with their log-probs.",
+        group="teacher",
+        common=True,
+        resume="same",
     )
     teacher_logprob_dtype: Literal["float16", "float32"] = flag(
         "float16",
@@ -362,6 +381,7 @@ class TeacherArguments:
         "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
         "a teacher. What depends on the student's weights is not kept.",
         group="teacher",
+        common=True,
         private=True,
     )
     teacher_cache_max_gb: float = flag(
@@ -377,7 +397,11 @@ class RunFlags:
     """The trainer's own flags, and flags of transformers with another default."""
 
     output_dir: str | None = flag(
-        None, "Folder for checkpoints, the final model and logs.", group="training", private=True
+        None,
+        "Folder for checkpoints, the final model and logs.",
+        group="training",
+        common=True,
+        private=True,
     )
     logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
     remove_unused_columns: bool = flag(
@@ -441,9 +465,11 @@ class RunFlags:
     )
     dry_run: bool = flag(
         False,
-        "Check flags, data and teacher, show four rows as they are learned, what the teacher says "
-        "of them, and an estimate of memory and traffic; load no weights, write nothing, and stop.",
+        "Show what the run would do and need, and stop. It checks flags, data and teacher, shows "
+        "four rows as they are learned and what the teacher says of them, and estimates memory and "
+        "traffic. It loads no weights and writes nothing.",
         group="the command itself",
+        common=True,
     )
 
 
@@ -465,6 +491,7 @@ class DivergenceFlags:
         0.5,
         "Probability that a step is on-policy: 0 dataset or teacher completions, 1 student's.",
         group="method and divergence",
+        common=True,
         resume="same",
     )
     beta: float = flag(
@@ -473,6 +500,7 @@ class DivergenceFlags:
         "them a mixture. Discontinuous at both ends: near 0 and 1 the interior form tends to 0, so "
         "0.9 is about 12 times weaker than 1.",
         group="method and divergence",
+        common=True,
         resume="same",
     )
     temperature: float = flag(
@@ -520,6 +548,7 @@ class DivergenceFlags:
         False,
         "Off-policy completions come from the teacher (SeqKD), not from the dataset.",
         group="method and divergence",
+        common=True,
         resume="same",
     )
     seq_kd_temperature: float = flag(
@@ -537,10 +566,11 @@ class DivergenceFlags:
     )
     rollout_staleness: int = flag(
         0,
-        "Steps by which rollouts, and ids that the student proposes, run ahead of the weights that "
-        "learn from them. 0 is strictly on-policy; at 1 the teacher scores the next step's "
-        "completions while this step trains.",
+        "Steps by which the student's completions may be older than the weights that learn from "
+        "them. 0 is strictly on-policy; at 1 the teacher scores the next step's completions while "
+        "this step trains. The same holds for ids that the student proposes.",
         group="rollouts and generation",
+        common=True,
         resume="told",
     )
     teacher_prefetch_steps: int = flag(
@@ -595,6 +625,7 @@ class EvaluateArguments:
         "rows as published, or of rows with a checker. With --dataset_name: what that holds, "
         "humaneval, gsm8k, rows, or auto, which tells from the fields.",
         group="data",
+        common=True,
     )
     raw_prompt: bool = flag(
         False,
@@ -603,10 +634,12 @@ class EvaluateArguments:
         "for a code block.",
         group="data",
     )
-    temperature: float = flag(0.0, "Sampling temperature; 0 is greedy.", group="generation")
-    n: int = flag(1, "Completions for each problem.", group="generation")
+    temperature: float = flag(
+        0.0, "Sampling temperature; 0 is greedy.", group="generation", common=True
+    )
+    n: int = flag(1, "Completions for each problem.", group="generation", common=True)
     seed: int = flag(42, "Seed of the sampling.", group="generation")
-    limit: int | None = flag(None, "Only the first problems.", group="data")
+    limit: int | None = flag(None, "Only the first problems.", group="data", common=True)
     check_timeout: float = flag(
         5.0, "Seconds a completion's own tests may take.", group="checks and results"
     )
@@ -632,9 +665,10 @@ class EvaluateArguments:
         "Of the divergence to --teacher_url on the references: 0 forward KL, 1 reverse KL, between "
         "them generalized JSD.",
         group="teacher",
+        common=True,
     )
     output_dir: str = flag(
-        "", "Folder for results.json and samples.jsonl.", group="checks and results"
+        "", "Folder for results.json and samples.jsonl.", group="checks and results", common=True
     )
 
 
@@ -642,16 +676,21 @@ class EvaluateArguments:
 class MergeArguments:
     """Merge LoRA adapters into their base model, for serving or as a student."""
 
-    model_name_or_path: str = flag("", "Folder of a run with --use_peft.", group="model")
-    output_dir: str = flag("", "New folder for the merged model and its tokenizer.", group="model")
+    model_name_or_path: str = flag(
+        "", "Folder of a run with --use_peft.", group="model", common=True
+    )
+    output_dir: str = flag(
+        "", "New folder for the merged model and its tokenizer.", group="model", common=True
+    )
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto",
         "Dtype of the merged weights; auto takes the base model's.",
         aliases=("--dtype",),
         group="model",
+        common=True,
     )
     trust_remote_code: bool = flag(
-        False, "Run model code that comes with the checkpoint.", group="model"
+        False, "Run model code that comes with the checkpoint.", group="model", common=True
     )
 
 

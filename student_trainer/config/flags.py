@@ -28,6 +28,7 @@ def flag(
     help: str,
     *,
     group: str | None,
+    common: bool = False,
     resume: Resume = "free",
     private: bool = False,
     needs: tuple[str, Any] | None = None,
@@ -37,7 +38,8 @@ def flag(
     """Declare a dataclass field that is a flag of the command line.
 
     Args:
-        group: title under which ``--help`` lists it; None: ``--help_all`` alone does.
+        group: title under which ``--help_all`` lists it; None: with transformers' own.
+        common: whether ``--help`` lists it, and README.md: it matters to most runs.
         resume: see `Resume`.
         private: a model card leaves it out: an address, a key, or a setting of this machine.
         needs: (name, value) of the flag without which this one has no effect.
@@ -45,8 +47,8 @@ def flag(
         extends: the flag may be repeated; each time adds to the list.
     """
     metadata = {
-        "help": help, "group": group, "resume": resume, "private": private, "needs": needs,
-        "aliases": aliases, "extends": extends,
+        "help": help, "group": group, "common": common, "resume": resume, "private": private,
+        "needs": needs, "aliases": aliases, "extends": extends,
     }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -60,8 +62,7 @@ class Flag:
     Attributes:
         several: whether it takes one value or more.
         switch: whether its text may be left out, as a bool's may; it is True then.
-        group: title under which ``--help`` lists it; None: ``--help_all`` alone does.
-        needs, extends: as in `flag`.
+        group, common, needs, extends: as in `flag`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Flag:
     switch: bool = False
     aliases: tuple[str, ...] = ()
     group: str | None = None
+    common: bool = False
     needs: tuple[str, Any] | None = None
     extends: bool = False
 
@@ -201,6 +203,7 @@ def _flag_of(declared: Field[Any], annotation: Any) -> Flag:
         several=several,
         aliases=metadata["aliases"],
         group=metadata["group"],
+        common=metadata["common"],
         needs=metadata["needs"],
         extends=metadata["extends"],
     )

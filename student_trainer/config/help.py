@@ -1,4 +1,4 @@
-"""The texts of `--help`, with the flags that matter in groups, and of `--help_all`."""
+"""The texts of `--help`, the flags that matter to most runs, and of `--help_all`, every flag."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shared.compat import parser_actions
@@ -17,31 +17,28 @@ EXIT_CODES = """\
 exit codes: 0 done (also when SIGTERM ends training: a checkpoint is saved), 1 the run failed
 (teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM."""
 
-# Titles in the order of `--help`; each flag names its group where it is declared.
+# Titles in the order of `--help_all`; each flag names its group where it is declared.
 GROUPS = (
     "model", "data", "chat template", "teacher", "method and divergence",
     "rollouts and generation", "generation", "training", "memory and speed", "LoRA",
     "evaluation and logs", "checks and results", "the command itself",
 )  # fmt: skip
-_COMMAND = ("config", "help", "help_all")
+_COMMAND = "the command itself"
+_OTHERS = "transformers' Trainer"
 
 _INDENT = 30
 
 
 def add_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> None:
     """Add ``--help`` and ``--help_all`` to a parser that was made without help."""
-    groups: dict[str, list[str]] = {title: [] for title in GROUPS}
-    for name, flag in flags.items():
-        if flag.group is not None:
-            groups[flag.group].append(name)
-    groups["the command itself"] += _COMMAND
-    more = "Show all flags, of transformers' Trainer too, with all that is to say of each."
     parser.add_argument(
-        "-h", "--help", action=_Show, text=lambda: short_help(parser, groups),
-        help="Show the flags that matter, and stop.",
+        "-h", "--help", action=_Show, text=lambda: short_help(parser, flags),
+        help="Show the flags that matter to most runs, and stop.",
     )  # fmt: skip
-    parser.add_argument("--help_all", action=_Show, text=parser.format_help, help=more)
-    parser.epilog = EXIT_CODES
+    parser.add_argument(
+        "--help_all", action=_Show, text=lambda: long_help(parser, flags),
+        help="Show every flag, those of transformers' Trainer too, with its whole text.",
+    )  # fmt: skip
 
 
 class _Show(argparse.Action):
@@ -67,33 +64,65 @@ def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return flags
 
 
-def short_help(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the text of ``--help``: the flags by group, each with the beginning of its help."""
-    flags = actions_of(parser)
+def by_group(names: Iterable[str], flags: Mapping[str, Flag]) -> dict[str, list[str]]:
+    """Return the names of flags by the title of their group, in the order of `GROUPS`.
+
+    A name that ``flags`` lacks belongs to the command itself. Groups may be empty.
+    """
+    groups: dict[str, list[str]] = {title: [] for title in (*GROUPS, _OTHERS)}
+    for name in names:
+        groups[(flags[name].group or _OTHERS) if name in flags else _COMMAND].append(name)
+    return groups
+
+
+def summary(flag: Flag | argparse.Action) -> str:
+    """Return the first sentence of a flag's help, without its full stop."""
+    text = " ".join((flag.help or "").replace("%%", "%").split())
+    return re.split(r"(?<=[\w)])[.;]\s", text, maxsplit=1)[0].rstrip(".")
+
+
+def short_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> str:
+    """Return the text of ``--help``: the common flags by group, each with its first sentence."""
+    names = [name for name in actions_of(parser) if name not in flags or flags[name].common]
+    return _text(
+        parser, by_group(names, flags), summary,
+        "These are the flags that matter to most runs; --help_all lists every flag.",
+    )  # fmt: skip
+
+
+def long_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> str:
+    """Return the text of ``--help_all``: every flag by group, each with all of its help."""
+    groups = by_group(actions_of(parser), flags)
+    return _text(parser, groups, lambda action: (action.help or "").replace("%%", "%"))
+
+
+def _text(
+    parser: argparse.ArgumentParser,
+    groups: Mapping[str, Sequence[str]],
+    say: Callable[[argparse.Action], str],
+    end: str = "",
+) -> str:
+    actions = actions_of(parser)
     width = min(100, shutil.get_terminal_size().columns)
     lines = [f"usage: {parser.prog} [flags]", ""]
     lines += [*textwrap.wrap(" ".join((parser.description or "").split()), width), ""]
     for title, names in groups.items():
-        found = [flags[name] for name in names if name in flags]
-        if found:
-            lines += [f"{title}:", *(line for flag in found for line in _lines(flag, width)), ""]
-    lines += [
-        "A switch may be given true or false, too. --help_all lists every flag. --log_format json",
-        "makes each line that is logged a JSON object.",
-        "",
-    ]
-    return "\n".join([*lines, EXIT_CODES, ""])
+        if names:
+            found = [line for name in names for line in _lines(actions[name], say, width)]
+            lines += [f"{title}:", *found, ""]
+    switches = "A switch may be given true or false, too."
+    logs = "--log_format json makes each line that is logged a JSON object."
+    lines += textwrap.wrap(f"{end} {switches} {logs}".strip(), width)
+    return "\n".join([*lines, "", EXIT_CODES, ""])
 
 
-def _lines(action: argparse.Action, width: int) -> list[str]:
+def _lines(action: argparse.Action, say: Callable[[argparse.Action], str], width: int) -> list[str]:
     name = max(action.option_strings[:2], key=lambda flag: ("_" in flag, flag.startswith("--")))
     head = f"  {name} {_value(action)}".rstrip()
-    help = (action.help or "").replace("%%", "%")
-    sentence = re.split(r"(?<=\w)[.;]\s", " ".join(help.split()), maxsplit=1)[0].rstrip(".")
-    default = action.default
-    if not (default in (None, "", argparse.SUPPRESS) or default is False):
+    sentence, default = " ".join(say(action).split()), action.default
+    if not (default in (None, "", [], argparse.SUPPRESS) or default is False):
         sentence += f" (default: {default})"
-    text = textwrap.wrap(sentence, max(20, width - _INDENT))
+    text = textwrap.wrap(sentence, max(20, width - _INDENT)) or [""]
     if len(head) < _INDENT - 1:
         text[0] = head.ljust(_INDENT) + text[0]
     else:

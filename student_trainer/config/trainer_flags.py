@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, make_dataclass, replace
 from enum import Enum
 from functools import cache
 from importlib.metadata import version
@@ -21,7 +21,7 @@ from shared.compat import parser_actions
 from student_trainer.config.flags import Flag, Kind
 
 FILE = Path(__file__).with_name("trainer_flags.json")
-# Groups of the flags that `--help` lists; `--help_all` lists all flags.
+# Groups of the flags that are used most; `--help_all` lists the others after them.
 GROUPS = {
     "learning_rate": "training", "lr_scheduler_type": "training", "warmup_steps": "training",
     "num_train_epochs": "training", "max_steps": "training",
@@ -31,6 +31,18 @@ GROUPS = {
     "gradient_checkpointing": "memory and speed", "eval_strategy": "evaluation and logs",
     "eval_steps": "evaluation and logs", "logging_steps": "evaluation and logs",
     "report_to": "evaluation and logs",
+}  # fmt: skip
+# Those that `--help` lists, in words that say what they do here.
+COMMON = {
+    "learning_rate": "The highest learning rate of the schedule.",
+    "num_train_epochs": "Times that each row is learned.",
+    "per_device_train_batch_size": "Rows in a micro-batch of each process.",
+    "gradient_accumulation_steps": "Micro-batches before an optimizer step.",
+    "resume_from_checkpoint": "A checkpoint's folder, true for the last one in --output_dir, or "
+    "auto for the last one if there is any.",
+    "bf16": "Compute in bfloat16.",
+    "gradient_checkpointing": "Recompute activations in the backward pass instead of keeping them.",
+    "eval_strategy": "When held-out rows are measured.",
 }  # fmt: skip
 # Flags whose change is logged or refused when a run is resumed, see `config.flags.Resume`.
 TOLD = (
@@ -58,12 +70,26 @@ def trainer_flags() -> dict[str, Flag]:
     flags = {}
     for entry in saved["flags"]:
         entry["choices"], entry["aliases"] = tuple(entry["choices"]), tuple(entry["aliases"])
-        flags[entry["name"]] = Flag(**entry, group=GROUPS.get(entry["name"]))
+        flags[entry["name"]] = _with_ours(Flag(**entry))
     return flags
 
 
 def read_from_transformers() -> dict[str, Flag]:
     """Read the flags from `TrainingArguments` itself."""
+    return {name: _with_ours(flag) for name, flag in _read().items()}
+
+
+def _with_ours(flag: Flag) -> Flag:
+    """Return a flag with its group, and our words if it is a common one."""
+    return replace(
+        flag,
+        help=COMMON.get(flag.name, flag.help),
+        group=GROUPS.get(flag.name),
+        common=flag.name in COMMON,
+    )
+
+
+def _read() -> dict[str, Flag]:
     from transformers import HfArgumentParser, TrainingArguments
 
     parser = HfArgumentParser(TrainingArguments, add_help=False)
@@ -91,7 +117,6 @@ def _flag_of(action: argparse.Action) -> Flag:
         several=action.nargs == "+" or action.dest == "report_to",
         switch=switch and kind == "str",
         aliases=tuple(name for name in action.option_strings if name not in own),
-        group=GROUPS.get(action.dest),
     )
 
 
@@ -121,9 +146,9 @@ else:
 
 def save() -> None:
     """Write `trainer_flags.json` from the installed transformers."""
-    flags = [asdict(flag) for flag in read_from_transformers().values()]
+    flags = [asdict(flag) for flag in _read().values()]
     for entry in flags:
-        for name in ("group", "needs", "extends"):
+        for name in ("group", "common", "needs", "extends"):
             del entry[name]
     saved = {"transformers": version("transformers"), "flags": flags}
     FILE.write_text(json.dumps(saved, indent=1) + "\n")

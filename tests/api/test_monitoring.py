@@ -35,7 +35,7 @@ def ask(url):
 
 
 def test_the_table_of_metrics_is_what_a_server_shows(teacher):
-    page = (ROOT / "docs" / "operating.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "operating.md").read_text()
     written = {
         name: (kind, set(re.findall(r"`(\w+)`", labels)))
         for name, kind, labels in ROW.findall(page)

@@ -1,16 +1,13 @@
-"""The tables of docs/architecture.md name what there is, every folder, and the order of layers."""
+"""The tables of the architecture page name what there is, every folder, and the order of layers."""
 
 import re
 import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TABLES = [
-    line.split("|")[1]
-    for line in (ROOT / "docs" / "architecture.md").read_text().splitlines()
-    if line.startswith("| `")
-]
-STEPS = (ROOT / "docs" / "architecture.md").read_text().split("## Where things are")[0]
+PAGE = (ROOT / "docs" / "explanation" / "architecture.md").read_text()
+TABLES = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+STEPS = PAGE.split("## Where things are")[0]
 IN_STEPS = set(re.findall(r"`([\w/]+/[\w/.]*)`", STEPS)) - {"v1/score"}
 NAMED = {path for cell in TABLES for path in re.findall(r"`([\w/.]+)`", cell)}
 

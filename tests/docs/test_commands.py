@@ -47,6 +47,11 @@ REPLACED = {
     "deepseek-ai/deepseek-coder-33b-instruct": "TEACHER",
     "deepseek-ai/deepseek-coder-6.7b-instruct": "STUDENT",
     "org/TEACHER": "TEACHER",
+    "Qwen/Qwen2.5-7B-Instruct": "TEACHER",
+    "Qwen/Qwen2.5-0.5B-Instruct": "STUDENT",
+    "Qwen/Qwen2.5-1.5B-Instruct": "STUDENT",
+    "openai/gsm8k --dataset_config main": "gsm8k_train.jsonl",
+    "HuggingFaceH4/ultrachat_200k": "data.jsonl",
     "http://localhost:8000": "{url}",
     "http://teacher-host:8000": "{url}",
     "http://teacher-1:8000": "{url}",
@@ -67,9 +72,11 @@ SHRUNKEN = {
 SHRUNKEN_IF_GIVEN = {"--eval_steps": "1", "--save_steps": "1"}
 SHRUNKEN_EVALUATION = {"--max_new_tokens": "4", "--limit": "2"}
 # Cannot run here: flags are read and checked, and that is all.
-ONLY_CHECKED = ("--teacher_protocol vllm", "--rollout_engine vllm", "--load_in_4bit")
+ONLY_CHECKED = (
+    "--teacher_protocol vllm", "--rollout_engine vllm", "--load_in_4bit", "--push_to_hub",
+)  # fmt: skip
 # Not run at all, since what they do is done by the test's own surroundings.
-NOT_RUN = ("git clone <this repository>", "cd ", "source .venv/bin/activate")
+NOT_RUN = ("source .venv/bin/activate",)
 
 # A line of a page that is indented as code is a command if it begins so.
 _PROGRAMS = ("python ", "student-trainer ", "teacher-server ", "torchrun ", "accelerate ", "make ")
@@ -396,8 +403,9 @@ def test_the_commands_of_a_page_run(path, surroundings, tmp_path, monkeypatch):
             page.run(command)
 
 
-def test_the_loss_of_the_readme_runs():
-    (code,) = (b for b in blocks((ROOT / "README.md").read_text()) if b.language == "python")
+def test_the_loss_alone_runs():
+    page = (ROOT / "docs" / "how-to" / "python-api.md").read_text()
+    (code,) = (b for b in blocks(page) if "SparseDistribution(" in b.text)
     logprobs = torch.randn(6, 9).log_softmax(-1)  # [N, V]
     names = {
         "token_ids": torch.arange(4).expand(6, 4),

@@ -1,4 +1,4 @@
-"""The numbers in docs/results.md are those of the studies whose figures lie beside it."""
+"""The numbers in docs/explanation/results.md are those of the studies in docs/results/."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def rounded(numbers):
 
 
 def test_every_row_is_a_figure_of_a_study():
-    page = (DOCS / "results.md").read_text()
+    page = (DOCS / "explanation" / "results.md").read_text()
     rows = [
         (cell, base or None, mean, margin, seeds)
         for cell, base, mean, margin, seeds in ROW.findall(page)

@@ -1,4 +1,4 @@
-"""A promise in docs/reliability.md or SECURITY.md is one that a test keeps."""
+"""A promise in docs/explanation/reliability.md or SECURITY.md is one that a test keeps."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-PAGES = (TESTS.parent / "docs" / "reliability.md", TESTS.parent / "SECURITY.md")
+PAGES = (TESTS.parent / "docs" / "explanation" / "reliability.md", TESTS.parent / "SECURITY.md")
 # All but the heads of the tables.
 ROW = re.compile(r"\| (?!-|fault |against |a program cannot )", re.I)
 ROWS = [line for page in PAGES for line in page.read_text().splitlines() if ROW.match(line)]

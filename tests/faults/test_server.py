@@ -1,4 +1,4 @@
-"""The faults of a teacher server, each by really causing it; docs/reliability.md lists them."""
+"""The faults of a teacher server, each by really causing it; the page on reliability lists them."""
 
 import contextlib
 import resource

@@ -96,7 +96,7 @@ def test_own_favourites_hold_half_of_the_students_mass():
 
 
 def test_naming_one_of_several_favourites_turns_the_gradient_yet_brings_it_nearer():
-    """Reverse KL in numbers; docs/sparse-divergence.md quotes them."""
+    """Reverse KL in numbers; docs/explanation/sparse-divergence.md quotes them."""
     tokens, favourites = 1000, slice(1, 5)
     p, q = torch.full((2, tokens), 0.1 / (tokens - 5), dtype=torch.float64)
     p[0], p[favourites] = 0.9 - 4e-6, 1e-6

@@ -21,7 +21,7 @@ from tests.support.server import free_port
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples" / "accelerate"
-PAGE = ROOT / "docs" / "several-nodes.md"
+PAGE = ROOT / "docs" / "how-to" / "several-nodes.md"
 PORT = free_port()  # accelerate insists on it
 LINE = (
     "distill --model_name_or_path org/student --teacher_url http://127.0.0.1:8000 --dataset_name "

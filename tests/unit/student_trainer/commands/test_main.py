@@ -1,4 +1,4 @@
-"""Exit codes, as docs/command-line.md lists them."""
+"""Exit codes, as docs/reference/command-line.md lists them."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from shared import errors
 from student_trainer.commands import main as cli
 from student_trainer.config.commands import COMMANDS, Command
 
-DOCUMENT = Path(__file__).parents[4] / "docs" / "command-line.md"
+DOCUMENT = Path(__file__).parents[4] / "docs" / "reference" / "command-line.md"
 
 
 def run(monkeypatch, error):

@@ -41,20 +41,44 @@ def test_the_saved_flags_of_transformers_are_those_of_the_pinned_version():
     assert trainer_flags() == read_from_transformers()
 
 
-def test_help_names_each_flag_once_and_leaves_most_of_transformers_out(capsys):
+def listed(text):
+    return [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
+
+
+COMMAND = ["--config", "--help", "--help_all"]
+
+
+@pytest.mark.parametrize("command", ["sft", "distill", "precompute", "evaluate", "merge"])
+def test_help_lists_the_common_flags_and_no_others(capsys, command):
+    types = ARGUMENTS["distill" if command == "precompute" else command]
+    flags = {name: one for kind in types for name, one in flags_of(kind).items()}
+    common = [f"--{name}" for name, one in flags.items() if one.common]
+    short = printed(capsys, command, "--help")
+    assert sorted(listed(short)) == sorted([*common, *COMMAND])
+    assert len(common) <= 25
+    assert "--help_all lists every flag" in " ".join(short.split())
+
+
+def test_help_ends_with_the_exit_codes_and_is_not_too_wide(capsys):
     short = printed(capsys, "distill", "--help")
-    listed = [line.split()[0] for line in short.splitlines() if line.startswith("  --")]
-    assert len(listed) == len(set(listed)) < 90
-    assert "--teacher_url" in listed
-    assert "--neftune_noise_alpha" not in short
     assert EXIT_CODES in short
     assert max(len(line) for line in short.splitlines()) <= 100
 
 
+def test_help_all_lists_each_flag_once_and_the_groups_in_their_order(capsys):
+    text = printed(capsys, "distill", "--help_all")
+    assert len(listed(text)) == len(set(listed(text))) > 100
+    titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert [title for title in GROUPS if title in titles] == titles[:-1]
+    assert titles[-1] == "transformers' Trainer"
+    assert listed(text)[-1] not in listed(text.split("transformers' Trainer:")[0])
+
+
 def test_help_shows_values_and_defaults(capsys):
-    lines = [" ".join(line.split()) for line in printed(capsys, "distill", "-h").splitlines()]
+    text = printed(capsys, "distill", "--help_all")
+    lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "--teacher_unreachable wait|stop" in lines
-    assert any(line.startswith("--lora_r N Rank of the adapters (default: 16)") for line in lines)
+    assert any(line.startswith("--lora_r N Rank of the adapters. (default: 16)") for line in lines)
     assert any(line.startswith("--lora_dropout X") and "(default: 0.0)" in line for line in lines)
     assert any(line.startswith("--use_peft Train LoRA") for line in lines)
 
