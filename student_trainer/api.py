@@ -42,7 +42,7 @@ class DistillationResult:
             ``eval_divergence``, ``train_runtime`` (seconds), …
         history: all that was logged, in the order of the steps.
         model: the trained student, in memory.
-        stopped: SIGTERM ended the run before its last step: the model is half-trained, and
+        stopped: SIGTERM or Ctrl-C ended the run before its last step: the model is half-trained, and
             ``output_dir`` has a checkpoint to go on from and no model.
     """
 
