@@ -1,7 +1,7 @@
 """The program `student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
-130 Ctrl-C, except that a training run saves a checkpoint and ends with 0. `docs/command-line.md` has
+130 Ctrl-C, but a run that trains saves a checkpoint and ends with 0. `docs/command-line.md` has
 them all.
 """
 

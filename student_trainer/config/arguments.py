@@ -380,6 +380,19 @@ class RunFlags:
         None, "Folder for checkpoints, the final model and logs.", group="training", private=True
     )
     logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
+    logging_steps: float = flag(
+        10,
+        "Steps of a logging window, of which there is a line; below 1 a share of all steps. The "
+        "last step ends one too.",
+        group="evaluation and logs",
+        private=True,
+    )
+    eval_steps: float | None = flag(
+        None,
+        "Steps between evaluations, with --eval_strategy steps; the last step has one too. "
+        "Default: as --save_steps.",
+        group="evaluation and logs",
+    )
     remove_unused_columns: bool = flag(
         False, "Not used: rows become token ids here.", group=None, private=True
     )
@@ -418,7 +431,7 @@ class RunFlags:
         "stop",
         "What becomes of a step whose loss or gradient is NaN or infinite. stop: the run ends "
         "before the optimizer's step, with the batch in --output_dir. skip: the weights stay as "
-        "they are, and the log counts skipped_steps.",
+        "they are, and the log counts train/skipped_steps.",
         group="training",
     )
     unsafe_sandbox: bool = flag(

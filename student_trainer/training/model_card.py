@@ -25,14 +25,14 @@ from student_trainer.config.trainer_flags import PRIVATE
 
 _GKD = "on-policy GKD"
 _NUMBERS = {
-    "loss": "training loss",
-    "divergence": "divergence in training, nats a token",
-    "eval_loss": "held-out loss, nats a token",
-    "eval_divergence": "held-out divergence, nats a token",
-    "eval_pass@1": "held-out pass@1",
-    "eval_exact_match": "held-out exact match",
-    "top1_agreement": "same most probable token",
-    "train_runtime": "seconds",
+    "train/loss": "training loss",
+    "train/divergence": "divergence in training, nats a token",
+    "eval/loss": "held-out loss, nats a token",
+    "eval/divergence": "held-out divergence, nats a token",
+    "eval/pass@1": "held-out pass@1",
+    "eval/exact_match": "held-out exact match",
+    "train/top1_agreement": "same most probable token",
+    "train/runtime": "seconds",
 }
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step under way is finished, a checkpoint saved, and the exit code is 0."""
+"""SIGTERM and Ctrl-C: the step under way is finished, a checkpoint saved, the exit code is 0."""
 
 import contextlib
 import multiprocessing
