@@ -46,9 +46,11 @@ class ModelArguments:
     model_revision: str = flag(
         "main", "Branch, tag or commit on the Hub.", group="model", resume="told"
     )
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "float32",
-        "Dtype of the weights; auto takes the checkpoint's.",
+    torch_dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "Dtype of the weights. auto: bfloat16 on a GPU that has it; float32 elsewhere, and with "
+        "--bf16 or --fp16, which compute in that and keep float32 weights; a resumed run keeps its "
+        "own. checkpoint: as stored (transformers' auto).",
         aliases=("--dtype",),
         group="model",
         resume="told",
@@ -84,9 +86,10 @@ class AdapterArguments:
     lora_r: int = flag(
         16, "Rank of the adapters.", group="LoRA", resume="same", needs=("use_peft", True)
     )
-    lora_alpha: int = flag(
-        32,
-        "Scale of the adapters: alpha / r.",
+    lora_alpha: int | None = flag(
+        None,
+        "Scale of the adapters: alpha / r. Default: twice --lora_r, so that another rank keeps the "
+        "scale, and with it the learning rate.",
         group="LoRA",
         resume="same",
         needs=("use_peft", True),
@@ -107,6 +110,11 @@ class AdapterArguments:
         group="LoRA",
         resume="same",
     )
+
+    @property
+    def alpha(self) -> int:
+        """The value of ``lora_alpha``, or its default for this rank."""
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass

@@ -153,7 +153,9 @@ def _changed_flags(arguments: Sequence[Any]) -> dict[str, Any]:
             value = value.value if isinstance(value, Enum) else value
             usual = value in (None, "", []) or value == _default(flag)
             plain = isinstance(value, str | int | float | list)
-            if flag.init and flag.name not in private and plain and not usual:
+            name, needed = flag.metadata.get("needs") or ("", None)
+            works = not name or getattr(part, name) == needed
+            if flag.init and flag.name not in private and plain and works and not usual:
                 shown[f"`--{flag.name}`"] = f"`{_public(value)}`"
     return shown
 

@@ -197,7 +197,6 @@ def run(
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         trainer.create_model_card()
-    trainer.log_metrics("train", result.metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)
