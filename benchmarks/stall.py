@@ -209,9 +209,9 @@ def measure(
             raise RuntimeError(done.stdout + done.stderr)
         log = json.loads(Path(run.output).read_text())
     # The last steps have nothing left to generate ahead.
-    measured = [entry for entry in log if "seconds_step" in entry][WARM_UP : WARM_UP + steps]
+    measured = [entry for entry in log if "time/step" in entry][WARM_UP : WARM_UP + steps]
     step, waiting, generating = (
-        float(np.mean([entry[f"seconds_{name}"] for entry in measured]))
+        float(np.mean([entry[f"time/{name}"] for entry in measured]))
         for name in ("step", "teacher", "generating")
     )
     return Figures(step, waiting, generating, processes * prompts * COMPLETION / step)

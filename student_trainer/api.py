@@ -38,12 +38,12 @@ class DistillationResult:
 
     Attributes:
         output_dir: folder with the trained model, its tokenizer, logs and checkpoints.
-        metrics: the last value of everything that was logged: ``divergence`` (nats a token),
-            ``eval_divergence``, ``train_runtime`` (seconds), …
+        metrics: the last value of everything that was logged: ``train/divergence`` (nats a
+            token), ``eval/divergence``, ``train/runtime`` (seconds), …
         history: all that was logged, in the order of the steps.
         model: the trained student, in memory.
-        stopped: SIGTERM ended the run before its last step: the model is half-trained, and
-            ``output_dir`` has a checkpoint to go on from and no model.
+        stopped: SIGTERM or Ctrl-C ended the run before its last step: the model is half-trained,
+            and ``output_dir`` has a checkpoint to go on from and no model.
     """
 
     output_dir: Path

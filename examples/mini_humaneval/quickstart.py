@@ -234,32 +234,34 @@ class Quickstart:
                 tables={"": Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1)},
                 charts=[
                     # Two quantities: one scale would invite a comparison that means nothing.
-                    Chart("SFT: cross-entropy", "nats per token", {"SFT": sft.points("loss")}),
+                    Chart(
+                        "SFT: cross-entropy", "nats per token", {"SFT": sft.points("train/loss")}
+                    ),
                     Chart(
                         "Distillation: JSD",
                         "nats per token",
-                        {"distilled": distilled.points("divergence")},
+                        {"distilled": distilled.points("train/divergence")},
                     ),
                     Chart(
                         "Mass on the teacher's top-k",
                         "probability",
                         {
-                            "teacher": distilled.points("teacher_top_k_mass"),
-                            "student": distilled.points("student_top_k_mass"),
+                            "teacher": distilled.points("teacher/top_k_mass"),
+                            "student": distilled.points("train/student_top_k_mass"),
                         },
                     ),
                     Chart(
                         "Entropy over top-k and tail",
                         "nats",
                         {
-                            "teacher": distilled.points("teacher_entropy"),
-                            "student": distilled.points("student_entropy"),
+                            "teacher": distilled.points("teacher/entropy"),
+                            "student": distilled.points("train/student_entropy"),
                         },
                     ),
                     Chart(
                         "Completion length",
                         "tokens",
-                        {"distilled": distilled.points("completion_length")},
+                        {"distilled": distilled.points("train/completion_length")},
                     ),
                 ],
                 seconds={

@@ -32,5 +32,5 @@ result = distill(
     eval_on_start=True,
     save_strategy="no",
 )
-before, after = (e["eval_divergence"] for e in result.history if "eval_divergence" in e)
+before, after = (e["eval/divergence"] for e in result.history if "eval/divergence" in e)
 print(f"held-out divergence {before:.4f} -> {after:.4f} nats a token; in {result.output_dir}")

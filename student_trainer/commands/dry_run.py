@@ -64,10 +64,10 @@ def dry_run(
     if isinstance(prepared.train, ExampleStream):
         prepared = replace(prepared, train=prepared.train[:_STREAM_ROWS])
     memory = estimate_memory(
-        recipe.model, recipe.adapters, args, tokens=_micro_batch_tokens(prepared, args)
+        recipe.model, recipe.adapters, args, tokens=micro_batch_tokens(prepared, args)
     )
     scores = [] if teacher is None else describe_scores(teacher, prepared)
-    _, most = _tokens(prepared, args)
+    _, most = describe_tokens(prepared, args)
     colours = has_colours(sys.stdout)
     sections = [
         _table(
@@ -115,17 +115,10 @@ def _settings(
     teacher: Teacher | None,
     planned: int | None,
 ) -> list[tuple[str, str]]:
-    lines = [("method", _method(args))]
+    lines = [("method", describe_method(args))]
     if isinstance(args, DistillArguments):
-        lines.append(("divergence", _divergence(args, prepared.method)))
-    trained = "all weights"
-    if recipe.adapters.use_peft:
-        trained = f"{memory.trainable:,} of LoRA, rank {recipe.adapters.lora_r}"
-    lines.append((
-        "student",
-        f"{recipe.model.model_name_or_path}: {memory.parameters:,} parameters, "
-        f"{recipe.model.torch_dtype}; trained are {trained}",
-    ))  # fmt: skip
+        lines.append(("divergence", describe_divergence(args, prepared.method)))
+    lines.append(("student", describe_student(recipe, memory)))
     if teacher is not None:
         lines += describe_teacher(teacher, prepared)
         ends = compare_ends(prepared.tokenizer, prepared.method.stop_ids, teacher.info)
@@ -134,8 +127,8 @@ def _settings(
     lines += _template(prepared)
     if planned is not None:
         lines.append(("questions", f"{planned:,} for the teacher, whatever --max_steps says"))
-    lines.append(("updates", _updates(prepared, args, streaming=recipe.data.streaming)))
-    lines.append(("tokens a step", _tokens(prepared, args)[0]))
+    lines.append(("updates", describe_updates(prepared, args, streaming=recipe.data.streaming)))
+    lines.append(("tokens a step", describe_tokens(prepared, args)[0]))
     lines.append((
         "learning rate",
         f"{args.learning_rate:g}, {args.lr_scheduler_type.value}, "
@@ -150,7 +143,19 @@ def _name(choice: str) -> str:
     return str(getattr(choice, "value", choice))
 
 
-def _method(args: CommonTrainingArguments) -> str:
+def describe_student(recipe: Recipe, memory: Memory | None) -> str:
+    """Return the student's name, size and dtype, and which of its weights are trained."""
+    trained, adapters = "all weights", recipe.adapters
+    if adapters.use_peft:
+        count = f"{memory.trainable:,} of " if memory is not None else ""
+        trained = f"{count}LoRA, rank {adapters.lora_r}, alpha {adapters.alpha}"
+    model = recipe.model
+    size = "" if memory is None else f"{memory.parameters:,} parameters, "
+    return f"{model.model_name_or_path}: {size}{model.torch_dtype}; trained are {trained}"
+
+
+def describe_method(args: CommonTrainingArguments) -> str:
+    """Return the method's name, and the flags that make it."""
     name = method_of(args)
     if isinstance(args, DistillArguments):
         name += f" (--lmbda {args.lmbda:g}{', --seq_kd' if args.seq_kd else ''})"
@@ -159,7 +164,8 @@ def _method(args: CommonTrainingArguments) -> str:
     return name
 
 
-def _divergence(args: DistillArguments, method: DistillationConfig) -> str:
+def describe_divergence(args: DistillArguments, method: DistillationConfig) -> str:
+    """Return the divergence that is learned, and the support it is computed on."""
     kind = {0.0: "forward KL(teacher||student)", 1.0: "reverse KL(student||teacher)"}
     support = f"{method.top_k} draws" if method.sampled else f"top {method.top_k}"
     if args.student_top_m:
@@ -221,7 +227,8 @@ def _steps(prepared: Prepared, args: CommonTrainingArguments) -> tuple[int, int]
     return math.ceil(args.num_train_epochs * order.steps_per_epoch), order.steps_per_epoch
 
 
-def _updates(prepared: Prepared, args: CommonTrainingArguments, *, streaming: bool) -> str:
+def describe_updates(prepared: Prepared, args: CommonTrainingArguments, *, streaming: bool) -> str:
+    """Return the optimizer steps, and the rows of each."""
     steps, of_epoch = _steps(prepared, args)
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     epoch = "" if streaming else f", {of_epoch:,} an epoch"
@@ -231,7 +238,7 @@ def _updates(prepared: Prepared, args: CommonTrainingArguments, *, streaming: bo
     )
 
 
-def _tokens(prepared: Prepared, args: CommonTrainingArguments) -> tuple[str, float]:
+def describe_tokens(prepared: Prepared, args: CommonTrainingArguments) -> tuple[str, float]:
     """Return the completion tokens of a step as text, and the largest mean number of them."""
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = min(rows, len(prepared.train))
@@ -246,7 +253,7 @@ def _tokens(prepared: Prepared, args: CommonTrainingArguments) -> tuple[str, flo
     return text, (1 - method.lmbda) * own + method.lmbda * written
 
 
-def _micro_batch_tokens(prepared: Prepared, args: CommonTrainingArguments) -> int:
+def micro_batch_tokens(prepared: Prepared, args: CommonTrainingArguments) -> int:
     """Return the largest number of completion tokens in a micro-batch."""
     if args.max_tokens_per_batch is not None:
         return args.max_tokens_per_batch

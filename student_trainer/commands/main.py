@@ -1,7 +1,8 @@
 """The program `student-trainer COMMAND`, also as `python -m student_trainer COMMAND`.
 
 Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong flags, key or data,
-130 Ctrl-C. `docs/reference/command-line.md` has them all.
+130 Ctrl-C, but a run that trains saves a checkpoint and ends with 0.
+`docs/reference/command-line.md` has them all.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ student-trainer COMMAND --help lists the flags that matter. Commands from sft to
 names; sft, distill, precompute and study have --dry_run, which tells what a run would do.
 --log_format json, with any command, makes each line that is logged a JSON object.
 
-exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; SIGTERM while
-training saves a checkpoint and ends with 0."""
+exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; Ctrl-C or
+SIGTERM while training saves a checkpoint and ends with 0, a second one ends at once."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ def merge(argv: Sequence[str]) -> None:
 
     model = ModelArguments(
         model_name_or_path=args.model_name_or_path,
-        torch_dtype=args.torch_dtype,
+        torch_dtype="checkpoint" if args.torch_dtype == "auto" else args.torch_dtype,
         trust_remote_code=args.trust_remote_code,
     )
     merged = load_model(model)

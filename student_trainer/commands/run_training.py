@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from shared.errors import ConfigurationError
 from student_trainer.commands.dry_run import dry_run
 from student_trainer.commands.dry_run_teacher import dry_run_flags
+from student_trainer.commands.run_summary import say_end, say_start
 from student_trainer.config.arguments import DistillFlags, Recipe, SFTFlags, TeacherArguments
 from student_trainer.config.machine import check_machine
-from student_trainer.config.training_arguments import DistillArguments, training_arguments
+from student_trainer.config.training_arguments import (
+    CommonTrainingArguments,
+    DistillArguments,
+    training_arguments,
+)
 from student_trainer.data.sources import Rows, read_rows
 from student_trainer.pipeline.planned_requests import count_missing, planned_requests, send_all
 from student_trainer.pipeline.repeatability import check_repeats
@@ -18,6 +25,7 @@ from student_trainer.runtime.terminal import can_move
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_capabilities, check_one_teacher
+from student_trainer.training.defaults import settle
 from student_trainer.training.recipe import (
     Prepared,
     date_folders,
@@ -37,13 +45,14 @@ def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
     """Fine-tune a model, or print what the run would do."""
     args = training_arguments(flags)
     check_machine(recipe, args)
+    recipe = settle(recipe, args)
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
     prepared = prepare(recipe, rows, args)
     if args.dry_run:
         dry_run(recipe, prepared, args)
         return
     keep_template_date(prepared, date_folders(args, None))
-    run(recipe, prepared, args, teacher=None, flags=(*recipe.flags, args))
+    _run(recipe, prepared, args, (*recipe.flags, args))
 
 
 def run_distill(
@@ -53,6 +62,7 @@ def run_distill(
     args = training_arguments(flags)
     assert isinstance(args, DistillArguments)
     check_machine(recipe, args, teacher_flags)
+    recipe = settle(recipe, args)
     # Rows are read before the teacher is waited for, so that a missing file is reported at once.
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
     if args.dry_run:
@@ -66,7 +76,22 @@ def run_distill(
             return None
         keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache))
         all_flags = (*recipe.flags, teacher_flags, args)
-        return run(recipe, prepared, args, teacher=client, flags=all_flags)
+        return _run(recipe, prepared, args, all_flags, client)
+
+
+def _run(
+    recipe: Recipe,
+    prepared: Prepared,
+    args: CommonTrainingArguments,
+    flags: Sequence[Any],
+    teacher: Teacher | None = None,
+) -> DistillationTrainer:
+    """Train, and say before what is about to happen and after it what is there."""
+    say_start(recipe, prepared, args, teacher=teacher)
+    trainer = run(recipe, prepared, args, teacher=teacher, flags=flags)
+    if not trainer.stopped:
+        say_end(recipe, prepared, args, trainer)
+    return trainer
 
 
 def _connect_and_prepare(

@@ -47,9 +47,11 @@ class ModelArguments:
     model_revision: str = flag(
         "main", "Branch, tag or commit on the Hub.", group="model", resume="told"
     )
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "float32",
-        "Dtype of the weights; auto takes the checkpoint's.",
+    torch_dtype: Literal["auto", "checkpoint", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "Dtype of the weights. auto: bfloat16 on a GPU that has it; float32 elsewhere, and with "
+        "--bf16 or --fp16, which compute in that and keep float32 weights; a resumed run keeps its "
+        "own. checkpoint: as stored (transformers' auto).",
         aliases=("--dtype",),
         group="model",
         common=True,
@@ -90,9 +92,10 @@ class AdapterArguments:
     lora_r: int = flag(
         16, "Rank of the adapters.", group="LoRA", resume="same", needs=("use_peft", True)
     )
-    lora_alpha: int = flag(
-        32,
-        "Scale of the adapters: alpha / r.",
+    lora_alpha: int | None = flag(
+        None,
+        "Scale of the adapters: alpha / r. Default: twice --lora_r, so that another rank keeps the "
+        "scale, and with it the learning rate.",
         group="LoRA",
         resume="same",
         needs=("use_peft", True),
@@ -113,6 +116,11 @@ class AdapterArguments:
         group="LoRA",
         resume="same",
     )
+
+    @property
+    def alpha(self) -> int:
+        """The value of ``lora_alpha``, or its default for this rank."""
+        return 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass
@@ -404,6 +412,19 @@ class RunFlags:
         private=True,
     )
     logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
+    logging_steps: float = flag(
+        10,
+        "Steps of a logging window, of which there is a line; below 1 a share of all steps. The "
+        "last step ends one too.",
+        group="evaluation and logs",
+        private=True,
+    )
+    eval_steps: float | None = flag(
+        None,
+        "Steps between evaluations, with --eval_strategy steps; the last step has one too. "
+        "Default: as --save_steps.",
+        group="evaluation and logs",
+    )
     remove_unused_columns: bool = flag(
         False, "Not used: rows become token ids here.", group=None, private=True
     )
@@ -442,7 +463,7 @@ class RunFlags:
         "stop",
         "What becomes of a step whose loss or gradient is NaN or infinite. stop: the run ends "
         "before the optimizer's step, with the batch in --output_dir. skip: the weights stay as "
-        "they are, and the log counts skipped_steps.",
+        "they are, and the log counts train/skipped_steps.",
         group="training",
     )
     unsafe_sandbox: bool = flag(

@@ -14,8 +14,9 @@ from shared.compat import parser_actions
 from student_trainer.config.flags import Flag
 
 EXIT_CODES = """\
-exit codes: 0 done (also when SIGTERM ends training: a checkpoint is saved), 1 the run failed
-(teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM."""
+exit codes: 0 done (also when Ctrl-C or SIGTERM ends training: a checkpoint is saved), 1 the run
+failed (teacher lost, disk full, not finite), 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM;
+the last two before training begins, or sent twice."""
 
 # Titles in the order of `--help_all`; each flag names its group where it is declared.
 GROUPS = (

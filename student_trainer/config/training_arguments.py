@@ -37,6 +37,8 @@ class CommonTrainingArguments(RunFlags, TrainingArguments):
                 deepspeed.init_distributed("gloo")
         if self.disable_tqdm is None and not can_move():
             self.disable_tqdm = True
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps  # transformers would take --logging_steps
         best = self.metric_for_best_model
         if self.greater_is_better is None and best is not None:
             # transformers maximises every metric whose name does not end in "loss".

@@ -140,6 +140,24 @@ def context_length(config: PreTrainedConfig) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 1 << 30)
 
 
+def usual_dtype(*, gpu: bool = True) -> str:
+    """Return the dtype of ``--torch_dtype auto``: bfloat16 on a GPU that has it, else float32.
+
+    In transformers "auto" is the checkpoint's own, which is ``checkpoint`` here.
+
+    Args:
+        gpu: use one if there is one.
+    """
+    has = gpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return "bfloat16" if has else "float32"
+
+
+def _dtype(arguments: ModelArguments) -> str:
+    """Return the dtype for `from_pretrained`, whose "auto" is the checkpoint's."""
+    names = {"auto": usual_dtype(), "checkpoint": "auto"}
+    return names.get(arguments.torch_dtype, arguments.torch_dtype)
+
+
 def load_model(arguments: ModelArguments, **options: Any) -> Any:
     """Return the causal language model, with LoRA adapters merged into their base.
 
@@ -157,7 +175,7 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
     model, report = _from_hub_or_folder(
         AutoModelForCausalLM,
         base,
-        dtype=arguments.torch_dtype,
+        dtype=_dtype(arguments),
         output_loading_info=True,
         **options,
     )
@@ -210,7 +228,7 @@ def load_skeleton(
         ConfigurationError: as in `load_student`.
     """
     config = load_config(arguments)
-    dtype = getattr(torch, arguments.torch_dtype, None) or config.dtype or torch.float32
+    dtype = getattr(torch, _dtype(arguments), None) or config.dtype or torch.float32
     options: dict[str, Any] = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.attn_implementation is not None:
         options["attn_implementation"] = arguments.attn_implementation
@@ -239,7 +257,7 @@ def _add_adapters(model: Any, arguments: AdapterArguments, gradient_checkpointin
     targets = arguments.lora_target_modules or ["all-linear"]
     config = LoraConfig(
         r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
+        lora_alpha=arguments.alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="CAUSAL_LM",

@@ -23,24 +23,24 @@ from student_trainer.reporting.svg import write_lines
 
 # Title, label of y, and the logged name of each line by its label.
 _CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    ("Loss", "nats per token", {"loss": "loss"}),
-    ("Divergence in training", "nats per token", {"divergence": "divergence"}),
-    ("Held-out loss", "nats per token", {"held out": "eval_loss"}),
-    ("Held-out pass@1", "share", {"pass@1": "eval_pass@1"}),
-    ("Held-out exact match", "share", {"exact match": "eval_exact_match"}),
+    ("Loss", "nats per token", {"loss": "train/loss"}),
+    ("Divergence in training", "nats per token", {"divergence": "train/divergence"}),
+    ("Held-out loss", "nats per token", {"held out": "eval/loss"}),
+    ("Held-out pass@1", "share", {"pass@1": "eval/pass@1"}),
+    ("Held-out exact match", "share", {"exact match": "eval/exact_match"}),
     (
         "Coverage: mass on the support",
         "probability",
-        {"teacher": "teacher_top_k_mass", "student": "student_top_k_mass"},
+        {"teacher": "teacher/top_k_mass", "student": "train/student_top_k_mass"},
     ),
     (
         "Entropy over support and tail",
         "nats",
-        {"teacher": "teacher_entropy", "student": "student_entropy"},
+        {"teacher": "teacher/entropy", "student": "train/student_entropy"},
     ),
-    ("Completion length", "tokens", {"length": "completion_length"}),
-    ("Completions cut at the limit", "share", {"cut": "truncated"}),
-    ("Same most probable token", "share of tokens", {"agreement": "top1_agreement"}),
+    ("Completion length", "tokens", {"length": "train/completion_length"}),
+    ("Completions cut at the limit", "share", {"cut": "train/truncated"}),
+    ("Same most probable token", "share of tokens", {"agreement": "train/top1_agreement"}),
 )
 _AUTHORS = {"dataset": "Reference", "teacher": "Teacher's"}
 _SAMPLES = 6
@@ -150,13 +150,14 @@ def _tables(found: Found) -> dict[str, Table]:
 
 def _training_table(found: Found) -> Table:
     """Return a table of where each run ended, without columns that no run fills."""
+    wait = "time/stall_fraction"
     columns = {
         "Steps": [f"{run.history[-1]['step']:g}" if run.history else "" for run in found.training],
-        "Loss": [_number(run.last("loss")) for run in found.training],
-        "Divergence": [_number(run.last("divergence")) for run in found.training],
-        "Held out": [_number(run.last("eval_loss")) for run in found.training],
-        "Seconds a step": [_number(run.last("seconds_step")) for run in found.training],
-        "Waiting for teacher": [_percent(run.last("stall_fraction")) for run in found.training],
+        "Loss": [_number(run.last("train/loss")) for run in found.training],
+        "Divergence": [_number(run.last("train/divergence")) for run in found.training],
+        "Held out": [_number(run.last("eval/loss")) for run in found.training],
+        "Seconds a step": [_number(run.last("time/step")) for run in found.training],
+        "Waiting for teacher": [_percent(run.last(wait)) for run in found.training],
         "Minutes": [_number(_minutes(run)) for run in found.training],
     }
     scores = _own_scores(found)
@@ -226,7 +227,7 @@ def _percent(value: float | None) -> str:
 
 
 def _minutes(run: TrainingRun) -> float | None:
-    seconds = run.last("train_runtime")
+    seconds = run.last("train/runtime")
     return None if seconds is None else seconds / 60
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigurationError, DatasetError
+from student_trainer.reporting.names import grouped
 
 Point = tuple[float, float]
 
@@ -18,11 +19,11 @@ HELD_OUT_FILE = "_held_out_samples.json"
 
 # The parts of a step's seconds: name in the log, and label.
 _PARTS = {
-    "seconds_teacher": "waiting for the teacher",
-    "seconds_generating": "generating",
-    "seconds_syncing": "syncing weights",
-    "seconds_forward_backward": "forward and backward",
-    "seconds_optimizer": "optimizer",
+    "time/teacher": "waiting for the teacher",
+    "time/generating": "generating",
+    "time/syncing": "syncing weights",
+    "time/forward_backward": "forward and backward",
+    "time/optimizer": "optimizer",
 }
 
 
@@ -31,7 +32,7 @@ class TrainingRun:
     """A run in a folder of `sft` or `distill`, or up to its last checkpoint while it trains.
 
     Attributes:
-        history: what was logged, in the order of the steps.
+        history: what was logged, in the order of the steps, under the names of `reporting.names`.
         samples: the content of `HELD_OUT_FILE`, if there is one.
     """
 
@@ -53,7 +54,7 @@ class TrainingRun:
         totals: dict[str, float] = {}
         last = 0.0
         for entry in self.history:
-            if "seconds_step" not in entry:
+            if "time/step" not in entry:
                 continue
             window, last = entry["step"] - last, entry["step"]
             named = 0.0
@@ -61,7 +62,7 @@ class TrainingRun:
                 if key in entry:
                     named += entry[key]
                     totals[part] = totals.get(part, 0.0) + entry[key] * window
-            rest = max(entry["seconds_step"] - named, 0.0)
+            rest = max(entry["time/step"] - named, 0.0)
             totals["the rest"] = totals.get("the rest", 0.0) + rest * window
         return {part: value for part, value in totals.items() if value >= 0.05}
 
@@ -172,7 +173,7 @@ def _read(folder: Path, given: Path, found: Found) -> int:
     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
     state = _state_file(folder)
     if state is not None:
-        history = _json(state)["log_history"]
+        history = _history(state)
         found.training.append(TrainingRun(name, folder, history, read_held_out(folder)))
         return 1
     results = _json(folder / "results.json")
@@ -188,9 +189,13 @@ def _cell_means(folder: Path, cells: Sequence[str]) -> Iterator[TrainingRun]:
     """Yield each trained cell of a study as one run, the mean of its seeds at each step."""
     for cell in cells:
         files = [_state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))]
-        histories = [_json(file)["log_history"] for file in files if file is not None]
+        histories = [_history(file) for file in files if file is not None]
         if histories:
             yield TrainingRun(cell, folder, list(map(_mean, *histories)), None)
+
+
+def _history(state: Path) -> list[dict[str, Any]]:
+    return [grouped(entry) for entry in _json(state)["log_history"]]
 
 
 def _mean(*entries: dict[str, Any]) -> dict[str, Any]:

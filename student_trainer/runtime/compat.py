@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -113,3 +115,27 @@ def prepare_inputs(trainer: Any, inputs: Any) -> Any:
     `prediction_step` do so, which also run the model.
     """
     return trainer._prepare_inputs(inputs)
+
+
+@contextmanager
+def names_kept(groups: tuple[str, ...]) -> Iterator[None]:
+    """Let TensorBoard, wandb and their like keep the names that begin with one of ``groups``.
+
+    Replaces ``rewrite_logs`` of ``transformers.integrations.integration_utils`` inside the block,
+    from transformers 5.19.0. It puts ``train/`` before every name but ``eval_*`` and ``test_*``,
+    ``train/loss`` too, and its callers have no argument for it.
+    """
+    from transformers.integrations import integration_utils
+
+    rewrite = integration_utils.rewrite_logs
+
+    def keep(logs: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in logs.items() if name.startswith(groups)}
+        rest = {name: value for name, value in logs.items() if name not in kept}
+        return kept | rewrite(rest)
+
+    integration_utils.rewrite_logs = keep
+    try:
+        yield
+    finally:
+        integration_utils.rewrite_logs = rewrite

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -33,34 +34,47 @@ def signals_as_exits() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_event(patience: float, remind: Callable[[], None]) -> Iterator[threading.Event]:
-    """Yield an event that the first SIGTERM sets; the second ends the process.
+def stop_event(
+    patience: float, remind: Callable[[], None], told: Callable[[], None] = lambda: None
+) -> Iterator[threading.Event]:
+    """Yield an event that the first SIGTERM or SIGINT (Ctrl-C) sets; a second one ends the process.
 
-    A signal that is ignored or handled stays so. Outside the main thread, which gets the signals,
-    this does nothing.
+    A signal that is ignored or handled stays so. Whoever handles SIGTERM takes the block for a part
+    of something larger, which Ctrl-C must end too, so SIGINT is then left alone. Outside the main
+    thread, which gets the signals, this does nothing.
 
     Args:
         patience: seconds after the first one, from which on ``remind`` interrupts the main thread
             every second; it may raise. Infinite for never.
+        told: called in a thread of its own after the first one, to say so.
     """
     event = threading.Event()
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield event
         return
+    before: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.default_int_handler
 
-    def ask(number: int, frame: object) -> None:
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, before[number])
+        if event.is_set():  # a launcher may pass on Ctrl-C as SIGTERM
+            return
         event.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # The main thread may hold the lock of the stream that this writes to.
+        threading.Thread(target=told, name="told-to-end", daemon=True).start()
         signal.signal(signal.SIGALRM, lambda number, frame: remind())
         if math.isfinite(patience):
             signal.setitimer(signal.ITIMER_REAL, patience, 1.0)
 
-    signal.signal(signal.SIGTERM, ask)
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield event
     finally:
         if event.is_set():
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)

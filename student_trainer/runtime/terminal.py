@@ -25,6 +25,30 @@ def can_move() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
+def width_of(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream is, or None where it is none.
+
+    COLUMNS, if set, comes first.
+    """
+    if not stream.isatty():
+        return None
+    try:  # not of shutil, which looks at standard output alone, and that may be a file
+        own = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        own = 0
+    given = os.environ.get("COLUMNS", "")
+    return (int(given) if given.isdecimal() else own) or 80
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Return the text with ASCII in the place of what the stream cannot encode."""
+    try:
+        text.encode(stream.encoding or "ascii")
+    except UnicodeEncodeError:
+        return text.translate({ord("·"): "|", ord("→"): "->", ord("…"): "..."})
+    return text
+
+
 def no_bars_in_logs() -> None:
     """Turn off the Hub client's progress bars, and transformers', where there is no terminal.
 

@@ -34,7 +34,7 @@ class CutCompletions(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        share = (logs or {}).get("truncated", 0.0)
+        share = (logs or {}).get("train/truncated", 0.0)
         if self._warned or share <= _MOST or not state.is_world_process_zero:
             return
         self._warned = True

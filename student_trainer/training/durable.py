@@ -1,12 +1,12 @@
-"""A Trainer whose runs survive SIGTERM, a lost teacher and a full disk.
+"""A Trainer whose runs survive SIGTERM, Ctrl-C, a lost teacher and a full disk.
 
-Checkpoints are whole or not there; SIGTERM saves one and stops, and so does a teacher that is lost,
-on all ranks alike. `DurableTrainer` overrides these methods of transformers' Trainer:
+Checkpoints are whole or not there. SIGTERM and Ctrl-C save one and stop, and so does a teacher that
+is lost, on all ranks alike. `DurableTrainer` overrides these methods of transformers' Trainer:
 
 =============================== ==============================================================
 method                          why
 =============================== ==============================================================
-train                           SIGTERM and a lost teacher end it with a checkpoint
+train                           SIGTERM, Ctrl-C and a lost teacher end it with a checkpoint
 _run_epoch                      a run resumed at its last step would go one too far
 _get_output_dir,                a checkpoint is written beside, then renamed
 _save_checkpoint,
@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from shared.errors import CheckpointError, ProtocolError, TeacherError
 from student_trainer.runtime.random_state import RandomState
 from student_trainer.runtime.ranks import Ranks
-from student_trainer.runtime.signals import sigterm_event
+from student_trainer.runtime.signals import stop_event
 from student_trainer.training.checkpoints import (
     keep_latest,
     publish,
@@ -40,7 +40,7 @@ from student_trainer.training.checkpoints import (
 )
 from student_trainer.training.inputs import keep_inputs
 
-_PATIENCE = 5.0  # seconds that SIGTERM leaves the teacher; torchrun leaves its processes 30
+_PATIENCE = 5.0  # seconds that a stop leaves the teacher; torchrun leaves its processes 30
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class DurableTrainer(Trainer):
         trainer_arguments: those of transformers' Trainer.
 
     Attributes:
-        stopped: whether SIGTERM ended the run before the last step.
+        stopped: whether SIGTERM or Ctrl-C ended the run before the last step.
         ranks: the processes of the run.
     """
 
@@ -69,20 +69,22 @@ class DurableTrainer(Trainer):
         self._random_state: RandomState | None = None  # at the end of the last step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train as the Trainer does; after SIGTERM save a checkpoint, set `stopped` and return.
+        """Train as the Trainer does; told to end, save a checkpoint, set `stopped` and return.
+
+        SIGTERM and SIGINT (Ctrl-C) tell it; a second one ends the process at once.
 
         Raises:
             CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
         """
         if self.args.should_save:
             remove_unfinished(self._output)
-        with sigterm_event(_PATIENCE, self.ranks.wait_no_longer) as sigterm:
-            self.add_callback(_AfterStep(self, sigterm))
+        with stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops) as told:
+            self.add_callback(_AfterStep(self, told))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
-                self.stopped = sigterm.is_set() and self.state.global_step > 0
+                self.stopped = told.is_set() and self.state.global_step > 0
                 if not self.stopped:
                     raise
                 return None
@@ -146,6 +148,14 @@ class DurableTrainer(Trainer):
     def _output(self) -> Path:
         return Path(self.args.output_dir or "")
 
+    def _say_it_stops(self) -> None:
+        if self.is_world_process_zero():
+            logger.warning(
+                "told to end: step %d is finished and a checkpoint saved; the same signal again "
+                "ends at once, without one",
+                self.state.global_step + 1,
+            )
+
     def _save_what_was_learned(self) -> None:
         """Save a checkpoint of the end of the last step, without the step that was under way.
 
@@ -166,16 +176,16 @@ class DurableTrainer(Trainer):
 class _AfterStep(TrainerCallback):
     """A callback that keeps the random state and ends all ranks after the same step.
 
-    The run is saved and stopped after the step in which any rank got SIGTERM.
+    The run is saved and stopped after the step in which any rank was told to end.
     """
 
-    def __init__(self, trainer: DurableTrainer, sigterm: threading.Event) -> None:
+    def __init__(self, trainer: DurableTrainer, told: threading.Event) -> None:
         self.trainer = trainer
-        self.sigterm = sigterm
+        self.told = told
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._random_state = RandomState.now()
-        if self.trainer.ranks.any(self.sigterm.is_set()):
+        if self.trainer.ranks.any(self.told.is_set()):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
             self.trainer.stopped = state.global_step < state.max_steps

@@ -28,6 +28,8 @@ _WITHOUT_TEACHER = ("step", "forward_backward", "optimizer")
 class WindowMetrics:
     """The sums since the last log; they are added over ranks before they are divided.
 
+    The log has these under the groups of `reporting.names`, such as ``teacher/entropy``.
+
     Logged, all per learned token unless said otherwise: ``divergence`` (nats), ``teacher_entropy``
     and ``student_entropy`` (nats, over support and tail: a lower bound), ``teacher_top_k_mass`` and
     ``student_top_k_mass`` (probability on the support), ``top1_agreement`` (share of positions

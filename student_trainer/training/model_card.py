@@ -25,14 +25,14 @@ from student_trainer.config.trainer_flags import PRIVATE
 
 _GKD = "on-policy GKD"
 _NUMBERS = {
-    "loss": "training loss",
-    "divergence": "divergence in training, nats a token",
-    "eval_loss": "held-out loss, nats a token",
-    "eval_divergence": "held-out divergence, nats a token",
-    "eval_pass@1": "held-out pass@1",
-    "eval_exact_match": "held-out exact match",
-    "top1_agreement": "same most probable token",
-    "train_runtime": "seconds",
+    "train/loss": "training loss",
+    "train/divergence": "divergence in training, nats a token",
+    "eval/loss": "held-out loss, nats a token",
+    "eval/divergence": "held-out divergence, nats a token",
+    "eval/pass@1": "held-out pass@1",
+    "eval/exact_match": "held-out exact match",
+    "train/top1_agreement": "same most probable token",
+    "train/runtime": "seconds",
 }
 
 
@@ -153,7 +153,9 @@ def _changed_flags(arguments: Sequence[Any]) -> dict[str, Any]:
             value = value.value if isinstance(value, Enum) else value
             usual = value in (None, "", []) or value == _default(flag)
             plain = isinstance(value, str | int | float | list)
-            if flag.init and flag.name not in private and plain and not usual:
+            name, needed = flag.metadata.get("needs") or ("", None)
+            works = not name or getattr(part, name) == needed
+            if flag.init and flag.name not in private and plain and works and not usual:
                 shown[f"`--{flag.name}`"] = f"`{_public(value)}`"
     return shown
 

@@ -58,7 +58,7 @@ from student_trainer.model.load import (
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import count_missing, planned_requests
 from student_trainer.rollouts import VllmEngine
-from student_trainer.runtime.signals import sigterm_event
+from student_trainer.runtime.signals import stop_event
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_vocabulary
@@ -192,12 +192,11 @@ def run(
         return trainer
     output = Path(args.output_dir or "")
     # The run is over but for its files: told to end now, it ends with them whole.
-    with sigterm_event(math.inf, lambda: None), writing("the trained model", output):
+    with stop_event(math.inf, lambda: None), writing("the trained model", output):
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
         trainer.create_model_card()
-    trainer.log_metrics("train", result.metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
     _end(trainer)

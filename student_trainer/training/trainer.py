@@ -14,7 +14,7 @@ compute_loss                    the loss is computed in the forward pass, over t
 _get_grad_norm                  is the last call before the optimizer, so a step that is not
                                 finite is stopped here
 evaluation_loop                 see `HeldOutEvaluation`
-log                             adds what `WindowMetrics` counted
+log                             adds what `WindowMetrics` counted, and groups the names
 floating_point_ops,             take the micro-batches of a substep
 _track_num_input_tokens
 create_model_card               our own card
@@ -35,8 +35,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from shared.logs import in_json
 from shared.protocol import Completion
@@ -57,8 +58,9 @@ from student_trainer.model.top_tokens import TopTokenProposals
 from student_trainer.pipeline.pipeline import PendingBatch, Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
+from student_trainer.reporting.names import GROUPS, grouped
 from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
-from student_trainer.runtime.compat import prepare_inputs
+from student_trainer.runtime.compat import names_kept, prepare_inputs
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
@@ -69,6 +71,7 @@ from student_trainer.training.micro_batch import MicroBatch, MicroBatchBuilder
 from student_trainer.training.nonfinite import NonFiniteGuard
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.positions import check_positions
+from student_trainer.training.run_lines import RunLines
 
 
 class DistillationTrainer(DurableTrainer):
@@ -145,10 +148,10 @@ class DistillationTrainer(DurableTrainer):
             unsafe_sandbox=self.args.unsafe_sandbox,
         )
         self.add_callback(_StepEnd(self))
-        if in_json():
-            for printer in (PrinterCallback, ProgressCallback):
-                self.remove_callback(printer)
-            self.add_callback(LogLines())
+        for printer in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(printer)
+        self.lines = RunLines(bar=not self.args.disable_tqdm)
+        self.add_callback(LogLines() if in_json() else self.lines)
 
     # A training step: take the generation batch, count its tokens, then one loss a micro-batch.
 
@@ -313,7 +316,11 @@ class DistillationTrainer(DurableTrainer):
             logs = {**logs, **window}
             if self.vllm is not None and self.vllm.drift is not None:
                 logs["rollout_drift"] = self.vllm.drift
-        super().log(logs, start_time)
+        named = grouped(logs)
+        with names_kept(GROUPS):
+            super().log(named, start_time)
+        if "epoch" in named:
+            logs["epoch"] = named["epoch"]  # the Trainer saves it with its results
 
     def evaluation_loop(
         self,
@@ -361,7 +368,10 @@ class DistillationTrainer(DurableTrainer):
             if file.exists():
                 self.pipeline.resume(load_prefetched(file))
             self.held_out.resume()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.lines.close()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -509,6 +519,8 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.timeline.end_step()
         self.trainer.count_traffic()
+        if state.global_step >= state.max_steps and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True  # the last window, however short
 
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:

@@ -68,7 +68,7 @@ def test_divergence_on_held_out_prompts_falls(world, tmp_path, method, beta):
         eval_on_start="true", **METHODS[method],
     )  # fmt: skip
     assert code == 0
-    divergences = [e["eval_divergence"] for e in history(tmp_path) if "eval_divergence" in e]
+    divergences = [e["eval/divergence"] for e in history(tmp_path) if "eval/divergence" in e]
     assert len(divergences) == 2
     assert divergences[1] < 0.8 * divergences[0]
     samples = json.loads((tmp_path / "_held_out_samples.json").read_text())["samples"]
@@ -86,7 +86,7 @@ def test_sft_learns_the_data_without_a_teacher(world, tmp_path):
         "eval_steps": 30, "eval_on_start": "true",
     }  # fmt: skip
     assert main(["sft", *flags(world, tmp_path, **options)]) == 0
-    losses = [entry["eval_loss"] for entry in history(tmp_path) if "eval_loss" in entry]
+    losses = [entry["eval/loss"] for entry in history(tmp_path) if "eval/loss" in entry]
     assert losses[1] < 0.8 * losses[0]
 
 
@@ -94,12 +94,12 @@ def test_sft_weight_mixes_the_cross_entropy_of_the_data_into_the_loss(world, tmp
     options = {"lmbda": 0, "beta": 0.5, "max_steps": 1}
     assert distill(world, tmp_path / "mixed", sft_weight=0.25, **options) == 0
     entry = history(tmp_path / "mixed")[0]
-    expected = 0.75 * entry["divergence"] + 0.25 * entry["cross_entropy"]
-    assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+    expected = 0.75 * entry["train/divergence"] + 0.25 * entry["train/cross_entropy"]
+    assert entry["train/loss"] == pytest.approx(expected, rel=1e-4)
     assert distill(world, tmp_path / "plain", **options) == 0
     plain = history(tmp_path / "plain")[0]
-    assert plain["loss"] == pytest.approx(entry["divergence"], rel=1e-4)
-    assert plain["cross_entropy"] == pytest.approx(entry["cross_entropy"], rel=1e-4)
+    assert plain["train/loss"] == pytest.approx(entry["train/divergence"], rel=1e-4)
+    assert plain["train/cross_entropy"] == pytest.approx(entry["train/cross_entropy"], rel=1e-4)
 
 
 def test_renormalize_drops_the_tail(world, tmp_path):
@@ -107,7 +107,7 @@ def test_renormalize_drops_the_tail(world, tmp_path):
     losses = []
     for tail in ("bucket", "renormalize"):
         assert distill(world, tmp_path / tail, tail=tail, **options) == 0
-        losses.append(history(tmp_path / tail)[0]["loss"])
+        losses.append(history(tmp_path / tail)[0]["train/loss"])
     assert abs(losses[1] - losses[0]) > 0.05
 
 
@@ -120,11 +120,16 @@ def test_draws_from_the_teacher_lower_the_divergence_on_held_out_prompts(world, 
     )  # fmt: skip
     assert code == 0
     entries = history(tmp_path)
-    divergences = [e["eval_divergence"] for e in entries if "eval_divergence" in e]
+    divergences = [e["eval/divergence"] for e in entries if "eval/divergence" in e]
     assert divergences[1] < 0.8 * divergences[0]
-    steps = [e for e in entries if "divergence" in e]
-    assert all(e["divergence"] == pytest.approx(e["loss"], rel=1e-4) for e in steps)
-    unknown = {"teacher_top_k_mass", "teacher_entropy", "top1_agreement", "divergence_gap_bound"}
+    steps = [e for e in entries if "train/divergence" in e]
+    assert all(e["train/divergence"] == pytest.approx(e["train/loss"], rel=1e-4) for e in steps)
+    unknown = {
+        "teacher/top_k_mass",
+        "teacher/entropy",
+        "train/top1_agreement",
+        "train/divergence_gap_bound",
+    }
     assert not unknown & steps[0].keys()
 
 
@@ -138,26 +143,26 @@ def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
 def test_logs_tell_what_happened(world, tmp_path):
     assert distill(world, tmp_path, lmbda=1) == 0
     entry = history(tmp_path)[0]
-    assert entry["on_policy"] == 1.0
-    assert 0 < entry["teacher_top_k_mass"] < 1
-    assert 0 < entry["student_top_k_mass"] < 1
-    assert 0 < entry["teacher_entropy"] < 5
-    assert 0 < entry["student_entropy"] < 5
-    assert 1 <= entry["completion_length"] <= 12
-    assert 0 <= entry["truncated"] <= 1
-    assert 0 <= entry["top1_agreement"] <= 1
-    assert 0 < entry["divergence_gap_bound"] < 0.7  # the entropy of a coin at most
-    assert entry["cross_entropy"] > 0
-    assert entry["divergence"] == pytest.approx(entry["loss"], rel=1e-4)
+    assert entry["train/on_policy"] == 1.0
+    assert 0 < entry["teacher/top_k_mass"] < 1
+    assert 0 < entry["train/student_top_k_mass"] < 1
+    assert 0 < entry["teacher/entropy"] < 5
+    assert 0 < entry["train/student_entropy"] < 5
+    assert 1 <= entry["train/completion_length"] <= 12
+    assert 0 <= entry["train/truncated"] <= 1
+    assert 0 <= entry["train/top1_agreement"] <= 1
+    assert 0 < entry["train/divergence_gap_bound"] < 0.7  # the entropy of a coin at most
+    assert entry["train/cross_entropy"] > 0
+    assert entry["train/divergence"] == pytest.approx(entry["train/loss"], rel=1e-4)
     # 16 ids and float16 log-probs, next token and tail in float32; and what is around them.
-    assert entry["bytes_per_token"] > 16 * (4 + 2) + 2 * 4
-    parts = [entry[f"seconds_{name}"] for name in ("generating", "forward_backward", "optimizer")]
+    assert entry["teacher/bytes_per_token"] > 16 * (4 + 2) + 2 * 4
+    parts = [entry[f"time/{name}"] for name in ("generating", "forward_backward", "optimizer")]
     assert min(parts) > 0
-    assert sum(parts) + entry["seconds_teacher"] <= entry["seconds_step"]
-    assert entry["seconds_syncing"] < 1e-3  # the student writes by itself
-    assert 0 <= entry["stall_fraction"] < 1
-    assert entry["teacher_tokens_per_second"] > 0
-    assert entry["staleness"] == entry["staleness_max"] == 0
+    assert sum(parts) + entry["time/teacher"] <= entry["time/step"]
+    assert entry["time/syncing"] < 1e-3  # the student writes by itself
+    assert 0 <= entry["time/stall_fraction"] < 1
+    assert entry["teacher/tokens_per_second"] > 0
+    assert entry["train/staleness"] == entry["train/staleness_max"] == 0
 
 
 @pytest.mark.parametrize("lmbda", [0, 1])
@@ -182,14 +187,19 @@ def test_two_processes_equal_one(world, tmp_path, lmbda):
     assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-5)
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     for a, b in zip(one[:4], two[:4], strict=True):
-        for name in ("loss", "divergence", "completion_length", "teacher_top_k_mass"):
+        for name in (
+            "train/loss",
+            "train/divergence",
+            "train/completion_length",
+            "teacher/top_k_mass",
+        ):
             assert b[name] == pytest.approx(a[name], rel=1e-3), name
 
 
 def test_a_model_sharded_over_two_processes_learns_what_one_learns(world, tmp_path):
     """By FSDP, off-policy and on-policy, and once more from a checkpoint."""
     assert distill(world, tmp_path / "one", lmbda=0.5) == 0
-    assert {entry["on_policy"] for entry in history(tmp_path / "one")[:4]} == {0, 1}
+    assert {entry["train/on_policy"] for entry in history(tmp_path / "one")[:4]} == {0, 1}
     output = tmp_path / "two"
     words = flags(
         world, output, teacher_url=world.url, top_k_logprobs=16, max_steps=4, lmbda=0.5,
@@ -253,11 +263,11 @@ def test_epochs_end_where_the_trainer_counts_them(unserved_world, tmp_path):
     }  # fmt: skip
     assert main(["sft", *flags(unserved_world, tmp_path, **options)]) == 0
     entries = history(tmp_path)
-    epochs = [round(entry["epoch"] * 7) for entry in entries if "loss" in entry]
+    epochs = [round(entry["epoch"] * 7) for entry in entries if "train/loss" in entry]
     assert epochs == [4, 7, 11]
-    evaluated = [entry for entry in entries if "eval_loss" in entry]
+    evaluated = [entry for entry in entries if "eval/loss" in entry]
     assert [entry["step"] for entry in evaluated] == [2, 3]
-    best = min(evaluated, key=lambda entry: entry["eval_loss"])
+    best = min(evaluated, key=lambda entry: entry["eval/loss"])
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == [
         f"checkpoint-{best['step']}"
     ]
@@ -282,9 +292,9 @@ def test_checkers_of_held_out_rows_are_asked_while_training(world, tmp_path):
     options = {"eval_dataset_name": held_out, "eval_strategy": "steps", "eval_steps": 30}
     assert main(["sft", *flags(world, tmp_path / "out", dataset_name=train, max_steps=30,
                                eval_on_start="true", **options)]) == 0  # fmt: skip
-    before, after = (e for e in history(tmp_path / "out") if "eval_loss" in e)
-    assert (before["eval_exact_match"], before["eval_pass@1"]) == (0.0, 0.0)
-    assert (after["eval_exact_match"], after["eval_pass@1"]) == (0.5, 0.0)  # "ab" is learned
+    before, after = (e for e in history(tmp_path / "out") if "eval/loss" in e)
+    assert (before["eval/exact_match"], before["eval/pass@1"]) == (0.0, 0.0)
+    assert (after["eval/exact_match"], after["eval/pass@1"]) == (0.5, 0.0)  # "ab" is learned
 
 
 def test_the_launch_line_trains_adapters(world, tmp_path):
@@ -331,10 +341,16 @@ def test_tensorboard_works_as_in_any_trainer_run(world, tmp_path, monkeypatch):
     for window in windows:
         for name, value in window.items():
             if name != "step":
-                kind, name = ("eval", name[5:]) if name.startswith("eval_") else ("train", name)
-                assert drawn[f"{kind}/{name}", window["step"]] == pytest.approx(value, nan_ok=True)
-    learned = {"loss", "divergence", "teacher_entropy", "top1_agreement", "seconds_teacher"}
-    assert {f"train/{name}" for name in learned} <= {tag for tag, _ in drawn}
+                tag = "train/epoch" if name == "epoch" else name  # all others have their group
+                assert drawn[tag, window["step"]] == pytest.approx(value, nan_ok=True)
+    learned = {
+        "train/loss",
+        "train/divergence",
+        "teacher/entropy",
+        "train/top1_agreement",
+        "time/teacher",
+    }
+    assert learned <= {tag for tag, _ in drawn}
     assert ("eval/divergence", 2) in drawn
 
 

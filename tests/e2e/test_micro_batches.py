@@ -65,9 +65,9 @@ def test_one_step_has_the_gradient_of_the_ungrouped_batch(world, rows, ungrouped
     assert sft(world, tmp_path, dataset_name=rows, max_steps=1, **WAYS[way]) == 0
     assert_same_weights(ungrouped, tmp_path, tolerance=1e-6)
     ours, theirs = history(tmp_path)[0], history(ungrouped)[0]
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert (ours["padding_fraction"] == 0) == ("packed" in way)
-    assert ours["padding_fraction"] <= theirs["padding_fraction"]
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+    assert (ours["train/padding_fraction"] == 0) == ("packed" in way)
+    assert ours["train/padding_fraction"] <= theirs["train/padding_fraction"]
 
 
 @pytest.mark.parametrize("way", ["many", "packed, many"])
@@ -81,7 +81,13 @@ def test_everything_else_goes_on_as_it_does_padded(world, tmp_path, way):
     assert distill(world, tmp_path / "other", **options, **WAYS[way]) == 0
     padded, other = history(tmp_path / "padded"), history(tmp_path / "other")
     assert [entry["step"] for entry in other] == [entry["step"] for entry in padded]
-    names = {"loss", "eval_loss", "cross_entropy", "student_top_k_mass", "on_policy"}
+    names = {
+        "train/loss",
+        "eval/loss",
+        "train/cross_entropy",
+        "train/student_top_k_mass",
+        "train/on_policy",
+    }
     for a, b in zip(padded, other, strict=True):
         for name in names & a.keys():
             assert b[name] == pytest.approx(a[name], rel=1e-3), name

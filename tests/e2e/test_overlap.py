@@ -61,12 +61,12 @@ def words(world, url, output, **options):
 
 def log(output):
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "loss" in entry]
+    return [entry for entry in history if "train/loss" in entry]
 
 
 def assert_same_to_the_last_bit(a, b):
     for left, right in zip(log(a), log(b), strict=True):
-        for name in ("loss", "divergence", "grad_norm"):
+        for name in ("train/loss", "train/divergence", "train/grad_norm"):
             assert left[name] == right[name], (left["step"], name)
     one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert all((one[name] == two[name]).all() for name in one)
@@ -120,10 +120,10 @@ def test_staleness_is_logged_and_changes_what_is_learned(unserved_world, paced, 
         for staleness in (0, 1):
             options = {"lmbda": 1, "rollout_staleness": staleness}
             assert main(words(unserved_world, url, tmp_path / str(staleness), **options)) == 0
-    assert [entry["staleness"] for entry in log(tmp_path / "0")] == [0] * 8
-    assert [entry["staleness"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
-    assert [entry["staleness_max"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
-    losses = [[entry["loss"] for entry in log(tmp_path / name)] for name in ("0", "1")]
+    assert [entry["train/staleness"] for entry in log(tmp_path / "0")] == [0] * 8
+    assert [entry["train/staleness"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
+    assert [entry["train/staleness_max"] for entry in log(tmp_path / "1")] == [0, *[1] * 7]
+    losses = [[entry["train/loss"] for entry in log(tmp_path / name)] for name in ("0", "1")]
     assert losses[0][0] == losses[1][0]  # the first step's weights are the same
     assert losses[0][1] != losses[1][1]
 
@@ -167,8 +167,8 @@ def test_the_trace_shows_what_went_on_when(unserved_world, paced, tmp_path):
     steps = [e for e in events if e["name"] == "step"]
     entries = log(tmp_path)[1:3]
     assert sum(e["dur"] for e in waits) * 1e-6 == pytest.approx(
-        sum(entry["seconds_teacher"] for entry in entries), abs=0.01
+        sum(entry["time/teacher"] for entry in entries), abs=0.01
     )
     assert sum(e["dur"] for e in steps) * 1e-6 == pytest.approx(
-        sum(entry["seconds_step"] for entry in entries), abs=0.01
+        sum(entry["time/step"] for entry in entries), abs=0.01
     )

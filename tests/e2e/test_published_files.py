@@ -47,7 +47,7 @@ def test_distillation_on_gsm8k_as_published(world, tmp_path, lmbda):
         eval_on_start="true", skip_long_rows="true", **GSM8K,
     )  # fmt: skip
     assert code == 0
-    divergences = [e["eval_divergence"] for e in history(tmp_path / "out") if "eval_loss" in e]
+    divergences = [e["eval/divergence"] for e in history(tmp_path / "out") if "eval/loss" in e]
     assert divergences[1] < 0.9 * divergences[0]
 
 

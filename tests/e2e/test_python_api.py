@@ -163,7 +163,10 @@ class TestDistill:
         )  # fmt: skip
         for folder in ("a", "b"):
             assert_same_weights(tmp_path / "command", tmp_path / folder, tolerance=0)
-        assert named.metrics["divergence"] == history(tmp_path / "command")[-2]["divergence"]
+        assert (
+            named.metrics["train/divergence"]
+            == history(tmp_path / "command")[-2]["train/divergence"]
+        )
         assert result.output_dir == tmp_path / "b"
         assert result.history == history(tmp_path / "b")
         assert result.model is model

@@ -80,4 +80,4 @@ def test_each_request_has_an_id_of_its_own(run):
 def test_the_windows_of_a_run_are_lines(run):
     windows = [line for line in run[0] if "metrics" in line]
     assert [line["step"] for line in windows] == [*range(1, STEPS + 1), STEPS]
-    assert all(line["metrics"]["divergence"] > 0 for line in windows[:STEPS])
+    assert all(line["metrics"]["train/divergence"] > 0 for line in windows[:STEPS])

@@ -110,7 +110,7 @@ def losses(world, output, **options):
     }  # fmt: skip
     assert main(["distill", *(f"--{name}={value}" for name, value in settings.items())]) == 0
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
+    return [entry["train/loss"] for entry in history if "train/loss" in entry]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,7 +21,7 @@ def sft(world, output, **options):
 
 def losses(output):
     state = json.loads((output / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    return [entry["train/loss"] for entry in state["log_history"] if "train/loss" in entry]
 
 
 def test_a_resumed_stream_learns_what_an_uninterrupted_one_does(unserved_world, tmp_path):

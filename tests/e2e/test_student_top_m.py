@@ -101,7 +101,7 @@ def test_training_with_the_students_own_tokens_lowers_the_divergence(world, tmp_
         eval_on_start="true", **METHODS[method],
     )  # fmt: skip
     assert code == 0
-    divergences = [e["eval_divergence"] for e in history(tmp_path) if "eval_divergence" in e]
+    divergences = [e["eval/divergence"] for e in history(tmp_path) if "eval/divergence" in e]
     assert divergences[1] < 0.9 * divergences[0]
 
 
@@ -112,7 +112,7 @@ def test_the_students_own_tokens_hold_more_of_its_mass(world, tmp_path):
                     {"request_student_top_m": 16}):  # fmt: skip
         output = tmp_path / str(len(masses))
         assert distill(world, output, lmbda=1, max_steps=1, **options) == 0
-        masses.append(history(output)[0]["student_top_k_mass"])
+        masses.append(history(output)[0]["train/student_top_k_mass"])
     assert masses[0] == pytest.approx(masses[1], abs=1e-6)
     assert masses[2] == pytest.approx(masses[3], abs=1e-6)
     assert masses[2] > masses[0] + 0.1

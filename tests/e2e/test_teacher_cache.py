@@ -31,14 +31,14 @@ def test_two_epochs_repeat_to_the_last_bit_without_a_teacher(unserved_world, tmp
     with running_server(unserved_world.teacher) as url:
         world = replace(unserved_world, url=url)
         assert run(world, tmp_path / "served", cache, **options) == 0
-    hits = logged(tmp_path / "served", "teacher_cache_hits")
+    hits = logged(tmp_path / "served", "teacher/cache_hits")
     assert hits[0] == 0
     assert hits[-1] == 1  # the second epoch
 
     assert run(world, tmp_path / "alone", cache, **options) == 0
-    assert set(logged(tmp_path / "alone", "teacher_cache_hits")) == {1.0}
-    assert len(logged(tmp_path / "alone", "loss")) == 12
-    assert logged(tmp_path / "alone", "loss") == logged(tmp_path / "served", "loss")
+    assert set(logged(tmp_path / "alone", "teacher/cache_hits")) == {1.0}
+    assert len(logged(tmp_path / "alone", "train/loss")) == 12
+    assert logged(tmp_path / "alone", "train/loss") == logged(tmp_path / "served", "train/loss")
     assert_same_weights(tmp_path / "alone", tmp_path / "served", tolerance=0)
 
 
@@ -56,9 +56,13 @@ def test_a_run_without_its_answers_says_how_many_are_missing_and_what_to_do(
         file = database(corrupted)
         os.truncate(file, file.stat().st_size // 2)
         assert run(world, tmp_path / "c", corrupted, max_steps=2) == 0
-    assert sum(logged(tmp_path / "b", "teacher_cache_corrupt")) == 1
-    assert logged(tmp_path / "c", "loss") == pytest.approx(logged(tmp_path / "a", "loss"), rel=1e-5)
-    assert logged(tmp_path / "b", "loss") == pytest.approx(logged(tmp_path / "a", "loss"), rel=1e-5)
+    assert sum(logged(tmp_path / "b", "teacher/cache_corrupt")) == 1
+    assert logged(tmp_path / "c", "train/loss") == pytest.approx(
+        logged(tmp_path / "a", "train/loss"), rel=1e-5
+    )
+    assert logged(tmp_path / "b", "train/loss") == pytest.approx(
+        logged(tmp_path / "a", "train/loss"), rel=1e-5
+    )
 
     assert run(world, tmp_path / "again", cache, max_steps=2) == 0  # what it needs is there
     capsys.readouterr()
@@ -82,8 +86,8 @@ def test_precompute_fills_the_cache_for_training_and_evaluation(unserved_world, 
     assert not (tmp_path / "x").exists()  # nothing was trained
     assert run(world, tmp_path / "x", cache, "precompute", **options) == 0  # it is all there
     assert run(world, tmp_path / "alone", cache, **options) == 0
-    assert set(logged(tmp_path / "alone", "teacher_cache_hits")) == {1.0}
-    assert len(logged(tmp_path / "alone", "eval_divergence")) == 2
+    assert set(logged(tmp_path / "alone", "teacher/cache_hits")) == {1.0}
+    assert len(logged(tmp_path / "alone", "eval/divergence")) == 2
 
 
 def test_what_cannot_work_is_refused(world, tmp_path, capsys):

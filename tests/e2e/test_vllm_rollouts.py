@@ -216,12 +216,12 @@ class TestDistillation:
             rollout_staleness=staleness, **adapters,
         )  # fmt: skip
         assert code == 0
-        logged = [entry for entry in history(tmp_path / "out") if "divergence" in entry]
-        assert max(entry["rollout_drift"] for entry in logged) < 1e-4
-        assert [entry["staleness"] for entry in logged] == [0, *29 * [staleness]]
-        assert logged[0]["divergence"] > 0
-        last = np.mean([entry["divergence"] for entry in logged[-5:]])
-        assert last < 0.9 * logged[0]["divergence"]
+        logged = [entry for entry in history(tmp_path / "out") if "train/divergence" in entry]
+        assert max(entry["train/rollout_drift"] for entry in logged) < 1e-4
+        assert [entry["train/staleness"] for entry in logged] == [0, *29 * [staleness]]
+        assert logged[0]["train/divergence"] > 0
+        last = np.mean([entry["train/divergence"] for entry in logged[-5:]])
+        assert last < 0.9 * logged[0]["train/divergence"]
 
     def test_each_of_two_processes_has_an_engine(self, world, tmp_path):
         words = flags(
@@ -231,7 +231,9 @@ class TestDistillation:
         )  # fmt: skip
         torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         launch([*torchrun, "-m", "student_trainer", "distill", *words])
-        assert all(e["rollout_drift"] < 1e-4 for e in history(tmp_path / "out") if "loss" in e)
+        assert all(
+            e["train/rollout_drift"] < 1e-4 for e in history(tmp_path / "out") if "train/loss" in e
+        )
 
 
 def test_tied_weights_are_sent_once():

@@ -72,7 +72,8 @@ def sft(student, rows, output, **options):
 
 def skipped(output):
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["skipped_steps"] for entry in history if "skipped_steps" in entry}
+    name = "train/skipped_steps"
+    return {entry["step"]: entry[name] for entry in history if name in entry}
 
 
 def test_a_loss_that_is_nan_stops_with_its_batch(broken, rows, letter, tmp_path, capsys):

@@ -74,7 +74,7 @@ def succeeds(*processes):
 
 def steps(folder, name):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if "loss" in entry]
+    return [entry[name] for entry in history if "train/loss" in entry]
 
 
 @pytest.mark.slow_fault
@@ -84,9 +84,9 @@ def test_two_nodes_learn_what_one_process_learns(nodes, start, tmp_path):
     (first, second), _ = nodes
     succeeds(start(first, "one", 8, "--cpu", "--num_processes=1"))
     weights = load_file(tmp_path / "one" / "model.safetensors")
-    losses = steps(tmp_path / "one", "loss")
+    losses = steps(tmp_path / "one", "train/loss")
     assert len(losses) == STEPS
-    assert set(steps(tmp_path / "one", "on_policy")) == {0, 1}
+    assert set(steps(tmp_path / "one", "train/on_policy")) == {0, 1}
     for name in ("ddp", "fsdp2"):
         launcher = (
             f"--config_file={CONFIGS / name}.yaml", "--num_machines=2", "--num_processes=2",
@@ -94,7 +94,7 @@ def test_two_nodes_learn_what_one_process_learns(nodes, start, tmp_path):
         )  # fmt: skip
         succeeds(*(start(n, name, 4, *launcher, f"--machine_rank={r}")
                    for r, n in enumerate((first, second))))  # fmt: skip
-        assert steps(tmp_path / name, "loss") == pytest.approx(losses, rel=1e-6)
+        assert steps(tmp_path / name, "train/loss") == pytest.approx(losses, rel=1e-6)
         for key, value in load_file(tmp_path / name / "model.safetensors").items():
             torch.testing.assert_close(value, weights[key], atol=1e-6, rtol=0, msg=key)
         sharded = tmp_path / name / f"checkpoint-{STEPS}" / "pytorch_model_fsdp.bin"

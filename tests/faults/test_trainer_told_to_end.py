@@ -1,4 +1,4 @@
-"""SIGTERM: the step under way is finished, a checkpoint is written, and the exit code is 0."""
+"""SIGTERM and Ctrl-C: the step under way is finished, a checkpoint saved, the exit code is 0."""
 
 import contextlib
 import multiprocessing
@@ -16,10 +16,11 @@ from tests.support.trainer_process import assert_same_weights, checkpoints, runn
 ONLY_THEN = {"save_steps": 100}  # no checkpoint but that of the signal and the last
 
 
-def test_sigterm_saves_and_exits_0(command, serving, whole, tmp_path):
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_told_run_saves_and_exits_0(command, serving, whole, tmp_path, told):
     def on_request(number):
         if number == whole[1] // 2:
-            os.kill(process.pid, signal.SIGTERM)
+            os.kill(process.pid, told)
 
     with serving(on_request) as url:
         words = command(url, tmp_path, **ONLY_THEN)
@@ -53,18 +54,23 @@ def test_sigterm_does_not_wait_for_a_teacher_that_hangs(command, serving, whole,
     assert_same_weights(whole[0], tmp_path)
 
 
-def test_a_second_sigterm_ends_at_once(command, serving, tmp_path):
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)],
+    ids=["sigterm", "ctrl-c"],
+)
+def test_told_a_second_time_a_run_ends_at_once(command, serving, tmp_path, told, code):
     """While step 2 waits for its scores, those of request 4; request 5 is of step 3."""
 
     def on_request(number):
         with contextlib.suppress(ProcessLookupError):  # then it has ended
             while number >= 4:
-                os.kill(process.pid, signal.SIGTERM if number == 5 else 0)
+                os.kill(process.pid, told if number == 5 else 0)
                 time.sleep(0.05)
 
     with serving(on_request) as url, running(command(url, tmp_path, **ONLY_THEN)) as process:
         process.join(60)
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode == code
     assert checkpoints(tmp_path) == []
 
 

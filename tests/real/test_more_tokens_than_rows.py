@@ -49,7 +49,7 @@ def test_it_is_a_teacher_of_itself(gemma, url, tmp_path, capsys):
     ])  # fmt: skip
     assert code == 0
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    assert abs(state["log_history"][0]["loss"]) < 1e-3
+    assert abs(state["log_history"][0]["train/loss"]) < 1e-3
 
     cache = tmp_path / "cache"
     assert (

@@ -52,6 +52,7 @@ def _run(
     argv: list[str], killed_at: Moment | None, by: signal.Signals, environment: dict[str, str]
 ) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background shells
     if killed_at is not None:
         event, ending = killed_at
 

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from student_trainer.commands.main import main
+from student_trainer.reporting.names import grouped
 from student_trainer.reporting.runs import find_runs, wilson_interval
 
 
@@ -109,7 +110,7 @@ def test_a_run_that_still_trains_is_read_from_its_last_checkpoint(tmp_path):
     for step, last in ((9, 0.75), (10, 0.5)):
         training_run(tmp_path / "run", last=last, checkpoint=step)
     (run,) = find_runs([tmp_path / "run"]).training
-    assert run.last("loss") == 0.5
+    assert run.last("train/loss") == 0.5
 
 
 def test_a_study_is_its_cells_averaged_over_seeds(tmp_path):
@@ -121,7 +122,7 @@ def test_a_study_is_its_cells_averaged_over_seeds(tmp_path):
         json.dumps({"title": "A study", "metric": "pass@1", "cells": cells})
     )
     (run,) = find_runs([tmp_path]).training
-    assert run.points("loss") == [(1.0, 2.0), (10.0, 0.75)]
+    assert run.points("train/loss") == [(1.0, 2.0), (10.0, 0.75)]
     page = page_of(tmp_path, tmp_path)
     assert rows_of(page)[1:] == [
         [["gkd"], ["2"], ["0.500", "0.250", "to", "0.750"]],
@@ -184,3 +185,23 @@ def test_wilsons_interval_is_that_of_the_textbook():
     # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 0 of 20.
     assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_the_log_of_an_earlier_version_gives_the_same_page(tmp_path):
+    """Its names had no groups: ``loss``, ``eval_loss``, ``teacher_entropy``, ``seconds_step``."""
+    pages = []
+    for name, names in (("old", None), ("new", grouped)):
+        folder = training_run(tmp_path / name / "run")
+        file = folder / "trainer_state.json"
+        if names is not None:
+            entries = json.loads(file.read_text())["log_history"]
+            entries = [names(entry) for entry in entries]
+            assert {key.partition("/")[0] for entry in entries for key in entry} == {
+                "step", "train", "teacher", "time", "eval",
+            }  # fmt: skip
+            file.write_text(json.dumps({"log_history": entries}))
+        assert main(["report", str(folder), "--title=t"]) == 0
+        pages.append((folder / "report.html").read_text())
+    assert pages[0] == pages[1]
+    assert "Held-out loss" in pages[0]
+    assert "waiting for the teacher" in pages[0]

@@ -1,9 +1,11 @@
 """A process that is told to end clears up first."""
 
+import math
 import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,13 +14,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from student_trainer.rollouts import vllm
-from student_trainer.runtime.signals import signals_as_exits
+from student_trainer.runtime.signals import signals_as_exits, stop_event
 
 
 @pytest.fixture(autouse=True)
 def defaults():
     """Also where the tests themselves run under nohup."""
-    numbers = (signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -77,3 +79,24 @@ def test_shared_memory_is_used_where_all_ranks_weights_fit(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert vllm._weights_folder(engine.model, torch.float32) == (tmp_path if fits else None)
+
+
+def test_ctrl_c_is_left_alone_where_sigterm_is_handled(monkeypatch):
+    """A study or the quickstart must end by it, and not go on with a model half-trained."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    with pytest.raises(KeyboardInterrupt), stop_event(math.inf, lambda: None) as event:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not event.is_set()
+
+
+def test_the_first_signal_sets_the_event_and_says_so_and_handlers_are_put_back():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = threading.Event()
+    with stop_event(math.inf, lambda: None, said.set) as event:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.is_set()
+        assert said.wait(10)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a launcher passes Ctrl-C on
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -14,9 +14,9 @@ TEACHER = TeacherIdentity(
     version="0.32.0",
 )  # fmt: skip
 HISTORY = [
-    {"step": 1, "loss": 2.0, "divergence": 0.5},
-    {"step": 10, "eval_divergence": 0.25, "eval_pass@1": 0.125},
-    {"step": 10, "train_runtime": 61.0},
+    {"step": 1, "train/loss": 2.0, "train/divergence": 0.5},
+    {"step": 10, "eval/divergence": 0.25, "eval/pass@1": 0.125},
+    {"step": 10, "train/runtime": 61.0},
 ]
 
 
