@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from shared.command_line import OneLineParser
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
 
 _DESCRIPTION = """\
@@ -21,9 +22,7 @@ def completion(argv: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="student-trainer completion", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="student-trainer completion", description=_DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS)
     return parser
 
