@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
-from student_trainer.config.files import check_rows_exist
+from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import ARGUMENTS, parse
 
 
@@ -17,6 +17,7 @@ def sft(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_recipe(recipe, flags)
+    check_output_folder(flags.output_dir)
     check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_sft
 
@@ -33,6 +34,7 @@ def distill(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_distillation(recipe, teacher, flags)
+    check_output_folder(flags.output_dir)
     check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_distill
 

@@ -1,11 +1,12 @@
-"""Check, before torch is imported, that files and folders which flags name are there."""
+"""Check, before torch is imported, that flags name rows that are there, and a usable folder."""
 
 from __future__ import annotations
 
 import glob
+import os
 from pathlib import Path
 
-from shared.errors import DatasetError
+from shared.errors import ConfigurationError, DatasetError
 from shared.model_names import looks_local
 from student_trainer.config.arguments import DataArguments, DatasetArguments
 
@@ -13,6 +14,20 @@ _SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow",
     ".gz", ".bz2", ".xz", ".zst",
 )  # fmt: skip
+
+
+def check_output_folder(folder: str | None) -> None:
+    """Check that ``--output_dir`` could be made and written to; nothing is made.
+
+    Raises:
+        ConfigurationError: it could not.
+    """
+    path = Path(folder or "")
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--output_dir {path}: {nearest} is no folder that can be written to; give another"
+        )
 
 
 def check_rows_exist(dataset: DatasetArguments, data: DataArguments | None = None) -> None:
