@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,20 @@ import yaml
 from shared.errors import ConfigurationError
 
 
+class _Loader(yaml.SafeLoader):
+    """A loader to which yes, no, on and off are text, as in YAML 1.2; true and false are bools."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    start: [(tag, form) for tag, form in forms if tag != _BOOL]
+    for start, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def read_yaml(path: Path, name: str) -> Any:
     """Return the content of a YAML file.
 
@@ -19,11 +35,13 @@ def read_yaml(path: Path, name: str) -> Any:
         ConfigurationError: the file cannot be read or is not YAML; the message calls it ``name``.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigurationError(f"{name}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{name} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
+        problem = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 
 
@@ -47,6 +65,32 @@ def read_config(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"--config {path} must hold `name: value` lines")
     return content
+
+
+def line_of(path: Path, key: str) -> int | None:
+    """Return the line of a key at the top of a YAML file, from 1; None where it is not found."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        node = yaml.compose(path.read_text(encoding="utf-8"), _Loader)
+        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(name.value).replace("-", "_") == key.replace("-", "_"):
+                return int(name.start_mark.line) + 1
+    return None
+
+
+def where_given(message: str, argv: Sequence[str]) -> str:
+    """Return where a flag that an error names stands in the ``--config`` file: " (FILE, line N)".
+
+    The result is empty where the message names the file, or no flag that the file gives.
+    """
+    path = config_path(argv)
+    if path is None or str(path) in message:
+        return ""
+    given = {a.split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", message):
+        line = None if flag.replace("-", "_") in given else line_of(path, flag[2:])
+        if line is not None:
+            return f" ({path}, line {line})"
+    return ""
 
 
 def to_argument(value: Any) -> str:

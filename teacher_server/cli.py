@@ -18,22 +18,23 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import uvicorn
 
 from shared import __version__, logs
+from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
-from shared.yaml_file import config_path, flag_arguments, read_config
-from teacher_server.app import TeacherApp
-from teacher_server.backends.base import Backend
-from teacher_server.http.event_loop import limit_log_lines, survive_full_tables, watch_lag
-from teacher_server.http.protocol import GuardedProtocol, raise_descriptor_limit
+from shared.yaml_file import config_path, flag_arguments, read_config, where_given
 from teacher_server.limits.auth import ENVIRONMENT, ApiKeys, load_keys
-from teacher_server.metrics import Metrics
 from teacher_server.orphans import end_with_parent
 from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
+
+if TYPE_CHECKING:
+    from teacher_server.app import TeacherApp
+    from teacher_server.backends.base import Backend
+    from teacher_server.metrics import Metrics
 
 logger = logging.getLogger("teacher_server")
 
@@ -46,6 +47,8 @@ _COMPLETION = {
         "a script that completes flags in bash, zsh or fish", choices=SHELLS
     )
 }
+# Settings that are on or off: a file may say so in any of YAML's ways.
+_SWITCHES = ("trust-remote-code", "allow-unauthenticated")
 _EPILOG = """\
 vLLM's engine flags
   After MODEL, --backend vllm takes every other flag of `vllm serve`'s engine under its own name,
@@ -64,11 +67,11 @@ Memory for scoring
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser, serve = _parsers()
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _with_file(sys.argv[1:] if argv is None else argv)
+        parsed, engine_flags = parser.parse_known_args(_with_file(argv))
     except ConfigurationError as error:
-        return _fail(error, 2)
-    parsed, engine_flags = parser.parse_known_args(arguments)
+        return _fail(f"{error}{where_given(str(error), argv)}", 2)
     if parsed.command == "completion":
         commands = {"serve": arguments_of(serve, "load a model and answer requests"), **_COMPLETION}
         sys.stdout.write(completion_script(parsed.shell, "teacher-server", commands))
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keys = load_keys(settings)
         listener = _listen(settings)
     except ConfigurationError as error:
-        return _fail(error, 2)
+        return _fail(f"{error}{where_given(str(error), argv)}", 2)
     with listener:
         return asyncio.run(_serve(settings, keys, listener))
 
@@ -112,6 +115,8 @@ def _with_file(argv: Sequence[str]) -> list[str]:
 
 
 def _flag(name: str, value: Any) -> list[str]:
+    if name in _SWITCHES and isinstance(value, str):
+        value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     return flag_arguments(name, value)
@@ -120,17 +125,16 @@ def _flag(name: str, value: Any) -> list[str]:
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """Return the parser of the program, and that of `serve`."""
     defaults = Settings.__dataclass_fields__
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="teacher-server",
         description="A teacher behind HTTP: sparse log-probs and generations.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     completion = commands.add_parser("completion", help=_COMPLETION["completion"].help)
     completion.add_argument("shell", choices=SHELLS)
     serve = commands.add_parser(
-        "serve", help="load a model and answer requests", epilog=_EPILOG, allow_abbrev=False,
+        "serve", help="load a model and answer requests", epilog=_EPILOG,
         usage="teacher-server serve MODEL [flags]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -142,7 +146,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     def switch(group: Any, flag: str, help: str) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=help)
 
-    serve.add_argument("model", help="model folder or Hugging Face Hub id")
+    serve.add_argument("model", metavar="MODEL", help="model folder or Hugging Face Hub id")
     serve.add_argument(
         "--config", metavar="YAML", help="file with the same names as the flags, and `model`"
     )
@@ -265,6 +269,12 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
+    # Imported here, so that --help and wrong flags do not wait for FastAPI.
+    from teacher_server.app import TeacherApp
+    from teacher_server.http.event_loop import limit_log_lines, survive_full_tables, watch_lag
+    from teacher_server.http.protocol import GuardedProtocol, raise_descriptor_limit
+    from teacher_server.metrics import Metrics
+
     raise_descriptor_limit()
     app = TeacherApp(settings, Metrics(), keys)
     server = _Server(
@@ -347,6 +357,6 @@ def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEv
     return TransformersBackend(settings, metrics)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     logs.log_failure("teacher-server", str(error))
     return code

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigurationError
-from shared.protocol import Limits
+from shared.model_names import describe_missing
+from teacher_server.engine_flags import check_engine_flags
 
 BackendName = Literal["auto", "transformers", "vllm"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-
-# Memory of the largest answer while it is made: two copies of 8 bytes a log-prob and its id.
-LARGEST_ANSWER_BYTES = 16 * Limits().max_logprobs
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Settings:
                 f"--max-request-tokens {self.max_request_tokens} is over --max-queued-tokens "
                 f"{self.max_queued_tokens}: such a request could never be admitted"
             )
-        largest = self.max_request_bytes + LARGEST_ANSWER_BYTES
+        largest = self.max_request_bytes + _largest_answer_bytes()
         if self.max_held_mib << 20 < largest:
             raise ConfigurationError(
                 f"--max-held-mib {self.max_held_mib} must be at least {-(-largest >> 20)}: a "
@@ -133,11 +131,9 @@ class Settings:
                 "--backend vllm: vllm is not installed here; pip install 'sparse-gkd[vllm]', or "
                 "use --backend transformers"
             )
-        if self.engine_flags and self.engine != "vllm":
-            raise ConfigurationError(
-                f"{' '.join(self.engine_flags)}: unknown to this server, and the transformers "
-                "backend takes no engine flags. Check the spelling, or use --backend vllm"
-            )
+        check_engine_flags(
+            self.engine_flags, self.engine, [_flag(one.name) for one in fields(self)]
+        )
 
     def _check_model(self) -> None:
         folder = Path(self.model)
@@ -150,10 +146,18 @@ class Settings:
                     f"student-trainer merge --model_name_or_path {self.model} --output_dir DIR"
                 )
             raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
-        if self.model.startswith((".", "/", "~")) or self.model.count("/") != 1:
-            raise ConfigurationError(
-                f"{self.model}: no such folder; give a model folder or a Hub id such as org/name"
-            )
+        if missing := describe_missing(self.model, owner=True):
+            raise ConfigurationError(f"{missing}; give a model folder or a Hub id such as org/name")
+
+
+def _largest_answer_bytes() -> int:
+    """Return the memory of the largest answer while it is made.
+
+    That is two copies of 8 bytes a log-prob and its id.
+    """
+    from shared.protocol import Limits  # imported here, so that --help does not wait for numpy
+
+    return 16 * Limits().max_logprobs
 
 
 def _flag(name: str) -> str:

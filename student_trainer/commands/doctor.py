@@ -11,11 +11,11 @@ from dataclasses import asdict
 from itertools import chain
 
 from shared import __version__
+from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError, SparseGKDError
 from shared.printable import printable
 from student_trainer.commands.doctor_finding import Finding, Status
 from student_trainer.commands.doctor_machine import machine_findings
-from student_trainer.commands.doctor_teacher import teacher_findings
 from student_trainer.runtime.terminal import Style, has_colours, painted
 
 _STYLES: dict[Status, Style] = {"ok": "green", "warn": "yellow", "fail": "red", "off": "dim"}
@@ -32,6 +32,9 @@ def doctor(argv: Sequence[str]) -> None:
         DoctorError: a check failed; its line says why.
     """
     arguments = make_parser().parse_args(list(argv))
+    # Imported here, so that --help does not wait for what speaks with a teacher.
+    from student_trainer.commands.doctor_teacher import teacher_findings
+
     found: list[Finding] = []
     colours = has_colours(sys.stdout)
     student = arguments.model_name_or_path
@@ -58,11 +61,10 @@ def doctor(argv: Sequence[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="student-trainer doctor",
         description="Whether this machine can do what will be asked of it: versions, GPUs, disk, "
         "the Hub's cache, and the teacher. Exit code 1 if a line says fail.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--teacher_url", action="extend", nargs="+", default=[], metavar="URL",

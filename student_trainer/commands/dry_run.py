@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
-from shared.errors import ConfigurationError
 from shared.printable import printable
 from student_trainer.commands.dry_run_rows import describe_rows
 from student_trainer.commands.dry_run_teacher import (
@@ -57,10 +54,9 @@ def dry_run(
         planned: number of sequences that `precompute` would request, if that is the command.
 
     Raises:
-        ConfigurationError: --output_dir cannot be made, or the adapters do not fit the model.
+        ConfigurationError: the adapters do not fit the model.
         TeacherError: the teacher does not score the rows.
     """
-    _check_folder(Path(args.output_dir or ""))
     if isinstance(prepared.train, ExampleStream):
         prepared = replace(prepared, train=prepared.train[:_STREAM_ROWS])
     memory = estimate_memory(
@@ -92,19 +88,6 @@ def dry_run(
 def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join([title, *(f"  {name.ljust(width)}{printable(text)}" for name, text in rows)])
-
-
-def _check_folder(folder: Path) -> None:
-    """Check that the output folder could be made and written to.
-
-    Raises:
-        ConfigurationError: it could not.
-    """
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigurationError(
-            f"--output_dir {folder}: {nearest} is no folder that can be written to"
-        )
 
 
 def _settings(

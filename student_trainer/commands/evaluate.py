@@ -7,6 +7,7 @@ from typing import Any
 
 from student_trainer.config.checks import check_evaluate
 from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import parse
 
 
@@ -23,6 +24,8 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
         description=(evaluate.__doc__ or "").split("\n")[0],
     )
     check_evaluate(model, dataset, generation, teacher, args)
+    check_output_folder(args.output_dir)
+    check_rows_exist(dataset)
     from student_trainer.commands.run_evaluation import run_evaluation
 
     return run_evaluation(model, dataset, generation, template, teacher, args)

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 the run failed (teacher lost, unusable answer), 2 wrong fl
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import sys
@@ -15,11 +14,12 @@ from collections.abc import Sequence
 from typing import NoReturn, get_args
 
 from shared import __version__, logs
+from shared.command_line import OneLineParser, did_you_mean
 from shared.errors import (
     ConfigurationError,
     SparseGKDError,
 )
-from shared.yaml_file import config_path, read_config
+from shared.yaml_file import config_path, read_config, where_given
 from student_trainer.config.commands import COMMANDS
 from student_trainer.runtime.terminal import no_bars_in_logs
 from student_trainer.runtime.threads import end_process
@@ -39,10 +39,21 @@ names; sft, distill, precompute and study have --dry_run, which tells what a run
 exit codes: 0 done, 1 failed, 2 wrong flags, key or data, 130 Ctrl-C, 143 SIGTERM; Ctrl-C or
 SIGTERM while training saves a checkpoint and ends with 0, a second one ends at once."""
 
+# Commands of other programs, and what stands for them here.
+_HABITS = {
+    "train": ("distill",), "gkd": ("distill",), "kd": ("distill",), "gold": ("distill",),
+    "finetune": ("sft",), "fine_tune": ("sft",), "eval": ("evaluate",), "generate": ("evaluate",),
+    "merge_lora": ("merge",), "export": ("merge",), "env": ("doctor",), "check": ("doctor",),
+    "sweep": ("study",), "cache": ("precompute",),
+}  # fmt: skip
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = _set_up_logs(list(sys.argv[1:] if argv is None else argv))
+    try:
+        arguments = _set_up_logs(list(sys.argv[1:] if argv is None else argv))
+    except ConfigurationError as error:
+        return _fail(str(error), error.exit_code)
     if not arguments or arguments[0] in ("-h", "--help"):
         _print(USAGE)
         return 0 if arguments else 2
@@ -51,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print(f"student-trainer {__version__}")
         return 0
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}\n{USAGE}", 2)
+        hint = did_you_mean(name, COMMANDS, _HABITS) or f" There is {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}.{hint}", 2)
     no_bars_in_logs()
     try:
         command = COMMANDS[name].load()
@@ -60,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except SparseGKDError as error:
-        return _fail(str(error), error.exit_code)
+        where = where_given(str(error), arguments) if error.exit_code == 2 else ""
+        return _fail(f"{error}{where}", error.exit_code)
     except ImportError as error:  # a flag needs a package that is not installed
         return _fail(str(error), 2)
     return 0
@@ -81,7 +94,7 @@ def _set_up_logs(argv: list[str]) -> list[str]:
         with contextlib.suppress(ConfigurationError):  # raised again where all flags are read
             form = read_config(path).get("log_format")
             argv = argv if form is None else [f"--log_format={form}", *argv]
-    parser = argparse.ArgumentParser(prog="student-trainer", add_help=False, allow_abbrev=False)
+    parser = OneLineParser(prog="student-trainer", add_help=False)
     parser.add_argument("--log_format", choices=get_args(logs.LogFormat), default="text")
     flags, rest = parser.parse_known_args(argv)
     logs.setup(flags.log_format, level="warning", text="%(message)s")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distill, check_precompute, check_recipe
 from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import parse
 
 
@@ -26,6 +27,8 @@ def precompute(argv: Sequence[str]) -> None:
     check_distill(flags, teacher)
     check_precompute(flags, teacher, recipe.data)
     check_recipe(recipe, flags)
+    check_output_folder(flags.output_dir)
+    check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_precompute
 
     run_precompute(recipe, teacher, flags)

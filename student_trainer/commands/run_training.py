@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from shared.errors import ConfigurationError
 from student_trainer.commands.dry_run import dry_run
 from student_trainer.commands.dry_run_teacher import dry_run_flags
@@ -29,6 +31,7 @@ from student_trainer.training.defaults import settle
 from student_trainer.training.recipe import (
     Prepared,
     date_folders,
+    fit_to_teacher,
     keep_template_date,
     open_teacher,
     prepare,
@@ -106,9 +109,19 @@ def _connect_and_prepare(
     Raises:
         TeacherError, ConfigurationError, DatasetError: teacher, flags or rows cannot be used.
     """
+    # All ranks go one way, since each of them meets the others while it prepares.
+    early = None
+    if not all(gather_object([client.ready()])):
+        # The rows are made into examples now, so that a mistake in them is told before the wait.
+        early = prepare(recipe, rows, args, teacher_flags=teacher_flags)
     check_capabilities(client.connect(), args, teacher_flags)
     check_one_teacher(client.info.teacher)
-    prepared = prepare(recipe, rows, args, teacher=client, teacher_flags=teacher_flags)
+    if early is None:
+        prepared = prepare(recipe, rows, args, teacher=client, teacher_flags=teacher_flags)
+    else:
+        prepared = fit_to_teacher(
+            early, recipe, rows, args, teacher=client, teacher_flags=teacher_flags
+        )
     tolerance = teacher_flags.teacher_repeat_tolerance
     check_repeats(client, prepared.train, prepared.method, tolerance=tolerance)
     return prepared

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from shared.command_line import OneLineParser
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
 from student_trainer.config import parse
 from student_trainer.config.commands import COMMANDS, imported
@@ -24,9 +25,7 @@ def completion(argv: Sequence[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of `completion`."""
-    parser = argparse.ArgumentParser(
-        prog="student-trainer completion", description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser = OneLineParser(prog="student-trainer completion", description=_DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS)
     return parser
 

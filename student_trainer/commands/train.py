@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
 from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import parse
 
 
@@ -17,6 +18,8 @@ def sft(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_recipe(recipe, flags)
+    check_output_folder(flags.output_dir)
+    check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_sft
 
     run_sft(recipe, flags)
@@ -32,6 +35,8 @@ def distill(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_distillation(recipe, teacher, flags)
+    check_output_folder(flags.output_dir)
+    check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_distill
 
     run_distill(recipe, teacher, flags)

@@ -19,7 +19,8 @@ Kind = Literal["bool", "int", "float", "str"]
 # ("told"), or it is "free" to change because it does not affect what is learned.
 Resume = Literal["same", "told", "free"]
 
-_TRUE, _FALSE = {"yes", "true", "t", "y", "1"}, {"no", "false", "f", "n", "0"}
+_TRUE = ("true", "yes", "on", "t", "y", "1")
+_FALSE = ("false", "no", "off", "f", "n", "0")
 _NUMBERS: dict[str, type[int] | type[float]] = {"int": int, "float": float}
 
 
@@ -99,8 +100,9 @@ class Flag:
             return value if isinstance(value, bool) else read_bool(str(value))
         if self.switch and isinstance(value, bool):
             return value
-        if value is False and "no" in self.choices:  # YAML reads an unquoted no as false
-            value = "no"
+        if isinstance(value, bool):  # a choice such as no or on, as Python spells it
+            spelt = [text for text in (_TRUE if value else _FALSE) if text in self.choices]
+            value = spelt[0] if spelt else value
         if isinstance(value, bool) and self.kind != "str":
             raise ValueError(f"invalid {self.kind} value: {value!r}")
         if self.kind in _NUMBERS:
@@ -109,6 +111,8 @@ class Flag:
             except ValueError as error:
                 raise ValueError(f"invalid {self.kind} value: {value!r}") from error
         text = _text(value)
+        if text.lower() in self.choices:
+            return text.lower()
         if self.choices and text not in self.choices:
             options = ", ".join(map(repr, self.choices))
             raise ValueError(f"invalid choice: {text!r} (choose from {options})")
@@ -140,7 +144,7 @@ class Flag:
 
 
 def read_bool(text: str) -> bool:
-    """Read a switch, in any case: yes, true, t, y, 1, or no, false, f, n, 0.
+    """Read a switch, in any case: true, yes, on, t, y, 1, or false, no, off, f, n, 0.
 
     Raises:
         ValueError: it is another text.
@@ -163,6 +167,8 @@ def _text(value: Any) -> str:
     """Return a value as the command line spells it: JSON for a mapping, a dtype's short name."""
     if isinstance(value, Mapping):
         return json.dumps(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(value).removeprefix("torch.")
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from shared.command_line import OneLineParser, did_you_mean, unknown_flags
 from shared.errors import ConfigurationError
-from shared.nearest import nearest
-from shared.yaml_file import config_path, read_config
+from shared.yaml_file import config_path, line_of, read_config
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Flag, flags_of
+from student_trainer.config.habits import HABITS
 from student_trainer.config.help import add_help
 
 
 def make_parser(*types: type[Any], prog: str, description: str) -> argparse.ArgumentParser:
     """Make the parser of a command, with all flags of its dataclasses."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description=description,
-        allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -38,21 +38,21 @@ def parse(argv: Sequence[str], *types: type[Any], prog: str, description: str) -
 
     Raises:
         ConfigurationError: unknown flag or key (with the nearest known one), unreadable YAML, or a
-            value that a dataclass refuses.
-        SystemExit: --help, or a value of the wrong type (argparse's own message).
+            value that is of the wrong type or that a dataclass refuses.
+        SystemExit: --help.
     """
     parser, known = make_parser(*types, prog=prog, description=description), _flags(types)
     values: dict[str, Any] = {}
     path = config_path(argv)
     if path is not None:
         values = _from_yaml(path, known, argv)
-    # argparse fills in its defaults only where the namespace has no value yet.
-    namespace, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**values))
+    unknown = unknown_flags(parser, argv)
+    if not unknown:
+        # argparse fills in its defaults only where the namespace has no value yet.
+        namespace, unknown = parser.parse_known_args(list(argv), argparse.Namespace(**values))
     if unknown:
         name = unknown[0].split("=")[0]
-        near = nearest(name.lstrip("-").replace("-", "_"), known)
-        hint = f" Did you mean --{near}?" if near else f" See {prog} --help_all."
-        raise ConfigurationError(f"unknown argument {name!r}.{hint}")
+        raise ConfigurationError(f"unknown argument {name!r}.{_hint(name, known, prog)}")
     return _instances(types, vars(namespace))
 
 
@@ -62,8 +62,9 @@ def parse_keywords(command: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
     Raises:
         ConfigurationError: as `parse`, and for a value of the wrong type.
     """
-    types, where = ARGUMENTS[command], f"{command}()"
-    return _instances(types, _read_all(values, _flags(types), where, what="keyword"))
+    types = ARGUMENTS[command]
+    found = _read_all(values, _flags(types), lambda key: f"{command}()", what="keyword")
+    return _instances(types, found)
 
 
 def _instances(types: Sequence[type[Any]], values: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -80,29 +81,49 @@ def _flags(types: Sequence[type[Any]]) -> dict[str, Flag]:
     return {name: one for kind in types for name, one in flags_of(kind).items()}
 
 
+def _hint(name: str, known: Mapping[str, Flag], prog: str) -> str:
+    """Return what to do about an unknown argument."""
+    if not name.startswith("-"):
+        return f" Each value follows its flag; see {prog} --help."
+    plain = name.lstrip("-").replace("-", "_")
+    others = [f"`{command}`" for command, types in ARGUMENTS.items() if plain in _flags(types)]
+    if others:
+        return f" It is a flag of {', '.join(others)}, not of `{prog.split()[-1]}`."
+    flags = [f"--{each}" for each in known]
+    return did_you_mean(name, flags, HABITS) or f" See {prog} --help_all."
+
+
 def _from_yaml(path: Path, known: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, Any]:
     """Read the values of a file, less those that the command line gives again."""
     content = read_config(path)
     content.pop("log_format", None)  # `main` has set up the logs already
     given = {a.split("=")[0].lstrip("-").replace("-", "_") for a in argv if a.startswith("--")}
     values = {key: None if key in given else value for key, value in content.items()}
-    return _read_all(values, known, f"--config {path}", what="key")
+    return _read_all(values, known, lambda key: f"--config {path}{_line(path, key)}", what="key")
+
+
+def _line(path: Path, key: str) -> str:
+    line = line_of(path, key)
+    return "" if line is None else f", line {line}"
 
 
 def _read_all(
-    values: Mapping[Any, Any], known: Mapping[str, Flag], where: str, *, what: str
+    values: Mapping[Any, Any], known: Mapping[str, Flag], where: Callable[[str], str], *, what: str
 ) -> dict[str, Any]:
-    """Convert values to their flags' types; None stands for the default."""
+    """Convert values to their flags' types; None stands for the default.
+
+    Args:
+        where: returns the place of a key, for messages.
+    """
     read = {}
     for key, value in values.items():
         if key not in known:
-            near = nearest(str(key), known)
-            hint = f"; did you mean {near}?" if near else ""
-            raise ConfigurationError(f"{where}: unknown {what} {key!r}{hint}")
+            hint = did_you_mean(str(key), known, HABITS)
+            raise ConfigurationError(f"{where(str(key))}: unknown {what} {key!r}.{hint}")
         if value is None:
             continue
         try:
             read[key] = known[key].read(value)
         except ValueError as error:
-            raise ConfigurationError(f"{where}: {what} {key}: {error}") from error
+            raise ConfigurationError(f"{where(key)}: {what} {key}: {error}") from error
     return read

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import DatasetError
+from shared.model_names import looks_local
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def is_hub_id(name: str) -> bool:
     path = Path(name).expanduser()
     if path.exists() or _is_glob(name):
         return False
-    if _format_of(path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if _format_of(path) or looks_local(name):
         raise DatasetError(
             f"{name}: no such file or folder; give a file ({_READABLE}), a folder of them, a glob, "
             "or a Hub id"

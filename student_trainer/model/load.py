@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from shared.errors import ConfigurationError
+from shared.model_names import describe_missing
 from shared.tokenizer_file import check_keeps_text, differs_from_file, verified_tokenizer
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.checks import holds_adapters
@@ -282,6 +283,8 @@ def _base_of(arguments: ModelArguments) -> ModelArguments:
         name, revision = config["base_model_name_or_path"], config.get("revision") or "main"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{file} names no base_model_name_or_path") from error
+    if missing := describe_missing(str(name)):
+        raise ConfigurationError(f"{file}: base_model_name_or_path: {missing}; give it its path")
     return replace(arguments, model_name_or_path=str(name), model_revision=str(revision))
 
 
@@ -294,9 +297,13 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
             **options,
         )
     except Exception as error:  # a checkpoint's files or a missing package may raise anything
-        folder = Path(arguments.model_name_or_path)
-        kind = "folder" if folder.is_dir() else "Hub id"
+        name = arguments.model_name_or_path
+        kind = (
+            "this folder"
+            if Path(name).is_dir()
+            else (f"folder {name} does not exist, and as a Hub id it")
+        )
         raise ConfigurationError(
-            f"--model_name_or_path {arguments.model_name_or_path}: this {kind} does not load with "
-            f"{auto_class.__name__}: {error}"
+            f"--model_name_or_path {name}: {kind} does not load with {auto_class.__name__}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}"
         ) from error

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from student_trainer.reporting.page import Chart, Range, Report, SideBySide, Table, Token, render
 from student_trainer.reporting.runs import (
@@ -83,11 +84,10 @@ def report(argv: Sequence[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="student-trainer report",
         description="One page without network or scripts: curves, where the time went, scores with "
         "intervals, samples side by side.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "runs",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Plan, make_plan, select
@@ -79,10 +80,9 @@ def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="student-trainer study",
         description="Run the cells of a study that are not done yet, and compare them over seeds.",
-        allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, metavar="FILE.yaml")
     parser.add_argument("--output_dir", type=Path, help="default: runs/ and the file's name")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from shared.command_line import did_you_mean
 from shared.errors import ConfigurationError
-from shared.nearest import nearest
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Flag, flags_of
+from student_trainer.config.habits import HABITS
 from student_trainer.study.spec import Cell, Study, references
 
 
@@ -31,9 +32,8 @@ def check_flags(study: Study) -> None:
 def _check(study: Study, cell: Cell, key: str, value: Any, known: dict[str, Flag]) -> None:
     source = f"{study.path}: {cell.source}.flags.{key}"
     if key not in known:
-        near = nearest(key, known)
-        hint = f"did you mean {near}?" if near else f"see student-trainer {cell.command} --help"
-        raise ConfigurationError(f"{source}: {cell.command} has no such flag; {hint}")
+        hint = did_you_mean(key, known, HABITS) or f" See student-trainer {cell.command} --help"
+        raise ConfigurationError(f"{source}: {cell.command} has no such flag.{hint}")
     # A seed is a number, and other references become the names of folders.
     plain = "0" if references(value) == ["seed"] else value
     try:

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared.errors import TeacherUnreachableError
-from student_trainer.teacher.http import HttpClient
-from student_trainer.teacher.sparse import SERVER
 
 
 @contextlib.contextmanager
@@ -47,6 +45,10 @@ def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, 
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    # Imported here, so that the flags of `study` are answered without numpy and httpx.
+    from student_trainer.teacher.http import HttpClient
+    from student_trainer.teacher.sparse import SERVER
+
     with contextlib.closing(HttpClient(SERVER, seconds=10.0)) as http:
         while True:
             if server.poll() is not None:

@@ -234,6 +234,14 @@ class Teacher(Protocol):
         """
         ...
 
+    def ready(self) -> bool:
+        """Return whether `connect` need not wait; where it must, log for whom.
+
+        Raises:
+            TeacherError: waiting is of no use.
+        """
+        ...
+
     @property
     def info(self) -> InfoResponse:
         """The teacher's description of itself, known since `connect`."""

@@ -93,6 +93,11 @@ class CachedTeacher:
         self._teacher.close()
         self._store.close()
 
+    def ready(self) -> bool:
+        """Return whether `connect` need not wait; where it must, log for whom."""
+        known = self._noted_info() if self._starts_alone else None
+        return (known is not None and self._teacher.switched_off()) or self._teacher.ready()
+
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and return the description, as `Teacher.connect`."""
         known = self._noted_info() if self._starts_alone else None

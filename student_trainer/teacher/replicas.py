@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ class Replicas:
         api_key: sent with every request, to these addresses only.
         unreachable: behaviour when a request failed and no replica is ready: "wait" until
             ``timeout``, or "stop" at once.
+        absent_timeout: seconds to wait for a server where nothing listens, if that is less.
 
     Attributes:
         urls: the addresses, without a slash at the end.
@@ -62,6 +64,7 @@ class Replicas:
         rejoins: Callable[[str], bool],
         api_key: str | None,
         unreachable: Unreachable = "wait",
+        absent_timeout: float = math.inf,
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.traffic = Traffic()
@@ -79,7 +82,11 @@ class Replicas:
             start=server.start,
             unreachable=unreachable,
             nobody_ready=lambda: all(map(self.http.why_not_ready, self.urls)),
+            absent_timeout=absent_timeout,
+            nobody_listens=self.switched_off,
         )
+        self._absent_timeout = absent_timeout
+        self._announced: set[str] = set()  # addresses whose absence was logged
         self._server = server
         self._timeout = timeout
         self._slots = threading.Semaphore(_CONNECTIONS)
@@ -168,8 +175,30 @@ class Replicas:
         """
         return not any(map(self.http.listens, self.urls))
 
+    def ready(self) -> bool:
+        """Return whether every replica is ready now, and log which is not.
+
+        Raises:
+            As `connect`, where waiting is of no use.
+        """
+        problems = {url: self.http.why_not_ready(url) for url in self.urls}
+        for url, problem in problems.items():
+            if problem:
+                self._announce(url, problem)
+        return not any(problems.values())
+
+    def _announce(self, url: str, problem: str) -> None:
+        """Log, the first time, that a replica is waited for, and how to start it."""
+        if url not in self._announced:
+            self._announced.add(url)
+            logger.warning(
+                "Waiting for the teacher at %s: it %s; %.0f s left. Is the server running? Start "
+                "it with `%s`",
+                url, problem, self._timeout, self._server.start,
+            )  # fmt: skip
+
     def _wait_until_ready(self) -> None:
-        """Wait until every replica is ready, and log a message every few seconds.
+        """Wait until every replica is ready, and log a message now and then.
 
         Raises:
             TeacherAnswerError: something other than a teacher listens there.
@@ -182,20 +211,31 @@ class Replicas:
             self._wait_for(url, deadline)
 
     def _wait_for(self, url: str, deadline: float) -> None:
-        announced = 0.0
+        since, times = time.monotonic(), reminder_seconds()
+        due = next(times)
         while problem := self.http.why_not_ready(url):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            waited, left = time.monotonic() - since, deadline - time.monotonic()
+            absent = waited >= self._absent_timeout and not self.http.listens(url)
+            if left <= 0 or absent:
+                patience = self._absent_timeout if absent else self._timeout
                 raise TeacherUnreachableError(
-                    f"the teacher at {url} {problem} after {self._timeout:g} s. Start it with "
-                    f"`{self._server.start}`, check --teacher_url, or raise --teacher_timeout"
+                    f"the teacher at {url} {problem} after {patience:g} s. Start it with "
+                    f"`{self._server.start}`, check --teacher_url, or raise "
+                    f"{'--absent_timeout' if absent else '--teacher_timeout'}"
                 )
-            if time.monotonic() - announced >= 5.0:
-                announced = time.monotonic()
+            self._announce(url, problem)
+            if waited >= due:
                 logger.warning(
                     "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
                 )
+                due = next(seconds for seconds in times if seconds > waited)
             time.sleep(min(0.5, left))
+
+
+def reminder_seconds() -> Iterator[float]:
+    """Yield the seconds of a wait after which it is told of again."""
+    yield from (5.0, 10.0, 30.0)
+    yield from itertools.count(60.0, 60.0)
 
 
 def connected_info(info: InfoResponse | None) -> InfoResponse:

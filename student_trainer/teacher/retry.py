@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -51,6 +53,8 @@ class RetryPolicy:
         start: the command that starts such a server, for messages.
         unreachable: behaviour when no replica is ready: "wait" until ``timeout``, or "stop".
         nobody_ready: returns whether no replica is ready; called only for "stop".
+        absent_timeout: seconds to try again where nothing listens, if that is less.
+        nobody_listens: returns whether nothing does; called only after ``absent_timeout``.
     """
 
     urls: Sequence[str]
@@ -58,6 +62,8 @@ class RetryPolicy:
     start: str
     unreachable: Unreachable
     nobody_ready: Callable[[], bool]
+    absent_timeout: float = math.inf
+    nobody_listens: Callable[[], bool] = lambda: False
 
     def run(self, attempt: Callable[[], R], request_id: str) -> R:
         """Return what ``attempt`` returns, and repeat it after errors that may pass.
@@ -76,11 +82,14 @@ class RetryPolicy:
             before_sleep=self._log_retry,
             reraise=True,
         )
+        since = time.monotonic()
         try:
             return retrying(attempt)
         except TRANSIENT_ERRORS as error:
             if self.unreachable == "stop":
                 tried, remedy = "", "give --teacher_unreachable wait"
+            elif time.monotonic() - since < self.timeout:
+                tried, remedy = f" within {self.absent_timeout:g} s", "raise --absent_timeout"
             else:
                 tried, remedy = f" within {self.timeout:g} s", "raise --teacher_timeout"
             raise TeacherUnreachableError(
@@ -94,11 +103,17 @@ class RetryPolicy:
             return True
         if isinstance(_error(state), InternalError):
             return state.attempt_number >= _ATTEMPTS_AT_A_500
+        if (state.seconds_since_start or 0.0) >= self.absent_timeout and self.nobody_listens():
+            return True
         return self.unreachable == "stop" and self.nobody_ready()
 
     def _pause(self, state: RetryCallState) -> float:
         """Return the seconds to the next attempt, never past ``timeout``, despite a Retry-After."""
-        return max(0.0, min(self._left(state), max(retry_after(_error(state)), _backoff(state))))
+        left = self._left(state)
+        if isinstance(_error(state), httpx.TransportError):
+            until_absent = self.absent_timeout - (state.seconds_since_start or 0.0)
+            left = min(left, until_absent if until_absent > 0 else math.inf)
+        return max(0.0, min(left, max(retry_after(_error(state)), _backoff(state))))
 
     def _log_retry(self, state: RetryCallState) -> None:
         pause = state.next_action.sleep if state.next_action else 0.0

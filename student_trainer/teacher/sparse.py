@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -72,7 +73,7 @@ class SparseGkdTeacher:
         accept_change: continue when the teacher's identity changes in the middle of a run.
         logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
         api_key: the teacher's key, sent as ``Authorization: Bearer``.
-        unreachable: as in `student_trainer.teacher.replicas.Replicas`.
+        unreachable, absent_timeout: as in `student_trainer.teacher.replicas.Replicas`.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class SparseGkdTeacher:
         logprob_dtype: LogprobDtype = "float32",
         api_key: str | None = None,
         unreachable: Unreachable = "wait",
+        absent_timeout: float = math.inf,
     ) -> None:
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
@@ -96,6 +98,7 @@ class SparseGkdTeacher:
             rejoins=self._rejoins,
             api_key=api_key,
             unreachable=unreachable,
+            absent_timeout=absent_timeout,
         )
 
     def __enter__(self) -> Self:
@@ -147,6 +150,10 @@ class SparseGkdTeacher:
             TeacherUnreachableError: a certificate is not trusted.
         """
         return self._replicas.switched_off()
+
+    def ready(self) -> bool:
+        """Return whether `connect` need not wait; where it must, log for whom."""
+        return self._replicas.ready()
 
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and return the description, as `Teacher.connect`."""

@@ -138,6 +138,10 @@ class VllmTeacher:
         """Return zeros, because there is no cache."""
         return 0, 0, 0
 
+    def ready(self) -> bool:
+        """Return whether `connect` need not wait; where it must, log for whom."""
+        return self._replicas.ready()
+
     def connect(self) -> InfoResponse:
         """Wait until every replica is ready, and check everything that vLLM reports.
 

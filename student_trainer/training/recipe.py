@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from shared.errors import (
     ConfigurationError,
 )
+from shared.protocol import InfoResponse
 from student_trainer.config.arguments import (
     DataArguments,
     DivergenceFlags,
@@ -254,7 +255,8 @@ def prepare(
     """Return what a run learns from, as its flags say.
 
     Args:
-        teacher, teacher_flags: the connected teacher, and its flags; None for SFT.
+        teacher: connected; None for SFT, and before it is waited for (see `fit_to_teacher`).
+        teacher_flags: its flags; None for SFT.
 
     Raises:
         DatasetError, ConfigurationError: rows or flags that cannot be learned.
@@ -263,8 +265,9 @@ def prepare(
     config = load_config(recipe.model)
     vocab_size = int(config.get_text_config().vocab_size)
     context = context_length(config)
+    stop_ids = load_stop_ids(recipe.model, tokenizer)
     if teacher is not None:
-        check_vocabulary(tokenizer, vocab_size, teacher.info)
+        _compare(tokenizer, vocab_size, stop_ids, teacher.info)
         vocab_size = min(vocab_size, teacher.info.vocab_size)
         context = min(context, teacher.info.max_model_len)
     student_top_m = divergence_flags_of(args).student_top_m
@@ -272,11 +275,6 @@ def prepare(
         raise ConfigurationError(
             f"--request_student_top_m {student_top_m} is over the shared vocabulary of {vocab_size}"
         )
-    stop_ids = load_stop_ids(recipe.model, tokenizer)
-    if teacher is not None and PartialState().is_main_process:
-        told = compare_ends(tokenizer, stop_ids, teacher.info)
-        if told is not None:
-            logger.warning("%s", told)
     method = _method(
         args,
         recipe.generation,
@@ -319,6 +317,44 @@ def prepare(
         row_tokenizer.max_length,
         text_end is not None and _are_plain_text(rows.train, recipe.data),
     )
+
+
+def fit_to_teacher(
+    prepared: Prepared,
+    recipe: Recipe,
+    rows: Rows,
+    args: CommonTrainingArguments,
+    *,
+    teacher: Teacher,
+    teacher_flags: TeacherArguments,
+) -> Prepared:
+    """Return what `prepare` made without the teacher as it would be with it.
+
+    Rows are tokenized again only if the teacher's context or vocabulary is the smaller one.
+
+    Raises:
+        DatasetError, ConfigurationError, TokenizerMismatchError: as `prepare`.
+    """
+    info = teacher.info
+    if info.max_model_len < prepared.max_length or info.vocab_size < prepared.vocab_size:
+        return prepare(recipe, rows, args, teacher=teacher, teacher_flags=teacher_flags)
+    _compare(prepared.tokenizer, prepared.vocab_size, list(prepared.method.stop_ids), info)
+    return prepared
+
+
+def _compare(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, stop_ids: list[int], info: InfoResponse
+) -> None:
+    """Check that student and teacher have one vocabulary, and tell if they end otherwise.
+
+    Raises:
+        TokenizerMismatchError: they have not.
+    """
+    check_vocabulary(tokenizer, vocab_size, info)
+    if PartialState().is_main_process:
+        told = compare_ends(tokenizer, stop_ids, info)
+        if told is not None:
+            logger.warning("%s", told)
 
 
 def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:

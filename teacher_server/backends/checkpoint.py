@@ -18,9 +18,12 @@ def from_pretrained(auto_class: Any, model: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(model, **options)
     except Exception as error:
+        what = model
+        if not Path(model).is_dir():
+            what = f"folder {model} does not exist, and as a Hub id it"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(
-            f"{model} does not load with {auto_class.__name__}: {reason}"
+            f"{what} does not load with {auto_class.__name__}: {reason}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.errors import ConfigurationError
+from shared.model_names import describe_missing
 from student_trainer.config.arguments import (
     AdapterArguments,
     GenerationArguments,
@@ -22,8 +23,8 @@ def check_model(model: ModelArguments) -> None:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").exists() and not holds_adapters(name):
             raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigurationError(f"--model_name_or_path {name}: no such folder")
+    elif missing := describe_missing(name):
+        raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
 
 
 def holds_adapters(folder: str) -> bool:
@@ -57,6 +58,11 @@ def check_merge(args: MergeArguments) -> None:
     """
     require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
     require(args.output_dir, "--output_dir", "a new folder for the merged model")
+    if not Path(args.model_name_or_path).exists():
+        raise ConfigurationError(
+            f"--model_name_or_path: folder {args.model_name_or_path} does not exist; give a folder "
+            "of LoRA adapters"
+        )
     if not holds_adapters(args.model_name_or_path):
         raise ConfigurationError(
             f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"

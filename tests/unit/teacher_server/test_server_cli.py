@@ -10,6 +10,7 @@ import pytest
 
 from shared import __version__
 from teacher_server.cli import main
+from teacher_server.engine_flags import check_engine_flags, vllm_flags
 from tests.support.flags import read_server
 
 
@@ -22,7 +23,7 @@ def refused(capsys, *arguments):
 
 
 def test_a_missing_folder_is_refused(capsys):
-    assert "/no/such: no such folder" in refused(capsys, "/no/such")
+    assert "folder /no/such does not exist" in refused(capsys, "/no/such")
 
 
 def test_a_wrong_value_is_refused(capsys, llama_folder):
@@ -58,14 +59,14 @@ def file_of(tmp_path, text):
 def test_a_file_holds_the_flags_and_the_command_line_wins(tmp_path, monkeypatch, words, expected):
     text = "model: org/file\nport: 8123\ntrust_remote_code: true\nbackend: vllm\n" + (
         "tensor-parallel-size: 2\nenable-prefix-caching: false\ndevice:\n"
-        "hf-overrides: {rope_theta: 1.0}\ndisable-log-requests: [a, b]\n"
+        "hf-overrides: {rope_theta: 1.0}\nallowed-media-domains: [a, b]\n"
     )
     settings = read_server(["serve", *words, *file_of(tmp_path, text)], monkeypatch)
     assert {name: getattr(settings, name) for name in expected} == expected
     assert settings.device == "auto"
     assert settings.engine_flags == (
         "--tensor-parallel-size=2", "--no-enable-prefix-caching",
-        '--hf-overrides={"rope_theta": 1.0}', "--disable-log-requests", "a", "b",
+        '--hf-overrides={"rope_theta": 1.0}', "--allowed-media-domains", "a", "b",
     )  # fmt: skip
 
 
@@ -121,11 +122,55 @@ def test_a_model_that_does_not_load_ends_the_server(capsys, tmp_path):
         ["fly"],
     ],
 )
-def test_wrong_flags_exit_with_two(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    assert "error: " in capsys.readouterr().err
+def test_wrong_flags_exit_with_two_and_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("teacher-server: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["org/m", "--prot", "80"], "--prot: neither this server nor vLLM takes it. Did you mean"),
+        (["--prot", "80"], "takes it. Did you mean --port?"),
+        (["org/m", "--tensor_paralel_size=2"], "Did you mean --tensor-parallel-size?"),
+        (["org/m", "--api-key-fil=k"], "Did you mean --api-key-file?"),
+        (["--model", "org/m"], "give the model alone: teacher-server serve MODEL"),
+    ],
+)
+def test_a_misspelt_flag_is_refused_before_vllm_is_imported(capsys, monkeypatch, flags, message):
+    flags = [*flags, "--backend", "vllm"]
+    names = frozenset({"--tensor-parallel-size", "--enable-prefix-caching"})
+    monkeypatch.setattr("teacher_server.engine_flags.vllm_flags", lambda: names)
+    monkeypatch.setattr("teacher_server.settings.find_spec", lambda name: name)
+    assert message in refused(capsys, *flags)
+
+
+def test_flags_that_vllm_may_know_are_left_to_it(monkeypatch):
+    names = frozenset({"--tensor-parallel-size", "--enable-prefix-caching", "--hf-overrides"})
+    monkeypatch.setattr("teacher_server.engine_flags.vllm_flags", lambda: names)
+    flags = (
+        "--tensor-parallel", "2", "--no-enable-prefix-caching", "--hf_overrides.a=1", "-tp", "2",
+        "--zzz-of-a-plugin",
+    )  # fmt: skip
+    check_engine_flags(flags, "vllm", ["--port", "--device"])
+
+
+def test_the_flags_of_an_installed_vllm_are_read_from_its_source():
+    pytest.importorskip("vllm.engine.arg_utils")
+    assert {"--tensor-parallel-size", "--quantization", "--max-num-seqs"} <= vllm_flags()
+
+
+def test_a_value_of_the_file_is_refused_with_its_line(capsys, tmp_path, llama_folder):
+    file = file_of(tmp_path, f"model: {llama_folder}\n\nmax_held_mib: 2\n")
+    assert f"({file[1]}, line 3)" in refused(capsys, *file)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("yes", True), ("On", True), ("no", False)])
+def test_a_switch_of_the_file_may_be_yes_or_no(tmp_path, monkeypatch, text, expected):
+    file = file_of(tmp_path, f"model: org/m\ntrust_remote_code: {text}\n")
+    assert read_server(["serve", *file], monkeypatch).trust_remote_code is expected
 
 
 def test_the_version_is_shown(capsys):

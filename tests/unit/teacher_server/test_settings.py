@@ -49,9 +49,11 @@ def test_a_value_that_cannot_work_is_refused(folder, changes, message):
         Settings(folder, **changes)
 
 
-@pytest.mark.parametrize("model", ["/no/such/folder", "./missing", "missing", "a/b/c", "~/x"])
+@pytest.mark.parametrize(
+    "model", ["/no/such/folder", "./missing", "missing", "a/b/c", "~/x", "models/foo", "tests/foo"]
+)
 def test_a_missing_folder_is_refused(model):
-    with pytest.raises(ConfigurationError, match=f"{model}: no such folder"):
+    with pytest.raises(ConfigurationError, match=f"folder {model} does not exist"):
         Settings(model)
 
 

@@ -55,7 +55,7 @@ def test_each_error_has_its_exit_code(monkeypatch, capsys, error, code):
     [
         ("json", [], '{"time": "'),
         ("json", ["--log_format", "text"], "student-trainer: error: --config "),
-        ("xml", [], "usage: student-trainer"),
+        ("xml", [], "student-trainer: error: --log_format: "),
     ],
 )
 def test_the_form_of_logs_may_stand_in_the_file_of_flags(tmp_path, form, flags, start):
@@ -72,10 +72,82 @@ def test_the_form_of_logs_may_stand_in_the_file_of_flags(tmp_path, form, flags, 
     assert "unknown key 'log_format'" not in ended.stderr
 
 
-def test_no_command_and_an_unknown_one_end_with_2(capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["destill"], "unknown command 'destill'. Did you mean distill?"),
+        (["train"], "unknown command 'train'. Did you mean distill?"),
+        (["qqq"], "unknown command 'qqq'. There is sft, distill, "),
+        (["--log_format", "xml", "sft"], "--log_format: invalid choice: 'xml'"),
+        (["sft", "--learning_rate", "x"], "--learning_rate: invalid float value: 'x'"),
+        (["sft", "--model", "x"], "'--model'. Did you mean --model_name_or_path?"),
+        (["sft", "--beta", "1"], "It is a flag of `distill`, `evaluate`, not of `sft`."),
+        (["distill", "rows.jsonl"], "unknown argument 'rows.jsonl'. Each value follows its flag"),
+        (["evaluate", "--task", "x"], "Did you mean --suite?"),
+        (["precompute", "--teacher", "x"], "Did you mean --teacher_url?"),
+        (["merge", "--lora_path", "x"], "Did you mean --model_name_or_path?"),
+        (["merge", "--model_name_or_path", "runs/a", "--output_dir", "b"], "folder runs/a does"),
+        (["study", "--only"], "--only: expected one argument"),
+        (["study"], "FILE.yaml is missing; see `student-trainer study --help`"),
+        (["report", "--outputt", "x"], "Did you mean --output?"),
+        (["doctor", "--model"], "Did you mean --model_name_or_path?"),
+        (["completion", "tcsh"], "shell: invalid choice: 'tcsh'"),
+    ],
+)
+def test_a_mistake_ends_with_2_and_one_line(capsys, argv, message):
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("student-trainer: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_no_command_ends_with_2():
     assert cli.main([]) == 2
-    assert cli.main(["destill"]) == 2
-    assert "unknown command 'destill'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sft", "distill", "precompute"])
+@pytest.mark.parametrize("flag", ["--dataset_name", "--eval_dataset_name"])
+@pytest.mark.parametrize("name", ["./rows", "runs/rows", "rows.jsonl"])
+def test_rows_that_are_not_there_are_missed_before_torch_is_imported(
+    capsys, tmp_path, command, flag, name
+):
+    argv = [command, "--model_name_or_path", "org/m", "--output_dir", str(tmp_path / "out")]
+    if flag != "--dataset_name":
+        argv += ["--dataset_name", "org/rows"]
+    if command != "sft":
+        argv += ["--teacher_url", "http://localhost:1"]
+    if command == "precompute":
+        argv += ["--teacher_cache", str(tmp_path / "cache")]
+    assert cli.main([*argv, flag, name]) == 2
+    assert f"{flag} {name}: no such file or folder" in capsys.readouterr().err
+
+
+def test_wrong_flags_and_help_wait_for_no_heavy_import():
+    """Each of these takes longer to import than an answer may take."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from student_trainer.commands.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    for command in ('sft', 'evaluate', 'merge', 'report', 'doctor', 'study'):\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            main([command, '--help'])\n"
+        "        main([command, '--prot', 'x'])\n"
+        "found = {'torch', 'transformers', 'numpy', 'httpx', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(', '.join(found))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_an_error_of_the_file_names_its_line(capsys, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model_name_or_path: org/m\n\nmax_length: 1\n")
+    flags = ["--output_dir", str(tmp_path / "out"), "--dataset_name", "org/d"]
+    assert cli.main(["sft", "--config", str(config), *flags]) == 2
+    assert f"must be at least 2 ({config}, line 3)" in capsys.readouterr().err
 
 
 def test_every_command_is_in_the_usage_and_in_the_document(capsys):

@@ -12,8 +12,9 @@ from shared.errors import ConfigurationError
 from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
 from student_trainer.config.checks import check_merge, check_recipe
 from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.habits import HABITS
 from student_trainer.config.machine import check_machine
-from student_trainer.config.parse import parse, parse_keywords
+from student_trainer.config.parse import _flags, parse, parse_keywords
 from student_trainer.config.training_arguments import checkpoint_of, training_arguments
 from tests.support.flags import checked
 
@@ -126,7 +127,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
             ["--teacher_protocol", "vllm", "--teacher_logprob_dtype", "float32"],
             "--teacher_logprob_dtype float32 has no effect with --teacher_protocol vllm",
         ),
-        (["--model_name_or_path", "/no/such/model"], "no such folder"),
+        (["--model_name_or_path", "/no/such/model"], "folder /no/such/model does not exist"),
         (["--use_peft", "false"], "--lora_r has no effect without --use_peft"),
         (["--dataset_name", "a", ""], "--dataset_name holds an empty name"),
         (["--dataset_weights", "1"], "--dataset_weights 1 has no effect on one dataset"),
@@ -389,7 +390,7 @@ def test_yaml_holds_the_same_names_and_the_command_line_wins(model_folder, tmp_p
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("lamda: 1\n", "unknown key 'lamda'; did you mean lmbda?"),
+        ("lamda: 1\n", "unknown key 'lamda'. Did you mean lmbda?"),
         ("lmbda: half\n", "key lmbda: invalid float value: 'half'"),
         ("max_steps: true\n", "key max_steps: invalid int value: True"),
         ("bf16: maybe\n", "key bf16: invalid value: 'maybe' (choose from true, false)"),
@@ -415,6 +416,54 @@ def test_an_unquoted_no_in_yaml_is_the_choice_no(model_folder, tmp_path):
     assert (args.save_strategy, args.eval_strategy) == (SaveStrategy.STEPS, IntervalStrategy.NO)
     *_, flags = parse(["--config", str(path)], *TYPES, prog="", description="")
     assert (flags.save_strategy, flags.eval_strategy) == ("no", "no")
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "value"),
+    [
+        ("save_strategy", "no", "no"),
+        ("eval_strategy", "NO", "no"),
+        ("packing", "on", "on"),
+        ("packing", "Off", "off"),
+        ("packing", "false", "off"),
+        ("packing", "true", "on"),
+        ("report_to", "no", ["no"]),
+        ("run_name", "off", "off"),
+        ("bf16", "yes", True),
+        ("bf16", "off", False),
+    ],
+)
+def test_yes_and_no_of_yaml_are_what_the_flag_takes(tmp_path, flag, text, value):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{flag}: {text}\n")
+    *_, flags = parse(["--config", str(path)], *TYPES, prog="", description="")
+    assert getattr(flags, flag) == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("model", "model_name_or_path"),
+        ("teacher", "teacher_url"),
+        ("dataset", "dataset_name"),
+        ("lr", "learning_rate"),
+        ("epochs", "num_train_epochs"),
+        ("batch-size", "per_device_train_batch_size"),
+        ("max_seq_length", "max_length"),
+        ("max_completion_length", "max_new_tokens"),
+        ("evaluation_strategy", "eval_strategy"),
+        ("lora_rank", "lora_r"),
+        ("teach", "teacher_url"),
+    ],
+)
+def test_names_of_other_programs_are_understood(typed, meant):
+    with pytest.raises(ConfigurationError, match=f"'--{typed}'.*--{meant}"):
+        parse([f"--{typed}", "x"], *TYPES, prog="student-trainer distill", description="")
+
+
+def test_every_habit_leads_to_a_flag():
+    known = {name for types in ARGUMENTS.values() for name in _flags(types)}
+    assert {flag for flags in HABITS.values() for flag in flags} <= known
 
 
 def test_missing_yaml_is_refused(tmp_path):

@@ -81,7 +81,7 @@ def test_a_mistake_is_named_with_file_and_key(tmp_path, content, message):
     ("flags", "message"),
     [
         ({"top_k": 4, "lmbda": 1}, "cells.b.flags.top_k: distill has no such flag"),
-        ({"lambda": 0.5}, "cells.b.flags.lambda: distill has no such flag; did you mean lmbda?"),
+        ({"lambda": 0.5}, "cells.b.flags.lambda: distill has no such flag. Did you mean lmbda?"),
         (
             {"max_steps": "many"},
             "cells.b.flags.max_steps: invalid int value",

@@ -1,0 +1,48 @@
+"""Check, before torch is imported, that flags name rows that are there, and a usable folder."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from shared.errors import ConfigurationError, DatasetError
+from shared.model_names import looks_local
+from student_trainer.config.arguments import DataArguments, DatasetArguments
+
+_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow",
+    ".gz", ".bz2", ".xz", ".zst",
+)  # fmt: skip
+
+
+def check_output_folder(folder: str | None) -> None:
+    """Check that ``--output_dir`` could be made and written to; nothing is made.
+
+    Raises:
+        ConfigurationError: it could not.
+    """
+    path = Path(folder or "")
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigurationError(
+            f"--output_dir {path}: {nearest} is no folder that can be written to; give another"
+        )
+
+
+def check_rows_exist(dataset: DatasetArguments, data: DataArguments | None = None) -> None:
+    """Check that datasets which cannot be Hub ids are there; what they hold is read later.
+
+    Raises:
+        DatasetError: names the flag and the path.
+    """
+    names = [("dataset_name", name) for name in dataset.dataset_name if dataset.rows is None]
+    if data is not None and data.eval_rows is None and data.eval_dataset_name:
+        names.append(("eval_dataset_name", data.eval_dataset_name))
+    for flag, name in names:
+        local = looks_local(name) or name.lower().endswith(_SUFFIXES)
+        if local and not glob.has_magic(name) and not Path(name).expanduser().exists():
+            raise DatasetError(
+                f"--{flag} {name}: no such file or folder; give a file of rows, a folder of them, "
+                "a glob, or a Hub id"
+            )
