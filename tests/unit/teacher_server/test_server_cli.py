@@ -156,8 +156,8 @@ def test_help_names_every_flag_and_loads_no_model_library():
 def test_a_signal_does_not_wait_for_a_model_that_loads_for_minutes(llama_folder):
     code = (
         "import sys, time\n"
-        "from teacher_server import cli\n"
-        "cli._make_backend = lambda *_: time.sleep(120)\n"
+        "from teacher_server import cli, serve\n"
+        "serve.make_backend = lambda *_: time.sleep(120)\n"
         f"sys.exit(cli.main(['serve', {str(llama_folder)!r}, '--port', '0']))\n"
     )
     server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
