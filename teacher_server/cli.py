@@ -66,15 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.pop("log_format"), level=values.pop("log_level"),
         text="%(asctime)s %(levelname)s %(message)s",
     )  # fmt: skip
-    # Imported here, so that `bench` does not wait for a web framework.
-    from teacher_server import serve as server
-    from teacher_server.limits.auth import load_keys
-    from teacher_server.settings import Settings
-
     try:
+        # Imported here, so that `bench` does not wait for a web framework, nor need one.
+        from teacher_server import serve as server
+        from teacher_server.limits.auth import load_keys
+        from teacher_server.settings import Settings
+
         settings = Settings(**values)
         keys = load_keys(settings)
         listener = server.listen(settings)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed; pip install 'sparse-gkd[teacher]'", 2)
     except ConfigurationError as error:
         return _fail(error, 2)
     with listener:
@@ -204,6 +206,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return parser, serve
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     logs.log_failure("teacher-server", str(error))
     return code

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import re
 from dataclasses import dataclass, fields
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from teacher_server.bench.connection import Address, Connection
+
+_SAMPLE = re.compile(r"([\w:]+)(?:\{(.*)\})? (\S+)")
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ def read_server_times(address: Address, kind: str) -> ServerTimes | None:
 def parse_metrics(text: str, kind: str) -> ServerTimes:
     """Return the sums that metrics in Prometheus' text format hold for a kind of request.
 
-    With vLLM the engine's own queue stands for ours, which its sequences do not pass.
+    With vLLM the engine's own queue stands for ours, which its sequences do not pass. The format is
+    read here, since prometheus_client is installed with a server alone and this command anywhere.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: a value that is looked for is no number.
     """
     of_kind, route = {"kind": kind}, {"route": f"/v1/{kind}"}
     wanted = {
@@ -66,9 +69,9 @@ def parse_metrics(text: str, kind: str) -> ServerTimes:
         "vllm:request_queue_time_seconds_sum": ("waiting", {}),
     }
     sums = dict.fromkeys((one.name for one in fields(ServerTimes)), 0.0)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            name, labels = wanted.get(sample.name, ("", {}))
-            if name and labels.items() <= sample.labels.items():
-                sums[name] += sample.value
+    for line in text.splitlines():
+        sample = _SAMPLE.match(line)
+        name, labels = wanted.get(sample[1] if sample else "", ("", {}))
+        if sample and name and labels.items() <= dict(_LABEL.findall(sample[2] or "")).items():
+            sums[name] += float(sample[3])
     return ServerTimes(**sums)
