@@ -9,13 +9,15 @@ JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 .PHONY: help quickstart test test-real test-faults real-tokenizers real-models check docs audit \
-  audit-known format clean
+  audit-known format clean test-versions release-check
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make test-real    tests on published tokenizers and models, which it fetches (800 MB)"
 	@echo "make test-faults  every fault of docs/explanation/reliability.md, the slow ones too"
+	@echo "make test-versions  the oldest and the newest releases that pyproject.toml allows (8 GB)"
+	@echo "make release-check  build wheel and sdist, check them, run both commands from them"
 	@echo "make check        lint, format, types, layers, docs, and what is known of the pinned versions"
 	@echo "make docs         the documentation site, into build/site"
 	@echo "make audit        the last, strictly: every version must be known to PyPI"
@@ -61,6 +63,33 @@ real-models: .venv/ready
 test-faults: .venv/ready
 	$(PYTEST) tests/faults -m '' -rs
 
+# Each in an environment of its own, without vLLM. TORCH_OLDEST=2.13.0+cpu takes another one, such as
+# the CPU build of a wheel folder or of PyTorch's own index; PyPI's bring CUDA, 4 GB each.
+TORCH_OLDEST ?= $(shell sed -n s/^torch==//p constraints-oldest.txt)
+TORCH_NEWEST ?=
+VERSIONS = tests/unit/shared tests/unit/teacher_server tests/unit/student_trainer
+VERSIONS_TOOLS = hypothesis psutil 'pytest<9.2' pytest-timeout pytest-xdist
+test-versions: .venv-oldest/ready .venv-newest/ready
+	@for end in oldest newest; do \
+	  .venv-$$end/bin/pip list 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|fastapi|pydantic) '; \
+	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest --numprocesses $(JOBS) --dist loadgroup \
+	    -m 'not vllm and not slow_fault' $(VERSIONS) || exit 1; \
+	done
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -v ^torch== constraints-oldest.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check torch==$(TORCH_OLDEST)
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check \
+	  -c .venv-oldest/constraints.txt -e '.[teacher,trainer]' $(VERSIONS_TOOLS)
+	touch .venv-oldest/ready
+
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check 'torch$(TORCH_NEWEST)'
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check -e '.[teacher,trainer]' $(VERSIONS_TOOLS)
+	touch .venv-newest/ready
+
 check: .venv/ready docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,5 +127,5 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-audit runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-audit .venv-oldest .venv-newest .venv-release runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

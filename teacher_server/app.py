@@ -24,6 +24,7 @@ from teacher_server.openai.adapter import OpenAIAdapter
 from teacher_server.routes.table import ROUTES
 from teacher_server.service import Service
 from teacher_server.settings import Settings
+from teacher_server.throughput import Throughput
 
 
 class TeacherApp:
@@ -32,6 +33,7 @@ class TeacherApp:
     def __init__(self, settings: Settings, metrics: Metrics, keys: ApiKeys) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.throughput = Throughput(metrics)
         self.keys = keys
         self.admission = Admission(
             settings.max_queued_tokens, settings.max_held_mib << 20, settings.request_timeout,
@@ -107,8 +109,9 @@ class TeacherApp:
         service = Service(self.loaded, self.check_alive, self.in_flight, self.metrics, self.openai)
         # Keys are looked up at each request, since they can be replaced.
         wrapper = EndpointWrapper(
-            lambda sent: self.keys.check(sent), self.admission, self.pool, self.metrics
-        )
+            lambda sent: self.keys.check(sent), self.admission, self.pool, self.metrics,
+            self.throughput, self.settings.log_requests,
+        )  # fmt: skip
         for route in ROUTES:
             endpoint = wrapper.wrap(
                 route.path, partial(route.handler, service), refusal=route.refusal,

@@ -7,41 +7,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import gc
-import logging
-import multiprocessing
-import os
-import resource
-import signal
-import socket
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
-
-import uvicorn
+from collections.abc import Sequence
+from typing import Any, get_args
 
 from shared import __version__, logs
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
 from shared.yaml_file import config_path, flag_arguments, read_config, where_given
-from teacher_server.limits.auth import ENVIRONMENT, ApiKeys, load_keys
+from teacher_server.bench import command as bench
 from teacher_server.orphans import end_with_parent
-from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
-
-if TYPE_CHECKING:
-    from teacher_server.app import TeacherApp
-    from teacher_server.backends.base import Backend
-    from teacher_server.metrics import Metrics
-
-logger = logging.getLogger("teacher_server")
 
 end_with_parent()  # here, as both ways to start the program import this module
 
-# Connections that the kernel keeps until they are accepted.
-_WAITING_CONNECTIONS = 1024
 _COMPLETION = {
     "completion": CommandArguments(
         "a script that completes flags in bash, zsh or fish", choices=SHELLS
@@ -49,6 +28,7 @@ _COMPLETION = {
 }
 # Settings that are on or off: a file may say so in any of YAML's ways.
 _SWITCHES = ("trust-remote-code", "allow-unauthenticated")
+_SERVE = "load a model and answer requests"
 _EPILOG = """\
 vLLM's engine flags
   After MODEL, --backend vllm takes every other flag of `vllm serve`'s engine under its own name,
@@ -66,14 +46,20 @@ Memory for scoring
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser, serve = _parsers()
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:  # needs nothing of the server
+        return bench.main(argv[1:])
+    parser, serve = _parsers()
     try:
         parsed, engine_flags = parser.parse_known_args(_with_file(argv))
     except ConfigurationError as error:
         return _fail(f"{error}{where_given(str(error), argv)}", 2)
     if parsed.command == "completion":
-        commands = {"serve": arguments_of(serve, "load a model and answer requests"), **_COMPLETION}
+        commands = {
+            "serve": arguments_of(serve, _SERVE),
+            "bench": arguments_of(bench.parser(), bench.HELP),
+            **_COMPLETION,
+        }
         sys.stdout.write(completion_script(parsed.shell, "teacher-server", commands))
         return 0
     del parsed.command, parsed.config
@@ -83,13 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         text="%(asctime)s %(levelname)s %(message)s",
     )  # fmt: skip
     try:
+        # Imported here, so that `bench` does not wait for a web framework, nor need one.
+        from teacher_server import serve as server
+        from teacher_server.limits.auth import load_keys
+        from teacher_server.settings import Settings
+
         settings = Settings(**values)
         keys = load_keys(settings)
-        listener = _listen(settings)
+        listener = server.listen(settings)
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is not installed; pip install 'sparse-gkd[teacher]'", 2)
     except ConfigurationError as error:
         return _fail(f"{error}{where_given(str(error), argv)}", 2)
     with listener:
-        return asyncio.run(_serve(settings, keys, listener))
+        return asyncio.run(server.serve(settings, keys, listener))
 
 
 def _with_file(argv: Sequence[str]) -> list[str]:
@@ -124,6 +117,9 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """Return the parser of the program, and that of `serve`."""
+    from teacher_server.limits.auth import ENVIRONMENT
+    from teacher_server.settings import BackendName, DeviceName, DtypeName, Settings
+
     defaults = Settings.__dataclass_fields__
     parser = OneLineParser(
         prog="teacher-server",
@@ -131,10 +127,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
+    bench.add_arguments(commands.add_parser("bench", help=bench.HELP))
     completion = commands.add_parser("completion", help=_COMPLETION["completion"].help)
     completion.add_argument("shell", choices=SHELLS)
     serve = commands.add_parser(
-        "serve", help="load a model and answer requests", epilog=_EPILOG,
+        "serve", help=_SERVE, epilog=_EPILOG,
         usage="teacher-server serve MODEL [flags]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -196,6 +193,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add(limits, "--drain-timeout", "seconds for what runs at shutdown", type=float)
 
     lines = serve.add_argument_group("logs")
+    switch(
+        lines, "--log-requests",
+        "log a line about each request, beside the line of throughput each minute; without, those "
+        "alone that failed by the server's own fault (5xx) have one",
+    )  # fmt: skip
     lines.add_argument(
         "--log-level", default="info", choices=["debug", "info", "warning", "error"],
         help="(default: info)",
@@ -205,156 +207,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="json: an object a line, with the request's id (default: text)",
     )  # fmt: skip
     return parser, serve
-
-
-def _listen(settings: Settings) -> socket.socket:
-    """Return the listening socket, taken before the model loads.
-
-    Raises:
-        ConfigurationError: the port is in use, or the address is not this machine's.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(_WAITING_CONNECTIONS)
-    except OSError as error:
-        listener.close()
-        raise ConfigurationError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror}. "
-            "Choose another --port, or stop what uses it"
-        ) from error
-    return listener
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that drains on SIGTERM and SIGINT and then ends with exit code 0."""
-
-    def __init__(self, config: uvicorn.Config, app: TeacherApp) -> None:
-        super().__init__(config)
-        self.teacher_app = app
-        self._draining: asyncio.Task[None] | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():  # asyncio has set the backlog to that of `uvicorn.Config`
-            listener.listen(_WAITING_CONNECTIONS)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain, number)
-        yield
-
-    def _drain(self, number: signal.Signals) -> None:
-        if self._draining is not None:  # a second signal ends the server at once
-            self.handle_exit(number, None)
-            return
-        logger.info("%s: finishing what runs, taking nothing new", number.name)
-        self._draining = asyncio.create_task(self._finish(number))
-
-    async def _finish(self, number: signal.Signals) -> None:
-        """Keep listening until all admitted requests are answered; new ones are refused."""
-        patience = self.teacher_app.settings.drain_timeout
-        since = time.monotonic()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self.teacher_app.admission.drain()
-        # The rest of the time is for answers that are still being sent.
-        remaining = patience - (time.monotonic() - since)
-        self.config.timeout_graceful_shutdown = max(1, round(remaining))
-        self.handle_exit(number, None)
-
-
-async def _serve(settings: Settings, keys: ApiKeys, listener: socket.socket) -> int:
-    # Imported here, so that --help and wrong flags do not wait for FastAPI.
-    from teacher_server.app import TeacherApp
-    from teacher_server.http.event_loop import limit_log_lines, survive_full_tables, watch_lag
-    from teacher_server.http.protocol import GuardedProtocol, raise_descriptor_limit
-    from teacher_server.metrics import Metrics
-
-    raise_descriptor_limit()
-    app = TeacherApp(settings, Metrics(), keys)
-    server = _Server(
-        uvicorn.Config(
-            app.api,
-            log_level="warning",
-            log_config=None,  # uvicorn's lines then have our format
-            access_log=False,  # our own access log has the request's id
-            lifespan="off",
-            http=GuardedProtocol,  # on h11, as httptools sets no limit to headers
-            ws="none",
-            # asyncio accepts this many connections before it serves the first of them.
-            backlog=max(1, min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 32)),
-            # Longer than clients keep idle connections, so that none is closed under a request.
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(settings.drain_timeout)),
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
-        ),
-        app,
-    )
-    host, port = listener.getsockname()[:2]
-    scheme = "https" if settings.ssl_certfile else "http"
-    logger.info("Listening on %s://%s:%d; loading %s", scheme, host, port, settings.model)
-    if not settings.loopback and not keys:
-        logger.warning("--allow-unauthenticated: everyone who reaches this port may use it")
-    if not settings.loopback and scheme == "http":
-        logger.warning("Keys and tokens travel unencrypted; --ssl-certfile encrypts them")
-    # Threads that work on bodies then give the interpreter back to the event loop soon.
-    sys.setswitchinterval(0.001)
-    limit_log_lines()
-    survive_full_tables(asyncio.get_running_loop())
-    loading = asyncio.create_task(_load(app, settings, server))
-    watching = asyncio.create_task(watch_lag(app.metrics.loop_lag.observe))
-    await server.serve(sockets=[listener])
-    watching.cancel()
-    if app.backend is not None:
-        await app.backend.close()
-    if not loading.done():
-        # A normal end would wait for the loading thread, which nothing can interrupt.
-        for engine in multiprocessing.active_children():
-            engine.terminate()
-        logging.shutdown()
-        os._exit(0)
-    return loading.result()
-
-
-async def _load(app: TeacherApp, settings: Settings, server: _Server) -> int:
-    """Load the model while the socket already answers; return the exit code, 0 for success."""
-    try:
-        loop = asyncio.get_running_loop()
-        backend = await asyncio.to_thread(_make_backend, settings, app.metrics, loop)
-    except ConfigurationError as error:
-        server.should_exit = True
-        return _fail(error, 2)
-    except Exception as error:
-        logger.exception("The model failed to load")
-        server.should_exit = True
-        return _fail(error, 1)
-    # The objects that exist now stay, and each search of them for garbage takes 0.3 s.
-    await asyncio.to_thread(gc.collect)
-    gc.freeze()
-    app.ready(backend)
-    logger.info("Ready: %s", backend.facts.teacher)
-    return 0
-
-
-def _make_backend(settings: Settings, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> Backend:
-    # Imported here, so that --help and wrong flags do not wait for torch or vllm.
-    why = " (--backend auto)" if settings.backend == "auto" else ""
-    logger.info("Backend: %s%s", settings.engine, why)
-    if settings.engine == "vllm":
-        from teacher_server.backends.vllm import VllmBackend
-
-        logs.adopt("transformers", "huggingface_hub")
-        return VllmBackend(settings, metrics, loop)
-    from teacher_server.backends.transformers import TransformersBackend
-
-    logs.adopt("transformers", "huggingface_hub")
-    return TransformersBackend(settings, metrics)
 
 
 def _fail(error: Exception | str, code: int) -> int:

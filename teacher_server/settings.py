@@ -50,6 +50,7 @@ class Settings:
     score_chunk_mib: int = 128
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
+    log_requests: bool = False
     # vLLM's own flags as given: ("--tensor-parallel-size", "2", …)
     engine_flags: tuple[str, ...] = ()
 

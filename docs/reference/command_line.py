@@ -103,7 +103,7 @@ def _is_shared(name: str, command: str) -> bool:
 
 
 def teacher_server_page() -> str:
-    """Return the page of `teacher-server serve`."""
+    """Return the page of the commands `serve` and `bench`."""
     top = _parser(teacher_server.cli.main, "teacher-server", [])
     commands = next(a.choices for a in parser_actions(top) if isinstance(a.choices, dict))
     parser = commands["serve"]
@@ -113,6 +113,15 @@ def teacher_server_page() -> str:
     for section in (parser.epilog or "").strip().split("\n\n"):
         title, _, text = section.partition("\n")
         lines += ["", f"## {title}", "", escaped(inspect.cleandoc("\n" + text))]
+    bench = commands["bench"]
+    lines += [
+        "",
+        "## bench",
+        "",
+        escaped(bench.description or "") + " " + escaped(bench.epilog or ""),
+    ]
+    for actions in _by_name(bench, without=("help",)).values():
+        lines += ["", *_entry(actions, f"bench-{actions[0].dest}")]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,17 @@ from student_trainer.config.commands import COMMANDS
 from student_trainer.runtime.terminal import no_bars_in_logs
 from student_trainer.runtime.threads import end_process
 
+# Of the extra `trainer`: without them, as after `pip install sparse-gkd`, only help is to be had.
+_TRAINER = {
+    "accelerate",
+    "datasets",
+    "httpx",
+    "jinja2",
+    "peft",
+    "tenacity",
+    "torch",
+    "transformers",
+}
 _LIST = "\n".join(f"  {name.ljust(10)} {command.help}" for name, command in COMMANDS.items())
 USAGE = f"""\
 usage: student-trainer COMMAND [flags]
@@ -75,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = where_given(str(error), arguments) if error.exit_code == 2 else ""
         return _fail(f"{error}{where}", error.exit_code)
     except ImportError as error:  # a flag needs a package that is not installed
+        missing = (error.name or "").split(".")[0]
+        if isinstance(error, ModuleNotFoundError) and missing in _TRAINER:
+            return _fail(f"{missing} is not installed; pip install 'sparse-gkd[trainer]'", 2)
         return _fail(str(error), 2)
     return 0
 

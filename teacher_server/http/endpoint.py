@@ -28,6 +28,7 @@ from teacher_server.http.replies import (
 from teacher_server.limits.admission import Admission, ClientGoneError
 from teacher_server.limits.pool import FairPool
 from teacher_server.metrics import Metrics
+from teacher_server.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +47,17 @@ class EndpointWrapper:
             has no keys; raises `UnauthorizedError`.
         admission, pool: for the `Exchange` of each request.
         metrics: counts requests and refusals.
+        throughput: is told of each request, for the line of each minute.
+        log_requests: True for a line about each request; else only those that failed by the
+            server's own fault (5xx) have one.
     """
 
     check_key: Callable[[str | None], str]
     admission: Admission
     pool: FairPool
     metrics: Metrics
+    throughput: Throughput
+    log_requests: bool = False
 
     def wrap(
         self,
@@ -69,7 +75,7 @@ class EndpointWrapper:
             handler: answers a request.
             refusal: makes an answer of an error.
             needs_key: False where everyone may ask.
-            log_level: of the line about each request.
+            log_level: of the line about each request, if there is one.
         """
 
         async def endpoint(request: Request) -> Answer:
@@ -117,7 +123,12 @@ class EndpointWrapper:
         seconds = time.perf_counter() - since
         self.metrics.requests.labels(exchange.route, str(status)).inc()
         self.metrics.latency.labels(exchange.route).observe(seconds)
-        _log_access(exchange, log_level, status, seconds)
+        if exchange.work and status < 400:
+            self.throughput.answered(seconds)
+        elif status >= 400 and status != CLIENT_GONE and log_level > logging.DEBUG:
+            self.throughput.refused()
+        told = self.log_requests or status >= 500
+        _log_access(exchange, log_level if told else logging.DEBUG, status, seconds)
         exchange.held.free()
 
     def _identify(self, exchange: Exchange) -> None:

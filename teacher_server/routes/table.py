@@ -34,8 +34,8 @@ class Route:
         bodies: the messages, for the documentation.
         refusal: makes an answer of an error.
         needs_key: False for routes that a load balancer calls without a key.
-        log_level: of the line about each request; DEBUG for routes that are called every few
-            seconds.
+        log_level: of the line about each request, if there is one; DEBUG for routes that are called
+            every few seconds.
     """
 
     method: Literal["GET", "POST"]

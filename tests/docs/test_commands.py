@@ -28,6 +28,7 @@ from packaging.requirements import Requirement
 import student_trainer.commands.main
 import student_trainer.commands.run_training
 import teacher_server.cli
+import teacher_server.serve
 import teacher_server.settings
 from shared.errors import ConfigurationError
 from teacher_server.app import TeacherApp
@@ -275,6 +276,11 @@ class Page:
         self.url = self.stack.enter_context(serving(app))
         return "ran"
 
+    def bench(self, text):
+        assert (
+            teacher_server.cli.main([*shlex.split(text)[1:], "--quick", "--num-prompts", "1"]) == 0
+        )
+
     def prepare(self, text):
         """The example's data, of which a few rows are kept."""
         with mock.patch.object(sys, "argv", shlex.split(text)[2:]):
@@ -306,6 +312,7 @@ RULES = {
     r"accelerate launch ": Page.accelerate,
     r"torchrun ": Page.torchrun,
     r"teacher-server serve ": Page.serve,
+    r"teacher-server bench ": Page.bench,
     r"python -m examples\.mini_humaneval\.prepare ": Page.prepare,
     r"python -m (benchmarks|examples)\.": Page.module,
     r"curl ": Page.curl,
@@ -326,7 +333,7 @@ RULES = {
 def settings_of(words):
     """Return the settings that `teacher-server` makes of arguments, keys and certificates."""
     with (
-        mock.patch.object(teacher_server.cli, "_listen", side_effect=ConfigurationError) as listen,
+        mock.patch.object(teacher_server.serve, "listen", side_effect=ConfigurationError) as listen,
         # Flags of vLLM's engine have a test of their own.
         mock.patch.object(teacher_server.settings, "find_spec", return_value=True),
     ):

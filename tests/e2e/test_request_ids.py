@@ -18,7 +18,8 @@ def run(unserved_world, tmp_path_factory):
     """Lines of (trainer, teacher): two processes, and two failed attempts between them."""
     folder = tmp_path_factory.mktemp("logs")
     port, log = free_port(), folder / "teacher.log"
-    teacher = start_server(unserved_world.teacher, "--log-format", "json", port=port, log=log)
+    flags = ["--log-format", "json", "--log-requests"]
+    teacher = start_server(unserved_world.teacher, *flags, port=port, log=log)
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     try:

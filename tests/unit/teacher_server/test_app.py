@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -599,7 +600,8 @@ def lines():
 
 def test_a_request_is_one_line_that_tells_nothing_of_what_it_holds(app, lines):
     key = "k" * 32
-    locked = TeacherApp(app.settings, Metrics(), ApiKeys([key]))
+    settings = replace(app.settings, log_requests=True)
+    locked = TeacherApp(settings, Metrics(), ApiKeys([key]))
     locked.ready(Engine())
     headers = {"authorization": f"Bearer {key}", "x-request-id": "run-7_step-3"}
     call(locked, "POST", "/v1/score", json=body(1), headers=headers)
@@ -629,6 +631,37 @@ def test_the_line_of_an_error_has_the_id_of_its_request(app, lines):
     assert failed["level"] == "error"
     assert "ZeroDivisionError" in failed["exception"]
     assert answered["status"] == 500
+
+
+def test_a_minute_is_one_line_and_a_quiet_minute_none(app, lines):
+    app.throughput.log()
+    assert lines == []
+    for first in (1, 2, 3):
+        call(app, "POST", "/v1/score", json=body(first))
+    call(app, "POST", "/v1/generate", json={"prompts": [[5, 6]], "max_new_tokens": 2, "seed": 1})
+    call(app, "POST", "/v1/score", json={**body(1), "top_k": 101})
+    call(app, "GET", "/v1/info")
+    call(app, "GET", "/ready")
+    assert lines == []
+    app.throughput.log()
+    app.throughput.log()
+    (line,) = lines
+    pattern = (
+        r"Last \d+ s: 4 requests, \d+ scored tokens/s, \d+ generated tokens/s, "
+        r"0 sequences waiting, p50 \d\.\d{3} s, p99 \d\.\d{3} s, 1 refused"
+    )
+    assert re.fullmatch(pattern, line["message"])
+    assert (line["requests"], line["refused"], line["waiting"]) == (4, 1, 0)
+    # Rates are rounded; three scored sequences have two positions each.
+    scored = line["scored_tokens_per_second"] * line["period_seconds"]
+    assert 6 - scored <= line["period_seconds"]
+    assert line["generated_tokens_per_second"] > 0
+    assert 0 < line["p50_seconds"] <= line["p99_seconds"]
+
+
+def test_what_fails_by_the_servers_own_fault_has_a_line(app, lines):
+    call(app, "POST", "/v1/score", json=body(98))
+    assert [line["status"] for line in lines if "status" in line] == [500]
 
 
 def test_the_state_is_a_metric(tmp_path):

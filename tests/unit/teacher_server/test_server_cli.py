@@ -198,11 +198,26 @@ def test_help_names_every_flag_and_loads_no_model_library():
         assert flag in shown.stdout
 
 
+def test_without_the_extra_serve_names_it():
+    code = (
+        "import sys\n"
+        "sys.modules['uvicorn'] = None\n"
+        "from teacher_server.cli import main\n"
+        "sys.exit(main(['serve', 'org/model']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    expected = (
+        "teacher-server: error: uvicorn is not installed; pip install 'sparse-gkd[teacher]'\n"
+    )
+    assert done.stderr == expected
+
+
 def test_a_signal_does_not_wait_for_a_model_that_loads_for_minutes(llama_folder):
     code = (
         "import sys, time\n"
-        "from teacher_server import cli\n"
-        "cli._make_backend = lambda *_: time.sleep(120)\n"
+        "from teacher_server import cli, serve\n"
+        "serve.make_backend = lambda *_: time.sleep(120)\n"
         f"sys.exit(cli.main(['serve', {str(llama_folder)!r}, '--port', '0']))\n"
     )
     server = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)

