@@ -4,7 +4,6 @@ import contextlib
 import signal
 import socket
 import threading
-import time
 
 import httpx
 import psutil
@@ -31,10 +30,10 @@ def long_generation(url):
     request = httpx.Request("POST", f"{url}/v1/generate", json=LONG)
     head = f"POST /v1/generate HTTP/1.1\r\nHost: {host}\r\n"
     head += "".join(f"{k}: {v}\r\n" for k, v in request.headers.items() if k != "host")
-    until(lambda: metric(url, "teacher_queued_tokens") == 0, 5)
+    until(lambda: metric(url, "teacher_queued_tokens") == 0)
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(head.encode() + b"\r\n" + request.content)
-        until(lambda: metric(url, "teacher_queued_tokens") == 7_003, 5)
+        until(lambda: metric(url, "teacher_queued_tokens") == 7_003)
         yield connection
 
 
@@ -52,7 +51,7 @@ def test_a_client_who_leaves_frees_the_queue_and_the_model(strict):
     left = metric(strict.url, LEFT)
     with long_generation(strict.url):
         pass
-    until(lambda: metric(strict.url, LEFT) == left + 1, 5)  # at the deadline it would be a 504
+    until(lambda: metric(strict.url, LEFT) == left + 1)  # at the deadline it would be a 504
     assert metric(strict.url, "teacher_queued_tokens") == 0
     # The model thread is free too: behind 7,000 tokens this would take the deadline's 504.
     assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
@@ -60,7 +59,7 @@ def test_a_client_who_leaves_frees_the_queue_and_the_model(strict):
 
 @only("vllm")
 def test_a_client_who_leaves_ends_the_engines_request(strict):
-    """Not only the answer is dropped: vLLM stops decoding what would take it 20 s more."""
+    """Not only the answer is dropped: vLLM decodes no more of its 7,000 tokens."""
 
     def running():
         return engine_metric(strict.url, "num_requests_running")
@@ -72,20 +71,18 @@ def test_a_client_who_leaves_ends_the_engines_request(strict):
         return running() == 0
 
     left = metric(strict.url, LEFT)
+    before = engine_metric(strict.url, "generation_tokens_total")
     with long_generation(strict.url):
-        until(lambda: running() == 1, 5)
+        until(lambda: running() == 1)
         assert not idle()
-    until(lambda: metric(strict.url, LEFT) == left + 1, 5)
-    until(idle, 5)
-    decoded = engine_metric(strict.url, "generation_tokens_total")
-    time.sleep(0.5)
-    assert idle()
-    assert engine_metric(strict.url, "generation_tokens_total") <= decoded + 2
+    until(lambda: metric(strict.url, LEFT) == left + 1)
+    until(idle)
+    assert engine_metric(strict.url, "generation_tokens_total") < before + 7_000
 
 
 def test_a_late_answer_is_given_up_and_its_work_cancelled(strict):
     response = httpx.post(f"{strict.url}/v1/generate", json=LONG, timeout=20)
-    assert "not answered within 5.0 s" in problem(response, 504).detail
+    assert "not answered within 5 s" in problem(response, 504).detail
     # Behind the rest of its 7,000 tokens this would take the deadline's 504.
     assert httpx.post(f"{strict.url}/v1/score", json=SHORT, timeout=10).status_code == 200
 
@@ -105,7 +102,7 @@ def test_scoring_waits_for_one_generation_at_most(long_folder, backend):
         clients = [threading.Thread(target=generate, args=[7 + i]) for i in range(8)]
         for client in clients:
             client.start()
-        until(lambda: metric(url, "teacher_queued_jobs") == 8, 10)
+        until(lambda: metric(url, "teacher_queued_jobs") == 8)
         assert httpx.post(f"{url}/v1/score", json=SHORT, timeout=60).status_code == 200
         finished_before = len(done)
         for client in clients:
@@ -128,7 +125,7 @@ def test_the_engine_takes_clients_in_turns(strict):
 
     flood = threading.Thread(target=generate, args=["flood", 8])
     flood.start()
-    until(lambda: metric(strict.url, "teacher_queued_jobs") == 8, 5)
+    until(lambda: metric(strict.url, "teacher_queued_jobs") == 8)
     assert generate("another", 1) == 200
     flood.join()  # on a slow machine it is late, and refused
     assert done == ["another", "flood"]
@@ -149,7 +146,7 @@ def server_process(folder, tmp_path, *arguments):
 def test_while_the_model_loads_the_server_is_alive_not_ready_and_free_to_go(long_folder, tmp_path):
     with server_process(long_folder, tmp_path) as (server, url, log):
         address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
-        until(lambda: socket.socket().connect_ex(address) == 0, 20)
+        until(lambda: socket.socket().connect_ex(address) == 0)
         assert httpx.get(f"{url}/health").status_code == 200
         assert "loading" in problem(httpx.get(f"{url}/ready"), 503).detail
         refused = httpx.post(f"{url}/v1/score", json=SHORT)

@@ -15,7 +15,7 @@ from tests.support.vllm import only
 
 def test_sigterm_finishes_what_runs_and_exits_with_zero(strict):
     server, url, log = strict.server.process, strict.url, strict.server.log
-    until(lambda: metric(url, "teacher_queued_tokens") == 0, 60)
+    until(lambda: metric(url, "teacher_queued_tokens") == 0)
     answers = []
 
     def generate():
@@ -24,9 +24,9 @@ def test_sigterm_finishes_what_runs_and_exits_with_zero(strict):
 
     client = threading.Thread(target=generate)
     client.start()
-    until(lambda: metric(url, "teacher_queued_tokens") == 403, 60)
+    until(lambda: metric(url, "teacher_queued_tokens") == 403)
     server.send_signal(signal.SIGTERM)
-    until(lambda: httpx.get(f"{url}/ready").status_code == 503, 60)
+    until(lambda: httpx.get(f"{url}/ready").status_code == 503)
     refused = httpx.post(f"{url}/v1/score", json=SHORT)
     assert "shutting down" in problem(refused, 503).detail
     assert int(refused.headers["retry-after"]) >= 1
@@ -47,7 +47,7 @@ def test_a_server_whose_engine_died_is_not_ready(teacher):
     for engine in psutil.Process(server.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             engine.kill()
-    until(lambda: httpx.get(f"{url}/ready").status_code == 503, 60)
+    until(lambda: httpx.get(f"{url}/ready").status_code == 503)
     probes = [httpx.get(f"{url}/{route}") for route in ("ready", "health")]
     for response in (*probes, httpx.post(f"{url}/v1/score", json=SHORT)):
         assert "the engine is dead; restart the server" in problem(response, 503).detail
