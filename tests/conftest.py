@@ -1,5 +1,6 @@
 """The settings of all tests."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -23,3 +24,12 @@ def pytest_collection_modifyitems(items):
         if file.startswith("tests/api/"):
             file = f"tests/api {'vllm' if item.get_closest_marker('vllm') else 'transformers'}"
         item.add_marker(pytest.mark.xdist_group(file))
+
+
+def pytest_collection_finish():
+    """Keep what is imported now out of every later search for garbage.
+
+    A trainer searches as it begins, which took as long as a few of its steps.
+    """
+    gc.collect()
+    gc.freeze()

@@ -406,7 +406,8 @@ def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:
 def _rank_environment() -> Iterator[None]:
     """Show processes started in the block only this rank's GPU and no variables of the launcher.
 
-    Otherwise vLLM takes the first GPU, and torch connects to torchrun's store.
+    Otherwise vLLM takes the first GPU, and torch connects to torchrun's store. Without a GPU they
+    compile nothing: vLLM's sampler would compile one small function for ten seconds.
     """
     before = dict(os.environ)
     for name in before:
@@ -418,8 +419,11 @@ def _rank_environment() -> Iterator[None]:
         visible = before.get("CUDA_VISIBLE_DEVICES", "").split(",")
         mine = torch.cuda.current_device()
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[mine] if visible != [""] else str(mine)
+    else:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     try:
         yield
     finally:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ.pop("TORCH_COMPILE_DISABLE", None)
         os.environ.update(before)

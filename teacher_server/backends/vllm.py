@@ -378,6 +378,8 @@ def engine_arguments(settings: Settings) -> Any:
         # cache does not claim nearly all memory.
         flags += ["--enforce-eager"]
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # Nor does the sampler, which would compile one small function for ten seconds.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
         # Scoring makes 128 MiB of logits again and again. By default glibc returns them to the
         # system each time, and page faults then take as long as all of the arithmetic.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))

@@ -1,4 +1,7 @@
-"""Teachers in processes of their own, shared by all tests of the API."""
+"""Teachers in processes of their own, shared by all tests of the API.
+
+Those of `test_stopping` end them, so they come last.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +13,7 @@ import torch
 
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model
-from tests.support.server import running_server
+from tests.support.server import Running, server_running
 from tests.support.vllm import VLLM
 
 # vLLM's attention on CPU takes heads of 32 and more. Weights are half as large as elsewhere, so
@@ -23,12 +26,16 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Served:
-    """A model's folder, the model itself in float32, and the address it is served at."""
+    """A model's folder, the model itself in float32, and the server that has it."""
 
     folder: Path
     model: Any
-    url: str
+    server: Running
     backend: str
+
+    @property
+    def url(self):
+        return self.server.url
 
     @property
     def tokens(self):
@@ -61,8 +68,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(folder, backend):
-    with running_server(folder, "--backend", backend, "--max-batch-tokens", "2048") as url:
-        yield Served(folder, load_model(folder), url, backend)
+    with server_running(folder, "--backend", backend, "--max-batch-tokens", "2048") as server:
+        yield Served(folder, load_model(folder), server, backend)
+
+
+@pytest.fixture(scope="session")
+def half(folder, backend):
+    """The same model in bfloat16."""
+    flags = ["--backend", backend, "--dtype", "bfloat16", "--max-batch-tokens", "2048"]
+    with server_running(folder, *flags, "--max-top-k", "272") as server:
+        yield Served(folder, load_model(folder), server, backend)
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +100,9 @@ def strict(long_folder, backend):
     vLLM runs two sequences at a time.
     """
     engine_flags = ["--max-num-seqs", "2"] if backend == "vllm" else []
-    with running_server(
+    with server_running(
         long_folder, "--backend", backend, *engine_flags,
-        "--max-queued-tokens", "8000", "--max-request-tokens", "8000", "--request-timeout", "1.5",
+        "--max-queued-tokens", "8000", "--max-request-tokens", "8000", "--request-timeout", "5",
         "--max-top-k", "50", "--max-request-bytes", "100000", "--max-batch-tokens", "2048",
-    ) as url:  # fmt: skip
-        yield Served(long_folder, load_model(long_folder), url, backend)
+    ) as server:  # fmt: skip
+        yield Served(long_folder, load_model(long_folder), server, backend)

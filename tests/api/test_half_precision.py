@@ -2,16 +2,6 @@
 
 import httpx
 import numpy as np
-import pytest
-
-from tests.support.server import running_server
-
-
-@pytest.fixture(scope="module")
-def half(folder, backend):
-    flags = ["--backend", backend, "--dtype", "bfloat16", "--max-batch-tokens", "2048"]
-    with running_server(folder, *flags, "--max-top-k", "272") as url:
-        yield url
 
 
 def test_log_probs_are_finer_than_bfloat16(half):
@@ -22,7 +12,7 @@ def test_log_probs_are_finer_than_bfloat16(half):
         "top_k": 272,
         "logprob_dtype": "float32",
     }
-    answer = httpx.post(f"{half}/v1/score", json=body).raise_for_status().json()
+    answer = httpx.post(f"{half.url}/v1/score", json=body).raise_for_status().json()
     logprobs = np.asarray(answer["sequences"][0]["logprobs"])
     assert logprobs.shape == (8, 272)
     assert all(len(np.unique(row)) > 265 for row in logprobs)

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
+import logging
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ import httpx
 import openai
 import pytest
 
+from student_trainer.commands.main import main
 from tests.e2e.test_distillation import distill, flags
+from tests.support import forked
 from tests.support.certificates import make_authority
 from tests.support.server import free_port, start_server, wait_until_ready
 
@@ -39,7 +41,7 @@ def guarded(unserved_world, tmp_path_factory):
     server = start_server(
         unserved_world.teacher, "--api-key-file", str(folder / "keys"), "--log-level", "debug",
         "--ssl-certfile", str(authority.certificate), "--ssl-keyfile", str(authority.key),
-        port=port, log=log, TEACHER_API_KEYS=KEYS[1],
+        port=port, log=log, command_line=True, TEACHER_API_KEYS=KEYS[1],
     )  # fmt: skip
     try:
         url = f"https://127.0.0.1:{port}"
@@ -74,6 +76,12 @@ def holding(secret, folder):
     ]  # fmt: skip
 
 
+def talkative(argv):
+    """Run the command while every library logs all it can: httpx tells of each request."""
+    logging.basicConfig(level=1, stream=sys.stderr)
+    return main(argv)
+
+
 def test_a_whole_run_leaves_no_key_behind(guarded, world, tmp_path):
     words = flags(
         world, tmp_path / "out", teacher_url=guarded.url, max_steps=4, lmbda=0.5, seq_kd="true",
@@ -85,19 +93,9 @@ def test_a_whole_run_leaves_no_key_behind(guarded, world, tmp_path):
         "TEACHER_API_KEY": KEYS[0], "SSL_CERT_FILE": str(guarded.root),
         "TENSORBOARD_LOGGING_DIR": str(tmp_path / "logs"),
     }  # fmt: skip
-    # Every library at its most talkative: httpx and httpcore tell of each request.
-    code = (
-        "import logging, sys\n"
-        "logging.basicConfig(level=1, stream=sys.stderr)\n"
-        "from student_trainer.commands.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    with (tmp_path / "trainer.log").open("wb") as log:
-        done = subprocess.run(
-            [sys.executable, "-c", code, "distill", *words],
-            env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=400, check=False,
-        )  # fmt: skip
-    assert done.returncode == 0, (tmp_path / "trainer.log").read_text()[-4000:]
+    log = tmp_path / "trainer.log"
+    trainer = forked.start(talkative, ["distill", *words], log, environment=environment)
+    assert trainer.wait(400) == 0, log.read_text()[-4000:]
     # What is looked through is there, and not compressed.
     assert holding("send_request_headers", tmp_path) == [str(tmp_path / "trainer.log")]
     saved = holding(str(tmp_path / "out"), tmp_path / "out")

@@ -12,10 +12,10 @@ from tests.e2e.test_distillation import (
     distill,
     flags,
     history,
-    launch,
     weights,
 )
 from tests.support.models import LONGROPE, save_model, save_tokenizer
+from tests.support.trainer_process import train_on_two_ranks
 
 # One step of plain gradient descent: the weights differ by what the gradients do.
 PLAIN = {
@@ -99,8 +99,7 @@ def test_two_processes_with_unequal_lengths_equal_one(world, rows, tmp_path):
     budget = {**PLAIN, "dataset_name": rows, "max_tokens_per_batch": 100, "max_steps": 3}
     assert sft(world, tmp_path / "one", **budget) == 0
     words = flags(world, tmp_path / "two", **{**budget, "per_device_train_batch_size": 2})
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch([*torchrun, "-m", "student_trainer", "sft", *words])
+    train_on_two_ranks(["sft", *words])
     assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-5)
 
 
@@ -113,8 +112,7 @@ def test_positions_of_long_sequences_stay_a_ranks_own(world, rows, tmp_path):
     options |= {"learning_rate": 0.1, "gradient_accumulation_steps": 1}
     assert sft(world, tmp_path / "one", **{**options, "per_device_train_batch_size": 2}) == 0
     words = flags(world, tmp_path / "two", **{**options, "per_device_train_batch_size": 1})
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch([*torchrun, "-m", "student_trainer", "sft", *words])
+    train_on_two_ranks(["sft", *words])
     assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=2e-5)
 
 

@@ -1,10 +1,7 @@
 """Timing never changes what is learned, however far ahead of the weights the pipeline works."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections import Counter
 
@@ -17,6 +14,7 @@ from shared.identity import tokenizer_identity
 from student_trainer.commands.main import main
 from tests.support import stub
 from tests.support.paced import PacedTeacher
+from tests.support.trainer_process import train_on_two_ranks
 
 
 @pytest.fixture
@@ -93,17 +91,11 @@ def test_losses_are_the_same_however_long_the_teacher_takes(
 def test_two_processes_learn_the_same_however_long_the_teacher_takes(
     unserved_world, paced, tmp_path
 ):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, delays in (("at once", None), ("late", 1)):
         with paced(delays) as url:
             options = {"lmbda": 0.5, "rollout_staleness": 1, "gradient_accumulation_steps": 2}
             flags = words(unserved_world, url, tmp_path / name, **options)
-            done = subprocess.run(
-                [*launcher, "-m", "student_trainer", *flags],
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True, timeout=300, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
+            train_on_two_ranks(flags)
     assert_same_to_the_last_bit(tmp_path / "at once", tmp_path / "late")
 
 
@@ -129,9 +121,12 @@ def test_staleness_is_logged_and_changes_what_is_learned(unserved_world, paced, 
 
 
 @pytest.mark.parametrize(
-    "method", [{"lmbda": 1}, {"lmbda": 0.5}, {"lmbda": 0.5, "request_student_top_m": 3}]
-)
-@pytest.mark.parametrize("staleness", [1, 2])
+    ("method", "staleness"),
+    [
+        ({"lmbda": 1}, 1), ({"lmbda": 1}, 2), ({"lmbda": 0.5}, 2),
+        ({"lmbda": 0.5, "request_student_top_m": 3}, 1),
+    ],
+)  # fmt: skip
 def test_a_resumed_run_goes_on_with_what_was_begun_ahead(
     unserved_world, paced, tmp_path, method, staleness
 ):

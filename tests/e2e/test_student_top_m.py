@@ -19,9 +19,9 @@ from tests.e2e.test_distillation import (
     distill,
     flags,
     history,
-    launch,
 )
 from tests.support.reference import dense_logprobs, load_model
+from tests.support.trainer_process import train_on_two_ranks
 
 VOCAB_SIZE = 260
 
@@ -129,8 +129,7 @@ def test_two_processes_with_requested_ids_equal_one(world, tmp_path, method):
     words = flags(
         world, tmp_path / "two", teacher_url=world.url, top_k_logprobs=16, max_steps=4, **options
     )
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch([*torchrun, "-m", "student_trainer", "distill", *words])
+    train_on_two_ranks(["distill", *words])
     assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=5e-5)
 
 

@@ -1,5 +1,6 @@
 """The student's completions by a real vLLM engine beside the trainer, on CPU."""
 
+import os
 import threading
 from functools import partial
 
@@ -19,7 +20,8 @@ from student_trainer.rollouts import (
     VllmRollouts,
 )
 from student_trainer.rollouts.vllm import merged_weights
-from tests.e2e.test_distillation import distill, flags, history, launch
+from tests.e2e.test_distillation import flags, history
+from tests.support import trainer_process
 from tests.support.models import save_model, save_tokenizer
 from tests.support.vllm import VLLM
 
@@ -98,6 +100,11 @@ class TestEngine:
         assert largest_difference(vllm, student, prompt) > 0.1
         vllm.sync(2)
         assert largest_difference(vllm, student, prompt) < 1e-4
+
+    def test_only_the_engine_compiles_nothing(self, vllm):
+        [core] = [p for p in psutil.Process().children() if "EngineCore" in p.name()]
+        assert core.environ()["TORCH_COMPILE_DISABLE"] == "1"
+        assert "TORCH_COMPILE_DISABLE" not in os.environ
 
     def test_weights_that_do_not_arrive_are_found_out(self, vllm, student, monkeypatch):
         vllm.sync(5)
@@ -205,35 +212,27 @@ class TestDistillation:
     pytestmark = VLLM
 
     @pytest.mark.parametrize(
-        ("staleness", "adapters"), [(0, {}), (1, {"use_peft": "true", "lora_r": 4})]
+        ("ranks", "staleness", "adapters"),
+        [(2, 0, {}), (1, 1, {"use_peft": "true", "lora_r": 4})],
+        ids=["an engine on each of two ranks", "adapters, a step behind"],
     )
     def test_on_policy_steps_learn_from_vllms_completions(
-        self, world, tmp_path, staleness, adapters
+        self, world, tmp_path, ranks, staleness, adapters
     ):
-        code = distill(
+        words = flags(
             world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
-            lmbda=1, beta=0, max_steps=30, rollout_engine="vllm",
-            rollout_staleness=staleness, **adapters,
+            teacher_url=world.url, top_k_logprobs=16, lmbda=1, beta=0, max_steps=30,
+            rollout_engine="vllm", rollout_staleness=staleness,
+            per_device_train_batch_size=8 // ranks, **adapters,
         )  # fmt: skip
-        assert code == 0
+        train = trainer_process.train if ranks == 1 else trainer_process.train_on_two_ranks
+        train(["distill", *words])
         logged = [entry for entry in history(tmp_path / "out") if "train/divergence" in entry]
         assert max(entry["train/rollout_drift"] for entry in logged) < 1e-4
         assert [entry["train/staleness"] for entry in logged] == [0, *29 * [staleness]]
         assert logged[0]["train/divergence"] > 0
         last = np.mean([entry["train/divergence"] for entry in logged[-5:]])
         assert last < 0.9 * logged[0]["train/divergence"]
-
-    def test_each_of_two_processes_has_an_engine(self, world, tmp_path):
-        words = flags(
-            world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
-            teacher_url=world.url, top_k_logprobs=16, lmbda=1, max_steps=2, rollout_engine="vllm",
-            per_device_train_batch_size=4,
-        )  # fmt: skip
-        torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        launch([*torchrun, "-m", "student_trainer", "distill", *words])
-        assert all(
-            e["train/rollout_drift"] < 1e-4 for e in history(tmp_path / "out") if "train/loss" in e
-        )
 
 
 def test_tied_weights_are_sent_once():

@@ -252,7 +252,7 @@ def test_what_never_ends_ends_in_the_timeout_and_leaves_no_thread(proxy, evil, e
         call = client.submit(client.score, [SEQUENCE], ScoreOptions(K))
         with pytest.raises(error):
             call.result(15)
-        until(lambda: len(teacher_threads()) <= before, 5)
+        until(lambda: len(teacher_threads()) <= before)
 
 
 MARKDOWN = [

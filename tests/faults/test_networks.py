@@ -144,7 +144,7 @@ def test_a_replica_out_of_reach_is_left_out_and_rejoins(wire, caplog):
             assert_right(client.score(SEQUENCES, ScoreOptions(K)))
         assert f"{wire.url} is left out" in caplog.text
         wire.heals()
-        until(lambda: f"{wire.url} is back" in caplog.text, 60)
+        until(lambda: f"{wire.url} is back" in caplog.text)
 
 
 @pytest.mark.slow_fault

@@ -117,7 +117,7 @@ def test_a_client_that_floods_neither_fills_the_queue_nor_goes_first(server):
 
     with ThreadPoolExecutor(30) as clients:
         sent = [clients.submit(flood, n) for n in range(30)]
-        until(lambda: 429 in order, 20)  # it has all that it is given
+        until(lambda: 429 in order)  # it has all that it is given
         response = score(url, texts(16, 256), client=3)
         answered_before = order.count(200)
         for one in sent:
@@ -159,7 +159,7 @@ def test_a_model_that_fails_on_one_sequence_fails_its_request_alone(server):
     url, _ = server
     with ThreadPoolExecutor(9) as clients:
         held = clients.submit(score, url, texts(64, 256))  # while it runs, the others queue up
-        until(lambda: metric(url, "teacher_queued_jobs") == 64, 20)
+        until(lambda: metric(url, "teacher_queued_jobs") == 64)
         good = [clients.submit(score, url, [[5, 6, n]]) for n in range(10, 17)]
         bad = clients.submit(score, url, [[5, 6, 5], [5, BROKEN, 5]])
         assert [one.result().status_code for one in (held, *good)] == [200] * 8
@@ -172,7 +172,7 @@ def test_a_busy_server_is_alive(server):
     url, _ = server
     with ThreadPoolExecutor(20) as clients:
         busy = [clients.submit(score, url, texts(16, 256)) for _ in range(20)]
-        until(lambda: metric(url, "teacher_queued_jobs") >= 100, 20)
+        until(lambda: metric(url, "teacher_queued_jobs") >= 100)
         for _ in range(20):
             assert httpx.get(f"{url}/health", timeout=5).status_code == 200
         assert metric(url, "teacher_queued_jobs") > 0
@@ -199,7 +199,7 @@ def test_bodies_that_never_end_are_bounded_together(app):
         for number in range(6):
             declared = b"Content-Length: 200000\r\n"
             stack.enter_context(begin(url, "/v1/score", declared, b"x" * 1000, 10 + number))
-        until(lambda: metric(url, "teacher_held_bytes") >= 1_000_000, 5)
+        until(lambda: metric(url, "teacher_held_bytes") >= 1_000_000)
         response = score(url, [[5, 6]] * 1000, client=3)
         assert "bytes are queued" in problem(response, 429).detail
         assert int(response.headers["retry-after"]) >= 1
@@ -208,7 +208,7 @@ def test_bodies_that_never_end_are_bounded_together(app):
         undeclared.sendall(b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
         assert b" 429 " in undeclared.recv(100)
         stack.close()
-        until(lambda: metric(url, "teacher_held_bytes") == 0, 5)
+        until(lambda: metric(url, "teacher_held_bytes") == 0)
         assert score(url, [[5, 6]] * 1000, client=3).status_code == 200
 
 
@@ -220,11 +220,11 @@ def test_answers_that_nobody_reads_are_bounded_together(app):
     app.admission.bytes.limit = 150 << 20
     with serving(app) as url:
         with begin(url, "/v1/score", length, body):
-            until(lambda: metric(url, "teacher_held_bytes") > 90 << 20, 20)
-            until(lambda: metric(url, "teacher_queued_tokens") == 0, 20)  # answered, and unread
+            until(lambda: metric(url, "teacher_held_bytes") > 90 << 20)
+            until(lambda: metric(url, "teacher_queued_tokens") == 0)  # answered, and unread
             refused = score(url, sequences, rows=63, top_k=100, client=3)
             assert "bytes are queued" in problem(refused, 429).detail
-        until(lambda: metric(url, "teacher_held_bytes") == 0, 5)
+        until(lambda: metric(url, "teacher_held_bytes") == 0)
         assert score(url, sequences, rows=63, top_k=100, client=3).status_code == 200
 
 
@@ -235,8 +235,8 @@ def test_a_caller_who_never_reads_is_hung_up_on(app):
     with serving(app) as url:
         length = b"Content-Length: %d\r\n" % len(body)
         with begin(url, "/v1/score", length, body):
-            until(lambda: metric(url, "teacher_held_bytes") > 0, 5)
-            until(lambda: metric(url, "teacher_held_bytes") == 0, 5)
+            until(lambda: metric(url, "teacher_held_bytes") > 0)
+            until(lambda: metric(url, "teacher_held_bytes") == 0)
 
 
 @pytest.mark.slow_fault
@@ -259,7 +259,7 @@ def test_a_flood_of_bodies_does_not_fill_the_memory(folder, tmp_path):
                     connection.sendall(bytes(40_000_000))
             assert metric(url, 'teacher_rejected_total{reason="overloaded"}') >= 40
             assert resident().rss - before < 700 << 20
-        until(lambda: metric(url, "teacher_held_bytes") == 0, 10)
+        until(lambda: metric(url, "teacher_held_bytes") == 0)
         assert score(url, [[5, 6]]).status_code == 200
     finally:
         process.kill()

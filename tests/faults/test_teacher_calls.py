@@ -392,7 +392,7 @@ def test_a_teacher_that_speaks_no_tls_any_more_is_waited_for(
     with client, caplog.at_level(logging.WARNING):
         with FaultProxy(teacher).serving(port_of(proxy)):
             call = client.submit(client.score, SEQUENCES, ScoreOptions(K))
-            until(lambda: "Teacher call failed" in caplog.text, 10)
+            until(lambda: "Teacher call failed" in caplog.text)
         with FaultProxy(teacher).serving(port_of(proxy), tls=showing(first)):
             assert_right(call.result())
 

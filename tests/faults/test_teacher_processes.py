@@ -43,7 +43,7 @@ def client_of(*ports, **options):
 def asked(client):
     """A call under way: it is with a teacher when the fault comes, a quarter of a second long."""
     call = client.submit(client.score, [(IDS, START)], ScoreOptions(4))
-    until(lambda: any(client._replicas._balancer._outstanding.values()), 5)
+    until(lambda: any(client._replicas._balancer._outstanding.values()))
     return call
 
 
@@ -58,7 +58,7 @@ def test_a_killed_teacher_is_waited_for_with_a_countdown_until_it_is_restarted(r
     with caplog.at_level(logging.WARNING), client_of(port) as client:
         call = asked(client)
         process.kill()
-        until(lambda: "Teacher call failed" in caplog.text, 10)
+        until(lambda: "Teacher call failed" in caplog.text)
         running(port)
         assert_right(call.result(30))
     assert "s left" in caplog.text
@@ -81,7 +81,7 @@ def test_all_replicas_killed_are_waited_for_until_one_is_back(running, caplog):
         call = asked(client)
         for process in processes:
             process.kill()
-        until(lambda: "Teacher call failed" in caplog.text, 10)
+        until(lambda: "Teacher call failed" in caplog.text)
         running(ports[1])
         assert_right(call.result(30))
 
@@ -108,7 +108,7 @@ def test_a_stopped_replica_is_left_out_and_rejoins_when_it_goes_on(running, capl
         assert_right(client.score([(IDS, START)], ScoreOptions(4)))
         assert f"127.0.0.1:{first} is left out" in caplog.text
         process.send_signal(signal.SIGCONT)
-        until(lambda: f"127.0.0.1:{first} is back" in caplog.text, 20)
+        until(lambda: f"127.0.0.1:{first} is back" in caplog.text)
 
 
 def test_a_teacher_stopped_for_good_is_named_after_the_timeout(running, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_teacher_killed_and_restarted_in_the_middle_of_a_run_changes_nothing(
         fault.closed_without_an_answer(exchange)
 
     try:
-        until(lambda: stub_process.answers(port), 30)
+        until(lambda: stub_process.answers(port))
         with FaultProxy(f"http://127.0.0.1:{port}").serving() as proxy:
             proxy.faults = [fault.passed_on] * 6 + [kill_and_restart]
             assert main(words(world, proxy.url, tmp_path / "out", **METHODS["stale"])) == 0

@@ -54,7 +54,7 @@ def engine_metric(url: str, name: str, **labels: str) -> float:
     return sum(found)
 
 
-def until(condition: Callable[[], bool], seconds: float) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Wait until ``condition`` holds.
 
     Raises:

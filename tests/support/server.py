@@ -11,13 +11,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import uvicorn
 
 from teacher_server.app import TeacherApp
+from teacher_server.cli import main
 from teacher_server.http.protocol import GuardedProtocol
+from tests.support import forked
+
+Process = subprocess.Popen[bytes] | forked.Forked
 
 
 def free_port() -> int:
@@ -32,24 +37,29 @@ def start_server(
     port: int,
     log: Path,
     launcher: Sequence[str] = (),
+    command_line: bool = False,
     **environment: str,
-) -> subprocess.Popen[bytes]:
+) -> Process:
     """Start a server whose output goes to ``log``, and return its process before it is ready.
 
     Its backend is transformers, unless the arguments choose another.
+
+    Args:
+        command_line: run the command itself, as it is with a launcher and with vLLM, whose engine
+            imports the main module again; else fork the server from a process that has imported it.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    argv = ["serve", str(model), "--port", str(port), "--backend", "transformers", *arguments]
+    if not (launcher or command_line or "vllm" in arguments):
+        return forked.start(main, argv, log, environment=environment)
     with log.open("wb") as output:
         return subprocess.Popen(
-            [*launcher, sys.executable, "-m", "teacher_server", "serve", str(model),
-             "--port", str(port), "--backend", "transformers", *arguments],
+            [*launcher, sys.executable, "-m", "teacher_server", *argv],
             stdout=output, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
 
 
-def wait_until_ready(
-    server: subprocess.Popen[bytes], url: str, log: Path, route: str = "/ready"
-) -> None:
+def wait_until_ready(server: Process, url: str, log: Path, route: str = "/ready") -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -61,15 +71,31 @@ def wait_until_ready(
     raise AssertionError(f"the server is not ready (exit {server.poll()}):\n{log.read_text()}")
 
 
+@dataclass(frozen=True)
+class Running:
+    """A ready server: its process, the address it listens at, and the file of its log."""
+
+    process: Process
+    url: str
+    log: Path
+
+
 @contextlib.contextmanager
-def running_server(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[str]:
-    """Yield the URL of a ready server, whose log is shown when the test inside fails."""
+def server_running(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[Running]:
+    """Yield a ready server, whose log is shown when the test inside fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         server = start_server(model, *arguments, port=port, log=log, launcher=launcher)
         with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/ready") as url:
-            yield url
+            yield Running(server, url, log)
+
+
+@contextlib.contextmanager
+def running_server(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the URL of a ready server, whose log is shown when the test inside fails."""
+    with server_running(model, *arguments, launcher=launcher) as server:
+        yield server.url
 
 
 @contextlib.contextmanager
@@ -96,7 +122,8 @@ def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
     """Yield the URL of vLLM's own server, whose log is shown when the test inside fails."""
     port = free_port()
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"
+        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for ten seconds
     }  # fmt: skip
     # The module that `vllm serve` runs; in the CPU build that command does not find its package.
     command = [
@@ -115,9 +142,7 @@ def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _until_the_end(
-    server: subprocess.Popen[bytes], url: str, log: Path, ready: str
-) -> Iterator[str]:
+def _until_the_end(server: Process, url: str, log: Path, ready: str) -> Iterator[str]:
     try:
         wait_until_ready(server, url, log, ready)
         yield url

@@ -58,7 +58,7 @@ def running(
     """Yield a process that is ready, and kill it at the end."""
     process = start(port, info, folder, seconds, host=host, launcher=launcher)
     try:
-        until(lambda: answers(port, host), 60)
+        until(lambda: answers(port, host))
         yield process
     finally:
         process.kill()

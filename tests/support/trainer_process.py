@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
@@ -16,11 +16,8 @@ from safetensors.torch import load_file
 
 from student_trainer.commands.main import main
 from student_trainer.runtime.threads import end_process
+from tests.support import forked
 from tests.support.server import free_port
-
-# All are forked from one process that has imported torch, since the import outlasts a run.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["student_trainer.training.recipe"])
 
 Moment = tuple[str, str]  # an event of Python's audit, and how its first argument ends
 
@@ -39,7 +36,7 @@ def running(
         killed_at: the process sends itself a signal just before that.
         by: the signal.
     """
-    process = _CONTEXT.Process(target=_run, args=(list(argv), killed_at, by, environment))
+    process = forked.CONTEXT.Process(target=_run, args=(list(argv), killed_at, by, environment))
     process.start()
     try:
         yield process
@@ -80,9 +77,32 @@ def assert_same_weights(a: Path, b: Path) -> None:
 @contextlib.contextmanager
 def two_ranks(argv: Sequence[str]) -> Iterator[tuple[BaseProcess, BaseProcess]]:
     """Run two processes that train together, as a launcher would start them."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with (
-        running(argv, RANK="0", LOCAL_RANK="0", **shared) as first,
-        running(argv, RANK="1", LOCAL_RANK="1", **shared) as second,
-    ):
+    one, two = _ranks()
+    with running(argv, **one) as first, running(argv, **two) as second:
         yield first, second
+
+
+def train(argv: Sequence[str]) -> None:
+    """Run ``student-trainer`` to its end; its output is shown when it fails."""
+    _succeed(forked.run(main, argv))
+
+
+def train_on_two_ranks(argv: Sequence[str]) -> None:
+    """Run two processes that train together to their end; their output is shown on failure."""
+    environments = [{**os.environ, **own} for own in _ranks()]
+    _succeed(forked.run(main, argv, argv, environments=environments))
+
+
+def _succeed(done: Sequence[subprocess.CompletedProcess[str]]) -> None:
+    said = "\n".join(process.stdout + process.stderr for process in done)
+    assert [process.returncode for process in done] == [0] * len(done), said
+
+
+def _ranks() -> list[dict[str, str]]:
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in "01"]

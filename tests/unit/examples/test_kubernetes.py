@@ -127,7 +127,7 @@ def test_a_run_is_done_once_it_has_results(tmp_path, ranks, code):
     words = [shell, option, script.replace("/tls/tls.crt", "/dev/null"), name]
     with subprocess.Popen([*words, "sh", "-c", ranks], cwd=tmp_path) as process:
         if "begun" in ranks:
-            until((tmp_path / "begun").exists, 20)
+            until((tmp_path / "begun").exists)
             process.terminate()
         assert process.wait(20) == code
     assert (tmp_path / "told").exists() == ("told" in ranks)

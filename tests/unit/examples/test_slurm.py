@@ -96,7 +96,7 @@ def test_before_its_time_is_over_a_run_is_saved_and_queued_again(start, tmp_path
     (tmp_path / "training").touch()
     teachers(tmp_path, "http://node3:8000")
     job = start("trainer")
-    until(lambda: all((tmp_path / f"ranks-{rank}").exists() for rank in (0, 1)), 20)
+    until(lambda: all((tmp_path / f"ranks-{rank}").exists() for rank in (0, 1)))
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 0
     assert [words(tmp_path / f"told-{rank}") for rank in (0, 1)] == [["told"], ["told"]]
@@ -115,7 +115,7 @@ def test_a_replica_is_at_its_address_until_it_has_answered(start, tmp_path, monk
     (tmp_path / "serving").touch()
     address = tmp_path / "teachers" / "1.url"
     job = start("teacher", FLAGS="--max-top-k 128", PORT="8123")
-    until(lambda: (tmp_path / "words").exists() and address.exists(), 20)
+    until(lambda: (tmp_path / "words").exists() and address.exists())
     assert words(address) == [f"http://{socket.gethostname()}:8124"]  # 8123 is that of task 0
     settings = read_server(with_key(words(tmp_path / "words"), tmp_path), monkeypatch)
     assert (settings.model, settings.port, settings.max_top_k) == ("org/teacher", 8124, 128)

@@ -52,9 +52,13 @@ def wrong(task):
 
 
 def verdicts(checker, texts):
-    return dict(
-        zip(texts, check_completions([checker] * len(texts), list(texts.values())), strict=True)
-    )
+    """Return the verdict on each text; those that give the same program have it run once."""
+    fields = {"prompt": checker["prompt"], "entry_point": checker["entry_point"]}
+    codes = {name: extract_code(text, **fields) for name, text in texts.items()}
+    one_of = {code: texts[name] for name, code in codes.items()}
+    found = check_completions([checker] * len(one_of), list(one_of.values()))
+    of_code = dict(zip(one_of, found, strict=True))
+    return {name: of_code[code] for name, code in codes.items()}
 
 
 def test_there_are_as_many_wrappings_as_promised():

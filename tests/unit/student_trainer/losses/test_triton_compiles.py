@@ -23,7 +23,10 @@ FLAGS = [  # renormalize, weighted, labelled, label weighted, capped, gradient
     (True, True, True, True, True, True),
     (True, False, True, False, True, False),
 ]
-for mode, flags, dtype in itertools.product((0, 1, 2), FLAGS, ("*bf16", "*fp16", "*fp32")):
+# A dtype changes loads and stores, which are the same under all flags.
+cases = [*itertools.product((0, 1, 2), FLAGS, ("*bf16",)),
+         *itertools.product((0, 1, 2), FLAGS[1:2], ("*fp16", "*fp32"))]
+for mode, flags, dtype in cases:
     names = ("RENORMALIZE", "WEIGHTED", "LABELLED", "LABEL_WEIGHTED", "CAPPED", "GRADIENT")
     constants = {**dict(zip(names, flags, strict=True)), "MODE": mode, "LOWEST": _LOWEST,
                  "FLOOR": _FLOOR, "BLOCK_K": 64, "BLOCK_V": 4096}
@@ -49,4 +52,4 @@ def test_every_branch_compiles_for_a_gpu_in_every_dtype(tmp_path):
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compiled"] * 27
+    assert done.stdout.split() == ["compiled"] * 15

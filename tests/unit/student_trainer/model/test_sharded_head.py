@@ -7,9 +7,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 
 from student_trainer.model.forward import SparseTargets, TopTokens, install_sparse_loss
+from tests.support import forked
 from tests.unit.student_trainer.model.test_head import (
     SHARED,
     assert_same,
@@ -83,4 +84,6 @@ def check_rank(rank, folder, apart, tied):
     ids=["tied to the embeddings", "with the model", "on its own"],
 )
 def test_two_ranks_with_a_sharded_head_equal_one(tmp_path, apart, tied):
-    spawn(check_rank, (str(tmp_path), apart, tied), nprocs=RANKS)
+    start_processes(
+        check_rank, (str(tmp_path), apart, tied), nprocs=RANKS, start_method=forked.METHOD
+    )

@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
+from tests.support import forked
 from tests.support.models import small_model
 
 
@@ -50,10 +51,10 @@ def rank_of_two(rank, store, one_group, results):
 
 @pytest.mark.parametrize("one_group", [False, True])
 def test_ranks_of_a_sharded_model_write_what_a_whole_one_writes_in_step(tmp_path, one_group):
-    with mp.get_context("spawn").Manager() as manager:
+    with forked.CONTEXT.Manager() as manager:
         results = manager.dict()
         arguments = (str(tmp_path / "store"), one_group, results)
-        mp.spawn(rank_of_two, arguments, nprocs=2)
+        mp.start_processes(rank_of_two, arguments, nprocs=2, start_method=forked.METHOD)
         ranks = [results[0], results[1]]
     assert ranks[0][1] == ranks[1][1]  # as many forward passes, though one had less to do
     assert [groups == 1 for groups, _, _ in ranks] == [one_group, one_group]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 
 import numpy as np
 import pytest
@@ -64,6 +65,22 @@ def test_another_sequences_log_probs_are_refused():
 
 class TestEngine:
     pytestmark = VLLM
+
+    @pytest.fixture(autouse=True)
+    def _environment(self):
+        """Restore the variables that are set for the engine's processes."""
+        before = dict(os.environ)
+        yield
+        os.environ.clear()
+        os.environ.update(before)
+
+    @pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")], ids=["unset", "set"])
+    def test_on_cpu_nothing_is_compiled_unless_it_is_wanted(self, folder, before, after):
+        os.environ.pop("TORCH_COMPILE_DISABLE", None)
+        if before is not None:
+            os.environ["TORCH_COMPILE_DISABLE"] = before
+        engine_arguments(Settings(str(folder), backend="vllm"))
+        assert os.environ["TORCH_COMPILE_DISABLE"] == after
 
     def test_engine_flags_reach_the_engine_under_their_own_names(self, folder):
         arguments = engine_arguments(
