@@ -42,7 +42,12 @@ from teacher_server.backends.checkpoint import (
     load_tokenizer,
     local_folder,
 )
-from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
+from teacher_server.backends.vllm_worker import (
+    MissedPositionsError,
+    ScoringExtension,
+    pack_job,
+    unpack_scores,
+)
 from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
@@ -55,6 +60,8 @@ T = TypeVar("T")
 COLDEST, HOTTEST = 0.01, 2.0
 # Largest difference in log-prob that the self-test allows between the two scoring paths.
 SELF_TEST_TOLERANCE = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
+# Prompt tokens from which on scoring looks for the prompt in the prefix cache: two blocks of vLLM.
+LEAST_SHARED = 32
 # The least tail that the public path can tell from none, by the resolution of float32 near 1.
 LEAST_TAIL = float(np.log(2.0**-24))
 
@@ -181,6 +188,17 @@ class VllmBackend:
         del self._engine
 
     async def _score_in_worker(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
+        if job.completion_start > LEAST_SHARED:
+            with contextlib.suppress(MissedPositionsError):
+                return await self._prefill(job, priority, cached=True)
+        return await self._prefill(job, priority, cached=False)
+
+    async def _prefill(self, job: ScoreJob, priority: int, *, cached: bool) -> SparseLogprobs:
+        """Score by one prefill, which may begin with what the prefix cache holds of the prompt.
+
+        Raises:
+            MissedPositionsError: the cache held completion positions too, so they were not scored.
+        """
         output = await self._run(
             job.token_ids[:-1].tolist(),
             priority,
@@ -188,13 +206,17 @@ class VllmBackend:
             max_tokens=1,
             temperature=0.0,
             extra_args=pack_job(job),
-            skip_reading_prefix_cache=True,  # a cached position has no hidden state to score
+            skip_reading_prefix_cache=not cached,
         )
         data = output.prompt_token_id_logprobs
         if data is None:
             raise InternalError("vLLM answered without scores")
         try:
             return unpack_scores(data, job)
+        except MissedPositionsError:
+            if cached:
+                raise
+            raise InternalError("vLLM computed only some of the positions") from None
         except RuntimeError as error:
             raise InternalError(str(error)) from error
 
@@ -242,7 +264,7 @@ class VllmBackend:
         """Generate token ids and return them with their finish reason; a stop string ends them."""
         ids: list[int] = []
         streamed = search is not None
-        outputs = self._outputs(prompt, priority, lora, streamed=streamed, **params)
+        outputs = self._outputs(prompt, priority, lora, "generate", streamed=streamed, **params)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 [generated] = output.outputs
@@ -259,13 +281,16 @@ class VllmBackend:
         prompt: list[int],
         priority: int,
         lora: Any,
+        cache_salt: str | None = None,
         *,
         streamed: bool = False,
         **params: Any,
     ) -> AsyncGenerator[Any, None]:
         """Yield the engine's final output or, if ``streamed``, an output for each new token.
 
-        Closed or cancelled before the end, it aborts the engine's request.
+        Closed or cancelled before the end, it aborts the engine's request. Only requests of one
+        ``cache_salt`` share the prefix cache: a completion in it would hide its positions when it
+        is scored.
 
         Raises:
             UnavailableError: the engine is dead.
@@ -281,7 +306,7 @@ class VllmBackend:
         assert task is not None
         self._running.add(task)
         answers = self._engine.generate(
-            tokens_input(prompt),
+            tokens_input(prompt, cache_salt=cache_salt),
             sampling,
             f"teacher-{next(self._ids)}",
             lora_request=lora,
