@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,26 @@ def model_fingerprint(folder: str | Path) -> str:
     if folder / "config.json" not in files:
         raise FileNotFoundError(f"{folder} has no config.json")
     digest = hashlib.sha256()
+    _add_files(digest, files)
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(base: str, folder: str | Path) -> str:
+    """Return the SHA-256 (hex) of a base model's fingerprint and an adapter's files.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter.
+    """
+    files = sorted(path for path in Path(folder).glob("adapter_*") if path.is_file())
+    if Path(folder) / "adapter_config.json" not in files:
+        raise FileNotFoundError(f"{folder} has no adapter_config.json")
+    digest = hashlib.sha256(base.encode())
+    _add_files(digest, files)
+    return digest.hexdigest()
+
+
+def _add_files(digest: hashlib._Hash, files: Iterable[Path]) -> None:
+    """Add the names, sizes and contents of files to a digest; of large ones, blocks."""
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
@@ -103,7 +123,6 @@ def model_fingerprint(folder: str | Path) -> str:
             for offset in _block_offsets(size):
                 file.seek(offset)
                 digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
 
 
 def _block_offsets(size: int) -> list[int]:

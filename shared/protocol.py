@@ -114,6 +114,7 @@ class ScoreRequest(Message):
         sample_seed: when set, the ids at a position are not the most probable ones but ``top_k``
             draws from the teacher's distribution, with replacement. The seed, the sequence and the
             position fix them, whatever is scored in the same batch.
+        model: the teacher to ask, by its name in `InfoResponse.models`; None for the first.
     """
 
     sequences: Annotated[list[ScoreSequence], Field(max_length=_LONGEST_LIST, fail_fast=True)]
@@ -121,6 +122,7 @@ class ScoreRequest(Message):
     temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
     sample_seed: _Seed | None = None
+    model: str | None = None
 
 
 class ScoreResponse(Message):
@@ -149,6 +151,7 @@ class GenerateRequest(Message):
         logprob_dtype: dtype of those arrays.
         stream: answer with each completion as soon as it is finished and scored: `GenerateEvent`s,
             then a `GenerateEnd`, instead of a `GenerateResponse`.
+        model: the teacher to ask, by its name in `InfoResponse.models`; None for the first.
     """
 
     prompts: Annotated[list[TokenIds1D], Field(max_length=_LONGEST_LIST, fail_fast=True)]
@@ -163,6 +166,7 @@ class GenerateRequest(Message):
     score_temperature: _Temperature = 1.0
     logprob_dtype: LogprobDtype = "float32"
     stream: Annotated[bool, Field(strict=True)] = False
+    model: str | None = None
 
 
 class Completion(Message):
@@ -240,9 +244,12 @@ class InfoResponse(Message):
     """The answer of `GET /v1/info`.
 
     Attributes:
+        teacher: the first of the teachers, which answers where a request names no model.
         vocab_size: size of the teacher's output layer, padding included.
         max_model_len: longest sequence in tokens.
         eos_token_ids: tokens that end the teacher's completions.
+        models: every teacher that this server answers as, the first included: a base model and its
+            adapters, which share all that stands here. Empty from an older server.
     """
 
     protocol_version: int
@@ -253,3 +260,10 @@ class InfoResponse(Message):
     eos_token_ids: list[int]
     limits: Limits
     capabilities: Capabilities
+    models: list[TeacherIdentity] = []
+
+    def served_as(self, name: str | None) -> TeacherIdentity | None:
+        """Return the teacher that answers for a model's name, the first for None; None if none."""
+        if name is None or name == self.teacher.model:
+            return self.teacher
+        return next((one for one in self.models if one.model == name), None)

@@ -1,7 +1,8 @@
 """Check requests against a teacher's limits before any work is done.
 
-Every refusal is an `InvalidRequestError` (422) that names the field, the value and the limit. The
-server checks what arrives; the trainer's client splits its work so as never to be refused.
+Every refusal is an `InvalidRequestError` (422) that names the field, the value and the limit; of a
+model that is not served, a `NotFoundError` (404). The server checks what arrives; the trainer's
+client splits its work so as never to be refused.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import InvalidRequestError
+from shared.errors import InvalidRequestError, NotFoundError
 from shared.protocol import (
     MAX_STOP_TOKEN_IDS,
     MIN_TEMPERATURE,
@@ -18,15 +19,33 @@ from shared.protocol import (
     InfoResponse,
     ScoreRequest,
     ScoreSequence,
+    TeacherIdentity,
 )
+
+
+def check_model(name: str | None, info: InfoResponse) -> TeacherIdentity:
+    """Return the identity of the teacher that a request names; that of the first for None.
+
+    Raises:
+        NotFoundError: no such model is served; names those that are.
+    """
+    found = info.served_as(name)
+    if found is None:
+        served = ", ".join(repr(one.model) for one in info.models or [info.teacher])
+        raise NotFoundError(
+            f"the model {name!r:.200} is not served here; served: {served:.2000}", field="model"
+        )
+    return found
 
 
 def check_score_request(request: ScoreRequest, info: InfoResponse) -> None:
     """Refuse a request that the teacher of ``info`` cannot score.
 
     Raises:
+        NotFoundError: it names a model that is not served.
         InvalidRequestError: names the field, the value and the limit.
     """
+    check_model(request.model, info)
     limits = info.limits
     _check_count("sequences", len(request.sequences), limits.max_sequences)
     _check_top_k(request.top_k, info)
@@ -46,8 +65,10 @@ def check_generate_request(request: GenerateRequest, info: InfoResponse) -> None
     """Refuse a request that the teacher of ``info`` cannot generate.
 
     Raises:
+        NotFoundError: it names a model that is not served.
         InvalidRequestError: names the field, the value and the limit.
     """
+    check_model(request.model, info)
     limits = info.limits
     if not info.capabilities.generate:
         raise InvalidRequestError("this teacher does not generate", field="prompts")

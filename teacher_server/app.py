@@ -50,7 +50,7 @@ class TeacherApp:
             {
                 "version": __version__,
                 "backend": settings.engine,
-                "model": settings.served_model_name or settings.model,
+                "model": settings.name,
             }
         )
 
@@ -79,6 +79,7 @@ class TeacherApp:
                 max_top_k=min(self.settings.max_top_k, facts.vocab_size),
             ),
             capabilities=facts.capabilities,
+            models=[facts.teacher, *facts.adapters],
         )
         self.backend = backend
 

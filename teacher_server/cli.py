@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     del parsed.command, parsed.config
     values = {**vars(parsed), "engine_flags": tuple(engine_flags)}
+    values["lora_modules"] = tuple(values["lora_modules"])
     logs.setup(
         values.pop("log_format"), level=values.pop("log_level"),
         text="%(asctime)s %(levelname)s %(message)s",
@@ -153,6 +154,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     add(model, "--device", "auto takes a GPU if there is one", choices=get_args(DeviceName))
     add(model, "--max-model-len", "longest sequence in tokens; None: the model's context", type=int)
     add(model, "--served-model-name", "name in /v1/info instead of MODEL")
+    add(
+        model, "--lora-modules",
+        "LoRA adapters of MODEL to serve as teachers of their own, by the names that requests then "
+        "give as `model`", nargs="+", metavar="NAME=DIR",
+    )  # fmt: skip
     switch(model, "--trust-remote-code", "run model code of the checkpoint")
 
     doors = serve.add_argument_group("address, keys and certificates")

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from shared.protocol import GenerateRequest, ScoreRequest, ScoreSequence
+from shared.protocol import GenerateRequest, InfoResponse, ScoreRequest, ScoreSequence
 from shared.text import StopStrings
+from shared.validation import check_model
 from teacher_server.backends.base import GenerateJob, ScoreJob, ScoreOptions
 
 Job = ScoreJob | GenerateJob
@@ -26,7 +27,19 @@ class Keyed(Generic[J_co]):
     key: bytes
 
 
-def score_jobs(request: ScoreRequest, client: str) -> list[Keyed[ScoreJob]]:
+def adapter_of(model: str | None, info: InfoResponse) -> str | None:
+    """Return the adapter that a request's ``model`` names; None for the base model.
+
+    Raises:
+        NotFoundError: no such model is served.
+    """
+    served = check_model(model, info)
+    return None if served == info.teacher else served.model
+
+
+def score_jobs(
+    request: ScoreRequest, client: str, adapter: str | None = None
+) -> list[Keyed[ScoreJob]]:
     """Return a job for each sequence of a checked request, in order."""
     jobs = [
         ScoreJob(
@@ -38,6 +51,7 @@ def score_jobs(request: ScoreRequest, client: str) -> list[Keyed[ScoreJob]]:
             logprob_dtype=request.logprob_dtype,
             draw_key=_draw_key(request.sample_seed, sequence),
             client=client,
+            adapter=adapter,
         )
         for sequence in request.sequences
     ]
@@ -45,7 +59,10 @@ def score_jobs(request: ScoreRequest, client: str) -> list[Keyed[ScoreJob]]:
 
 
 def generate_jobs(
-    request: GenerateRequest, client: str, stop: StopStrings | None = None
+    request: GenerateRequest,
+    client: str,
+    stop: StopStrings | None = None,
+    adapter: str | None = None,
 ) -> list[Keyed[GenerateJob]]:
     """Return a job for each completion of a checked request: n of each prompt, in order."""
     unseeded = request.temperature > 0 and request.seed is None
@@ -70,6 +87,7 @@ def generate_jobs(
             score=score,
             client=client,
             stop=stop,
+            adapter=adapter,
         )
         for prompt in request.prompts
         for number in range(request.n)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from shared.errors import ConfigurationError
 from shared.model_names import describe_missing
+from teacher_server.adapters import LoraModule, lora_modules
 from teacher_server.engine_flags import check_engine_flags
 
 BackendName = Literal["auto", "transformers", "vllm"]
@@ -39,6 +40,7 @@ class Settings:
     dtype: DtypeName = "auto"
     device: DeviceName = "auto"
     served_model_name: str | None = None
+    lora_modules: tuple[str, ...] = ()
     trust_remote_code: bool = False
     max_model_len: int | None = None
     max_batch_tokens: int = 16_384
@@ -88,6 +90,17 @@ class Settings:
         self._check_tls()
         self._check_backend()
         self._check_model()
+        lora_modules(self.lora_modules, self.name)
+
+    @property
+    def name(self) -> str:
+        """The name of the base model, by which requests may call it."""
+        return self.served_model_name or self.model
+
+    @property
+    def adapters(self) -> tuple[LoraModule, ...]:
+        """The adapters of ``lora_modules``."""
+        return lora_modules(self.lora_modules, self.name)
 
     @property
     def loopback(self) -> bool:
@@ -144,7 +157,8 @@ class Settings:
             if (folder / "adapter_config.json").exists():
                 raise ConfigurationError(
                     f"{self.model} holds LoRA adapters only; merge them into their base model: "
-                    f"student-trainer merge --model_name_or_path {self.model} --output_dir DIR"
+                    f"student-trainer merge --model_name_or_path {self.model} --output_dir DIR; or "
+                    f"serve the base model with --lora-modules NAME={self.model}"
                 )
             raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
         if missing := describe_missing(self.model, owner=True):

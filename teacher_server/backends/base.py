@@ -27,7 +27,8 @@ from shared.text import StopStrings
 class ScoreJob:
     """A sequence to score; fields as in `shared.protocol.ScoreSequence` and `ScoreRequest`.
 
-    ``client`` is the sender of the request, because clients take turns.
+    ``client`` is the sender of the request, because clients take turns. ``adapter`` is the name of
+    the adapter that scores; None for the base model.
     """
 
     token_ids: NDArray[np.uint32]  # [L]
@@ -38,6 +39,7 @@ class ScoreJob:
     logprob_dtype: LogprobDtype = "float32"
     draw_key: bytes | None = None  # seeds a sampled support; None for the top k
     client: str = ""
+    adapter: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -68,7 +70,8 @@ class GenerateJob:
     """A completion to generate; ``temperature`` 0 is greedy.
 
     ``key`` seeds the sampling: equal keys give equal completions, whatever else is in the batch.
-    ``client`` is the sender of the request, because clients take turns.
+    ``client`` is the sender of the request, because clients take turns. ``adapter`` is the name of
+    the adapter that generates; None for the base model.
     """
 
     prompt: NDArray[np.uint32]  # [P]
@@ -81,6 +84,7 @@ class GenerateJob:
     score: ScoreOptions | None = None
     client: str = ""
     stop: StopStrings | None = None  # beside the stop tokens
+    adapter: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -102,12 +106,16 @@ class GenerateJob:
             temperature=self.score.temperature,
             logprob_dtype=self.score.logprob_dtype,
             client=self.client,
+            adapter=self.adapter,
         )
 
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """The facts about an engine and its model that `/v1/info` reports."""
+    """The facts about an engine and its model that `/v1/info` reports.
+
+    ``adapters`` are the identities of the adapters that it serves beside the base model.
+    """
 
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
@@ -115,6 +123,7 @@ class BackendFacts:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     capabilities: Capabilities
+    adapters: tuple[TeacherIdentity, ...] = ()
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""The private names of vLLM that the teacher server calls or reads, one function each.
+"""The private names of vLLM and PEFT that the teacher server calls or reads, one function each.
 
 An upgrade may change them without a word. `test_vllm_names.py` then fails first, and names what
 changed. At run time `checked_method` refuses what it does not know, and the server scores by vLLM's
@@ -19,7 +19,8 @@ and `compute_prompt_token_id_logprobs`               `vllm_worker`
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _PROMPT_LOGPROBS = "_get_prompt_logprobs_dict"
@@ -73,3 +74,16 @@ def checked_method(owner: Any, name: str, *parameters: str) -> Callable[..., Any
     if found != parameters:
         raise RuntimeError(f"{type(owner).__name__}.{name} takes {found}, not {parameters}")
     return method
+
+
+@contextmanager
+def mixed_adapters(model: Any, names: Sequence[str | None]) -> Iterator[None]:
+    """Give each sequence of a batch its own LoRA adapter, None for none, in every forward pass.
+
+    Calls ``PeftModel._enable_peft_forward_hooks``, from PEFT 0.19. `PeftModel.forward` takes
+    ``adapter_names`` publicly, but scoring stops before the output layer, and `generate` calls the
+    model itself.
+    """
+    named = ["__base__" if name is None else name for name in names]
+    with model._enable_peft_forward_hooks(adapter_names=named):
+        yield

@@ -20,6 +20,7 @@ from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, Completion, TeacherIdentity
 from shared.rope import LengthDependentRope
 from shared.sparse import SparseLogprobs
+from teacher_server.backends.adapters import Adapters, adapter_identities
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import (
     eos_token_ids,
@@ -71,6 +72,8 @@ class TransformersBackend:
         self._groups_of_lengths, self._rope = probe_batching(
             self._model, facts.max_model_len, self._states
         )
+        self._adapters = Adapters(self._model, settings.adapters)
+        self._adapters.probe(self._states, self._model.dtype)
         self._mode = probe_generation(self._model, self._pad, facts.tokenizer.vocab_size)
         can = facts.capabilities.model_copy(update={"generate": self._mode is not None})
         self.facts = replace(facts, capabilities=can)
@@ -119,9 +122,17 @@ class TransformersBackend:
     def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
         """Score a batch, in one forward pass where no sequence changes another."""
         answers: dict[int, SparseLogprobs] = {}
-        for group in self._groups_of_lengths([job.tokens for job in jobs]):
-            answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
+        for alike in self._groups_of_lengths([job.tokens for job in jobs]):
+            for group in self._split_by_adapter(alike, jobs):
+                answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
         return [answers[index] for index in range(len(jobs))]
+
+    def _split_by_adapter(
+        self, indices: Sequence[int], jobs: Sequence[ScoreJob] | Sequence[GenerateJob]
+    ) -> list[list[int]]:
+        """Return groups of the jobs, by index, whose adapters one forward pass may hold."""
+        groups = self._adapters.groups([jobs[index].adapter for index in indices])
+        return [[indices[place] for place in group] for group in groups]
 
     def _score_group(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
         """Score a right-padded batch in one forward pass; the head sees completion positions only.
@@ -141,7 +152,8 @@ class TransformersBackend:
             ]
         )
         index = torch.from_numpy(positions).to(self._device)
-        states = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
+        with self._adapters.active([job.adapter for job in jobs]):
+            states = self._states(input_ids.to(self._device)).flatten(0, 1)[index]
         head = self._project if self._split_head else torch.clone
         return score_positions(states, head, jobs, self.facts.vocab_size, self._chunk_bytes)
 
@@ -168,17 +180,18 @@ class TransformersBackend:
         for group, use_cache in self._generation_groups(jobs):
             delivery = _Delivery(self.score_batch, jobs, group, callers)
             self._forget_lengths(max(jobs[i].tokens for i in group))
-            generate_completions(
-                self._model,
-                [jobs[i] for i in group],
-                self.facts.eos_token_ids,
-                self._pad,
-                delivery.waiting,
-                delivery.ended,
-                vocab_size=self.facts.tokenizer.vocab_size,
-                tokenizer=self._tokenizer,
-                use_cache=use_cache,
-            )
+            with self._adapters.active([jobs[i].adapter for i in group]):
+                generate_completions(
+                    self._model,
+                    [jobs[i] for i in group],
+                    self.facts.eos_token_ids,
+                    self._pad,
+                    delivery.waiting,
+                    delivery.ended,
+                    vocab_size=self.facts.tokenizer.vocab_size,
+                    tokenizer=self._tokenizer,
+                    use_cache=use_cache,
+                )
             delivery.score()
 
     def _generation_groups(self, jobs: Sequence[GenerateJob]) -> list[tuple[list[int], bool]]:
@@ -200,8 +213,9 @@ class TransformersBackend:
             if self._mode != "batched":
                 groups += [([i], self._mode == "alone") for i in some]
                 continue
-            within = within_context([jobs[i] for i in some], self.facts.max_model_len)
-            groups += [([some[place] for place in group], True) for group in within]
+            for part in self._split_by_adapter(some, jobs):
+                within = within_context([jobs[i] for i in part], self.facts.max_model_len)
+                groups += [([part[place] for place in group], True) for group in within]
         return groups
 
     def _timed(self, name: str, run: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -353,14 +367,16 @@ def _facts(settings: Settings, model: Any, tokenizer: Any) -> BackendFacts:
         raise ConfigurationError(
             f"--max-model-len {limit} is over the model's context of {context}"
         )
+    teacher = TeacherIdentity(
+        model=settings.name,
+        fingerprint=model_fingerprint(local_folder(settings.model)),
+        dtype=str(model.dtype).removeprefix("torch."),
+        backend="transformers",
+        version=version("transformers"),
+    )
     return BackendFacts(
-        teacher=TeacherIdentity(
-            model=settings.served_model_name or settings.model,
-            fingerprint=model_fingerprint(local_folder(settings.model)),
-            dtype=str(model.dtype).removeprefix("torch."),
-            backend="transformers",
-            version=version("transformers"),
-        ),
+        teacher=teacher,
+        adapters=adapter_identities(teacher, settings.adapters),
         tokenizer=tokenizer_identity(tokenizer),
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         max_model_len=limit,

@@ -14,6 +14,8 @@ import itertools
 import logging
 import os
 from collections.abc import AsyncGenerator, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast, get_args
 
 import numpy as np
@@ -31,6 +33,8 @@ from shared.protocol import Capabilities, Completion, FinishReason, TeacherIdent
 from shared.sampling import uniforms
 from shared.sparse import SparseLogprobs
 from shared.text import StopSearch
+from teacher_server.adapters import LoraModule, adapter_rank, adapter_targets
+from teacher_server.backends.adapters import adapter_identities, check_targets
 from teacher_server.backends.base import BackendFacts, GenerateJob, ScoreJob
 from teacher_server.backends.checkpoint import (
     eos_token_ids,
@@ -38,7 +42,12 @@ from teacher_server.backends.checkpoint import (
     load_tokenizer,
     local_folder,
 )
-from teacher_server.backends.vllm_worker import ScoringExtension, pack_job, unpack_scores
+from teacher_server.backends.vllm_worker import (
+    MissedPositionsError,
+    ScoringExtension,
+    pack_job,
+    unpack_scores,
+)
 from teacher_server.limits.fairness import LEAST_JOB_TOKENS, FairQueue
 from teacher_server.metrics import Metrics
 from teacher_server.settings import DtypeName, Settings
@@ -51,6 +60,8 @@ T = TypeVar("T")
 COLDEST, HOTTEST = 0.01, 2.0
 # Largest difference in log-prob that the self-test allows between the two scoring paths.
 SELF_TEST_TOLERANCE = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.25}
+# Prompt tokens from which on scoring looks for the prompt in the prefix cache: two blocks of vLLM.
+LEAST_SHARED = 32
 # The least tail that the public path can tell from none, by the resolution of float32 near 1.
 LEAST_TAIL = float(np.log(2.0**-24))
 
@@ -81,6 +92,10 @@ class VllmBackend:
         arguments = engine_arguments(settings)
         self._engine = _start_engine(settings, arguments)
         self._ids = itertools.count()
+        self._adapters = {
+            module.name: _lora_request(number, module)
+            for number, module in enumerate(settings.adapters, 1)
+        }
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._tokens = metrics.batch_tokens
@@ -91,6 +106,7 @@ class VllmBackend:
         self._vocab_size = int(config.get_vocab_size())
         try:
             self._in_worker = _wait(self._hooks_work(int(config.max_model_len)), loop)
+            _wait(self._check_adapters(int(config.max_model_len)), loop)
             self.facts = _facts(
                 settings, config, arguments, self._tokenizer, self._vocab_size, self._in_worker
             )
@@ -138,6 +154,7 @@ class VllmBackend:
         ids, reason = await self._generate_ids(
             job.prompt.tolist(),
             priority,
+            self._lora(job),
             search,
             max_tokens=job.max_new_tokens,
             temperature=job.temperature,
@@ -171,19 +188,35 @@ class VllmBackend:
         del self._engine
 
     async def _score_in_worker(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
+        if job.completion_start > LEAST_SHARED:
+            with contextlib.suppress(MissedPositionsError):
+                return await self._prefill(job, priority, cached=True)
+        return await self._prefill(job, priority, cached=False)
+
+    async def _prefill(self, job: ScoreJob, priority: int, *, cached: bool) -> SparseLogprobs:
+        """Score by one prefill, which may begin with what the prefix cache holds of the prompt.
+
+        Raises:
+            MissedPositionsError: the cache held completion positions too, so they were not scored.
+        """
         output = await self._run(
             job.token_ids[:-1].tolist(),
             priority,
+            self._lora(job),
             max_tokens=1,
             temperature=0.0,
             extra_args=pack_job(job),
-            skip_reading_prefix_cache=True,  # a cached position has no hidden state to score
+            skip_reading_prefix_cache=not cached,
         )
         data = output.prompt_token_id_logprobs
         if data is None:
             raise InternalError("vLLM answered without scores")
         try:
             return unpack_scores(data, job)
+        except MissedPositionsError:
+            if cached:
+                raise
+            raise InternalError("vLLM computed only some of the positions") from None
         except RuntimeError as error:
             raise InternalError(str(error)) from error
 
@@ -192,6 +225,7 @@ class VllmBackend:
         output = await self._run(
             job.token_ids.tolist(),
             priority,
+            self._lora(job),
             max_tokens=1,
             temperature=0.0,
             prompt_logprobs=job.top_k,
@@ -204,24 +238,33 @@ class VllmBackend:
         logprobs = np.asarray(flat.logprobs[first:], np.float32).reshape(job.rows, columns)
         return public_scores(ids, logprobs, job, self._vocab_size)
 
-    async def _run(self, prompt: list[int], priority: int, **params: Any) -> Any:
+    def _lora(self, job: ScoreJob | GenerateJob) -> Any:
+        """Return the job's adapter as vLLM names it; None for the base model."""
+        return None if job.adapter is None else self._adapters[job.adapter]
+
+    async def _run(self, prompt: list[int], priority: int, lora: Any, **params: Any) -> Any:
         """Return the engine's final `RequestOutput`; cancelling aborts the engine's request.
 
         Raises:
             UnavailableError: the engine is dead.
         """
-        async with contextlib.aclosing(self._outputs(prompt, priority, **params)) as outputs:
+        async with contextlib.aclosing(self._outputs(prompt, priority, lora, **params)) as outputs:
             async for output in outputs:
                 return output
         raise InternalError("vLLM answered nothing")
 
     async def _generate_ids(
-        self, prompt: list[int], priority: int, search: StopSearch | None, **params: Any
+        self,
+        prompt: list[int],
+        priority: int,
+        lora: Any,
+        search: StopSearch | None,
+        **params: Any,
     ) -> tuple[NDArray[np.uint32], str | None]:
         """Generate token ids and return them with their finish reason; a stop string ends them."""
         ids: list[int] = []
         streamed = search is not None
-        outputs = self._outputs(prompt, priority, streamed=streamed, **params)
+        outputs = self._outputs(prompt, priority, lora, "generate", streamed=streamed, **params)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 [generated] = output.outputs
@@ -234,11 +277,20 @@ class VllmBackend:
         raise InternalError("vLLM answered nothing")
 
     async def _outputs(
-        self, prompt: list[int], priority: int, *, streamed: bool = False, **params: Any
+        self,
+        prompt: list[int],
+        priority: int,
+        lora: Any,
+        cache_salt: str | None = None,
+        *,
+        streamed: bool = False,
+        **params: Any,
     ) -> AsyncGenerator[Any, None]:
         """Yield the engine's final output or, if ``streamed``, an output for each new token.
 
-        Closed or cancelled before the end, it aborts the engine's request.
+        Closed or cancelled before the end, it aborts the engine's request. Only requests of one
+        ``cache_salt`` share the prefix cache: a completion in it would hide its positions when it
+        is scored.
 
         Raises:
             UnavailableError: the engine is dead.
@@ -254,7 +306,11 @@ class VllmBackend:
         assert task is not None
         self._running.add(task)
         answers = self._engine.generate(
-            tokens_input(prompt), sampling, f"teacher-{next(self._ids)}", priority=priority
+            tokens_input(prompt, cache_salt=cache_salt),
+            sampling,
+            f"teacher-{next(self._ids)}",
+            lora_request=lora,
+            priority=priority,
         )
         try:
             async with contextlib.aclosing(answers):  # leaving it early aborts the request
@@ -292,22 +348,54 @@ class VllmBackend:
         )  # fmt: skip
         return True
 
+    async def _check_adapters(self, max_model_len: int) -> None:
+        """Check that each adapter, and the base model, scores in a mixed batch as it does alone.
+
+        Raises:
+            ConfigurationError: this vLLM confuses them.
+        """
+        if not self._adapters:
+            return
+        job = self._short_job(max_model_len)
+        jobs = [replace(job, adapter=name) for name in (None, *self._adapters)]
+        alone = [await self.score(one) for one in jobs]
+        together = await asyncio.gather(*map(self.score, jobs))
+        differences = [
+            float(np.abs(one.next_token_logprob - other.next_token_logprob).max())
+            for one, other in zip(alone, together, strict=True)
+        ]
+        if not max(differences) <= self._tolerance:
+            raise ConfigurationError(
+                f"--lora-modules: this vLLM confuses adapters that share a batch (log-probs differ "
+                f"by {max(differences):.2g}); merge them and serve each alone, or use --backend "
+                "transformers"
+            )
+
+    @property
+    def _tolerance(self) -> float:
+        """The largest difference in log-prob that rounding explains."""
+        dtype = str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        return SELF_TEST_TOLERANCE.get(dtype, 0.25)
+
+    def _short_job(self, max_model_len: int) -> ScoreJob:
+        """Return a job of up to 24 tokens, for self-tests."""
+        length = min(24, max_model_len - 1)
+        ids = (np.arange(length, dtype=np.uint32) * 7 + 3) % self._vocab_size
+        return ScoreJob(ids, completion_start=1, top_k=min(8, self._vocab_size))
+
     async def _largest_difference(self, max_model_len: int) -> float:
         """Return the largest difference in log-prob between both scoring paths on a short sequence.
 
         Raises:
             InternalError: it is over the tolerance.
         """
-        length = min(24, max_model_len - 1)
-        ids = (np.arange(length, dtype=np.uint32) * 7 + 3) % self._vocab_size
-        job = ScoreJob(ids, completion_start=1, top_k=min(8, self._vocab_size))
+        job = self._short_job(max_model_len)
         ours, theirs = await self._score_in_worker(job), await self._score_publicly(job)
         difference = max(
             float(np.abs(ours.logprobs - theirs.logprobs).max()),
             float(np.abs(ours.next_token_logprob - theirs.next_token_logprob).max()),
         )
-        dtype = str(self._engine.vllm_config.model_config.dtype).removeprefix("torch.")
-        if not difference <= SELF_TEST_TOLERANCE.get(dtype, 0.25):
+        if not difference <= self._tolerance:
             raise InternalError(f"the log-probs differ by {difference:.2g} from vLLM's own")
         return difference
 
@@ -373,6 +461,7 @@ def engine_arguments(settings: Settings) -> Any:
         flags += ["--max-model-len", str(settings.max_model_len)]
     if settings.trust_remote_code:
         flags += ["--trust-remote-code"]
+    flags += _adapter_flags(settings, device)
     if device == "cpu":
         # A teacher on CPU is for trying things out, so it does not compile for minutes, and its
         # cache does not claim nearly all memory.
@@ -394,6 +483,35 @@ def engine_arguments(settings: Settings) -> Any:
     return arguments
 
 
+def _adapter_flags(settings: Settings, device: str) -> list[str]:
+    """Return the engine's flags for ``--lora-modules``; none without adapters.
+
+    Layers that no adapter changes keep their kernels, the output layer among them, whose LoRA code
+    takes one position a sequence and no vocabulary above 258,048.
+    """
+    modules = settings.adapters
+    if not modules:
+        return []
+    from vllm.config.lora import MaxLoRARanks
+
+    check_targets(modules)
+    rank = max(map(adapter_rank, modules))
+    ranks = [one for one in get_args(MaxLoRARanks) if one >= rank]
+    if not ranks:
+        raise ConfigurationError(
+            f"an adapter of --lora-modules has rank {rank}, and vLLM takes ranks up to "
+            f"{max(get_args(MaxLoRARanks))}; merge it (student-trainer merge) and serve it alone"
+        )
+    targets = sorted({target for module in modules for target in adapter_targets(module)})
+    # vLLM's CPU code gives a sequence without an adapter the last slot, so that one stays empty.
+    slots = len(modules) + (device == "cpu")
+    return [
+        "--enable-lora",
+        *("--max-loras", str(slots), "--max-lora-rank", str(min(ranks))),
+        *("--lora-target-modules", *targets),
+    ]
+
+
 def _dtype(settings: Settings) -> str:
     """Return the engine's dtype; for ``auto`` the checkpoint's, as vLLM would halve float32."""
     if settings.dtype != "auto":
@@ -413,6 +531,13 @@ def _start_engine(settings: Settings, arguments: Any) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(f"vLLM does not take {settings.model}: {reason}") from error
     return AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
+
+
+def _lora_request(number: int, module: LoraModule) -> Any:
+    """Return an adapter as vLLM's engine takes it; ``number`` is from 1."""
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(module.name, number, str(Path(module.path).resolve()))
 
 
 def _wait(work: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
@@ -439,14 +564,16 @@ def _facts(
         dtype += f"+{config.quantization}"
     if arguments.kv_cache_dtype != "auto":
         dtype += f"+{arguments.kv_cache_dtype}-kv"
+    teacher = TeacherIdentity(
+        model=settings.name,
+        fingerprint=model_fingerprint(local_folder(settings.model)),
+        dtype=dtype,
+        backend="vllm",
+        version=vllm.__version__,
+    )
     return BackendFacts(
-        teacher=TeacherIdentity(
-            model=settings.served_model_name or settings.model,
-            fingerprint=model_fingerprint(local_folder(settings.model)),
-            dtype=dtype,
-            backend="vllm",
-            version=vllm.__version__,
-        ),
+        teacher=teacher,
+        adapters=adapter_identities(teacher, settings.adapters),
         tokenizer=tokenizer_identity(tokenizer),
         vocab_size=vocab_size,
         max_model_len=int(config.max_model_len),

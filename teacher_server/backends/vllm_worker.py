@@ -44,7 +44,11 @@ logger = logging.getLogger(__name__)
 # The key of ``SamplingParams.extra_args`` under which a job travels to the workers.
 JOB = "teacher_score"
 
-_SCORED, _FAILED = 0, 1
+_SCORED, _FAILED, _MISSED = 0, 1, 2
+
+
+class MissedPositionsError(RuntimeError):
+    """A completion position was read from the prefix cache, where it has no hidden state."""
 
 
 def pack_job(job: ScoreJob) -> dict[str, Any]:
@@ -93,9 +97,9 @@ def pack_scores(parts: Sequence[SparseLogprobs]) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(buffers)), dtype=torch.uint8)
 
 
-def pack_failure(message: str) -> torch.Tensor:
+def pack_failure(message: str, status: int = _FAILED) -> torch.Tensor:
     """Return [bytes] uint8: a status word, then an error message."""
-    data = np.array([_FAILED], "<u4").tobytes() + message.encode()
+    data = np.array([status], "<u4").tobytes() + message.encode()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
@@ -103,10 +107,13 @@ def unpack_scores(data: NDArray[np.uint8], job: ScoreJob) -> SparseLogprobs:
     """Return the scores of ``job``, as views into ``data``.
 
     Raises:
+        MissedPositionsError: the prefix cache held some of its positions.
         RuntimeError: the worker answered a failure; carries its message.
     """
-    if int(data[:4].view("<u4")[0]) != _SCORED:
-        raise RuntimeError(bytes(data[4:]).decode(errors="replace"))
+    status = int(data[:4].view("<u4")[0])
+    if status != _SCORED:
+        kind = MissedPositionsError if status == _MISSED else RuntimeError
+        raise kind(bytes(data[4:]).decode(errors="replace"))
     positions, k, requested = job.rows, job.top_k, job.requested_token_ids
     logprob = np.dtype("<f2" if job.logprob_dtype == "float16" else "<f4")
     width = 0 if requested is None else int(requested.shape[1])
@@ -155,6 +162,7 @@ class _Request:
     job: ScoreJob
     parts: list[SparseLogprobs] = field(default_factory=list)
     positions: int = 0  # scored so far
+    missed: bool = False  # a position was not computed
     failure: str | None = None
 
 
@@ -203,7 +211,8 @@ class StepScorer:
             if index == 0:
                 request.parts, request.positions, request.failure = [], 0, None
             elif index != request.positions:
-                request.failure = f"row {index} came after {request.positions} rows"
+                request.missed = True
+                request.failure = f"position {index} came after {request.positions} positions"
                 continue
             part = _part_of(job, index, last - first)
             where = span.offset + first - span.position
@@ -217,7 +226,7 @@ class StepScorer:
                 answers[span.request_id] = (
                     pack_scores(request.parts)
                     if request.failure is None
-                    else pack_failure(request.failure)
+                    else pack_failure(request.failure, _MISSED if request.missed else _FAILED)
                 )
                 del self._requests[span.request_id]
         return answers

@@ -86,7 +86,7 @@ class OpenAIAdapter:
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": info.teacher.model,
+            "model": request.model,
             "choices": choices,
             "usage": {
                 "prompt_tokens": prompt_tokens,

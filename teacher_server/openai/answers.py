@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.protocol import InfoResponse
+from shared.protocol import InfoResponse, TeacherIdentity
 from shared.sparse import SparseLogprobs
 from teacher_server.openai.schema import Ids
 
@@ -26,15 +26,15 @@ class WrittenJson(str):
 Part = tuple[Ids, SparseLogprobs | None]
 
 
-def model_card(info: InfoResponse) -> dict[str, Any]:
-    """Return the served model as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
+def model_card(served: TeacherIdentity, info: InfoResponse) -> dict[str, Any]:
+    """Return a served model as `/v1/models` lists it; ``max_model_len`` is vLLM's addition."""
     return {
-        "id": info.teacher.model,
+        "id": served.model,
         "object": "model",
         "created": 0,
         "owned_by": "sparse-gkd",
-        "root": info.teacher.model,
-        "parent": None,
+        "root": served.model,
+        "parent": None if served == info.teacher else info.teacher.model,
         "max_model_len": info.max_model_len,
     }
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.errors import InvalidRequestError, NotFoundError
+from shared.errors import InvalidRequestError
 from shared.protocol import GenerateRequest, InfoResponse, ScoreRequest, ScoreSequence
 from shared.text import StopStrings
-from shared.validation import check_generate_request, check_score_request
+from shared.validation import check_generate_request, check_model, check_score_request
 from teacher_server.openai.schema import ChatRequest, Ids, OpenAIRequest
 from teacher_server.openai.tokenizer import ServedTokenizer, check_text
 
@@ -47,7 +47,7 @@ def make_plan(request: OpenAIRequest, tokenizer: ServedTokenizer, info: InfoResp
     """Return the work that a request needs.
 
     Raises:
-        NotFoundError: the request names another model.
+        NotFoundError: the request names a model that is not served.
         InvalidRequestError: the teacher of ``info`` cannot do it; names the field.
     """
     check_model(request.model, info)
@@ -92,18 +92,6 @@ def make_plan(request: OpenAIRequest, tokenizer: ServedTokenizer, info: InfoResp
         score = _score_request(prompts, max(scored, default=0), info)
     stop = StopStrings(tuple(request.stop), request.skip_special_tokens) if request.stop else None
     return OpenAIPlan(request, prompts, echo, logprobs, prompt_logprobs, score, generate, stop)
-
-
-def check_model(name: str, info: InfoResponse) -> None:
-    """Refuse a model that is not the one served.
-
-    Raises:
-        NotFoundError: names both models.
-    """
-    if name != info.teacher.model:
-        raise NotFoundError(
-            f"the model {name!r:.200} is not served here; {info.teacher.model!r} is", field="model"
-        )
 
 
 def _width(logprobs: int | None) -> int:

@@ -12,8 +12,9 @@ from shared.protocol import (
     GenerateRequest,
     GenerateResponse,
     InfoResponse,
+    TeacherIdentity,
 )
-from shared.validation import check_generate_request
+from shared.validation import check_generate_request, check_model
 from teacher_server.backends.base import Backend, GenerateJob
 from teacher_server.http.body import Body, read_body
 from teacher_server.http.exchange import Exchange
@@ -26,7 +27,7 @@ from teacher_server.http.replies import (
     message_reply,
     problem_of,
 )
-from teacher_server.jobs import Keyed, generate_jobs, total_answer_bytes, total_tokens
+from teacher_server.jobs import Keyed, adapter_of, generate_jobs, total_answer_bytes, total_tokens
 from teacher_server.limits.admission import ClientGoneError
 from teacher_server.service import Service, in_order
 
@@ -37,14 +38,15 @@ async def generate(service: Service, exchange: Exchange) -> Answer:
     body = await read_body(exchange, info.limits.max_body_bytes)
     request, jobs = await exchange.in_pool(len(body.data), _check, body, info, exchange.client)
     hold_answer(exchange, total_answer_bytes(jobs), "prompts")
+    teacher = check_model(request.model, info)
     if request.stream:
-        return await _stream(service, exchange, jobs, request.n)
+        return await _stream(service, exchange, teacher, jobs, request.n)
     with exchange.admit(total_tokens(jobs), len(jobs)):
         flat = await exchange.run(service.generate(backend, jobs, "prompts", request.n))
         service.count_generated(jobs, flat)
         answer = GenerateResponse.model_construct(
             completions=[flat[i : i + request.n] for i in range(0, len(flat), request.n)],
-            teacher=info.teacher,
+            teacher=teacher,
             request_id=exchange.request_id,
         )
         return await message_reply(exchange, answer)
@@ -56,19 +58,23 @@ def _check(
     """Return a request and its jobs, once it is parsed and checked."""
     request = body.load(GenerateRequest)
     check_generate_request(request, info)
-    return request, generate_jobs(request, client)
+    return request, generate_jobs(request, client, adapter=adapter_of(request.model, info))
 
 
 async def _stream(
-    service: Service, exchange: Exchange, jobs: Sequence[Keyed[GenerateJob]], n: int
+    service: Service,
+    exchange: Exchange,
+    teacher: TeacherIdentity,
+    jobs: Sequence[Keyed[GenerateJob]],
+    n: int,
 ) -> Stream:
     """Return a stream of the completions, each sent when it is finished.
 
     It begins with the first one, so an error before that is an ordinary refusal.
     """
-    backend, info = service.loaded()
+    backend, _ = service.loaded()
     media_type = wire.STREAM_MEDIA_TYPES[exchange.answer_type()]
-    finished = _as_they_finish(service, exchange, backend, info, jobs, n)
+    finished = _as_they_finish(service, exchange, backend, teacher, jobs, n)
     first = await anext(finished)
     size = max(one.job.answer_bytes for one in jobs)
 
@@ -91,7 +97,7 @@ async def _stream(
             problem = problem_of(refusal, exchange.request_id)
         finally:
             await finished.aclose()
-        end = GenerateEnd(teacher=info.teacher, request_id=exchange.request_id, problem=problem)
+        end = GenerateEnd(teacher=teacher, request_id=exchange.request_id, problem=problem)
         yield wire.dump(end, media_type)
 
     stream = Stream(items(), media_type)
@@ -102,7 +108,7 @@ async def _as_they_finish(
     service: Service,
     exchange: Exchange,
     backend: Backend,
-    info: InfoResponse,
+    teacher: TeacherIdentity,
     jobs: Sequence[Keyed[GenerateJob]],
     n: int,
 ) -> AsyncGenerator[GenerateEvent, None]:
@@ -120,7 +126,7 @@ async def _as_they_finish(
                 prompt=index // n,
                 sample=index % n,
                 completion=completion,
-                teacher=info.teacher,
+                teacher=teacher,
             )
         )
 

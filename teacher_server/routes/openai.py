@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shared import wire
 from shared.protocol import InfoResponse
+from shared.validation import check_model
 from teacher_server.backends.base import GenerateJob, ScoreJob
 from teacher_server.http.body import Body, read_body
 from teacher_server.http.exchange import Exchange
@@ -13,6 +14,7 @@ from teacher_server.http.replies import Answer, Reply, json_reply
 from teacher_server.jobs import (
     Job,
     Keyed,
+    adapter_of,
     generate_jobs,
     score_jobs,
     total_answer_bytes,
@@ -20,7 +22,7 @@ from teacher_server.jobs import (
 )
 from teacher_server.openai.adapter import OpenAIAdapter
 from teacher_server.openai.answers import model_card
-from teacher_server.openai.plan import OpenAIPlan, check_model
+from teacher_server.openai.plan import OpenAIPlan
 from teacher_server.openai.schema import ChatRequest, CompletionRequest
 from teacher_server.service import Service, both
 
@@ -44,16 +46,17 @@ class _Work:
 
 
 async def models(service: Service, exchange: Exchange) -> Answer:
-    """Return an OpenAI-style list of the one model."""
+    """Return an OpenAI-style list of the base model and its adapters."""
     _, info = service.loaded()
-    return json_reply({"object": "list", "data": [model_card(info)]})
+    cards = [model_card(one, info) for one in info.models]
+    return json_reply({"object": "list", "data": cards})
 
 
 async def model(service: Service, exchange: Exchange) -> Answer:
-    """Return an OpenAI-style description of the model."""
+    """Return an OpenAI-style description of one model."""
     _, info = service.loaded()
-    check_model(exchange.request.path_params["name"], info)
-    return json_reply(model_card(info))
+    served = check_model(exchange.request.path_params["name"], info)
+    return json_reply(model_card(served, info))
 
 
 async def completions(service: Service, exchange: Exchange) -> Answer:
@@ -104,8 +107,10 @@ def _check(
 ) -> _Work:
     """Return the jobs of a request, once it is parsed, tokenized and checked."""
     plan = adapter.plan(body.load(message), info)
+    lora = adapter_of(plan.request.model, info)
+    generate = plan.generate
     return _Work(
         plan,
-        score=[] if plan.score is None else score_jobs(plan.score, client),
-        generate=[] if plan.generate is None else generate_jobs(plan.generate, client, plan.stop),
+        score=[] if plan.score is None else score_jobs(plan.score, client, lora),
+        generate=[] if generate is None else generate_jobs(generate, client, plan.stop, lora),
     )

@@ -10,6 +10,7 @@ from teacher_server.backends.base import ScoreJob
 from teacher_server.backends.scoring import score_positions
 from teacher_server.backends.vllm_worker import (
     Float32Head,
+    MissedPositionsError,
     ScoringExtension,
     Span,
     StepScorer,
@@ -133,14 +134,23 @@ def test_a_preempted_prefill_starts_again():
     assert_same(unpack_scores(answers["a"].numpy(), one), expected(one, hidden))
 
 
-def test_rows_that_are_missing_are_a_failure():
+def test_positions_that_are_missing_are_said_to_be():
     rng = np.random.default_rng(3)
     one = job(rng)
     scorer = StepScorer(head, V)
     scorer.add("a", params(one))
     answers = scorer.score(hidden_states(rng, 9), [Span("a", 0, 10, 9)])
-    with pytest.raises(RuntimeError, match="row 4 came after 0 rows"):
+    with pytest.raises(MissedPositionsError, match="position 4 came after 0 positions"):
         unpack_scores(answers["a"].numpy(), one)
+
+
+def test_a_prompt_from_the_prefix_cache_needs_no_states():
+    rng = np.random.default_rng(3)
+    one, hidden = job(rng), hidden_states(rng, 19)
+    scorer = StepScorer(head, V)
+    scorer.add("a", params(one))
+    answers = scorer.score(hidden[4:], [Span("a", 0, 4, 15)])  # the first 4 of 7 were cached
+    assert_same(unpack_scores(answers["a"].numpy(), one), expected(one, hidden))
 
 
 def test_one_bad_sequence_fails_alone():

@@ -1,0 +1,117 @@
+"""The LoRA adapters that one base model serves as teachers of their own, read before it loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import ConfigurationError
+from shared.printable import one_line
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_LONGEST_NAME = 200  # characters
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """An adapter of ``--lora-modules``: the name that requests call it by, and its folder."""
+
+    name: str
+    path: str
+
+
+def lora_modules(values: Sequence[str], base: str) -> tuple[LoraModule, ...]:
+    """Return the adapters of ``--lora-modules NAME=DIR …``; as in vLLM each may be JSON instead.
+
+    Args:
+        base: the base model's name, which no adapter may have.
+
+    Raises:
+        ConfigurationError: a value is not NAME=DIR, a name stands twice, or a folder holds no LoRA
+            adapter that can be served beside others.
+    """
+    modules = tuple(_parsed(value) for value in values)
+    names = [base]
+    for module in modules:
+        given = f"--lora-modules {module.name}={module.path}"
+        if not module.name.isprintable() or len(module.name) > _LONGEST_NAME:
+            raise ConfigurationError(
+                f"{one_line(given, 300)}: a name has at most {_LONGEST_NAME} characters, none of "
+                "them a control character"
+            )
+        if module.name in names:
+            raise ConfigurationError(f"{given}: two models would be called {module.name}")
+        names.append(module.name)
+        _check_folder(given, Path(module.path))
+    return modules
+
+
+def _parsed(value: str) -> LoraModule:
+    fields: Any
+    if value.startswith("{"):
+        try:
+            fields = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"--lora-modules {value}: not JSON: {error}") from error
+        if not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
+            raise ConfigurationError(
+                f"--lora-modules {value}: give name and path, and at most base_model_name beside"
+            )
+        name, path = str(fields["name"]), str(fields["path"])
+    else:
+        name, _, path = value.partition("=")
+    if not name.strip() or not path:
+        raise ConfigurationError(f"--lora-modules {value}: give NAME=DIR, such as math=runs/math")
+    return LoraModule(name, path)
+
+
+def _check_folder(given: str, folder: Path) -> None:
+    """Refuse a folder without a LoRA adapter whose effect is within the model's linear layers."""
+    if not folder.is_dir():
+        raise ConfigurationError(f"{given}: no such folder; give one with adapter_config.json")
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise ConfigurationError(f"{given}: the folder has no adapter_config.json")
+    try:
+        config = json.loads(file.read_text())
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{given}: {file} is damaged: {error}") from error
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise ConfigurationError(f"{given}: the folder has no {_WEIGHTS[0]}")
+    merge = f"merge it (student-trainer merge --model_name_or_path {folder}) and serve it alone"
+    if kind != "LORA":
+        raise ConfigurationError(f"{given} is a {kind} adapter; only LORA is served: {merge}")
+    for name in ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices"):
+        if config.get(name):
+            raise ConfigurationError(
+                f"{given} has {name} {config[name]}, which adapters served together cannot have: "
+                f"{merge}"
+            )
+
+
+def adapter_rank(module: LoraModule) -> int:
+    """Return the largest rank r of an adapter's layers."""
+    config = json.loads((Path(module.path) / "adapter_config.json").read_text())
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
+def adapter_targets(module: LoraModule) -> list[str]:
+    """Return the last names of the layers that an adapter changes, such as q_proj, sorted.
+
+    They are read from its weights, because its configuration may hold a pattern.
+    """
+    folder = Path(module.path)
+    if (folder / _WEIGHTS[0]).is_file():
+        from safetensors import safe_open
+
+        with safe_open(folder / _WEIGHTS[0], framework="numpy") as file:
+            keys = list(file.keys())
+    else:
+        import torch
+
+        keys = list(torch.load(folder / _WEIGHTS[1], map_location="cpu", weights_only=True))
+    return sorted({key.split(".lora_")[0].rsplit(".", 1)[-1] for key in keys if ".lora_" in key})
