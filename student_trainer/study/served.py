@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shared.errors import TeacherUnreachableError
 from student_trainer.teacher.http import HttpClient
-from student_trainer.teacher.sparse import SERVER
+from student_trainer.teacher.sparse_gkd import SERVER
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.database import checksum
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.teacher.store import AnswerStore
 from tests.support.cache import corrupt_one_record, database, rewritten
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, score_response, scores
