@@ -25,7 +25,7 @@ from student_trainer.model.load import check_loaded_tokenizer
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.teacher.base import Sampling, ScoreOptions, sequence_of
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Row: TypeAlias = Mapping[str, Any]

@@ -63,7 +63,7 @@ from student_trainer.runtime.signals import stop_event
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.teacher.store import AnswerStore
 from student_trainer.teacher.vllm import VllmTeacher
 from student_trainer.training.checkpoints import writing

@@ -47,7 +47,7 @@ def teacher(world, tokenizer):
 
 
 def logprobs_of(folder, token_ids):
-    """[L, V]"""
+    """Return log-probs [L, V] of the model in a folder."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         return model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
