@@ -431,7 +431,7 @@ def test_the_code_of_the_notebook_page_runs(surroundings, tmp_path, monkeypatch)
     names = {}
     for cell in cells:
         exec(cell.replace("http://localhost:8000", url), names)
-    assert names["scored"].scores.logprobs.shape == (2, 8)  # " 4" is two bytes
+    assert names["scored"].scores.logprobs.shape == (3, 8)  # two bytes and the end
     assert names["result"].metrics["divergence"] > 0
     assert (tmp_path / "page" / "out" / "model.safetensors").exists()
 
