@@ -151,6 +151,22 @@ def test_a_file_gets_three_lines_a_stage_and_the_log_the_rest(tmp_path, monkeypa
     assert (tmp_path / quickstart.LOG).read_text().count("step 400/400") == 10
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_told_otherwise(given):
+    """It is set before torch is imported, and the served teacher inherits it."""
+    environment = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    script = (
+        "import os, sys, examples.mini_humaneval\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (given or "PASSIVE")
+
+
 def test_a_failed_stage_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys):
     def main(words):
         sys.stderr.write("student-trainer: error: no such teacher\n")
