@@ -6,7 +6,8 @@ makes tokenizer, models and data; pretrains a teacher and fine-tunes it on the f
 one student by SFT on the same labels, and one by distillation from the teacher, which runs as a
 separate server process; evaluates all of them; and writes results.json and report.html. Every
 stage is a cell of study.yaml at one seed: a call of the public command line, printed before it
-runs. On two machines, or in two containers, over one folder:
+runs. What it writes goes into quickstart.log. On two machines, or in two containers, over one
+folder:
 
     python -m examples.mini_humaneval.quickstart --output_dir DIR --only teacher
     teacher-server serve DIR/teacher_sft --host 0.0.0.0 --api-key-file KEY
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mini_humaneval import prepare
+from examples.mini_humaneval.stages import Stages
 from shared.errors import SparseGKDError
 from student_trainer.commands import main as cli
 from student_trainer.reporting.page import Chart, Report, SideBySide, Table, render
@@ -50,6 +52,7 @@ MODELS = {
 CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
 
 MARKER = ".quickstart"
+LOG = "quickstart.log"
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,12 @@ class Quickstart:
         self.study = load_study(STUDY)
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
+        self._shown = Stages(folder / LOG)
 
     def run(self, teacher_url: str | None) -> None:
         """Run all stages, or those of the student if ``teacher_url`` is given."""
         since = time.perf_counter()
+        self._shown.expect(3 + len(MODELS))
         if teacher_url is None:
             self.make_teacher(again=True)
         else:
@@ -115,6 +120,7 @@ class Quickstart:
         if not again and marker.exists() and marker.read_text():
             print(f"{self.folder} has its teacher")
             return
+        self._shown.expect(3)
         self._empty_folder()
         with self._timed("prepare"):
             prepare.prepare(self.folder, seed=self.seed)
@@ -172,10 +178,10 @@ class Quickstart:
     def _run(self, name: str, argv: list[str]) -> None:
         command = shlex.join(["student-trainer", *argv])
         self.commands.append(command)
-        print(f"\n$ {command}", flush=True)
-        with self._timed(name):
+        with self._timed(name, command):
             code = cli.main(argv)
         if code != 0:
+            self._shown.show_failure()
             raise SystemExit(code)
 
     @contextlib.contextmanager
@@ -190,9 +196,10 @@ class Quickstart:
             yield url
 
     @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, command: str = "") -> Iterator[None]:
         since = time.perf_counter()
-        yield
+        with self._shown.stage(name, command):
+            yield
         self.seconds[name] = time.perf_counter() - since
 
     def _write(self, evaluated: dict[str, Evaluated], total: float) -> None:
