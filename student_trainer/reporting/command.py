@@ -178,15 +178,14 @@ def _tables(found: Found) -> dict[str, Table]:
 
 def _training_table(found: Found) -> Table:
     """Return a table of where each run ended, without columns that no run fills."""
+    wait = "time/stall_fraction"
     columns = {
         "Steps": [_steps(run) for run in found.training],
         "Loss": [_number(run.last("train/loss")) for run in found.training],
         "Divergence": [_number(run.last("train/divergence")) for run in found.training],
         "Held out": [_number(run.last("eval/loss")) for run in found.training],
         "Seconds a step": [_number(run.last("time/step")) for run in found.training],
-        "Waiting for teacher": [
-            _percent(run.last("time/stall_fraction")) for run in found.training
-        ],
+        "Waiting for teacher": [_percent(run.last(wait)) for run in found.training],
         "Minutes": [_number(_minutes(run)) for run in found.training],
     }
     scores = _own_scores(found)
