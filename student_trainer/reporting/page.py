@@ -372,7 +372,7 @@ _CSS = """
 --rule:#d1d9e0;--good:#1a7f37;--bad:#c0362c;--heat:232 176 0;--ct:#59636e;
 --c0:#2563c9;--c1:#b85c06;--c2:#8a3ffc;--c3:#0b7285;--c4:#b3255c;--c5:#7a5230}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--paper:#0d1117;
---panel:#161b22;--rule:#30363d;--good:#4cc46b;--bad:#ff7b72;--heat:190 145 0;--ct:#9aa4af;
+--panel:#161b22;--rule:#30363d;--good:#4cc46b;--bad:#ff7b72;--heat:150 112 0;--ct:#9aa4af;
 --c0:#6ea8fe;--c1:#f0a35e;--c2:#bc8cff;--c3:#3bc9db;--c4:#ff7eb6;--c5:#c9a27e}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);

@@ -171,5 +171,9 @@ def test_text_and_lines_stand_out_as_wcag_asks(page, scheme):
             assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
         for name in ("ct", *(f"c{i}" for i in range(len(COLOURS)))):
             assert contrast(colours[name], colours[ground]) >= 3, (name, ground)
+    heat = [int(part) for part in re.search(r"--heat:([\d ]+)", block)[1].split()]
+    panel = [int(colours["panel"][i : i + 2], 16) for i in (1, 3, 5)]
+    shaded = [round(0.75 * h + 0.25 * p) for h, p in zip(heat, panel, strict=True)]
+    assert contrast(colours["ink"], "#{:02x}{:02x}{:02x}".format(*shaded)) >= 4.5
     lines = [colours[f"c{i}"] for i in range(len(COLOURS))]
     assert len({*lines, colours["ct"], colours["good"], colours["bad"]}) == 9
