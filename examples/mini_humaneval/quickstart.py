@@ -35,7 +35,8 @@ from examples.mini_humaneval import prepare
 from examples.mini_humaneval.stages import Stages
 from shared.errors import SparseGKDError
 from student_trainer.commands import main as cli
-from student_trainer.reporting.page import Chart, Report, SideBySide, Table, render
+from student_trainer.reporting.curves import charts_of
+from student_trainer.reporting.page import Report, SideBySide, Table, render
 from student_trainer.reporting.runs import find_runs
 from student_trainer.study.served import served
 from student_trainer.study.spec import Cell, load_study, substituted, to_argv
@@ -48,6 +49,7 @@ MODELS = {
     "Student, SFT": "student_sft",
     "Student, distilled": "student_distilled",
 }
+STUDENTS = {"Student, SFT": 0, "Student, distilled": 1}  # the number of each one's colour
 # Cells of the study by their output folder, which lies beside the data.
 CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
 
@@ -224,13 +226,15 @@ class Quickstart:
         return self.study.cells[CELLS["student_distilled"]].flags
 
     def _report(self, evaluated: dict[str, Evaluated], tasks: int, total: float) -> str:
-        folders = [self.folder / MODELS[name] for name in ("Student, SFT", "Student, distilled")]
+        folders = [self.folder / MODELS[name] for name in STUDENTS]
         sft, distilled = find_runs(folders).training
         flags = self._distillation()
         rows = [
             (name, f"{model.pass_at_1:.3f}", f"{self.seconds.get(MODELS[name], 0.0):.0f} s")
             for name, model in evaluated.items()
         ]
+        best = len(rows) - 1
+        colours = [STUDENTS.get(name) for name in evaluated]
         return render(
             Report(
                 title="mini-HumanEval: a served teacher distils a student",
@@ -238,43 +242,13 @@ class Quickstart:
                 f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
                 f"sequences. Seed {self.seed}, "
                 f"{total:.0f} s in all.",
-                tables={"": Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1)},
-                charts=[
-                    # Two quantities: one scale would invite a comparison that means nothing.
-                    Chart(
-                        "SFT: cross-entropy", "nats per token", {"SFT": sft.points("train/loss")}
-                    ),
-                    Chart(
-                        "Distillation: JSD",
-                        "nats per token",
-                        {"distilled": distilled.points("train/divergence")},
-                    ),
-                    Chart(
-                        "Mass on the teacher's top-k",
-                        "probability",
-                        {
-                            "teacher": distilled.points("teacher/top_k_mass"),
-                            "student": distilled.points("train/student_top_k_mass"),
-                        },
-                    ),
-                    Chart(
-                        "Entropy over top-k and tail",
-                        "nats",
-                        {
-                            "teacher": distilled.points("teacher/entropy"),
-                            "student": distilled.points("train/student_entropy"),
-                        },
-                    ),
-                    Chart(
-                        "Completion length",
-                        "tokens",
-                        {"distilled": distilled.points("train/completion_length")},
-                    ),
-                ],
+                tables={"": Table(("Model", "pass@1", "Training time"), rows, best, colours)},
+                charts=charts_of([sft, distilled]),
                 seconds={
                     "whole run": self._stages(),
-                    "distillation": distilled.seconds(),
+                    distilled.name: distilled.seconds(),
                 },
+                numbers={"whole run": len(STUDENTS), distilled.name: 1},
                 samples=self._samples(evaluated),
                 commands=self.commands,
             )
@@ -316,6 +290,7 @@ class Quickstart:
                     )
                     for name, model in evaluated.items()
                 },
+                numbers=STUDENTS,
             )
             for row in sorted(rows, key=verdicts, reverse=True)[:6]
         ]

@@ -70,6 +70,7 @@ from student_trainer.training.checkpoints import writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
+from student_trainer.training.live_log import LiveLog
 from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.text_end import KeepEndTokens
@@ -175,6 +176,8 @@ def run(
         )
         if method.lmbda > 0 or method.seq_kd:
             trainer.add_callback(CutCompletions(method.max_new_tokens))
+        live_log = LiveLog(Path(args.output_dir or ""))
+        trainer.add_callback(live_log)
         if prepared.keep_end_tokens:
             trainer.add_callback(KeepEndTokens(student))
         if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
@@ -197,6 +200,8 @@ def run(
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
+        if args.should_save:
+            live_log.remove()
         trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
