@@ -102,12 +102,10 @@ def likely_names(
     habitual = [by_plain[each] for each in habits.get(plain, ()) if each in by_plain]
     if plain in by_plain or habitual:
         return [by_plain[plain]] if plain in by_plain else habitual[:1]
-    near = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.8)
     longer = [] if len(plain) < 2 else [each for each in by_plain if each.startswith(plain)]
-    if not near and 0 < len(longer) <= _MOST_SUGGESTED:
-        near = longer
-    near = near or difflib.get_close_matches(plain, by_plain, n=1)
-    return [by_plain[each] for each in near]
+    if not 0 < len(longer) <= _MOST_SUGGESTED:
+        longer = difflib.get_close_matches(plain, by_plain, n=1)
+    return [by_plain[each] for each in longer]
 
 
 def _plain(name: str) -> str:

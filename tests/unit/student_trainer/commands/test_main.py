@@ -134,7 +134,7 @@ def test_wrong_flags_and_help_wait_for_no_heavy_import():
         "            main([command, '--help'])\n"
         "        main([command, '--prot', 'x'])\n"
         "found = {'torch', 'transformers', 'numpy', 'httpx', 'pydantic'} & set(sys.modules)\n"
-        "sys.exit(', '.join(found))\n"
+        "sys.exit(', '.join(found) or 0)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
