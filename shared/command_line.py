@@ -33,16 +33,15 @@ class OneLineParser(argparse.ArgumentParser):
             message = f"{required} is missing; see `{self.prog} --help`"
         raise ConfigurationError(_ARGUMENT.sub(r"\1: ", message))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments as argparse does.
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse arguments, all of which must be known.
 
         Raises:
             ConfigurationError: an unknown flag, with the nearest known one, or a wrong value.
         """
-        argv = list(args or ())
         unknown = unknown_flags(self, argv)
         if not unknown:
-            parsed, unknown = self.parse_known_args(argv, namespace)
+            parsed, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = unknown[0].split("=")[0]
             hint = did_you_mean(name, long_flags(self)) or f" See `{self.prog} --help`"

@@ -77,7 +77,11 @@ def distill(
 ) -> DistillationResult:
     """Train a student on a served teacher's token distributions.
 
-    It is the same as `student-trainer distill`, with its checks, defaults and files.
+    It is the same as `student-trainer distill`, with its checks, defaults and files. Several
+    processes call it in a script that `torchrun` or `accelerate launch` starts. It leaves their
+    process group as it is, and waits until the threads of PyTorch's Gloo are idle, so that such a
+    script may end: one that works while the interpreter ends would abort it (PyTorch issue 190489).
+    A script with collective operations of its own afterwards has that fault of PyTorch itself.
 
     Args:
         model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``:

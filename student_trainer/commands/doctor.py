@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -31,7 +30,7 @@ def doctor(argv: Sequence[str]) -> None:
     Raises:
         DoctorError: a check failed; its line says why.
     """
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
     # Imported here, so that --help does not wait for what speaks with a teacher.
     from student_trainer.commands.doctor_teacher import teacher_findings
 
@@ -59,7 +58,7 @@ def doctor(argv: Sequence[str]) -> None:
         raise DoctorError(f"doctor: {len(failed)} failed: {', '.join(failed)}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Return the parser of the command."""
     parser = OneLineParser(
         prog="student-trainer doctor",

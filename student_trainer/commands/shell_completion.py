@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -17,11 +16,11 @@ into ~/.local/share/bash-completion/completions/student-trainer. In zsh, after c
 
 def completion(argv: Sequence[str]) -> None:
     """Print the completion script of a shell."""
-    arguments = _parser().parse_args(list(argv))
+    arguments = _parser().parse(argv)
     sys.stdout.write(completion_script(arguments.shell, "student-trainer", commands()))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="student-trainer completion", description=_DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS)
     return parser

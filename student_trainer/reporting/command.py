@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -54,7 +53,7 @@ def report(argv: Sequence[str]) -> None:
         ConfigurationError: a folder without a run, or one that cannot be written to.
         DatasetError: a file of a run that cannot be read.
     """
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
     found = find_runs(arguments.runs)
     output = arguments.output or arguments.runs[0] / "report.html"
     charts = _charts(found.training)
@@ -83,7 +82,7 @@ def report(argv: Sequence[str]) -> None:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="student-trainer report",
         description="One page without network or scripts: curves, where the time went, scores with "

@@ -185,6 +185,25 @@ class TestDistill:
         )  # fmt: skip
         assert (tmp_path / "adapter_model.safetensors").exists()
 
+    def test_a_script_of_ones_own_may_have_two_processes(self, world, tmp_path):
+        script = tmp_path / "script.py"
+        flags = {**FLAGS, "per_device_train_batch_size": 4, "ddp_backend": "gloo", "use_cpu": True}
+        script.write_text(
+            "import os\nfrom student_trainer import distill\n"
+            f"result = distill({str(world.student)!r}, {world.url!r}, {str(world.rows)!r}, "
+            f"output_dir={str(tmp_path / 'out')!r}, **{flags!r})\n"
+            "print('rank', os.environ['RANK'], result)\n"
+        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        ended = subprocess.run(
+            [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=600
+        )
+        assert ended.returncode == 0, ended.stderr
+        for rank in "01":
+            assert f"rank {rank} DistillationResult(" in ended.stdout
+        assert "3 steps, divergence " in ended.stdout
+        assert (tmp_path / "out" / "model.safetensors").exists()
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
