@@ -12,6 +12,7 @@ from itertools import chain
 from shared import __version__
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError, SparseGKDError
+from shared.model_names import describe_missing
 from shared.printable import printable
 from student_trainer.commands.doctor_finding import Finding, Status
 from student_trainer.commands.doctor_machine import machine_findings
@@ -41,6 +42,8 @@ def doctor(argv: Sequence[str]) -> None:
         raise ConfigurationError(
             f"--model_name_or_path {student} is compared with a teacher; add --teacher_url"
         )
+    if student is not None and (missing := describe_missing(student)):
+        raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
     key_file = arguments.teacher_api_key_file
     teachers = (teacher_findings(url, key_file, student) for url in arguments.teacher_url)
     for finding in chain(machine_findings(), *teachers):
