@@ -39,7 +39,7 @@ def report(argv: Sequence[str]) -> None:
             no effect together, or a port that is taken.
         DatasetError: a file of a run that cannot be read.
     """
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
     _check(arguments)
     if arguments.watch:
         watch(lambda: _live_page(arguments), arguments.port)
@@ -115,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> None:
             )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="student-trainer report",
         description="One page without network or scripts: differences between runs, curves, where "

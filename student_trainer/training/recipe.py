@@ -60,6 +60,7 @@ from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import count_missing, planned_requests
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
+from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_vocabulary
@@ -233,6 +234,7 @@ def _end(trainer: DistillationTrainer) -> None:
     """End all ranks together, as one that ends while the group still runs may be aborted."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    wait_for_gloo()
 
 
 @dataclass(frozen=True)
