@@ -23,7 +23,7 @@ from student_trainer.config.training_arguments import CommonTrainingArguments, D
 from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.stream import ExampleStream
-from student_trainer.data.template import describe_mode
+from student_trainer.data.turn import describe_mode
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.runtime.terminal import has_colours, painted, readable_size
 from student_trainer.teacher.named import Teachers

@@ -81,10 +81,10 @@ def say_start(
     lines["steps"] = describe_updates(prepared, args, streaming=streams)
     if memory is not None:
         optimizer = readable_size(memory.optimizer) if memory.optimizer is not None else "unknown"
+        each = " a process" if args.world_size > 1 else ""
         lines["memory"] = (
-            f"{readable_size(memory.total)} a process without activations: weights "
-            f"{readable_size(memory.weights)}, gradients {readable_size(memory.gradients)}, "
-            f"optimizer {optimizer}"
+            f"{readable_size(memory.total)}{each} and activations: weights "
+            f"{readable_size(memory.weights)}, optimizer {optimizer}"
         )
     lines["output"] = _output(args)
     _write_table(lines)

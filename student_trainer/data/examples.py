@@ -22,7 +22,8 @@ from student_trainer.data.encode import Encoder
 from student_trainer.data.messages import Message
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.teacher_view import TeacherView
-from student_trainer.data.template import ChatTemplate, TemplateOptions, Turn
+from student_trainer.data.template import ChatTemplate, TemplateOptions
+from student_trainer.data.turn import Turn, first_turn, token_after
 
 # The low bits of an example's index are its row's number, the bits above its turn's number.
 _ROW_BITS = 32
@@ -252,7 +253,7 @@ class RowTokenizer:
 
     def _tokenize_conversation(self, where: str, conversation: Conversation) -> _TokenizedTurn:
         try:
-            turn = self.chat.first_turn(where, conversation)
+            turn = first_turn(self.chat, where, conversation)
             prompt_ids = self.encoder.encode(turn.prompt)
             completion_ids = None
             if turn.completion is not None:
@@ -272,7 +273,7 @@ class RowTokenizer:
         ends = [number for number, token in enumerate(ids) if token in self.stop_ids]
         if ends:
             return ids[: ends[0] + 1]  # templates print a newline after the end token
-        following = self.chat.token_after(where, conversation, turn)
+        following = token_after(self.chat, where, conversation, turn)
         if following in self.stop_ids:
             return [*ids, following]  # in GLM's template the next turn's first token ends a turn
         completion = str(turn.completion).rstrip()

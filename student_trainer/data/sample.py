@@ -32,6 +32,11 @@ class Sample:
     truncated: bool = False
     weight_version: int | None = None
 
+    def __repr__(self) -> str:
+        prompt, completion = self.completion_start, len(self.token_ids) - self.completion_start
+        cut = ", truncated" if self.truncated else ""
+        return f"Sample({prompt} + {completion} tokens, by the {self.source}{cut})"
+
     @property
     def prompt_ids(self) -> NDArray[np.uint32]:
         return self.token_ids[: self.completion_start]

@@ -60,17 +60,19 @@ from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import planned_requests, require_answers
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
+from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_vocabulary
 from student_trainer.teacher.named import Teachers
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.teacher.store import AnswerStore
 from student_trainer.teacher.vllm import VllmTeacher
 from student_trainer.training.checkpoints import writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
+from student_trainer.training.live_log import LiveLog
 from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.text_end import KeepEndTokens
@@ -203,6 +205,8 @@ def run(
         )
         if method.lmbda > 0 or method.seq_kd:
             trainer.add_callback(CutCompletions(method.max_new_tokens))
+        live_log = LiveLog(Path(args.output_dir or ""))
+        trainer.add_callback(live_log)
         if prepared.keep_end_tokens:
             trainer.add_callback(KeepEndTokens(student))
         if teachers is not None and isinstance(trainer.order, TrainingOrder):
@@ -226,6 +230,8 @@ def run(
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
+        if args.should_save:
+            live_log.remove()
         trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -257,6 +263,7 @@ def _end(trainer: DistillationTrainer) -> None:
     """End all ranks together, as one that ends while the group still runs may be aborted."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    wait_for_gloo()
 
 
 @dataclass(frozen=True)

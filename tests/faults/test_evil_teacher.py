@@ -24,7 +24,7 @@ from student_trainer.commands.main import main
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.parse import parse
 from student_trainer.teacher.base import Sampling, ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.training.model_card import model_card
 from tests.support import stub
 from tests.support.fault_proxy import FaultProxy, answered, changed

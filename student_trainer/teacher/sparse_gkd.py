@@ -44,7 +44,7 @@ from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.http import ServerKind
 from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
-from student_trainer.teacher.sparse_messages import (
+from student_trainer.teacher.sparse_gkd_messages import (
     MAX_BYTES_BESIDE_ARRAYS,
     body_bytes,
     max_answer_bytes,
