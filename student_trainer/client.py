@@ -20,6 +20,7 @@ from shared.text import completion_text
 from student_trainer.config.arguments import DataArguments, TeacherArguments
 from student_trainer.config.checks import api_key_of, check_teacher
 from student_trainer.config.keywords import keywords_in_errors
+from student_trainer.config.teachers import teachers_of
 from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
@@ -111,7 +112,7 @@ class TeacherClient:
 
     Args:
         teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
-            replicas.
+            replicas; ``http://localhost:8000#math`` where the server has several models.
         tokenizer: the student's, or its folder or Hub id. Rows of text need it; one with another
             vocabulary than the teacher's is refused.
         teacher_api_key_file: file that holds the API key; by default the environment variable
@@ -151,8 +152,16 @@ class TeacherClient:
         )
         check_teacher(flags)
         self.tokenizer = None if tokenizer is None else tokenizer_from(tokenizer)
+        served, *others = teachers_of(flags.teacher_url or [])
+        if others:
+            raise ConfigurationError(
+                f"--teacher_url names {1 + len(others)} teachers, {served.name} and "
+                f"{others[0].name} among them; make a client of each"
+            )
         self._teacher = SparseGkdTeacher(
-            flags.teacher_url or [],
+            served.urls,
+            model=served.model,
+            name=served.name,
             timeout=teacher_timeout,
             logprob_dtype=teacher_logprob_dtype,
             api_key=api_key_of(flags),

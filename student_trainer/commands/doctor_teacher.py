@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 from shared.errors import (
     ConfigurationError,
@@ -17,30 +18,39 @@ from shared.errors import (
 from shared.protocol import InfoResponse
 from student_trainer.commands.doctor_finding import Finding, Status
 
+if TYPE_CHECKING:
+    from student_trainer.config.arguments import TeacherArguments
+    from student_trainer.config.teachers import ServedTeacher
+
 _TIMEOUT = 10.0  # seconds to wait for a teacher
 _HEALTH_BYTES = 1 << 16  # in an answer to /health at most
 
 
-def teacher_findings(url: str, key_file: str | None, student: str | None) -> Iterator[Finding]:
+def teacher_findings(value: str, key_file: str | None, student: str | None) -> Iterator[Finding]:
     """Yield the findings about a teacher's latency, clock, identity and key.
 
     Args:
+        value: of ``--teacher_url``, which may give the teacher a name.
         student: folder or Hub id of a model to compare with the teacher, or None.
     """
     try:
         from student_trainer.config.arguments import TeacherArguments
         from student_trainer.config.checks import check_teacher
+        from student_trainer.config.teachers import teachers_of
 
-        flags = TeacherArguments(teacher_url=[url], teacher_api_key_file=key_file)
+        flags = TeacherArguments(teacher_url=[value], teacher_api_key_file=key_file)
         check_teacher(flags)
+        [served] = teachers_of([value])
+        url = served.urls[0]
         seconds, skew = _ping(url)
-        yield Finding("teacher", "ok", f"{url} answers in {seconds * 1e3:.1f} ms (best of 3)")
+        whom = f"teacher {served.name}".strip()
+        yield Finding(whom, "ok", f"{url} answers in {seconds * 1e3:.1f} ms (best of 3)")
         if skew is not None and abs(skew) > 60:
             yield Finding(
                 "teacher's clock", "warn", f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}",
                 "let both machines ask a time server: certificates and logs depend on it",
             )  # fmt: skip
-        yield from _identity(flags, student)
+        yield from _identity(served, flags, student)
     except TeacherUnauthorizedError as error:
         yield Finding("teacher's key", "fail", str(error), "set TEACHER_API_KEY to the server's")
     except TeacherUnreachableError as error:
@@ -88,20 +98,21 @@ def _ping(url: str) -> tuple[float, float | None]:
     return min(seconds), skew
 
 
-def _identity(flags: object, student: str | None) -> Iterator[Finding]:
+def _identity(
+    served: ServedTeacher, flags: TeacherArguments, student: str | None
+) -> Iterator[Finding]:
     """Yield the findings about a teacher's identity and key, and its comparison with the student.
 
     Raises:
         TeacherError: it refuses the key, is not ready, or is not a teacher server.
     """
-    from student_trainer.config.arguments import TeacherArguments
     from student_trainer.config.checks import api_key_of
     from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
-    assert isinstance(flags, TeacherArguments)
-    assert flags.teacher_url is not None
     key = api_key_of(flags)
-    with SparseGkdTeacher(flags.teacher_url, timeout=_TIMEOUT, api_key=key) as client:
+    with SparseGkdTeacher(
+        served.urls, timeout=_TIMEOUT, api_key=key, model=served.model, name=served.name
+    ) as client:
         info = client.connect()
     who = info.teacher
     yield Finding(
@@ -109,7 +120,7 @@ def _identity(flags: object, student: str | None) -> Iterator[Finding]:
         f"{who.model}: {who.dtype}, {who.backend} {who.version}, fingerprint "
         f"{who.fingerprint[:16]}; {info.vocab_size:,} tokens, context {info.max_model_len:,}",
     )  # fmt: skip
-    yield Finding("teacher's key", *_key_status(flags.teacher_url, key is not None))
+    yield Finding("teacher's key", *_key_status(served.urls, key is not None))
     if student is not None:
         yield from _compared(student, info)
 
@@ -139,7 +150,7 @@ def _compared(student: str, info: InfoResponse) -> Iterator[Finding]:
         yield Finding("end tokens", "ok", f"the student ends with {names}, as the teacher does")
 
 
-def _key_status(urls: list[str], given: bool) -> tuple[Status, str, str]:
+def _key_status(urls: Sequence[str], given: bool) -> tuple[Status, str, str]:
     from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
     try:

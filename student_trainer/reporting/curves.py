@@ -135,6 +135,7 @@ def charts_of(runs: Sequence[TrainingRun]) -> list[Chart]:
             series = {label: runs[0].points(key) for label, key in curve.lines.items()}
             numbers = {label: TEACHER if label == "teacher" else 0 for label in series}
             charts.append(_chart(curve, curve.title, series, numbers))
+            charts += _by_teacher(curve, runs[0])
             continue
         numbers = {run.name: number for number, run in enumerate(runs)}
         for label, key in curve.lines.items():
@@ -143,6 +144,20 @@ def charts_of(runs: Sequence[TrainingRun]) -> list[Chart]:
                 series = {run.name: run.points(key) for run in alike}
                 charts.append(_chart(curve, title + kind, series, numbers))
     return [chart for chart in charts if any(chart.series.values())]
+
+
+def _by_teacher(curve: Curve, run: TrainingRun) -> list[Chart]:
+    """Return charts of a figure for each of several teachers, where the run has it for them."""
+    charts = []
+    for label, key in curve.lines.items():
+        logged = {name for entry in run.history for name in entry if name.startswith(f"{key}/")}
+        if not logged:
+            continue
+        series = {name.removeprefix(f"{key}/"): run.points(name) for name in sorted(logged)}
+        title = f"{curve.title}, {label} by teacher" if len(curve.lines) > 1 else ""
+        numbers = {name: number for number, name in enumerate(series)}
+        charts.append(_chart(curve, title or f"{curve.title}, by teacher", series, numbers))
+    return charts
 
 
 def _alike(runs: Sequence[TrainingRun], curve: Curve) -> dict[str, Sequence[TrainingRun]]:

@@ -9,6 +9,7 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from shared import wire
+from shared.errors import ConfigurationError
 from shared.protocol import (
     GenerateRequest,
     GenerateResponse,
@@ -16,6 +17,7 @@ from shared.protocol import (
     ScoreResponse,
     ScoreSequence,
 )
+from student_trainer import TeacherClient
 from tests.support.http import post
 from tests.support.reference import dense_logprobs, largest_error, load_model
 from tests.support.server import running_server
@@ -156,3 +158,16 @@ def test_a_model_that_is_not_served_is_an_error_that_names_those_that_are(served
     assert refusal.json()["field"] == "model"
     served_models = "'maths' is not served here; served: 'base', 'math', 'code'"
     assert served_models in refusal.json()["detail"]
+
+
+def test_a_client_asks_the_model_that_follows_the_address(served, models):
+    ids = np.random.default_rng(3).integers(0, 260, 30)
+    for name in ("base", "code"):
+        with TeacherClient(f"{served}#{name}") as client:
+            assert client.info.teacher.model == name
+            [scored] = client.score([(ids, 10)], top_k=5)
+        dense = dense_logprobs(models[name], ids, 10, 1.0)
+        sequence = ScoreSequence(token_ids=ids.astype(np.uint32), completion_start=10)
+        assert largest_error(scored.scores, dense, sequence) < 1e-5
+    with pytest.raises(ConfigurationError, match="names 2 teachers, math and code among them"):
+        TeacherClient([f"math={served}", f"code={served}"])

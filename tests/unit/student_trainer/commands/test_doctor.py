@@ -51,7 +51,7 @@ def test_a_package_that_is_missing_or_does_not_fit_fails_with_the_remedy(capsys,
     assert code == 1
     assert found["transformers"]["status"] == found["peft"]["status"] == "fail"
     assert "4.57.0; needed is <5.25,>=5.16.1" in found["transformers"]["detail"]
-    assert "pip install 'peft>=0.19'" in found["peft"]["remedy"]
+    assert "pip install 'peft<1,>=0.19'" in found["peft"]["remedy"]
     assert found["torch"]["status"] == "ok"
     assert found["vllm"]["status"] == "warn"
 
@@ -144,3 +144,10 @@ def test_a_version_that_fits_but_is_not_the_tested_one_says_so(capsys, monkeypat
     assert found["tenacity"]["status"] == "ok"
     assert re.fullmatch(r"99\.0 \(>=9\.0; tested with 9\.\S+\)", found["tenacity"]["detail"])
     assert "tested" not in found["torch"]["detail"]
+
+
+def test_a_named_teacher_is_called_by_its_name(capsys):
+    with StubTeacher().serving() as stub:
+        code, found = lines(capsys, "--teacher_url", f"math={stub.url}")
+    assert found["teacher math"]["status"] == "ok"
+    assert stub.url in found["teacher math"]["detail"]

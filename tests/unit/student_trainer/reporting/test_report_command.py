@@ -364,3 +364,20 @@ def test_folders_without_a_run_are_refused_by_name(tmp_path, capsys, make, messa
     error = capsys.readouterr().err
     assert message in error
     assert str(tmp_path / "run") in error
+
+
+def test_several_teachers_of_a_run_have_a_line_each(tmp_path):
+    folder = training_run(tmp_path / "run", grouped=True)
+    file = folder / "trainer_state.json"
+    history = json.loads(file.read_text())["log_history"]
+    for entry in history:
+        for number, name in enumerate(("math", "code")):
+            entry[f"train/divergence/{name}"] = 0.5 + number
+            entry[f"teacher/top_k_mass/{name}"] = 0.9
+    file.write_text(json.dumps({"log_history": history}))
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "Divergence in training, by teacher" in page
+    assert "Coverage: mass on the support, teacher by teacher" in page
+    assert ">math<" in page
+    assert ">code<" in page
