@@ -54,13 +54,20 @@ def held_out_line(
     if "divergence" in found:
         found.pop("loss", None)  # the same number
     names = [*(n for n in _HELD_OUT_FIRST if n in found), *found.keys() - {*_HELD_OUT_FIRST}]
+    nats = [name for name in names if name == "loss" or "divergence" in name]
     scores = [
-        (place, f"{name.replace('_', ' ')} {(_share if place else number)(found[name])}")
+        (place, f"{_words(name)} {(number if name in nats else _share)(found[name])}")
         for place, name in enumerate(sorted(names, key=lambda n: (n not in _HELD_OUT_FIRST, n)))
     ]
     took = _text("{}", metrics.get("eval/runtime"), readable_seconds)
     parts = [(0, f"step {step}/{steps}"), (0, "held out"), *scores, (len(scores) + 1, took)]
     return _fitted(parts, width)
+
+
+def _words(name: str) -> str:
+    """Return a metric's name as text: ``divergence/math`` is divergence of math."""
+    what, _, teacher = name.partition("/")
+    return what.replace("_", " ") + (f" of {teacher}" if teacher else "")
 
 
 def number(value: float) -> str:

@@ -29,7 +29,7 @@ def grouped(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def grouped_name(name: str) -> str:
     """Return the name under its group: ``teacher_entropy`` is ``teacher/entropy``."""
-    if "/" in name or name in _UNGROUPED:
+    if name.startswith(GROUPS) or name in _UNGROUPED:
         return name
     if name in _OTHER:
         return _OTHER[name]

@@ -19,6 +19,7 @@ from shared.sparse import SparseLogprobs
 from shared.text import completion_text
 from student_trainer.data.sample import Example, Sample, completed
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
+from student_trainer.pipeline.context import context_divergence
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.runs import read_held_out
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
@@ -56,6 +57,7 @@ class HeldOutEvaluation:
 
     def __post_init__(self) -> None:
         self._scored: dict[int, list[ScoredSample]] = {}  # by dataset
+        self._context: dict[int, NDArray[np.float64]] = {}  # likewise, [samples, 2]
         self._first_look: dict[str, Any] | None = None
 
     def resume(self) -> None:
@@ -74,6 +76,10 @@ class HeldOutEvaluation:
     ) -> dict[str, float]:
         """Return ``loss``, ``divergence`` and the checkers' scores, over all ranks.
 
+        With several teachers also ``divergence/NAME`` of each one's rows. Where a teacher sees a
+        prompt of its own, ``context_divergence`` is that of the teacher with it to itself with the
+        student's prompt, in nats a token, the same in each evaluation.
+
         The completions compared are the dataset's own; a bare prompt gets the teacher's greedy one,
         written once. A few samples are kept token by token, see `held_out`.
 
@@ -84,7 +90,8 @@ class HeldOutEvaluation:
         """
         measured, real = self.ranks.share([e for e in examples if self._has_completion(e)])
         scored = self._score_once(dataset, measured)
-        sums = np.zeros(2)
+        names = () if self.teachers is None else self.teachers.names
+        sums = np.zeros((1 + len(names), 2))  # of all rows, then of each teacher's
         for first in range(0, len(scored), batch_size):
             last = min(first + batch_size, max(real, first + 1))
             found = self._divergence(model, scored[first:last])
@@ -93,12 +100,12 @@ class HeldOutEvaluation:
         checked = self._check(examples, step, before_rollouts)
         own = {e.index: (text, r.passed) for e, text, r in checked.mine}
         self._show(model, measured, scored, own, step)
-        divergence, tokens = self.ranks.sum(torch.tensor(sums)).tolist()
-        metrics: dict[str, float] = {}
-        if tokens:
-            metrics["loss"] = divergence / tokens
-            if self.teachers is not None:
-                metrics["divergence"] = divergence / tokens
+        sums = np.append(sums, [self._context[dataset][:real].sum(axis=0)], axis=0)
+        total, *of_each, context = self.ranks.sum(torch.tensor(sums)).tolist()
+        metrics = {"loss": total} if self.teachers is None else {"loss": total, "divergence": total}
+        metrics |= {f"divergence/{name}": one for name, one in zip(names, of_each, strict=True)}
+        metrics["context_divergence"] = context
+        metrics = {name: nats / tokens for name, (nats, tokens) in metrics.items() if tokens}
         return metrics | summarize(gather_object([r for _, _, r in checked.mine[: checked.real]]))
 
     def _has_completion(self, example: Example) -> bool:
@@ -115,12 +122,17 @@ class HeldOutEvaluation:
             written = iter(self._written_by_teacher(bare))
             samples = [next(written) if e.sample is None else e.sample for e in examples]
             scores: Sequence[Any] = [None] * len(samples)
+            self._context[dataset] = np.zeros((len(samples), 2))
             if self.teachers is not None:
                 pairs = list(zip(examples, samples, strict=True))
                 scores = self.ranks.together(partial(self._scores, self.teachers, pairs))
+                self._context[dataset] = self.ranks.together(
+                    partial(self._context_effects, self.teachers, pairs, scores)
+                )
                 self.teachers.take_traffic()  # not part of a training step
             self._scored[dataset] = [
-                ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
+                ScoredSample(sample, score, teacher=example.teacher)
+                for example, sample, score in zip(examples, samples, scores, strict=True)
             ]
         return self._scored[dataset]
 
@@ -136,6 +148,34 @@ class HeldOutEvaluation:
             scores = teacher.score(sequences, self.plan.method.scoring())
             found.update(zip((index for index, _ in part), scores, strict=True))
         return [found[index] for index in range(len(pairs))]
+
+    def _context_effects(
+        self,
+        teachers: Teachers,
+        pairs: Sequence[tuple[Example, Sample]],
+        scores: Sequence[SparseLogprobs],
+    ) -> NDArray[np.float64]:
+        """Return [sum of context divergences, tokens] of each sample; zeros where there is none."""
+        effects = np.zeros((len(pairs), 2))
+        numbered = [
+            (index, example, sample, scored)
+            for index, ((example, sample), scored) in enumerate(zip(pairs, scores, strict=True))
+            if example.teacher_prompt_ids is not None
+        ]
+        for teacher, part in teachers.by_teacher(numbered, lambda item: item[1].teacher):
+            can = teacher.connected and teacher.info.capabilities.requested_token_ids
+            if not can or self.plan.method.sampled:
+                continue
+            most = teacher.info.limits.max_requested_token_ids
+            unseen = teacher.live.score(
+                [(sample.token_ids, sample.completion_start) for _, _, sample, _ in part],
+                self.plan.method.scoring(),
+                requested=[seen.token_ids[:, :most] for _, _, _, seen in part],
+            )
+            for (index, _, sample, seen), other in zip(part, unseen, strict=True):
+                nats = context_divergence(seen, other)[sample.completion_mask]
+                effects[index] = nats.sum(), len(nats)
+        return effects
 
     def _written_by_teacher(self, bare: list[Example]) -> list[Sample]:
         """Return the teacher's greedy completions of bare prompts."""
@@ -161,12 +201,22 @@ class HeldOutEvaluation:
 
     @torch.no_grad()
     def _divergence(self, model: Any, scored: Sequence[ScoredSample]) -> NDArray[np.float64]:
-        """Return [sum of divergences, tokens] of a few samples."""
+        """Return [sum of divergences, tokens] of samples, then of each teacher's; [1 + n, 2]."""
         batch = self.on_device(self.builder.held_out(scored))
         model.eval()
         with self.autocast():
             outputs = model(**batch)
-        return np.array([float(outputs["loss"]), len(batch["sparse_targets"].positions)])
+        names = () if self.teachers is None else self.teachers.names
+        sums = np.zeros((1 + len(names), 2))
+        sums[0] = float(outputs["loss"]), len(batch["sparse_targets"].positions)
+        if names:
+            divergence = outputs["statistics"].divergence.double().cpu().numpy()
+            first = 0
+            for teacher, count in batch["sparse_targets"].taught:
+                place = 1 + names.index(teacher or names[0])
+                sums[place] += divergence[first : first + count].sum(), count
+                first += count
+        return sums
 
     def _check(
         self, examples: list[Example], step: int, before_rollouts: Callable[[], None]

@@ -63,11 +63,15 @@ def words(world, output, served, rows, **options):
 def test_each_row_is_learned_from_its_own_teacher(
     unserved_world, tmp_path, served, rows, experts, method
 ):
-    held_out = {"eval_dataset_name": rows, "eval_strategy": "steps", "eval_steps": 6}
-    argv = words(unserved_world, tmp_path / "both", served, rows, **held_out, **method)
+    measured = {"eval_dataset_name": rows, "eval_strategy": "steps", "eval_steps": 6}
+    argv = words(unserved_world, tmp_path / "both", served, rows, **measured, **method)
     assert main(argv) == 0
     logged = [e for e in history(tmp_path / "both") if "train/loss" in e]
     assert all(name.format(teacher) in logged[-1] for name in METRICS for teacher in NAMES)
+    held_out = [e for e in history(tmp_path / "both") if "eval/divergence" in e]
+    assert len(held_out) == 1
+    assert all(f"eval/divergence/{name}" in held_out[0] for name in NAMES)
+    assert "eval/context_divergence" not in held_out[0]
     # Together they are what is logged without names: rows of each, by their tokens.
     for entry in logged:
         low, high = sorted(entry[f"train/divergence/{name}"] for name in NAMES)
@@ -169,7 +173,8 @@ class TestWhatOnlyTheTeacherSees:
         template.write_text("{{ messages[0].content }} {{ hint }}\n")
         base = {
             "top_k_logprobs": 16, "max_steps": 4, "dataset_name": seen,
-            "teacher_url": f"{served}#math",
+            "teacher_url": f"{served}#math", "eval_dataset_name": seen, "eval_strategy": "steps",
+            "eval_steps": 2,
         }  # fmt: skip
         losses = {}
         for name, more in (("plain", {}), ("hint", {"teacher_prompt_template": template})):
@@ -178,6 +183,14 @@ class TestWhatOnlyTheTeacherSees:
                 argv = flags(unserved_world, output, **base, **more, lmbda=lmbda)
                 assert main(["distill", *argv]) == 0
                 losses[name, method] = history(output)[0]["train/divergence"]
+                effects = [
+                    entry.get("eval/context_divergence")
+                    for entry in history(output) if "eval/divergence" in entry
+                ]  # fmt: skip
+                if name == "plain":
+                    assert effects == [None, None]
+                else:
+                    assert effects[0] == effects[1] > 1e-5
         for method in ("dataset", "student"):
             assert abs(losses["plain", method] - losses["hint", method]) > 1e-5
 

@@ -148,6 +148,6 @@ def test_a_version_that_fits_but_is_not_the_tested_one_says_so(capsys, monkeypat
 
 def test_a_named_teacher_is_called_by_its_name(capsys):
     with StubTeacher().serving() as stub:
-        code, found = lines(capsys, "--teacher_url", f"math={stub.url}")
+        _, found = lines(capsys, "--teacher_url", f"math={stub.url}")
     assert found["teacher math"]["status"] == "ok"
     assert stub.url in found["teacher math"]["detail"]
