@@ -24,6 +24,7 @@ SHAPE = {
 }  # fmt: skip
 
 
+@pytest.hookimpl(trylast=True)  # pytest itself sorts by the parameters of fixtures
 def pytest_collection_modifyitems(items):
     """Put the tests that end a server behind those that ask it."""
     items.sort(key=lambda item: item.path.name == "test_stopping.py")
