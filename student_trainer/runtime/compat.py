@@ -6,15 +6,10 @@ changed. It also holds the signatures of what cannot be moved here:
 ================================= ==============================================================
 overridden method of `Trainer`    where, and why there is no public one
 ================================= ==============================================================
-`_run_epoch`                      `training.durable`: no callback can leave out an epoch
 `_get_output_dir`,                `training.durable`: nothing says where checkpoints are written,
 `_save_checkpoint`,               and `on_save` comes when one is complete
 `_push_from_checkpoint`
-`_finalize_training`              `training.durable`: nothing keeps it from deleting checkpoints
 `_get_grad_norm`                  `training.trainer`: `on_pre_optimizer_step` is not told the norm
-`_track_num_input_tokens`         `training.trainer`: it counts one batch, and a substep has many
-`_save_rng_state`                 `training.trainer`: `on_save` comes when the checkpoint has its
-                                  name already
 ================================= ==============================================================
 
 All are of transformers 5.19.0. ``evaluation/_harness.py`` and ``evaluation/_fences.py`` name

@@ -7,11 +7,9 @@ is lost, on all ranks alike. `DurableTrainer` overrides these methods of transfo
 method                          why
 =============================== ==============================================================
 train                           SIGTERM, Ctrl-C and a lost teacher end it with a checkpoint
-_run_epoch                      a run resumed at its last step would go one too far
 _get_output_dir,                a checkpoint is written beside, then renamed
 _save_checkpoint,
 _push_from_checkpoint
-_finalize_training              the Trainer's own deletion can be cut short
 =============================== ==============================================================
 """
 
@@ -95,13 +93,6 @@ class DurableTrainer(Trainer):
                     "--resume_from_checkpoint FOLDER, or delete it"
                 ) from error
 
-    def _run_epoch(self, **arguments: Any) -> None:
-        """Run an epoch, unless the last step is done already; the Trainer would run one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**arguments)
-
     def _get_output_dir(self, trial: Any) -> str:
         return str(unfinished(self._output) if self._writing_checkpoint else self._output)
 
@@ -121,6 +112,8 @@ class DurableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(output / name)
                 if self.args.should_save:  # the file says where it was written
                     self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            if not self.args.save_only_model:
+                self.save_beside(unfinished(output) / name)
             if self.args.should_save and self._inputs is not None:
                 keep_inputs(self._inputs, unfinished(output) / name)
             self.accelerator.wait_for_everyone()
@@ -137,12 +130,8 @@ class DurableTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Do nothing: `_save_checkpoint` uploads the folder once it has its name."""
 
-    def _finalize_training(self, *arguments: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            # The Trainer's own deletion, which follows, could be cut short.
-            keep_latest(self._output, 1, newest=Path(best).name, best=best)
-        return super()._finalize_training(*arguments)
+    def save_beside(self, folder: Path) -> None:
+        """Write more into a checkpoint, on every rank: here nothing."""
 
     @property
     def _output(self) -> Path:
@@ -176,7 +165,8 @@ class DurableTrainer(Trainer):
 class _AfterStep(TrainerCallback):
     """A callback that keeps the random state and ends all ranks after the same step.
 
-    The run is saved and stopped after the step in which any rank was told to end.
+    The run is saved and stopped after the step in which any rank was told to end. At its end it
+    deletes what the Trainer would delete next, since the Trainer's own deletion can be cut short.
     """
 
     def __init__(self, trainer: DurableTrainer, told: threading.Event) -> None:
@@ -191,5 +181,12 @@ class _AfterStep(TrainerCallback):
             self.trainer.stopped = state.global_step < state.max_steps
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped:  # in the middle of the epoch
+        nothing_learned = self.trainer._random_state is None  # resumed at the run's end
+        if self.trainer.stopped or nothing_learned:  # in the middle of the epoch
             control.should_save = control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        ended = "train_runtime" in (logs or {})
+        if ended and args.should_save and best is not None and args.save_total_limit == 1:
+            keep_latest(self.trainer._output, 1, newest=Path(best).name, best=best)

@@ -22,26 +22,16 @@ from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.trainer import DistillationTrainer
 
 TRAINER = {
-    "_run_epoch": (
-        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch",
-        "trial", "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
-        "steps_trained_in_current_epoch",
-    ),
     "_get_output_dir": ("trial",),
     "_save_checkpoint": ("model", "trial"),
     "_push_from_checkpoint": ("checkpoint_folder",),
-    "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_get_grad_norm": ("model", "grad_norm"),
-    "_track_num_input_tokens": ("inputs",),
-    "_save_rng_state": ("output_dir",),
 }  # fmt: skip
 # Neither private nor documented.
 UNDOCUMENTED = {
-    "create_accelerator_and_postprocess": (),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
-    "floating_point_ops": ("inputs",),
     "evaluation_loop": (
         "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
     ),
