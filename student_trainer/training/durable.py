@@ -18,14 +18,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from shared.errors import CheckpointError, ProtocolError, TeacherError
+from student_trainer.reporting.names import grouped, grouped_name
+from student_trainer.runtime.compat import without_key_warnings
 from student_trainer.runtime.random_state import RandomState
 from student_trainer.runtime.ranks import Ranks
 from student_trainer.runtime.signals import stop_event
@@ -37,6 +40,7 @@ from student_trainer.training.checkpoints import (
     writing,
 )
 from student_trainer.training.inputs import keep_inputs
+from student_trainer.training.weights import check_sums, keep_sums, load_whole, sum_weights
 
 _PATIENCE = 5.0  # seconds that a stop leaves the teacher; torchrun leaves its processes 30
 
@@ -65,6 +69,9 @@ class DurableTrainer(Trainer):
         self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step
+        self._resumed_from: Path | None = None
+        # Before those that upload the model when it is trained.
+        self.callback_handler.callbacks.insert(0, _LoadedWeights(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train as the Trainer does; told to end, save a checkpoint, set `stopped` and return.
@@ -72,11 +79,16 @@ class DurableTrainer(Trainer):
         SIGTERM and SIGINT (Ctrl-C) tell it; a second one ends the process at once.
 
         Raises:
-            CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
+            CheckpointError: ``resume_from_checkpoint`` does not load, or not all of its weights;
+                code in it is never run.
         """
+        self._resumed_from = (
+            None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        )
         if self.args.should_save:
             remove_unfinished(self._output)
-        with stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops) as told:
+        stops = stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops)
+        with without_key_warnings() if self._is_whole else nullcontext(), stops as told:
             self.add_callback(_AfterStep(self, told))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -112,6 +124,9 @@ class DurableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(output / name)
                 if self.args.should_save:  # the file says where it was written
                     self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            sums = sum_weights(self.model, trainable=True)
+            if self.args.should_save:
+                keep_sums(sums, unfinished(output) / name)
             if not self.args.save_only_model:
                 self.save_beside(unfinished(output) / name)
             if self.args.should_save and self._inputs is not None:
@@ -132,6 +147,22 @@ class DurableTrainer(Trainer):
 
     def save_beside(self, folder: Path) -> None:
         """Write more into a checkpoint, on every rank: here nothing."""
+
+    def check_weights(self, checkpoint: Path) -> None:
+        """Make sure that the model has the weights of a checkpoint that was loaded.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        if self._is_whole:
+            load_whole(self.model, checkpoint)
+        check_sums(self.model, checkpoint)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Return whether each rank has the whole model, and its class reads the checkpoints."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(self.model, PreTrainedModel) and not sharded
 
     @property
     def _output(self) -> Path:
@@ -162,6 +193,22 @@ class DurableTrainer(Trainer):
         )  # fmt: skip
 
 
+class _LoadedWeights(TrainerCallback):
+    """A callback that checks what the Trainer loads: where it resumes, and the best model."""
+
+    def __init__(self, trainer: DurableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._resumed_from is not None:
+            self.trainer.check_weights(self.trainer._resumed_from)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and not self.trainer.stopped:
+            self.trainer.check_weights(Path(best))
+
+
 class _AfterStep(TrainerCallback):
     """A callback that keeps the random state and ends all ranks after the same step.
 
@@ -187,6 +234,6 @@ class _AfterStep(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         best = state.best_model_checkpoint
-        ended = "train_runtime" in (logs or {})
+        ended = grouped_name("train_loss") in grouped(logs or {})  # the mean over the whole run
         if ended and args.should_save and best is not None and args.save_total_limit == 1:
             keep_latest(self.trainer._output, 1, newest=Path(best).name, best=best)

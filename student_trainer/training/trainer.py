@@ -25,12 +25,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
@@ -56,7 +57,7 @@ from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.names import GROUPS, grouped
 from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
-from student_trainer.runtime.compat import names_kept, prepare_inputs
+from student_trainer.runtime.compat import names_kept
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
@@ -143,7 +144,7 @@ class DistillationTrainer(DurableTrainer):
             rollouts=self._rollout_engine(0.0, batch_size or step),
             tokenizer=tokenizer,
             ranks=self.ranks,
-            on_device=self._on_device,
+            on_device=partial(send_to_device, device=self.args.device),
             autocast=self.compute_loss_context_manager,
             folder=self._output,
             unsafe_sandbox=self.args.unsafe_sandbox,
@@ -303,7 +304,8 @@ class DistillationTrainer(DurableTrainer):
     @property
     def _syncs_each_batch(self) -> bool:
         """Return whether FSDP adds gradients in each micro-batch, to keep none unsharded."""
-        return bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        accelerator: Any = self.args.accelerator_config
+        return bool((accelerator.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
 
     # What the Trainer counts, logs and writes.
 
@@ -341,11 +343,6 @@ class DistillationTrainer(DurableTrainer):
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(None, None, metrics, len(examples))
-
-    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        inputs: MicroBatch = prepare_inputs(self, micro_batch)
-        targets: SparseTargets = inputs["sparse_targets"]
-        return {**inputs, "sparse_targets": targets.to(self.args.device)}
 
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder; `push_to_hub` calls it too."""

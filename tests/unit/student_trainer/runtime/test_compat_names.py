@@ -7,11 +7,13 @@ Where a test fails after an upgrade, read the release's code and mend
 import atexit
 import inspect
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpcore
 import httpx
 import pytest
-from accelerate.state import GradientState, PartialState
+from accelerate.state import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
 from transformers.core_model_loading import revert_weight_conversion
@@ -37,7 +39,6 @@ UNDOCUMENTED = {
     ),
 }  # fmt: skip
 CALLED = [
-    (Trainer._prepare_inputs, ("self", "inputs")),
     (trainer_utils.sort_checkpoints,
      ("output_dir", "checkpoint_prefix", "use_mtime", "best_model_checkpoint")),
     (trainer_utils.get_last_checkpoint, ("folder",)),
@@ -113,8 +114,21 @@ def test_a_configuration_keeps_its_attention():
     assert compat.is_flash_attention_requested(config)
 
 
+def test_the_trainers_warnings_of_keys_are_known_by_their_text(caplog):
+    keys = SimpleNamespace(missing_keys=["a"], unexpected_keys=["b"])
+    model = SimpleNamespace(_keys_to_ignore_on_save=None)
+
+    def warned(context):
+        caplog.clear()
+        with caplog.at_level("WARNING"), context:
+            Trainer._issue_warnings_after_load(SimpleNamespace(model=model), keys)
+        return {record.getMessage() for record in caplog.records}
+
+    assert len(warned(nullcontext())) == 2
+    assert not warned(compat.without_key_warnings())
+
+
 def test_parts_that_are_public_but_not_documented_exist():
     assert isinstance(PreTrainedTokenizerFast.backend_tokenizer, property)
-    assert hasattr(GradientState(), "plugin_kwargs")
     assert "distributed_type" in PartialState._known_attrs
     assert "lora_A" in LoraLayer.adapter_layer_names
