@@ -1,7 +1,5 @@
 """A resumed run has the weights of its checkpoint, all of them, and ends as the whole run."""
 
-import copy
-import json
 import shutil
 
 import numpy as np
@@ -19,7 +17,6 @@ from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.training import checkpoints
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.trainer import DistillationTrainer
-from student_trainer.training.weights import check_sums, keep_sums, sum_weights
 from tests.support.models import save_model, save_tokenizer
 
 METHOD = DistillationConfig(
@@ -158,28 +155,6 @@ def test_adapters_that_are_not_loaded_are_refused(models, tokenizer, tmp_path, m
         trainer_of(model, tokenizer, tmp_path).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")
         )
-
-
-def test_sums_tell_weights_apart_but_not_the_order_of_adding(tmp_path):
-    torch.manual_seed(0)
-    model = torch.nn.Linear(300, 200)
-    keep_sums(sum_weights(model), tmp_path)
-    check_sums(model, tmp_path)
-    sums = json.loads((tmp_path / "weights.json").read_text())
-    sums["weight"][1] += 1e-12
-    (tmp_path / "weights.json").write_text(json.dumps(sums))
-    check_sums(model, tmp_path)
-    check_sums(copy.deepcopy(model).bfloat16(), tmp_path)  # rounded
-    with torch.no_grad():
-        model.bias[0] += 0.5
-    with pytest.raises(CheckpointError, match="1 weights are not what was saved, bias among"):
-        check_sums(model, tmp_path)
-    with pytest.raises(CheckpointError, match="2 weights are not what was saved, bias among"):
-        check_sums(torch.nn.ReLU(), tmp_path)
-    (tmp_path / "weights.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"weights\.json cannot be read"):
-        check_sums(model, tmp_path)
-    check_sums(model, tmp_path / "written before there were sums")
 
 
 def test_a_run_resumed_at_its_end_learns_nothing_more(models, tokenizer, tmp_path):
