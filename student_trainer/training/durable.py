@@ -23,6 +23,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -98,7 +99,7 @@ class DurableTrainer(Trainer):
                 if not self.stopped:
                     raise
                 return None
-            except UnpicklingError as error:
+            except (UnpicklingError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{resume_from_checkpoint} does not load, and nothing in it was run: it is "
                     "damaged, or holds more than tensors and numbers. Go on from another one by "

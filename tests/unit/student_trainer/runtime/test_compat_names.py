@@ -17,6 +17,7 @@ from accelerate.state import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils.generic import is_flash_attention_requested
 
 from student_trainer.runtime import compat
@@ -131,4 +132,5 @@ def test_the_trainers_warnings_of_keys_are_known_by_their_text(caplog):
 def test_parts_that_are_public_but_not_documented_exist():
     assert isinstance(PreTrainedTokenizerFast.backend_tokenizer, property)
     assert "distributed_type" in PartialState._known_attrs
+    assert isinstance(CallbackHandler([], None, None, None, None).callbacks, list)
     assert "lora_A" in LoraLayer.adapter_layer_names

@@ -146,6 +146,15 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(models, tokeniz
         trainer.train(resume_from_checkpoint=str(file.parent))
 
 
+def test_a_damaged_checkpoint_is_refused(models, tokenizer, tmp_path):
+    trainer_of(student(models, "llama"), tokenizer, tmp_path, max_steps=3).train()
+    file = tmp_path / "checkpoint-3" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    trainer = trainer_of(student(models, "llama"), tokenizer, tmp_path)
+    with pytest.raises(CheckpointError, match="does not load, and nothing in it was run"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+
+
 def test_adapters_that_are_not_loaded_are_refused(models, tokenizer, tmp_path, monkeypatch):
     """Whatever loads them: the checkpoint has sums of what was trained."""
     trainer_of(student(models, "adapters"), tokenizer, tmp_path, max_steps=3).train()
@@ -160,15 +169,16 @@ def test_adapters_that_are_not_loaded_are_refused(models, tokenizer, tmp_path, m
 def test_a_run_resumed_at_its_end_learns_nothing_more(models, tokenizer, tmp_path):
     """In the middle of an epoch, of which the Trainer would learn one step more."""
     whole = student(models, "llama")
-    trainer_of(whole, tokenizer, tmp_path).train()
-    last = tmp_path / "checkpoint-6"
+    trainer_of(whole, tokenizer, tmp_path, max_steps=5).train()
+    last = tmp_path / "checkpoint-5"
     written = {file.name: file.stat().st_mtime_ns for file in last.iterdir()}
     resumed = student(models, "llama")
-    trainer = trainer_of(resumed, tokenizer, tmp_path, max_steps=6, eval_strategy="epoch")
-    steps = []
-    trainer.training_step = lambda *arguments, **options: steps.append(1)
+    trainer = trainer_of(
+        resumed, tokenizer, tmp_path, max_steps=5, save_strategy="epoch", eval_strategy="epoch"
+    )
+    trainer.add_callback(kept := KeepWeights())
     trainer.train(resume_from_checkpoint=str(last))
-    assert (steps, trainer.state.global_step, trainer.stopped) == ([], 6, False)
+    assert (trainer.state.global_step, trainer.stopped, kept.found) == (5, False, {})
     assert_same(weights(resumed), weights(whole))
     assert {file.name: file.stat().st_mtime_ns for file in last.iterdir()} == written
 
