@@ -67,7 +67,12 @@ test-faults: .venv/ready
 # the CPU build of a wheel folder or of PyTorch's own index; PyPI's bring CUDA, 4 GB each.
 TORCH_OLDEST ?= $(shell sed -n s/^torch==//p constraints-oldest.txt)
 TORCH_NEWEST ?=
-VERSIONS = tests/unit/shared tests/unit/teacher_server tests/unit/student_trainer
+UNIT = tests/unit/student_trainer
+VERSIONS = tests/unit/shared tests/unit/teacher_server $(UNIT)/config $(UNIT)/commands/test_main.py \
+  $(UNIT)/data/test_tokenize.py $(UNIT)/losses/test_divergence.py $(UNIT)/losses/test_sparse.py \
+  $(UNIT)/model/test_head.py $(UNIT)/model/test_merging.py $(UNIT)/rollouts/test_rollouts.py \
+  $(UNIT)/runtime/test_compat_names.py $(UNIT)/teacher/test_cache.py $(UNIT)/teacher/test_teacher.py \
+  $(UNIT)/training/test_checkpoints.py $(UNIT)/training/test_trainer.py
 VERSIONS_TOOLS = hypothesis psutil 'pytest<9.2' pytest-timeout pytest-xdist
 test-versions: .venv-oldest/ready .venv-newest/ready
 	@for end in oldest newest; do \
@@ -75,6 +80,22 @@ test-versions: .venv-oldest/ready .venv-newest/ready
 	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest --numprocesses $(JOBS) --dist loadgroup \
 	    -m 'not vllm and not slow_fault' $(VERSIONS) || exit 1; \
 	done
+
+# From the committed files alone, as a stranger gets them; uv and pipx in an environment of their own.
+release-check: .venv-release/ready
+	rm -rf dist build/release && mkdir -p build/release
+	git archive HEAD | tar --extract --directory build/release
+	.venv-release/bin/python -m build --outdir dist build/release > build/release.txt
+	.venv-release/bin/twine check --strict dist/*
+	.venv-release/bin/uvx --isolated --python $(PYTHON) --from dist/*.whl teacher-server --version
+	.venv-release/bin/uvx --isolated --python $(PYTHON) --from dist/*.whl teacher-server bench --help > /dev/null
+	.venv-release/bin/pipx run --no-cache --spec "$$(ls $(CURDIR)/dist/*.whl)" student-trainer --version
+	.venv-release/bin/pipx run --no-cache --spec "$$(ls $(CURDIR)/dist/*.tar.gz)" student-trainer --help > /dev/null
+
+.venv-release/ready:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/pip install --quiet --disable-pip-version-check build pipx twine uv
+	touch .venv-release/ready
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -88,7 +88,7 @@ def train(run: Run) -> None:
     from student_trainer.losses import Divergence
     from student_trainer.pipeline.method import DistillationConfig
     from student_trainer.rollouts import Rollout
-    from student_trainer.teacher.sparse import SparseGkdTeacher
+    from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
     from student_trainer.training.trainer import DistillationTrainer
     from tests.support.models import save_model, save_tokenizer
 

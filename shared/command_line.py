@@ -33,16 +33,15 @@ class OneLineParser(argparse.ArgumentParser):
             message = f"{required} is missing; see `{self.prog} --help`"
         raise ConfigurationError(_ARGUMENT.sub(r"\1: ", message))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse arguments as argparse does.
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse arguments, all of which must be known.
 
         Raises:
             ConfigurationError: an unknown flag, with the nearest known one, or a wrong value.
         """
-        argv = list(args or ())
         unknown = unknown_flags(self, argv)
         if not unknown:
-            parsed, unknown = self.parse_known_args(argv, namespace)
+            parsed, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = unknown[0].split("=")[0]
             hint = did_you_mean(name, long_flags(self)) or f" See `{self.prog} --help`"
@@ -102,11 +101,10 @@ def likely_names(
     habitual = [by_plain[each] for each in habits.get(plain, ()) if each in by_plain]
     if plain in by_plain or habitual:
         return [by_plain[plain]] if plain in by_plain else habitual[:1]
-    near = nearest(plain, by_plain, cutoff=0.8)
     longer = [] if len(plain) < 2 else [each for each in by_plain if each.startswith(plain)]
-    if near is None and 0 < len(longer) <= _MOST_SUGGESTED:
+    if 0 < len(longer) <= _MOST_SUGGESTED:
         return [by_plain[each] for each in longer]
-    near = near or nearest(plain, by_plain)
+    near = nearest(plain, by_plain)
     return [] if near is None else [by_plain[near]]
 
 

@@ -76,6 +76,11 @@ class TokenizerIdentity(Message):
     chat_template: str | None
     encoding: str | None = None
 
+    def __repr__(self) -> str:
+        return f"TokenizerIdentity({self.vocab_size:,} tokens, {self.fingerprint[:16]})"
+
+    __str__ = __repr__
+
 
 class Problem(Message):
     """An RFC 9457 problem document, the body of every refusal."""
@@ -176,6 +181,12 @@ class Completion(Message):
     finish_reason: FinishReason
     scores: SparseLogprobs | None = None
 
+    def __repr__(self) -> str:
+        scored = "" if self.scores is None else ", scored"
+        return f"Completion({len(self.token_ids)} tokens, {self.finish_reason}{scored})"
+
+    __str__ = __repr__
+
 
 class GenerateResponse(Message):
     """The answer of `POST /v1/generate`: ``completions[i][j]`` is the j-th one of prompt i."""
@@ -267,3 +278,12 @@ class InfoResponse(Message):
         if name is None or name == self.teacher.model:
             return self.teacher
         return next((one for one in self.models if one.model == name), None)
+
+    def __repr__(self) -> str:
+        who = self.teacher
+        return (
+            f"InfoResponse({who.model}, {who.dtype}, {who.backend} {who.version}, "
+            f"{self.vocab_size:,} tokens, context {self.max_model_len:,})"
+        )
+
+    __str__ = __repr__

@@ -44,6 +44,14 @@ class SparseLogprobs(BaseModel):
 
     _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
 
+    def __repr__(self) -> str:
+        positions, k = self.token_ids.shape
+        asked = self.requested_logprobs
+        more = "" if asked is None else f", {asked.shape[1]} requested"
+        return f"SparseLogprobs({positions} positions, k={k}{more})"
+
+    __str__ = __repr__
+
     @model_validator(mode="after")
     def _shapes_agree(self) -> SparseLogprobs:
         positions, k = self.token_ids.shape

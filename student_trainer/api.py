@@ -13,8 +13,11 @@ from shared.errors import ConfigurationError
 from student_trainer.commands.run_training import run_distill
 from student_trainer.config.arguments import LoadedModel, Recipe
 from student_trainer.config.checks import check_distillation
+from student_trainer.config.files import check_output_folder, check_rows_exist
+from student_trainer.config.keywords import keywords_in_errors
 from student_trainer.config.parse import parse_keywords
 from student_trainer.model.forward import remove_sparse_loss
+from student_trainer.model.load import tokenizer_from
 
 Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 
@@ -52,6 +55,15 @@ class DistillationResult:
     model: Any
     stopped: bool
 
+    def __repr__(self) -> str:
+        steps = self.history[-1].get("step", 0) if self.history else 0
+        value = self.metrics.get("divergence")
+        what = "" if value is None else f", divergence {value:.3g}"
+        return (
+            f"DistillationResult({str(self.output_dir)!r}, {steps} steps{what}"
+            f"{', stopped' if self.stopped else ''})"
+        )
+
 
 def distill(
     model: str | Path | PreTrainedModel,
@@ -59,16 +71,21 @@ def distill(
     dataset: Dataset,
     *,
     output_dir: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
     eval_dataset: Dataset | None = None,
     **flags: Any,
 ) -> DistillationResult:
     """Train a student on a served teacher's token distributions.
 
-    It is the same as `student-trainer distill`, with its checks, defaults and files.
+    It is the same as `student-trainer distill`, with its checks, defaults and files. Several
+    processes call it in a script that `torchrun` or `accelerate launch` starts. It leaves their
+    process group as it is, and waits until the threads of PyTorch's Gloo are idle, so that such a
+    script may end: one that works while the interpreter ends would abort it (PyTorch issue 190489).
+    A script with collective operations of its own afterwards has that fault of PyTorch itself.
 
     Args:
-        model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``.
+        model: a folder or Hub id; or a model, which is trained in place, with its ``tokenizer``:
+            a tokenizer, or the folder or Hub id of one.
         teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
             replicas.
         dataset: a file of rows, a folder of them, a glob or a Hub id, or a list of such names; or
@@ -87,6 +104,23 @@ def distill(
             answered what cannot be right.
         NonFiniteError: a loss or a gradient was NaN or infinite.
     """
+    given = {
+        **flags, "model_name_or_path": model, "dataset_name": dataset, "output_dir": output_dir,
+        "eval_dataset_name": eval_dataset,
+    }  # fmt: skip
+    with keywords_in_errors(_PARAMETERS, given):
+        return _distill(model, teacher_url, dataset, output_dir, tokenizer, eval_dataset, flags)
+
+
+def _distill(
+    model: str | Path | PreTrainedModel,
+    teacher_url: str | Sequence[str],
+    dataset: Dataset,
+    output_dir: str | Path,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None,
+    eval_dataset: Dataset | None,
+    flags: Mapping[str, Any],
+) -> DistillationResult:
     for flag, parameter in _PARAMETERS.items():
         if flag in flags:
             raise ConfigurationError(f"distill(): give {flag} as {parameter}")
@@ -100,7 +134,9 @@ def distill(
             raise ConfigurationError(
                 f"distill(): {flag} has no effect on a model that is loaded already; drop it"
             )
-    name = model if isinstance(model, str | Path) else model.name_or_path or type(model).__name__
+    name = model
+    if not isinstance(model, str | Path):
+        name = getattr(model, "name_or_path", "") or type(model).__name__
     *parts, teacher, args = parse_keywords(
         "distill",
         {
@@ -116,10 +152,12 @@ def distill(
         raise ConfigurationError("distill(): dry_run is for `student-trainer distill`; drop it")
     recipe = Recipe(*parts)
     if tokenizer is not None:
-        recipe.model.loaded = LoadedModel(model, tokenizer)
+        recipe.model.loaded = LoadedModel(model, tokenizer_from(tokenizer))
     recipe.dataset.rows = _rows(dataset)
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
     check_distillation(recipe, teacher, args)
+    check_output_folder(args.output_dir)
+    check_rows_exist(recipe.dataset, recipe.data)
     trainer = run_distill(recipe, teacher, args)
     assert trainer is not None  # None only after a dry run
     history = trainer.state.log_history

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -14,18 +16,20 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from shared.errors import ConfigurationError, DatasetError, InvalidRequestError
 from shared.protocol import Completion, InfoResponse, LogprobDtype
 from shared.sparse import SparseLogprobs
+from shared.text import completion_text
 from student_trainer.config.arguments import DataArguments, TeacherArguments
 from student_trainer.config.checks import api_key_of, check_teacher
+from student_trainer.config.keywords import keywords_in_errors
 from student_trainer.data.end_tokens import stop_token_ids
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.sample import Example, Sample
 from student_trainer.data.tokenize import tokenize_rows
 from student_trainer.losses import SparseDistribution
-from student_trainer.model.load import check_loaded_tokenizer
+from student_trainer.model.load import check_loaded_tokenizer, tokenizer_from
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.teacher.base import Sampling, ScoreOptions, sequence_of
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
 Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Row: TypeAlias = Mapping[str, Any]
@@ -41,10 +45,36 @@ class Scored:
         scores: numpy arrays, in nats: token_ids [T, k] uint32, logprobs [T, k], and in float32
             next_token_logprob [T], of the token that came next, and tail_logprob [T], of all the
             mass on tokens that are not named.
+        tokenizer: the client's, for `text`; None if it has none.
     """
 
     sample: Sample
     scores: SparseLogprobs
+    tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        positions, k = self.scores.token_ids.shape
+        cut = ", truncated" if self.sample.truncated else ""
+        return f"Scored({positions} tokens, k={k}, perplexity {self.perplexity:.3g}{cut})"
+
+    @property
+    def perplexity(self) -> float:
+        """The teacher's perplexity of the completion, of its T tokens."""
+        return float(np.exp(-self.scores.next_token_logprob.mean(dtype=np.float64)))
+
+    @property
+    def text(self) -> str:
+        """The completion as text, without special tokens.
+
+        Raises:
+            ConfigurationError: the client has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ConfigurationError(
+                "token ids travel, never text: give TeacherClient tokenizer= to read the text of "
+                "what it returns"
+            )
+        return completion_text(self.tokenizer, self.sample.prompt_ids, self.sample.completion_ids)
 
 
 def teacher_distribution(scored: Sequence[Scored], vocab_size: int) -> SparseDistribution:
@@ -64,21 +94,31 @@ def teacher_distribution(scored: Sequence[Scored], vocab_size: int) -> SparseDis
     return sparse_distribution(samples, vocab_size)
 
 
+# Flags of the trainer that are other keywords, or none, of the client.
+_keywords_in_errors = partial(
+    keywords_in_errors,
+    {"absent_timeout": "absent_timeout", "top_k_logprobs": "top_k"},
+)
+
+
 class TeacherClient:
     """A client of a served teacher, which scores sequences and generates completions.
 
-    Use it as a context manager, or `close` it. The first call waits until the teacher is ready.
+    It closes itself when nothing refers to it any more; a ``with`` block or `close` does so sooner.
+    The first call waits until the teacher is ready.
     Work of any size is cut to the teacher's limits; a request that fails is tried again until
     ``teacher_timeout``. Safe to use from several threads.
 
     Args:
         teacher_url: address of a teacher server, such as ``http://localhost:8000``, or several of
             replicas.
-        tokenizer: the student's. Rows of text need it; one with another vocabulary than the
-            teacher's is refused.
+        tokenizer: the student's, or its folder or Hub id. Rows of text need it; one with another
+            vocabulary than the teacher's is refused.
         teacher_api_key_file: file that holds the API key; by default the environment variable
             ``TEACHER_API_KEY`` is the key, if it is set.
         teacher_timeout: seconds to wait for the teacher, at first and in each request.
+        absent_timeout: seconds to wait where nothing listens at the address; a server that loads
+            its model listens, and is waited for until ``teacher_timeout``.
         teacher_logprob_dtype: of the top-k on the wire and in the answer. float16 is a third
             smaller, and what `distill` uses by default.
 
@@ -92,13 +132,15 @@ class TeacherClient:
     sequence that is too much alone.
     """
 
+    @_keywords_in_errors()
     def __init__(
         self,
         teacher_url: str | Sequence[str],
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         teacher_api_key_file: str | None = None,
         teacher_timeout: float = 600.0,
+        absent_timeout: float = 10.0,
         teacher_logprob_dtype: LogprobDtype = "float32",
     ) -> None:
         flags = TeacherArguments(
@@ -108,13 +150,19 @@ class TeacherClient:
             teacher_logprob_dtype=teacher_logprob_dtype,
         )
         check_teacher(flags)
-        self.tokenizer = tokenizer
+        self.tokenizer = None if tokenizer is None else tokenizer_from(tokenizer)
         self._teacher = SparseGkdTeacher(
             flags.teacher_url or [],
             timeout=teacher_timeout,
             logprob_dtype=teacher_logprob_dtype,
             api_key=api_key_of(flags),
+            absent_timeout=absent_timeout,
         )
+        self._close = weakref.finalize(self, self._teacher.close)
+
+    def __repr__(self) -> str:
+        known = f", {self.info.teacher.model}" if self._teacher.connected else ""
+        return f"TeacherClient({', '.join(self._teacher.urls)}{known})"
 
     def __enter__(self) -> Self:
         return self
@@ -124,9 +172,10 @@ class TeacherClient:
 
     def close(self) -> None:
         """Close the connections and drop the requests under way."""
-        self._teacher.close()
+        self._close()
 
     @cached_property
+    @_keywords_in_errors()
     def info(self) -> InfoResponse:
         """The teacher's identity, vocabulary, limits and capabilities."""
         info = self._teacher.connect()
@@ -141,6 +190,7 @@ class TeacherClient:
         _ = self.info
         return self._teacher
 
+    @_keywords_in_errors()
     def score(
         self,
         sequences: Sequence[Row | tuple[Ids, int]],
@@ -167,8 +217,12 @@ class TeacherClient:
         samples = [self._sample(number, sequence) for number, sequence in enumerate(sequences)]
         pairs = [(sample.token_ids, sample.completion_start) for sample in samples]
         scores = self._connected.score(pairs, ScoreOptions(top_k, temperature))
-        return list(map(Scored, samples, scores))
+        return [
+            Scored(sample, score, self.tokenizer)
+            for sample, score in zip(samples, scores, strict=True)
+        ]
 
+    @_keywords_in_errors()
     def generate(
         self,
         prompts: Sequence[str | Row | Ids],
@@ -209,7 +263,10 @@ class TeacherClient:
             score_temperature=score_temperature,
         )
         completions = self._connected.generate(prompt_ids, sampling)
-        return list(map(_scored, prompt_ids, completions))
+        return [
+            _scored(prompt, completion, self.tokenizer)
+            for prompt, completion in zip(prompt_ids, completions, strict=True)
+        ]
 
     def _sample(self, number: int, sequence: Row | tuple[Ids, int]) -> Sample:
         if isinstance(sequence, Mapping):
@@ -262,10 +319,12 @@ def _ids(token_ids: Ids) -> NDArray[np.uint32]:
     return np.asarray(token_ids, dtype=np.uint32)
 
 
-def _scored(prompt: NDArray[np.uint32], completion: Completion) -> Scored:
+def _scored(
+    prompt: NDArray[np.uint32], completion: Completion, tokenizer: PreTrainedTokenizerBase | None
+) -> Scored:
     assert completion.scores is not None  # `SparseGkdTeacher` has checked it
     token_ids, start = sequence_of(prompt, completion)
     learned = np.ones(len(completion.token_ids), dtype=bool)
     cut = completion.finish_reason == "length"
     sample = Sample(token_ids, start, learned, source="teacher", truncated=cut)
-    return Scored(sample, completion.scores)
+    return Scored(sample, completion.scores, tokenizer)

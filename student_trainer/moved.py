@@ -14,6 +14,7 @@ MOVED = {
     "student_trainer.cached_teacher": "student_trainer.teacher.cache",
     "student_trainer.commands.registry": "student_trainer.config.commands",
     "student_trainer.nonfinite": "student_trainer.training.nonfinite",
+    "student_trainer.teacher.sparse": "student_trainer.teacher.sparse_gkd",
     "student_trainer.trainer": "student_trainer.training.trainer",
     "student_trainer.vllm_teacher": "student_trainer.teacher.vllm",
 }

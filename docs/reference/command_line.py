@@ -1,9 +1,13 @@
-"""The pages of both commands, from their own parsers."""
+"""The pages of both commands, from their own parsers.
+
+Run as a script it prints the table of common flags, for README.md.
+"""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -189,3 +193,7 @@ def _of_transformers(names: Sequence[str]) -> list[str]:
         lines += ["", f"`--{name}`", f":   {escaped(sentence)}{suffix}"]
     lines += ["", "### Refused", "", "What could have no effect here:", ""]
     return lines + [f"- `--{name}` {escaped(why)}" for name, why in UNSUPPORTED.items()]
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n".join(common_table()) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from html import escape, unescape
 from pathlib import Path, PurePosixPath
 
@@ -16,11 +15,10 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-convert: Callable[..., str] | None
 try:
-    from latex2mathml.converter import convert
+    from latex2mathml import converter
 except ImportError:  # the pages can be read without
-    convert = None
+    converter = None
 
 ROOT = Path(__file__).parents[2]
 # Pages outside docs/, by their name on the site, where a README would be the start page.
@@ -96,9 +94,9 @@ def typeset(html: str) -> str:
 
     def formula(found: re.Match[str]) -> str:
         tag, tex = found["tag"], unescape(found["tex"])
-        if convert is None:
+        if converter is None:
             return f'<{tag}><code class="formula">{escape(tex)}</code></{tag}>'
-        math = convert(tex, display="block" if tag == "div" else "inline")
+        math: str = converter.convert(tex, display="block" if tag == "div" else "inline")
         return f'<div class="formula">{math}</div>' if tag == "div" else math
 
     return _FORMULA.sub(formula, html)

@@ -34,7 +34,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "QLoRA": (_BF16, {"use_peft": True, "load_in_4bit": True}, True),
     "LoRA": (_BF16, {"use_peft": True}, True),
     "full, bfloat16": (_BF16, {}, True),
-    "full, float32": ({}, {}, True),
+    "full, float32": ({"torch_dtype": "float32"}, {}, True),
 }
 _TOKENS = 4096  # learned in a micro-batch; the loss holds at most a chunk of logits anyway
 

@@ -15,7 +15,7 @@ MODULES = (
     "student_trainer",
     "student_trainer.losses",
     "student_trainer.teacher.base",
-    "student_trainer.teacher.sparse",
+    "student_trainer.teacher.sparse_gkd",
     "student_trainer.teacher.cache",
     "student_trainer.teacher.vllm",
     "student_trainer.rollouts",

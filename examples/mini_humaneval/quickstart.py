@@ -6,7 +6,8 @@ makes tokenizer, models and data; pretrains a teacher and fine-tunes it on the f
 one student by SFT on the same labels, and one by distillation from the teacher, which runs as a
 separate server process; evaluates all of them; and writes results.json and report.html. Every
 stage is a cell of study.yaml at one seed: a call of the public command line, printed before it
-runs. On two machines, or in two containers, over one folder:
+runs. What it writes goes into quickstart.log. On two machines, or in two containers, over one
+folder:
 
     python -m examples.mini_humaneval.quickstart --output_dir DIR --only teacher
     teacher-server serve DIR/teacher_sft --host 0.0.0.0 --api-key-file KEY
@@ -31,9 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.mini_humaneval import prepare
+from examples.mini_humaneval.stages import Stages
 from shared.errors import SparseGKDError
 from student_trainer.commands import main as cli
-from student_trainer.reporting.page import Chart, Report, SideBySide, Table, render
+from student_trainer.reporting.curves import charts_of
+from student_trainer.reporting.page import Report, SideBySide, Table, render
 from student_trainer.reporting.runs import find_runs
 from student_trainer.study.served import served
 from student_trainer.study.spec import Cell, load_study, substituted, to_argv
@@ -46,10 +49,12 @@ MODELS = {
     "Student, SFT": "student_sft",
     "Student, distilled": "student_distilled",
 }
+STUDENTS = {"Student, SFT": 0, "Student, distilled": 1}  # the number of each one's colour
 # Cells of the study by their output folder, which lies beside the data.
 CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
 
 MARKER = ".quickstart"
+LOG = "quickstart.log"
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,12 @@ class Quickstart:
         self.study = load_study(STUDY)
         self.seconds: dict[str, float] = {}
         self.commands: list[str] = []
+        self._shown = Stages(folder / LOG)
 
     def run(self, teacher_url: str | None) -> None:
         """Run all stages, or those of the student if ``teacher_url`` is given."""
         since = time.perf_counter()
+        self._shown.expect(3 + len(MODELS))
         if teacher_url is None:
             self.make_teacher(again=True)
         else:
@@ -115,6 +122,7 @@ class Quickstart:
         if not again and marker.exists() and marker.read_text():
             print(f"{self.folder} has its teacher")
             return
+        self._shown.expect(3)
         self._empty_folder()
         with self._timed("prepare"):
             prepare.prepare(self.folder, seed=self.seed)
@@ -172,10 +180,10 @@ class Quickstart:
     def _run(self, name: str, argv: list[str]) -> None:
         command = shlex.join(["student-trainer", *argv])
         self.commands.append(command)
-        print(f"\n$ {command}", flush=True)
-        with self._timed(name):
+        with self._timed(name, command):
             code = cli.main(argv)
         if code != 0:
+            self._shown.show_failure()
             raise SystemExit(code)
 
     @contextlib.contextmanager
@@ -190,9 +198,10 @@ class Quickstart:
             yield url
 
     @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, command: str = "") -> Iterator[None]:
         since = time.perf_counter()
-        yield
+        with self._shown.stage(name, command):
+            yield
         self.seconds[name] = time.perf_counter() - since
 
     def _write(self, evaluated: dict[str, Evaluated], total: float) -> None:
@@ -217,13 +226,15 @@ class Quickstart:
         return self.study.cells[CELLS["student_distilled"]].flags
 
     def _report(self, evaluated: dict[str, Evaluated], tasks: int, total: float) -> str:
-        folders = [self.folder / MODELS[name] for name in ("Student, SFT", "Student, distilled")]
+        folders = [self.folder / MODELS[name] for name in STUDENTS]
         sft, distilled = find_runs(folders).training
         flags = self._distillation()
         rows = [
             (name, f"{model.pass_at_1:.3f}", f"{self.seconds.get(MODELS[name], 0.0):.0f} s")
             for name, model in evaluated.items()
         ]
+        best = len(rows) - 1
+        colours = [STUDENTS.get(name) for name in evaluated]
         return render(
             Report(
                 title="mini-HumanEval: a served teacher distils a student",
@@ -231,43 +242,13 @@ class Quickstart:
                 f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
                 f"sequences. Seed {self.seed}, "
                 f"{total:.0f} s in all.",
-                tables={"": Table(("Model", "pass@1", "Training time"), rows, best=len(rows) - 1)},
-                charts=[
-                    # Two quantities: one scale would invite a comparison that means nothing.
-                    Chart(
-                        "SFT: cross-entropy", "nats per token", {"SFT": sft.points("train/loss")}
-                    ),
-                    Chart(
-                        "Distillation: JSD",
-                        "nats per token",
-                        {"distilled": distilled.points("train/divergence")},
-                    ),
-                    Chart(
-                        "Mass on the teacher's top-k",
-                        "probability",
-                        {
-                            "teacher": distilled.points("teacher/top_k_mass"),
-                            "student": distilled.points("train/student_top_k_mass"),
-                        },
-                    ),
-                    Chart(
-                        "Entropy over top-k and tail",
-                        "nats",
-                        {
-                            "teacher": distilled.points("teacher/entropy"),
-                            "student": distilled.points("train/student_entropy"),
-                        },
-                    ),
-                    Chart(
-                        "Completion length",
-                        "tokens",
-                        {"distilled": distilled.points("train/completion_length")},
-                    ),
-                ],
+                tables={"": Table(("Model", "pass@1", "Training time"), rows, best, colours)},
+                charts=charts_of([sft, distilled]),
                 seconds={
                     "whole run": self._stages(),
-                    "distillation": distilled.seconds(),
+                    distilled.name: distilled.seconds(),
                 },
+                numbers={"whole run": len(STUDENTS), distilled.name: 1},
                 samples=self._samples(evaluated),
                 commands=self.commands,
             )
@@ -309,6 +290,7 @@ class Quickstart:
                     )
                     for name, model in evaluated.items()
                 },
+                numbers=STUDENTS,
             )
             for row in sorted(rows, key=verdicts, reverse=True)[:6]
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -13,6 +12,7 @@ from itertools import chain
 from shared import __version__
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError, SparseGKDError
+from shared.model_names import describe_missing
 from shared.printable import printable
 from student_trainer.commands.doctor_finding import Finding, Status
 from student_trainer.commands.doctor_machine import machine_findings
@@ -31,7 +31,7 @@ def doctor(argv: Sequence[str]) -> None:
     Raises:
         DoctorError: a check failed; its line says why.
     """
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
     # Imported here, so that --help does not wait for what speaks with a teacher.
     from student_trainer.commands.doctor_teacher import teacher_findings
 
@@ -42,6 +42,8 @@ def doctor(argv: Sequence[str]) -> None:
         raise ConfigurationError(
             f"--model_name_or_path {student} is compared with a teacher; add --teacher_url"
         )
+    if student is not None and (missing := describe_missing(student)):
+        raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
     key_file = arguments.teacher_api_key_file
     teachers = (teacher_findings(url, key_file, student) for url in arguments.teacher_url)
     for finding in chain(machine_findings(), *teachers):
@@ -59,7 +61,7 @@ def doctor(argv: Sequence[str]) -> None:
         raise DoctorError(f"doctor: {len(failed)} failed: {', '.join(failed)}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Return the parser of the command."""
     parser = OneLineParser(
         prog="student-trainer doctor",

@@ -70,7 +70,7 @@ def _ping(url: str) -> tuple[float, float | None]:
     import httpx
 
     from student_trainer.teacher.http import HttpClient
-    from student_trainer.teacher.sparse import SERVER
+    from student_trainer.teacher.sparse_gkd import SERVER
 
     seconds, skew = [], None
     try:
@@ -96,7 +96,7 @@ def _identity(flags: object, student: str | None) -> Iterator[Finding]:
     """
     from student_trainer.config.arguments import TeacherArguments
     from student_trainer.config.checks import api_key_of
-    from student_trainer.teacher.sparse import SparseGkdTeacher
+    from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
     assert isinstance(flags, TeacherArguments)
     assert flags.teacher_url is not None
@@ -140,7 +140,7 @@ def _compared(student: str, info: InfoResponse) -> Iterator[Finding]:
 
 
 def _key_status(urls: list[str], given: bool) -> tuple[Status, str, str]:
-    from student_trainer.teacher.sparse import SparseGkdTeacher
+    from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 
     try:
         with SparseGkdTeacher(urls, timeout=_TIMEOUT) as stranger:

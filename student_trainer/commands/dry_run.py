@@ -23,10 +23,10 @@ from student_trainer.config.training_arguments import CommonTrainingArguments, D
 from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.stream import ExampleStream
-from student_trainer.data.template import describe_mode
+from student_trainer.data.turn import describe_mode
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.runtime.terminal import has_colours, painted, readable_size
-from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers
 from student_trainer.training.memory import Memory, estimate_memory
 from student_trainer.training.model_card import method_of
 
@@ -42,14 +42,14 @@ def dry_run(
     prepared: Prepared,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
     teacher_flags: TeacherArguments | None = None,
     planned: int | None = None,
 ) -> None:
     """Print settings, memory, traffic, and a few rows with the teacher's scores of them.
 
     Args:
-        teacher: connected; None for SFT.
+        teachers: connected; None for SFT.
         teacher_flags: None for SFT.
         planned: number of sequences that `precompute` would request, if that is the command.
 
@@ -62,20 +62,20 @@ def dry_run(
     memory = estimate_memory(
         recipe.model, recipe.adapters, args, tokens=micro_batch_tokens(prepared, args)
     )
-    scores = [] if teacher is None else describe_scores(teacher, prepared)
+    scores = [] if teachers is None else describe_scores(teachers, prepared)
     _, most = describe_tokens(prepared, args)
     colours = has_colours(sys.stdout)
     sections = [
         _table(
             "Dry run: no weights are loaded, nothing is trained, nothing is written",
-            _settings(recipe, prepared, args, memory, teacher, planned),
+            _settings(recipe, prepared, args, memory, teachers, planned),
         ),
         _table(
             f"Memory of one process, without activations{_sharded(args)}", _memory(memory, args)
         ),
     ]
-    if teacher is not None and teacher_flags is not None:
-        traffic = describe_traffic(teacher, teacher_flags, args, most)
+    if teachers is not None and teacher_flags is not None:
+        traffic = describe_traffic(teachers, teacher_flags, args, most)
         sections.append(_table("Teacher", [*scores, *traffic]))
     sections.append("\n".join(describe_rows(prepared, colours)))
     for section in sections if PartialState().is_main_process else ():
@@ -95,15 +95,15 @@ def _settings(
     prepared: Prepared,
     args: CommonTrainingArguments,
     memory: Memory,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     planned: int | None,
 ) -> list[tuple[str, str]]:
     lines = [("method", describe_method(args))]
     if isinstance(args, DistillArguments):
         lines.append(("divergence", describe_divergence(args, prepared.method)))
     lines.append(("student", describe_student(recipe, memory)))
-    if teacher is not None:
-        lines += describe_teacher(teacher, prepared)
+    for name, teacher in [] if teachers is None else teachers.items():
+        lines += describe_teacher(name, teacher, prepared)
         ends = compare_ends(prepared.tokenizer, prepared.method.stop_ids, teacher.info)
         lines += [] if ends is None else [("end tokens", ends)]
     lines += _data(prepared, streaming=recipe.data.streaming)

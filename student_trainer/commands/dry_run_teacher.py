@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from student_trainer.commands.dry_run_rows import SHOWN_ROWS
 from student_trainer.config.arguments import TeacherArguments
@@ -15,6 +16,7 @@ from student_trainer.data.sample import Example, Sample
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.runtime.terminal import readable_size
 from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers
 
 if TYPE_CHECKING:
     from student_trainer.training.recipe import Prepared
@@ -29,13 +31,17 @@ def dry_run_flags(teacher_flags: TeacherArguments) -> TeacherArguments:
     return replace(teacher_flags, teacher_timeout=seconds, teacher_cache=None)
 
 
-def describe_teacher(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str]]:
-    """Return lines about a teacher's identity, vocabulary and limits."""
+def describe_teacher(name: str, teacher: Teacher, prepared: Prepared) -> list[tuple[str, str]]:
+    """Return lines about a teacher's identity, vocabulary and limits.
+
+    Args:
+        name: the teacher's, or empty.
+    """
     info = teacher.info
     who, limits = info.teacher, info.limits
     return [
-        ("teacher", f"{who.model}: {who.dtype}, {who.backend} {who.version}, fingerprint "
-                    f"{who.fingerprint[:16]}"),
+        (f"teacher {name}".strip(), f"{who.model}: {who.dtype}, {who.backend} {who.version}, "
+                                    f"fingerprint {who.fingerprint[:16]}"),
         ("vocabulary", f"agrees: {prepared.vocab_size:,} tokens are shared, of the teacher's "
                        f"{info.vocab_size:,}"),
         ("limits", f"context {info.max_model_len:,}, top-k {limits.max_top_k:,}; a request of "
@@ -43,20 +49,22 @@ def describe_teacher(teacher: Teacher, prepared: Prepared) -> list[tuple[str, st
     ]  # fmt: skip
 
 
-def describe_scores(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str]]:
-    """Return lines about the teacher's scores of the first rows' completions or bare prompts.
+def describe_scores(teachers: Teachers, prepared: Prepared) -> list[tuple[str, str]]:
+    """Return lines about the scores of the first rows' completions or bare prompts.
 
     Raises:
         TeacherError: it does not score them.
     """
     method = prepared.method
-    samples = [_sample(example) for example in prepared.train[:SHOWN_ROWS]]
-    samples = [sample for sample in samples if len(sample.completion_mask)]
+    pairs = [(example, _sample(example)) for example in prepared.train[:SHOWN_ROWS]]
+    samples = [(example, sample) for example, sample in pairs if len(sample.completion_mask)]
     if not samples:
         return [("scored", "nothing: the prompts have a single token")]
-    sequences = [(sample.token_ids, sample.completion_start) for sample in samples]
-    scores = teacher.score(sequences, method.scoring())
-    items = [ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)]
+    items = []
+    for teacher, part in teachers.by_teacher(samples, lambda pair: pair[0].teacher):
+        sequences = [_sequence(example, sample) for example, sample in part]
+        scores = teacher.score(sequences, method.scoring())
+        items += [ScoredSample(s, score) for (_, s), score in zip(part, scores, strict=True)]
     found = sparse_distribution(items, prepared.vocab_size)
     logs = torch.cat([found.logprobs, found.tail_logprob[:, None]], dim=1).double()  # [N, K + 1]
     entropy = -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(dim=1).mean()
@@ -73,11 +81,12 @@ def describe_scores(teacher: Teacher, prepared: Prepared) -> list[tuple[str, str
 
 
 def describe_traffic(
-    teacher: Teacher, flags: TeacherArguments, args: CommonTrainingArguments, tokens: float
+    teachers: Teachers, flags: TeacherArguments, args: CommonTrainingArguments, tokens: float
 ) -> list[tuple[str, str]]:
     """Return lines about the bytes of answers; ``tokens`` are the completion tokens of a step."""
     assert isinstance(args, DistillArguments)  # no other command has a teacher
-    received, scored = teacher.take_traffic()
+    traffic = teachers.take_traffic().values()
+    received, scored = (sum(column) for column in zip(*traffic, strict=True))
     found = f"{received / scored:,.0f} measured in these short ones" if scored else ""
     if flags.teacher_protocol == "vllm":
         return [("traffic", f"bytes a completion token: {found}")]
@@ -97,6 +106,13 @@ def token_bytes(flags: TeacherArguments, student_top_m: int) -> int:
     """
     size = 2 if flags.teacher_logprob_dtype == "float16" else 4
     return flags.top_k_logprobs * (4 + size) + 4 + 4 + student_top_m * size
+
+
+def _sequence(example: Example, sample: Sample) -> tuple[NDArray[np.uint32], int]:
+    """Return what the teacher scores: of a bare prompt, all of it but its first token."""
+    if example.sample is None:
+        return sample.token_ids, sample.completion_start
+    return example.sequence_of_teacher(sample)
 
 
 def _sample(example: Example) -> Sample:

@@ -45,7 +45,7 @@ from student_trainer.losses import Divergence
 from student_trainer.model.load import load_model
 from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.training.recipe import open_teacher
+from student_trainer.training.recipe import open_teachers
 
 
 def run_evaluation(
@@ -174,7 +174,8 @@ def _scored(
         raise ConfigurationError(
             "--teacher_url: these rows have no reference to compare the model with its teacher on"
         )
-    with open_teacher(teacher, model) as client:
+    with open_teachers(teacher, model) as teachers:
+        client = teachers.of(None)
         info = client.connect()
         check_vocabulary(parts.tokenizer, parts.rows, info)
         sequences = [(sample.token_ids, sample.completion_start) for sample in references]

@@ -34,7 +34,7 @@ from student_trainer.config.training_arguments import (
 from student_trainer.data.stream import ExampleStream
 from student_trainer.reporting.lines import number, readable_seconds
 from student_trainer.runtime.terminal import encodable, readable_size, width_of
-from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers
 from student_trainer.training.memory import Memory, estimate_memory
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def say_start(
     prepared: Prepared,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
 ) -> None:
     """Write what the run will do to standard error, on the main process alone."""
     if not PartialState().is_main_process:
@@ -73,18 +73,18 @@ def say_start(
     if isinstance(args, DistillArguments):
         lines["method"] += f"; {describe_divergence(args, prepared.method)}"
     lines["student"] = describe_student(recipe, memory)
-    if teacher is not None:
-        lines |= dict(describe_teacher(teacher, prepared)[:1])
+    for name, teacher in [] if teachers is None else teachers.items():
+        lines |= dict(describe_teacher(name, teacher, prepared)[:1])
     lines["data"] = _data(prepared, some, recipe)
     if not streams:
         lines["tokens"] = f"{describe_tokens(some, args)[0]} a step"
     lines["steps"] = describe_updates(prepared, args, streaming=streams)
     if memory is not None:
         optimizer = readable_size(memory.optimizer) if memory.optimizer is not None else "unknown"
+        each = " a process" if args.world_size > 1 else ""
         lines["memory"] = (
-            f"{readable_size(memory.total)} a process without activations: weights "
-            f"{readable_size(memory.weights)}, gradients {readable_size(memory.gradients)}, "
-            f"optimizer {optimizer}"
+            f"{readable_size(memory.total)}{each} and activations: weights "
+            f"{readable_size(memory.weights)}, optimizer {optimizer}"
         )
     lines["output"] = _output(args)
     _write_table(lines)

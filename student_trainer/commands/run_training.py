@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -20,20 +21,27 @@ from student_trainer.config.training_arguments import (
     training_arguments,
 )
 from student_trainer.data.sources import Rows, read_rows
-from student_trainer.pipeline.planned_requests import count_missing, planned_requests, send_all
+from student_trainer.pipeline.planned_requests import (
+    PlannedRequests,
+    count_missing,
+    planned_requests,
+    send_all,
+)
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.runtime.progress import counted
 from student_trainer.runtime.terminal import can_move
-from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
-from student_trainer.teacher.compatible import check_capabilities, check_one_teacher
+from student_trainer.teacher.compatible import check_capabilities, check_same_teachers
+from student_trainer.teacher.named import Teachers
 from student_trainer.training.defaults import settle
 from student_trainer.training.recipe import (
     Prepared,
+    check_teacher_prompts,
+    check_teachers_are_used,
     date_folders,
     fit_to_teacher,
     keep_template_date,
-    open_teacher,
+    open_teachers,
     prepare,
     run,
 )
@@ -42,6 +50,7 @@ from student_trainer.training.trainer import DistillationTrainer
 logger = logging.getLogger(__name__)
 
 _REQUEST_SIZE = 16
+_ROWS_REPEATED = 100  # among which are the first rows of each teacher
 
 
 def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
@@ -67,19 +76,24 @@ def run_distill(
     check_machine(recipe, args, teacher_flags)
     recipe = settle(recipe, args)
     # Rows are read before the teacher is waited for, so that a missing file is reported at once.
-    rows = read_rows(recipe.dataset, recipe.data, args.seed)
+    rows = read_rows(recipe.dataset, recipe.data, args.seed, _teachers_of_datasets(teacher_flags))
     if args.dry_run:
         teacher_flags = dry_run_flags(teacher_flags)
     # The requests of a stream are not known, so a cache cannot know that it holds all of them.
     alone = args.lmbda == 0 and not args.student_top_m and not recipe.data.streaming
-    with open_teacher(teacher_flags, recipe.model, starts_alone=alone) as client:
-        prepared = _connect_and_prepare(client, recipe, rows, args, teacher_flags)
+    with open_teachers(teacher_flags, recipe.model, starts_alone=alone) as teachers:
+        prepared = _connect_and_prepare(teachers, recipe, rows, args, teacher_flags)
         if args.dry_run:
-            dry_run(recipe, prepared, args, teacher=client, teacher_flags=teacher_flags)
+            dry_run(recipe, prepared, args, teachers=teachers, teacher_flags=teacher_flags)
             return None
         keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache))
         all_flags = (*recipe.flags, teacher_flags, args)
-        return _run(recipe, prepared, args, all_flags, client)
+        return _run(recipe, prepared, args, all_flags, teachers)
+
+
+def _teachers_of_datasets(flags: TeacherArguments) -> dict[str, list[str]]:
+    """Return the column that names a row's teacher, with its value for each dataset."""
+    return {flags.teacher_column: flags.dataset_teacher} if flags.dataset_teacher else {}
 
 
 def _run(
@@ -87,43 +101,48 @@ def _run(
     prepared: Prepared,
     args: CommonTrainingArguments,
     flags: Sequence[Any],
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
 ) -> DistillationTrainer:
     """Train, and say before what is about to happen and after it what is there."""
-    say_start(recipe, prepared, args, teacher=teacher)
-    trainer = run(recipe, prepared, args, teacher=teacher, flags=flags)
+    say_start(recipe, prepared, args, teachers=teachers)
+    trainer = run(recipe, prepared, args, teachers=teachers, flags=flags)
     if not trainer.stopped:
         say_end(recipe, prepared, args, trainer)
     return trainer
 
 
 def _connect_and_prepare(
-    client: Teacher,
+    teachers: Teachers,
     recipe: Recipe,
     rows: Rows,
     args: DistillArguments,
     teacher_flags: TeacherArguments,
 ) -> Prepared:
-    """Return what the run learns from, once the teacher is known to be able to teach it.
+    """Return what the run learns from, once its teachers are known to be able to teach it.
 
     Raises:
         TeacherError, ConfigurationError, DatasetError: teacher, flags or rows cannot be used.
     """
     # All ranks go one way, since each of them meets the others while it prepares.
     early = None
-    if not all(gather_object([client.ready()])):
+    if not all(gather_object([teachers.ready()])):
         # The rows are made into examples now, so that a mistake in them is told before the wait.
         early = prepare(recipe, rows, args, teacher_flags=teacher_flags)
-    check_capabilities(client.connect(), args, teacher_flags)
-    check_one_teacher(client.info.teacher)
+    for info in teachers.connect():
+        check_capabilities(info, args, teacher_flags)
+    check_same_teachers(teachers.identities)
     if early is None:
-        prepared = prepare(recipe, rows, args, teacher=client, teacher_flags=teacher_flags)
+        prepared = prepare(recipe, rows, args, teachers=teachers, teacher_flags=teacher_flags)
     else:
         prepared = fit_to_teacher(
-            early, recipe, rows, args, teacher=client, teacher_flags=teacher_flags
+            early, recipe, rows, args, teachers=teachers, teacher_flags=teacher_flags
         )
+    check_teachers_are_used(teachers, prepared)
+    check_teacher_prompts(teachers, prepared)
     tolerance = teacher_flags.teacher_repeat_tolerance
-    check_repeats(client, prepared.train, prepared.method, tolerance=tolerance)
+    some = prepared.train[: _ROWS_REPEATED if teachers.names else 2]
+    for teacher, examples in teachers.by_teacher(some, lambda example: example.teacher):
+        check_repeats(teacher, examples, prepared.method, tolerance=tolerance)
     return prepared
 
 
@@ -136,34 +155,32 @@ def run_precompute(recipe: Recipe, teacher_flags: TeacherArguments, flags: Disti
         raise ConfigurationError(
             f"precompute runs in one process, not in {args.world_size}: start it without a launcher"
         )
-    rows = read_rows(recipe.dataset, recipe.data, args.seed)
+    rows = read_rows(recipe.dataset, recipe.data, args.seed, _teachers_of_datasets(teacher_flags))
     if args.dry_run:
         teacher_flags = dry_run_flags(teacher_flags)
-    with open_teacher(teacher_flags, recipe.model, starts_alone=True) as client:
-        prepared = _connect_and_prepare(client, recipe, rows, args, teacher_flags)
-        requests = planned_requests(prepared.method, prepared.train, prepared.held_out)
+    with open_teachers(teacher_flags, recipe.model, starts_alone=True) as teachers:
+        prepared = _connect_and_prepare(teachers, recipe, rows, args, teacher_flags)
+        planned = planned_requests(
+            teachers.all_names, prepared.method, prepared.train, prepared.held_out
+        )
         if args.dry_run:
             dry_run(
                 recipe,
                 prepared,
                 args,
-                teacher=client,
+                teachers=teachers,
                 teacher_flags=teacher_flags,
-                planned=len(requests),
+                planned=sum(map(len, planned)),
             )
             return
         keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache)[-1:])
-        assert isinstance(client, CachedTeacher)  # `precompute` requires --teacher_cache
-        missing, total = count_missing(client, requests)
-        client.require(missing, total)
-        known = total - missing
-        with counted(
-            len(requests), "Asking the teacher", show=not (args.disable_tqdm and can_move())
-        ) as count:
-            for answers in send_all(client, requests, size=_REQUEST_SIZE):
-                count(answers)
-        missing, total = count_missing(client, requests)
-        _, _, corrupt = client.take_lookups()
+        missing, known, total, corrupt = 0, 0, 0, 0
+        for requests in planned:
+            client = teachers.of(requests.teacher)
+            assert isinstance(client, CachedTeacher)  # `precompute` requires --teacher_cache
+            found = _fill(client, requests, show=not (args.disable_tqdm and can_move()))
+            missing, known = missing + found.missing, known + found.known
+            total, corrupt = total + len(requests), corrupt + found.corrupt
     logger.warning(
         "%d of %d answers are in --teacher_cache %s; %d were there before, %d were corrupt",
         total - missing, total, teacher_flags.teacher_cache, known, corrupt,
@@ -173,3 +190,26 @@ def run_precompute(recipe: Recipe, teacher_flags: TeacherArguments, flags: Disti
             f"{missing} of {total} answers did not fit: raise --teacher_cache_max_gb "
             f"{teacher_flags.teacher_cache_max_gb:g}"
         )
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """The answers that a cache lacks after it was filled, held before, and found corrupt."""
+
+    missing: int
+    known: int
+    corrupt: int
+
+
+def _fill(client: CachedTeacher, requests: PlannedRequests, *, show: bool) -> _Filled:
+    """Ask one teacher for all planned answers, which its cache keeps."""
+    missing, total = count_missing(client, requests)
+    client.require(missing, total)
+    known = total - missing
+    whom = f"Asking {requests.teacher}" if requests.teacher else "Asking the teacher"
+    with counted(total, whom, show=show) as count:
+        for answers in send_all(client, requests, size=_REQUEST_SIZE):
+            count(answers)
+    missing, _ = count_missing(client, requests)
+    _, _, corrupt = client.take_lookups()
+    return _Filled(missing, known, corrupt)

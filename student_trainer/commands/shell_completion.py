@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
@@ -19,11 +18,11 @@ into ~/.local/share/bash-completion/completions/student-trainer. In zsh, after c
 
 def completion(argv: Sequence[str]) -> None:
     """Print the completion script of a shell."""
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
     sys.stdout.write(completion_script(arguments.shell, "student-trainer", commands()))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     """Make the parser of `completion`."""
     parser = OneLineParser(prog="student-trainer completion", description=_DESCRIPTION)
     parser.add_argument("shell", choices=SHELLS)

@@ -284,20 +284,26 @@ class TemplateArguments:
         Raises:
             ConfigurationError: it is not a JSON object.
         """
-        if self.chat_template_kwargs is None:
-            return {}
-        try:
-            values = json.loads(self.chat_template_kwargs)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"--chat_template_kwargs {self.chat_template_kwargs!r} is not valid JSON: {error}"
-            ) from error
-        if not isinstance(values, dict):
-            raise ConfigurationError(
-                f"--chat_template_kwargs {self.chat_template_kwargs!r} must be a JSON object such "
-                'as {"enable_thinking": false}'
-            )
-        return values
+        return _json_object("--chat_template_kwargs", self.chat_template_kwargs)
+
+
+def _json_object(name: str, text: str | None) -> dict[str, Any]:
+    """Return the value of a flag that is a JSON object; empty for None.
+
+    Raises:
+        ConfigurationError: it is not a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{name} {text!r} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(
+            f'{name} {text!r} must be a JSON object such as {{"enable_thinking": false}}'
+        )
+    return values
 
 
 @dataclass
@@ -325,11 +331,40 @@ class TeacherArguments:
     teacher_url: list[str] | None = flag(
         None,
         "Address of a teacher server, such as http://host:8000; repeat for replicas: one that "
-        "fails is left out until it is ready again.",
+        "fails is left out until it is ready again. Several teachers: math=http://a code=http://b, "
+        "each for the rows that name it; http://a#MODEL where a server has several models.",
         extends=True,
         group="teacher",
         common=True,
         private=True,
+    )
+    teacher_column: str = flag(
+        "teacher",
+        "Column that names a row's teacher, where --teacher_url gives names; rows without a name "
+        "have the first teacher.",
+        group="teacher",
+        resume="same",
+    )
+    dataset_teacher: list[str] | None = flag(
+        None,
+        "The teacher of the rows of each --dataset_name, in order; a row's own --teacher_column "
+        "comes first.",
+        group="teacher",
+        resume="same",
+    )
+    teacher_prompt_template: str | None = flag(
+        None,
+        "File of a Jinja template over a row's columns that makes the prompt which only the "
+        "teacher sees, such as {{ question }} and a reference answer; in place of a column "
+        "teacher_prompt (text) or teacher_messages.",
+        group="teacher",
+        resume="told",
+    )
+    teacher_chat_template_kwargs: str | None = flag(
+        None,
+        "As --chat_template_kwargs, for the prompt that only the teacher sees.",
+        group="teacher",
+        resume="same",
     )
     teacher_protocol: Literal["sparse-gkd", "vllm"] = flag(
         "sparse-gkd",
@@ -398,6 +433,15 @@ class TeacherArguments:
         group="teacher",
         private=True,
     )
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The value of ``--teacher_chat_template_kwargs``, parsed.
+
+        Raises:
+            ConfigurationError: it is not a JSON object.
+        """
+        return _json_object("--teacher_chat_template_kwargs", self.teacher_chat_template_kwargs)
 
 
 @dataclass

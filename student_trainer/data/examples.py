@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from shared import __version__
@@ -18,8 +19,11 @@ from shared.identity import tokenizer_identity
 from student_trainer.config.arguments import ROW_OPTIONS, DataArguments
 from student_trainer.data.conversation import Conversation, PlainText, json_value, read_row
 from student_trainer.data.encode import Encoder
+from student_trainer.data.messages import Message
 from student_trainer.data.sample import Example, Sample
-from student_trainer.data.template import ChatTemplate, TemplateOptions, Turn
+from student_trainer.data.teacher_view import TeacherView
+from student_trainer.data.template import ChatTemplate, TemplateOptions
+from student_trainer.data.turn import Turn, first_turn, token_after
 
 # The low bits of an example's index are its row's number, the bits above its turn's number.
 _ROW_BITS = 32
@@ -57,6 +61,7 @@ class RowTokenizer:
         template: options of the chat template.
         one_sequence: learn several assistant turns as spans of one sequence where the template
             prints earlier turns unchanged; for methods that generate nothing.
+        view: which teacher a row has, and what only that one sees.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -66,6 +71,7 @@ class RowTokenizer:
     template: TemplateOptions = field(default_factory=TemplateOptions)
     one_sequence: bool = False
     text_end: int | None = None
+    view: TeacherView = TeacherView()
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -97,11 +103,12 @@ class RowTokenizer:
             dict(self.template.kwargs),
             str(self.template.today) if self.chat.prints_date else None,
             self.one_sequence,
+            asdict(self.view),
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def __call__(self, index: int, where: str, row: dict[str, Any]) -> list[Example]:
-        """Return the examples of a row: one, or one for each assistant turn.
+        """Return the examples of a row, each with its teacher: one, or one for each assistant turn.
 
         Args:
             index: number of the row in the dataset.
@@ -115,6 +122,44 @@ class RowTokenizer:
         if checker is not None and not isinstance(checker, dict):
             raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
         parsed = read_row(where, row, self.options)
+        examples = self._examples(index, where, parsed, checker)
+        teacher, prompt = self.view.name_of(where, row), self.view.messages_of(where, row, parsed)
+        if teacher is None and prompt is None:
+            return examples
+        ids = None if prompt is None else self._teacher_prompt(where, prompt, parsed)
+        if ids is not None and (len(examples) > 1 or _has_gaps(examples[0])):
+            raise DatasetError(
+                f"{where}: what only the teacher sees is one prompt, and this row teaches several "
+                "turns; learn its last turn alone (--assistant_turns last)"
+            )
+        return [replace(e, teacher=teacher, teacher_prompt_ids=ids) for e in examples]
+
+    def _teacher_prompt(
+        self, where: str, prompt: str | list[Message], parsed: Conversation | PlainText
+    ) -> NDArray[np.uint32]:
+        """Return the ids [P'] of the prompt that only the teacher sees."""
+        if isinstance(prompt, str):
+            turn = self._tokenize_text(f"{where}: teacher_prompt", PlainText(prompt, None))
+            return np.asarray(turn.prompt_ids, dtype=np.uint32)
+        assert isinstance(parsed, Conversation)
+        given = read_row(where, {"messages": prompt}, self.options)
+        if not isinstance(given, Conversation) or given.completion is not None:
+            raise DatasetError(
+                f"{where}: teacher_messages end with a turn of the assistant, which would be the "
+                "completion; end them before it"
+            )
+        kwargs = {**parsed.template_kwargs, **self.view.template_kwargs}
+        seen = replace(given, tools=given.tools or parsed.tools, template_kwargs=kwargs)
+        turn = self._tokenize_conversation(where, seen)
+        return np.asarray(turn.prompt_ids, dtype=np.uint32)
+
+    def _examples(
+        self,
+        index: int,
+        where: str,
+        parsed: Conversation | PlainText,
+        checker: dict[str, Any] | None,
+    ) -> list[Example]:
         if isinstance(parsed, PlainText):
             return [self._example(index, where, self._tokenize_text(where, parsed), checker)]
         conversations = [parsed]
@@ -208,7 +253,7 @@ class RowTokenizer:
 
     def _tokenize_conversation(self, where: str, conversation: Conversation) -> _TokenizedTurn:
         try:
-            turn = self.chat.first_turn(where, conversation)
+            turn = first_turn(self.chat, where, conversation)
             prompt_ids = self.encoder.encode(turn.prompt)
             completion_ids = None
             if turn.completion is not None:
@@ -228,7 +273,7 @@ class RowTokenizer:
         ends = [number for number, token in enumerate(ids) if token in self.stop_ids]
         if ends:
             return ids[: ends[0] + 1]  # templates print a newline after the end token
-        following = self.chat.token_after(where, conversation, turn)
+        following = token_after(self.chat, where, conversation, turn)
         if following in self.stop_ids:
             return [*ids, following]  # in GLM's template the next turn's first token ends a turn
         completion = str(turn.completion).rstrip()
@@ -269,6 +314,11 @@ class RowTokenizer:
             "dataset",
             truncated=cut < len(whole),
         )
+
+
+def _has_gaps(example: Example) -> bool:
+    """Return whether a sequence holds several turns, with text of others between them."""
+    return example.sample is not None and not bool(example.sample.completion_mask.all())
 
 
 def _assistant_turns(where: str, row: Conversation) -> list[Conversation]:

@@ -32,6 +32,11 @@ class Sample:
     truncated: bool = False
     weight_version: int | None = None
 
+    def __repr__(self) -> str:
+        prompt, completion = self.completion_start, len(self.token_ids) - self.completion_start
+        cut = ", truncated" if self.truncated else ""
+        return f"Sample({prompt} + {completion} tokens, by the {self.source}{cut})"
+
     @property
     def prompt_ids(self) -> NDArray[np.uint32]:
         return self.token_ids[: self.completion_start]
@@ -53,6 +58,9 @@ class Example:
         checker: the test of a completion's correctness, as `evaluation.checkers` reads it.
         prompt: the prompt as text, for reports.
         notes: changes that the chat template made to the row and a user should know of.
+        teacher: the name of the teacher that it is learned from; None for the first one.
+        teacher_prompt_ids: [P'] uint32, the prompt that the teacher sees in place of
+            ``prompt_ids``; None where it sees the same.
     """
 
     index: int
@@ -62,6 +70,23 @@ class Example:
     checker: dict[str, Any] | None
     prompt: str
     notes: tuple[str, ...] = ()
+    teacher: str | None = None
+    teacher_prompt_ids: NDArray[np.uint32] | None = None
+
+    @property
+    def prompt_of_teacher(self) -> NDArray[np.uint32]:
+        """The prompt [P'] that the teacher completes."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    def sequence_of_teacher(self, sample: Sample) -> tuple[NDArray[np.uint32], int]:
+        """Return what the teacher scores of one of this example's samples.
+
+        That is (token_ids [L'], completion_start): its own prompt, and the same completion.
+        """
+        if self.teacher_prompt_ids is None:
+            return sample.token_ids, sample.completion_start
+        joined = np.concatenate([self.teacher_prompt_ids, sample.completion_ids])
+        return joined, len(self.teacher_prompt_ids)
 
 
 def completed(

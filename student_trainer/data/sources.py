@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,8 +47,16 @@ class Rows:
     mixture: Mixture | None = None
 
 
-def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows:
+def read_rows(
+    dataset: DatasetArguments,
+    data: DataArguments,
+    seed: int,
+    given: Mapping[str, Sequence[str]] | None = None,
+) -> Rows:
     """Return the rows that the flags name; the first rows of a stream are checked.
+
+    Args:
+        given: values of columns for each dataset in turn; those of a row itself come first.
 
     Raises:
         DatasetError: a dataset is missing, empty or malformed.
@@ -57,7 +66,7 @@ def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows
     mixture = None
     train: list[Row] | RowStream
     if data.streaming:
-        train = _stream(dataset, data, seed)
+        train = _stream(dataset, data, seed, given or {})
         check_columns(train.head(ROWS_CHECKED), data)
         if train.weights is not None:
             for name, weight in zip(train.names, train.weights, strict=True):
@@ -67,8 +76,13 @@ def read_rows(dataset: DatasetArguments, data: DataArguments, seed: int) -> Rows
         train = named_rows(dataset.rows, "dataset")
     else:
         parts = [
-            load_rows(name, config=dataset.dataset_config, split=dataset.dataset_split)
-            for name in dataset.dataset_name
+            [
+                _with_columns(row, given or {}, number)
+                for row in load_rows(
+                    name, config=dataset.dataset_config, split=dataset.dataset_split
+                )
+            ]
+            for number, name in enumerate(dataset.dataset_name)
         ]
         train = [row for part in parts for row in part]
         if len(parts) > 1:
@@ -97,7 +111,16 @@ def _check_hub_flags(dataset: DatasetArguments, data: DataArguments) -> None:
         )
 
 
-def _stream(dataset: DatasetArguments, data: DataArguments, seed: int) -> RowStream:
+def _with_columns(row: Row, given: Mapping[str, Sequence[str]], dataset: int) -> Row:
+    """Return a row with the columns that its dataset gives and it lacks."""
+    where, columns = row
+    lacking = {name: values[dataset] for name, values in given.items() if not columns.get(name)}
+    return (where, {**columns, **lacking}) if lacking else row
+
+
+def _stream(
+    dataset: DatasetArguments, data: DataArguments, seed: int, given: Mapping[str, Sequence[str]]
+) -> RowStream:
     rows = dataset.rows
     if rows is not None:
         if iter(rows) is rows:
@@ -108,14 +131,17 @@ def _stream(dataset: DatasetArguments, data: DataArguments, seed: int) -> RowStr
         sources = [partial(iterate_named, rows, "dataset")]
     else:
         sources = [
-            partial(
-                iterate_rows,
-                name,
-                config=dataset.dataset_config,
-                split=dataset.dataset_split,
-                streaming=True,
-            )
-            for name in dataset.dataset_name
+            partial(_iterate, name, number, dataset, given)
+            for number, name in enumerate(dataset.dataset_name)
         ]
     size = data.shuffle_buffer_size or _DEFAULT_BUFFER
     return RowStream(dataset.dataset_name, sources, data.dataset_weights, seed, size)
+
+
+def _iterate(
+    name: str, number: int, dataset: DatasetArguments, given: Mapping[str, Sequence[str]]
+) -> Iterator[Row]:
+    rows = iterate_rows(
+        name, config=dataset.dataset_config, split=dataset.dataset_split, streaming=True
+    )
+    return (_with_columns(row, given, number) for row in rows)

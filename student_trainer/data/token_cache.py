@@ -99,6 +99,9 @@ def _features() -> Any:
         "checker": Value("string"),
         "prompt": Value("string"),
         "notes": List(Value("string")),
+        "teacher": Value("string"),
+        "has_teacher_prompt": Value("bool"),
+        "teacher_prompt_ids": List(Value("uint32")),
     })  # fmt: skip
 
 
@@ -127,12 +130,18 @@ def _record(example: Example) -> dict[str, Any]:
         "checker": None if example.checker is None else json.dumps(example.checker),
         "prompt": example.prompt,
         "notes": list(example.notes),
+        "teacher": example.teacher,
+        "has_teacher_prompt": example.teacher_prompt_ids is not None,
+        "teacher_prompt_ids": np.zeros(0, np.uint32)
+        if example.teacher_prompt_ids is None
+        else example.teacher_prompt_ids,
     }
 
 
 def _examples(batch: Any) -> Iterator[Example]:
     columns = {name: batch.column(name) for name in batch.schema.names}
-    lists = {n: _arrays(columns.pop(n)) for n in ("prompt_ids", "token_ids", "completion_mask")}
+    arrays = ("prompt_ids", "token_ids", "completion_mask", "teacher_prompt_ids")
+    lists = {name: _arrays(columns.pop(name)) for name in arrays}
     plain = {name: column.to_pylist() for name, column in columns.items()}
     for row in range(batch.num_rows):
         one = {name: values[row] for name, values in plain.items()}
@@ -148,7 +157,8 @@ def _examples(batch: Any) -> Iterator[Example]:
         checker = None if one["checker"] is None else json.loads(one["checker"])
         yield Example(
             one["index"], one["name"], lists["prompt_ids"][row], sample, checker, one["prompt"],
-            tuple(one["notes"]),
+            tuple(one["notes"]), one["teacher"],
+            lists["teacher_prompt_ids"][row] if one["has_teacher_prompt"] else None,
         )  # fmt: skip
 
 

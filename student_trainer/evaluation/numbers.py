@@ -1,9 +1,9 @@
-"""Read the number that an answer to a word problem gives.
+r"""Read the number that an answer to a word problem gives.
 
 The first rule that finds a number decides:
 
 1. ``####`` with a number behind it, the first one: GSM8K's own rule.
-2. The last ``\\boxed{…}`` that is closed and holds a number.
+2. The last ``\boxed{…}`` that is closed and holds a number.
 3. The last "the answer is", "final answer:" or "answer:" with a number in its line.
 4. The last number of the text; not in a text that was cut by the length limit.
 

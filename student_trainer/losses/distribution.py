@@ -45,6 +45,10 @@ class SparseDistribution:
                 f"{list(self.tail_logprob.shape)}"
             )
 
+    def __repr__(self) -> str:
+        positions, width = self.token_ids.shape
+        return f"SparseDistribution(N={positions}, K={width}, {self.logprobs.device})"
+
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 

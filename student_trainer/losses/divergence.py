@@ -72,6 +72,10 @@ class SparseStatistics:
     cross_entropy: torch.Tensor
     gap_bound: torch.Tensor
 
+    def __repr__(self) -> str:
+        count, mean = len(self.divergence), float(self.divergence.mean())
+        return f"SparseStatistics({count} positions, divergence {mean:.3g})"
+
 
 class LossOutput(NamedTuple):
     """A loss and the statistics of the positions that it was computed from.
@@ -84,3 +88,8 @@ class LossOutput(NamedTuple):
 
     loss: torch.Tensor
     statistics: SparseStatistics
+
+    def __repr__(self) -> str:
+        shape = list(self.loss.shape)
+        value = f"{float(self.loss):.3g}" if not shape else f"{shape}, mean {self.loss.mean():.3g}"
+        return f"LossOutput(loss {value}, {self.statistics!r})"

@@ -18,6 +18,7 @@ from student_trainer.losses.reference import compute_dtype
 BLOCK_BYTES = 8 << 20
 
 
+# `teacher_server.backends.projection` has this too, because `shared` imports no torch.
 def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Write a [n, d] @ b [d, m], of one dtype, into ``out`` [n, m] of the arithmetic's dtype.
 

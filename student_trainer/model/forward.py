@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,8 @@ class SparseTargets:
         weights: [N] weight of each divergence; None for 1.
         labels: the data's next tokens, and the weights of their cross-entropy.
         kernel: implementation of the loss.
+        taught: (teacher's name, positions) of each sample in turn, for statistics; None is the
+            first teacher.
     """
 
     positions: torch.Tensor
@@ -51,6 +53,7 @@ class SparseTargets:
     weights: torch.Tensor | None = None
     labels: HardLabels | None = None
     kernel: Kernel = "auto"
+    taught: Sequence[tuple[str | None, int]] = ()
 
     def to(self, device: torch.device) -> SparseTargets:
         return replace(

@@ -26,6 +26,7 @@ from shared.model_names import describe_missing
 from shared.tokenizer_file import check_keeps_text, differs_from_file, verified_tokenizer
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.checks import holds_adapters
+from student_trainer.config.keywords import keywords_in_errors
 from student_trainer.data.end_tokens import stop_token_ids, text_end_id
 from student_trainer.model.merging import merge_adapters
 
@@ -67,6 +68,21 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.chat_template is not None:
         tokenizer.chat_template = _read_template(arguments.chat_template)
     return tokenizer
+
+
+def tokenizer_from(given: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that a Python caller gives as it is, or by folder or Hub id.
+
+    Raises:
+        ConfigurationError: there is no such folder, or the tokenizer does not load or does not
+            preserve text.
+    """
+    if not isinstance(given, str | Path):
+        return given
+    if missing := describe_missing(str(given)):
+        raise ConfigurationError(f"tokenizer=: {missing}; give a folder or a Hub id")
+    with keywords_in_errors({"model_name_or_path": "tokenizer"}, {"model_name_or_path": given}):
+        return load_tokenizer(ModelArguments(model_name_or_path=str(given)))
 
 
 def _read_template(name: str) -> str:

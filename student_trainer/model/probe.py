@@ -50,6 +50,7 @@ def probe_model(model: Any, trial: Callable[[], bool]) -> tuple[bool, str]:
         model.train(training)
 
 
+# `teacher_server.backends.probe` has this too, because `shared` imports no torch.
 def same_states(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether states [n, d] differ by no more than rounding in the coarser of their dtypes.
 

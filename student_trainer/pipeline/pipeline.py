@@ -12,6 +12,7 @@ learned does not depend on the teacher's speed.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.threads import in_thread
 from student_trainer.runtime.timeline import Timeline
 from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers, as_teachers
 
 R = TypeVar("R")
 
@@ -92,7 +94,7 @@ class Pipeline:
 
     Args:
         method: settings of the distillation.
-        teacher: None for SFT.
+        teachers: None for SFT.
         rollouts: None if no step is on-policy.
         upcoming: returns the examples of any step.
         staleness: steps by which batches that depend on the student's weights are started ahead. 0
@@ -107,12 +109,13 @@ class Pipeline:
             student's own most probable ones. Called equally often on every rank.
         timeline: records "generating" (proposals included), waiting for the "teacher", and
             requests.
+        waited: is called with the name of a teacher and the seconds of each wait for it.
     """
 
     def __init__(
         self,
         method: DistillationConfig,
-        teacher: Teacher | None,
+        teachers: Teacher | Teachers | None,
         rollouts: RolloutEngine | None,
         *,
         upcoming: Callable[[int], list[Example]],
@@ -123,11 +126,12 @@ class Pipeline:
         together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
+        waited: Callable[[str | None, float], None] = lambda name, seconds: None,
         remember: bool = True,
     ) -> None:
         self._remember = remember
         self.method = method
-        self.teacher = teacher
+        self.teachers = as_teachers(teachers)
         self.rollouts = rollouts
         self._upcoming = upcoming
         self._staleness = staleness
@@ -137,6 +141,7 @@ class Pipeline:
         self._together = together
         self._propose = propose
         self._timeline = timeline or Timeline()
+        self._waited = waited
         self._batches: dict[int, PendingBatch] = {}  # by step, until it is learned
         self._written: dict[bytes, Completion] = {}  # SeqKD's completions by hash of the prompt
 
@@ -165,13 +170,15 @@ class Pipeline:
         new: dict[bytes, Completion] = {}
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
-            written = self._together(lambda: [self._wait(asked) for _, asked in batch.completions])
+            written = self._together(
+                lambda: [self._wait(answer, asked[0]) for asked, answer in batch.completions]
+            )
         for (unwritten, _), completions in zip(batch.completions, written, strict=True):
             for one, completion in zip(unwritten, completions, strict=True):
                 one.sample = _teacher_sample(one.example, completion)
                 one.scores = completion.scores
                 bare = completion.model_copy(update={"scores": None})
-                new[_key(one.example.prompt_ids)] = bare
+                new[_key(one.example)] = bare
         batch.completions.clear()  # frees the scores, which are kept per sample from here on
         if self._scores_after_writing(batch):
             self._score(batch, batch.pending)
@@ -185,9 +192,15 @@ class Pipeline:
         for one in wanted:
             if one.answer is not None:
                 answer, one.answer = one.answer, None
-                one.scores = self._wait(answer)[one.place]
+                one.scores = self._wait(answer, one)[one.place]
         found = [
-            ScoredSample(one.written, one.scores, one.requested, sampled=self.method.sampled)
+            ScoredSample(
+                one.written,
+                one.scores,
+                one.requested,
+                sampled=self.method.sampled,
+                teacher=one.example.teacher,
+            )
             for one in wanted
         ]
         for one in wanted:
@@ -255,7 +268,7 @@ class Pipeline:
         return self._staleness
 
     def _independent_of_weights(self, step: int) -> bool:
-        if self.teacher is None:
+        if self.teachers is None:
             return True
         # SeqKD proposes ids only when all completions are there, so its start needs no weights.
         proposed = self._propose is not None and not self.method.seq_kd
@@ -267,12 +280,12 @@ class Pipeline:
         The student's completions are generated before this returns, except ahead of their step by
         an engine in other processes: these are left to a thread.
         """
-        on_policy = self.teacher is not None and self.method.on_policy(step)
+        on_policy = self.teachers is not None and self.method.on_policy(step)
         pending = [PendingSample(example) for example in self._upcoming(step)]
         batch = PendingBatch(step, pending, on_policy, weight_version)
         if batch.on_policy:
             self._sample_from_student(batch, step)
-        elif self.method.seq_kd and self.teacher is not None:
+        elif self.method.seq_kd and self.teachers is not None:
             self._generate_with_teacher(batch)
         else:
             for one in pending:
@@ -280,11 +293,16 @@ class Pipeline:
             self._score(batch, pending)
         return batch
 
-    def _wait(self, answer: Future[list[R]]) -> list[R]:
+    def _wait(self, answer: Future[list[R]], asked: PendingSample) -> list[R]:
+        """Return the answer of the teacher of a sample; the wait for it is counted as its own."""
         if answer.done():
             return answer.result()
-        with self._timeline.during("teacher"):
-            return answer.result()
+        began = time.perf_counter()
+        try:
+            with self._timeline.during("teacher"):
+                return answer.result()
+        finally:
+            self._waited(asked.example.teacher, time.perf_counter() - began)
 
     def _scores_after_writing(self, batch: PendingBatch) -> bool:
         """Return whether the batch is scored only after all of its completions are written.
@@ -331,10 +349,10 @@ class Pipeline:
             self._score(batch, [batch.pending[i] for i in sorted(index for index, _ in group)])
 
     def _generate_with_teacher(self, batch: PendingBatch) -> None:
-        assert self.teacher is not None
+        assert self.teachers is not None
         unwritten: list[PendingSample] = []
         for one in batch.pending:
-            completion = self._written.get(_key(one.example.prompt_ids))
+            completion = self._written.get(_key(one.example))
             if completion is None:
                 unwritten.append(one)
             else:
@@ -342,16 +360,16 @@ class Pipeline:
         late = self._scores_after_writing(batch)
         if not late:
             self._score(batch, [one for one in batch.pending if one.sample is not None])
-        if unwritten:
-            sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
-            prompts = [one.example.prompt_ids for one in unwritten]
-            future = self.teacher.submit(self.teacher.generate, prompts, sampling)
-            self._timeline.request(future, prompts=len(unwritten))
-            batch.completions.append((unwritten, future))
+        sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
+        for teacher, asked in self.teachers.by_teacher(unwritten, _teacher_of):
+            prompts = [one.example.prompt_of_teacher for one in asked]
+            future = teacher.submit(teacher.generate, prompts, sampling)
+            self._timeline.request(future, prompts=len(asked))
+            batch.completions.append((asked, future))
 
     def _score(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
-        """Send written samples to the teacher, with the ids that are proposed for them."""
-        if self.teacher is None or not pending:
+        """Send written samples to their teachers, with the ids that are proposed for them."""
+        if self.teachers is None or not pending:
             return
         if self._propose is not None:
             with self._timeline.during("generating"):
@@ -361,27 +379,35 @@ class Pipeline:
         self._submit(batch, pending)
 
     def _submit(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
-        assert self.teacher is not None
+        assert self.teachers is not None
         proposed = any(one.requested is not None for one in pending)  # for all of them, or none
-        # Requests that depend on the student's weights never repeat, so they bypass the cache.
-        teacher = self.teacher.live if batch.on_policy or proposed else self.teacher
         # Requests go out in training order, so that the first micro-batch is scored first.
         lengths = [len(one.written.token_ids) for one in pending]
         order = order_by_length(lengths, shortest_first=batch.on_policy)
         for first in range(0, len(order), self._request_size):
-            part = [pending[index] for index in order[first : first + self._request_size]]
-            samples = [one.written for one in part]
-            requested = [one.requested for one in part if one.requested is not None]
-            answer = teacher.submit(
-                teacher.score,
-                [(s.token_ids, s.completion_start) for s in samples],
-                self.method.scoring(batch.step),
-                requested=requested or None,
-            )
-            scored_tokens = sum(len(sample.completion_mask) for sample in samples)
-            self._timeline.request(answer, sequences=len(samples), scored_tokens=scored_tokens)
-            for place, one in enumerate(part):
-                one.answer, one.place = answer, place
+            some = [pending[index] for index in order[first : first + self._request_size]]
+            for teacher, part in self.teachers.by_teacher(some, _teacher_of):
+                # Requests that depend on the student's weights never repeat: they need no cache.
+                asked = teacher.live if batch.on_policy or proposed else teacher
+                self._ask(asked, batch, part)
+
+    def _ask(self, teacher: Teacher, batch: PendingBatch, part: Sequence[PendingSample]) -> None:
+        """Send samples to one teacher in one request."""
+        requested = [one.requested for one in part if one.requested is not None]
+        answer = teacher.submit(
+            teacher.score,
+            [one.example.sequence_of_teacher(one.written) for one in part],
+            self.method.scoring(batch.step),
+            requested=requested or None,
+        )
+        scored_tokens = sum(len(one.written.completion_mask) for one in part)
+        self._timeline.request(answer, sequences=len(part), scored_tokens=scored_tokens)
+        for place, one in enumerate(part):
+            one.answer, one.place = answer, place
+
+
+def _teacher_of(one: PendingSample) -> str | None:
+    return one.example.teacher
 
 
 def _wait_for_writer(batch: PendingBatch) -> None:
@@ -410,5 +436,8 @@ def _teacher_sample(example: Example, completion: Completion) -> Sample:
     return completed(example, completion.token_ids, "teacher", truncated=truncated)
 
 
-def _key(prompt_ids: NDArray[np.uint32]) -> bytes:
-    return hashlib.sha256(prompt_ids.astype("<u4").tobytes()).digest()
+def _key(example: Example) -> bytes:
+    """Return what a teacher's completion of an example depends on."""
+    name = "" if example.teacher is None else example.teacher
+    prompt = example.prompt_of_teacher.astype("<u4").tobytes()
+    return hashlib.sha256(name.encode() + b"\0" + prompt).digest()

@@ -15,21 +15,24 @@ from student_trainer.data.sample import Example
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.base import Sequences, Teacher
 from student_trainer.teacher.cache import CachedTeacher
+from student_trainer.teacher.named import Teachers
 
 _IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
 class PlannedRequests:
-    """The completions that the teacher scores, and the prompts that it completes and scores.
+    """The completions that one teacher scores, and the prompts that it completes and scores.
 
     Attributes:
+        teacher: the name of the teacher.
         method: settings of the distillation.
         sequences: the dataset's completions to score.
         prompts: training prompts that the teacher completes (SeqKD).
         held_out_prompts: held-out prompts without a completion; the teacher's greedy one is used.
     """
 
+    teacher: str
     method: DistillationConfig
     sequences: Sequences
     prompts: list[NDArray[np.uint32]]
@@ -40,18 +43,47 @@ class PlannedRequests:
 
 
 def planned_requests(
-    method: DistillationConfig, train: Sequence[Example], held_out: Sequence[Example] | None
+    names: Sequence[str],
+    method: DistillationConfig,
+    train: Sequence[Example],
+    held_out: Sequence[Example] | None,
+) -> list[PlannedRequests]:
+    """Return the off-policy requests to each teacher for the examples of training and evaluation.
+
+    Args:
+        names: of the teachers; the first is that of examples which name none.
+    """
+    return [
+        _planned_for(
+            name,
+            method,
+            [example for example in train if (example.teacher or names[0]) == name],
+            [example for example in held_out or [] if (example.teacher or names[0]) == name],
+        )
+        for name in names
+    ]
+
+
+def _planned_for(
+    name: str, method: DistillationConfig, train: Sequence[Example], held_out: Sequence[Example]
 ) -> PlannedRequests:
-    """Return the off-policy requests for the examples of training and evaluation."""
     scored = [] if method.seq_kd else list(train)
-    scored += [example for example in held_out or [] if example.sample is not None]
-    samples = [example.sample for example in scored if example.sample is not None]
+    scored += [example for example in held_out if example.sample is not None]
     return PlannedRequests(
+        name,
         method,
-        [(sample.token_ids, sample.completion_start) for sample in samples],
-        [example.prompt_ids for example in train] if method.seq_kd else [],
-        [example.prompt_ids for example in held_out or [] if example.sample is None],
+        [e.sequence_of_teacher(e.sample) for e in scored if e.sample is not None],
+        [example.prompt_of_teacher for example in train] if method.seq_kd else [],
+        [example.prompt_of_teacher for example in held_out if example.sample is None],
     )
+
+
+def require_answers(teachers: Teachers, planned: Sequence[PlannedRequests]) -> None:
+    """Wait for each teacher whose cache lacks some of the planned answers."""
+    for requests in planned:
+        teacher = teachers.of(requests.teacher)
+        if isinstance(teacher, CachedTeacher):
+            teacher.require(*count_missing(teacher, requests))
 
 
 def count_missing(teacher: CachedTeacher, planned: PlannedRequests) -> tuple[int, int]:

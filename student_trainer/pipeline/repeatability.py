@@ -54,7 +54,9 @@ def check_repeats(
 
 
 def _tokens(example: Example) -> NDArray[np.uint32]:
-    ids = example.prompt_ids if example.sample is None else example.sample.token_ids
+    ids = example.prompt_of_teacher
+    if example.sample is not None:
+        ids, _ = example.sequence_of_teacher(example.sample)
     return ids[:_TOKENS] if len(ids) > 1 else np.repeat(ids, 2)  # a score needs a token before it
 
 

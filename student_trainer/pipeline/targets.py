@@ -23,12 +23,14 @@ class ScoredSample:
         scores: None to learn the data itself (SFT).
         requested: [T, m] ids whose log-probs are in ``scores.requested_logprobs``, or None.
         sampled: the ids of ``scores`` are draws from the teacher, not its top-k.
+        teacher: the name of the teacher that gave the scores; None for the first one.
     """
 
     sample: Sample
     scores: SparseLogprobs | None
     requested: NDArray[np.uint32] | None = None
     sampled: bool = False
+    teacher: str | None = None
 
 
 def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:

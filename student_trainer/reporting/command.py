@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
+from student_trainer.reporting.curves import charts_of
+from student_trainer.reporting.differences import difference_tables
 from student_trainer.reporting.page import Chart, Range, Report, SideBySide, Table, Token, render
 from student_trainer.reporting.runs import (
     Evaluation,
@@ -18,76 +21,105 @@ from student_trainer.reporting.runs import (
     StudyRun,
     TrainingRun,
     find_runs,
-    wilson_interval,
+    find_runs_so_far,
 )
-from student_trainer.reporting.svg import write_lines
+from student_trainer.reporting.statistics import wilson_interval
+from student_trainer.reporting.svg import check_png, format_number, write_lines, write_png
+from student_trainer.reporting.watch import status_lines, watch
 
-# Title, label of y, and the logged name of each line by its label.
-_CURVES: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    ("Loss", "nats per token", {"loss": "train/loss"}),
-    ("Divergence in training", "nats per token", {"divergence": "train/divergence"}),
-    ("Held-out loss", "nats per token", {"held out": "eval/loss"}),
-    ("Held-out pass@1", "share", {"pass@1": "eval/pass@1"}),
-    ("Held-out exact match", "share", {"exact match": "eval/exact_match"}),
-    (
-        "Coverage: mass on the support",
-        "probability",
-        {"teacher": "teacher/top_k_mass", "student": "train/student_top_k_mass"},
-    ),
-    (
-        "Entropy over support and tail",
-        "nats",
-        {"teacher": "teacher/entropy", "student": "train/student_entropy"},
-    ),
-    ("Completion length", "tokens", {"length": "train/completion_length"}),
-    ("Completions cut at the limit", "share", {"cut": "train/truncated"}),
-    ("Same most probable token", "share of tokens", {"agreement": "train/top1_agreement"}),
-)
 _AUTHORS = {"dataset": "Reference", "teacher": "Teacher's"}
 _SAMPLES = 6
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write a page, and plots if they are asked for, of the runs in some folders.
+    """Write a page, and plots if they are asked for, of the runs in some folders, or serve it.
 
     Raises:
-        ConfigurationError: a folder without a run, or one that cannot be written to.
+        ConfigurationError: a folder without a run, one that cannot be written to, flags that have
+            no effect together, or a port that is taken.
         DatasetError: a file of a run that cannot be read.
     """
-    arguments = make_parser().parse_args(list(argv))
-    found = find_runs(arguments.runs)
+    arguments = make_parser().parse(argv)
+    _check(arguments)
+    if arguments.watch:
+        watch(lambda: _live_page(arguments), arguments.port)
+        return
+    page = page_of(find_runs(arguments.runs), _title(arguments))
     output = arguments.output or arguments.runs[0] / "report.html"
-    charts = _charts(found.training)
-    page = render(
-        Report(
-            title=arguments.title
-            or ", ".join(dict.fromkeys(path.resolve().name for path in arguments.runs)),
-            lead=_lead(found),
-            tables=_tables(found),
-            charts=charts,
-            seconds={run.name: run.seconds() for run in found.training if run.seconds()},
-            samples=[*_shaded(found.training), *_completions(found.evaluations)],
-        )
-    )
     try:
-        output.write_text(page, encoding="utf-8")
+        output.write_text(render(page), encoding="utf-8")
         sys.stdout.write(f"wrote {output}\n")
         if arguments.plots:
             arguments.plots.mkdir(parents=True, exist_ok=True)
-            for chart in charts:
-                name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
-                path = arguments.plots / f"{name}.svg"
-                write_lines(path, chart.title, chart.x_label, chart.y_label, chart.series)
-                sys.stdout.write(f"wrote {path}\n")
+            _write_plots(page.charts, arguments.plots, png=arguments.png)
     except OSError as error:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _live_page(arguments: argparse.Namespace) -> Report:
+    found, missing = find_runs_so_far(arguments.runs)
+    status = " ".join(status_lines(found, missing, time.time()))
+    return page_of(found, _title(arguments), status)
+
+
+def page_of(found: Found, title: str, status: str = "") -> Report:
+    """Return the content of the page."""
+    numbers = {run.name: number for number, run in enumerate(found.training)}
+    return Report(
+        title=title,
+        lead=_lead(found),
+        status=status,
+        tables=_tables(found),
+        charts=charts_of(found.training),
+        seconds={run.name: run.seconds() for run in found.training if run.seconds()},
+        numbers=numbers,
+        samples=[*_shaded(found.training), *_completions(found)],
+    )
+
+
+def _write_plots(charts: Sequence[Chart], folder: Path, *, png: bool) -> None:
+    for chart in charts:
+        name = re.sub(r"[^a-z0-9]+", "-", chart.title.lower()).strip("-")
+        path = folder / f"{name}.svg"
+        write_lines(
+            path,
+            chart.title,
+            chart.x_label,
+            chart.y_label,
+            chart.series,
+            note=chart.note,
+            share=chart.share,
+            numbers=chart.numbers,
+        )
+        for written in (path, *([write_png(path)] if png else [])):
+            sys.stdout.write(f"wrote {written}\n")
+
+
+def _title(arguments: argparse.Namespace) -> str:
+    names = ", ".join(dict.fromkeys(path.resolve().name for path in arguments.runs))
+    return arguments.title or names
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect."""
+    if arguments.png and not arguments.plots:
+        raise ConfigurationError("--png writes beside the SVG files of --plots: give --plots DIR")
+    if arguments.png:
+        check_png()
+    if arguments.port is not None and not arguments.watch:
+        raise ConfigurationError("--port is of --watch: give --watch, or leave --port out")
+    for name in ("output", "plots"):
+        if arguments.watch and getattr(arguments, name):
+            raise ConfigurationError(
+                f"--{name} has no effect with --watch, which writes no file: give one of them"
+            )
+
+
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="student-trainer report",
-        description="One page without network or scripts: curves, where the time went, scores with "
-        "intervals, samples side by side.",
+        description="One page without network or scripts: differences between runs, curves, where "
+        "the time went, scores with intervals, samples side by side.",
     )
     parser.add_argument(
         "runs",
@@ -102,9 +134,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--plots",
         type=Path,
         metavar="DIR",
-        help="write each chart there as an SVG file, for print (no library that is installed with "
-        "the trainer draws PNG)",
+        help="write each chart there as an SVG file, for print",
     )
+    parser.add_argument(
+        "--png",
+        action="store_true",
+        help="with --plots: as PNG too (needs pip install 'sparse-gkd[png]')",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="serve the page on 127.0.0.1 while the runs train, refreshed every few seconds; no "
+        "file is written, and Ctrl-C ends it",
+    )
+    parser.add_argument("--port", type=int, help="of --watch; default: one that is free")
     return parser
 
 
@@ -118,33 +161,18 @@ def _lead(found: Found) -> str:
         if count:
             plural = {"study": "studies"}.get(name, name + "s")
             parts.append(f"{count} {name if count == 1 else plural}")
-    return ", ".join(parts) + ". Intervals are 95 %."
-
-
-def _charts(runs: Sequence[TrainingRun]) -> list[Chart]:
-    """Return the charts: one run's lines of a figure together, of several runs a chart a line."""
-    charts = []
-    for title, y_label, lines in _CURVES:
-        if len(runs) == 1:
-            series = {label: runs[0].points(key) for label, key in lines.items()}
-            charts.append(Chart(title, y_label, series))
-            continue
-        for label, key in lines.items():
-            # Runs without this line stay in, so that each run keeps its colour in all charts.
-            series = {run.name: run.points(key) for run in runs}
-            name = f"{title}, {label}" if len(lines) > 1 else title
-            charts.append(Chart(name, y_label, series))
-    return [chart for chart in charts if any(chart.series.values())]
+    colours = " Each run has one colour and one dash pattern on the whole page; teachers are grey."
+    return ", ".join(parts) + ". Intervals are 95 %." + colours * bool(found.training)
 
 
 def _tables(found: Found) -> dict[str, Table]:
-    tables = {}
+    tables = difference_tables(found)
     if found.training:
         tables["Runs"] = _training_table(found)
     if found.evaluations:
-        tables["Evaluations"] = _evaluation_table(found.evaluations)
+        tables["Evaluations"] = _evaluation_table(found)
     for study in found.studies:
-        tables[study.title] = _study_table(study)
+        tables[study.title] = _study_table(study, found.training)
     return tables
 
 
@@ -152,7 +180,7 @@ def _training_table(found: Found) -> Table:
     """Return a table of where each run ended, without columns that no run fills."""
     wait = "time/stall_fraction"
     columns = {
-        "Steps": [f"{run.history[-1]['step']:g}" if run.history else "" for run in found.training],
+        "Steps": [_steps(run) for run in found.training],
         "Loss": [_number(run.last("train/loss")) for run in found.training],
         "Divergence": [_number(run.last("train/divergence")) for run in found.training],
         "Held out": [_number(run.last("eval/loss")) for run in found.training],
@@ -168,7 +196,18 @@ def _training_table(found: Found) -> Table:
         [run.name, *(column[i] for column in filled.values())]
         for i, run in enumerate(found.training)
     ]
-    return Table(("Run", *filled), rows)
+    notes = ["The last values that each run logged."]
+    if len(rows) > 1:
+        notes.append("Losses can be compared between runs that learn the same.")
+    if scores:
+        notes.append("Scores are of evaluations, with Wilson's interval over problems.")
+    return Table(("Run", *filled), rows, numbers=range(len(rows)), note=" ".join(notes))
+
+
+def _steps(run: TrainingRun) -> str:
+    steps = f"{run.history[-1]['step']:g}" if run.history else "0"
+    ended = run.logged is None or run.max_steps is None
+    return steps if ended else f"{steps} of {run.max_steps}"
 
 
 def _own_scores(found: Found) -> dict[str, Any]:
@@ -182,7 +221,8 @@ def _own_scores(found: Found) -> dict[str, Any]:
     return columns
 
 
-def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
+def _evaluation_table(found: Found) -> Table:
+    evaluations = found.evaluations
     names = list(dict.fromkeys(name for one in evaluations for name in one.scores))
     measured = {  # what evaluations measure beside the scores
         "Perplexity": [_number(one.results.get("perplexity")) for one in evaluations],
@@ -196,7 +236,18 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
         rows.append([one.name, str(one.results["problems"]), str(one.results["n"]), *cells, *more])
     first = [one.scores.get(names[0], -1.0) for one in evaluations] if names else []
     best = max(range(len(first)), key=first.__getitem__) if len(first) > 1 else None
-    return Table(("Evaluation", "Problems", "Samples each", *names, *measured), rows, best)
+    columns = ("Evaluation", "Problems", "Samples each", *names, *measured)
+    numbers = [_number_of(one, found.training) for one in evaluations]
+    note = (
+        "Scores: higher is better, with Wilson's interval over problems. Perplexity and "
+        "divergence: lower is better. The row in bold has the highest first score."
+    )
+    return Table(columns, rows, best, numbers, note)
+
+
+def _number_of(evaluation: Evaluation, runs: Sequence[TrainingRun]) -> int | None:
+    """Return the place of the run whose model was evaluated, or None."""
+    return next((i for i, run in enumerate(runs) if evaluation.of(run)), None)
 
 
 def _share(score: float, evaluation: Evaluation) -> Range:
@@ -207,7 +258,7 @@ def _share(score: float, evaluation: Evaluation) -> Range:
     return Range(score, *wilson_interval(score, int(evaluation.results["problems"])))
 
 
-def _study_table(study: StudyRun) -> Table:
+def _study_table(study: StudyRun, runs: Sequence[TrainingRun]) -> Table:
     rows: list[list[str | Range]] = []
     for name, cell in study.cells.items():
         mean, interval = float(cell["mean"]), cell["interval"]
@@ -215,11 +266,14 @@ def _study_table(study: StudyRun) -> Table:
         rows.append([name, str(cell["n"]), shown])
     means = [float(cell["mean"]) for cell in study.cells.values()]
     best = max(range(len(means)), key=means.__getitem__) if len(means) > 1 else None
-    return Table(("Cell", "Seeds", study.metric), rows, best)
+    places = {run.name: i for i, run in enumerate(runs)}
+    numbers = [places.get(name) for name in study.cells]
+    note = "Mean over seeds, with Student's t interval over them."
+    return Table(("Cell", "Seeds", study.metric), rows, best, numbers, note)
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+    return "" if value is None else format_number(value)
 
 
 def _percent(value: float | None) -> str:
@@ -234,7 +288,7 @@ def _minutes(run: TrainingRun) -> float | None:
 def _shaded(runs: Sequence[TrainingRun]) -> list[SideBySide]:
     """Return held-out samples token by token, with the same sample of several runs together."""
     cards: dict[tuple[str, str], SideBySide] = {}
-    for run in runs:
+    for number, run in enumerate(runs):
         for sample in run.samples["samples"] if run.samples else ():
             text = "".join(sample["tokens"])
             shaded, completions = {}, {}
@@ -255,6 +309,7 @@ def _shaded(runs: Sequence[TrainingRun]) -> list[SideBySide]:
                 "",  # the reference is the shaded text
                 {**earlier.completions, **completions},
                 {**earlier.shaded, **shaded},
+                {**earlier.numbers, **dict.fromkeys((*shaded, *completions), number)},
             )
     return list(cards.values())[:_SAMPLES]
 
@@ -268,13 +323,17 @@ def _tokens(sample: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[To
     ]
 
 
-def _completions(evaluations: Sequence[Evaluation]) -> list[SideBySide]:
+def _completions(found: Found) -> list[SideBySide]:
     """Return a few problems of all evaluations, those on which they differ first."""
+    evaluations = found.evaluations
     if not evaluations:
         return []
     common = [
         task for task in evaluations[0].samples if all(task in e.samples for e in evaluations)
     ]
+
+    places = {e.name: _number_of(e, found.training) for e in evaluations}
+    numbers = {name: number for name, number in places.items() if number is not None}
 
     def verdicts(task: str) -> int:
         return len({e.samples[task]["passed"] for e in evaluations})
@@ -287,6 +346,7 @@ def _completions(evaluations: Sequence[Evaluation]) -> list[SideBySide]:
                 e.name: (e.samples[task]["completion"], e.samples[task]["passed"])
                 for e in evaluations
             },
+            numbers=numbers,
         )
         for task in sorted(common, key=verdicts, reverse=True)[:_SAMPLES]
     ]

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from student_trainer.reporting.svg import LINES_SIZE, Point, draw_lines
+from student_trainer.reporting.svg import (
+    LINES_SIZE,
+    Point,
+    colour_class,
+    dashes,
+    describe_lines,
+    draw_lines,
+    format_number,
+)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of lines, name -> (x, y) points."""
+    """A chart of lines, name -> (x, y) points.
+
+    Attributes:
+        note: one or two sentences on what is good, shown under the title.
+        share: y is a share, drawn from 0 to 100 %.
+        numbers: name -> the number of its colour, as `draw_lines` takes it; default: their order.
+    """
 
     title: str
     y_label: str
     series: Mapping[str, Sequence[Point]]
     x_label: str = "step"
+    note: str = ""
+    share: bool = False
+    numbers: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +49,18 @@ class Range:
 
 @dataclass(frozen=True)
 class Table:
-    """A header and rows of text and intervals; the row of index ``best`` is highlighted."""
+    """A header and rows of text and intervals; the row of index ``best`` is highlighted.
+
+    Attributes:
+        numbers: of the colour of each row's run; None for a row without a run.
+        note: a sentence below.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Range]]
     best: int | None = None
+    numbers: Sequence[int | None] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,12 +70,14 @@ class SideBySide:
     Attributes:
         completions: name -> (text, right or wrong).
         shaded: name -> the tokens of one text, with the divergence of that model from its teacher.
+        numbers: name -> the number of the colour of its run, of those that are of a run.
     """
 
     prompt: str
     reference: str
     completions: Mapping[str, tuple[str, bool]]
     shaded: Mapping[str, Sequence[Token]] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,9 +103,11 @@ class Report:
         lead: one or two sentences under it.
         tables: comparisons, by title ("" for none).
         charts: curves.
-        seconds: run -> part -> seconds, drawn as one stacked bar a run.
+        seconds: run -> part -> seconds, drawn as one bar a part.
         samples: completions side by side.
         commands: how to repeat the run.
+        numbers: run of ``seconds`` -> the number of its colour; default: their order.
+        status: a line of what the runs are doing now.
     """
 
     title: str
@@ -88,48 +117,78 @@ class Report:
     seconds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: Sequence[SideBySide] = ()
     commands: Sequence[str] = ()
+    numbers: Mapping[str, int] | None = None
+    status: str = ""
 
 
 def render(report: Report) -> str:
     """Return the page as one HTML document."""
-    sections = [
-        f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.lead)}</p>",
-        *(
-            (f"<h2>{escape(title)}</h2>" if title else "") + _table(table)
-            for title, table in report.tables.items()
-        ),
-    ]
-    if report.charts:
-        figures = "".join(_chart(chart) for chart in report.charts)
-        sections.append(f"<h2>Curves</h2><div class=charts>{figures}</div>")
-    if report.seconds:
-        sections.append(f"<h2>Where the time went</h2>{_time_bars(report.seconds)}")
-    if report.samples:
-        scale = _scale(report.samples)
-        cards = "".join(_side_by_side(sample, scale) for sample in report.samples)
-        sections.append(f"<h2>Completions side by side</h2>{_key(scale)}{cards}")
-    if report.commands:
-        lines = escape("\n".join(report.commands))
-        sections.append(f"<h2>Commands</h2><pre class=commands>{lines}</pre>")
+    return document(report.title, content(report))
+
+
+def document(title: str, main: str, *, script: str = "") -> str:
+    """Return an HTML document that needs nothing else, with what `content` returned in it."""
     return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{_CSS}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
+        f"<title>{escape(title)}</title><style>{_CSS}</style></head>"
+        f"<body><main>{main}</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
     )
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+def content(report: Report) -> str:
+    """Return the sections of the page, each with an id."""
+    sections = {
+        "top": f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.lead)}</p>"
+        + (f"<p class=status role=status>{escape(report.status)}</p>" if report.status else "")
+    }
+    for i, (title, table) in enumerate(report.tables.items()):
+        heading = f"<h2>{escape(title)}</h2>" if title else ""
+        sections[f"table-{i}"] = heading + _table(table, title)
+    if report.charts:
+        figures = "".join(_chart(chart, i) for i, chart in enumerate(report.charts))
+        sections["curves"] = f"<h2>Curves</h2><div class=charts>{figures}</div>"
+    if report.seconds:
+        bars = _time_bars(report.seconds, report.numbers)
+        sections["time"] = f"<h2>Where the time went</h2>{bars}"
+    if report.samples:
+        scale = _scale(report.samples)
+        cards = "".join(_side_by_side(sample, scale) for sample in report.samples)
+        sections["samples"] = f"<h2>Completions side by side</h2>{_key(scale)}{cards}"
+    if report.commands:
+        lines = escape("\n".join(report.commands))
+        sections["commands"] = f"<h2>Commands</h2><pre class=commands>{lines}</pre>"
+    return "".join(f"<section id={name}>{body}</section>" for name, body in sections.items())
+
+
+def _table(table: Table, title: str) -> str:
+    head = "".join(f"<th scope=col>{escape(name)}</th>" for name in table.columns)
     scales = [_column_scale(column) for column in zip(*table.rows, strict=True)]
-    rows = "".join(
-        f"<tr{' class=best' if i == table.best else ''}>"
-        + "".join(f"<td>{_cell(cell, s)}</td>" for cell, s in zip(row, scales, strict=True))
-        + "</tr>"
-        for i, row in enumerate(table.rows)
+    rows = []
+    for i, row in enumerate(table.rows):
+        number = table.numbers[i] if table.numbers else None
+        name, *cells = [_cell(cell, scale) for cell, scale in zip(row, scales, strict=True)]
+        cells = [
+            f'<td data-label="{escape(column)}">{cell}</td>'
+            for column, cell in zip(table.columns[1:], cells, strict=True)
+        ]
+        classes = ["best"] * (i == table.best) + _run_class(number)
+        rows.append(
+            f'<tr class="{" ".join(classes)}"><th scope=row>{_key_line(number)}{name}</th>'
+            f"{''.join(cells)}</tr>"
+        )
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+    note = f"<p class=note>{escape(table.note)}</p>" if table.note else ""
+    label = escape(title or "Table")
+    return (
+        f'<div class=scroll role=region tabindex=0 aria-label="{label}"><table>{body}</table></div>'
+        + note
     )
-    body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    return f"<div class=scroll><table>{body}</table></div>"
+
+
+def _run_class(number: int | None) -> list[str]:
+    """Return the class under which ``--run`` is the colour of a run."""
+    return [] if number is None else [f"n{number % 6}"]
 
 
 def _column_scale(column: Sequence[str | Range]) -> Point:
@@ -148,59 +207,86 @@ def _cell(cell: str | Range, scale: Point) -> str:
 
     start, end = percent(cell.low), percent(cell.high)
     return (
-        f"{cell.value:.3f} <small>{cell.low:.3f} to {cell.high:.3f}</small>"
+        f"<span>{cell.value:.3f} <small>{cell.low:.3f} to {cell.high:.3f}</small></span>"
         f'<span class=range><i style="left:{start:.1f}%;width:{end - start:.1f}%"></i>'
         f'<b style="left:{percent(cell.value):.1f}%"></b></span>'
     )
 
 
-def _chart(chart: Chart) -> str:
-    drawn = draw_lines(chart.series, chart.x_label, chart.y_label)
+def _chart(chart: Chart, place: int) -> str:
+    drawn = draw_lines(
+        chart.series, chart.x_label, chart.y_label, share=chart.share, numbers=chart.numbers
+    )
     if not drawn:
         return ""
     width, height = LINES_SIZE
+    words = escape(describe_lines(chart.series, chart.x_label, share=chart.share))
+    note = f"<p class=note>{_flags_whole(chart.note)}</p>" if chart.note else ""
     return (
-        f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-        f"<svg viewBox='0 0 {width} {height}' role=img "
-        f'aria-label="{escape(chart.title)}">{drawn}</svg>'
-        f"{_chart_legend(chart)}</figure>"
+        f"<figure><figcaption>{escape(chart.title)}</figcaption>{note}"
+        f"<svg viewBox='0 0 {width} {height}' role=img aria-labelledby='t{place} d{place}'>"
+        f"<title id=t{place}>{escape(chart.title)}</title><desc id=d{place}>{words}</desc>"
+        f"{drawn}</svg>{_chart_legend(chart)}</figure>"
     )
+
+
+def _flags_whole(text: str) -> str:
+    """Return the text as HTML in which no line ends within a flag."""
+    return re.sub(r"--\w+", r"<code>\g<0></code>", escape(text))
 
 
 def _chart_legend(chart: Chart) -> str:
-    """Return the legend of a chart, or "" where there is one line only."""
-    if len(chart.series) == 1:
-        return ""
-    return _legend({name: i for i, (name, line) in enumerate(chart.series.items()) if line})
-
-
-def _legend(numbers: Mapping[str, int]) -> str:
-    """Return a legend of names by the number of their colour; high numbers are dashed."""
+    """Return the lines of a chart with their last values."""
+    order = {name: i for i, name in enumerate(chart.series)}
     items = "".join(
-        f'<li><i class="c{i % 6}{" dashed" if i >= 6 else ""}"></i>{escape(name)}</li>'
-        for name, i in numbers.items()
+        f"<li>{_key_line((chart.numbers or order)[name])}{escape(name)} "
+        f"<b>{format_number(line[-1][1], share=chart.share)}</b></li>"
+        for name, line in chart.series.items()
+        if line
     )
-    return f"<ul class=legend>{items}</ul>"
+    return f"<ul class=legend aria-label='last values'>{items}</ul>"
 
 
-def _time_bars(seconds: Mapping[str, Mapping[str, float]]) -> str:
-    """Return one stacked bar a run, on one scale, each with the legend of its own parts."""
-    names = dict.fromkeys(name for run in seconds.values() for name in run)
-    numbers = {name: number for number, name in enumerate(names)}
-    longest = max(sum(run.values()) for run in seconds.values()) or 1.0
-    rows = []
+def _key_line(number: int | None) -> str:
+    """Return a piece of the line with that number; "" for None."""
+    if number is None:
+        return ""
+    dash = dashes(number)
+    style = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        "<svg class=piece viewBox='0 0 24 8' aria-hidden=true>"
+        f'<path class="line {colour_class(number)}" d="M0 4H24"{style}/></svg>'
+    )
+
+
+def _time_bars(
+    seconds: Mapping[str, Mapping[str, float]], numbers: Mapping[str, int] | None
+) -> str:
+    """Return a bar a part of each run, all on one scale, in the colour of the run."""
+    order = {run: i for i, run in enumerate(seconds)}
+    longest = max((part for run in seconds.values() for part in run.values()), default=0) or 1.0
+    blocks = []
     for run, parts in seconds.items():
-        bars = "".join(
-            f'<b class="c{numbers[name] % 6}" style="width:{100 * value / longest:.2f}%" '
-            f'title="{escape(name)}: {_time(value)}"></b>'
+        number, total = (numbers or order)[run], sum(parts.values()) or 1.0
+        colour = colour_class(number)
+        rows = "".join(
+            f"<li><span>{escape(name)}</span>"
+            f'<i><b class="{colour}" style="width:{100 * value / longest:.2f}%"></b></i>'
+            f"<span>{_time(value)} <small>{format_number(value / total, share=True)}</small>"
+            "</span></li>"
             for name, value in parts.items()
         )
-        legend = _legend({f"{name} {_time(s)}": numbers[name] for name, s in parts.items()})
-        rows.append(
-            f"<div class=run><span>{escape(run)} <small>{_time(sum(parts.values()))}</small></span>"
-            f"<div class=bar>{bars}</div>{legend}</div>"
+        blocks.append(
+            f"<h3>{_key_line(number)}{escape(run)} <small>{_time(sum(parts.values()))}</small></h3>"
+            f"<ul class=times>{rows}</ul>"
         )
-    return f"<div class=times>{''.join(rows)}</div>"
+    note = (
+        "<p class=note>All bars are on one scale. Time that waits for the teacher is lost to "
+        "training: above about a fifth, a faster teacher, a cache or larger batches shorten the "
+        "run; below, they do not.</p>"
+    )
+    waits = any("waiting for the teacher" in parts for parts in seconds.values())
+    return (note if waits else "") + "".join(blocks)
 
 
 def _time(seconds: float) -> str:
@@ -219,8 +305,9 @@ def _key(scale: float) -> str:
     if not scale:
         return ""
     return (
-        "<p class=key>The run's divergence of student and teacher at each token: 0 <i></i> "
-        f"{scale:.2g} nats or more. Point at a token, or tap it, for both distributions.</p>"
+        "<p class=key>Paler is better. The run's divergence of student and teacher at each token: "
+        f"0 <i></i> {format_number(scale)} nats or more. Point at a token, or tap it, for both "
+        "distributions.</p>"
     )
 
 
@@ -231,14 +318,17 @@ def _side_by_side(sample: SideBySide, scale: float) -> str:
     for name, tokens in sample.shaded.items():
         mean = sum(t.divergence for t in tokens) / max(len(tokens), 1)
         body = "".join(_token(token, scale) for token in tokens)
+        number = sample.numbers.get(name)
         cells += (
-            f"<div><h3>{escape(name)} <small>{mean:.3f} nats a token</small></h3>"
-            f"<pre class=tokens>{body}</pre></div>"
+            f"<div><h3>{_key_line(number)}{escape(name)} "
+            f"<small>{format_number(mean)} nats a token</small></h3>"
+            f'<pre class="{" ".join(["tokens", *_run_class(number)])}">{body}</pre></div>'
         )
     for name, (text, right) in sample.completions.items():
         mark = "passes" if right else "fails"
         cells += (
-            f'<div class="{mark}"><h3>{escape(name)} <em>{mark}</em></h3>'
+            f'<div class="{mark}"><h3>{_key_line(sample.numbers.get(name))}{escape(name)} '
+            f"<em>{'✓' if right else '✗'} {mark}</em></h3>"
             f"<pre>{escape(text)}</pre></div>"
         )
     pairs = ' class="cells pairs"' if sample.shaded else " class=cells"  # before and after
@@ -275,58 +365,69 @@ def _visible(text: str) -> str:
     return text.replace("\n", "\u21b5").replace("\t", "\u21e5").replace(" ", "\u00b7")
 
 
+# One colour says one thing: a run and its student have one of c0 to c5, teachers are grey (ct),
+# green and red say right and wrong, and yellow is divergence.
 _CSS = """
 :root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--paper:#fff;--panel:#f6f8fa;
---rule:#d1d9e0;--good:#1a7f37;--bad:#c0362c;
---heat:200 70 20;--teacher:37 99 201;--student:200 101 10;
---c0:#2563c9;--c1:#c8650a;--c2:#1a7f37;--c3:#8a3ffc;--c4:#b3255c;--c5:#0b7285}
+--rule:#d1d9e0;--good:#1a7f37;--bad:#c0362c;--heat:232 176 0;--ct:#59636e;
+--c0:#2563c9;--c1:#b85c06;--c2:#8a3ffc;--c3:#0b7285;--c4:#b3255c;--c5:#7a5230}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--paper:#0d1117;
---panel:#161b22;--rule:#30363d;--good:#4cc46b;--bad:#ff7b72;
---heat:255 120 60;--teacher:110 168 254;--student:240 163 94;
---c0:#6ea8fe;--c1:#f0a35e;--c2:#56d364;--c3:#bc8cff;--c4:#ff7eb6;--c5:#3bc9db}}
+--panel:#161b22;--rule:#30363d;--good:#4cc46b;--bad:#ff7b72;--heat:150 112 0;--ct:#9aa4af;
+--c0:#6ea8fe;--c1:#f0a35e;--c2:#bc8cff;--c3:#3bc9db;--c4:#ff7eb6;--c5:#c9a27e}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1100px;margin:0 auto;padding:24px 16px 64px}
-h1{font-size:1.7rem;margin:0 0 4px}h2{font-size:1.2rem;margin:40px 0 12px}
+h1{font-size:1.7rem;margin:0 0 4px;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:40px 0 12px}
 .lead{color:var(--soft);margin:0 0 20px}
+.status{margin:0 0 20px;padding:8px 12px;background:var(--panel);border:1px solid var(--rule);
+border-radius:8px}
+.note{color:var(--soft);font-size:.85rem;line-height:1.4;margin:4px 0 8px}
+:focus-visible{outline:2px solid var(--ink);outline-offset:1px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}
-th,td{padding:8px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
-th{color:var(--soft);font-weight:600}
-th:first-child,td:first-child{text-align:left}
-tr.best td{font-weight:700;background:var(--panel)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr));gap:20px}
-figure{margin:0;padding:12px;background:var(--panel);border:1px solid var(--rule);border-radius:8px}
+th,td{padding:8px 12px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:top}
+thead th{color:var(--soft);font-weight:600;vertical-align:bottom}
+tbody th{font-weight:400;overflow-wrap:anywhere;min-width:8em}
+th:first-child{text-align:left}
+tr.best>*{font-weight:700;background:var(--panel)}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:20px}
+figure{margin:0;padding:12px;background:var(--panel);border:1px solid var(--rule);border-radius:8px;
+display:flex;flex-direction:column}
+figure svg{margin-top:auto}
 figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--soft);font-size:12px}
+svg.piece{display:inline-block;width:24px;height:8px;margin-right:6px;vertical-align:middle}
 .grid{stroke:var(--rule);stroke-width:1}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}
-td small{color:var(--soft)}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.piece .line{stroke-width:3}
+td small{color:var(--soft);white-space:nowrap}code{font-size:.95em;white-space:nowrap}
+tr,pre{--run:var(--soft)}
+.n0{--run:var(--c0)}.n1{--run:var(--c1)}.n2{--run:var(--c2)}
+.n3{--run:var(--c3)}.n4{--run:var(--c4)}.n5{--run:var(--c5)}
 .range{display:block;position:relative;height:6px;margin-top:4px;min-width:120px;
 background:var(--panel);border-radius:3px}
-.range i{position:absolute;top:2px;height:2px;background:var(--c0)}
+.range i{position:absolute;top:2px;height:2px;background:var(--run)}
 .range b{position:absolute;width:6px;height:6px;margin-left:-3px;border-radius:3px;
-background:var(--c0)}
+background:var(--run)}
+.line.ct{stroke:var(--ct)}.dot.ct{fill:var(--ct)}b.ct{background:var(--ct)}
 .line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}
 .line.c3{stroke:var(--c3)}.line.c4{stroke:var(--c4)}.line.c5{stroke:var(--c5)}
 .dot.c0{fill:var(--c0)}.dot.c1{fill:var(--c1)}.dot.c2{fill:var(--c2)}
 .dot.c3{fill:var(--c3)}.dot.c4{fill:var(--c4)}.dot.c5{fill:var(--c5)}
-i.c0,b.c0{background:var(--c0)}i.c1,b.c1{background:var(--c1)}i.c2,b.c2{background:var(--c2)}
-i.c3,b.c3{background:var(--c3)}i.c4,b.c4{background:var(--c4)}i.c5,b.c5{background:var(--c5)}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;padding:0;margin:8px 0 0;
-font-size:.85rem;color:var(--soft)}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
-.legend .dashed{clip-path:polygon(0 0,35% 0,35% 100%,65% 100%,65% 0,100% 0,100% 100%,0 100%)}
-.run small{display:block;color:var(--soft)}
-.run{display:grid;grid-template-columns:minmax(90px,160px) 1fr;gap:2px 12px;align-items:center;
-margin-bottom:10px}
-.run .legend{grid-column:2;margin:2px 0 8px}
-.bar{display:flex;height:18px;background:var(--panel);border-radius:4px;overflow:hidden}
-.bar b{display:block;height:100%}
+b.c0{background:var(--c0)}b.c1{background:var(--c1)}b.c2{background:var(--c2)}
+b.c3{background:var(--c3)}b.c4{background:var(--c4)}b.c5{background:var(--c5)}
+ul{list-style:none;padding:0}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;margin:8px 0 0;font-size:.85rem;
+color:var(--soft);overflow-wrap:anywhere}
+.legend b{color:var(--ink)}
+.times{margin:4px 0 16px}
+.times li{display:grid;grid-template-columns:minmax(130px,200px) 1fr 130px;gap:2px 12px;
+align-items:center}
+.times i{height:12px}.times b{display:block;height:100%;min-width:1px;border-radius:2px}
+.times small{color:var(--soft)}
 article{border:1px solid var(--rule);border-radius:8px;padding:12px;margin-bottom:16px}
-article p{margin:0 0 10px;font-weight:600;white-space:pre-wrap}
-.cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(290px,100%),1fr));gap:12px}
-h3{font-size:.9rem;margin:0 0 4px;color:var(--soft)}
+article p{margin:0 0 10px;font-weight:600;white-space:pre-wrap;overflow-wrap:anywhere}
+.cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(240px,100%),1fr));gap:12px}
+h3{font-size:.9rem;margin:0 0 4px;color:var(--soft);overflow-wrap:anywhere}
 h3 em{font-style:normal;margin-left:.4em}h3 small{font-weight:400}
 .passes em{color:var(--good)}.fails em{color:var(--bad)}
 pre{margin:0;padding:10px;background:var(--panel);border-radius:6px;white-space:pre-wrap;
@@ -336,7 +437,7 @@ overflow-wrap:anywhere;font:13px/1.45 ui-monospace,"SF Mono",Consolas,monospace}
 background:linear-gradient(90deg,transparent,rgb(var(--heat)/.75))}
 .tokens{line-height:1.7}
 .tokens b{font-weight:400;border-radius:2px;background:rgb(var(--heat)/calc(var(--d)*.75))}
-.tokens b:hover,.tokens b:focus{outline:2px solid var(--c0)}
+.tokens b:hover,.tokens b:focus{outline:2px solid var(--ink)}
 .tokens span{display:none}
 .tokens b:hover>span,.tokens b:focus>span{display:block;position:fixed;z-index:1;right:16px;
 bottom:16px;width:min(420px,calc(100vw - 32px));padding:12px;background:var(--paper);
@@ -349,10 +450,18 @@ text-overflow:ellipsis;white-space:nowrap;max-width:130px}
 .tokens q{quotes:none}
 .tokens a{display:block;font-size:11px;padding-left:4px;margin-bottom:1px;
 background:linear-gradient(var(--bar),var(--bar)) left/var(--p,0%) 100% no-repeat}
-.tokens .t{--bar:rgb(var(--teacher)/.45)}.tokens .s{--bar:rgb(var(--student)/.45)}
+.tokens .t{--bar:color-mix(in srgb,var(--ct) 45%,transparent)}
+.tokens .s{--bar:color-mix(in srgb,var(--run) 45%,transparent)}
 .tokens .t:before{content:"teacher ";color:var(--soft)}
 .tokens .s:before{content:"student ";color:var(--soft)}
 @media(min-width:601px){.pairs{grid-template-columns:1fr 1fr}}
-@media(max-width:600px){th,td{padding:6px 8px}.run{grid-template-columns:1fr}
-.run .legend{grid-column:1}h2{margin-top:28px}.range{min-width:90px}}
+@media(max-width:600px){h2{margin-top:28px}
+.times li{grid-template-columns:1fr auto}.times i{grid-row:2;grid-column:1/3}
+table,tbody,tr,tbody th,td{display:block}
+thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+tr{padding:8px 0;border-bottom:1px solid var(--rule)}
+tbody th,td{border:0;padding:3px 8px;text-align:left}tbody th{font-weight:600}
+td{display:grid;grid-template-columns:minmax(110px,40%) 1fr;gap:0 10px}
+td:empty{display:none}td:before{content:attr(data-label);color:var(--soft)}
+.range{grid-column:2;min-width:0}}
 """

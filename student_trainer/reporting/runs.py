@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.reporting.names import grouped
@@ -16,6 +16,14 @@ Point = tuple[float, float]
 
 # Begins with an underscore, so that transformers' Trainer does not upload the data it quotes.
 HELD_OUT_FILE = "_held_out_samples.json"
+
+# What a run that trains has logged so far, a line each: first {"max_steps": ...}, then the entries
+# of trainer_state.json's log_history. Deleted when that is written.
+LIVE_FILE = "_log_history.jsonl"
+
+_DIVERGENCE_FLAGS = (
+    "--beta", "--temperature", "--tail", "--teacher_support", "--top_k_logprobs",
+)  # fmt: skip
 
 # The parts of a step's seconds: name in the log, and label.
 _PARTS = {
@@ -29,17 +37,25 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run in a folder of `sft` or `distill`, or up to its last checkpoint while it trains.
+    """A run in a folder of `sft` or `distill`, or what it has logged so far while it trains.
 
     Attributes:
         history: what was logged, in the order of the steps, under the names of `reporting.names`.
         samples: the content of `HELD_OUT_FILE`, if there is one.
+        max_steps: the step at which it ends, if that is known.
+        logged: when it last logged, in seconds since 1970; None once it has ended.
+        seeds: of a study's cell, seed -> its history; ``history`` is their mean.
+        divergence: the flags that say which divergence it learns; empty where they are unknown.
     """
 
     name: str
     folder: Path
     history: list[dict[str, Any]]
     samples: dict[str, Any] | None
+    max_steps: int | None = None
+    logged: float | None = None
+    seeds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    divergence: Mapping[str, Any] = field(default_factory=dict)
 
     def points(self, name: str) -> list[Point]:
         """Return (step, value) of everything that was logged under that name."""
@@ -48,6 +64,12 @@ class TrainingRun:
     def last(self, name: str) -> float | None:
         points = self.points(name)
         return points[-1][1] if points else None
+
+    def last_of_seeds(self, name: str) -> dict[str, float]:
+        """Return the last value under that name by seed; a run that is no cell has none."""
+        runs = {seed: replace(self, history=history) for seed, history in self.seeds.items()}
+        found = {seed: run.last(name) for seed, run in runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all steps by part; logged are means over windows of steps."""
@@ -74,12 +96,14 @@ class Evaluation:
     Attributes:
         results: the content of results.json.
         samples: completions and verdicts by problem, the first of each.
+        passed: the share of its completions that pass, by problem.
     """
 
     name: str
     folder: Path
     results: dict[str, Any]
     samples: dict[str, dict[str, Any]]
+    passed: dict[str, float] = field(default_factory=dict)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -98,11 +122,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A study in a folder that `study` wrote: cell -> mean, 95 % interval and number of seeds."""
+    """A study in a folder that `study` wrote.
+
+    Attributes:
+        cells: cell -> mean, 95 % interval and number of seeds.
+        differences: the same of cell − base for each pair that the study compares.
+    """
 
     title: str
     metric: str
     cells: dict[str, dict[str, Any]]
+    differences: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -116,6 +146,8 @@ class Found:
 
 def find_runs(folders: Sequence[Path]) -> Found:
     """Return the runs in the folders themselves or, where there is none, in their subfolders.
+
+    Two runs that would have one name have the names of their parent folders before it.
 
     Raises:
         ConfigurationError: a folder that is missing or holds no run.
@@ -133,7 +165,39 @@ def find_runs(folders: Sequence[Path]) -> Found:
                 f"{folder} holds no run: neither trainer_state.json (sft, distill), nor "
                 "results.json (evaluate, study), nor a folder with one"
             )
+    found.training = _distinct(found.training)
+    found.evaluations = _distinct(found.evaluations)
     return found
+
+
+def find_runs_so_far(folders: Sequence[Path]) -> tuple[Found, list[Path]]:
+    """Return `find_runs` of the folders that hold a run by now, and the other folders.
+
+    Raises:
+        DatasetError: a file that cannot be read, as while it is being written.
+    """
+    begun: list[Path] = []
+    missing: list[Path] = []
+    for folder in folders:
+        started = folder.is_dir() and any(True for _ in _places(folder))
+        (begun if started else missing).append(folder)
+    return find_runs(begun), missing
+
+
+_Named = TypeVar("_Named", TrainingRun, Evaluation)
+
+
+def _distinct(runs: list[_Named]) -> list[_Named]:
+    """Return the runs with other names for those that would share one."""
+    counts = Counter(run.name for run in runs)
+    named: list[_Named] = []
+    for i, run in enumerate(runs):
+        if counts[run.name] > 1:
+            longer = f"{run.folder.resolve().parent.name}/{run.name}"
+            taken = {other.name for other in named}
+            run = replace(run, name=longer if longer not in taken else f"{longer} ({i + 1})")
+        named.append(run)
+    return named
 
 
 def _places(folder: Path) -> Iterator[Path]:
@@ -158,10 +222,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def _state_file(folder: Path) -> Path | None:
-    """Return trainer_state.json of a finished run, or that of its last checkpoint, or None."""
-    whole = folder / "trainer_state.json"
-    if whole.exists():
-        return whole
+    """Return the file that says most of a run, or None.
+
+    `LIVE_FILE` while it trains, trainer_state.json when it has ended, else its last checkpoint's.
+    """
+    for whole in (folder / LIVE_FILE, folder / "trainer_state.json"):
+        if whole.exists():
+            return whole
     checkpoints = sorted(
         folder.glob("checkpoint-*/trainer_state.json"),
         key=lambda path: int(path.parent.name.rpartition("-")[2] or 0),
@@ -173,29 +240,61 @@ def _read(folder: Path, given: Path, found: Found) -> int:
     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
     state = _state_file(folder)
     if state is not None:
-        history = _history(state)
-        found.training.append(TrainingRun(name, folder, history, read_held_out(folder)))
+        found.training.append(_training_run(name, folder, state))
         return 1
     results = _json(folder / "results.json")
     if "cells" in results:
-        found.studies.append(StudyRun(results["title"], results["metric"], results["cells"]))
+        pairs = [pair for table in results.get("differences", {}).values() for pair in table]
+        found.studies.append(StudyRun(results["title"], results["metric"], results["cells"], pairs))
         found.training += _cell_means(folder, list(results["cells"]))
     else:
-        found.evaluations.append(Evaluation(name, folder, results, _samples(folder)))
+        found.evaluations.append(Evaluation(name, folder, results, *_samples(folder)))
     return 1
+
+
+def _training_run(name: str, folder: Path, state: Path) -> TrainingRun:
+    history, max_steps = _logged(state)
+    ended = state.parent == folder and state.name != LIVE_FILE
+    return TrainingRun(
+        name,
+        folder,
+        history,
+        read_held_out(folder),
+        max_steps=max_steps,
+        logged=None if ended else state.stat().st_mtime,
+        divergence=_divergence_flags(state.parent),
+    )
+
+
+def _divergence_flags(folder: Path) -> dict[str, Any]:
+    """Return the flags in training_inputs.json that say which divergence a run learns."""
+    path = folder / "training_inputs.json"
+    flags = _json(path).get("same", {}) if path.exists() else {}
+    return {name: flags[name] for name in _DIVERGENCE_FLAGS if name in flags}
+
+
+def _logged(state: Path) -> tuple[list[dict[str, Any]], int | None]:
+    """Return what was logged, under the names of `reporting.names`, and the last step if known."""
+    if state.name != LIVE_FILE:
+        content = _json(state)
+        return [grouped(entry) for entry in content["log_history"]], content.get("max_steps")
+    lines = state.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
+    try:
+        first, *entries = [json.loads(line) for line in lines] or [{}]
+    except ValueError as error:
+        raise DatasetError(f"{state}: not valid JSON: {error}") from error
+    return [grouped(entry) for entry in entries], first.get("max_steps")
 
 
 def _cell_means(folder: Path, cells: Sequence[str]) -> Iterator[TrainingRun]:
     """Yield each trained cell of a study as one run, the mean of its seeds at each step."""
     for cell in cells:
-        files = [_state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))]
-        histories = [_history(file) for file in files if file is not None]
-        if histories:
-            yield TrainingRun(cell, folder, list(map(_mean, *histories)), None)
-
-
-def _history(state: Path) -> list[dict[str, Any]]:
-    return [grouped(entry) for entry in _json(state)["log_history"]]
+        states = {seed.name: _state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))}
+        seeds = {seed: _logged(state)[0] for seed, state in states.items() if state is not None}
+        if seeds:
+            mean = list(map(_mean, *seeds.values()))
+            flags = _divergence_flags(folder / next(iter(seeds)) / cell)
+            yield TrainingRun(cell, folder, mean, None, seeds=seeds, divergence=flags)
 
 
 def _mean(*entries: dict[str, Any]) -> dict[str, Any]:
@@ -209,13 +308,16 @@ def read_held_out(folder: Path) -> dict[str, Any] | None:
     return _json(path) if path.exists() else None
 
 
-def _samples(folder: Path) -> dict[str, dict[str, Any]]:
+def _samples(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Return the first completion of each problem, and the share of each that passes."""
     path = folder / "samples.jsonl"
-    samples: dict[str, dict[str, Any]] = {}
+    first: dict[str, dict[str, Any]] = {}
+    verdicts: dict[str, list[bool]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         sample = json.loads(line)
-        samples.setdefault(sample["task_id"], sample)
-    return samples
+        first.setdefault(sample["task_id"], sample)
+        verdicts.setdefault(sample["task_id"], []).append(bool(sample["passed"]))
+    return first, {task: sum(passed) / len(passed) for task, passed in verdicts.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -224,14 +326,3 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DatasetError(f"{path}: not valid JSON: {error}") from error
     return content
-
-
-def wilson_interval(share: float, n: int) -> Point:
-    """Return the 95 % interval of a share of n independent trials, within 0 and 1.
-
-    Source: Wilson, Journal of the American Statistical Association 22 (1927), 209–212.
-    """
-    z = 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(middle - reach, 0.0), min(middle + reach, 1.0)

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-COLOURS = ("#2563c9", "#c8650a", "#1a7f37", "#8a3ffc", "#b3255c", "#0b7285")
+from shared.errors import ConfigurationError
+
+# Blue, orange, violet, teal, magenta and brown; green and red say right and wrong.
+COLOURS = ("#2563c9", "#b85c06", "#8a3ffc", "#0b7285", "#b3255c", "#7a5230")
+TEACHER = -1  # the number of the teacher's lines, which are grey
+_NEUTRAL = "#59636e"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 62, 150, 36, 40
 _LOGARITHMIC = 50
-_DASHES = ("", "6 3", "2 3")  # of the lines beyond the number of colours
-LINES_SIZE = (420, 240)
+_DASHES = ("", "7 3", "2 2", "10 3 2 3", "5 2 2 2 2 2")
+_POINTS = 600  # of a line, about two a pixel
+_ZOOM = 3
+# By name, because the library that draws PNG takes sans-serif for Arial, and leaves the text out
+# where that is missing.
+_FONTS = "Arial, Helvetica, Liberation Sans, DejaVu Sans, Noto Sans, sans-serif"
+LINES_SIZE = (340, 224)
+LINES_FRAME = (46, 328, 24, 182)  # left, right, top and bottom of the drawn area
 
 Point = tuple[float, float]
 
@@ -99,116 +112,265 @@ def write_interval_rows(path: Path, title: str, rows: Sequence[Interval]) -> Non
     _write(path, title, parts, height)
 
 
-def draw_lines(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+def draw_lines(
+    series: Mapping[str, Sequence[Point]],
+    x_label: str,
+    y_label: str,
+    *,
+    share: bool = False,
+    numbers: Mapping[str, int] | None = None,
+) -> str:
     """Return lines through (x, y) points, of `LINES_SIZE`; "" where no y is finite.
 
-    y is logarithmic where it is positive and spans more than a factor of `_LOGARITHMIC`. A series
-    without points draws nothing and keeps its colour. The elements have the classes c0 to c5, grid
-    and line, which the page or the file styles.
+    x and linear y begin at 0, or at their least value where that is below. y is logarithmic where
+    it is positive and spans more than a factor of `_LOGARITHMIC`; its label says so. The elements
+    have the classes c0 to c5, ct, grid and line, which the page or the file styles.
+
+    Args:
+        share: y is a share, drawn from 0 to 100 %.
+        numbers: of the colour and dashes of each line, `TEACHER` for the teacher's; default: their
+            order.
     """
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
         return ""
-    width, height = LINES_SIZE
-    left, right, top, bottom = 62, 12, 12, 40
-    x_low, x_high = _range([x for x, _ in points])
-    y_low, y_high = _range([y for _, y in points])
-    logarithmic = y_low > 0 and y_high / y_low > _LOGARITHMIC
-    scale = math.log if logarithmic else float
+    height = LINES_SIZE[1]
+    left, right, top, bottom = LINES_FRAME
+    x_low, x_high = min(0.0, *(x for x, _ in points)), max(x for x, _ in points)
+    x_high = x_high if x_high > x_low else x_low + 1
+    axis = _y_axis([y for _, y in points], share)
+    scale = math.log if axis.logarithmic else float
 
     def place(x: float, y: float) -> Point:
-        across = (x - x_low) / (x_high - x_low) * (width - left - right)
-        share = (scale(y) - scale(y_low)) / (scale(y_high) - scale(y_low))
-        return left + across, height - bottom - share * (height - top - bottom)
+        y = min(max(y, axis.low), axis.high)
+        across = (x - x_low) / (x_high - x_low) * (right - left)
+        up = (scale(y) - scale(axis.low)) / (scale(axis.high) - scale(axis.low))
+        return left + across, bottom - up * (bottom - top)
 
     parts = []
-    for tick in _powers(y_low, y_high) if logarithmic else ticks(y_low, y_high):
+    for label, tick in axis.ticks.items():
         y = place(x_low, tick)[1]
         parts.append(
-            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
         )
-    for tick in ticks(x_low, x_high):
-        x = place(tick, y_low)[0]
-        parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{tick:g}</text>'
-        )
-    middle = (top + height - bottom) / 2
+    for tick in ticks(x_low, x_high, integers=True):
+        x = place(tick, axis.low)[0]
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
+    unit = " ".join(word for word in (axis.factor, y_label) if word)
+    unit += ", logarithmic" if axis.logarithmic else ""
     parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 6}" text-anchor="middle">'
+        f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
-        f'<text transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>"
+        f'<text x="4" y="12">{escape(unit)}</text>'
     )
-    for number, (name, line) in enumerate(series.items()):
-        places = [place(x, y) for x, y in line if math.isfinite(y)]
+    found = dict(zip(series, range(len(series)), strict=True)) if numbers is None else numbers
+    for name, line in series.items():
+        places = [place(x, y) for x, y in thinned([p for p in line if math.isfinite(p[1])])]
         if not places:
             continue
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
+        dash = dashes(found[name])
         style = f' stroke-dasharray="{dash}"' if dash else ""
+        colour, (x, y) = colour_class(found[name]), places[-1]
         parts.append(
-            f'<polyline class="line c{number % len(COLOURS)}" points="{path}"{style}>'
+            f'<polyline class="line {colour}" points="{path}"{style}>'
             f"<title>{escape(name)}</title></polyline>"
+            f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
         )
-        if len(places) == 1:
-            x, y = places[0]
-            colour = number % len(COLOURS)
-            parts.append(f'<circle class="dot c{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
     return "".join(parts)
 
 
+def describe_lines(series: Mapping[str, Sequence[Point]], x_label: str, *, share: bool) -> str:
+    """Return in words what `draw_lines` shows, for whoever does not see it."""
+    sentences = []
+    for name, line in series.items():
+        known = [(x, y) for x, y in line if math.isfinite(y)]
+        if known:
+            (first, start), (last, end) = known[0], known[-1]
+            low, high = min(y for _, y in known), max(y for _, y in known)
+            begin, stop, least, most = (
+                format_number(y, share=share) for y in (start, end, low, high)
+            )
+            sentences.append(
+                f"{name}: {begin} at {x_label} {first:,.0f}, {stop} at {x_label} {last:,.0f}, "
+                f"lowest {least}, highest {most}."
+            )
+    return " ".join(sentences)
+
+
+def colour_class(number: int) -> str:
+    """Return the class of the colour with that number; six colours repeat."""
+    return "ct" if number == TEACHER else f"c{number % len(COLOURS)}"
+
+
+def dashes(number: int) -> str:
+    """Return the stroke-dasharray of the line with that number, "" for a solid one.
+
+    There are five for six colours, so that thirty lines differ.
+    """
+    return "4 3" if number == TEACHER else _DASHES[number % len(_DASHES)]
+
+
+def format_number(value: float, *, share: bool = False) -> str:
+    """Return a number with three digits as people write it: 12,300, 0.0042, 5.3 × 10⁻⁶, 98.1 %.
+
+    Its spaces do not break.
+    """
+    if not math.isfinite(value):
+        return str(value)
+    if share:
+        percent = 100 * value
+        digits = 1 if abs(percent) >= 0.05 or percent == 0 else 3
+        return f"{percent:.{digits}f}".removesuffix(".0") + "\u00a0%"
+    if value and not 1e-4 <= abs(value) < 1e7:
+        mantissa, power = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}\u00a0×\u00a0{_power(int(power))}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{float(f'{value:.3g}'):f}".rstrip("0").rstrip(".")
+
+
+def thinned(line: Sequence[Point]) -> Sequence[Point]:
+    """Return at most `_POINTS` points: the least and the greatest y of neighbours."""
+    if len(line) <= _POINTS:
+        return line
+    size = math.ceil(2 * len(line) / _POINTS)
+    kept = []
+    for start in range(0, len(line), size):
+        part = range(start, min(start + size, len(line)))
+        ends = (min(part, key=lambda i: line[i][1]), max(part, key=lambda i: line[i][1]))
+        kept += [line[i] for i in sorted({*ends})]
+    return [*kept, line[-1]] if kept[-1] != line[-1] else kept
+
+
 def write_lines(
-    path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]
+    path: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Mapping[str, Sequence[Point]],
+    *,
+    note: str = "",
+    share: bool = False,
+    numbers: Mapping[str, int] | None = None,
 ) -> None:
-    """Write `draw_lines` as a file for print, with its title above and its legend below."""
+    """Write `draw_lines` as a file for print: title above, legend and note below.
+
+    Args:
+        note: what is good, as one sentence.
+    """
     width, height = LINES_SIZE
+    found = dict(zip(series, range(len(series)), strict=True)) if numbers is None else numbers
     look = [".grid{stroke:#d1d9e0}.line{fill:none;stroke-width:1.8;stroke-linejoin:round}"]
-    for number, colour in enumerate(COLOURS):
-        look.append(f".line.c{number}{{stroke:{colour}}}.dot.c{number}{{fill:{colour}}}")
-    legend: list[str] = []
-    for number, (name, line) in enumerate(series.items()):
+    for name, colour in {**{f"c{i}": c for i, c in enumerate(COLOURS)}, "ct": _NEUTRAL}.items():
+        look.append(f".line.{name}{{stroke:{colour}}}.dot.{name}{{fill:{colour}}}")
+    rows: list[str] = []
+    y = height + 44
+    for name, line in series.items():
         if not line:
             continue
-        x, y = 62 + 170 * (len(legend) % 2), height + 44 + 16 * (len(legend) // 2)
-        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
-        legend.append(
-            f'<polyline class="line c{number % len(COLOURS)}" stroke-dasharray="{dash or "none"}" '
-            f'points="{x},{y - 4} {x + 20},{y - 4}"/>'
-            f'<text x="{x + 26}" y="{y}">{escape(name)}</text>'
+        colour, dash = colour_class(found[name]), dashes(found[name]) or "none"
+        rows.append(
+            f'<polyline class="line {colour}" stroke-dasharray="{dash}" '
+            f'points="48,{y - 4} 74,{y - 4}"/>'
+            f'<text x="80" y="{y}">{escape(name)} {format_number(line[-1][1], share=share)}</text>'
         )
-    whole = height + 36 + 16 * math.ceil(len(legend) / 2)
+        y += 16
+    for row in textwrap.wrap(note, 58):
+        rows.append(f'<text x="12" y="{y}" font-size="10" fill="#59636e">{escape(row)}</text>')
+        y += 13
+    drawn = draw_lines(series, x_label, y_label, share=share, numbers=found)
     path.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {whole}" '
-        f'font-family="sans-serif" font-size="11"><style>{"".join(look)}</style>\n'
-        f'<rect width="{width}" height="{whole}" fill="#fff"/>'
-        f'<text x="20" y="20" font-size="13" font-weight="600">{escape(title)}</text>\n'
-        f'<g transform="translate(0 28)">{draw_lines(series, x_label, y_label)}</g>\n'
-        + "\n".join(legend)
-        + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" role="img" '
+        f'font-family="{_FONTS}" font-size="11"><title>{escape(title)}</title>'
+        f"<desc>{escape(describe_lines(series, x_label, share=share))} {escape(note)}</desc>"
+        f"<style>{''.join(look)}</style>\n"
+        f'<rect width="{width}" height="{y}" fill="#fff"/>'
+        f'<text x="12" y="20" font-size="13" font-weight="600">{escape(title)}</text>\n'
+        f'<g transform="translate(0 28)">{drawn}</g>\n' + "\n".join(rows) + "\n</svg>\n",
+        encoding="utf-8",
     )
 
 
-def _powers(low: float, high: float) -> list[float]:
-    """Return the powers of ten between low and high."""
-    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    return [10.0**power for power in range(first, last + 1)]
+def check_png() -> None:
+    """Check that `write_png` can draw, text too.
+
+    Raises:
+        ConfigurationError: the library is missing, or the machine has no font.
+    """
+    try:
+        from resvg_py import svg_to_bytes
+    except ImportError as error:
+        raise ConfigurationError(
+            "--png: resvg-py is missing, which draws SVG as PNG: pip install 'sparse-gkd[png]'"
+        ) from error
+    empty = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 20 20">{}</svg>'
+    letter = f'<text y="15" font-family="{_FONTS}">x</text>'
+    if svg_to_bytes(empty.format(letter)) == svg_to_bytes(empty.format("")):
+        raise ConfigurationError(
+            f"--png: none of the fonts {_FONTS} is there, and charts would have no text: install "
+            "one, as by apt-get install fonts-dejavu-core"
+        )
 
 
-def _range(values: Sequence[float]) -> Point:
+def write_png(svg: Path) -> Path:
+    """Write an SVG file as PNG beside it, at three times its size, and return its path."""
+    from resvg_py import svg_to_bytes
+
+    path = svg.with_suffix(".png")
+    path.write_bytes(svg_to_bytes(svg_path=str(svg), zoom=_ZOOM))
+    return path
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The ends of a scale and its ticks, label -> value; ``factor`` stands before the unit."""
+
+    low: float
+    high: float
+    ticks: Mapping[str, float]
+    logarithmic: bool = False
+    factor: str = ""
+
+
+def _y_axis(values: Sequence[float], share: bool) -> _Axis:
+    """Return the scale that holds the values."""
+    if share:
+        return _Axis(0.0, 1.0, {f"{percent} %": percent / 100 for percent in (0, 25, 50, 75, 100)})
     low, high = min(values), max(values)
+    if low > 0 and high / low > _LOGARITHMIC:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every, plain = math.ceil(len(powers) / 6), powers[0] > -4 and powers[-1] < 5
+        marks = {
+            format_number(10.0**power) if plain else _power(power): 10.0**power
+            for power in powers[::every]
+        }
+        return _Axis(10.0 ** powers[0], 10.0 ** powers[-1], marks, logarithmic=True)
+    low, high = min(low, 0.0), max(high, 0.0)
     if low == high:
-        return low - 0.5, high + 0.5
-    return low, high
+        high = 1.0
+    power = math.floor(math.log10(max(-low, high)))
+    power = power if power < -3 or power > 5 else 0
+    unit = 10.0**power
+    step = ticks(low, high)[1] - ticks(low, high)[0]
+    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    marks = {f"{round(tick / unit, 9):,.10g}": tick for tick in ticks(low, high, 5)}
+    return _Axis(low, high, marks, factor=_power(power) if power else "")
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def _power(power: int) -> str:
+    """Return a power of ten with its exponent raised."""
+    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def ticks(low: float, high: float, count: int = 4, *, integers: bool = False) -> list[float]:
     """Return round numbers between low and high: multiples of 1, 2 or 5 × 10^n."""
-    rough = (high - low) / count
+    rough = max((high - low) / count, 1.0 if integers else 0.0)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first = math.ceil(low / step)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
+    return [round(i * step, 15) for i in range(first, math.floor(high / step) + 1)]
 
 
 def _linear(

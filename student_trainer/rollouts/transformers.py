@@ -14,19 +14,18 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, DynamicLayer
+from transformers import DynamicCache
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
-from shared.text import StopSearch
 from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
+from student_trainer.rollouts.running_batch import RunningBatch
 from student_trainer.rollouts.sampling import sample_tokens
 
 logger = logging.getLogger(__name__)
@@ -193,7 +192,7 @@ class TransformersRollouts:
         waiting = sorted(
             range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
         )
-        running: _RunningBatch | None = None
+        running: RunningBatch | None = None
         with _evaluation_mode(self.model):
             # Each round makes exactly one forward pass, so that ranks of a sharded model match.
             while _any_rank_busy(bool(waiting) or running is not None, self._device, sharded):
@@ -220,7 +219,7 @@ class TransformersRollouts:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _free_places(self, running: _RunningBatch | None) -> int:
+    def _free_places(self, running: RunningBatch | None) -> int:
         """Return the number of prompts that may start now.
 
         A prefill makes all running sequences wait, so it starts when a quarter of the places is
@@ -238,9 +237,9 @@ class TransformersRollouts:
         longest = len(request.prompt_ids) + self.max_new_tokens
         return self._rope is not None and self._rope.regime(longest) != 0
 
-    def _start(self, requests: Sequence[tuple[int, RolloutRequest]]) -> _RunningBatch:
+    def _start(self, requests: Sequence[tuple[int, RolloutRequest]]) -> RunningBatch:
         """Return a new batch of the requests, with the first token of each completion."""
-        batch = _RunningBatch(
+        batch = RunningBatch(
             indices=[index for index, _ in requests],
             prompts=[request.prompt_ids for _, request in requests],
             tokens=[[] for _ in requests],
@@ -251,7 +250,7 @@ class TransformersRollouts:
         )
         return self._append_tokens(batch, self._prefill(batch))
 
-    def _advance(self, batch: _RunningBatch) -> _RunningBatch:
+    def _advance(self, batch: RunningBatch) -> RunningBatch:
         """Return the batch with one more token for each sequence."""
         if batch.cache is None or self._changes_positions(batch):
             return self._append_tokens(batch, self._prefill(batch))
@@ -260,7 +259,7 @@ class TransformersRollouts:
         last = torch.tensor([[ids[-1]] for ids in batch.tokens])
         return self._append_tokens(batch, self._forward(last, batch.mask, batch.cache))
 
-    def _prefill(self, batch: _RunningBatch) -> torch.Tensor:
+    def _prefill(self, batch: RunningBatch) -> torch.Tensor:
         """Return logits [B, V] after the sequences; their tokens fill a new cache, if any."""
         self._reset_positions(batch)
         sequences = [
@@ -279,7 +278,7 @@ class TransformersRollouts:
         batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
         return self._forward(input_ids, batch.mask, batch.cache)
 
-    def _changes_positions(self, batch: _RunningBatch) -> bool:
+    def _changes_positions(self, batch: RunningBatch) -> bool:
         """Return whether the next token changes the positions of the keys in the cache."""
         rope = self._rope
         return rope is not None and any(
@@ -287,7 +286,7 @@ class TransformersRollouts:
         )
 
     @torch.no_grad()
-    def _reset_positions(self, batch: _RunningBatch) -> None:
+    def _reset_positions(self, batch: RunningBatch) -> None:
         """Reset rope frequencies that an earlier, longer sequence left in the model."""
         rope = self._rope
         if rope is None or _is_sharded(self.model) or not rope.keeps_lengths(max(batch.lengths)):
@@ -295,7 +294,7 @@ class TransformersRollouts:
         one = torch.full((1, 1), self.pad_token_id, device=self._device)
         self.model(input_ids=one, use_cache=False)
 
-    def _append_tokens(self, batch: _RunningBatch, logits: torch.Tensor) -> _RunningBatch:
+    def _append_tokens(self, batch: RunningBatch, logits: torch.Tensor) -> RunningBatch:
         """Append one token, sampled from the logits [B, V], to each sequence of the batch."""
         drawn = torch.tensor(
             [draws[len(ids)] for draws, ids in zip(batch.draws, batch.tokens, strict=True)],
@@ -356,8 +355,8 @@ class TransformersRollouts:
         return self.model(**inputs).logits[:, -1]
 
     def _split_finished(
-        self, batch: _RunningBatch
-    ) -> tuple[list[tuple[int, Rollout]], _RunningBatch | None]:
+        self, batch: RunningBatch
+    ) -> tuple[list[tuple[int, Rollout]], RunningBatch | None]:
         """Return the finished rollouts, and the batch of the sequences that continue."""
         ended: list[tuple[int, Rollout]] = []
         left: list[int] = []
@@ -391,89 +390,6 @@ class _Trial:
         last = self.last if self.last is not None else torch.full((count,), -1)
         states = self.head_inputs[-1]
         return states[torch.arange(count, device=states.device), last.to(states.device)]
-
-
-@dataclass
-class _RunningBatch:
-    """A batch of completions that are being generated.
-
-    Attributes:
-        indices: indices of their requests.
-        prompts: ids [P] of each prompt.
-        tokens: completion tokens so far.
-        draws: one uniform for each token that may be generated.
-        searches: searches for stop strings; None where there are none.
-        mask: [B, W] int64, 1 where a column of the cache holds a token of the sequence.
-        cache: of W tokens: all but the last generated one. None before the prefill, or if no cache
-            is used.
-    """
-
-    indices: list[int]
-    prompts: list[NDArray[np.uint32]]
-    tokens: list[list[int]]
-    draws: list[Any]
-    searches: list[StopSearch | None]
-    mask: torch.Tensor
-    cache: Any
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each sequence, prompt and completion."""
-        pairs = zip(self.prompts, self.tokens, strict=True)
-        return [len(prompt) + len(ids) for prompt, ids in pairs]
-
-    @property
-    def can_join(self) -> bool:
-        """The ability to merge with another batch: True if the cache holds only keys and values."""
-        return self.cache is None or all(type(layer) is DynamicLayer for layer in self.cache.layers)
-
-    def select(self, kept: list[int]) -> _RunningBatch | None:
-        """Return the batch with only these sequences, in this order; None if there are none.
-
-        Cache columns that only pad them are dropped.
-        """
-        if len(kept) == len(self.indices):
-            return self
-        if not kept:
-            return None
-        places = torch.tensor(kept, device=self.mask.device)
-        self.mask = self.mask[places]
-        if self.cache is not None:
-            self.cache.reorder_cache(places)  # it also takes fewer sequences
-        if self.cache is not None and self.can_join:
-            first = int(self.mask.any(dim=0).int().argmax())
-            self.mask = self.mask[:, first:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
-        for name in ("indices", "prompts", "tokens", "draws", "searches"):
-            values = getattr(self, name)
-            setattr(self, name, [values[place] for place in kept])
-        return self
-
-    def merged(self, other: _RunningBatch) -> _RunningBatch:
-        """Return both as one batch, the narrower cache padded on its left."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-        layers = [[] if batch.cache is None else batch.cache.layers for batch in (self, other)]
-        for mine, theirs in zip(*layers, strict=True):
-            mine.keys = torch.cat([_pad_left(mine.keys, width), _pad_left(theirs.keys, width)])
-            mine.values = torch.cat(
-                [_pad_left(mine.values, width), _pad_left(theirs.values, width)]
-            )
-        masks = [pad(batch.mask, (width - batch.mask.shape[1], 0)) for batch in (self, other)]
-        return _RunningBatch(
-            indices=self.indices + other.indices,
-            prompts=self.prompts + other.prompts,
-            tokens=self.tokens + other.tokens,
-            draws=self.draws + other.draws,
-            searches=self.searches + other.searches,
-            mask=torch.cat(masks),
-            cache=self.cache,
-        )
-
-
-def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
-    """Return keys or values [B, H, W, D] padded on the left to [B, H, width, D]."""
-    return pad(states, (0, 0, width - states.shape[-2], 0))
 
 
 def _is_sharded(model: Any) -> bool:

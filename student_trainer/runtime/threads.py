@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import NoReturn, TypeVar
 from weakref import WeakSet
 
@@ -17,6 +19,7 @@ from student_trainer.runtime.compat import run_exit_functions
 R = TypeVar("R")
 
 _PATIENCE = 2.0  # seconds in all; a client that is closed ends its threads much sooner
+_QUIET_LOOKS = 5  # a thread that sleeps in each of them is idle
 _threads: WeakSet[threading.Thread] = WeakSet()
 
 
@@ -38,6 +41,44 @@ def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
     _threads.add(thread)
     thread.start()
     return outcome
+
+
+def sleep_when_idle() -> None:
+    """Let idle OpenMP threads sleep, also those of the processes that this one starts.
+
+    By default they spin, and burn what a teacher beside the trainer, or anything else, could use:
+    where cores are shared a small model's step takes ten times the CPU. Call it before torch is
+    imported, because the library reads the environment when it is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def wait_for_gloo() -> None:
+    """Wait until Gloo's threads have released what the last collective operations used.
+
+    A thread that releases a tensor while the interpreter is finalized aborts the process (see
+    `end_process`). The threads stay, since DistributedDataParallel keeps their group even when it
+    is deleted and the group destroyed; but one that sleeps holds nothing. Call it after the last
+    collective operation of a function whose caller may end the process.
+    """
+    until, quiet = time.monotonic() + _PATIENCE, 0
+    while quiet < _QUIET_LOOKS and time.monotonic() < until:
+        states = _gloo_states()
+        if not states:
+            return
+        quiet = quiet + 1 if set(states) == {"S"} else 0
+        time.sleep(0.01)  # so that a thread which waits for the interpreter's lock gets it
+
+
+def _gloo_states() -> list[str]:
+    """Return the state of each of Gloo's worker threads, as Linux tells: S sleeps, R runs."""
+    states = []
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            name, _, rest = task.read_text().partition("(")[2].rpartition(")")
+            if name == "pt_gloo_runloop":
+                states.append(rest.split()[0])
+    return states
 
 
 @atexit.register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from student_trainer.runtime.signals import signals_as_exits
+from student_trainer.runtime.threads import sleep_when_idle
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner
@@ -25,7 +25,8 @@ def study(argv: Sequence[str]) -> None:
         ConfigurationError: a mistake in the file or the flags, before anything runs.
         CellFailedError, TeacherUnreachableError: a cell failed; what is finished stays.
     """
-    arguments = make_parser().parse_args(list(argv))
+    arguments = make_parser().parse(argv)
+    sleep_when_idle()  # cells run beside the teacher that is served for them
     found = load_study(arguments.file)
     if any(cell.command in TRAINER_COMMANDS for cell in found.cells.values()):
         # Imported here, so that a study of other programs does not wait for torch.
@@ -79,7 +80,7 @@ def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | 
     return values
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="student-trainer study",
         description="Run the cells of a study that are not done yet, and compare them over seeds.",

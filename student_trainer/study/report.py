@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from student_trainer.reporting.statistics import Estimate, estimate, paired_difference
 from student_trainer.reporting.svg import Interval, write_interval_chart, write_interval_rows
 from student_trainer.study.spec import Study, Table
-from student_trainer.study.statistics import Estimate, estimate, paired_difference
 
 # Cell -> seed -> metric; the seed is None for a cell that runs once for all seeds.
 Values = Mapping[str, Mapping[int | None, float]]

@@ -47,7 +47,7 @@ def served(model: Path, flags: Sequence[str], log: Path) -> Iterator[tuple[str, 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     # Imported here, so that the flags of `study` are answered without numpy and httpx.
     from student_trainer.teacher.http import HttpClient
-    from student_trainer.teacher.sparse import SERVER
+    from student_trainer.teacher.sparse_gkd import SERVER
 
     with contextlib.closing(HttpClient(SERVER, seconds=10.0)) as http:
         while True:

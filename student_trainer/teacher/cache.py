@@ -34,8 +34,8 @@ from student_trainer.teacher.base import (
 from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.records import UNUSABLE, CheckedRecords, Reader, dump, load
 from student_trainer.teacher.replicas import connected_info
-from student_trainer.teacher.sparse import SparseGkdTeacher
-from student_trainer.teacher.sparse_messages import requested_width
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd_messages import requested_width
 from student_trainer.teacher.store import AnswerStore
 
 P = ParamSpec("P")

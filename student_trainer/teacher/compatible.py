@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
@@ -21,19 +22,24 @@ from student_trainer.config.training_arguments import DistillArguments
 logger = logging.getLogger(__name__)
 
 
-def check_one_teacher(identity: TeacherIdentity) -> None:
+def check_same_teachers(identities: Mapping[str, TeacherIdentity]) -> None:
     """Refuse, on every rank, ranks that reached different teachers.
+
+    Args:
+        identities: by the teachers' names.
 
     Raises:
         TeacherChangedError: names the ranks and teachers.
     """
-    reached = gather_object([identity])
-    for rank, other in enumerate(reached):
-        if other != reached[0]:
-            raise TeacherChangedError(
-                f"the processes of this run reached different teachers: process 0 {reached[0]}, "
-                f"process {rank} {other}. Serve one model at every --teacher_url"
-            )
+    reached = gather_object([dict(identities)])
+    for rank, others in enumerate(reached):
+        for name, first in reached[0].items():
+            if others[name] != first:
+                raise TeacherChangedError(
+                    f"the processes of this run reached different teachers: process 0 {first}, "
+                    f"process {rank} {others[name]}. Serve one model at every --teacher_url"
+                    f"{f' of {name}' if name else ''}"
+                )
 
 
 def check_capabilities(

@@ -73,6 +73,9 @@ class VllmTeacher:
         accept_change: continue when a replica comes back with another version of vLLM.
         api_key: one of vLLM's ``--api-key``.
         unreachable: as in `student_trainer.teacher.replicas.Replicas`.
+        model: the model to ask, an adapter or the base; None for ``name`` if it is served, or for
+            the base.
+        name: the teacher's name, or empty.
     """
 
     def __init__(
@@ -86,7 +89,10 @@ class VllmTeacher:
         accept_change: bool = False,
         api_key: str | None = None,
         unreachable: Unreachable = "wait",
+        model: str | None = None,
+        name: str = "",
     ) -> None:
+        self._asked_for, self._name = model, name
         self.accept_change = accept_change
         self._tokenizer = tokenizer
         self._rows = rows
@@ -296,7 +302,13 @@ class VllmTeacher:
             max_top_k=self._top_k,
         )
         return describe(
-            self._replicas.http, url, tokenizer=self._tokenizer, rows=self._rows, limits=limits
+            self._replicas.http,
+            url,
+            tokenizer=self._tokenizer,
+            rows=self._rows,
+            limits=limits,
+            model=self._asked_for,
+            name=self._name,
         )
 
     def _rejoins(self, url: str) -> bool:

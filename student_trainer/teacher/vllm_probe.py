@@ -28,12 +28,22 @@ _MAX_VOCABULARY = 1 << 24
 
 
 def describe(
-    http: HttpClient, url: str, *, tokenizer: Any, rows: int, limits: Limits
+    http: HttpClient,
+    url: str,
+    *,
+    tokenizer: Any,
+    rows: int,
+    limits: Limits,
+    model: str | None = None,
+    name: str = "",
 ) -> InfoResponse:
     """Return vLLM's description of its model, with the student's tokenizer and vocabulary.
 
+    Args:
+        model: the model to ask; None for an adapter called ``name``, or for the base model.
+
     Raises:
-        TeacherAnswerError: this is not vLLM.
+        TeacherAnswerError: this is not vLLM, or it does not serve the model.
     """
     models = request_json(http, url, "GET", "/v1/models").get("data")
     models = models if isinstance(models, list) else []
@@ -44,11 +54,19 @@ def describe(
             f"{url}/v1/models names no model of vLLM; start it with `vllm serve MODEL`, or use "
             "--teacher_protocol sparse-gkd for `teacher-server serve`"
         )
+    served = [str(m.get("id")) for m in models if isinstance(m, dict)]
+    adapters = len(served) > len(own)
+    asked = model or (name if name and adapters else str(own[0].get("id")))
+    if asked not in served:
+        raise TeacherAnswerError(
+            f"{url} serves no model {asked}; it serves {', '.join(served)}. Name one of these "
+            f"after the address: {f'{name}=' if name else ''}{url}#MODEL"
+        )
     version = request_json(http, url, "GET", "/version").get("version")
     info = InfoResponse(
         protocol_version=PROTOCOL_VERSION,
         teacher=TeacherIdentity(
-            model=str(own[0].get("id")),
+            model=asked,
             fingerprint="unknown",
             dtype="unknown",
             backend="vllm serve",

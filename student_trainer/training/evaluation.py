@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
+from shared.protocol import Completion
+from shared.sparse import SparseLogprobs
 from shared.text import completion_text
 from student_trainer.data.sample import Example, Sample, completed
 from student_trainer.evaluation.checkers import CheckResult, check_completions, summarize
@@ -21,7 +23,7 @@ from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.runs import read_held_out
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.ranks import Ranks
-from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers
 from student_trainer.training import held_out
 from student_trainer.training.micro_batch import MicroBatch, MicroBatchBuilder
 from student_trainer.training.plan import TrainingPlan
@@ -33,7 +35,7 @@ class HeldOutEvaluation:
 
     Attributes:
         builder: of micro-batches.
-        teacher: connected; None for SFT.
+        teachers: connected; None for SFT.
         rollouts: write the student's greedy completions.
         on_device: a micro-batch as the model takes it.
         autocast: the context in which the loss is computed.
@@ -43,7 +45,7 @@ class HeldOutEvaluation:
 
     plan: TrainingPlan
     builder: MicroBatchBuilder
-    teacher: Teacher | None
+    teachers: Teachers | None
     rollouts: RolloutEngine
     tokenizer: Any
     ranks: Ranks
@@ -95,14 +97,16 @@ class HeldOutEvaluation:
         metrics: dict[str, float] = {}
         if tokens:
             metrics["loss"] = divergence / tokens
-            if self.teacher is not None:
+            if self.teachers is not None:
                 metrics["divergence"] = divergence / tokens
         return metrics | summarize(gather_object([r for _, _, r in checked.mine[: checked.real]]))
 
     def _has_completion(self, example: Example) -> bool:
         """Return whether the dataset has a completion, or the teacher can write one."""
-        writes = self.teacher is not None and self.teacher.info.capabilities.generate
-        return example.sample is not None or writes
+        if example.sample is not None:
+            return True
+        teachers = self.teachers
+        return teachers is not None and teachers.of(example.teacher).info.capabilities.generate
 
     def _score_once(self, dataset: int, examples: list[Example]) -> list[ScoredSample]:
         """Return the samples that the divergence is measured on, fixed through the run."""
@@ -111,33 +115,49 @@ class HeldOutEvaluation:
             written = iter(self._written_by_teacher(bare))
             samples = [next(written) if e.sample is None else e.sample for e in examples]
             scores: Sequence[Any] = [None] * len(samples)
-            if self.teacher is not None:
-                score = partial(
-                    self.teacher.score,
-                    [(s.token_ids, s.completion_start) for s in samples],
-                    self.plan.method.scoring(),
-                )
-                scores = self.ranks.together(score)
-                self.teacher.take_traffic()  # not part of a training step
+            if self.teachers is not None:
+                pairs = list(zip(examples, samples, strict=True))
+                scores = self.ranks.together(partial(self._scores, self.teachers, pairs))
+                self.teachers.take_traffic()  # not part of a training step
             self._scored[dataset] = [
                 ScoredSample(sample, score) for sample, score in zip(samples, scores, strict=True)
             ]
         return self._scored[dataset]
 
+    def _scores(
+        self, teachers: Teachers, pairs: Sequence[tuple[Example, Sample]]
+    ) -> list[SparseLogprobs]:
+        """Return the scores of each example's sample by its own teacher."""
+        found: dict[int, SparseLogprobs] = {}
+        for teacher, part in teachers.by_teacher(
+            list(enumerate(pairs)), lambda item: item[1][0].teacher
+        ):
+            sequences = [example.sequence_of_teacher(sample) for _, (example, sample) in part]
+            scores = teacher.score(sequences, self.plan.method.scoring())
+            found.update(zip((index for index, _ in part), scores, strict=True))
+        return [found[index] for index in range(len(pairs))]
+
     def _written_by_teacher(self, bare: list[Example]) -> list[Sample]:
         """Return the teacher's greedy completions of bare prompts."""
-        if self.teacher is None:
+        if self.teachers is None:
             return []
-        teacher, sampling = self.teacher, self.plan.method.sampling(0.0, scored=False)
-        prompts = [example.prompt_ids for example in bare]
         # Ranks without prompts take part too, since all ranks wait for one another here.
-        completions = self.ranks.together(
-            lambda: teacher.generate(prompts, sampling) if prompts else []
-        )
+        completions = self.ranks.together(partial(self._completions, self.teachers, bare))
         return [
             completed(e, c.token_ids, "teacher", truncated=c.finish_reason == "length")
             for e, c in zip(bare, completions, strict=True)
         ]
+
+    def _completions(self, teachers: Teachers, bare: Sequence[Example]) -> list[Completion]:
+        """Return each teacher's greedy completions of its own prompts."""
+        sampling = self.plan.method.sampling(0.0, scored=False)
+        found: dict[int, Completion] = {}
+        numbered = list(enumerate(bare))
+        for teacher, part in teachers.by_teacher(numbered, lambda item: item[1].teacher):
+            prompts = [example.prompt_of_teacher for _, example in part]
+            completions = teacher.generate(prompts, sampling)
+            found.update(zip((index for index, _ in part), completions, strict=True))
+        return [found[index] for index in range(len(bare))]
 
     @torch.no_grad()
     def _divergence(self, model: Any, scored: Sequence[ScoredSample]) -> NDArray[np.float64]:
@@ -191,7 +211,7 @@ class HeldOutEvaluation:
             first=self._first_look,
             beta=self.plan.method.divergence.beta,
             temperature=self.plan.method.divergence.temperature,
-            teacher=self.teacher is not None,
+            teacher=self.teachers is not None,
         )
         self._first_look = self._first_look or content
 

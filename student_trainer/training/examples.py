@@ -22,8 +22,8 @@ from student_trainer.data.rows import (
 from student_trainer.data.sample import Example
 from student_trainer.data.sources import Rows
 from student_trainer.data.stream import ExampleStream, RowStream
-from student_trainer.data.template import NOTES
 from student_trainer.data.tokenize import keep_short, tokenize_rows
+from student_trainer.data.turn import NOTES
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.pipeline import dataset_sample

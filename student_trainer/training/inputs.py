@@ -27,7 +27,6 @@ from student_trainer.data.template import ChatTemplate
 logger = logging.getLogger(__name__)
 
 FILE = "training_inputs.json"
-_TEACHER = "the teacher's weights"
 
 
 def _resumed_as(kinds: Sequence[type[Any]], mark: Resume) -> list[str]:
@@ -42,7 +41,7 @@ def training_inputs(
     template: ChatTemplate,
     *,
     rows_a_step: int,
-    teacher: TeacherIdentity | None = None,
+    teachers: Mapping[str, TeacherIdentity],
 ) -> dict[str, Any]:
     """Return what a run is trained with, as JSON.
 
@@ -50,8 +49,8 @@ def training_inputs(
         flags: the dataclasses of all flags.
         examples: of the training rows; None for a stream, whose rows are not known beforehand.
         rows_a_step: that all processes learn together in an optimizer step.
-        teacher: the one that is learned from, or None. Its weights may change where the flags
-            accept that.
+        teachers: those that are learned from, by name; none for SFT. Their weights may change where
+            the flags accept that.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
     kinds = [type(kind) for kind in flags]
@@ -71,11 +70,12 @@ def training_inputs(
     told = {
         f"--{name}": _plain(values[name]) for name in _resumed_as(kinds, "told") if name in values
     }
-    if teacher is not None:
-        accepted = values.get("accept_teacher_change", False)
-        (told if accepted else same)[_TEACHER] = teacher.fingerprint
-        for name in ("model", "dtype", "backend", "version"):
-            told[f"the teacher's {name}"] = getattr(teacher, name)
+    accepted = values.get("accept_teacher_change", False)
+    for name, teacher in teachers.items():
+        whose = f"the teacher {name}" if name else "the teacher"
+        (told if accepted else same)[f"{whose}'s weights"] = teacher.fingerprint
+        for field in ("model", "dtype", "backend", "version"):
+            told[f"{whose}'s {field}"] = getattr(teacher, field)
     return {"version": __version__, "same": same, "told": told}
 
 
@@ -87,6 +87,10 @@ def _fingerprint(examples: Iterable[Example]) -> str:
         if example.sample is not None:
             digest.update(example.sample.token_ids.tobytes())
             digest.update(example.sample.completion_mask.tobytes())
+        if example.teacher is not None:
+            digest.update(f"\0{example.teacher}\0".encode())
+        if example.teacher_prompt_ids is not None:
+            digest.update(example.teacher_prompt_ids.tobytes())
     return digest.hexdigest()
 
 
@@ -121,7 +125,7 @@ def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
         ) from error
     if changes["same"]:
         more = f" (changed too, but no matter: {'; '.join(changes['told'])})"
-        other_teacher = any(change.startswith(_TEACHER) for change in changes["same"])
+        other_teacher = any(change.startswith("the teacher") for change in changes["same"])
         accept = ", accept the teacher with --accept_teacher_change" if other_teacher else ""
         raise ConfigurationError(
             f"--resume_from_checkpoint {checkpoint}: it was trained with something else: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -22,6 +22,8 @@ _PER_TOKEN = {
     "cross_entropy": "cross_entropy",
     "gap_bound": "divergence_gap_bound",
 }
+# The sums of each teacher, where there are several.
+_OF_EACH = ("tokens", "divergence", "mass", "scored_tokens", "waited")
 _WITHOUT_TEACHER = ("step", "forward_backward", "optimizer")
 
 
@@ -48,6 +50,13 @@ class WindowMetrics:
     it), ``seconds_generating``, ``seconds_syncing`` (weights to an engine elsewhere),
     ``seconds_forward_backward``, ``seconds_optimizer``, and what is left. ``stall_fraction`` is
     seconds_teacher / seconds_step. Evaluation and checkpoints are no part of a step.
+
+    Of each teacher, where there are several, also ``train/divergence/NAME`` and
+    ``teacher/top_k_mass/NAME`` over the tokens of its rows, ``teacher/tokens_per_second/NAME``, and
+    ``time/teacher/NAME``, the seconds of a step and rank in which its answer was waited for.
+
+    Args:
+        teachers: the names of the teachers, the first one first; empty where there is only one.
     """
 
     _SUMS = (
@@ -70,12 +79,17 @@ class WindowMetrics:
         "padding",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, teachers: Sequence[str] = ()) -> None:
+        self._teachers = teachers
+        self._names = (
+            *self._SUMS,
+            *(f"{name}/{teacher}" for teacher in teachers for name in _OF_EACH),
+        )
         self._sums: dict[str, float | torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
-        self._sums = dict.fromkeys(self._SUMS, 0.0)
+        self._sums = dict.fromkeys(self._names, 0.0)
         self._staleness_max = 0  # the same on all ranks
         self._skipped = 0  # the same on all ranks
 
@@ -85,8 +99,33 @@ class WindowMetrics:
     def add_seconds(self, name: str, seconds: float) -> None:
         self.add(f"seconds_{name}", seconds)
 
-    def add_statistics(self, statistics: SparseStatistics) -> None:
-        """Add the per-token statistics of one micro-batch; they stay on the device."""
+    def add_traffic(self, teacher: str, received: int, scored: int) -> None:
+        """Add the bytes and the scored tokens that a teacher sent."""
+        self.add("bytes", received)
+        self.add("scored_tokens", scored)
+        if self._teachers:
+            self.add(f"scored_tokens/{teacher}", scored)
+
+    def add_wait(self, teacher: str | None, seconds: float) -> None:
+        """Add the seconds of a wait for a teacher, the first one for None."""
+        if self._teachers:
+            self.add(f"waited/{teacher or self._teachers[0]}", seconds)
+
+    def add_statistics(
+        self, statistics: SparseStatistics, taught: Sequence[tuple[str | None, int]] = ()
+    ) -> None:
+        """Add the per-token statistics of one micro-batch; they stay on the device.
+
+        Args:
+            taught: (teacher's name, positions) of each sample in turn.
+        """
+        first = 0
+        for teacher, count in taught if self._teachers else ():
+            name, last = teacher or self._teachers[0], first + count
+            self.add(f"tokens/{name}", count)
+            self.add(f"divergence/{name}", statistics.divergence[first:last].sum())
+            self.add(f"mass/{name}", statistics.teacher_support_mass[first:last].sum())
+            first = last
         for field in fields(statistics):
             if field.name in _PER_TOKEN:
                 self.add(_PER_TOKEN[field.name], getattr(statistics, field.name).sum())
@@ -117,11 +156,12 @@ class WindowMetrics:
         self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor], *, with_teacher: bool
     ) -> dict[str, float]:
         """Return the averages of the window and begin a new one; empty without a step."""
-        values = torch.tensor([float(self._sums[name]) for name in self._SUMS], dtype=torch.float64)
+        sums = [float(self._sums[name]) for name in self._names]
+        values = torch.tensor(sums, dtype=torch.float64)
         staleness_max, skipped = self._staleness_max, self._skipped
         self.reset()
         ranks = float(sum_over_ranks(torch.ones(1)))
-        total = dict(zip(self._SUMS, sum_over_ranks(values).tolist(), strict=True))
+        total = dict(zip(self._names, sum_over_ranks(values).tolist(), strict=True))
         if not total["steps"] or not total["tokens"]:
             return {}
         logs: dict[str, float] = {}
@@ -151,4 +191,19 @@ class WindowMetrics:
             if whole:
                 elapsed = whole * total["steps"] / ranks
                 logs["teacher_tokens_per_second"] = total["scored_tokens"] / elapsed
+                for teacher in self._teachers:
+                    logs |= _of_one(teacher, total, elapsed)
         return logs
+
+
+def _of_one(teacher: str, total: Mapping[str, float], elapsed: float) -> dict[str, float]:
+    """Return what is logged of one of several teachers, from the sums of a window."""
+    logs = {
+        f"teacher/tokens_per_second/{teacher}": total[f"scored_tokens/{teacher}"] / elapsed,
+        f"time/teacher/{teacher}": total[f"waited/{teacher}"] / total["steps"],
+    }
+    tokens = total[f"tokens/{teacher}"]
+    if tokens:  # a window may have none of its rows
+        logs[f"train/divergence/{teacher}"] = total[f"divergence/{teacher}"] / tokens
+        logs[f"teacher/top_k_mass/{teacher}"] = total[f"mass/{teacher}"] / tokens
+    return logs

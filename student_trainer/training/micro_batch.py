@@ -64,5 +64,9 @@ class MicroBatchBuilder:
                 weights=weights,
                 labels=labels,
                 kernel=self.plan.kernel,
+                taught=[
+                    (item.teacher, int(mask.sum()))
+                    for item, mask in zip(scored, masks, strict=True)
+                ],
             ),
         }

@@ -41,7 +41,7 @@ def model_card(
     history: Sequence[Mapping[str, Any]],
     *,
     arguments: Sequence[Any],
-    teacher: TeacherIdentity | None,
+    teachers: Mapping[str, TeacherIdentity],
     rows: int,
 ) -> str:
     """Return the card as text.
@@ -51,7 +51,7 @@ def model_card(
         history: the entries of the log.
         arguments: dataclasses of flags, as `config.parse` gives them for `sft` or `distill`; the
             Trainer's own are the last.
-        teacher: its identity, or None for SFT.
+        teachers: their identities by name; none for SFT.
         rows: number of training rows.
     """
     flags = {f.name: getattr(part, f.name) for part in arguments for f in fields(part)}
@@ -60,7 +60,7 @@ def model_card(
     metadata: dict[str, Any] = {
         "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sparse-gkd", "sft" if teacher is None else "knowledge-distillation"],
+        "tags": ["sparse-gkd", "knowledge-distillation" if teachers else "sft"],
     }
     if not _is_local(base):
         metadata["base_model"] = base
@@ -70,7 +70,7 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         f"# {name}\n",
-        _story(flags, method_of(arguments[-1]), teacher, rows) + "\n",
+        _story(flags, method_of(arguments[-1]), teachers, rows) + "\n",
         f"## Use\n\n{_use(base, adapters)}",
         f"## Numbers\n\n{_numbers(history)}",
         f"## Flags\n\nThose that are not the default:\n\n{_table(_changed_flags(arguments))}",
@@ -91,14 +91,14 @@ def method_of(args: RunFlags) -> str:
 
 
 def _story(
-    flags: Mapping[str, Any], method: str, teacher: TeacherIdentity | None, rows: int
+    flags: Mapping[str, Any], method: str, teachers: Mapping[str, TeacherIdentity], rows: int
 ) -> str:
     method = method.replace(_GKD, f"{_GKD} ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))")
     base = _public(flags["model_name_or_path"])
     named = " and ".join(f"`{_public(name)}`" for name in flags["dataset_name"])
     trained = "LoRA adapters for" if flags["use_peft"] else "All weights of"
     text = f"{trained} `{base}`, trained by {method} on {rows} rows of {named}."
-    if teacher is None:
+    if not teachers:
         return text
     beta = flags["beta"]
     divergence = {0.0: "forward KL", 1.0: "reverse KL"}.get(
@@ -113,12 +113,23 @@ def _story(
     if flags["teacher_support"] == "sampled":
         seen = f"{k} draws from its distribution"
     return (
-        f"{text}\n\nThe teacher was {code_span(_public(teacher.model))} "
-        f"({code_span(teacher.dtype)}, {code_span(f'{teacher.backend} {teacher.version}')}; "
-        f"fingerprint {code_span(teacher.fingerprint[:16])}), of which the student saw "
+        f"{text}\n\n{_taught_by(teachers)}, of which the student saw "
         f"{seen} at each position. The loss is the {divergence} at temperature "
         f"{flags['temperature']:g}."
     )
+
+
+def _taught_by(teachers: Mapping[str, TeacherIdentity]) -> str:
+    described = [
+        (f"{code_span(name)}: " if name else "")
+        + f"{code_span(_public(teacher.model))} ({code_span(teacher.dtype)}, "
+        f"{code_span(f'{teacher.backend} {teacher.version}')}; fingerprint "
+        f"{code_span(teacher.fingerprint[:16])})"
+        for name, teacher in teachers.items()
+    ]
+    if len(described) == 1:
+        return f"The teacher was {described[0]}"
+    return f"The teachers, each of its own rows, were {'; '.join(described)}"
 
 
 def _use(base: str, adapters: bool) -> str:

@@ -15,9 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from shared.errors import (
-    ConfigurationError,
-)
+from shared.errors import ConfigurationError, DatasetError
 from shared.protocol import InfoResponse
 from student_trainer.config.arguments import (
     DataArguments,
@@ -30,6 +28,7 @@ from student_trainer.config.arguments import (
     traced_steps,
 )
 from student_trainer.config.checks import api_key_of
+from student_trainer.config.teachers import ServedTeacher, teachers_of
 from student_trainer.config.training_arguments import (
     CommonTrainingArguments,
     checkpoint_of,
@@ -44,6 +43,7 @@ from student_trainer.data.rows import (
 from student_trainer.data.sample import Example
 from student_trainer.data.sources import ROWS_CHECKED, Rows
 from student_trainer.data.stream import ExampleStream, RowStream
+from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.evaluation.checkers import missing_fences
@@ -57,19 +57,22 @@ from student_trainer.model.load import (
     load_tokenizer,
 )
 from student_trainer.pipeline.method import DistillationConfig
-from student_trainer.pipeline.planned_requests import count_missing, planned_requests
+from student_trainer.pipeline.planned_requests import planned_requests, require_answers
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
+from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.named import Teachers
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.teacher.store import AnswerStore
 from student_trainer.teacher.vllm import VllmTeacher
 from student_trainer.training.checkpoints import writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
+from student_trainer.training.live_log import LiveLog
 from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.text_end import KeepEndTokens
@@ -78,18 +81,42 @@ from student_trainer.training.trainer import DistillationTrainer
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(
+def open_teachers(
     teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
-) -> Teacher:
-    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``; connect later.
+) -> Teachers:
+    """Make a client of each teacher that ``--teacher_url`` names; connect later.
 
     Args:
-        starts_alone: if the cache knows the teacher, start without waiting for it.
+        starts_alone: if the cache knows a teacher, start without waiting for it.
     """
     assert teacher.teacher_url is not None  # checked with the flags
+    served = teachers_of(teacher.teacher_url)
+    return Teachers(
+        {
+            one.name: _open_one(one, teacher, model, len(served), starts_alone=starts_alone)
+            for one in served
+        }
+    )
+
+
+def _open_one(
+    served: ServedTeacher,
+    teacher: TeacherArguments,
+    model: ModelArguments,
+    count: int,
+    *,
+    starts_alone: bool,
+) -> Teacher:
+    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``.
+
+    Args:
+        count: number of teachers, which share the size of the cache.
+    """
     if teacher.teacher_protocol == "vllm":
         return VllmTeacher(
-            teacher.teacher_url,
+            served.urls,
+            model=served.model,
+            name=served.name,
             tokenizer=load_tokenizer(model),
             rows=int(load_config(model).get_text_config().vocab_size),
             top_k=teacher.top_k_logprobs,
@@ -99,7 +126,9 @@ def open_teacher(
             unreachable=teacher.teacher_unreachable,
         )
     client = SparseGkdTeacher(
-        teacher.teacher_url,
+        served.urls,
+        model=served.model,
+        name=served.name,
         timeout=teacher.teacher_timeout,
         accept_change=teacher.accept_teacher_change,
         logprob_dtype=teacher.teacher_logprob_dtype,
@@ -108,8 +137,9 @@ def open_teacher(
     )
     if teacher.teacher_cache is None:
         return client
-    size = int(teacher.teacher_cache_max_gb * 1e9)
-    store = AnswerStore(teacher.teacher_cache, max_bytes=size)
+    folder = Path(teacher.teacher_cache) / served.name  # that of an unnamed teacher is the cache's
+    size = int(teacher.teacher_cache_max_gb * 1e9 / count)
+    store = AnswerStore(folder, max_bytes=size)
     return CachedTeacher(
         client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
     )
@@ -120,13 +150,13 @@ def run(
     prepared: Prepared,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher | None,
+    teachers: Teachers | None,
     flags: Sequence[Any],
 ) -> DistillationTrainer:
     """Train, and write the model with all that belongs to it; return the trainer after its run.
 
     Args:
-        teacher: connected; None for SFT.
+        teachers: connected; None for SFT.
         flags: the dataclasses of all flags, the Trainer's last.
 
     Raises:
@@ -138,7 +168,7 @@ def run(
     checkpoint = checkpoint_of(args)
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
-    identity = None if teacher is None else teacher.info.teacher
+    identities = {} if teachers is None else teachers.identities
     inputs = training_inputs(
         flags,
         None if isinstance(train, ExampleStream) else train,
@@ -146,7 +176,7 @@ def run(
         rows_a_step=args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * args.world_size,
-        teacher=identity,
+        teachers=identities,
     )
     if checkpoint is not None:
         check_resumed(Path(checkpoint), inputs)
@@ -154,7 +184,7 @@ def run(
     if args.should_save:
         with writing("what it is trained with", Path(args.output_dir or "")):
             keep_inputs(inputs, Path(args.output_dir or ""))
-    card = partial(model_card, arguments=flags, teacher=identity, rows=len(train))
+    card = partial(model_card, arguments=flags, teachers=identities, rows=len(train))
     plan = replace(plan_of(recipe, prepared, args), inputs=inputs, card=card)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
@@ -166,7 +196,7 @@ def run(
         trainer = DistillationTrainer(
             student,
             plan,
-            teacher=teacher,
+            teacher=teachers,
             vllm=engine,
             args=args,
             train_dataset=train,
@@ -175,12 +205,15 @@ def run(
         )
         if method.lmbda > 0 or method.seq_kd:
             trainer.add_callback(CutCompletions(method.max_new_tokens))
+        live_log = LiveLog(Path(args.output_dir or ""))
+        trainer.add_callback(live_log)
         if prepared.keep_end_tokens:
             trainer.add_callback(KeepEndTokens(student))
-        if isinstance(teacher, CachedTeacher) and isinstance(trainer.order, TrainingOrder):
+        if teachers is not None and isinstance(trainer.order, TrainingOrder):
             learned = [train[i] for i in rows_of_run(args, trainer.order)]
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
-            teacher.require(*count_missing(teacher, planned_requests(method, learned, measured)))
+            planned = planned_requests(teachers.all_names, method, learned, measured)
+            require_answers(teachers, planned)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         logger.warning(
@@ -197,6 +230,8 @@ def run(
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
+        if args.should_save:
+            live_log.remove()
         trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -228,6 +263,7 @@ def _end(trainer: DistillationTrainer) -> None:
     """End all ranks together, as one that ends while the group still runs may be aborted."""
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    wait_for_gloo()
 
 
 @dataclass(frozen=True)
@@ -249,7 +285,7 @@ def prepare(
     rows: Rows,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher | None = None,
+    teachers: Teachers | None = None,
     teacher_flags: TeacherArguments | None = None,
 ) -> Prepared:
     """Return what a run learns from, as its flags say.
@@ -266,10 +302,11 @@ def prepare(
     vocab_size = int(config.get_text_config().vocab_size)
     context = context_length(config)
     stop_ids = load_stop_ids(recipe.model, tokenizer)
-    if teacher is not None:
-        _compare(tokenizer, vocab_size, stop_ids, teacher.info)
-        vocab_size = min(vocab_size, teacher.info.vocab_size)
-        context = min(context, teacher.info.max_model_len)
+    if teachers is not None:
+        for info in teachers.infos:
+            _compare(tokenizer, vocab_size, stop_ids, info)
+        vocab_size = min(vocab_size, teachers.vocab_size)
+        context = min(context, teachers.max_model_len)
     student_top_m = divergence_flags_of(args).student_top_m
     if student_top_m > vocab_size:
         raise ConfigurationError(
@@ -293,6 +330,7 @@ def prepare(
         template,
         one_sequence=method.lmbda == 0 and not method.seq_kd,
         text_end=text_end,
+        view=TeacherView() if teacher_flags is None else view_of(teacher_flags),
     )
     if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
         raise ConfigurationError(
@@ -319,13 +357,26 @@ def prepare(
     )
 
 
+def view_of(teacher: TeacherArguments) -> TeacherView:
+    """Return which teacher rows have and what only that one sees, as the flags say.
+
+    Raises:
+        ConfigurationError: the file of --teacher_prompt_template is no Jinja template.
+    """
+    source = None
+    if teacher.teacher_prompt_template is not None:
+        source = read_template(Path(teacher.teacher_prompt_template))
+    names = tuple(one.name for one in teachers_of(teacher.teacher_url or []) if one.name)
+    return TeacherView(names, teacher.teacher_column, source, teacher.template_kwargs)
+
+
 def fit_to_teacher(
     prepared: Prepared,
     recipe: Recipe,
     rows: Rows,
     args: CommonTrainingArguments,
     *,
-    teacher: Teacher,
+    teachers: Teachers,
     teacher_flags: TeacherArguments,
 ) -> Prepared:
     """Return what `prepare` made without the teacher as it would be with it.
@@ -335,11 +386,55 @@ def fit_to_teacher(
     Raises:
         DatasetError, ConfigurationError, TokenizerMismatchError: as `prepare`.
     """
-    info = teacher.info
-    if info.max_model_len < prepared.max_length or info.vocab_size < prepared.vocab_size:
-        return prepare(recipe, rows, args, teacher=teacher, teacher_flags=teacher_flags)
-    _compare(prepared.tokenizer, prepared.vocab_size, list(prepared.method.stop_ids), info)
+    longer = teachers.max_model_len < prepared.max_length
+    if longer or teachers.vocab_size < prepared.vocab_size:
+        return prepare(recipe, rows, args, teachers=teachers, teacher_flags=teacher_flags)
+    for info in teachers.infos:
+        _compare(prepared.tokenizer, prepared.vocab_size, list(prepared.method.stop_ids), info)
     return prepared
+
+
+def check_teachers_are_used(teachers: Teachers, prepared: Prepared) -> None:
+    """Refuse a named teacher that no row has; of a stream this is not known.
+
+    Raises:
+        ConfigurationError: names the teacher.
+    """
+    if isinstance(prepared.train, ExampleStream) or not teachers.names:
+        return
+    used = {e.teacher or teachers.names[0] for e in [*prepared.train, *(prepared.held_out or [])]}
+    for name in teachers.names:
+        if name not in used:
+            raise ConfigurationError(
+                f"--teacher_url {name}=…: no row has this teacher; rows name theirs in "
+                "--teacher_column, or datasets by --dataset_teacher, else they have the first"
+            )
+
+
+def check_teacher_prompts(teachers: Teachers, prepared: Prepared) -> None:
+    """Refuse prompts that only a teacher sees and that leave its context no room.
+
+    Raises:
+        DatasetError: names the row; of a stream's rows, the request fails that scores it.
+    """
+    rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
+    method = prepared.method
+    writes = method.lmbda > 0 or method.seq_kd
+    for example in [*rows, *(prepared.held_out or [])]:
+        if example.teacher_prompt_ids is None:
+            continue
+        longest = method.max_new_tokens if writes or example.sample is None else 0
+        if example.sample is not None:
+            longest = max(longest, len(example.sample.completion_ids))
+        length, limit = (
+            len(example.teacher_prompt_ids) + longest,
+            teachers.of(example.teacher).info.max_model_len,
+        )
+        if length > limit:
+            raise DatasetError(
+                f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
+                f"tokens and a completion of up to {longest} make {length}; its context is {limit}"
+            )
 
 
 def _compare(

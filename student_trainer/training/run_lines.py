@@ -11,6 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from student_trainer.reporting.lines import held_out_line, window_line
 from student_trainer.runtime.terminal import encodable, width_of
@@ -34,6 +35,9 @@ class RunLines(TrainerCallback):
             loggers = [logging.root, logging.getLogger("transformers")]
             redirect = logging_redirect_tqdm([one for one in loggers if one.handlers], tqdm)
             self._open.enter_context(redirect)
+            if transformers_logging.is_progress_bar_enabled():  # of each checkpoint's files
+                transformers_logging.disable_progress_bar()
+                self._open.callback(transformers_logging.enable_progress_bar)
             bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,

@@ -61,6 +61,7 @@ from student_trainer.runtime.compat import names_kept
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
+from student_trainer.teacher.named import Teachers, as_teachers
 from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.evaluation import HeldOutEvaluation
 from student_trainer.training.metrics import WindowMetrics
@@ -77,7 +78,7 @@ class DistillationTrainer(DurableTrainer):
     Args:
         model: causal language model, or a peft model around one.
         plan: what is learned, and how.
-        teacher: connected client, or None for SFT.
+        teacher: connected client, or several by name; None for SFT.
         vllm: writes the student's completions in its place.
         train_dataset, eval_dataset: lists of `Example`; to train on also an `ExampleStream`.
         Everything else: as transformers' Trainer.
@@ -88,7 +89,7 @@ class DistillationTrainer(DurableTrainer):
         model: Any,
         plan: TrainingPlan,
         *,
-        teacher: Teacher | None,
+        teacher: Teacher | Teachers | None,
         vllm: VllmEngine | None = None,
         **trainer_arguments: Any,
     ) -> None:
@@ -104,7 +105,7 @@ class DistillationTrainer(DurableTrainer):
         super().__init__(model, inputs=plan.inputs, data_collator=list, **trainer_arguments)
         self.loss_is_scaled_for_ga = True  # compute_loss normalises over the whole optimizer step
         self.plan = plan
-        self.teacher = teacher
+        self.teachers = as_teachers(teacher)
         self.vllm = vllm
         with self.accelerator.autocast():  # flash attention takes half precision only
             packed = decide_packing(model, plan.packing, plan.longest)
@@ -114,7 +115,8 @@ class DistillationTrainer(DurableTrainer):
         self.builder = MicroBatchBuilder(
             plan, int(pad if pad is not None else plan.method.stop_ids[0]), packed
         )
-        self.window = WindowMetrics()
+        names = () if self.teachers is None else self.teachers.names
+        self.window = WindowMetrics(names)
         self.timeline = Timeline(self.window.add_seconds, self._trace())
         self.guard = NonFiniteGuard(self._output, self.ranks)
         self.order = self._training_order()
@@ -124,7 +126,7 @@ class DistillationTrainer(DurableTrainer):
         )
         self.pipeline = Pipeline(
             plan.method,
-            teacher,
+            self.teachers,
             self.rollouts,
             upcoming=lambda step: [e for group in self._groups(step) for e in group],
             staleness=plan.staleness,
@@ -134,13 +136,14 @@ class DistillationTrainer(DurableTrainer):
             together=self.ranks.together,
             propose=self._proposals(),
             timeline=self.timeline,
+            waited=self.window.add_wait,
             remember=self._stream is None,
         )
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.held_out = HeldOutEvaluation(
             plan=plan,
             builder=self.builder,
-            teacher=teacher,
+            teachers=self.teachers,
             rollouts=self._rollout_engine(0.0, batch_size or step),
             tokenizer=tokenizer,
             ranks=self.ranks,
@@ -244,7 +247,7 @@ class DistillationTrainer(DurableTrainer):
         return loss, inputs
 
     def _scored(self, pending: _Pending, *, meets: bool) -> list[ScoredSample]:
-        if self.teacher is None:
+        if self.teachers is None:
             return self.pipeline.scored(pending.batch, pending.indices)
         return self.ranks.together(
             lambda: self.pipeline.scored(pending.batch, pending.indices), meets=meets
@@ -265,7 +268,7 @@ class DistillationTrainer(DurableTrainer):
         targets: SparseTargets = inputs["sparse_targets"]
         inputs = {**inputs, "sparse_targets": targets.to(inputs["input_ids"].device)}
         outputs = model(**inputs)
-        self.window.add_statistics(outputs["statistics"])
+        self.window.add_statistics(outputs["statistics"], targets.taught)
         loss = outputs["loss"] * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
@@ -312,7 +315,7 @@ class DistillationTrainer(DurableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what the window counted where a loss is logged."""
         if "loss" in logs:
-            window = self.window.drain(self.ranks.sum, with_teacher=self.teacher is not None)
+            window = self.window.drain(self.ranks.sum, with_teacher=self.teachers is not None)
             logs = {**logs, **window}
             if self.vllm is not None and self.vllm.drift is not None:
                 logs["rollout_drift"] = self.vllm.drift
@@ -472,13 +475,12 @@ class DistillationTrainer(DurableTrainer):
 
     def count_traffic(self) -> None:
         """Add to the window what the teacher sent since the last step."""
-        if self.teacher is None:
+        if self.teachers is None:
             return
-        received, scored = self.teacher.take_traffic()
-        self.window.add("bytes", received)
-        self.window.add("scored_tokens", scored)
+        for name, (received, scored) in self.teachers.take_traffic().items():
+            self.window.add_traffic(name, received, scored)
         names = ("looked_up", "found", "corrupt")
-        for name, count in zip(names, self.teacher.take_lookups(), strict=True):
+        for name, count in zip(names, self.teachers.take_lookups(), strict=True):
             self.window.add(name, count)
 
 

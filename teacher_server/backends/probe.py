@@ -33,6 +33,7 @@ States = Callable[[torch.Tensor], torch.Tensor]
 Mode = Literal["batched", "alone", "uncached"]
 
 
+# `student_trainer.model.probe` has this too, because `shared` imports no torch.
 def same_states(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Return whether states [n, d] agree up to the rounding of a model in ``dtype``.
 

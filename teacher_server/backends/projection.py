@@ -18,6 +18,7 @@ BLOCK_BYTES = 8 << 20
 HALF = (torch.bfloat16, torch.float16)
 
 
+# `student_trainer.losses.projection` has this too, because `shared` imports no torch.
 def linear(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -30,7 +30,7 @@ nobody else uses the server. The key of a server that has keys is read from {_KE
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OneLineParser:
     """Return the command's parser."""
     made = OneLineParser(prog="teacher-server bench")
     add_arguments(made)
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code: 2 where nothing could be measured."""
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse(argv)
     except ConfigurationError as error:
         logs.log_failure("teacher-server", str(error))
         return 2

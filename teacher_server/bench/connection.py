@@ -13,7 +13,7 @@ from shared.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is, and how it is asked.
+    """The address of a server, its key, and the patience with it.
 
     Attributes:
         url: as given, without a slash at its end.

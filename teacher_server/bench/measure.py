@@ -104,7 +104,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one kind of request did at one concurrency.
+    """The outcome of one kind of request at one concurrency.
 
     Attributes:
         kind: "score" or "generate".

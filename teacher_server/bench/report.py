@@ -1,4 +1,4 @@
-"""What `bench` prints: a table, and a sentence for each kind of request on what limits it."""
+"""The output of `bench`: a table, and a sentence for each kind of request on what limits it."""
 
 from __future__ import annotations
 

@@ -24,6 +24,11 @@ SHAPE = {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(items):
+    """Put the tests that end a server behind those that ask it."""
+    items.sort(key=lambda item: item.path.name == "test_stopping.py")
+
+
 @dataclass(frozen=True)
 class Served:
     """A model's folder, the model itself in float32, and the server that has it."""

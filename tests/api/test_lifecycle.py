@@ -181,7 +181,7 @@ def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_fol
 def test_a_port_in_use_is_refused_before_the_model_loads(strict, tmp_path):
     port, log = int(strict.url.rsplit(":", 1)[1]), tmp_path / "log"
     server = start_server(strict.folder, port=port, log=log, command_line=True)
-    assert server.wait(60) == 2
+    assert server.wait(300) == 2
     assert "Backend:" not in log.read_text()
     assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in log.read_text()
     assert httpx.get(f"{strict.url}/health").status_code == 200

@@ -70,7 +70,7 @@ SHRUNKEN = {
     "--teacher_timeout": "30",
     "--report_to": "none",
 }
-SHRUNKEN_IF_GIVEN = {"--eval_steps": "1", "--save_steps": "1"}
+SHRUNKEN_IF_GIVEN = {"--eval_steps": "1", "--save_steps": "1", "--max_length": "128"}
 SHRUNKEN_EVALUATION = {"--max_new_tokens": "4", "--limit": "2"}
 # Cannot run here: flags are read and checked, and that is all.
 ONLY_CHECKED = (
@@ -424,6 +424,23 @@ def test_the_loss_alone_runs():
     exec(code.text, names)
     assert names["loss"] > 0
     assert names["hidden"].grad.abs().sum() > 0
+
+
+def test_the_code_of_the_notebook_page_runs(surroundings, tmp_path, monkeypatch):
+    """All but the teacher's process, for which one is served here, and the chart."""
+    page = (ROOT / "docs" / "tutorials" / "notebook.md").read_text()
+    code = [block.text for block in blocks(page) if block.language == "python"]
+    cells = [text for text in code if not re.search(r"subprocess|matplotlib|teacher\.wait", text)]
+    assert len(code) - len(cells) == 3
+    folder, url = surroundings
+    shutil.copytree(folder, tmp_path / "page", symlinks=True)
+    monkeypatch.chdir(tmp_path / "page")
+    names = {}
+    for cell in cells:
+        exec(cell.replace("http://localhost:8000", url), names)
+    assert names["scored"].scores.logprobs.shape == (3, 8)  # two bytes and the end
+    assert names["result"].metrics["divergence"] > 0
+    assert (tmp_path / "page" / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("mark", [pytest.param("", marks=VLLM)])

@@ -41,7 +41,7 @@ def test_every_formula_of_a_page_becomes_mathml(hook):
 
 
 def test_without_the_converter_a_formula_stays_as_it_is_written(hook, monkeypatch):
-    monkeypatch.setattr(hook, "convert", None)
+    monkeypatch.setattr(hook, "converter", None)
     html = hook.typeset(html_of("so $Q_b < 1$ holds\n\n$$\nQ_b = \\sum q\n$$\n"))
     assert '<span><code class="formula">Q_b &lt; 1</code></span>' in html
     assert "Q_b = \\sum q" in html

@@ -15,7 +15,9 @@ def unserved_world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def world(unserved_world):
-    """Its teacher computes each sequence alone: in company, which is a matter of timing, it rounds
-    otherwise, and runs are compared to the last bit."""
+    """A world whose teacher computes each sequence alone.
+
+    Runs are compared to the last bit, and sequences computed together round otherwise.
+    """
     with running_server(unserved_world.teacher, "--max-batch-tokens", "1") as url:
         yield replace(unserved_world, url=url)

@@ -47,7 +47,7 @@ def teacher(world, tokenizer):
 
 
 def logprobs_of(folder, token_ids):
-    """[L, V]"""
+    """Return log-probs [L, V] of the model in a folder."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         return model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0].log_softmax(-1)
@@ -188,15 +188,37 @@ class TestDistill:
         )  # fmt: skip
         assert (tmp_path / "adapter_model.safetensors").exists()
 
+    def test_a_script_of_ones_own_may_have_two_processes(self, world, tmp_path):
+        script = tmp_path / "script.py"
+        flags = {**FLAGS, "per_device_train_batch_size": 4, "ddp_backend": "gloo", "use_cpu": True}
+        script.write_text(
+            "import os\nfrom student_trainer import distill\n"
+            f"result = distill({str(world.student)!r}, {world.url!r}, {str(world.rows)!r}, "
+            f"output_dir={str(tmp_path / 'out')!r}, **{flags!r})\n"
+            "print('rank', os.environ['RANK'], result)\n"
+        )
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        ended = subprocess.run(
+            [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=600
+        )
+        assert ended.returncode == 0, ended.stderr
+        for rank in "01":
+            assert f"rank {rank} DistillationResult(" in ended.stdout
+        assert "3 steps, divergence " in ended.stdout
+        assert (tmp_path / "out" / "model.safetensors").exists()
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"lmbd": 0.5}, r"distill\(\): unknown keyword 'lmbd'; did you mean lmbda?"),
-            ({"beta": 2}, "--beta 2.0 must be from 0 to 1"),
+            ({"lmbd": 0.5}, r"distill\(\): unknown keyword 'lmbd'\. Did you mean lmbda\?"),
+            ({"beta": 2}, r"^beta=2\.0 must be from 0 to 1"),
             ({"beta": "half"}, "keyword beta: invalid float value: 'half'"),
             ({"tail": "cut"}, "keyword tail: invalid choice: 'cut'"),
             ({"dataset_name": "rows.jsonl"}, "give dataset_name as dataset"),
-            ({"eval_strategy": "steps", "eval_steps": 1}, "needs --eval_dataset_name"),
+            (
+                {"eval_strategy": "steps", "eval_steps": 1},
+                "^eval_strategy='steps' needs eval_dataset=",
+            ),
             ({"tokenizer": object()}, "a folder or Hub id without"),
             ({"model": object()}, "comes with its tokenizer"),
             (

@@ -7,7 +7,7 @@ import numpy as np
 from shared import wire
 from shared.protocol import GenerateRequest, GenerateResponse
 from student_trainer.teacher.base import Sampling
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support.http import metric, post
 from tests.support.server import free_port, start_server, wait_until_ready
 

@@ -12,7 +12,7 @@ from student_trainer.model.load import load_model as load_student
 from student_trainer.model.top_tokens import TopTokenProposals
 from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.teacher.base import ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.e2e.test_distillation import (
     METHODS,
     assert_same_weights,

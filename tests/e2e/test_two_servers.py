@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from student_trainer.teacher.base import ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support.http import metric
 from tests.support.server import free_port, start_server, wait_until_ready
 

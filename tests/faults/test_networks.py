@@ -12,7 +12,7 @@ from benchmarks.link import link
 from shared.errors import TeacherUnreachableError
 from shared.protocol import ScoreSequence
 from student_trainer.teacher.base import ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.namespaces import command, skipped_where_forbidden

@@ -1,5 +1,4 @@
-"""Losses and gradients that are not finite: of weights that are broken, as by a bad disk or an
-overflow, in the rows that meet them."""
+"""Losses and gradients that are not finite, from weights that a bad disk or an overflow broke."""
 
 import json
 

@@ -23,7 +23,7 @@ from shared.errors import (
 )
 from shared.protocol import ScoreResponse, ScoreSequence
 from student_trainer.teacher.base import Sampling, ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support import fault_proxy as fault
 from tests.support import stub
 from tests.support.certificates import make_authority

@@ -10,7 +10,7 @@ import pytest
 from shared.errors import TeacherChangedError, TeacherUnreachableError
 from shared.protocol import ScoreSequence
 from student_trainer.teacher.base import ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support import stub, stub_process
 from tests.support.http import until
 from tests.support.paced import scores_of

@@ -13,7 +13,7 @@ from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
 from student_trainer.commands.main import main
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.repeatability import check_repeats
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support import stub
 from tests.support.paced import scores_of
 

@@ -49,12 +49,10 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(built):
     packages = {"shared", "teacher_server", "student_trainer"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == packages
     assert {f"{package}/py.typed" for package in packages} <= set(names)
-    ours = {
-        str(path.relative_to(ROOT))
-        for package in packages
-        for path in ROOT.glob(f"{package}/**/*.py")
-    }
-    assert ours <= set(names)
+    # Data files too: whatever is tracked.
+    ours = set(run("git", "ls-files", *packages, cwd=ROOT).split("\n")) - {""}
+    assert len({Path(name).suffix for name in ours}) > 1
+    assert {name for name in names if ".dist-info" not in name} == ours
 
 
 def test_the_sdist_carries_licence_and_readme(built):
@@ -62,6 +60,7 @@ def test_the_sdist_carries_licence_and_readme(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "shared/protocol.py"} <= names
+    assert {"CHANGELOG.md", "constraints.txt", "constraints-oldest.txt"} <= names
 
 
 @pytest.mark.parametrize("module", ["teacher_server", "student_trainer"])

@@ -46,11 +46,11 @@ def test_a_trained_base_model_keeps_the_end_of_its_texts(tmp_path):
     file = tmp_path / "rows.jsonl"
     row = {"prompt": "Two and two are", "completion": " four."}
     file.write_text(json.dumps(row) + "\n")
+    # By SGD, as AdamW's moments are 1 GB of the checkpoint.
     words = ["--model_name_or_path", str(model_folder("gemma-3-270m")), "--torch_dtype", "bfloat16",
              "--dataset_name", str(file), "--output_dir", str(tmp_path / "out"),
              "--max_steps", "1", "--report_to", "none", "--save_strategy", "steps",
              "--save_steps", "1", "--optim", "sgd"]  # fmt: skip
-    # Without AdamW's moments, which are 2 GB in each of the files.
     assert main(["sft", *words]) == 0
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
         arguments = ModelArguments(str(folder))

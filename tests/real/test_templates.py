@@ -13,7 +13,7 @@ import pytest
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.data.conversation import Conversation
-from student_trainer.data.template import THOUGHTS_LEFT_OUT
+from student_trainer.data.turn import THOUGHTS_LEFT_OUT, first_turn
 from tests.support.templates import (
     TEMPLATES,
     TODAY,
@@ -155,9 +155,8 @@ def test_an_empty_thought_that_nobody_wrote_is_noted(name):
 def test_a_rows_own_options_come_first():
     row = {"messages": [ASK, assistant("It is 4.")], "chat_template_kwargs": NO_THINKING}
     tokenize = cached("qwen3")
-    turn = tokenize.chat.first_turn(
-        "row", Conversation(row["messages"][:1], row["messages"][1], None, NO_THINKING)
-    )
+    conversation = Conversation(row["messages"][:1], row["messages"][1], None, NO_THINKING)
+    turn = first_turn(tokenize.chat, "row", conversation)
     assert turn.prompt.endswith("<think>\n\n</think>\n\n")
     assert turn.completion.startswith("It is 4.")
 

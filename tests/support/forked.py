@@ -73,7 +73,7 @@ def start(
         environment: all of the process's variables; None for those of this process.
     """
     variables = dict(os.environ if environment is None else environment)
-    process = CONTEXT.Process(
+    process = CONTEXT.Process(  # type: ignore[attr-defined]
         target=_run,
         args=(main, [str(word) for word in argv], output, errors, variables, Path.cwd()),
     )

@@ -60,7 +60,7 @@ def start_server(
 
 
 def wait_until_ready(server: Process, url: str, log: Path, route: str = "/ready") -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 540  # less than a test may take
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import urlsplit
 
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import TeacherArguments
+from student_trainer.config.teachers import teachers_of
 
 
 def check_teacher(teacher: TeacherArguments) -> None:
@@ -16,14 +16,7 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "--teacher_url is missing: start `teacher-server serve MODEL` and give its address, "
             "such as --teacher_url http://localhost:8000"
         )
-    for url in teacher.teacher_url:
-        if "@" in url:  # the message must not show the password
-            raise ConfigurationError(
-                "--teacher_url holds a user or a password, which every log would show; give a key "
-                "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
-            )
-        if not _is_address(url):
-            raise ConfigurationError(f"--teacher_url {url!r} must look like http://host:8000")
+    _check_names(teacher)
     api_key_of(teacher)
     if teacher.top_k_logprobs < 1:
         raise ConfigurationError(f"--top_k_logprobs {teacher.top_k_logprobs} must be at least 1")
@@ -40,6 +33,24 @@ def check_teacher(teacher: TeacherArguments) -> None:
             f"--teacher_repeat_tolerance {teacher.teacher_repeat_tolerance} must be 0 or above"
         )
     _check_cache(teacher)
+
+
+def _check_names(teacher: TeacherArguments) -> None:
+    """Refuse flags about named teachers that have no effect, and names that no teacher has."""
+    names = [one.name for one in teachers_of(teacher.teacher_url or []) if one.name]
+    _ = teacher.template_kwargs
+    for flag in ("dataset_teacher", "teacher_column"):
+        value = getattr(teacher, flag)
+        if not names and value != getattr(TeacherArguments, flag):
+            raise ConfigurationError(
+                f"--{flag} {value} has no effect, because --teacher_url names no teachers: give "
+                "NAME=URL, or drop it"
+            )
+    for name in teacher.dataset_teacher or ():
+        if name not in names:
+            raise ConfigurationError(
+                f"--dataset_teacher {name}: no --teacher_url has this name, only {', '.join(names)}"
+            )
 
 
 def _check_cache(teacher: TeacherArguments) -> None:
@@ -83,12 +94,3 @@ def api_key_of(teacher: TeacherArguments) -> str | None:
             f"--teacher_api_key_file {path} holds {1 + len(others)} keys; the trainer sends one"
         )
     return first
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for an invalid port
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()

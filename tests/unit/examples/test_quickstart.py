@@ -1,5 +1,6 @@
 """The quickstart cleans up behind itself, and only behind itself."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -101,9 +102,13 @@ def test_a_terminated_run_leaves_no_server_behind(tmp_path):
         lines.append(line)
         if line.startswith("$ teacher-server"):
             port = int(line.split("--port ")[1].split()[0])
-        if "'divergence'" in line:  # it trains, so the server is up
+        if "student_distilled" in line and line.startswith("$ student-trainer"):
             break
     assert port, "".join(lines)
+    log = output / quickstart.LOG
+    while "divergence ." not in log.read_text():  # of a step, so the server is up
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -114,6 +119,63 @@ def test_a_terminated_run_leaves_no_server_behind(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError("the server still runs")
+
+
+def test_a_file_gets_three_lines_a_stage_and_the_log_the_rest(tmp_path, monkeypatch, capsys):
+    """Fewer than 60 lines in all, however many steps there are."""
+
+    def main(words):
+        logging.getLogger("student_trainer").warning("a warning")
+        for step in range(400):
+            sys.stderr.write(f"step {step + 1}/400 · loss .5\n")
+        return 0
+
+    monkeypatch.setattr(quickstart.prepare, "prepare", lambda folder, seed: None)
+    monkeypatch.setattr(quickstart.cli, "main", main)
+    run = Quickstart(tmp_path, seed=0)
+    run._shown.expect(3 + len(quickstart.MODELS))
+    run.make_teacher(again=True)
+    for output in ("student_before", "student_sft", "student_distilled"):
+        run._train(output)
+    for model in quickstart.MODELS.values():
+        run._run(f"evaluate {model}", ["evaluate"])
+    written = capsys.readouterr()
+    lines = written.out.splitlines()
+    assert len(lines) < 45
+    assert [line for line in lines if line.startswith("[")][::10] == [
+        "[1/11] prepare", "[11/11] evaluate student_distilled",
+    ]  # fmt: skip
+    ends = [line for line in lines if line.startswith("  ")]
+    assert len(ends) == 11
+    assert ends[1].endswith(" s · step 400/400 · loss .5")
+    assert (tmp_path / quickstart.LOG).read_text().count("step 400/400") == 10
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_idle_threads_sleep_unless_told_otherwise(given):
+    """It is set before torch is imported, and the served teacher inherits it."""
+    environment = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    script = (
+        "import os, sys, examples.mini_humaneval\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ['OMP_WAIT_POLICY'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (given or "PASSIVE")
+
+
+def test_a_failed_stage_shows_the_end_of_its_log(tmp_path, monkeypatch, capsys):
+    def main(words):
+        sys.stderr.write("student-trainer: error: no such teacher\n")
+        return 1
+
+    monkeypatch.setattr(quickstart.cli, "main", main)
+    with pytest.raises(SystemExit, match="1"):
+        Quickstart(tmp_path, seed=0)._train("student_sft")
+    assert "error: no such teacher" in capsys.readouterr().err
 
 
 def test_the_stages_add_up_to_the_whole(tmp_path):

@@ -106,7 +106,10 @@ def test_other_rows_or_options_are_tokenized_anew(tokenizer, folder, monkeypatch
 
 def test_every_field_of_an_example_is_kept():
     kept = set(token_cache._features())
-    of_example = {field.name for field in fields(Example)} - {"sample"} | {"has_sample"}
+    of_example = {field.name for field in fields(Example)} - {"sample"} | {
+        "has_sample",
+        "has_teacher_prompt",
+    }
     of_sample = {field.name for field in fields(Sample)} - {"source", "weight_version"}
     assert kept == of_example | of_sample
 

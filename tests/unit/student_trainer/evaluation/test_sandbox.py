@@ -17,14 +17,15 @@ from student_trainer.evaluation import _fences
 from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.sandbox import Program, Sandbox, SandboxResult, run_programs
 
-TIMEOUT = 2.0
+TIMEOUT = 2.0  # of programs that never end
+PATIENCE = 60.0  # of others, which may have to wait for the machine
 TEST = "def check(candidate):\n    assert candidate(3) == 4\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 
 
 @pytest.fixture(scope="module")
 def sandbox():
-    with Sandbox(timeout=1.0) as sandbox:
+    with Sandbox(timeout=PATIENCE) as sandbox:
         yield sandbox
 
 
@@ -317,28 +318,32 @@ class Ran:
 def ran(tmp_path_factory):
     """All of them, several at a time."""
     folders = [tmp_path_factory.mktemp("folder") for _ in NAMED]
-    programs = []
-    for folder, code in zip(folders, NAMED.values(), strict=True):
+    programs = {}
+    for folder, (name, code) in zip(folders, NAMED.items(), strict=True):
         sentinel = folder / "sentinel"
         sentinel.write_text("here")
         sentinel.chmod(0o640)
         code = code.replace("{sentinel}", str(sentinel)).replace("{folder}", str(folder))
-        programs.append(program(code))
+        programs[name] = program(code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEACHER_API_KEY", "secret")
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("sandboxes")))
         before = set(psutil.Process().children(recursive=True))
-        results = run_programs(programs, timeout=TIMEOUT, workers=4)
+        results = {}
+        for timeout in (TIMEOUT, PATIENCE):
+            names = [n for n in NAMED if (OUTCOMES[n] == "timeout") == (timeout == TIMEOUT)]
+            found = run_programs([programs[n] for n in names], timeout=timeout, workers=4)
+            results |= zip(names, found, strict=True)
         assert set(psutil.Process().children(recursive=True)) <= before
         assert os.listdir(tempfile.gettempdir()) == []  # noqa: PTH208
-    return dict(zip(NAMED, map(Ran, results, folders), strict=True))
+    return {name: Ran(results[name], folder) for name, folder in zip(NAMED, folders, strict=True)}
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_hostile_programs_neither_pass_nor_harm(ran, name):
     result, folder = ran[name].result, ran[name].folder
     assert result.outcome == OUTCOMES[name], result
-    assert result.seconds < TIMEOUT + 1
+    assert result.outcome != "timeout" or TIMEOUT <= result.seconds < 10 * TIMEOUT
     assert [path.name for path in folder.iterdir()] == ["sentinel"]
     assert (folder / "sentinel").read_text() == "here"
     assert stat.S_IMODE((folder / "sentinel").stat().st_mode) == 0o640
@@ -414,7 +419,7 @@ def test_nothing_is_left_running_by_a_sandbox_that_is_closed_meanwhile():
         server.kill()
         assert isinstance(running.exception(), RuntimeError)
     sandbox.close()
-    assert psutil.wait_procs(children, timeout=5)[1] == []
+    assert psutil.wait_procs(children, timeout=60)[1] == []
 
 
 def test_a_program_cannot_patch_the_modules_of_the_tests(sandbox):

@@ -20,7 +20,7 @@ N, D, V, K = 7, 5, 12, 4
 
 
 def problem(dtype=torch.float64, seed=0):
-    """hidden [N, D], weight [V, D], bias [V], all requiring gradients, and the teacher."""
+    """Return hidden [N, D], weight [V, D], bias [V], all requiring gradients, and the teacher."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [(N, D), (V, D), (V,)]
     hidden, weight, bias = (

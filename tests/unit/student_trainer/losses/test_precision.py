@@ -141,7 +141,7 @@ def float32(teacher):
 @pytest.mark.parametrize("tail", [-54.0, -86.0])
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9, 1.0])
 def test_a_diffuse_student_and_a_faint_tail_leave_the_gradient_exact(beta, tail, kernel):
-    """h of the tail, which the student is full of, is some 50 nats, and so is its mean."""
+    """The h of the tail, which the student is full of, is some 50 nats, and so is its mean."""
     torch.manual_seed(0)
     student = torch.randn(3, 2_000, dtype=torch.float64).float()
     ids = torch.arange(8).repeat(3, 1)

@@ -51,7 +51,7 @@ def tiny(family, **options):
 
 
 def batch(beta, temperature=1.0):
-    """inputs of two sequences, one right-padded, and what a few of their rows must match."""
+    """Return inputs of two sequences, one right-padded, and what a few of their rows must match."""
     torch.manual_seed(1)
     inputs = {
         "input_ids": torch.randint(SHARED, (2, 7)),

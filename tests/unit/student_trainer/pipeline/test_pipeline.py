@@ -17,6 +17,7 @@ from student_trainer.pipeline.pipeline import Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.rollouts import Rollout
 from student_trainer.runtime.timeline import Timeline
+from student_trainer.teacher.named import Teachers
 
 METHOD = DistillationConfig(
     lmbda=0.0, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=2,
@@ -499,3 +500,55 @@ def test_waiting_for_the_teacher_is_told_only_where_it_was_waited_for():
         own = {"generating", "syncing"}
         assert set(seconds) == (own if at_once else {*own, "teacher"})
         assert at_once or seconds["teacher"] > 0.01
+
+
+class TestSeveralTeachers:
+    """Each row's completions are scored, or written, by its own teacher from what that one sees."""
+
+    def run(self, method, examples, rollouts=None):
+        math, code = RecordingTeacher(), RecordingTeacher()
+        pipeline = Pipeline(
+            method, Teachers({"math": math, "code": code}), rollouts, upcoming=lambda step: examples
+        )
+        batch = pipeline.take(0, 0)
+        samples = pipeline.samples(batch)
+        found = pipeline.scored(batch, range(len(examples)))
+        return math, code, samples, found
+
+    def test_rows_are_scored_by_the_teacher_that_they_name_or_by_the_first(self):
+        examples = [example(0), replace(example(1), teacher="code"), example(2)]
+        math, code, samples, found = self.run(METHOD, examples)
+        assert math.scored == [[(5, 10, 8, 1), (5, 12, 8, 1)]]
+        assert code.scored == [[(5, 11, 8, 1)]]
+        assert [one.teacher for one in found] == [None, "code", None]
+        for sample, one in zip(samples, found, strict=True):
+            assert one.scores.token_ids[0, 0] == 5 + len(sample.token_ids)
+
+    def test_a_teacher_scores_its_own_prompt_and_the_same_completion(self):
+        seen = replace(example(0), teacher_prompt_ids=ids(7, 7, 7, 7))
+        math, _, samples, found = self.run(METHOD, [seen, example(1)])
+        assert math.scored == [[(7, 7, 7, 7, 8, 1), (5, 11, 8, 1)]]
+        assert samples[0].token_ids.tolist() == [5, 10, 8, 1]  # what the student learns
+        assert len(found[0].scores) == 2
+
+    def test_a_completion_of_the_student_is_scored_behind_the_teachers_prompt(self):
+        seen = replace(example(0), teacher="code", teacher_prompt_ids=ids(7, 7, 7))
+        _, code, samples, _ = self.run(replace(METHOD, lmbda=1.0), [seen], CountingRollouts())
+        completion = samples[0].completion_ids.tolist()
+        assert code.scored == [[(7, 7, 7, *completion)]]
+        assert samples[0].prompt_ids.tolist() == [5, 10]
+
+    def test_seqkd_is_written_from_the_teachers_prompt_and_learned_under_the_students(self):
+        seen = replace(example(0), teacher_prompt_ids=ids(7, 30))
+        examples = [seen, replace(example(1), teacher="code"), example(2)]
+        math, code, samples, _ = self.run(replace(METHOD, seq_kd=True), examples)
+        assert math.prompts == [(7, 30), (5, 12)]
+        assert code.prompts == [(5, 11)]
+        assert [s.token_ids.tolist() for s in samples] == [
+            [5, 10, 50, 1], [5, 11, 31, 1], [5, 12, 32, 1],
+        ]  # fmt: skip
+
+    def test_equal_prompts_of_different_teachers_are_written_by_each(self):
+        examples = [example(0), replace(example(0), index=1, teacher="code")]
+        math, code, _, _ = self.run(replace(METHOD, seq_kd=True), examples)
+        assert (math.prompts, code.prompts) == ([(5, 10)], [(5, 10)])

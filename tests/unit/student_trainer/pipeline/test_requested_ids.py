@@ -12,7 +12,7 @@ from student_trainer.config.arguments import TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.compatible import check_capabilities
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.unit.shared.test_validation import info
 
 SEQUENCES = [(np.arange(5, dtype=np.uint32), 2), (np.arange(3, dtype=np.uint32), 1)]

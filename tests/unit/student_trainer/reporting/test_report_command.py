@@ -2,17 +2,27 @@
 
 import json
 import re
+import sys
+import types
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
 
 from student_trainer.commands.main import main
-from student_trainer.reporting.names import grouped
-from student_trainer.reporting.runs import find_runs, wilson_interval
+from student_trainer.reporting.runs import find_runs
+
+GROUPED = {
+    "loss": "train/loss", "divergence": "train/divergence", "eval_loss": "eval/loss",
+    "teacher_top_k_mass": "teacher/top_k_mass",
+    "student_top_k_mass": "train/student_top_k_mass", "seconds_step": "time/step",
+    "completion_length": "train/completion_length", "seconds_teacher": "time/teacher",
+    "seconds_forward_backward": "time/forward_backward", "stall_fraction": "time/stall_fraction",
+    "eval_divergence": "eval/divergence", "step": "step",
+}  # fmt: skip
 
 
-def training_run(folder, *, last=0.5, checkpoint=None):
+def training_run(folder, *, last=0.5, checkpoint=None, grouped=False, divergence=None):
     history = [
         {"step": step, "loss": loss, "divergence": loss, "teacher_top_k_mass": 0.9,
          "student_top_k_mass": 0.8, "completion_length": 7.0, "seconds_step": 2.0,
@@ -20,9 +30,13 @@ def training_run(folder, *, last=0.5, checkpoint=None):
         for step, loss in ((1, 2.0), (10, last))
     ]  # fmt: skip
     history.append({"step": 10, "eval_loss": last + 0.1, "eval_divergence": last + 0.1})
+    if grouped:
+        history = [{GROUPED[name]: value for name, value in entry.items()} for entry in history]
     place = folder if checkpoint is None else folder / f"checkpoint-{checkpoint}"
     place.mkdir(parents=True)
     (place / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    if divergence is not None:
+        (place / "training_inputs.json").write_text(json.dumps({"same": divergence}))
     return folder
 
 
@@ -38,13 +52,16 @@ def shown_samples(folder, divergence):
     (folder / "_held_out_samples.json").write_text(json.dumps({"beta": 0.5, "samples": [sample]}))
 
 
-def evaluation_run(folder, model, *, score, passed=True):
+def evaluation_run(folder, model, *, score, passed=True, verdicts=None):
     folder.mkdir(parents=True)
     results = {"model": str(model), "problems": 100, "n": 1, "pass@1": score}
     results |= {"perplexity": 1.5, "divergence": 0.25}
     (folder / "results.json").write_text(json.dumps(results))
-    sample = {"task_id": "T/0", "completion": "return 1", "passed": passed}
-    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    samples = [
+        {"task_id": f"T/{i}", "completion": "return 1", "passed": each}
+        for i, each in enumerate([passed] if verdicts is None else verdicts)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 class Words(HTMLParser):
@@ -68,10 +85,16 @@ def page_of(tmp_path, *words):
     return page
 
 
-def rows_of(page):
+def rows_of(page, heading=""):
+    """The cells of all tables, or of the one under a heading, as words."""
+    if heading:
+        page = page[page.index(f"<h2>{heading}</h2>") :].partition("</table>")[0]
     return [
-        [re.sub(r"<[^>]*>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", row)]
-        for row in re.findall(r"<tr[^>]*>(<td>.*?)</tr>", page)
+        [
+            re.sub(r"<[^>]*>", " ", cell).split()
+            for cell in re.findall(r"<t[dh]\b[^>]*>.*?</t[dh]>", row)
+        ]
+        for row in re.findall(r"<tr[^>]*>(<th scope=row>.*?)</tr>", page)
     ]
 
 
@@ -94,8 +117,8 @@ def test_several_runs_share_each_chart_and_their_scores_stand_beside_them(tmp_pa
     evaluation_run(tmp_path / "a" / "scores" / "two", second, score=0.75, passed=False)
     evaluation_run(tmp_path / "other", "elsewhere", score=0.25)
     page = page_of(tmp_path, tmp_path / "a", tmp_path / "other")
-    rows = rows_of(page)
-    runs, evaluations = rows[:2], rows[2:]
+    assert page.index("<h2>Differences from one</h2>") < page.index("<h2>Runs</h2>")
+    runs, evaluations = rows_of(page, "Runs"), rows_of(page, "Evaluations")
     assert [row[0] for row in runs] == [["one"], ["two"]]
     assert [row[0] for row in evaluations] == [["scores/one"], ["scores/two"], ["other"]]
     assert runs[0][1] == evaluations[0][3] == ["0.500", "0.404", "to", "0.596"]
@@ -104,6 +127,92 @@ def test_several_runs_share_each_chart_and_their_scores_stand_beside_them(tmp_pa
     lines = [a for tag, a in Words(page).tags if tag == "polyline"]
     assert {line["class"] for line in lines} == {"line c0", "line c1"}
     assert "return 1" in " ".join(Words(page).words)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [
+        training_run(tmp_path / name / "out", last=last) for name, last in (("a", 1), ("b", 2))
+    ]
+    found = find_runs(folders).training
+    assert [(run.name, run.last("train/loss")) for run in found] == [("a/out", 1), ("b/out", 2)]
+    assert page_of(tmp_path, *folders).count("<polyline") == 2 * 6
+
+
+def test_losses_with_and_without_a_teacher_are_two_charts(tmp_path):
+    taught = training_run(tmp_path / "taught")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    history = [{"step": step, "loss": loss} for step, loss in ((1, 9.0), (10, 8.0))]
+    (alone / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    page = page_of(tmp_path, taught, alone)
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert titles[:3] == ["Loss with a teacher", "Loss without a teacher", "Divergence in training"]
+    colours = re.findall(r'polyline class="line (c\d)"', page)
+    assert colours[:3] == ["c0", "c1", "c0"]
+
+
+def test_both_kinds_of_names_make_the_same_page(tmp_path):
+    old = training_run(tmp_path / "old" / "run")
+    new = training_run(tmp_path / "new" / "run", grouped=True)
+    assert page_of(tmp_path, old) == page_of(tmp_path, new)
+
+
+def differences(page, base):
+    """Metric -> difference, interval and what it is over, as text."""
+    rows = rows_of(page, f"Differences from {base}")
+    return {" ".join(cells[0]): [" ".join(cell) for cell in cells[3:]] for cells in rows}
+
+
+def test_scores_differ_by_problem(tmp_path):
+    """Eight of ten problems get better, one worse: .7 ± 2.262 · .675 / √10, cut at 1."""
+    first, second = training_run(tmp_path / "one"), training_run(tmp_path / "two", last=0.25)
+    before, after = [False] * 8 + [True, True], [True] * 8 + [False, True]
+    evaluation_run(tmp_path / "scores" / "one", first, score=0.2, verdicts=before)
+    evaluation_run(tmp_path / "scores" / "two", second, score=0.9, verdicts=after)
+    page = page_of(tmp_path, first, second, tmp_path / "scores")
+    found = differences(page, "one")
+    assert found["pass@1 (higher is better)"] == [
+        "+70.0 points", "+21.7 to +100.0 points", "10 problems, paired",
+    ]  # fmt: skip
+    assert found["Divergence in training (lower is better)"] == ["−0.25", "–", "none: one run each"]
+    assert found["Perplexity (lower is better)"][1:] == ["–", "none: one mean over all tokens"]
+    assert next(iter(found)) == "pass@1 (higher is better)"
+    assert "Loss" not in " ".join(found)
+
+
+def test_other_problems_give_no_interval(tmp_path):
+    first, second = training_run(tmp_path / "one"), training_run(tmp_path / "two")
+    evaluation_run(tmp_path / "scores" / "one", first, score=0.2, verdicts=[True, False])
+    evaluation_run(tmp_path / "scores" / "two", second, score=0.9, verdicts=[True, False, True])
+    found = differences(page_of(tmp_path, first, second, tmp_path / "scores"), "one")
+    assert found["pass@1 (higher is better)"][1:] == ["–", "none: not the same problems"]
+    assert "Perplexity (lower is better)" not in found
+
+
+def test_unlike_divergences_are_not_compared(tmp_path):
+    first = training_run(tmp_path / "one", divergence={"--beta": 0.5})
+    second = training_run(tmp_path / "two", divergence={"--beta": 0.0})
+    found = differences(page_of(tmp_path, first, second), "one")
+    assert "Divergence in training (lower is better)" not in found
+    assert "Held-out loss (lower is better)" not in found
+    assert "Seconds a step (lower is better)" in found
+
+
+def test_shown_samples_are_paired(tmp_path):
+    folders = [training_run(tmp_path / name) for name in ("one", "two")]
+    for folder, divergences in zip(folders, ((0.5, 0.75), (0.25, 0.25)), strict=True):
+        samples = [
+            {"name": f"rows:{i}", "prompt": f"p{i}", "source": "dataset", "tokens": ["a"],
+             "evaluations": [{"step": 10, "divergence": [d], "support": [[]]}]}
+            for i, d in enumerate(divergences)
+        ]  # fmt: skip
+        text = json.dumps({"beta": 0.5, "samples": samples})
+        (folder / "_held_out_samples.json").write_text(text)
+    found = differences(page_of(tmp_path, *folders), "one")
+    # −.375 ± 12.706 · .177 / √2
+    assert found["Divergence on shown samples (lower is better)"] == [
+        "−0.375", "−1.96 to +1.21, may be chance", "2 held-out samples, paired",
+    ]  # fmt: skip
 
 
 def test_a_run_that_still_trains_is_read_from_its_last_checkpoint(tmp_path):
@@ -124,7 +233,7 @@ def test_a_study_is_its_cells_averaged_over_seeds(tmp_path):
     (run,) = find_runs([tmp_path]).training
     assert run.points("train/loss") == [(1.0, 2.0), (10.0, 0.75)]
     page = page_of(tmp_path, tmp_path)
-    assert rows_of(page)[1:] == [
+    assert rows_of(page, "A study") == [
         [["gkd"], ["2"], ["0.500", "0.250", "to", "0.750"]],
         [["sft"], ["1"], ["0.250"]],
     ]
@@ -155,13 +264,89 @@ def test_plots_are_svg_files_with_the_same_lines(tmp_path):
     }  # fmt: skip
     root = ET.parse(tmp_path / "plots" / "coverage-mass-on-the-support.svg").getroot()
     texts = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"Coverage: mass on the support", "probability", "step", "teacher", "student"} < texts
+    assert {"Coverage: mass on the support", "probability", "step"} < texts
+    assert {"teacher 90\u00a0%", "student 80\u00a0%"} < texts
+    assert any(text.startswith("Higher is better.") for text in texts)
+    assert root.find("{http://www.w3.org/2000/svg}desc").text.startswith(
+        "teacher: 90\u00a0% at step 1"
+    )
 
 
 def test_the_page_is_written_beside_the_run(tmp_path, capsys):
     training_run(tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "<h1>run</h1>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_studys_differences_are_over_its_seeds(tmp_path):
+    for seed, losses in ((0, (0.5, 1.0)), (1, (0.25, 1.0))):
+        for cell, last in zip(("gkd", "sft"), losses, strict=True):
+            training_run(tmp_path / f"seed-{seed}" / cell, last=last)
+    cells = {name: {"mean": mean, "interval": None, "n": 2} for name, mean in
+             (("gkd", 0.5), ("sft", 0.25))}  # fmt: skip
+    pair = {"cell": "gkd", "base": "sft", "mean": 0.25, "interval": [0.125, 0.375], "n": 2}
+    results = {"title": "A study", "metric": "pass@1", "cells": cells, "differences": {"t": [pair]}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = page_of(tmp_path, tmp_path)
+    rows = [[" ".join(cell) for cell in row] for row in rows_of(page, "A study: differences")]
+    assert rows[:2] == [
+        ["gkd − sft", "pass@1 (higher is better)", "25 %", "50 %", "+25.0 points",
+         "+12.5 to +37.5 points", "2 seeds, paired"],
+        ["gkd − sft", "Divergence in training (lower is better)", "1", "0.375", "−0.625",
+         "−2.21 to +0.963, may be chance", "2 seeds, paired"],
+    ]  # fmt: skip
+    assert rows[3][-1] == "none: the same in all seeds"
+
+
+def test_png_is_written_beside_svg(tmp_path, capsys):
+    resvg = pytest.importorskip("resvg_py", reason="of the extra png")
+    assert resvg
+    training_run(tmp_path / "run")
+    page_of(tmp_path, tmp_path / "run", f"--plots={tmp_path / 'plots'}", "--png")
+    names = {path.name for path in (tmp_path / "plots").glob("*.svg")}
+    pictures = {path.name for path in (tmp_path / "plots").glob("*.png")}
+    assert pictures == {name.replace(".svg", ".png") for name in names}
+    head = (tmp_path / "plots" / "loss.png").read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    assert int.from_bytes(head[16:20], "big") == 3 * 340
+
+
+def refused(capsys, *words):
+    assert main(["report", *map(str, words)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_png_without_its_library_names_the_remedy(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    training_run(tmp_path / "run")
+    said = refused(capsys, tmp_path / "run", f"--plots={tmp_path / 'plots'}", "--png")
+    assert "pip install 'sparse-gkd[png]'" in said
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_png_without_any_font_is_refused(tmp_path, capsys, monkeypatch):
+    blind = types.SimpleNamespace(svg_to_bytes=lambda *_, **__: b"blank")
+    monkeypatch.setitem(sys.modules, "resvg_py", blind)
+    training_run(tmp_path / "run")
+    said = refused(capsys, tmp_path / "run", f"--plots={tmp_path / 'plots'}", "--png")
+    assert "fonts-dejavu-core" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--png"], "give --plots DIR"),
+        (["--port=8080"], "give --watch"),
+        (["--watch", "--output=x.html"], "writes no file"),
+        (["--watch", "--plots=x"], "writes no file"),
+        (["--watch", "--port=70000"], "leave it out for one that is free"),
+    ],
+    ids=["png", "port", "output", "plots", "number"],
+)
+def test_flags_without_effect_are_refused(tmp_path, capsys, words, remedy):
+    training_run(tmp_path / "run")
+    assert remedy in refused(capsys, tmp_path / "run", *words)
 
 
 @pytest.mark.parametrize(
@@ -179,29 +364,3 @@ def test_folders_without_a_run_are_refused_by_name(tmp_path, capsys, make, messa
     error = capsys.readouterr().err
     assert message in error
     assert str(tmp_path / "run") in error
-
-
-def test_wilsons_interval_is_that_of_the_textbook():
-    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 0 of 20.
-    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
-def test_the_log_of_an_earlier_version_gives_the_same_page(tmp_path):
-    """Its names had no groups: ``loss``, ``eval_loss``, ``teacher_entropy``, ``seconds_step``."""
-    pages = []
-    for name, names in (("old", None), ("new", grouped)):
-        folder = training_run(tmp_path / name / "run")
-        file = folder / "trainer_state.json"
-        if names is not None:
-            entries = json.loads(file.read_text())["log_history"]
-            entries = [names(entry) for entry in entries]
-            assert {key.partition("/")[0] for entry in entries for key in entry} == {
-                "step", "train", "teacher", "time", "eval",
-            }  # fmt: skip
-            file.write_text(json.dumps({"log_history": entries}))
-        assert main(["report", str(folder), "--title=t"]) == 0
-        pages.append((folder / "report.html").read_text())
-    assert pages[0] == pages[1]
-    assert "Held-out loss" in pages[0]
-    assert "waiting for the teacher" in pages[0]

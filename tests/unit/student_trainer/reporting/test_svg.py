@@ -4,7 +4,15 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from student_trainer.reporting.svg import ticks, write_interval_chart, write_interval_rows
+from student_trainer.reporting.svg import (
+    dashes,
+    draw_lines,
+    format_number,
+    thinned,
+    ticks,
+    write_interval_chart,
+    write_interval_rows,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,6 +45,75 @@ def test_rows_lie_on_one_scale(tmp_path):
     first, second = (float(circle.get("cx")) for circle in root.iter(f"{SVG}circle"))
     low, high = (float(bars(root)[0].get(end)) for end in ("x1", "x2"))
     assert second - first == pytest.approx(high - low, abs=0.2)
+
+
+def texts_of(line, **options):
+    drawn = draw_lines({"a": line}, "step", "nats", **options)
+    root = ET.fromstring(f"<svg>{drawn}</svg>")
+    *marks, x_label, y_label = [text.text for text in root.iter("text")]
+    assert x_label == "step"
+    return marks, y_label
+
+
+def test_a_share_has_the_whole_scale():
+    marks, _ = texts_of([(1, 0.9989), (400, 0.9991)], share=True)
+    assert marks[:5] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+
+
+@pytest.mark.parametrize(
+    ("values", "marks", "unit"),
+    [
+        ((5.3e-6, 2e-6), ["0", "2", "4", "6"], "10⁻⁶ nats"),
+        ((0.126, 0.009), ["0", "0.05", "0.1", "0.15"], "nats"),
+        ((1400.0, 1200.0), ["0", "500", "1,000", "1,500"], "nats"),
+        ((0.5, 0.0018), ["0.001", "0.01", "0.1", "1"], "nats, logarithmic"),
+        ((2e-4, 1e-6), ["10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³"], "nats, logarithmic"),
+        ((0.0, 0.0), ["0", "0.2", "0.4", "0.6", "0.8", "1"], "nats"),
+        ((3.0, 3.0), ["0", "1", "2", "3"], "nats"),
+    ],
+    ids=["tiny", "small", "large", "two decades", "tiny decades", "zero", "constant"],
+)
+def test_the_scale_begins_at_zero_and_its_marks_are_plain_numbers(values, marks, unit):
+    found, label = texts_of(list(enumerate(values)))
+    assert (found[: len(marks)], label) == (marks, unit)
+    assert not any("e" in mark for mark in found)
+
+
+@pytest.mark.parametrize(
+    ("last", "steps"),
+    [(1, ["0", "1"]), (3, ["0", "1", "2", "3"]), (30_000, ["0", "10,000", "20,000", "30,000"])],
+)  # fmt: skip
+def test_steps_are_whole_numbers(last, steps):
+    marks, _ = texts_of([(1, 1.0), (last, 1.0)])
+    assert marks[-len(steps) :] == steps
+    assert marks[-len(steps) - 1] == "1"  # of y
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "text"),
+    [
+        (5.3e-6, False, "5.3 × 10⁻⁶"), (0.00919, False, "0.00919"), (12345.6, False, "12,346"),
+        (2.0, False, "2"), (0.0, False, "0"), (-0.25, False, "-0.25"), (3e9, False, "3 × 10⁹"),
+        (0.998, True, "99.8 %"), (1.0, True, "100 %"), (0.0, True, "0 %"),
+        (0.00012, True, "0.012 %"),
+    ],
+)  # fmt: skip
+def test_numbers_are_written_as_people_write_them(value, share, text):
+    assert format_number(value, share=share).replace("\u00a0", " ") == text
+
+
+def test_thirty_lines_differ_in_colour_or_dashes():
+    assert len({(number % 6, dashes(number)) for number in range(30)}) == 30
+
+
+def test_a_long_run_keeps_its_spikes_in_few_points():
+    line = [(float(x), 1.0) for x in range(50_000)]
+    line[31_234] = (31_234.0, 9.0)
+    few = thinned(line)
+    assert len(few) <= 601
+    assert line[31_234] in few
+    assert (few[0], few[-1]) == (line[0], line[-1])
+    assert [x for x, _ in few] == sorted(x for x, _ in few)
 
 
 @pytest.mark.parametrize(

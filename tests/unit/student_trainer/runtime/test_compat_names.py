@@ -17,6 +17,7 @@ from accelerate.state import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -134,3 +135,17 @@ def test_parts_that_are_public_but_not_documented_exist():
     assert "distributed_type" in PartialState._known_attrs
     assert isinstance(CallbackHandler([], None, None, None, None).callbacks, list)
     assert "lora_A" in LoraLayer.adapter_layer_names
+
+
+def test_names_with_a_group_are_kept_and_others_are_rewritten_as_ever():
+    logs = {"train/loss": 1.0, "time/step": 2.0, "loss": 3.0, "eval_loss": 4.0}
+    as_ever = integration_utils.rewrite_logs
+    assert "train/train/loss" in as_ever(logs), "transformers keeps such names by itself"
+    with compat.names_kept(("train/", "time/")):
+        assert integration_utils.rewrite_logs({"train/a": 1, "time/b": 2, "c": 3, "eval_d": 4}) == {
+            "train/a": 1, "time/b": 2, "train/c": 3, "eval/d": 4,
+        }  # fmt: skip
+    assert integration_utils.rewrite_logs is as_ever
+    for function in ("TensorBoardCallback", "WandbCallback"):
+        on_log = getattr(integration_utils, function).on_log
+        assert "rewrite_logs" in on_log.__code__.co_names, f"{function} rewrites names elsewhere"

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from student_trainer.runtime import threads
+
 COMPUTES = """
 import threading, time, torch
 from student_trainer.runtime.threads import in_thread, end_process
@@ -43,3 +45,37 @@ def test_a_rank_ends_with_its_exit_code_whatever_threads_do(thread):
     ended = run(thread + ENDS, LOCAL_RANK="0")
     assert ended.stderr == ""
     assert (ended.returncode, ended.stdout) == (3, "a line, and no end of it last words\n")
+
+
+def test_gloos_threads_are_waited_for_until_they_sleep(monkeypatch):
+    states = iter([["R", "S"], ["S", "S"], ["D", "S"], *[["S", "S"]] * 5, ["never looked at"]])
+    monkeypatch.setattr(threads, "_gloo_states", lambda: next(states))
+    threads.wait_for_gloo()
+    assert next(states) == ["never looked at"]
+
+
+def test_gloos_threads_are_known_by_their_name():
+    assert run_gloo("print(threads._gloo_states(), end=' '); threads.wait_for_gloo()") == (
+        "[] ['S', 'S'] idle"
+    )
+
+
+def run_gloo(program):
+    """Return what a process prints that has a Gloo group of its own."""
+    code = (
+        "import tempfile, time, torch, torch.distributed as dist\n"
+        "from student_trainer.runtime import threads\n"
+        "threads.wait_for_gloo()\n"
+        "print(threads._gloo_states(), end=' ')\n"
+        "file = tempfile.mkdtemp() + '/store'\n"
+        "dist.init_process_group('gloo', init_method='file://' + file, rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.ones(1))\n"
+        "time.sleep(0.5)\n"
+        f"{program}\n"
+        "print('idle')\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()

@@ -21,7 +21,7 @@ from shared.errors import (
 )
 from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.refusals import _seconds
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, problem, score_response
 
 OTHER = IDENTITY.model_copy(update={"fingerprint": "f" * 64})

@@ -12,8 +12,9 @@ from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
 from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.cache import CachedTeacher
-from student_trainer.teacher.sparse import SparseGkdTeacher
-from student_trainer.teacher.store import AnswerStore, _checksum
+from student_trainer.teacher.database import checksum
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
+from student_trainer.teacher.store import AnswerStore
 from tests.support.cache import corrupt_one_record, database, rewritten
 from tests.support.stub import IDENTITY, StubTeacher, info, packed, score_response, scores
 
@@ -201,10 +202,10 @@ def test_a_record_that_cannot_be_an_answer_is_asked_for_anew_and_told_once(
         keys = [teacher._score_key(sequence, ScoreOptions(K)) for sequence in (A, B)]
 
     def rewrite(stored):  # a checksum is of key and record
-        (key,) = (key for key in keys if _checksum(key, stored[16:]) == stored[:16])
+        (key,) = (key for key in keys if checksum(key, stored[16:]) == stored[:16])
         score = wire.load(SparseLogprobs, stored[16:], wire.MSGPACK_MEDIA_TYPE, max_bytes=1 << 20)
         record = wire.dump(change(score), wire.MSGPACK_MEDIA_TYPE)
-        return _checksum(key, record) + record
+        return checksum(key, record) + record
 
     assert rewritten(tmp_path, rewrite, all=True) == 2
     with cached(tmp_path, stub.url) as teacher:
@@ -228,7 +229,7 @@ def test_a_completion_that_cannot_be_one_is_written_anew(stub, tmp_path):
     def rewrite(stored):
         wrong = Completion(token_ids=ids(5, 100), finish_reason="stop")
         record = wire.dump(wrong, wire.MSGPACK_MEDIA_TYPE)
-        return _checksum(key, record) + record
+        return checksum(key, record) + record
 
     rewritten(tmp_path, rewrite)
     with cached(tmp_path, stub.url) as teacher:

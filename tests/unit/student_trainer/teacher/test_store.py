@@ -67,7 +67,7 @@ def test_a_lack_of_memory_costs_answers_and_not_the_cache(tmp_path, monkeypatch,
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("student_trainer.teacher.store._transaction", starved)
+        patched.setattr("student_trainer.teacher.store.transaction", starved)
         assert kept(store, range(3)) == []
     assert kept(store, range(3)) == [0, 1, 2]
     assert "cannot be read (MemoryError)" in caplog.text

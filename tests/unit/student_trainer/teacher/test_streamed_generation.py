@@ -11,7 +11,7 @@ import pytest
 from shared.errors import InvalidRequestError, TeacherAnswerError, TeacherChangedError
 from shared.protocol import Problem
 from student_trainer.teacher.base import Sampling, ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
     BrokenError,

@@ -22,7 +22,7 @@ from shared.errors import (
 )
 from shared.protocol import Limits, ScoreResponse
 from student_trainer.teacher.base import Sampling, ScoreOptions
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support.stub import (
     IDENTITY,
     StubTeacher,

@@ -21,7 +21,7 @@ from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.refusals import refusal
 from student_trainer.teacher.retry import RetryPolicy
-from student_trainer.teacher.sparse import SparseGkdTeacher
+from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from student_trainer.teacher.traffic import Traffic
 from student_trainer.teacher.vllm import VllmTeacher
 

@@ -35,7 +35,7 @@ def inputs(tokenizer, *, row=ROW, template="{{ messages }}", today=None, rows=8,
     examples = RowTokenizer(tokenizer, (1,), DataArguments(), 200)(0, "row", row)
     options = TemplateOptions({}, today or datetime.date(2026, 1, 2))
     chat = ChatTemplate(Encoder(tokenizer), options)
-    return training_inputs([Flags(**flags)], examples, chat, rows_a_step=rows)
+    return training_inputs([Flags(**flags)], examples, chat, rows_a_step=rows, teachers={})
 
 
 def test_the_same_run_goes_on_without_a_word(tokenizer, tmp_path, caplog):

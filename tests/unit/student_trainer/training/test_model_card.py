@@ -20,18 +20,18 @@ HISTORY = [
 ]
 
 
-def card_of(command, teacher, **options):
+def card_of(command, teachers, **options):
     settings = {
         "model_name_or_path": "org/base", "dataset_name": "org/rows", "output_dir": "/x/out",
         **options,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in settings.items()]
     arguments = parse(words, *ARGUMENTS[command], prog="", description="")
-    return model_card("student", HISTORY, arguments=arguments, teacher=teacher, rows=1234)
+    return model_card("student", HISTORY, arguments=arguments, teachers=teachers, rows=1234)
 
 
 def distilled(**options):
-    return card_of("distill", TEACHER, teacher_url="http://10.0.0.7:8000", **options)
+    return card_of("distill", {"": TEACHER}, teacher_url="http://10.0.0.7:8000", **options)
 
 
 def test_the_metadata_are_those_of_the_hub():
@@ -41,7 +41,7 @@ def test_the_metadata_are_those_of_the_hub():
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["sparse-gkd", "knowledge-distillation"]
-    adapters = ModelCard(card_of("sft", None, use_peft=True)).data
+    adapters = ModelCard(card_of("sft", {}, use_peft=True)).data
     assert adapters.library_name == "peft"
     assert adapters.tags == ["sparse-gkd", "sft"]
 
@@ -58,11 +58,11 @@ def test_teacher_data_method_flags_and_numbers_are_told():
         "| optimizer steps | 10 |", "AutoModelForCausalLM",
     ):  # fmt: skip
         assert told in text
-    assert "AutoPeftModelForCausalLM" in card_of("sft", None, use_peft=True)
+    assert "AutoPeftModelForCausalLM" in card_of("sft", {}, use_peft=True)
 
 
 def test_flags_at_their_defaults_are_not_told():
-    assert "| `--" not in card_of("sft", None)
+    assert "| `--" not in card_of("sft", {})
 
 
 def test_nothing_of_this_machine_and_no_key_is_on_it(tmp_path, monkeypatch):
@@ -112,3 +112,13 @@ def test_methods_are_called_by_their_names(tmp_path, options, name):
 )
 def test_what_the_student_saw_of_the_teacher_is_told(options, told):
     assert told in distilled(**options)
+
+
+def test_each_of_several_teachers_is_told():
+    other = TEACHER.model_copy(update={"model": "coder", "fingerprint": "a" * 64})
+    teachers = {"math": TEACHER, "code": other}
+    text = card_of("distill", teachers, teacher_url="math=http://10.0.0.7:8000")
+    assert "The teachers, each of its own rows, were `math`: `teacher` (`bfloat16`" in text
+    assert "`code`: `coder` (`bfloat16`" in text
+    assert "fingerprint `aaaaaaaaaaaaaaaa`" in text
+    assert "10.0.0.7" not in text

@@ -15,7 +15,7 @@ from student_trainer.data.sample import Example
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
-from student_trainer.training.recipe import longest_rollout, open_teacher
+from student_trainer.training.recipe import longest_rollout, open_teachers
 from tests.support.stub import info
 
 
@@ -27,8 +27,8 @@ def teacher_of(tokenizer, vocab_size=260, **changes):
 def test_log_probs_travel_as_float16_unless_told_otherwise():
     for flags, dtype in (({}, "float16"), ({"teacher_logprob_dtype": "float32"}, "float32")):
         teacher = TeacherArguments(["http://host:8000"], **flags)
-        with open_teacher(teacher, ModelArguments("student")) as client:
-            assert client.logprob_dtype == dtype
+        with open_teachers(teacher, ModelArguments("student")) as teachers:
+            assert teachers.of(None).logprob_dtype == dtype
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(260, 260), (272, 260), (260, 272), (264, 288)])

@@ -6,6 +6,7 @@ import logging
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from student_trainer.training import run_lines
 from student_trainer.training.run_lines import RunLines
 
 WINDOW = {
@@ -79,3 +80,12 @@ def test_lines_fit_the_terminal_and_no_line_and_bar_share_a_row(monkeypatch, col
         assert shown.startswith(("step", "a record"))
         assert len(shown) <= int(columns)
     assert len(rows) == 5
+
+
+def test_checkpoints_leave_no_bars_between_the_lines(monkeypatch):
+    enabled = []
+    monkeypatch.setattr(run_lines.transformers_logging, "_tqdm_active", True)
+    ask = run_lines.transformers_logging.is_progress_bar_enabled
+    written(Terminal(), monkeypatch, bar=True, log=lambda: enabled.append(ask()))
+    assert enabled == [False]
+    assert ask()

@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from transformers import LlamaModel
 
 from shared.errors import ConfigurationError
@@ -117,9 +115,9 @@ def test_an_encoders_architecture_made_causal_is_served(tmp_path):
 def test_a_model_whose_state_minds_the_padding_writes_alone(family, tmp_path, caplog):
     served = backend(saved(tmp_path, family, **STATEFUL[family]))
     told = caplog.text.count("completions are generated one at a time")
-    # By release 5.24 transformers masks what a recurrent_gemma remembers, and a batch is right.
-    newer = Version(transformers.__version__) >= Version("5.20")
-    assert told == 1 or (newer and family == "recurrent_gemma")
+    # It is told by a trial. With other releases of torch than the pinned one this recurrent_gemma,
+    # of random weights, is right in a batch.
+    assert told == 1 or (family == "recurrent_gemma" and not torch.__version__.startswith("2.13."))
     jobs = generate_jobs(3, 11, 6, 9)
     for job, completion in zip(jobs, generated(served, jobs), strict=True):
         assert_greedy(tmp_path, job, completion)

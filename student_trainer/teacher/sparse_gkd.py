@@ -44,7 +44,7 @@ from student_trainer.teacher.deprecated import former_score_parameters
 from student_trainer.teacher.http import ServerKind
 from student_trainer.teacher.replicas import Replicas, connected_info
 from student_trainer.teacher.retry import FAILOVER_ERRORS, Unreachable
-from student_trainer.teacher.sparse_messages import (
+from student_trainer.teacher.sparse_gkd_messages import (
     MAX_BYTES_BESIDE_ARRAYS,
     body_bytes,
     max_answer_bytes,
@@ -74,6 +74,8 @@ class SparseGkdTeacher:
         logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
         api_key: the teacher's key, sent as ``Authorization: Bearer``.
         unreachable, absent_timeout: as in `student_trainer.teacher.replicas.Replicas`.
+        model: the model to ask at a server of several; None for ``name``, or for its first.
+        name: the teacher's name, which is its model's at a server of several, or empty.
     """
 
     def __init__(
@@ -86,7 +88,10 @@ class SparseGkdTeacher:
         api_key: str | None = None,
         unreachable: Unreachable = "wait",
         absent_timeout: float = math.inf,
+        model: str | None = None,
+        name: str = "",
     ) -> None:
+        self._asked_for, self._name = model, name
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
         self._info: InfoResponse | None = None
@@ -181,6 +186,7 @@ class SparseGkdTeacher:
             temperature=options.temperature,
             logprob_dtype=self.logprob_dtype,
             sample_seed=options.sample_seed,
+            model=self._model,
         )
         costs = [
             (1, len(ids), (len(ids) - start) * (options.top_k + width), body_bytes(item))
@@ -229,6 +235,7 @@ class SparseGkdTeacher:
             score_temperature=sampling.score_temperature,
             logprob_dtype=self.logprob_dtype,
             stream=True,
+            model=self._model,
         )
         longest, top_k = sampling.max_new_tokens, sampling.top_k or 0
         costs = [
@@ -308,8 +315,30 @@ class SparseGkdTeacher:
                     f"{len(indices) - len(waiting)}"
                 )
 
+    @property
+    def _model(self) -> str | None:
+        """The model that requests name: None for a server's first."""
+        info = self.info
+        return info.teacher.model if len(info.models) > 1 else None
+
     def _get_info(self, url: str) -> InfoResponse:
-        return request_info(self._replicas.http, url)
+        """Return the description of the server, with the identity of the teacher that is asked.
+
+        Raises:
+            TeacherAnswerError: it does not serve that model.
+        """
+        info = request_info(self._replicas.http, url)
+        model = self._asked_for
+        if model is None and len(info.models) > 1:
+            model = self._name or None
+        served = info.served_as(model)
+        if served is None:
+            names = ", ".join(one.model for one in info.models or [info.teacher])
+            raise TeacherAnswerError(
+                f"{url} serves no model {model}; it serves {names}. Name one of these after the "
+                f"address: {f'{self._name}=' if self._name else ''}{url}#MODEL"
+            )
+        return info.model_copy(update={"teacher": served})
 
     def _check_completion(
         self,

@@ -2,7 +2,13 @@
 
 import pytest
 
-from student_trainer.study.statistics import Estimate, estimate, paired_difference, t_quantile
+from student_trainer.reporting.statistics import (
+    Estimate,
+    estimate,
+    paired_difference,
+    t_quantile,
+    wilson_interval,
+)
 
 
 def test_mean_and_interval_of_five():
@@ -58,3 +64,9 @@ def test_an_interval_that_holds_zero_is_no_difference():
 )
 def test_quantiles_are_those_of_the_tables(degrees, quantile):
     assert t_quantile(degrees) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_wilsons_interval_is_that_of_the_textbook():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263, 0 of 20.
+    assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)

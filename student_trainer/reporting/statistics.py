@@ -1,4 +1,4 @@
-"""Compute means over seeds with 95 % intervals, by Student's t because seeds are few."""
+"""Compute 95 % intervals: of means, by Student's t because seeds are few, and of shares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # The .975 quantile for 1, 2, … 30 degrees of freedom.
 _T = (
@@ -55,10 +56,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n), n)
 
 
-def paired_difference(
-    values: Mapping[int | None, float], base: Mapping[int | None, float]
-) -> Estimate | None:
-    """Return the mean of value − base over the common seeds; None where they share none.
+def paired_difference(values: Mapping[Any, float], base: Mapping[Any, float]) -> Estimate | None:
+    """Return the mean of value − base over the common seeds or problems; None where none is common.
 
     Both share data and teacher at a seed, so their difference varies less than either. A value for
     all seeds (its key is None) is compared with the other at each of its seeds.
@@ -69,3 +68,14 @@ def paired_difference(
         base = dict.fromkeys(values, base[None])
     common = [seed for seed in values if seed in base]
     return estimate([values[s] - base[s] for s in common]) if common else None
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of n independent trials, within 0 and 1.
+
+    Source: Wilson, Journal of the American Statistical Association 22 (1927), 209–212.
+    """
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(middle - reach, 0.0), min(middle + reach, 1.0)

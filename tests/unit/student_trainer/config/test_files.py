@@ -1,0 +1,25 @@
+"""Folders that cannot be written to are told before anything loads."""
+
+import pytest
+
+from shared.errors import ConfigurationError
+from student_trainer.config.files import check_output_folder
+
+
+def test_an_output_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match=f"{tmp_path / 'file'} is no folder that can be"):
+        check_output_folder(str(tmp_path / "file" / "out"))
+
+
+def test_one_that_could_be_made_is_not_made(tmp_path, monkeypatch):
+    check_output_folder(str(tmp_path / "a" / "b"))
+    monkeypatch.chdir(tmp_path)
+    check_output_folder("c/d")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(ConfigurationError, match="give another"):
+        check_output_folder(str(tmp_path / "out"))
