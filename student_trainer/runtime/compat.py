@@ -6,15 +6,10 @@ changed. It also holds the signatures of what cannot be moved here:
 ================================= ==============================================================
 overridden method of `Trainer`    where, and why there is no public one
 ================================= ==============================================================
-`_run_epoch`                      `training.durable`: no callback can leave out an epoch
 `_get_output_dir`,                `training.durable`: nothing says where checkpoints are written,
 `_save_checkpoint`,               and `on_save` comes when one is complete
 `_push_from_checkpoint`
-`_finalize_training`              `training.durable`: nothing keeps it from deleting checkpoints
 `_get_grad_norm`                  `training.trainer`: `on_pre_optimizer_step` is not told the norm
-`_track_num_input_tokens`         `training.trainer`: it counts one batch, and a substep has many
-`_save_rng_state`                 `training.trainer`: `on_save` comes when the checkpoint has its
-                                  name already
 ================================= ==============================================================
 
 All are of transformers 5.19.0. ``evaluation/_harness.py`` and ``evaluation/_fences.py`` name
@@ -25,6 +20,7 @@ interpreter of the sandbox, which cannot import this file.
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +29,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import httpcore
     import httpx
+
+
+KEY_WARNINGS = ("There were missing keys in the", "There were unexpected keys in the")
 
 
 def run_exit_functions() -> None:
@@ -108,13 +107,23 @@ def sort_checkpoints(output: str, prefix: str) -> list[str]:
     return found
 
 
-def prepare_inputs(trainer: Any, inputs: Any) -> Any:
-    """Return a batch as the Trainer hands it to its model: on its device, in its dtype.
+@contextmanager
+def without_key_warnings() -> Iterator[None]:
+    """Leave out the Trainer's warnings of weights that a checkpoint names otherwise.
 
-    Calls ``Trainer._prepare_inputs``, from transformers 5.19.0. Publicly only `training_step` and
-    `prediction_step` do so, which also run the model.
+    Drops records of the logger ``transformers.trainer`` by their text, from transformers 5.19.0.
+    They are wrong where the weights are loaded again by the names of the checkpoint.
     """
-    return trainer._prepare_inputs(inputs)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(KEY_WARNINGS)
+
+    theirs = logging.getLogger("transformers.trainer")
+    theirs.addFilter(keep)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(keep)
 
 
 @contextmanager

@@ -7,11 +7,9 @@ is lost, on all ranks alike. `DurableTrainer` overrides these methods of transfo
 method                          why
 =============================== ==============================================================
 train                           SIGTERM, Ctrl-C and a lost teacher end it with a checkpoint
-_run_epoch                      a run resumed at its last step would go one too far
 _get_output_dir,                a checkpoint is written beside, then renamed
 _save_checkpoint,
 _push_from_checkpoint
-_finalize_training              the Trainer's own deletion can be cut short
 =============================== ==============================================================
 """
 
@@ -20,14 +18,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from shared.errors import CheckpointError, ProtocolError, TeacherError
+from student_trainer.reporting.names import grouped, grouped_name
+from student_trainer.runtime.compat import without_key_warnings
 from student_trainer.runtime.random_state import RandomState
 from student_trainer.runtime.ranks import Ranks
 from student_trainer.runtime.signals import stop_event
@@ -39,6 +41,7 @@ from student_trainer.training.checkpoints import (
     writing,
 )
 from student_trainer.training.inputs import keep_inputs
+from student_trainer.training.weights import check_sums, keep_sums, load_whole, sum_weights
 
 _PATIENCE = 5.0  # seconds that a stop leaves the teacher; torchrun leaves its processes 30
 
@@ -67,6 +70,9 @@ class DurableTrainer(Trainer):
         self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step
+        self._resumed_from: Path | None = None
+        # Before those that upload the model when it is trained.
+        self.callback_handler.callbacks.insert(0, _LoadedWeights(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train as the Trainer does; told to end, save a checkpoint, set `stopped` and return.
@@ -74,11 +80,16 @@ class DurableTrainer(Trainer):
         SIGTERM and SIGINT (Ctrl-C) tell it; a second one ends the process at once.
 
         Raises:
-            CheckpointError: ``resume_from_checkpoint`` does not load; code in it is never run.
+            CheckpointError: ``resume_from_checkpoint`` does not load, or not all of its weights;
+                code in it is never run.
         """
+        self._resumed_from = (
+            None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
+        )
         if self.args.should_save:
             remove_unfinished(self._output)
-        with stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops) as told:
+        stops = stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops)
+        with without_key_warnings() if self._is_whole else nullcontext(), stops as told:
             self.add_callback(_AfterStep(self, told))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -88,19 +99,12 @@ class DurableTrainer(Trainer):
                 if not self.stopped:
                     raise
                 return None
-            except UnpicklingError as error:
+            except (UnpicklingError, SafetensorError) as error:
                 raise CheckpointError(
                     f"{resume_from_checkpoint} does not load, and nothing in it was run: it is "
                     "damaged, or holds more than tensors and numbers. Go on from another one by "
                     "--resume_from_checkpoint FOLDER, or delete it"
                 ) from error
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        """Run an epoch, unless the last step is done already; the Trainer would run one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**arguments)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(unfinished(self._output) if self._writing_checkpoint else self._output)
@@ -121,6 +125,11 @@ class DurableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(output / name)
                 if self.args.should_save:  # the file says where it was written
                     self.state.save_to_json(str(unfinished(output) / name / "trainer_state.json"))
+            sums = sum_weights(self.model, trainable=True)
+            if self.args.should_save:
+                keep_sums(sums, unfinished(output) / name)
+            if not self.args.save_only_model:
+                self.save_beside(unfinished(output) / name)
             if self.args.should_save and self._inputs is not None:
                 keep_inputs(self._inputs, unfinished(output) / name)
             self.accelerator.wait_for_everyone()
@@ -137,12 +146,24 @@ class DurableTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Do nothing: `_save_checkpoint` uploads the folder once it has its name."""
 
-    def _finalize_training(self, *arguments: Any) -> Any:
-        best = self.state.best_model_checkpoint
-        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
-            # The Trainer's own deletion, which follows, could be cut short.
-            keep_latest(self._output, 1, newest=Path(best).name, best=best)
-        return super()._finalize_training(*arguments)
+    def save_beside(self, folder: Path) -> None:
+        """Write more into a checkpoint, on every rank: here nothing."""
+
+    def check_weights(self, checkpoint: Path) -> None:
+        """Make sure that the model has the weights of a checkpoint that was loaded.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        if self._is_whole:
+            load_whole(self.model, checkpoint)
+        check_sums(self.model, checkpoint)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Return whether each rank has the whole model, and its class reads the checkpoints."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(self.model, PreTrainedModel) and not sharded
 
     @property
     def _output(self) -> Path:
@@ -173,10 +194,27 @@ class DurableTrainer(Trainer):
         )  # fmt: skip
 
 
+class _LoadedWeights(TrainerCallback):
+    """A callback that checks what the Trainer loads: where it resumes, and the best model."""
+
+    def __init__(self, trainer: DurableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._resumed_from is not None:
+            self.trainer.check_weights(self.trainer._resumed_from)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and not self.trainer.stopped:
+            self.trainer.check_weights(Path(best))
+
+
 class _AfterStep(TrainerCallback):
     """A callback that keeps the random state and ends all ranks after the same step.
 
-    The run is saved and stopped after the step in which any rank was told to end.
+    The run is saved and stopped after the step in which any rank was told to end. At its end it
+    deletes what the Trainer would delete next, since the Trainer's own deletion can be cut short.
     """
 
     def __init__(self, trainer: DurableTrainer, told: threading.Event) -> None:
@@ -191,5 +229,12 @@ class _AfterStep(TrainerCallback):
             self.trainer.stopped = state.global_step < state.max_steps
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped:  # in the middle of the epoch
+        nothing_learned = self.trainer._random_state is None  # resumed at the run's end
+        if self.trainer.stopped or nothing_learned:  # in the middle of the epoch
             control.should_save = control.should_evaluate = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        ended = grouped_name("train_loss") in grouped(logs or {})  # the mean over the whole run
+        if ended and args.should_save and best is not None and args.save_total_limit == 1:
+            keep_latest(self.trainer._output, 1, newest=Path(best).name, best=best)

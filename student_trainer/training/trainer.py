@@ -15,12 +15,8 @@ _get_grad_norm                  is the last call before the optimizer, so a step
                                 finite is stopped here
 evaluation_loop                 see `HeldOutEvaluation`
 log                             adds what `WindowMetrics` counted, and groups the names
-floating_point_ops,             take the micro-batches of a substep
-_track_num_input_tokens
 create_model_card               our own card
-train, _save_rng_state          checkpoints keep what was begun ahead, and a stream's position
-create_accelerator_and_         FSDP on a CPU
-postprocess
+train                           a resumed run goes on with what its checkpoint keeps
 =============================== ==============================================================
 """
 
@@ -29,12 +25,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
@@ -60,7 +57,7 @@ from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.names import GROUPS, grouped
 from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
-from student_trainer.runtime.compat import names_kept, prepare_inputs
+from student_trainer.runtime.compat import names_kept
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
@@ -100,6 +97,11 @@ class DistillationTrainer(DurableTrainer):
         if length_dependent_rope(model.config) is not None:
             # Each rank has the frequencies of its own sequences; DDP would send the first rank's.
             trainer_arguments["args"].ddp_broadcast_buffers = False
+        args = trainer_arguments["args"]
+        if args.use_cpu and args.world_size > 1 and uses_fsdp(args):
+            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
+            # where it sees no GPUs. It replaces MULTI_GPU by FSDP.
+            PartialState().distributed_type = DistributedType.MULTI_GPU
         super().__init__(model, inputs=plan.inputs, data_collator=list, **trainer_arguments)
         self.loss_is_scaled_for_ga = True  # compute_loss normalises over the whole optimizer step
         self.plan = plan
@@ -145,7 +147,7 @@ class DistillationTrainer(DurableTrainer):
             rollouts=self._rollout_engine(0.0, batch_size or step),
             tokenizer=tokenizer,
             ranks=self.ranks,
-            on_device=self._on_device,
+            on_device=partial(send_to_device, device=self.args.device),
             autocast=self.compute_loss_context_manager,
             folder=self._output,
             unsafe_sandbox=self.args.unsafe_sandbox,
@@ -160,13 +162,16 @@ class DistillationTrainer(DurableTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Example]], num_batches: int, device: torch.device
-    ) -> tuple[list[list[MicroBatch]], torch.Tensor]:
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Return one step's micro-batches, by substep, and its number of learned tokens.
 
         Completions are written; scores may be missing. The loader's iterator is left alone: the
         order is known for all steps, see `TrainingOrder`.
         """
         step = self.state.global_step
+        if step >= self.state.max_steps:  # resumed at its end: the Trainer would learn one more
+            self.control.should_training_stop = True
+            return [], torch.zeros((), device=device)
         self.timeline.begin_step(step + 1)
         self.guard.begin_step()
         groups = self._groups(step)
@@ -183,16 +188,17 @@ class DistillationTrainer(DurableTrainer):
         tokens = sum(int(sample.completion_mask.sum()) for sample in samples)
         total = self.accelerator.reduce(torch.tensor(tokens, device=device), "sum")
         lengths, sizes = [len(s.token_ids) for s in samples], [len(group) for group in groups]
-        micro_batches: list[MicroBatch] = [
-            {"pending": _Pending(batch, indices, float(total))}
+        pending = [
+            _Pending(batch, indices, float(total))
             for indices in self._grouped(lengths, sizes, shortest_first=batch.on_policy)
         ]
-        return assign_to_substeps(micro_batches, len(groups)), total
+        substeps = assign_to_substeps(pending, len(groups))
+        return [{"pending": substep} for substep in substeps], total
 
     def training_step(
         self,
         model: Any,
-        inputs: list[MicroBatch],
+        inputs: dict[str, Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Run forward and backward of a substep's micro-batches, each once its scores are there.
@@ -201,18 +207,19 @@ class DistillationTrainer(DurableTrainer):
         ranks only in the last micro-batch of the last substep.
         """
         loss = torch.zeros((), device=self.args.device)
-        for place, pending in enumerate(inputs):
-            last = place + 1 == len(inputs)
+        learned: list[MicroBatch] = []
+        for place, pending in enumerate(inputs["pending"]):
+            last = place + 1 == len(inputs["pending"])
             waits = not (last or self._syncs_each_batch)
             # DDP sends buffers in a step's first forward pass and gradients in its last backward
             # pass, so all ranks must reach both.
             meets = self._is_sharded or not self.guard.began
             meets |= last and self.accelerator.sync_gradients
             with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
-                one, inputs[place] = self._learn(
-                    model, pending["pending"], num_items_in_batch, meets=meets
-                )
+                one, micro_batch = self._learn(model, pending, num_items_in_batch, meets=meets)
             loss += one
+            learned.append(micro_batch)
+        inputs.update(_flat(learned))  # by which the Trainer counts tokens and work
         self.guard.add_loss(loss)
         if self.accelerator.sync_gradients:
             self.timeline.begin("optimizer")  # until the step's end
@@ -226,7 +233,7 @@ class DistillationTrainer(DurableTrainer):
         *,
         meets: bool,
     ) -> tuple[torch.Tensor, MicroBatch]:
-        """Return the loss of one micro-batch, and its inputs, by which the Trainer counts work."""
+        """Return the loss of one micro-batch, and its inputs."""
         with self.timeline.during("forward_backward", sequences=len(pending.indices)):
             scored = self._scored(pending, meets=meets)
             self.guard.add_batch(scored)
@@ -300,17 +307,10 @@ class DistillationTrainer(DurableTrainer):
     @property
     def _syncs_each_batch(self) -> bool:
         """Return whether FSDP adds gradients in each micro-batch, to keep none unsharded."""
-        return bool(self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False))
+        accelerator: Any = self.args.accelerator_config
+        return bool((accelerator.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
 
     # What the Trainer counts, logs and writes.
-
-    def floating_point_ops(self, inputs: list[MicroBatch]) -> int:
-        """Return the floating-point operations of all micro-batches of a substep."""
-        return sum(super(DistillationTrainer, self).floating_point_ops(one) for one in inputs)
-
-    def _track_num_input_tokens(self, inputs: list[MicroBatch]) -> None:
-        for micro_batch in inputs:
-            super()._track_num_input_tokens(micro_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what the window counted where a loss is logged."""
@@ -347,11 +347,6 @@ class DistillationTrainer(DurableTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(None, None, metrics, len(examples))
 
-    def _on_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        inputs: MicroBatch = prepare_inputs(self, micro_batch)
-        targets: SparseTargets = inputs["sparse_targets"]
-        return {**inputs, "sparse_targets": targets.to(self.args.device)}
-
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
         """Write README.md into the output folder; `push_to_hub` calls it too."""
         if self.plan.card is None:
@@ -376,27 +371,19 @@ class DistillationTrainer(DurableTrainer):
         finally:
             self.lines.close()
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+    def save_beside(self, folder: Path) -> None:
+        """Write the batches that were begun ahead, and the position in a stream."""
         ahead = self.pipeline.prefetched(self.state.global_step)
         if ahead:
-            save_prefetched(self._ahead_file(output_dir), ahead)
+            save_prefetched(self._ahead_file(folder), ahead)
         if self._stream is not None:
             first = self.order.micro_batches(self.state.global_step)[0][0]
-            save_state(output_dir, self.ranks.rank, self._stream.state(first))
+            save_state(str(folder), self.ranks.rank, self._stream.state(first))
 
-    def _ahead_file(self, folder: str) -> Path:
+    def _ahead_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"ahead-{self.ranks.rank}.npz"
 
     # Parts that are made once.
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator as the Trainer does, on CPU processes for FSDP too."""
-        if self.args.use_cpu and self.args.world_size > 1 and uses_fsdp(self.args):
-            # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
-            # where it sees no GPUs. It replaces MULTI_GPU by FSDP.
-            PartialState().distributed_type = DistributedType.MULTI_GPU
-        super().create_accelerator_and_postprocess()
 
     def prepare_rollouts(self) -> None:
         """Find the way the student generates, if it will write completions in this run.
@@ -527,3 +514,13 @@ class _StepEnd(TrainerCallback):
 
 def _share_over_ranks(new: dict[bytes, Completion]) -> dict[bytes, Completion]:
     return dict(gather_object(list(new.items())))
+
+
+def _flat(micro_batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Return the ids of all micro-batches in one tensor [sum of B·L], and their masks likewise."""
+    names = ("input_ids", "attention_mask")  # packed inputs have no mask
+    return {
+        name: torch.cat([one[name].flatten() for one in micro_batches])
+        for name in names
+        if micro_batches and name in micro_batches[0]
+    } or {"input_ids": torch.zeros(0)}

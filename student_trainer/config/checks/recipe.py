@@ -24,6 +24,8 @@ _COUNTS = (
     "gradient_accumulation_steps",
 )
 _METRICS = ("loss", "divergence", "pass@1", "exact_match")
+_NO_PREDICTIONS = "has no effect: evaluation gathers no predictions; drop it"
+_NO_WORKERS = "is of worker processes, and rows need none: they are token ids in memory; drop it"
 # Flags of transformers that have no effect here, or not the one that they promise.
 UNSUPPORTED = {
     "label_smoothing_factor": "has no effect on a divergence; drop it",
@@ -35,6 +37,23 @@ UNSUPPORTED = {
     "bf16_full_eval": "has no effect: evaluation computes as training does; use --bf16",
     "fp16_full_eval": "has no effect: evaluation computes as training does; use --fp16",
     "train_sampling_strategy": "is not supported: the order is random, or fixed by --seed; drop it",
+    "length_column_name": "has no effect: rows are not grouped by length; drop it",
+    "label_names": "has no effect: what is learned is found in the rows' own columns; drop it",
+    "average_tokens_across_devices": "has no effect: the loss is of all processes' tokens; drop it",
+    "liger_kernel_config": "is of --use_liger_kernel, which is not supported; drop it",
+    "parallelism_config": "is not supported: each process learns rows of its own; use --fsdp",
+    "prediction_loss_only": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "eval_accumulation_steps": _NO_PREDICTIONS,
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "dataloader_persistent_workers": _NO_WORKERS,
+    "dataloader_prefetch_factor": _NO_WORKERS,
+    "dataloader_multiprocessing_context": _NO_WORKERS,
+    "dataloader_in_order": _NO_WORKERS,
+    "do_train": "has no effect: this command always trains; drop it",
+    "do_predict": "has no effect: `student-trainer evaluate` asks the trained model; drop it",
 }
 
 
@@ -65,6 +84,10 @@ def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
         )
     if args.eval_strategy != "no" and not data.eval_dataset_name:
         raise ConfigurationError(f"--eval_strategy {args.eval_strategy} needs --eval_dataset_name")
+    if args.do_eval and args.eval_strategy == "no":
+        raise ConfigurationError(
+            "--do_eval has no effect; say when: --eval_strategy steps or epoch"
+        )
     if data.assistant_only_loss:
         logger.warning("--assistant_only_loss is the old name of --assistant_turns all")
     if data.max_length is not None and data.max_length < 2:
@@ -89,7 +112,8 @@ def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
     for name, remedy in UNSUPPORTED.items():
         value = getattr(args, name)
         if value != trainer_flags()[name].default:
-            raise ConfigurationError(f"--{name} {value} {remedy}")
+            given = " ".join(value) if isinstance(value, list) else value
+            raise ConfigurationError(f"--{name} {given} {remedy}")
     traced_steps(args)
     if args.nonfinite == "skip" and (args.fp16 or uses_deepspeed(args)):
         raise ConfigurationError(

@@ -10,11 +10,12 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
-from student_trainer.config.checks import check_merge, check_recipe
+from student_trainer.config.checks import UNSUPPORTED, check_merge, check_recipe
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.habits import HABITS
 from student_trainer.config.machine import check_machine
 from student_trainer.config.parse import _flags, parse, parse_keywords
+from student_trainer.config.trainer_flags import trainer_flags
 from student_trainer.config.training_arguments import checkpoint_of, training_arguments
 from tests.support.flags import checked
 
@@ -142,6 +143,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--streaming", "--max_steps", "9", "--dataset_num_proc", "2"], "no effect with --stream"),
         (["--streaming", "--max_steps", "9", "--save_strategy", "epoch"], "has no epochs"),
         (["--eval_strategy", "steps"], "needs --eval_dataset_name"),
+        (["--do_eval"], "--do_eval has no effect; say when: --eval_strategy steps or epoch"),
         (["--unsafe_sandbox"], "--unsafe_sandbox has no effect without --eval_dataset_name"),
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
@@ -163,6 +165,16 @@ def test_what_cannot_work_is_refused_with_value_and_remedy(model_folder, more, m
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, *more))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_flag_of_transformers_without_effect_is_refused(model_folder, name):
+    flag = trainer_flags()[name]
+    other = {"bool": str(not flag.default), "int": "1", "float": "0.5"}.get(flag.kind)
+    value = other or next(one for one in [*flag.choices, "x"] if one != flag.default)
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, f"--{name}={value}"))
+    assert str(caught.value) == f"--{name} {value} {UNSUPPORTED[name]}"
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -7,15 +7,18 @@ Where a test fails after an upgrade, read the release's code and mend
 import atexit
 import inspect
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import httpcore
 import httpx
 import pytest
-from accelerate.state import GradientState, PartialState
+from accelerate.state import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import integration_utils
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils.generic import is_flash_attention_requested
 
 from student_trainer.runtime import compat
@@ -23,32 +26,21 @@ from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.trainer import DistillationTrainer
 
 TRAINER = {
-    "_run_epoch": (
-        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch",
-        "trial", "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
-        "steps_trained_in_current_epoch",
-    ),
     "_get_output_dir": ("trial",),
     "_save_checkpoint": ("model", "trial"),
     "_push_from_checkpoint": ("checkpoint_folder",),
-    "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_get_grad_norm": ("model", "grad_norm"),
-    "_track_num_input_tokens": ("inputs",),
-    "_save_rng_state": ("output_dir",),
 }  # fmt: skip
 # Neither private nor documented.
 UNDOCUMENTED = {
-    "create_accelerator_and_postprocess": (),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
-    "floating_point_ops": ("inputs",),
     "evaluation_loop": (
         "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix",
     ),
 }  # fmt: skip
 CALLED = [
-    (Trainer._prepare_inputs, ("self", "inputs")),
     (trainer_utils.sort_checkpoints,
      ("output_dir", "checkpoint_prefix", "use_mtime", "best_model_checkpoint")),
     (trainer_utils.get_last_checkpoint, ("folder",)),
@@ -124,10 +116,24 @@ def test_a_configuration_keeps_its_attention():
     assert compat.is_flash_attention_requested(config)
 
 
+def test_the_trainers_warnings_of_keys_are_known_by_their_text(caplog):
+    keys = SimpleNamespace(missing_keys=["a"], unexpected_keys=["b"])
+    model = SimpleNamespace(_keys_to_ignore_on_save=None)
+
+    def warned(context):
+        caplog.clear()
+        with caplog.at_level("WARNING"), context:
+            Trainer._issue_warnings_after_load(SimpleNamespace(model=model), keys)
+        return {record.getMessage() for record in caplog.records}
+
+    assert len(warned(nullcontext())) == 2
+    assert not warned(compat.without_key_warnings())
+
+
 def test_parts_that_are_public_but_not_documented_exist():
     assert isinstance(PreTrainedTokenizerFast.backend_tokenizer, property)
-    assert hasattr(GradientState(), "plugin_kwargs")
     assert "distributed_type" in PartialState._known_attrs
+    assert isinstance(CallbackHandler([], None, None, None, None).callbacks, list)
     assert "lora_A" in LoraLayer.adapter_layer_names
 
 
