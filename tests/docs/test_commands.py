@@ -439,7 +439,8 @@ def test_the_code_of_the_notebook_page_runs(surroundings, tmp_path, monkeypatch)
     for cell in cells:
         exec(cell.replace("http://localhost:8000", url), names)
     assert names["scored"].scores.logprobs.shape == (3, 8)  # two bytes and the end
-    assert names["result"].metrics["divergence"] > 0
+    assert names["result"].metrics["train/divergence"] > 0
+    assert "divergence" in repr(names["result"])
     assert (tmp_path / "page" / "out" / "model.safetensors").exists()
 
 
