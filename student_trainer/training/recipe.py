@@ -411,16 +411,25 @@ def check_teachers_are_used(teachers: Teachers, prepared: Prepared) -> None:
             )
 
 
-def check_teacher_prompts(teachers: Teachers, prepared: Prepared) -> None:
+def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: TeacherArguments) -> None:
     """Refuse prompts that only a teacher sees and that leave its context no room.
 
     Raises:
+        ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
         DatasetError: names the row; of a stream's rows, the request fails that scores it.
     """
+    streams = isinstance(prepared.train, ExampleStream)
     rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
     method = prepared.method
+    everything = [*rows, *(prepared.held_out or [])]
+    own = any(example.teacher_prompt_ids is not None for example in everything)
+    if flags.template_kwargs and not own and not streams:
+        raise ConfigurationError(
+            f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
+            "no row has a prompt that only the teacher sees"
+        )
     writes = method.lmbda > 0 or method.seq_kd
-    for example in [*rows, *(prepared.held_out or [])]:
+    for example in everything:
         if example.teacher_prompt_ids is None:
             continue
         longest = method.max_new_tokens if writes or example.sample is None else 0

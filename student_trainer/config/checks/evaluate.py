@@ -17,6 +17,7 @@ from student_trainer.config.checks.presence import require
 from student_trainer.config.checks.rollouts import check_engine
 from student_trainer.config.checks.teacher import check_teacher
 from student_trainer.config.suites import FORMS, HUB
+from student_trainer.config.teachers import teachers_of
 
 
 def check_evaluate(
@@ -45,6 +46,7 @@ def check_evaluate(
         raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
     if teacher.teacher_url:
         check_teacher(teacher)
+        _check_one_teacher(teacher, teacher.teacher_url)
     elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
@@ -65,6 +67,26 @@ def check_evaluate(
         )
     if not args.check_timeout > 0:
         raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
+
+
+def _check_one_teacher(teacher: TeacherArguments, urls: list[str]) -> None:
+    """Refuse several teachers, and flags about what rows say of theirs."""
+    served = teachers_of(urls)
+    if len(served) > 1:
+        raise ConfigurationError(
+            f"--teacher_url names {len(served)} teachers; `evaluate` compares with one: give "
+            f"{served[0].name} alone"
+        )
+    for flag in (
+        "teacher_column", "dataset_teacher", "teacher_prompt_template",
+        "teacher_chat_template_kwargs",
+    ):  # fmt: skip
+        value = getattr(teacher, flag)
+        if value != getattr(TeacherArguments, flag):
+            raise ConfigurationError(
+                f"--{flag} {value} has no effect in `evaluate`, whose teacher sees what the model "
+                "sees; drop it"
+            )
 
 
 def _check_suite(suite: str, dataset: DatasetArguments) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from shared.errors import ConfigurationError
+from student_trainer.commands.main import main
 from student_trainer.config.arguments import TeacherArguments
 from student_trainer.config.checks.teacher import check_teacher
 from student_trainer.config.teachers import ServedTeacher, teachers_of
@@ -56,3 +57,20 @@ def test_what_names_no_teacher_is_refused(urls, message):
 def test_flags_about_teachers_that_there_are_not_are_refused(urls, flags, message):
     with pytest.raises(ConfigurationError, match=message):
         check_teacher(TeacherArguments(urls, **flags))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a=http://a", "b=http://b"], "names 2 teachers; `evaluate` compares with one"),
+        (["a=http://a", "--teacher_column=who"], "--teacher_column who has no effect"),
+        (
+            ["http://a", "--teacher_prompt_template=x.jinja"],
+            "--teacher_prompt_template x.jinja has",
+        ),
+    ],
+)
+def test_evaluate_compares_with_one_teacher_that_sees_what_the_model_sees(argv, message, capsys):
+    words = ["evaluate", "--model_name_or_path=org/m", "--suite=humaneval", "--output_dir=out"]
+    assert main([*words, "--teacher_url", *argv]) == 2
+    assert message in capsys.readouterr().err
