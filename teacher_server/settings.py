@@ -135,7 +135,8 @@ class Settings:
             ) from error
 
     def _check_backend(self) -> None:
-        if any(flag.split("=")[0] == "--api-key" for flag in self.engine_flags):
+        given = [flag.split("=")[0].replace("_", "-") for flag in self.engine_flags]
+        if "--api-key" in given:  # the message must not show the key
             raise ConfigurationError(
                 "--api-key: what stands in a command line is seen by every user of the machine; "
                 "use --api-key-file, or TEACHER_API_KEYS"

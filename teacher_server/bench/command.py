@@ -14,6 +14,7 @@ from shared.errors import ConfigurationError
 
 HELP = "measure a running server: tokens a second, latencies, and what limits them"
 _KEY = "TEACHER_API_KEY"
+_SEEDS = 2**62  # each request adds its number to the seed, and the protocol takes seeds below 2^63
 _DEFAULTS: dict[str, int | list[int]] = {
     "num_prompts": 32, "max_concurrency": [1, 4, 16], "input_len": 256, "output_len": 64,
     "top_k": 64,
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=("score", "generate", "both"), default="both", help="(default: both)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the token ids (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the token ids (default: 0)")
     parser.add_argument(
         "--timeout", type=_positive, default=600, help="seconds for one answer (default: 600)"
     )
@@ -141,6 +142,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= _SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {_SEEDS - 1}")
+    return int(text)
 
 
 def _list(value: int | list[int]) -> list[int]:

@@ -55,7 +55,7 @@ def test_an_adapter_whose_weights_belong_to_no_layer_is_refused(llama_folder, ad
     )
     modules = [f"math={adapter}"]
     modules.insert(place, f"other={other}")
-    with pytest.raises(ConfigurationError, match="other=.*weights are missing or belong to no"):
+    with pytest.raises(ConfigurationError, match=r"other=.*weights are missing or belong to no"):
         serve(llama_folder, *modules)
 
 
@@ -65,5 +65,5 @@ def test_an_adapter_of_an_output_layer_of_any_name_is_refused(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["head"])
     folder = tmp_path / "adapter"
     get_peft_model(load_model(tmp_path), config).save_pretrained(folder)
-    with pytest.raises(ConfigurationError, match="math=.* changes the output layer"):
+    with pytest.raises(ConfigurationError, match=r"math=.* changes the output layer"):
         serve(tmp_path, f"math={folder}")
