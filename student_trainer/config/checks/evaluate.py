@@ -15,7 +15,7 @@ from student_trainer.config.arguments import (
 from student_trainer.config.checks.model import check_generation, check_model
 from student_trainer.config.checks.presence import require
 from student_trainer.config.checks.rollouts import check_engine
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.config.checks.teacher import check_teacher, check_teacher_of_references
 from student_trainer.config.suites import FORMS, HUB
 
 
@@ -45,6 +45,7 @@ def check_evaluate(
         raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
     if teacher.teacher_url:
         check_teacher(teacher)
+        check_teacher_of_references(teacher)
     elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"

@@ -58,7 +58,7 @@ def test_it_runs_where_no_server_is_installed(url):
     """The packages of the extra `teacher` are not there."""
     code = (
         "import sys\n"
-        "for name in ('torch', 'transformers', 'fastapi', 'uvicorn', 'prometheus_client', 'peft'):\n"
+        "for name in ('torch', 'transformers', 'fastapi', 'uvicorn', 'prometheus_client'):\n"
         "    sys.modules[name] = None\n"
         "from teacher_server.cli import main\n"
         f"sys.exit(main(['bench', {url!r}, '--quick', '--output-len', '4', '--kind', 'score']))\n"
