@@ -40,7 +40,7 @@ def read_yaml(path: Path, name: str) -> Any:
         raise ConfigurationError(f"{name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{name} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date of no calendar
         problem = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 

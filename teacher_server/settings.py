@@ -7,11 +7,10 @@ import ssl
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing
+from shared.model_names import describe_missing, existing
 from teacher_server.adapters import LoraModule, lora_modules
 from teacher_server.engine_flags import check_engine_flags
 
@@ -151,8 +150,8 @@ class Settings:
         )
 
     def _check_model(self) -> None:
-        folder = Path(self.model)
-        if folder.is_dir():
+        folder = existing(self.model)
+        if folder is not None and folder.is_dir():
             if (folder / "config.json").exists():
                 return
             if (folder / "adapter_config.json").exists():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from shared.errors import ConfigurationError
+from shared.model_names import existing
 from student_trainer.config.arguments import (
     DatasetArguments,
     EvaluateArguments,
@@ -87,7 +86,7 @@ def _check_suite(suite: str, dataset: DatasetArguments) -> None:
             "--suite mini_humaneval is made, not published: in a checkout run `python -m "
             "examples.mini_humaneval.prepare --output_dir DIR`, and give --suite DIR/held_out.jsonl"
         )
-    elif not Path(suite).expanduser().exists():
+    elif existing(suite) is None:
         raise ConfigurationError(
             f"--suite {suite}: no such file or folder, and neither humaneval nor gsm8k"
         )

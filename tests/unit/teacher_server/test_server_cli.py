@@ -25,7 +25,8 @@ def refused(capsys, *arguments):
 
 
 def test_a_missing_folder_is_refused(capsys):
-    assert "folder /no/such does not exist" in refused(capsys, "/no/such")
+    for name in ("/no/such", "a" * 300, "~nobody-9/such"):
+        assert f"folder {name} does not exist" in refused(capsys, name)
 
 
 def test_a_wrong_value_is_refused(capsys, llama_folder):
