@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 
@@ -60,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=("score", "generate", "both"), default="both", help="(default: both)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of the token ids (default: 0)")
+    parser.add_argument(
+        "--seed", type=_seed,
+        help="of the token ids (default: another each time, so that no cache holds them)",
+    )  # fmt: skip
     parser.add_argument(
         "--timeout", type=_positive, default=600, help="seconds for one answer (default: 600)"
     )
@@ -98,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
         info = read_info(address)
         workload = Workload(
             arguments.num_prompts, arguments.input_len, arguments.output_len, arguments.top_k,
-            arguments.seed,
+            secrets.randbits(32) if arguments.seed is None else arguments.seed,
         ).fitted(info, unset.keys())  # fmt: skip
         kinds = ["score", "generate"] if arguments.kind == "both" else [arguments.kind]
         if "generate" in kinds and not info.capabilities.generate:

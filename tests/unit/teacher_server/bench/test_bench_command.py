@@ -67,14 +67,14 @@ def test_it_runs_where_no_server_is_installed(url):
 
 
 def test_a_row_for_each_kind_and_concurrency(url, capsys):
-    assert main(["bench", url, "--quick", "--json", "--output-len", "4"]) == 0
+    assert main(["bench", url, "--quick", "--json", "--output-len", "4", "--seed", "7"]) == 0
     told = json.loads(capsys.readouterr().out)
     rows = told["rows"]
     assert [(row["kind"], row["max_concurrency"]) for row in rows] == [
         ("score", 1), ("score", 4), ("generate", 1), ("generate", 4),
     ]  # fmt: skip
     assert told["workload"] == {
-        "requests": 8, "input_len": 60, "output_len": 4, "top_k": 64, "seed": 0
+        "requests": 8, "input_len": 60, "output_len": 4, "top_k": 64, "seed": 7
     }  # fmt: skip
     for row in rows:
         assert row["failed"] == 0
@@ -83,6 +83,14 @@ def test_a_row_for_each_kind_and_concurrency(url, capsys):
         assert row["tokens_per_second"] > row["requests_per_second"]
         assert 0 < row["mean_server_seconds"] < row["mean_seconds"]
     assert set(told["limits"]) == {"score", "generate"}
+
+
+def test_two_runs_send_other_sequences_as_the_server_may_cache_them(url, capsys):
+    seeds = set()
+    for _ in range(2):
+        assert main(["bench", url, "--quick", "--json", "--kind", "score"]) == 0
+        seeds.add(json.loads(capsys.readouterr().out)["workload"]["seed"])
+    assert len(seeds) == 2
 
 
 def test_the_table_ends_with_what_limits(url, capsys):
