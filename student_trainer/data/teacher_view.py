@@ -1,4 +1,4 @@
-"""What a row's teacher is called, and what only it sees: the columns and template of its prompt."""
+"""The name of a row's teacher, and the prompt that only this teacher sees."""
 
 from __future__ import annotations
 

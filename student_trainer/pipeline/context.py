@@ -1,4 +1,4 @@
-"""How much a prompt that only the teacher sees changes the teacher."""
+"""The divergence between a teacher with a prompt of its own and the same one without."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Teachers:
 
     @property
     def infos(self) -> list[InfoResponse]:
-        """What each teacher says of itself, known since `connect`."""
+        """The description that each teacher gives of itself, known since `connect`."""
         return [client.info for client in self._clients.values()]
 
     @property
