@@ -114,7 +114,7 @@ def adapter_fingerprint(base: str, folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _add_files(digest: hashlib._Hash, files: Iterable[Path]) -> None:
+def _add_files(digest: Any, files: Iterable[Path]) -> None:
     """Add the names, sizes and contents of files to a digest; of large ones, blocks."""
     for path in files:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Tell the name of a local folder or file from an id on the Hugging Face Hub."""
+"""Tell the name of a local folder or file from an id on the Hugging Face Hub, and find it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ _MOST_CHARACTERS = 96
 _NO_OWNERS = ("models", "datasets", "spaces", "runs", "outputs", "checkpoints")
 
 
+def existing(name: str | Path) -> Path | None:
+    """Return the path of a name, with ``~`` expanded; None where nothing is there.
+
+    It is None also for names that the system refuses, where pathlib raises: too long ones, those of
+    an unknown user's home, and those in folders without the right to look.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def looks_local(name: str) -> bool:
     """Return whether a name cannot be a Hub id, or begins with a folder that is here."""
     if len(name) > _MOST_CHARACTERS or not _HUB_ID.fullmatch(name):
         return True
     first, _, rest = name.partition("/")
-    return bool(rest) and (first in _NO_OWNERS or Path(first).is_dir())
+    folder = existing(first)
+    return bool(rest) and (first in _NO_OWNERS or (folder is not None and folder.is_dir()))
 
 
 def describe_missing(name: str, *, owner: bool = False) -> str:
@@ -26,6 +40,6 @@ def describe_missing(name: str, *, owner: bool = False) -> str:
     Args:
         owner: a name without an owner is no Hub id.
     """
-    if Path(name).expanduser().exists() or not (looks_local(name) or (owner and "/" not in name)):
+    if existing(name) is not None or not (looks_local(name) or (owner and "/" not in name)):
         return ""
     return f"folder {name} does not exist"

@@ -35,12 +35,16 @@ def read_yaml(path: Path, name: str) -> Any:
         ConfigurationError: the file cannot be read or is not YAML; the message calls it ``name``.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise ConfigurationError(f"{name}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{name} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date of no calendar
         problem = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
         raise ConfigurationError(f"{name} is not valid YAML: {problem}") from error
 

@@ -27,7 +27,7 @@ _COMPLETION = {
     )
 }
 # Settings that are on or off: a file may say so in any of YAML's ways.
-_SWITCHES = ("trust-remote-code", "allow-unauthenticated")
+_SWITCHES = ("trust-remote-code", "allow-unauthenticated", "log-requests")
 _SERVE = "load a model and answer requests"
 _EPILOG = """\
 vLLM's engine flags
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed, engine_flags = parser.parse_known_args(_with_file(argv))
     except ConfigurationError as error:
         return _fail(f"{error}{where_given(str(error), argv)}", 2)
+    if parsed.command != "serve" and engine_flags:
+        return _fail(f"unknown argument {engine_flags[0].split('=')[0]!r} of {parsed.command}", 2)
     if parsed.command == "completion":
         commands = {
             "serve": arguments_of(serve, _SERVE),

@@ -7,11 +7,10 @@ import ssl
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing
+from shared.model_names import describe_missing, existing
 from teacher_server.adapters import LoraModule, lora_modules
 from teacher_server.engine_flags import check_engine_flags
 
@@ -135,7 +134,8 @@ class Settings:
             ) from error
 
     def _check_backend(self) -> None:
-        if any(flag.split("=")[0] == "--api-key" for flag in self.engine_flags):
+        given = [flag.split("=")[0].replace("_", "-") for flag in self.engine_flags]
+        if "--api-key" in given:  # the message must not show the key
             raise ConfigurationError(
                 "--api-key: what stands in a command line is seen by every user of the machine; "
                 "use --api-key-file, or TEACHER_API_KEYS"
@@ -150,8 +150,8 @@ class Settings:
         )
 
     def _check_model(self) -> None:
-        folder = Path(self.model)
-        if folder.is_dir():
+        folder = existing(self.model)
+        if folder is not None and folder.is_dir():
             if (folder / "config.json").exists():
                 return
             if (folder / "adapter_config.json").exists():

@@ -7,8 +7,10 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from teacher_server.metrics import Metrics
+if TYPE_CHECKING:  # `bench` takes `quantile` from here, and has no prometheus_client
+    from teacher_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ class Throughput:
         self._refused += 1
 
     def log(self) -> None:
-        """Log one line about the time since the last one; nothing when nothing was asked."""
+        """Log one line about the time since the last one; nothing where no request came."""
         elapsed = max(time.monotonic() - self._since, 1e-3)
         waiting = int(self._value("teacher_queued_jobs"))
         if self._seconds or self._refused or waiting:

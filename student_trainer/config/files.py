@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shared.errors import ConfigurationError, DatasetError
-from shared.model_names import looks_local
+from shared.model_names import existing, looks_local
 from student_trainer.config.arguments import DataArguments, DatasetArguments
 
 _SUFFIXES = (
@@ -23,7 +23,7 @@ def check_output_folder(folder: str | None) -> None:
         ConfigurationError: it could not.
     """
     path = Path(folder or "")
-    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    nearest = next(each for each in (path, *path.absolute().parents) if existing(each))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigurationError(
             f"--output_dir {path}: {nearest} is no folder that can be written to; give another"
@@ -41,7 +41,7 @@ def check_rows_exist(dataset: DatasetArguments, data: DataArguments | None = Non
         names.append(("eval_dataset_name", data.eval_dataset_name))
     for flag, name in names:
         local = looks_local(name) or name.lower().endswith(_SUFFIXES)
-        if local and not glob.has_magic(name) and not Path(name).expanduser().exists():
+        if local and not glob.has_magic(name) and existing(name) is None:
             raise DatasetError(
                 f"--{flag} {name}: no such file or folder; give a file of rows, a folder of them, "
                 "a glob, or a Hub id"

@@ -111,8 +111,8 @@ class CachedTeacher:
             return known
         self._info = self._teacher.connect()
         self._connected = True
-        for url in self._teacher.urls:
-            self._store.note(url, dump(self._info))
+        for place in self._places:
+            self._store.note(place, dump(self._info))
         return self._info
 
     @property
@@ -241,19 +241,26 @@ class CachedTeacher:
         scoring = sampling.scoring
         return len(sequences) if scoring is None else self.count_scores(sequences, scoring)
 
+    @property
+    def _places(self) -> list[str]:
+        """The addresses, with the model where one follows: a server may have several."""
+        model = self._teacher.named_model
+        return [url if model is None else f"{url}#{model}" for url in self._teacher.urls]
+
     def _noted_info(self) -> InfoResponse | None:
         """Return the stored description of the teacher at these addresses; None if it is unknown.
 
-        Without one for these addresses, the only one in the store is used.
+        Without one for these addresses, the only one in the store is used, if it is of the model
+        that follows the address.
         """
-        notes = self._store.notes()
-        here = {notes[url] for url in self._teacher.urls if url in notes} or set(notes.values())
+        notes, model = self._store.notes(), self._teacher.named_model
+        here = {notes[one] for one in self._places if one in notes} or set(notes.values())
         if len(here) != 1:
             return None
         try:
             known = load(InfoResponse, here.pop())
             check_info(_NAME, known)
-            return known
+            return known if model in (None, known.teacher.model) else None
         except UNUSABLE:
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None

@@ -148,6 +148,11 @@ class SparseGkdTeacher:
         """The addresses of the replicas."""
         return self._replicas.urls
 
+    @property
+    def named_model(self) -> str | None:
+        """The model that follows the address; None where none does."""
+        return self._asked_for
+
     def switched_off(self) -> bool:
         """Return whether nothing listens at any address; a server that loads its model listens.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,30 +63,42 @@ class Adapters:
         modules: may be empty.
 
     Raises:
-        ConfigurationError: an adapter does not fit the model, or changes nothing of it.
+        ConfigurationError: an adapter does not fit the model, or some of its weights do not.
     """
 
     def __init__(self, model: Any, modules: Sequence[LoraModule]) -> None:
         self._peft: Any = None
         self._mixes = True
+        # PEFT takes no name with a dot, nor "keys", and reads "__base__" as no adapter.
+        self._names = {module.name: f"served_{number}" for number, module in enumerate(modules)}
         check_targets(modules)
         for module in modules:
             self._load(model, module)
 
     def _load(self, model: Any, module: LoraModule) -> None:
         from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
+        given, name = f"--lora-modules {module.name}={module.path}", self._names[module.name]
         try:
             if self._peft is None:
-                self._peft = PeftModel.from_pretrained(model, module.path, adapter_name=module.name)
-            else:
-                self._peft.load_adapter(module.path, adapter_name=module.name)
+                self._peft = PeftModel.from_pretrained(model, module.path, adapter_name=name)
+            # The first is loaded twice, since only this tells which weights found no layer.
+            loaded = self._peft.load_adapter(module.path, adapter_name=name)
             self._peft.eval()
         except Exception as error:  # whatever an adapter's files can cause
             reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigurationError(f"{given} does not fit this model: {reason:.500}") from error
+        if unfit := sorted([*loaded.missing_keys, *loaded.unexpected_keys]):
             raise ConfigurationError(
-                f"--lora-modules {module.name}={module.path} does not fit this model: {reason:.500}"
-            ) from error
+                f"{given} does not fit this model: {len(unfit)} weights are missing or belong to "
+                f"no layer of it, {unfit[0]} among them; give an adapter of this model"
+            )
+        if isinstance(model.get_output_embeddings(), BaseTunerLayer):  # whatever its name is
+            raise ConfigurationError(
+                f"{given} changes the output layer, which adapters served together share; merge it "
+                "(student-trainer merge) and serve it alone"
+            )
 
     @torch.inference_mode()
     def probe(self, states: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> None:
@@ -97,14 +109,14 @@ class Adapters:
         """
         if self._peft is None:
             return
-        names = [None, *self._peft.peft_config]
+        names = [None, *self._names]
         ids = torch.arange(_TOKENS, device=self._peft.device)[None] + 1  # [1, L]
         alone = []
         for name in names:
             with self._one(name):
                 alone.append(states(ids)[0])
         try:
-            with mixed_adapters(self._peft, names):
+            with self._mixed(names):
                 together = states(ids.repeat(len(names), 1))
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             self._mixes = False
@@ -130,12 +142,16 @@ class Adapters:
         if self._peft is None:
             yield
         elif self._mixes:
-            with mixed_adapters(self._peft, names):
+            with self._mixed(names):
                 yield
         else:
             [name] = set(names)
             with self._one(name):
                 yield
+
+    def _mixed(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        own = [None if name is None else self._names[name] for name in names]
+        return mixed_adapters(self._peft, own)
 
     @contextmanager
     def _one(self, name: str | None) -> Iterator[None]:
@@ -143,5 +159,5 @@ class Adapters:
             with self._peft.disable_adapter():
                 yield
         else:
-            self._peft.set_adapter(name, inference_mode=True)
+            self._peft.set_adapter(self._names[name], inference_mode=True)
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from shared.errors import ConfigurationError
 
 HELP = "measure a running server: tokens a second, latencies, and what limits them"
 _KEY = "TEACHER_API_KEY"
+_SEEDS = 2**62  # each request adds its number to the seed, and the protocol takes seeds below 2^63
 _DEFAULTS: dict[str, int | list[int]] = {
     "num_prompts": 32, "max_concurrency": [1, 4, 16], "input_len": 256, "output_len": 64,
     "top_k": 64,
@@ -59,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind", choices=("score", "generate", "both"), default="both", help="(default: both)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the token ids (default: 0)")
+    parser.add_argument(
+        "--seed", type=_seed,
+        help="of the token ids (default: another each time, so that no cache holds them)",
+    )  # fmt: skip
     parser.add_argument(
         "--timeout", type=_positive, default=600, help="seconds for one answer (default: 600)"
     )
@@ -97,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
         info = read_info(address)
         workload = Workload(
             arguments.num_prompts, arguments.input_len, arguments.output_len, arguments.top_k,
-            arguments.seed,
+            secrets.randbits(32) if arguments.seed is None else arguments.seed,
         ).fitted(info, unset.keys())  # fmt: skip
         kinds = ["score", "generate"] if arguments.kind == "both" else [arguments.kind]
         if "generate" in kinds and not info.capabilities.generate:
@@ -141,6 +146,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= _SEEDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to {_SEEDS - 1}")
+    return int(text)
 
 
 def _list(value: int | list[int]) -> list[int]:

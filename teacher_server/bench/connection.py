@@ -30,14 +30,18 @@ class Address:
         """Return the address that a URL is of.
 
         Raises:
-            ConfigurationError: it is no URL of a server.
+            ConfigurationError: it is no URL of a server, or holds a password.
         """
         try:
             parts = urlsplit(url)
             known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         except ValueError:
             known = False
-        if not known or parts.query or parts.fragment or parts.username:
+        if "@" in url:  # the message must not show the password
+            raise ConfigurationError(
+                "the address holds a user or a password; give the key in TEACHER_API_KEY"
+            )
+        if not known or parts.query or parts.fragment:
             raise ConfigurationError(f"{url}: no address of a server; give http://host:8000")
         return cls(url.rstrip("/"), key, timeout)
 

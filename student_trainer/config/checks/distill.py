@@ -7,7 +7,7 @@ from student_trainer.config.arguments import DataArguments, DistillFlags, Recipe
 from student_trainer.config.checks.presence import check_needs
 from student_trainer.config.checks.recipe import check_recipe
 from student_trainer.config.checks.rollouts import check_rollouts
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.config.checks.teacher import check_dataset_teachers, check_teacher
 
 
 def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillFlags) -> None:
@@ -17,6 +17,7 @@ def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillF
         ConfigurationError: a value or a combination cannot work.
     """
     check_distill(args, teacher)
+    check_dataset_teachers(teacher, recipe.dataset)
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from shared.errors import ConfigurationError
+from shared.model_names import existing
 from student_trainer.config.arguments import (
     DatasetArguments,
     EvaluateArguments,
@@ -15,9 +14,8 @@ from student_trainer.config.arguments import (
 from student_trainer.config.checks.model import check_generation, check_model
 from student_trainer.config.checks.presence import require
 from student_trainer.config.checks.rollouts import check_engine
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.config.checks.teacher import check_teacher, check_teacher_of_references
 from student_trainer.config.suites import FORMS, HUB
-from student_trainer.config.teachers import teachers_of
 
 
 def check_evaluate(
@@ -46,7 +44,7 @@ def check_evaluate(
         raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
     if teacher.teacher_url:
         check_teacher(teacher)
-        _check_one_teacher(teacher, teacher.teacher_url)
+        check_teacher_of_references(teacher)
     elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
@@ -69,26 +67,6 @@ def check_evaluate(
         raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
 
 
-def _check_one_teacher(teacher: TeacherArguments, urls: list[str]) -> None:
-    """Refuse several teachers, and flags about what rows say of theirs."""
-    served = teachers_of(urls)
-    if len(served) > 1:
-        raise ConfigurationError(
-            f"--teacher_url names {len(served)} teachers; `evaluate` compares with one: give "
-            f"{served[0].name} alone"
-        )
-    for flag in (
-        "teacher_column", "dataset_teacher", "teacher_prompt_template",
-        "teacher_chat_template_kwargs",
-    ):  # fmt: skip
-        value = getattr(teacher, flag)
-        if value != getattr(TeacherArguments, flag):
-            raise ConfigurationError(
-                f"--{flag} {value} has no effect in `evaluate`, whose teacher sees what the model "
-                "sees; drop it"
-            )
-
-
 def _check_suite(suite: str, dataset: DatasetArguments) -> None:
     if suite in FORMS:
         if suite not in HUB:
@@ -108,7 +86,7 @@ def _check_suite(suite: str, dataset: DatasetArguments) -> None:
             "--suite mini_humaneval is made, not published: in a checkout run `python -m "
             "examples.mini_humaneval.prepare --output_dir DIR`, and give --suite DIR/held_out.jsonl"
         )
-    elif not Path(suite).expanduser().exists():
+    elif existing(suite) is None:
         raise ConfigurationError(
             f"--suite {suite}: no such file or folder, and neither humaneval nor gsm8k"
         )

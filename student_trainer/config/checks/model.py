@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing
+from shared.model_names import describe_missing, existing
 from student_trainer.config.arguments import (
     AdapterArguments,
     GenerationArguments,
@@ -20,8 +20,9 @@ def check_model(model: ModelArguments) -> None:
         return
     require(model.model_name_or_path, "--model_name_or_path", "a folder or a Hub id")
     name = model.model_name_or_path
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists() and not holds_adapters(name):
+    folder = existing(name)
+    if folder is not None and folder.is_dir():
+        if not (folder / "config.json").exists() and not holds_adapters(name):
             raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
     elif missing := describe_missing(name):
         raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
@@ -58,7 +59,7 @@ def check_merge(args: MergeArguments) -> None:
     """
     require(args.model_name_or_path, "--model_name_or_path", "a folder of LoRA adapters")
     require(args.output_dir, "--output_dir", "a new folder for the merged model")
-    if not Path(args.model_name_or_path).exists():
+    if existing(args.model_name_or_path) is None:
         raise ConfigurationError(
             f"--model_name_or_path: folder {args.model_name_or_path} does not exist; give a folder "
             "of LoRA adapters"

@@ -6,8 +6,16 @@ import os
 
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import TeacherArguments
+from student_trainer.config.arguments import DatasetArguments, TeacherArguments
 from student_trainer.config.teachers import teachers_of
+
+# Flags that say which teacher a row has, and what only that one sees.
+_OF_ROWS = (
+    "teacher_column",
+    "dataset_teacher",
+    "teacher_prompt_template",
+    "teacher_chat_template_kwargs",
+)
 
 
 def check_teacher(teacher: TeacherArguments) -> None:
@@ -36,7 +44,7 @@ def check_teacher(teacher: TeacherArguments) -> None:
 
 
 def _check_names(teacher: TeacherArguments) -> None:
-    """Refuse flags about named teachers that have no effect, and names that no teacher has."""
+    """Refuse flags about named teachers where none is named, and names that no teacher has."""
     names = [one.name for one in teachers_of(teacher.teacher_url or []) if one.name]
     _ = teacher.template_kwargs
     for flag in ("dataset_teacher", "teacher_column"):
@@ -51,6 +59,46 @@ def _check_names(teacher: TeacherArguments) -> None:
             raise ConfigurationError(
                 f"--dataset_teacher {name}: no --teacher_url has this name, only {', '.join(names)}"
             )
+
+
+def check_dataset_teachers(teacher: TeacherArguments, dataset: DatasetArguments) -> None:
+    """Refuse a ``--dataset_teacher`` that does not name one teacher for each dataset.
+
+    Raises:
+        ConfigurationError: there are more or fewer, or the rows are in memory.
+    """
+    names = teacher.dataset_teacher
+    if names is None:
+        return
+    given = f"--dataset_teacher {' '.join(names)}"
+    if dataset.rows is not None:
+        raise ConfigurationError(
+            f"{given} has no effect on rows in memory; name their teacher in --teacher_column"
+        )
+    if len(names) != len(dataset.dataset_name):
+        raise ConfigurationError(
+            f"{given}: {len(names)} teachers for {len(dataset.dataset_name)} datasets; give one "
+            "for each"
+        )
+
+
+def check_teacher_of_references(teacher: TeacherArguments) -> None:
+    """Refuse what `evaluate`, which compares with one teacher on the prompts as they are, ignores.
+
+    Raises:
+        ConfigurationError: several teachers, or a flag about whose rows are whose.
+    """
+    served = teachers_of(teacher.teacher_url or [])
+    if len(served) > 1:
+        raise ConfigurationError(
+            f"--teacher_url names {len(served)} teachers, and `evaluate` compares with one; give "
+            f"{served[0].name} alone, or another"
+        )
+    for flag in _OF_ROWS:
+        value = getattr(teacher, flag)
+        if value != getattr(TeacherArguments, flag):
+            given = " ".join(value) if isinstance(value, list) else value
+            raise ConfigurationError(f"--{flag} {given} has no effect on `evaluate`; drop it")
 
 
 def _check_cache(teacher: TeacherArguments) -> None:

@@ -8,7 +8,7 @@ from shared.model_names import describe_missing, looks_local
 @pytest.mark.parametrize(
     "name",
     ["./models/foo", "/nowhere/foo", "~/foo", "a/b/c", "runs/x", "models/x", "here/x", "a b", "x/",
-     "C:\\models\\x"],
+     "C:\\models\\x", "a" * 300, "~nobody-9/foo"],
 )  # fmt: skip
 def test_a_name_that_can_only_be_a_folder_is_called_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,9 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfea: 1")
     with pytest.raises(ConfigurationError, match="file x is not UTF-8 text"):
         read_yaml(path, "file x")
+    path.write_text("a: 2024-99-01\n")  # a date of no calendar
+    with pytest.raises(ConfigurationError, match=r"x is not valid YAML: month must be in"):
+        read_yaml(path, "x")
     path.write_text("a: 1\n- b\n")
     with pytest.raises(ConfigurationError, match=r"x is not valid YAML.*line 2"):
         read_yaml(path, "x")

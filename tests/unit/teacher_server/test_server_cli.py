@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 
 from shared import __version__
 from teacher_server.cli import main
 from teacher_server.engine_flags import check_engine_flags, vllm_flags
+from teacher_server.settings import Settings
 from tests.support.flags import read_server
 
 
@@ -23,7 +25,8 @@ def refused(capsys, *arguments):
 
 
 def test_a_missing_folder_is_refused(capsys):
-    assert "folder /no/such does not exist" in refused(capsys, "/no/such")
+    for name in ("/no/such", "a" * 300, "~nobody-9/such"):
+        assert f"folder {name} does not exist" in refused(capsys, name)
 
 
 def test_a_wrong_value_is_refused(capsys, llama_folder):
@@ -68,6 +71,24 @@ def test_a_file_holds_the_flags_and_the_command_line_wins(tmp_path, monkeypatch,
         "--tensor-parallel-size=2", "--no-enable-prefix-caching",
         '--hf-overrides={"rope_theta": 1.0}', "--allowed-media-domains", "a", "b",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [one.name for one in fields(Settings) if isinstance(one.default, bool)]
+)
+def test_a_switch_of_a_file_may_be_spelt_in_any_of_yamls_ways(tmp_path, monkeypatch, name):
+    for spelt, expected in (("yes", True), ("on", True), ("true", True), ("Off", False)):
+        text = f"model: org/file\nbackend: vllm\n{name}: {spelt}\n"
+        settings = read_server(["serve", *file_of(tmp_path, text)], monkeypatch)
+        assert getattr(settings, name) is expected
+
+
+@pytest.mark.parametrize("flag", ["--api-key=sk-secret", "--api_key=sk-secret", "--api_key"])
+def test_a_key_among_the_flags_is_refused_and_not_shown(capsys, llama_folder, flag):
+    flags = [flag] if "=" in flag else [flag, "sk-secret"]
+    error = refused(capsys, str(llama_folder), "--backend", "transformers", *flags)
+    assert "use --api-key-file, or TEACHER_API_KEYS" in error
+    assert "sk-secret" not in error
 
 
 @pytest.mark.parametrize(
@@ -120,6 +141,8 @@ def test_a_model_that_does_not_load_ends_the_server(capsys, tmp_path):
         ["serve", "m", "--dtype", "int8"],
         ["serve", "m", "--port", "http"],
         ["fly"],
+        ["--fly", "bench", "http://127.0.0.1:9"],
+        ["completion", "bash", "--fly"],
     ],
 )
 def test_wrong_flags_exit_with_two_and_one_line(arguments, capsys):

@@ -2,8 +2,10 @@
 
 import pytest
 
-from shared.errors import ConfigurationError
-from student_trainer.config.files import check_output_folder
+from shared.errors import ConfigurationError, DatasetError
+from student_trainer.config.arguments import DatasetArguments, ModelArguments
+from student_trainer.config.checks import check_model
+from student_trainer.config.files import check_output_folder, check_rows_exist
 
 
 def test_an_output_folder_below_a_file_is_refused(tmp_path):
@@ -23,3 +25,12 @@ def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ConfigurationError, match="give another"):
         check_output_folder(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-9/a.jsonl"], ids=["long", "no home"])
+def test_names_that_the_system_refuses_are_missing_and_no_traceback(name):
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        check_rows_exist(DatasetArguments(dataset_name=[name]))
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        check_model(ModelArguments(model_name_or_path=name))
+    check_output_folder(name)

@@ -3,10 +3,11 @@
 import pytest
 
 from shared.errors import ConfigurationError
-from student_trainer.commands.main import main
-from student_trainer.config.arguments import TeacherArguments
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.commands.precompute import precompute
+from student_trainer.config.arguments import DatasetArguments, TeacherArguments
+from student_trainer.config.checks.teacher import check_dataset_teachers, check_teacher
 from student_trainer.config.teachers import ServedTeacher, teachers_of
+from tests.support.flags import read_trainer
 
 
 def test_addresses_of_one_name_are_replicas():
@@ -59,18 +60,37 @@ def test_flags_about_teachers_that_there_are_not_are_refused(urls, flags, messag
         check_teacher(TeacherArguments(urls, **flags))
 
 
+LAUNCH = "--model_name_or_path org/m --output_dir out --teacher_url math=http://a code=http://b"
+
+
+@pytest.mark.parametrize("names", [["math"], ["math", "code", "math"]], ids=["fewer", "more"])
+def test_each_dataset_has_one_teacher(names):
+    words = [*LAUNCH.split(), "--dataset_name", "a.jsonl", "b.jsonl", "--dataset_teacher", *names]
+    with pytest.raises(ConfigurationError, match=f"{len(names)} teachers for 2 datasets; give one"):
+        read_trainer(["distill", *words])
+    with pytest.raises(ConfigurationError, match=f"{len(names)} teachers for 2 datasets; give one"):
+        precompute([*words, "--teacher_cache", "cache", "--lmbda", "0"])
+
+
+def test_rows_in_memory_have_no_teacher_of_a_dataset():
+    teacher = TeacherArguments(["math=http://a"], dataset_teacher=["math"])
+    dataset = DatasetArguments(dataset_name=["rows in memory"])
+    dataset.rows = [{"prompt": "a"}]
+    with pytest.raises(ConfigurationError, match="no effect on rows in memory"):
+        check_dataset_teachers(teacher, dataset)
+
+
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("more", "message"),
     [
-        (["a=http://a", "b=http://b"], "names 2 teachers; `evaluate` compares with one"),
-        (["a=http://a", "--teacher_column=who"], "--teacher_column who has no effect"),
-        (
-            ["http://a", "--teacher_prompt_template=x.jinja"],
-            "--teacher_prompt_template x.jinja has",
-        ),
+        (["math=http://a", "code=http://b"], "names 2 teachers, and `evaluate` compares with one"),
+        (["math=http://a", "--dataset_teacher", "math"], "--dataset_teacher math has no effect on"),
+        (["math=http://a", "--teacher_column", "who"], "--teacher_column who has no effect on"),
+        (["http://a", "--teacher_prompt_template", "t.jinja"], "--teacher_prompt_template t.jinja"),
     ],
+    ids=["several", "datasets", "column", "prompts"],
 )
-def test_evaluate_compares_with_one_teacher_that_sees_what_the_model_sees(argv, message, capsys):
-    words = ["evaluate", "--model_name_or_path=org/m", "--suite=humaneval", "--output_dir=out"]
-    assert main([*words, "--teacher_url", *argv]) == 2
-    assert message in capsys.readouterr().err
+def test_evaluate_refuses_what_it_ignores(more, message):
+    words = "--model_name_or_path org/m --output_dir out --dataset_name a.jsonl --teacher_url"
+    with pytest.raises(ConfigurationError, match=message):
+        read_trainer(["evaluate", *words.split(), *more])

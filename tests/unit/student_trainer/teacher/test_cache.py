@@ -22,8 +22,8 @@ K = 3
 
 
 @contextlib.contextmanager
-def cached(folder, url, *, starts_alone=False, dtype="float16", connect=True):
-    client = SparseGkdTeacher([url], timeout=2.0, logprob_dtype=dtype)
+def cached(folder, url, *, starts_alone=False, dtype="float16", connect=True, model=None):
+    client = SparseGkdTeacher([url], timeout=2.0, logprob_dtype=dtype, model=model)
     store = AnswerStore(folder, max_bytes=8 << 20)
     with CachedTeacher(
         client, store, logprob_dtype=dtype, starts_alone=starts_alone
@@ -331,6 +331,26 @@ def test_the_only_teacher_of_a_store_is_known_at_any_address_and_two_are_not(tmp
         teacher.connect()
     with cached(tmp_path, second.url, starts_alone=True) as teacher:
         assert teacher.info.teacher.model == "other"
+
+
+def test_two_models_of_one_address_are_two_teachers(tmp_path):
+    code = IDENTITY.model_copy(update={"model": "code", "fingerprint": "2" * 64})
+    several = info().model_copy(update={"models": [IDENTITY, code]})
+    with StubTeacher(info=several).serving() as stub:
+        url = stub.url
+        with cached(tmp_path, url, model=IDENTITY.model):
+            pass
+    with (  # the only note is another model's
+        cached(tmp_path, url, starts_alone=True, connect=False, model="code") as teacher,
+        pytest.raises(TeacherUnreachableError),
+    ):
+        teacher.connect()
+    port = int(url.rsplit(":", 1)[1])
+    with StubTeacher(info=several).serving(port), cached(tmp_path, url, model="code"):
+        pass
+    for model in (IDENTITY.model, "code"):
+        with cached(tmp_path, url, starts_alone=True, model=model) as teacher:
+            assert teacher.info.teacher.model == model
 
 
 def test_a_teacher_that_comes_back_for_what_is_missing_must_be_the_same(tmp_path):

@@ -54,15 +54,27 @@ def test_help_loads_no_library():
     assert "--max-concurrency" in shown.stdout
 
 
+def test_it_runs_where_no_server_is_installed(url):
+    """The packages of the extra `teacher` are not there."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'fastapi', 'uvicorn', 'prometheus_client'):\n"
+        "    sys.modules[name] = None\n"
+        "from teacher_server.cli import main\n"
+        f"sys.exit(main(['bench', {url!r}, '--quick', '--output-len', '4', '--kind', 'score']))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_row_for_each_kind_and_concurrency(url, capsys):
-    assert main(["bench", url, "--quick", "--json", "--output-len", "4"]) == 0
+    assert main(["bench", url, "--quick", "--json", "--output-len", "4", "--seed", "7"]) == 0
     told = json.loads(capsys.readouterr().out)
     rows = told["rows"]
     assert [(row["kind"], row["max_concurrency"]) for row in rows] == [
         ("score", 1), ("score", 4), ("generate", 1), ("generate", 4),
     ]  # fmt: skip
     assert told["workload"] == {
-        "requests": 8, "input_len": 60, "output_len": 4, "top_k": 64, "seed": 0
+        "requests": 8, "input_len": 60, "output_len": 4, "top_k": 64, "seed": 7
     }  # fmt: skip
     for row in rows:
         assert row["failed"] == 0
@@ -71,6 +83,14 @@ def test_a_row_for_each_kind_and_concurrency(url, capsys):
         assert row["tokens_per_second"] > row["requests_per_second"]
         assert 0 < row["mean_server_seconds"] < row["mean_seconds"]
     assert set(told["limits"]) == {"score", "generate"}
+
+
+def test_two_runs_send_other_sequences_as_the_server_may_cache_them(url, capsys):
+    seeds = set()
+    for _ in range(2):
+        assert main(["bench", url, "--quick", "--json", "--kind", "score"]) == 0
+        seeds.add(json.loads(capsys.readouterr().out)["workload"]["seed"])
+    assert len(seeds) == 2
 
 
 def test_the_table_ends_with_what_limits(url, capsys):
@@ -94,8 +114,10 @@ def test_the_table_ends_with_what_limits(url, capsys):
         (["teacher:8000"], "teacher:8000: no address of a server; give http://host:8000"),
         (["http://[::1"], "no address of a server"),
         (["{free}"], "Connection refused; is the server running"),
+        (["http://user:secret@host"], "holds a user or a password"),
+        (["http://:secret@host"], "holds a user or a password"),
     ],
-    ids=["too long", "top k", "path", "no scheme", "broken", "nobody"],
+    ids=["too long", "top k", "path", "no scheme", "broken", "nobody", "password", "no user"],
 )
 def test_what_cannot_be_measured_is_one_line(url, capsys, words, said):
     places = {"url": url, "free": f"http://127.0.0.1:{free_port()}"}
@@ -103,6 +125,7 @@ def test_what_cannot_be_measured_is_one_line(url, capsys, words, said):
     error = capsys.readouterr().err
     assert error.startswith("teacher-server: error: ")
     assert said in error
+    assert "secret" not in error
     assert error.count("\n") == 1
 
 
@@ -135,7 +158,11 @@ def test_requests_that_fail_are_counted_and_the_first_is_told(tmp_path, capsys):
 
 @pytest.mark.parametrize("value", ["0", "-1", "x"])
 def test_numbers_are_positive(capsys, value):
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "http://h", "--num-prompts", value])
-    assert ended.value.code == 2
+    assert main(["bench", "http://h", "--num-prompts", value]) == 2
     assert f"'{value}' is no whole number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["-1", "x", str(2**63)])
+def test_a_seed_that_no_request_can_have_is_refused(capsys, value):
+    assert main(["bench", "http://h", "--seed", value]) == 2
+    assert f"'{value}' is no whole number from 0 to" in capsys.readouterr().err
