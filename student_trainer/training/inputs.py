@@ -37,7 +37,7 @@ def _resumed_as(kinds: Sequence[type[Any]], mark: Resume) -> list[str]:
 
 def training_inputs(
     flags: Sequence[Any],
-    examples: Iterable[Example] | None,
+    examples: Sequence[Example] | None,
     template: ChatTemplate,
     *,
     rows_a_step: int,
@@ -49,8 +49,8 @@ def training_inputs(
         flags: the dataclasses of all flags.
         examples: of the training rows; None for a stream, whose rows are not known beforehand.
         rows_a_step: that all processes learn together in an optimizer step.
-        teachers: those that are learned from, by name; none for SFT. Their weights may change where
-            the flags accept that.
+        teachers: those that are learned from, by name, the first one first; none for SFT. Their
+            weights may change where the flags accept that.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
     kinds = [type(kind) for kind in flags]
@@ -67,6 +67,9 @@ def training_inputs(
             if name in values
         },
     }
+    first = next(iter(teachers), "")
+    if first and (examples is None or any(example.teacher is None for example in examples)):
+        same["rows that name no teacher learn from"] = first
     told = {
         f"--{name}": _plain(values[name]) for name in _resumed_as(kinds, "told") if name in values
     }
