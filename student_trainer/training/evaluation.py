@@ -163,8 +163,7 @@ class HeldOutEvaluation:
             if example.teacher_prompt_ids is not None
         ]
         for teacher, part in teachers.by_teacher(numbered, lambda item: item[1].teacher):
-            can = teacher.connected and teacher.info.capabilities.requested_token_ids
-            if not can or self.plan.method.sampled:
+            if not (teacher.connected and teacher.info.capabilities.requested_token_ids):
                 continue
             most = teacher.info.limits.max_requested_token_ids
             unseen = teacher.live.score(
