@@ -162,6 +162,8 @@ def _lead(found: Found) -> str:
             plural = {"study": "studies"}.get(name, name + "s")
             parts.append(f"{count} {name if count == 1 else plural}")
     colours = " Each run has one colour and one dash pattern on the whole page; teachers are grey."
+    if not parts:
+        return ""
     return ", ".join(parts) + ". Intervals are 95 %." + colours * bool(found.training)
 
 
