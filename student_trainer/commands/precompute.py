@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from student_trainer.config.arguments import Recipe
-from student_trainer.config.checks import check_distill, check_precompute, check_recipe
+from student_trainer.config.checks import (
+    check_dataset_teachers,
+    check_distill,
+    check_precompute,
+    check_recipe,
+)
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import parse
@@ -27,6 +32,7 @@ def precompute(argv: Sequence[str]) -> None:
     check_distill(flags, teacher)
     check_precompute(flags, teacher, recipe.data)
     check_recipe(recipe, flags)
+    check_dataset_teachers(recipe.dataset, teacher)
     check_output_folder(flags.output_dir)
     check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_precompute

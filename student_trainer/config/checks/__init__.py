@@ -19,12 +19,13 @@ from student_trainer.config.checks.model import (
 )
 from student_trainer.config.checks.recipe import UNSUPPORTED, check_recipe
 from student_trainer.config.checks.rollouts import check_rollouts
-from student_trainer.config.checks.teacher import api_key_of, check_teacher
+from student_trainer.config.checks.teacher import api_key_of, check_dataset_teachers, check_teacher
 
 __all__ = [
     "UNSUPPORTED",
     "api_key_of",
     "check_adapters",
+    "check_dataset_teachers",
     "check_datasets",
     "check_distill",
     "check_distillation",

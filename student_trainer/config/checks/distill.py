@@ -7,7 +7,7 @@ from student_trainer.config.arguments import DataArguments, DistillFlags, Recipe
 from student_trainer.config.checks.presence import check_needs
 from student_trainer.config.checks.recipe import check_recipe
 from student_trainer.config.checks.rollouts import check_rollouts
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.config.checks.teacher import check_dataset_teachers, check_teacher
 
 
 def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillFlags) -> None:
@@ -19,6 +19,7 @@ def check_distillation(recipe: Recipe, teacher: TeacherArguments, args: DistillF
     check_distill(args, teacher)
     check_rollouts(args, recipe.adapters)
     check_recipe(recipe, args)
+    check_dataset_teachers(recipe.dataset, teacher)
 
 
 def check_distill(args: DistillFlags, teacher: TeacherArguments) -> None:

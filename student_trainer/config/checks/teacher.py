@@ -6,7 +6,7 @@ import os
 
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import TeacherArguments
+from student_trainer.config.arguments import DatasetArguments, TeacherArguments
 from student_trainer.config.teachers import teachers_of
 
 
@@ -51,6 +51,27 @@ def _check_names(teacher: TeacherArguments) -> None:
             raise ConfigurationError(
                 f"--dataset_teacher {name}: no --teacher_url has this name, only {', '.join(names)}"
             )
+
+
+def check_dataset_teachers(dataset: DatasetArguments, teacher: TeacherArguments) -> None:
+    """Check that ``--dataset_teacher`` names a teacher for each dataset.
+
+    Raises:
+        ConfigurationError: it names too few or too many, or the rows are of no named dataset.
+    """
+    names = teacher.dataset_teacher
+    if not names:
+        return
+    given = f"--dataset_teacher {' '.join(names)}"
+    if dataset.rows is not None:
+        raise ConfigurationError(
+            f"{given} has no effect on rows in memory; give each its --teacher_column"
+        )
+    if len(names) != len(dataset.dataset_name):
+        raise ConfigurationError(
+            f"{given}: {len(names)} teachers for {len(dataset.dataset_name)} datasets; give one "
+            "for each"
+        )
 
 
 def _check_cache(teacher: TeacherArguments) -> None:

@@ -3,8 +3,15 @@
 import pytest
 
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import TeacherArguments
-from student_trainer.config.checks.teacher import check_teacher
+from student_trainer.commands.main import main
+from student_trainer.config.arguments import (
+    DatasetArguments,
+    EvaluateArguments,
+    GenerationArguments,
+    ModelArguments,
+    TeacherArguments,
+)
+from student_trainer.config.checks import check_dataset_teachers, check_evaluate, check_teacher
 from student_trainer.config.teachers import ServedTeacher, teachers_of
 
 
@@ -56,3 +63,45 @@ def test_what_names_no_teacher_is_refused(urls, message):
 def test_flags_about_teachers_that_there_are_not_are_refused(urls, flags, message):
     with pytest.raises(ConfigurationError, match=message):
         check_teacher(TeacherArguments(urls, **flags))
+
+
+@pytest.mark.parametrize("names", [["math"], ["math", "code", "math"]])
+@pytest.mark.parametrize("command", ["distill", "precompute"])
+def test_each_dataset_has_its_teacher_or_none_has(tmp_path, capsys, command, names):
+    """One too few left rows without a value, and one too many was read by nothing."""
+    (tmp_path / "config.json").write_text("{}")
+    rows = [tmp_path / f"{number}.jsonl" for number in range(2)]
+    for file in rows:
+        file.write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = [
+        command, "--model_name_or_path", tmp_path, "--dataset_name", *rows, "--lmbda", "0",
+        "--output_dir", tmp_path / "out", "--teacher_cache", tmp_path / "cache",
+        "--teacher_url", "math=http://a", "code=http://b", "--dataset_teacher", *names,
+    ]  # fmt: skip
+    assert main([str(word) for word in argv]) == 2
+    assert f"{len(names)} teachers for 2 datasets; give one for each" in capsys.readouterr().err
+
+
+def test_rows_in_memory_have_no_dataset_to_name_a_teacher_of():
+    dataset = DatasetArguments(["rows"])
+    dataset.rows = [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ConfigurationError, match="math has no effect on rows in memory"):
+        check_dataset_teachers(dataset, TeacherArguments(["math=http://a"], "teacher", ["math"]))
+
+
+@pytest.mark.parametrize(
+    ("urls", "flags", "message"),
+    [
+        (["math=http://a", "code=http://b"], {}, "names math, code: `evaluate` compares with one"),
+        (["math=http://a"], {"teacher_column": "who"}, "--teacher_column who has no effect"),
+        (["math=http://a"], {"dataset_teacher": ["math"]}, "--dataset_teacher .* has no effect"),
+        (["http://a"], {"teacher_prompt_template": "t.jinja"}, "--teacher_prompt_template t.jinja"),
+        (["http://a"], {"teacher_chat_template_kwargs": '{"a": 1}'}, "sees the prompts that the"),
+    ],
+)
+def test_evaluate_refuses_what_is_of_rows_and_their_teachers(urls, flags, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_evaluate(
+            ModelArguments("model"), DatasetArguments(["humaneval"]), GenerationArguments(),
+            TeacherArguments(urls, **flags), EvaluateArguments(output_dir="out"),
+        )  # fmt: skip

@@ -51,7 +51,13 @@ def test_it_is_measured_whatever_support_is_learned(sampled):
     sample = Sample(np.array([1, 2, 3, 3], np.uint32), 2, np.ones(2, bool), "dataset")
     plain = Example(0, "a", sample.prompt_ids, sample, None, "")
     seen = Example(
-        1, "b", sample.prompt_ids, sample, None, "", teacher_prompt_ids=np.arange(9, dtype=np.uint32)
+        1,
+        "b",
+        sample.prompt_ids,
+        sample,
+        None,
+        "",
+        teacher_prompt_ids=np.arange(9, dtype=np.uint32),
     )
     parts = dict.fromkeys(
         ("builder", "rollouts", "tokenizer", "ranks", "on_device", "autocast", "folder")
