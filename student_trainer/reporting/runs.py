@@ -113,11 +113,18 @@ class Evaluation:
             if name.startswith("pass@") or name == "exact_match"
         }
 
-    def of(self, run: TrainingRun) -> bool:
-        """Return whether it was the run's own model that was evaluated."""
+    def place_among(self, runs: Sequence[TrainingRun]) -> int | None:
+        """Return the place of the run whose own model was evaluated, or None.
+
+        A folder that is there no more, as it was moved or is mounted elsewhere, is recognized by
+        its name if only one run has it.
+        """
         model = Path(str(self.results.get("model", "")))
-        # A folder that was moved or is mounted elsewhere is recognized by its name.
-        return model.name == run.folder.name or model.resolve() == run.folder.resolve()
+        same = [i for i, run in enumerate(runs) if model.resolve() == run.folder.resolve()]
+        if not same and not model.exists():
+            named = [i for i, run in enumerate(runs) if model.name == run.folder.name]
+            same = named if len(named) == 1 else []
+        return same[0] if same else None
 
 
 @dataclass(frozen=True)
