@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -61,7 +61,8 @@ class RowTokenizer:
         template: options of the chat template.
         one_sequence: learn several assistant turns as spans of one sequence where the template
             prints earlier turns unchanged; for methods that generate nothing.
-        view: which teacher a row has, and what only that one sees.
+        view: which teacher a row has, and what only that one sees; None where no teacher is asked,
+            and columns about one are like any others.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,7 +72,7 @@ class RowTokenizer:
     template: TemplateOptions = field(default_factory=TemplateOptions)
     one_sequence: bool = False
     text_end: int | None = None
-    view: TeacherView = TeacherView()
+    view: TeacherView | None = None
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -103,7 +104,7 @@ class RowTokenizer:
             dict(self.template.kwargs),
             str(self.template.today) if self.chat.prints_date else None,
             self.one_sequence,
-            asdict(self.view),
+            None if self.view is None else asdict(self.view),
         ]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -123,11 +124,14 @@ class RowTokenizer:
             raise DatasetError(f"{where}: checker must be an object, got {type(checker).__name__}")
         parsed = read_row(where, row, self.options)
         examples = self._examples(index, where, parsed, checker)
+        if self.view is None:
+            return examples
         teacher, prompt = self.view.name_of(where, row), self.view.messages_of(where, row, parsed)
         if teacher is None and prompt is None:
             return examples
-        ids = None if prompt is None else self._teacher_prompt(where, prompt, parsed)
-        if ids is not None and (len(examples) > 1 or _has_gaps(examples[0])):
+        options = self.view.template_kwargs
+        ids = None if prompt is None else self._teacher_prompt(where, prompt, parsed, options)
+        if ids is not None and (len(examples) > 1 or _is_joined(examples[0])):
             raise DatasetError(
                 f"{where}: what only the teacher sees is one prompt, and this row teaches several "
                 "turns; learn its last turn alone (--assistant_turns last)"
@@ -135,7 +139,11 @@ class RowTokenizer:
         return [replace(e, teacher=teacher, teacher_prompt_ids=ids) for e in examples]
 
     def _teacher_prompt(
-        self, where: str, prompt: str | list[Message], parsed: Conversation | PlainText
+        self,
+        where: str,
+        prompt: str | list[Message],
+        parsed: Conversation | PlainText,
+        options: Mapping[str, Any],
     ) -> NDArray[np.uint32]:
         """Return the ids [P'] of the prompt that only the teacher sees."""
         if isinstance(prompt, str):
@@ -148,7 +156,7 @@ class RowTokenizer:
                 f"{where}: teacher_messages end with a turn of the assistant, which would be the "
                 "completion; end them before it"
             )
-        kwargs = {**parsed.template_kwargs, **self.view.template_kwargs}
+        kwargs = {**parsed.template_kwargs, **options}
         seen = replace(given, tools=given.tools or parsed.tools, template_kwargs=kwargs)
         turn = self._tokenize_conversation(where, seen)
         return np.asarray(turn.prompt_ids, dtype=np.uint32)
@@ -316,9 +324,9 @@ class RowTokenizer:
         )
 
 
-def _has_gaps(example: Example) -> bool:
-    """Return whether a sequence holds several turns, with text of others between them."""
-    return example.sample is not None and not bool(example.sample.completion_mask.all())
+def _is_joined(example: Example) -> bool:
+    """Return whether a sequence was made for several turns, of which the limit may leave one."""
+    return example.sample is not None and example.sample.completion_start != len(example.prompt_ids)
 
 
 def _assistant_turns(where: str, row: Conversation) -> list[Conversation]:

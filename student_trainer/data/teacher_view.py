@@ -102,14 +102,13 @@ class TeacherView:
         return _compile(str(self.template))
 
     def _rendered(self, where: str, row: Mapping[str, Any]) -> str:
-        from jinja2 import TemplateError
-
         try:
-            return str(self._compiled.render(**row))
-        except (TemplateError, TypeError, ValueError) as error:
+            return str(self._compiled.render(row))
+        except Exception as error:  # a template may divide by zero, or format what is not there
             columns = ", ".join(map(str, row))
             raise DatasetError(
-                f"{where}: --teacher_prompt_template: {error}; the row's columns are {columns}"
+                f"{where}: --teacher_prompt_template: {str(error) or type(error).__name__}; the "
+                f"row's columns are {columns}"
             ) from error
 
 

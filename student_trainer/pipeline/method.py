@@ -41,6 +41,11 @@ class DistillationConfig:
     stop_ids: tuple[int, ...]
     sampled: bool = False
 
+    @property
+    def reads_dataset(self) -> bool:
+        """The use of the dataset's own completions: True if some steps learn them."""
+        return self.lmbda < 1 and not self.seq_kd
+
     def on_policy(self, step: int) -> bool:
         """Toss the coin of a step: whether the student writes its completions, on every rank."""
         return bool(uniforms("coin", self.seed, step, count=1)[0] < self.lmbda)

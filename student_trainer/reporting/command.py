@@ -162,6 +162,8 @@ def _lead(found: Found) -> str:
             plural = {"study": "studies"}.get(name, name + "s")
             parts.append(f"{count} {name if count == 1 else plural}")
     colours = " Each run has one colour and one dash pattern on the whole page; teachers are grey."
+    if not parts:
+        return ""
     return ", ".join(parts) + ". Intervals are 95 %." + colours * bool(found.training)
 
 
@@ -213,11 +215,13 @@ def _steps(run: TrainingRun) -> str:
 def _own_scores(found: Found) -> dict[str, Any]:
     """Return the scores of each run's own model, metric -> cells of all runs."""
     columns: dict[str, list[str | Range]] = {}
-    for row, run in enumerate(found.training):
-        for evaluation in found.evaluations:
-            for name, score in evaluation.scores.items() if evaluation.of(run) else ():
-                column = columns.setdefault(name, [""] * len(found.training))
-                column[row] = _share(score, evaluation)
+    for evaluation in found.evaluations:
+        row = evaluation.place_among(found.training)
+        if row is None:
+            continue
+        for name, score in evaluation.scores.items():
+            column = columns.setdefault(name, [""] * len(found.training))
+            column[row] = _share(score, evaluation)
     return columns
 
 
@@ -237,17 +241,12 @@ def _evaluation_table(found: Found) -> Table:
     first = [one.scores.get(names[0], -1.0) for one in evaluations] if names else []
     best = max(range(len(first)), key=first.__getitem__) if len(first) > 1 else None
     columns = ("Evaluation", "Problems", "Samples each", *names, *measured)
-    numbers = [_number_of(one, found.training) for one in evaluations]
+    numbers = [one.place_among(found.training) for one in evaluations]
     note = (
         "Scores: higher is better, with Wilson's interval over problems. Perplexity and "
         "divergence: lower is better. The row in bold has the highest first score."
     )
     return Table(columns, rows, best, numbers, note)
-
-
-def _number_of(evaluation: Evaluation, runs: Sequence[TrainingRun]) -> int | None:
-    """Return the place of the run whose model was evaluated, or None."""
-    return next((i for i, run in enumerate(runs) if evaluation.of(run)), None)
 
 
 def _share(score: float, evaluation: Evaluation) -> Range:
@@ -332,7 +331,7 @@ def _completions(found: Found) -> list[SideBySide]:
         task for task in evaluations[0].samples if all(task in e.samples for e in evaluations)
     ]
 
-    places = {e.name: _number_of(e, found.training) for e in evaluations}
+    places = {e.name: e.place_among(found.training) for e in evaluations}
     numbers = {name: number for name, number in places.items() if number is not None}
 
     def verdicts(task: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,12 +130,13 @@ def charts_of(runs: Sequence[TrainingRun]) -> list[Chart]:
     A run has the colour of its place among the runs in all of them.
     """
     charts = []
+    logged = {name for entry in runs[0].history for name in entry} if len(runs) == 1 else set()
     for curve in CURVES:
         if len(runs) == 1:
             series = {label: runs[0].points(key) for label, key in curve.lines.items()}
             numbers = {label: TEACHER if label == "teacher" else 0 for label in series}
             charts.append(_chart(curve, curve.title, series, numbers))
-            charts += _by_teacher(curve, runs[0])
+            charts += _by_teacher(curve, runs[0], logged)
             continue
         numbers = {run.name: number for number, run in enumerate(runs)}
         for label, key in curve.lines.items():
@@ -146,14 +147,18 @@ def charts_of(runs: Sequence[TrainingRun]) -> list[Chart]:
     return [chart for chart in charts if any(chart.series.values())]
 
 
-def _by_teacher(curve: Curve, run: TrainingRun) -> list[Chart]:
-    """Return charts of a figure for each of several teachers, where the run has it for them."""
+def _by_teacher(curve: Curve, run: TrainingRun, logged: Set[str]) -> list[Chart]:
+    """Return charts of a figure for each of several teachers, where the run has it for them.
+
+    Args:
+        logged: all names of the run's log.
+    """
     charts = []
     for label, key in curve.lines.items():
-        logged = {name for entry in run.history for name in entry if name.startswith(f"{key}/")}
-        if not logged:
+        own = sorted(name for name in logged if name.startswith(f"{key}/"))
+        if not own:
             continue
-        series = {name.removeprefix(f"{key}/"): run.points(name) for name in sorted(logged)}
+        series = {name.removeprefix(f"{key}/"): run.points(name) for name in own}
         title = f"{curve.title}, {label} by teacher" if len(curve.lines) > 1 else ""
         numbers = {name: number for number, name in enumerate(series)}
         charts.append(_chart(curve, title or f"{curve.title}, by teacher", series, numbers))

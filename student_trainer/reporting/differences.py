@@ -54,8 +54,10 @@ class Difference:
 def models_of(found: Found) -> list[Model]:
     """Return the training runs with their evaluations, then the evaluations of other models."""
     models = []
+    places = [one.place_among(found.training) for one in found.evaluations]
     for number, run in enumerate(found.training):
-        own = [one for one in found.evaluations if one.of(run)]
+        pairs = zip(found.evaluations, places, strict=True)
+        own = [one for one, place in pairs if place == number]
         models.append(Model(run.name, number, run, own[0] if own else None))
     taken = [model.evaluation for model in models]
     others = [one for one in found.evaluations if not any(one is other for other in taken)]

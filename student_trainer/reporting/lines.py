@@ -72,7 +72,7 @@ def _words(name: str) -> str:
 
 def number(value: float) -> str:
     """Return a number in three digits, without the zero before its point."""
-    text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    text = f"{value:.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 GROUPS = ("train/", "eval/", "teacher/", "time/")
@@ -27,6 +28,7 @@ def grouped(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {grouped_name(name): value for name, value in entry.items()}
 
 
+@cache  # a report reads the same few names in each entry of the log
 def grouped_name(name: str) -> str:
     """Return the name under its group: ``teacher_entropy`` is ``teacher/entropy``."""
     if name.startswith(GROUPS) or name in _UNGROUPED:

@@ -113,11 +113,18 @@ class Evaluation:
             if name.startswith("pass@") or name == "exact_match"
         }
 
-    def of(self, run: TrainingRun) -> bool:
-        """Return whether it was the run's own model that was evaluated."""
+    def place_among(self, runs: Sequence[TrainingRun]) -> int | None:
+        """Return the place of the run whose own model was evaluated, or None.
+
+        A folder that is there no more, as it was moved or is mounted elsewhere, is recognized by
+        its name if only one run has it.
+        """
         model = Path(str(self.results.get("model", "")))
-        # A folder that was moved or is mounted elsewhere is recognized by its name.
-        return model.name == run.folder.name or model.resolve() == run.folder.resolve()
+        same = [i for i, run in enumerate(runs) if model.resolve() == run.folder.resolve()]
+        if not same and not model.exists():
+            named = [i for i, run in enumerate(runs) if model.name == run.folder.name]
+            same = named if len(named) == 1 else []
+        return same[0] if same else None
 
 
 @dataclass(frozen=True)
@@ -278,11 +285,8 @@ def _logged(state: Path) -> tuple[list[dict[str, Any]], int | None]:
     if state.name != LIVE_FILE:
         content = _json(state)
         return [grouped(entry) for entry in content["log_history"]], content.get("max_steps")
-    lines = state.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half written
-    try:
-        first, *entries = [json.loads(line) for line in lines] or [{}]
-    except ValueError as error:
-        raise DatasetError(f"{state}: not valid JSON: {error}") from error
+    whole, _, _ = state.read_text(encoding="utf-8").rpartition("\n")  # the last may be half written
+    first, *entries = _json_lines(state, whole) or [{}]
     return [grouped(entry) for entry in entries], first.get("max_steps")
 
 
@@ -313,11 +317,18 @@ def _samples(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]
     path = folder / "samples.jsonl"
     first: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, list[bool]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        sample = json.loads(line)
+    for sample in _json_lines(path, path.read_text(encoding="utf-8")) if path.exists() else []:
         first.setdefault(sample["task_id"], sample)
         verdicts.setdefault(sample["task_id"], []).append(bool(sample["passed"]))
     return first, {task: sum(passed) / len(passed) for task, passed in verdicts.items()}
+
+
+def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
+    """Return the objects in the lines of a file's text."""
+    try:
+        return [json.loads(line) for line in text.split("\n") if line]
+    except ValueError as error:
+        raise DatasetError(f"{path}: not valid JSON: {error}") from error
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -370,7 +370,7 @@ def ticks(low: float, high: float, count: int = 4, *, integers: bool = False) ->
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
     first = math.ceil(low / step)
-    return [round(i * step, 15) for i in range(first, math.floor(high / step) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step) + 1)]
 
 
 def _linear(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from shared.errors import ConfigurationError, SparseGKDError
 from student_trainer.reporting.page import Report, content, document
@@ -56,7 +57,7 @@ def watch(read: Callable[[], Report], port: int | None) -> None:
         ConfigurationError: the port is taken or is none.
     """
     try:
-        server = ThreadingHTTPServer((HOST, port or 0), _handler(read))
+        server = _Server((HOST, port or 0), _handler(read))
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
             f"--port {port}: {error}; give another, or leave it out for one that is free"
@@ -71,7 +72,7 @@ def watch(read: Callable[[], Report], port: int | None) -> None:
 
 
 def status_lines(found: Found, missing: Sequence[Path], now: float) -> list[str]:
-    """Return a sentence for each run that has not begun, trains or has ended; "" where all have.
+    """Return a sentence for each run: it has not begun, trains, may have stopped or has ended.
 
     Args:
         missing: folders in which nothing has begun.
@@ -95,6 +96,14 @@ def _status(run: TrainingRun, now: float) -> str:
         )
     clock = time.strftime("%H:%M:%S", time.localtime(run.logged))
     return f"{run.name}: training, step {step}{of}, logged at {clock}."
+
+
+class _Server(ThreadingHTTPServer):
+    """A server that says nothing of a browser which goes away before it has its answer."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _handler(read: Callable[[], Report]) -> type[BaseHTTPRequestHandler]:

@@ -76,9 +76,10 @@ class HeldOutEvaluation:
     ) -> dict[str, float]:
         """Return ``loss``, ``divergence`` and the checkers' scores, over all ranks.
 
-        With several teachers also ``divergence/NAME`` of each one's rows. Where a teacher sees a
-        prompt of its own, ``context_divergence`` is that of the teacher with it to itself with the
-        student's prompt, in nats a token, the same in each evaluation.
+        With named teachers also ``divergence/NAME`` of each one's rows. Where a teacher sees a
+        prompt of its own, ``context_divergence`` is how far that prompt moves the teacher: see
+        `pipeline.context`, in nats a token. It is measured once, so it is the same in each
+        evaluation.
 
         The completions compared are the dataset's own; a bare prompt gets the teacher's greedy one,
         written once. A few samples are kept token by token, see `held_out`.
@@ -163,8 +164,7 @@ class HeldOutEvaluation:
             if example.teacher_prompt_ids is not None
         ]
         for teacher, part in teachers.by_teacher(numbered, lambda item: item[1].teacher):
-            can = teacher.connected and teacher.info.capabilities.requested_token_ids
-            if not can or self.plan.method.sampled:
+            if not (teacher.connected and teacher.info.capabilities.requested_token_ids):
                 continue
             most = teacher.info.limits.max_requested_token_ids
             unseen = teacher.live.score(

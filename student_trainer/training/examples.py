@@ -132,7 +132,7 @@ def _warn_of_losses(rows: Sequence[Any], examples: Sequence[Example], max_length
 
 def _usable(example: Example, method: DistillationConfig, max_length: int) -> Example:
     """Return the example, after a check that the method can learn from it."""
-    if method.lmbda < 1 and not method.seq_kd:
+    if method.reads_dataset:
         dataset_sample(example)
     if method.lmbda > 0 or method.seq_kd:
         _check_room(example, method, max_length)

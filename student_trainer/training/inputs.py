@@ -27,6 +27,7 @@ from student_trainer.data.template import ChatTemplate
 logger = logging.getLogger(__name__)
 
 FILE = "training_inputs.json"
+_UNNAMED = "rows that name no teacher learn from"
 
 
 def _resumed_as(kinds: Sequence[type[Any]], mark: Resume) -> list[str]:
@@ -37,7 +38,7 @@ def _resumed_as(kinds: Sequence[type[Any]], mark: Resume) -> list[str]:
 
 def training_inputs(
     flags: Sequence[Any],
-    examples: Iterable[Example] | None,
+    examples: Sequence[Example] | None,
     template: ChatTemplate,
     *,
     rows_a_step: int,
@@ -49,8 +50,8 @@ def training_inputs(
         flags: the dataclasses of all flags.
         examples: of the training rows; None for a stream, whose rows are not known beforehand.
         rows_a_step: that all processes learn together in an optimizer step.
-        teachers: those that are learned from, by name; none for SFT. Their weights may change where
-            the flags accept that.
+        teachers: those that are learned from, by name, the first one first; none for SFT. Their
+            weights may change where the flags accept that.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
     kinds = [type(kind) for kind in flags]
@@ -67,13 +68,19 @@ def training_inputs(
             if name in values
         },
     }
+    first = next(iter(teachers), "")
+    if first and (examples is None or any(example.teacher is None for example in examples)):
+        same[_UNNAMED] = first
     told = {
         f"--{name}": _plain(values[name]) for name in _resumed_as(kinds, "told") if name in values
     }
     accepted = values.get("accept_teacher_change", False)
+    weights = told if accepted else same
     for name, teacher in teachers.items():
         whose = f"the teacher {name}" if name else "the teacher"
-        (told if accepted else same)[f"{whose}'s weights"] = teacher.fingerprint
+        weights[f"{whose}'s weights"] = teacher.fingerprint
+        if _UNNAMED in same and name == first:
+            weights["the teacher's weights"] = teacher.fingerprint  # of whatever name it had
         for field in ("model", "dtype", "backend", "version"):
             told[f"{whose}'s {field}"] = getattr(teacher, field)
     return {"version": __version__, "same": same, "told": told}
@@ -125,7 +132,7 @@ def check_resumed(checkpoint: Path, inputs: Mapping[str, Any]) -> None:
         ) from error
     if changes["same"]:
         more = f" (changed too, but no matter: {'; '.join(changes['told'])})"
-        other_teacher = any(change.startswith("the teacher") for change in changes["same"])
+        other_teacher = all(change.startswith("the teacher") for change in changes["same"])
         accept = ", accept the teacher with --accept_teacher_change" if other_teacher else ""
         raise ConfigurationError(
             f"--resume_from_checkpoint {checkpoint}: it was trained with something else: "

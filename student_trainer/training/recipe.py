@@ -291,8 +291,8 @@ def prepare(
     """Return what a run learns from, as its flags say.
 
     Args:
-        teacher: connected; None for SFT, and before it is waited for (see `fit_to_teacher`).
-        teacher_flags: its flags; None for SFT.
+        teachers: connected; None for SFT, and before they are waited for (see `fit_to_teacher`).
+        teacher_flags: their flags; None for SFT.
 
     Raises:
         DatasetError, ConfigurationError: rows or flags that cannot be learned.
@@ -330,7 +330,7 @@ def prepare(
         template,
         one_sequence=method.lmbda == 0 and not method.seq_kd,
         text_end=text_end,
-        view=TeacherView() if teacher_flags is None else view_of(teacher_flags),
+        view=None if teacher_flags is None else view_of(teacher_flags),
     )
     if recipe.template.chat_template_date and not row_tokenizer.chat.prints_date:
         raise ConfigurationError(
@@ -418,27 +418,25 @@ def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: Teacher
         ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
         DatasetError: names the row; of a stream's rows, the request fails that scores it.
     """
+    method = prepared.method
     streams = isinstance(prepared.train, ExampleStream)
     rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
-    method = prepared.method
-    everything = [*rows, *(prepared.held_out or [])]
-    own = any(example.teacher_prompt_ids is not None for example in everything)
-    if flags.template_kwargs and not own and not streams:
+    scored = [(e, method.lmbda > 0 or method.seq_kd, method.reads_dataset) for e in rows]
+    scored += [(e, e.sample is None, True) for e in prepared.held_out or []]
+    seen = streams or any(example.teacher_prompt_ids is not None for example, _, _ in scored)
+    if flags.template_kwargs and not seen:
         raise ConfigurationError(
             f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
             "no row has a prompt that only the teacher sees"
         )
-    writes = method.lmbda > 0 or method.seq_kd
-    for example in everything:
+    for example, written, own in scored:
         if example.teacher_prompt_ids is None:
             continue
-        longest = method.max_new_tokens if writes or example.sample is None else 0
-        if example.sample is not None:
+        longest = method.max_new_tokens if written else 0
+        if own and example.sample is not None:
             longest = max(longest, len(example.sample.completion_ids))
-        length, limit = (
-            len(example.teacher_prompt_ids) + longest,
-            teachers.of(example.teacher).info.max_model_len,
-        )
+        length = len(example.teacher_prompt_ids) + longest
+        limit = teachers.of(example.teacher).info.max_model_len
         if length > limit:
             raise DatasetError(
                 f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "

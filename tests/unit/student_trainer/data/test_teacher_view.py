@@ -146,3 +146,52 @@ def test_what_the_teacher_sees_is_kept_with_the_tokenized_rows(tokenize, tmp_pat
     assert [one.teacher for one in kept] == ["math", None]
     assert np.array_equal(kept[0].teacher_prompt_ids, examples[0].teacher_prompt_ids)
     assert kept[1].teacher_prompt_ids is None
+
+
+def test_of_turns_that_the_limit_cuts_to_one_the_teacher_has_no_prompt_of_its_own(
+    tokenizer, tokenize
+):
+    """The one that is left is the first, and the prompt would be that of the last."""
+    turns = [*CHAT, ANSWER, {"role": "user", "content": "3 + 3?"}, {**ANSWER, "content": "6"}]
+    row = {"messages": turns, "teacher_prompt": "3 + 3? It is 6."}
+    [whole] = tokenize({"messages": turns}, assistant_turns="all")
+    gap = int(np.flatnonzero(~whole.sample.completion_mask)[0])
+    length = whole.sample.completion_start + gap
+    cut = RowTokenizer(
+        tokenizer, (tokenizer.eos_token_id,), DataArguments(assistant_turns="all"), length,
+        TemplateOptions(today=datetime.date(2026, 1, 2)), one_sequence=True, view=NO_VIEW,
+    )  # fmt: skip
+    assert cut(0, "row 1", {"messages": turns})[0].sample.completion_mask.all()
+    with pytest.raises(DatasetError, match="teaches several turns"):
+        cut(0, "row 1", row)
+
+
+def test_without_a_teacher_columns_about_one_are_like_any_others(tokenize):
+    turns = [*CHAT, ANSWER, {"role": "user", "content": "3 + 3?"}, {**ANSWER, "content": "6"}]
+    row = {"messages": turns, "teacher_prompt": "3 + 3? It is 6.", "teacher": "code"}
+    [example] = tokenize(row, None, assistant_turns="all")
+    [plain] = tokenize({"messages": turns}, None, assistant_turns="all")
+    assert (example.teacher, example.teacher_prompt_ids) == (None, None)
+    assert (example.sample.token_ids == plain.sample.token_ids).all()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / number }}", "division by zero"),
+        ("{{ '{missing}'.format() }}", "'missing'"),
+        ("{{ self.prompt }}{{ number.upper() }}", "has no attribute"),
+    ],
+)
+def test_a_template_that_fails_on_a_row_is_an_error_that_names_it(tokenize, template, message):
+    row = {"prompt": "a", "completion": "b", "number": 0, "self": "x"}
+    with pytest.raises(DatasetError, match=message) as caught:
+        tokenize(row, TeacherView(template=template))
+    assert str(caught.value).startswith("row 1: --teacher_prompt_template: ")
+
+
+def test_a_template_reads_a_row_whatever_its_columns_are_called(tokenize):
+    view = TeacherView(template="{{ prompt }} {{ context }}")
+    row = {"prompt": "a", "completion": "b", "self": "x", "context": "c"}
+    [as_row] = tokenize({"prompt": "a c", "completion": "b"})
+    assert (tokenize(row, view)[0].teacher_prompt_ids == as_row.prompt_ids).all()

@@ -67,7 +67,7 @@ def test_an_evaluation_has_a_line_of_its_own():
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0467, ".0467"), (-0.5, "-.5"), (10.04, "10"), (12.345, "12.3"), (1234.5, "1234"),
-     (0.0, "0"), (1e-5, "1e-05"), (float("nan"), "nan"), (20.05, "20.1")],
+     (0.0, "0"), (1e-5, "1e-05"), (float("nan"), "nan"), (20.05, "20.1"), (999.7, "1000")],
 )  # fmt: skip
 def test_numbers_have_three_digits(value, text):
     assert number(value) == text

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from student_trainer.commands.main import main
-from student_trainer.reporting.runs import find_runs
+from student_trainer.reporting.runs import Evaluation, TrainingRun, find_runs
 
 GROUPED = {
     "loss": "train/loss", "divergence": "train/divergence", "eval_loss": "eval/loss",
@@ -381,3 +381,32 @@ def test_several_teachers_of_a_run_have_a_line_each(tmp_path):
     assert "Coverage: mass on the support, teacher by teacher" in page
     assert ">math<" in page
     assert ">code<" in page
+
+
+def test_runs_of_one_name_have_each_its_own_evaluation(tmp_path):
+    for seed, score in (("one", 0.25), ("two", 0.75)):
+        run = training_run(tmp_path / seed / "student")
+        verdicts = [i < 16 * score for i in range(16)]
+        evaluation_run(tmp_path / seed / "scores", run, score=score, verdicts=verdicts)
+    page = page_of(tmp_path, tmp_path)
+    differences = [
+        " ".join(word for cell in row for word in cell)
+        for row in rows_of(page, "Differences from one/student")
+    ]
+    assert any(row.startswith("pass@1") and "+50.0 points" in row for row in differences)
+    shares = [cell[0] for row in rows_of(page, "Runs") for cell in row if "to" in cell]
+    assert shares == ["0.250", "0.750"]
+
+
+def test_the_model_of_an_evaluation_is_known_by_its_name_only_where_its_folder_is_gone(tmp_path):
+    def place(model, *runs):
+        folders = [tmp_path / name for name in runs]
+        found = [TrainingRun(folder.name, folder, [], None) for folder in folders]
+        evaluation = Evaluation("scores", tmp_path, {"model": str(tmp_path / model)}, {})
+        return evaluation.place_among(found)
+
+    (tmp_path / "base" / "student").mkdir(parents=True)
+    assert place("gone/student", "a/other", "a/student") == 1
+    assert place("gone/student", "a/student", "b/student") is None
+    assert place("a/student", "b/student", "a/student") == 1
+    assert place("base/student", "a/student") is None  # another model that is there

@@ -121,3 +121,8 @@ def test_a_long_run_keeps_its_spikes_in_few_points():
 )
 def test_ticks_are_round_numbers(low, high, marks):
     assert ticks(low, high) == marks
+
+
+def test_values_as_small_as_rounding_have_a_scale():
+    assert "<polyline" in draw_lines({"run": [(1, 3e-16), (2, 2e-17)]}, "step", "nats")
+    assert "<polyline" in draw_lines({"run": [(1, -3e-16), (2, 0.0)]}, "step", "nats")

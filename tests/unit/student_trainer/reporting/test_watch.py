@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -166,3 +168,34 @@ def test_a_quiet_run_may_have_stopped(tmp_path):
         f"{tmp_path / 'later'}: no step is logged yet; waiting.",
         "run: step 10 of 40; nothing was logged for 10 minutes, so it may have stopped.",
     ]
+
+
+def test_a_browser_that_goes_away_is_no_news(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    ended(run, 1, 40)
+    with watching(run) as (process, port):
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", port)) as browser:
+                at_once = struct.pack("ii", 1, 0)  # closing it resets the connection
+                browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+                browser.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+        assert get(port)[0].status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
+def test_samples_that_are_half_written_are_tried_again(tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "results.json").write_text('{"model": "m", "problems": 1, "n": 1, "pass@1": 1.0}')
+    (folder / "samples.jsonl").write_text('{"task_id": "1", "pas')
+    with watching(tmp_path / "later", folder) as (_, port):
+        answer, said = get(port)
+        assert (answer.status, "samples.jsonl: not valid JSON" in said) == (503, True)
+
+
+def test_before_any_run_has_begun_the_page_says_nothing_of_intervals(tmp_path):
+    with watching(tmp_path / "run") as (_, port):
+        assert "<p class=lead></p>" in get(port)[1]

@@ -18,6 +18,7 @@ from student_trainer.data.encode import Encoder
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.training.inputs import FILE, check_resumed, keep_inputs, training_inputs
+from tests.support.stub import IDENTITY
 
 ROW = {"prompt": "say", "completion": "it"}
 
@@ -99,3 +100,46 @@ def test_each_flag_of_ours_is_placed_and_those_of_transformers_exist(command):
     placed = {name for mark in get_args(Resume) for name in marked(kinds, "resume", mark)}
     assert ours - theirs <= placed
     assert {*SAME, *TOLD, *PRIVATE} <= theirs | {"logging_dir"}
+
+
+def of_teachers(tokenizer, names, *, named=False, streamed=False, weights=None):
+    tokenizer.chat_template = "{{ messages }}"
+    examples = RowTokenizer(tokenizer, (1,), DataArguments(), 200)(0, "row", ROW)
+    if named:
+        examples = [dataclasses.replace(example, teacher="math") for example in examples]
+    chat = ChatTemplate(Encoder(tokenizer), TemplateOptions())
+    weights = weights or dict.fromkeys(names, "a")
+    teachers = {n: IDENTITY.model_copy(update={"fingerprint": 64 * weights[n]}) for n in names}
+    given = None if streamed else examples
+    return training_inputs([Flags()], given, chat, rows_a_step=8, teachers=teachers)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "stream"])
+def test_rows_that_name_no_teacher_keep_the_one_they_had(tokenizer, tmp_path, streamed):
+    keep_inputs(of_teachers(tokenizer, ("math", "code"), streamed=streamed), tmp_path)
+    check_resumed(tmp_path, of_teachers(tokenizer, ("math", "code"), streamed=streamed))
+    with pytest.raises(ConfigurationError, match="no teacher learn from math -> code") as caught:
+        check_resumed(tmp_path, of_teachers(tokenizer, ("code", "math"), streamed=streamed))
+    assert "--accept_teacher_change" not in str(caught.value)
+
+
+def test_the_order_of_teachers_is_free_where_every_row_names_its_own(tokenizer, tmp_path):
+    keep_inputs(of_teachers(tokenizer, ("math", "code"), named=True), tmp_path)
+    check_resumed(tmp_path, of_teachers(tokenizer, ("code", "math"), named=True))
+
+
+def test_a_teacher_that_gets_a_name_is_compared_with_the_one_that_had_none(tokenizer, tmp_path):
+    keep_inputs(of_teachers(tokenizer, ("",)), tmp_path)
+    check_resumed(tmp_path, of_teachers(tokenizer, ("math", "code")))
+    other = of_teachers(tokenizer, ("math", "code"), weights={"math": "b", "code": "a"})
+    with pytest.raises(ConfigurationError, match="the teacher's weights aaaaaaaaaaaa… -> bbbb"):
+        check_resumed(tmp_path, other)
+
+
+def test_a_new_teacher_is_not_to_be_accepted_where_more_has_changed(tokenizer, tmp_path):
+    keep_inputs(of_teachers(tokenizer, ("math", "code")), tmp_path)
+    other = of_teachers(tokenizer, ("code", "math"), weights={"math": "a", "code": "b"})
+    with pytest.raises(ConfigurationError) as caught:
+        check_resumed(tmp_path, other)
+    assert "the teacher code's weights" in str(caught.value)
+    assert "--accept_teacher_change" not in str(caught.value)

@@ -1,21 +1,27 @@
 """The comparison of teacher and student before the first step."""
 
 import logging
+import types
 
 import numpy as np
 import pytest
 
-from shared.errors import ConfigurationError, TokenizerMismatchError
+from shared.errors import ConfigurationError, DatasetError, TokenizerMismatchError
 from shared.identity import tokenizer_identity
 from shared.protocol import Capabilities, Limits
 from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
-from student_trainer.data.sample import Example
+from student_trainer.data.sample import Example, Sample
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
-from student_trainer.training.recipe import longest_rollout, open_teachers
+from student_trainer.teacher.named import Teachers
+from student_trainer.training.recipe import (
+    check_teacher_prompts,
+    longest_rollout,
+    open_teachers,
+)
 from tests.support.stub import info
 
 
@@ -115,3 +121,53 @@ def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
     assert longest_rollout([example(10)], held_out, method) == 28
     assert longest_rollout([example(25)], held_out, method) == 33
     assert longest_rollout([example(10)], None, method) == 18
+
+
+class TestPromptsThatOnlyTheTeacherSees:
+    """A context of 20 tokens, a teacher's prompt of 12, and completions of up to 16 if written."""
+
+    def check(self, *, own, held_out=False, **method):
+        ids = np.arange(5, dtype=np.uint32)
+        sample = None
+        if own:
+            joined = np.arange(5 + own, dtype=np.uint32)
+            sample = Sample(joined, 5, np.ones(own, dtype=bool), "dataset")
+        seen = np.arange(12, dtype=np.uint32)
+        example = Example(0, "row", ids, sample, None, "", teacher_prompt_ids=seen)
+        config = DistillationConfig(**{
+            "lmbda": 0.0, "seq_kd": False, "seq_kd_temperature": 1.0, "divergence": Divergence(),
+            "top_k": 4, "max_new_tokens": 16, "seed": 0, "stop_ids": (1,), **method,
+        })  # fmt: skip
+        rows = ([], [example]) if held_out else ([example], None)
+        prepared = types.SimpleNamespace(method=config, train=rows[0], held_out=rows[1])
+        client = types.SimpleNamespace(info=info(max_model_len=20))
+        check_teacher_prompts(Teachers({"": client}), prepared)
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"own": 8},
+            {"own": 8, "held_out": True},
+            {"own": 8, "held_out": True, "lmbda": 1.0},
+            {"own": 8, "held_out": True, "seq_kd": True},
+            {"own": 12, "lmbda": 1.0, "max_new_tokens": 8},
+            {"own": 12, "seq_kd": True, "max_new_tokens": 8},
+        ],
+    )
+    def test_what_is_scored_fits(self, row):
+        self.check(**row)
+
+    @pytest.mark.parametrize(
+        ("row", "longest"),
+        [
+            ({"own": 9}, 9),
+            ({"own": 8, "lmbda": 0.5}, 16),
+            ({"own": 12, "lmbda": 0.5, "max_new_tokens": 8}, 12),
+            ({"own": 0, "seq_kd": True}, 16),
+            ({"own": 0, "held_out": True}, 16),
+            ({"own": 9, "held_out": True, "lmbda": 1.0}, 9),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, row, longest):
+        with pytest.raises(DatasetError, match=f"row: .* 12 tokens and .* up to {longest} make"):
+            self.check(**row)
