@@ -11,7 +11,7 @@ from typing import Any
 from shared.errors import ConfigurationError
 from shared.printable import one_line
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = "adapter_model.safetensors"
 _LONGEST_NAME = 200  # characters
 
 
@@ -80,8 +80,10 @@ def _check_folder(given: str, folder: Path) -> None:
         kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigurationError(f"{given}: {file} is damaged: {error}") from error
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise ConfigurationError(f"{given}: the folder has no {_WEIGHTS[0]}")
+    if not (folder / _WEIGHTS).is_file():
+        raise ConfigurationError(
+            f"{given}: the folder has no {_WEIGHTS}; save the adapter as safetensors"
+        )
     merge = f"merge it (student-trainer merge --model_name_or_path {folder}) and serve it alone"
     if kind != "LORA":
         raise ConfigurationError(f"{given} is a {kind} adapter; only LORA is served: {merge}")
@@ -104,14 +106,8 @@ def adapter_targets(module: LoraModule) -> list[str]:
 
     They are read from its weights, because its configuration may hold a pattern.
     """
-    folder = Path(module.path)
-    if (folder / _WEIGHTS[0]).is_file():
-        from safetensors import safe_open
+    from safetensors import safe_open
 
-        with safe_open(folder / _WEIGHTS[0], framework="numpy") as file:
-            keys = list(file.keys())
-    else:
-        import torch
-
-        keys = list(torch.load(folder / _WEIGHTS[1], map_location="cpu", weights_only=True))
+    with safe_open(Path(module.path) / _WEIGHTS, framework="numpy") as file:
+        keys = list(file.keys())
     return sorted({key.split(".lora_")[0].rsplit(".", 1)[-1] for key in keys if ".lora_" in key})

@@ -130,9 +130,9 @@ def without_key_warnings() -> Iterator[None]:
 def names_kept(groups: tuple[str, ...]) -> Iterator[None]:
     """Let TensorBoard, wandb and their like keep the names that begin with one of ``groups``.
 
-    Replaces ``rewrite_logs`` of ``transformers.integrations.integration_utils`` inside the block,
-    from transformers 5.19.0. It puts ``train/`` before every name but ``eval_*`` and ``test_*``,
-    ``train/loss`` too, and its callers have no argument for it.
+    Replaces ``integration_utils.rewrite_logs`` inside the block, from transformers 5.19.0. It puts
+    ``train/`` before every name but ``eval_*`` and ``test_*``, ``train/loss`` too, and its callers
+    have no argument for it.
     """
     from transformers.integrations import integration_utils
 

@@ -125,7 +125,6 @@ class TestEngine:
             (("--no-such-flag", "1"), "unrecognized arguments: --no-such-flag 1"),
             (("--tensor-parallel-size", "two"), "tensor-parallel-size.*invalid"),
             (("--worker-extension-cls", "x.Y"), "--worker-extension-cls is set by this server"),
-            (("--model=other",), "--model=other is set by this server"),
         ],
     )
     def test_a_flag_that_vllm_does_not_take_is_refused(self, folder, flags, message):
