@@ -13,7 +13,7 @@ from shared.printable import one_line
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LONGEST_NAME = 200  # characters
-_NOTHING = (None, False, [], {})
+_NOTHING: tuple[Any, ...] = (None, False, [], {})
 # Fields by which an adapter changes more than linear layers, each with the values that do not.
 # PiSSA, OLoRA and the like change the base's own weights, which all models of a server share.
 _BESIDE_LORA: dict[str, tuple[Any, ...]] = {
