@@ -13,6 +13,18 @@ from shared.printable import one_line
 
 _WEIGHTS = "adapter_model.safetensors"
 _LONGEST_NAME = 200  # characters
+_NOTHING: tuple[Any, ...] = (None, False, [], {})
+# Fields by which an adapter changes more than linear layers, each with the values that do not.
+# PiSSA, OLoRA and the like change the base's own weights, which all models of a server share.
+_BESIDE_LORA: dict[str, tuple[Any, ...]] = {
+    "modules_to_save": _NOTHING,
+    "use_dora": _NOTHING,
+    "lora_bias": _NOTHING,
+    "trainable_token_indices": _NOTHING,
+    "layer_replication": _NOTHING,
+    "bias": (None, "none"),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +99,8 @@ def _check_folder(given: str, folder: Path) -> None:
     merge = f"merge it (student-trainer merge --model_name_or_path {folder}) and serve it alone"
     if kind != "LORA":
         raise ConfigurationError(f"{given} is a {kind} adapter; only LORA is served: {merge}")
-    for name in ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices"):
-        if config.get(name):
+    for name, harmless in _BESIDE_LORA.items():
+        if config.get(name) not in harmless:
             raise ConfigurationError(
                 f"{given} has {name} {config[name]}, which adapters served together cannot have: "
                 f"{merge}"

@@ -71,6 +71,10 @@ def test_two_models_of_one_name_are_refused(adapter, name):
         ({"peft_type": "IA3"}, "is a IA3 adapter; only LORA is served"),
         ({"modules_to_save": ["lm_head"]}, r"has modules_to_save \['lm_head'\]"),
         ({"use_dora": True}, "has use_dora True"),
+        ({"bias": "all"}, "has bias all"),
+        ({"layer_replication": [[0, 2]]}, "has layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "has init_lora_weights olora"),
     ],
 )
 def test_an_adapter_that_cannot_share_a_model_is_refused_with_the_remedy(adapter, config, message):
@@ -78,6 +82,12 @@ def test_an_adapter_that_cannot_share_a_model_is_refused_with_the_remedy(adapter
     with pytest.raises(ConfigurationError, match=message) as caught:
         lora_modules([f"math={folder}"], "base")
     assert "student-trainer merge" in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_an_adapter_that_leaves_the_base_as_it_is_may_begin_in_any_way(adapter, start):
+    folder = adapter(init_lora_weights=start, bias="none", modules_to_save=None)
+    assert lora_modules([f"math={folder}"], "base")
 
 
 def test_a_damaged_or_incomplete_folder_is_refused(adapter):
