@@ -36,7 +36,7 @@ WITH, WITHOUT = "prefix cache", "no prefix cache"
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve a model twice, measure, and print the table and its JSON."""
     parser = argument_parser(__doc__, quick="one round of 16 sequences")
-    parser.add_argument("--prompt", type=int, default=2048, help="tokens; default 2048")
+    parser.add_argument("--prompt", type=int, default=2000, help="tokens; default 2000")
     args = parser.parse_args(argv)
     rounds, count = (1, 16) if args.quick else (5, 32)
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as servers:

@@ -57,7 +57,7 @@ class DistillationResult:
 
     def __repr__(self) -> str:
         steps = self.history[-1].get("step", 0) if self.history else 0
-        value = self.metrics.get("divergence")
+        value = self.metrics.get("train/divergence")
         what = "" if value is None else f", divergence {value:.3g}"
         return (
             f"DistillationResult({str(self.output_dir)!r}, {steps} steps{what}"

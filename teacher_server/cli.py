@@ -34,7 +34,8 @@ vLLM's engine flags
   After MODEL, --backend vllm takes every other flag of `vllm serve`'s engine under its own name,
   such as --tensor-parallel-size, --pipeline-parallel-size, --data-parallel-size, --quantization,
   --gpu-memory-utilization and --enable-prefix-caching. On CPU the KV cache is 1 GiB unless
-  VLLM_CPU_KVCACHE_SPACE says otherwise.
+  VLLM_CPU_KVCACHE_SPACE says otherwise, and nothing is compiled unless TORCH_COMPILE_DISABLE is 0.
+  Prompts that begin alike are read once; --no-enable-prefix-caching turns that off.
 
 Memory for scoring
   Full-vocabulary logits are the one thing vLLM does not plan for: 8,192 rows x 152,000 tokens x

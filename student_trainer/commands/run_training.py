@@ -138,7 +138,7 @@ def _connect_and_prepare(
             early, recipe, rows, args, teachers=teachers, teacher_flags=teacher_flags
         )
     check_teachers_are_used(teachers, prepared)
-    check_teacher_prompts(teachers, prepared)
+    check_teacher_prompts(teachers, prepared, teacher_flags)
     tolerance = teacher_flags.teacher_repeat_tolerance
     some = prepared.train[: _ROWS_REPEATED if teachers.names else 2]
     for teacher, examples in teachers.by_teacher(some, lambda example: example.teacher):

@@ -71,6 +71,13 @@ class TeacherView:
             text = self._rendered(where, row)
         if text is not None and messages is not None:
             raise DatasetError(f"{where}: {PROMPT} and {MESSAGES} both say what the teacher sees")
+        given = PROMPT if messages is None else MESSAGES
+        continues = isinstance(parsed, Conversation) and parsed.prompt[-1]["role"] == "assistant"
+        if continues and (text is not None or messages is not None):
+            raise DatasetError(
+                f"{where}: the prompt ends with the beginning of an answer, which {given} cannot "
+                "repeat; put that beginning into the completion"
+            )
         if messages is not None:
             if not isinstance(messages, list) or not messages or isinstance(parsed, PlainText):
                 raise DatasetError(

@@ -411,16 +411,25 @@ def check_teachers_are_used(teachers: Teachers, prepared: Prepared) -> None:
             )
 
 
-def check_teacher_prompts(teachers: Teachers, prepared: Prepared) -> None:
+def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: TeacherArguments) -> None:
     """Refuse prompts that only a teacher sees and that leave its context no room.
 
     Raises:
+        ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
         DatasetError: names the row; of a stream's rows, the request fails that scores it.
     """
     method = prepared.method
+    streams = isinstance(prepared.train, ExampleStream)
     rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
+    # The example, whether a completion is written for it, and whether its own is scored.
     scored = [(e, method.lmbda > 0 or method.seq_kd, method.reads_dataset) for e in rows]
     scored += [(e, e.sample is None, True) for e in prepared.held_out or []]
+    sees_more = any(example.teacher_prompt_ids is not None for example, _, _ in scored)
+    if flags.template_kwargs and not sees_more and not streams:
+        raise ConfigurationError(
+            f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
+            "no row has a prompt that only the teacher sees"
+        )
     for example, written, own in scored:
         if example.teacher_prompt_ids is None:
             continue

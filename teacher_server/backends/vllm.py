@@ -104,6 +104,7 @@ class VllmBackend:
         self._chunk_bytes = settings.score_chunk_mib << 20
         config = self._engine.vllm_config.model_config
         self._vocab_size = int(config.get_vocab_size())
+        self._block_size = int(self._engine.vllm_config.cache_config.block_size)
         try:
             self._in_worker = _wait(self._hooks_work(int(config.max_model_len)), loop)
             _wait(self._check_adapters(int(config.max_model_len)), loop)
@@ -188,7 +189,10 @@ class VllmBackend:
         del self._engine
 
     async def _score_in_worker(self, job: ScoreJob, priority: int = 0) -> SparseLogprobs:
-        if job.completion_start > LEAST_SHARED:
+        # The state of the prompt's last token scores the first of the completion, and is cached
+        # where a block ends with it.
+        aligned = job.completion_start % self._block_size == 0
+        if job.completion_start > LEAST_SHARED and not aligned:
             with contextlib.suppress(MissedPositionsError):
                 return await self._prefill(job, priority, cached=True)
         return await self._prefill(job, priority, cached=False)

@@ -230,3 +230,13 @@ class TestWhatOnlyTheTeacherSees:
         assert main(["distill", *argv]) == 2
         error = capsys.readouterr().err
         assert "long.jsonl:1: the teacher's own prompt of" in error
+
+    def test_options_of_a_prompt_that_no_row_has_are_refused(
+        self, unserved_world, tmp_path, served, capsys
+    ):
+        argv = flags(
+            unserved_world, tmp_path / "out", lmbda=0, max_steps=1, teacher_url=f"{served}#math",
+            teacher_chat_template_kwargs='{"enable_thinking": true}',
+        )  # fmt: skip
+        assert main(["distill", *argv]) == 2
+        assert "has no effect: no row has a prompt that only" in capsys.readouterr().err

@@ -19,11 +19,6 @@ from student_trainer.config.checks.teacher import check_teacher
 from student_trainer.config.suites import FORMS, HUB
 from student_trainer.config.teachers import teachers_of
 
-# Flags that say which teacher a row has, and what only that one sees.
-_OF_ROWS = (
-    "teacher_column", "dataset_teacher", "teacher_prompt_template", "teacher_chat_template_kwargs",
-)  # fmt: skip
-
 
 def check_evaluate(
     model: ModelArguments,
@@ -50,7 +45,8 @@ def check_evaluate(
     if not 0.0 <= args.beta <= 1.0:
         raise ConfigurationError(f"--beta {args.beta} must be from 0 to 1")
     if teacher.teacher_url:
-        _check_one_teacher(teacher)
+        check_teacher(teacher)
+        _check_one_teacher(teacher, teacher.teacher_url)
     elif teacher != TeacherArguments() or args.beta != EvaluateArguments.beta:
         raise ConfigurationError(
             "a teacher's flags and --beta have no effect without --teacher_url"
@@ -73,20 +69,23 @@ def check_evaluate(
         raise ConfigurationError(f"--check_timeout {args.check_timeout} must be above 0")
 
 
-def _check_one_teacher(teacher: TeacherArguments) -> None:
-    """Check the flags of the teacher, of which there is one, and which sees what the model does."""
-    check_teacher(teacher)
-    names = [one.name for one in teachers_of(teacher.teacher_url or [])]
-    if len(names) > 1:
+def _check_one_teacher(teacher: TeacherArguments, urls: list[str]) -> None:
+    """Refuse several teachers, and flags about what rows say of theirs."""
+    served = teachers_of(urls)
+    if len(served) > 1:
         raise ConfigurationError(
-            f"--teacher_url names {', '.join(names)}: `evaluate` compares with one; give one"
+            f"--teacher_url names {len(served)} teachers; `evaluate` compares with one: give "
+            f"{served[0].name} alone"
         )
-    for flag in _OF_ROWS:
+    for flag in (
+        "teacher_column", "dataset_teacher", "teacher_prompt_template",
+        "teacher_chat_template_kwargs",
+    ):  # fmt: skip
         value = getattr(teacher, flag)
         if value != getattr(TeacherArguments, flag):
             raise ConfigurationError(
-                f"--{flag} {value} has no effect, because the teacher of `evaluate` has all rows "
-                "and sees the prompts that the model does; drop it"
+                f"--{flag} {value} has no effect in `evaluate`, whose teacher sees what the model "
+                "sees; drop it"
             )
 
 

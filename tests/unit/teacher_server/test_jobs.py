@@ -36,6 +36,7 @@ CHANGES = {
         "logprob_dtype": ["float16"],
         "draw_key": [b"", b"x"],
         "client": ["a", "None"],
+        "adapter": ["", "None", "math"],
     },
     ScoreOptions: {"top_k": [3], "temperature": [0.5], "logprob_dtype": ["float16"]},
     StopStrings: {
@@ -53,6 +54,7 @@ CHANGES = {
         "score": [None],
         "client": ["", "b"],
         "stop": [None],
+        "adapter": ["", "None", "math"],
     },
 }  # fmt: skip
 

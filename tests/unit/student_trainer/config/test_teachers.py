@@ -4,14 +4,8 @@ import pytest
 
 from shared.errors import ConfigurationError
 from student_trainer.commands.main import main
-from student_trainer.config.arguments import (
-    DatasetArguments,
-    EvaluateArguments,
-    GenerationArguments,
-    ModelArguments,
-    TeacherArguments,
-)
-from student_trainer.config.checks import check_dataset_teachers, check_evaluate, check_teacher
+from student_trainer.config.arguments import DatasetArguments, TeacherArguments
+from student_trainer.config.checks.teacher import check_dataset_teachers, check_teacher
 from student_trainer.config.teachers import ServedTeacher, teachers_of
 
 
@@ -90,18 +84,17 @@ def test_rows_in_memory_have_no_dataset_to_name_a_teacher_of():
 
 
 @pytest.mark.parametrize(
-    ("urls", "flags", "message"),
+    ("argv", "message"),
     [
-        (["math=http://a", "code=http://b"], {}, "names math, code: `evaluate` compares with one"),
-        (["math=http://a"], {"teacher_column": "who"}, "--teacher_column who has no effect"),
-        (["math=http://a"], {"dataset_teacher": ["math"]}, "--dataset_teacher .* has no effect"),
-        (["http://a"], {"teacher_prompt_template": "t.jinja"}, "--teacher_prompt_template t.jinja"),
-        (["http://a"], {"teacher_chat_template_kwargs": '{"a": 1}'}, "sees the prompts that the"),
+        (["a=http://a", "b=http://b"], "names 2 teachers; `evaluate` compares with one"),
+        (["a=http://a", "--teacher_column=who"], "--teacher_column who has no effect"),
+        (
+            ["http://a", "--teacher_prompt_template=x.jinja"],
+            "--teacher_prompt_template x.jinja has",
+        ),
     ],
 )
-def test_evaluate_refuses_what_is_of_rows_and_their_teachers(urls, flags, message):
-    with pytest.raises(ConfigurationError, match=message):
-        check_evaluate(
-            ModelArguments("model"), DatasetArguments(["humaneval"]), GenerationArguments(),
-            TeacherArguments(urls, **flags), EvaluateArguments(output_dir="out"),
-        )  # fmt: skip
+def test_evaluate_compares_with_one_teacher_that_sees_what_the_model_sees(argv, message, capsys):
+    words = ["evaluate", "--model_name_or_path=org/m", "--suite=humaneval", "--output_dir=out"]
+    assert main([*words, "--teacher_url", *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -115,6 +115,18 @@ def test_several_learned_turns_have_no_prompt_of_the_teachers_own(tokenize):
     assert example.teacher_prompt_ids is not None
 
 
+@pytest.mark.parametrize(
+    "seen", [{"teacher_prompt": "x"}, {"teacher_messages": CHAT}], ids=["text", "messages"]
+)
+def test_an_answer_that_is_begun_has_no_prompt_of_the_teachers_own(tokenize, seen):
+    begun = [*CHAT, {"role": "assistant", "content": "The sum"}]
+    row = {"prompt": begun, "completion": [{"role": "assistant", "content": " is 4"}]}
+    with pytest.raises(
+        DatasetError, match="row 1: the prompt ends with the beginning of an answer"
+    ):
+        tokenize({**row, **seen})
+
+
 def test_a_template_that_is_none_is_refused_before_rows_are_read(tmp_path):
     with pytest.raises(ConfigurationError, match="No such file"):
         read_template(tmp_path / "none.jinja")
