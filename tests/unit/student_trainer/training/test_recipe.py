@@ -141,7 +141,7 @@ class TestPromptsThatOnlyTheTeacherSees:
         rows = ([], [example]) if held_out else ([example], None)
         prepared = types.SimpleNamespace(method=config, train=rows[0], held_out=rows[1])
         client = types.SimpleNamespace(info=info(max_model_len=20))
-        check_teacher_prompts(Teachers({"": client}), prepared)
+        check_teacher_prompts(Teachers({"": client}), prepared, TeacherArguments())
 
     @pytest.mark.parametrize(
         "row",
