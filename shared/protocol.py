@@ -260,7 +260,7 @@ class InfoResponse(Message):
         max_model_len: longest sequence in tokens.
         eos_token_ids: tokens that end the teacher's completions.
         models: every teacher that this server answers as, the first included: a base model and its
-            adapters, which share all that stands here. Empty from an older server.
+            adapters, which share all that stands here.
     """
 
     protocol_version: int

@@ -45,7 +45,7 @@ from student_trainer.losses import Divergence
 from student_trainer.model.load import load_model
 from student_trainer.teacher.base import ScoreOptions
 from student_trainer.teacher.compatible import check_vocabulary
-from student_trainer.training.recipe import open_teachers
+from student_trainer.training.teachers import open_teachers
 
 
 def run_evaluation(

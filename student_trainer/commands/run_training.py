@@ -36,14 +36,16 @@ from student_trainer.teacher.named import Teachers
 from student_trainer.training.defaults import settle
 from student_trainer.training.recipe import (
     Prepared,
-    check_teacher_prompts,
-    check_teachers_are_used,
     date_folders,
     fit_to_teacher,
     keep_template_date,
-    open_teachers,
     prepare,
     run,
+)
+from student_trainer.training.teachers import (
+    check_teacher_prompts,
+    check_teachers_are_used,
+    open_teachers,
 )
 from student_trainer.training.trainer import DistillationTrainer
 

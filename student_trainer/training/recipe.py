@@ -15,26 +15,21 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from shared.errors import ConfigurationError, DatasetError
-from shared.protocol import InfoResponse
+from shared.errors import ConfigurationError
 from student_trainer.config.arguments import (
     DataArguments,
     DivergenceFlags,
     GenerationArguments,
-    ModelArguments,
     Recipe,
     TeacherArguments,
     divergence_flags_of,
     traced_steps,
 )
-from student_trainer.config.checks import api_key_of
-from student_trainer.config.teachers import ServedTeacher, teachers_of
 from student_trainer.config.training_arguments import (
     CommonTrainingArguments,
     checkpoint_of,
 )
 from student_trainer.data.conversation import PlainText, read_row
-from student_trainer.data.end_tokens import compare_ends
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.order import TrainingOrder
 from student_trainer.data.rows import (
@@ -43,7 +38,6 @@ from student_trainer.data.rows import (
 from student_trainer.data.sample import Example
 from student_trainer.data.sources import ROWS_CHECKED, Rows
 from student_trainer.data.stream import ExampleStream, RowStream
-from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.data.template import ChatTemplate, TemplateOptions
 from student_trainer.data.template_date import keep_date, read_date
 from student_trainer.evaluation.checkers import missing_fences
@@ -61,13 +55,7 @@ from student_trainer.pipeline.planned_requests import planned_requests, require_
 from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
 from student_trainer.runtime.threads import wait_for_gloo
-from student_trainer.teacher.base import Teacher
-from student_trainer.teacher.cache import CachedTeacher
-from student_trainer.teacher.compatible import check_vocabulary
 from student_trainer.teacher.named import Teachers
-from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
-from student_trainer.teacher.store import AnswerStore
-from student_trainer.teacher.vllm import VllmTeacher
 from student_trainer.training.checkpoints import writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
@@ -75,74 +63,11 @@ from student_trainer.training.inputs import check_resumed, keep_inputs, training
 from student_trainer.training.live_log import LiveLog
 from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
+from student_trainer.training.teachers import compare, view_of
 from student_trainer.training.text_end import KeepEndTokens
 from student_trainer.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
-
-
-def open_teachers(
-    teacher: TeacherArguments, model: ModelArguments, *, starts_alone: bool = False
-) -> Teachers:
-    """Make a client of each teacher that ``--teacher_url`` names; connect later.
-
-    Args:
-        starts_alone: if the cache knows a teacher, start without waiting for it.
-    """
-    assert teacher.teacher_url is not None  # checked with the flags
-    served = teachers_of(teacher.teacher_url)
-    return Teachers(
-        {
-            one.name: _open_one(one, teacher, model, len(served), starts_alone=starts_alone)
-            for one in served
-        }
-    )
-
-
-def _open_one(
-    served: ServedTeacher,
-    teacher: TeacherArguments,
-    model: ModelArguments,
-    count: int,
-    *,
-    starts_alone: bool,
-) -> Teacher:
-    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``.
-
-    Args:
-        count: number of teachers, which share the size of the cache.
-    """
-    if teacher.teacher_protocol == "vllm":
-        return VllmTeacher(
-            served.urls,
-            model=served.model,
-            name=served.name,
-            tokenizer=load_tokenizer(model),
-            rows=int(load_config(model).get_text_config().vocab_size),
-            top_k=teacher.top_k_logprobs,
-            timeout=teacher.teacher_timeout,
-            accept_change=teacher.accept_teacher_change,
-            api_key=api_key_of(teacher),
-            unreachable=teacher.teacher_unreachable,
-        )
-    client = SparseGkdTeacher(
-        served.urls,
-        model=served.model,
-        name=served.name,
-        timeout=teacher.teacher_timeout,
-        accept_change=teacher.accept_teacher_change,
-        logprob_dtype=teacher.teacher_logprob_dtype,
-        api_key=api_key_of(teacher),
-        unreachable=teacher.teacher_unreachable,
-    )
-    if teacher.teacher_cache is None:
-        return client
-    folder = Path(teacher.teacher_cache) / served.name  # that of an unnamed teacher is the cache's
-    size = int(teacher.teacher_cache_max_gb * 1e9 / count)
-    store = AnswerStore(folder, max_bytes=size)
-    return CachedTeacher(
-        client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
-    )
 
 
 def run(
@@ -304,7 +229,7 @@ def prepare(
     stop_ids = load_stop_ids(recipe.model, tokenizer)
     if teachers is not None:
         for info in teachers.infos:
-            _compare(tokenizer, vocab_size, stop_ids, info)
+            compare(tokenizer, vocab_size, stop_ids, info)
         vocab_size = min(vocab_size, teachers.vocab_size)
         context = min(context, teachers.max_model_len)
     student_top_m = divergence_flags_of(args).student_top_m
@@ -357,19 +282,6 @@ def prepare(
     )
 
 
-def view_of(teacher: TeacherArguments) -> TeacherView:
-    """Return which teacher rows have and what only that one sees, as the flags say.
-
-    Raises:
-        ConfigurationError: the file of --teacher_prompt_template is no Jinja template.
-    """
-    source = None
-    if teacher.teacher_prompt_template is not None:
-        source = read_template(Path(teacher.teacher_prompt_template))
-    names = tuple(one.name for one in teachers_of(teacher.teacher_url or []) if one.name)
-    return TeacherView(names, teacher.teacher_column, source, teacher.template_kwargs)
-
-
 def fit_to_teacher(
     prepared: Prepared,
     recipe: Recipe,
@@ -390,73 +302,8 @@ def fit_to_teacher(
     if longer or teachers.vocab_size < prepared.vocab_size:
         return prepare(recipe, rows, args, teachers=teachers, teacher_flags=teacher_flags)
     for info in teachers.infos:
-        _compare(prepared.tokenizer, prepared.vocab_size, list(prepared.method.stop_ids), info)
+        compare(prepared.tokenizer, prepared.vocab_size, list(prepared.method.stop_ids), info)
     return prepared
-
-
-def check_teachers_are_used(teachers: Teachers, prepared: Prepared) -> None:
-    """Refuse a named teacher that no row has; of a stream this is not known.
-
-    Raises:
-        ConfigurationError: names the teacher.
-    """
-    if isinstance(prepared.train, ExampleStream) or not teachers.names:
-        return
-    used = {e.teacher or teachers.names[0] for e in [*prepared.train, *(prepared.held_out or [])]}
-    for name in teachers.names:
-        if name not in used:
-            raise ConfigurationError(
-                f"--teacher_url {name}=…: no row has this teacher; rows name theirs in "
-                "--teacher_column, or datasets by --dataset_teacher, else they have the first"
-            )
-
-
-def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: TeacherArguments) -> None:
-    """Refuse prompts that only a teacher sees and that leave its context no room.
-
-    Raises:
-        ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
-        DatasetError: names the row; of a stream's rows, the request fails that scores it.
-    """
-    method = prepared.method
-    streams = isinstance(prepared.train, ExampleStream)
-    rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
-    scored = [(e, method.lmbda > 0 or method.seq_kd, method.reads_dataset) for e in rows]
-    scored += [(e, e.sample is None, True) for e in prepared.held_out or []]
-    seen = streams or any(example.teacher_prompt_ids is not None for example, _, _ in scored)
-    if flags.template_kwargs and not seen:
-        raise ConfigurationError(
-            f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
-            "no row has a prompt that only the teacher sees"
-        )
-    for example, written, own in scored:
-        if example.teacher_prompt_ids is None:
-            continue
-        longest = method.max_new_tokens if written else 0
-        if own and example.sample is not None:
-            longest = max(longest, len(example.sample.completion_ids))
-        length = len(example.teacher_prompt_ids) + longest
-        limit = teachers.of(example.teacher).info.max_model_len
-        if length > limit:
-            raise DatasetError(
-                f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
-                f"tokens and a completion of up to {longest} make {length}; its context is {limit}"
-            )
-
-
-def _compare(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, stop_ids: list[int], info: InfoResponse
-) -> None:
-    """Check that student and teacher have one vocabulary, and tell if they end otherwise.
-
-    Raises:
-        TokenizerMismatchError: they have not.
-    """
-    check_vocabulary(tokenizer, vocab_size, info)
-    if PartialState().is_main_process:
-        told = compare_ends(tokenizer, stop_ids, info)
-        if told is not None:
-            logger.warning("%s", told)
 
 
 def _are_plain_text(rows: list[Row] | RowStream, data: DataArguments) -> bool:

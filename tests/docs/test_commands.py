@@ -446,7 +446,7 @@ def test_the_code_of_the_notebook_page_runs(surroundings, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("mark", [pytest.param("", marks=VLLM)])
 def test_the_engine_flags_of_all_pages_are_vllms(surroundings, monkeypatch, mark):
-    from teacher_server.backends.vllm import engine_arguments
+    from teacher_server.backends.vllm_engine import engine_arguments
 
     monkeypatch.chdir(surroundings[0])
     found = 0

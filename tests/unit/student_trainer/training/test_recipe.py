@@ -18,10 +18,9 @@ from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
 from student_trainer.teacher.named import Teachers
 from student_trainer.training.recipe import (
-    check_teacher_prompts,
     longest_rollout,
-    open_teachers,
 )
+from student_trainer.training.teachers import check_teacher_prompts, open_teachers
 from tests.support.stub import info
 
 

@@ -11,7 +11,8 @@ import pytest
 from shared.errors import ConfigurationError, InternalError, UnavailableError
 from shared.protocol import ScoreSequence
 from teacher_server.backends.base import GenerateJob, ScoreJob
-from teacher_server.backends.vllm import LEAST_TAIL, VllmBackend, engine_arguments, public_scores
+from teacher_server.backends.vllm import LEAST_TAIL, VllmBackend, public_scores
+from teacher_server.backends.vllm_engine import engine_arguments
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.models import save_model, save_tokenizer
@@ -138,7 +139,7 @@ class TestEngine:
 
     def test_without_the_hooks_it_falls_back_to_public_log_probs(self, folder, monkeypatch, caplog):
         """A real engine whose workers know nothing of scoring."""
-        monkeypatch.setattr("teacher_server.backends.vllm._EXTENSION", "")
+        monkeypatch.setattr("teacher_server.backends.vllm_engine._EXTENSION", "")
         settings = Settings(str(folder), backend="vllm", max_top_k=300)
         rng = np.random.default_rng(0)
         model = load_model(folder)
