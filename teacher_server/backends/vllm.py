@@ -361,9 +361,9 @@ class VllmBackend:
         for one, scores in zip(jobs[1:], alone[1:], strict=True):
             if np.array_equal(scores.next_token_logprob, alone[0].next_token_logprob):
                 raise ConfigurationError(
-                    f"--lora-modules {one.adapter}=…: vLLM's answers are those of the base model, so "
-                    "no weight of the adapter fits it; merge it (student-trainer merge) and serve "
-                    "it alone"
+                    f"--lora-modules {one.adapter}=…: vLLM answers as the base model does, so no "
+                    "weight of the adapter fits it; merge it (student-trainer merge) and serve it "
+                    "alone"
                 )
         together = await asyncio.gather(*map(self.score, jobs))
         differences = [
