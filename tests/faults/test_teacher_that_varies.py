@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,9 @@ from shared import wire
 from shared.errors import TeacherAnswerError
 from shared.protocol import InfoResponse, ScoreRequest, ScoreResponse
 from student_trainer.commands.main import main
+from student_trainer.data.sample import Example
 from student_trainer.losses import Divergence
+from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
 from tests.support import stub
@@ -89,8 +90,11 @@ def test_a_cache_does_not_hide_it(command, varying, tmp_path, capsys):
 
 
 def test_prompts_of_one_token_hide_it_no_more(varying):
-    example = SimpleNamespace(name="row 1", prompt_ids=np.array([5], np.uint32), sample=None)
-    method = SimpleNamespace(top_k=4, divergence=Divergence())
+    example = Example(0, "row 1", np.array([5], np.uint32), None, None, "one token")
+    method = DistillationConfig(
+        lmbda=1.0, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=4,
+        max_new_tokens=8, seed=0, stop_ids=(1,),
+    )  # fmt: skip
     with stub.serving(varying(0.5)) as url, SparseGkdTeacher([url]) as client:
         client.connect()
         with pytest.raises(TeacherAnswerError, match="row 1"):
