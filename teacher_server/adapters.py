@@ -45,7 +45,7 @@ def lora_modules(values: Sequence[str], base: str) -> tuple[LoraModule, ...]:
         ConfigurationError: a value is not NAME=DIR, a name stands twice, or a folder holds no LoRA
             adapter that can be served beside others.
     """
-    modules = tuple(_parsed(value) for value in values)
+    modules = tuple(_parsed(value, base) for value in values)
     names = [base]
     for module in modules:
         given = f"--lora-modules {module.name}={module.path}"
@@ -61,7 +61,7 @@ def lora_modules(values: Sequence[str], base: str) -> tuple[LoraModule, ...]:
     return modules
 
 
-def _parsed(value: str) -> LoraModule:
+def _parsed(value: str, base: str) -> LoraModule:
     fields: Any
     if value.startswith("{"):
         try:
@@ -71,6 +71,10 @@ def _parsed(value: str) -> LoraModule:
         if not {"name", "path"} <= fields.keys() <= {"name", "path", "base_model_name"}:
             raise ConfigurationError(
                 f"--lora-modules {value}: give name and path, and at most base_model_name beside"
+            )
+        if fields.get("base_model_name", base) != base:
+            raise ConfigurationError(
+                f"--lora-modules {value}: base_model_name is not {base!r}, the model served here"
             )
         name, path = str(fields["name"]), str(fields["path"])
     else:

@@ -182,13 +182,14 @@ def next_steps(settings: Settings, url: str, keys: ApiKeys) -> list[str]:
         url = url.replace(f"[{wildcard}]" if ":" in wildcard else wildcard, name)
     export = ["Key:      export TEACHER_API_KEY=…, one of this server's keys, for what follows"]
     header = '-H "Authorization: Bearer $TEACHER_API_KEY" ' if keys else ""
+    model = f"#{settings.adapters[0].name}" if settings.adapters else ""
     told = "each request has a line, each minute one of throughput"
     if not settings.log_requests:
         told = "a line of throughput each minute with requests; --log-requests: a line each request"
     return [
         *(export if keys else []),
-        f"Train:    student-trainer distill --teacher_url {url} --model_name_or_path STUDENT "
-        "--dataset_name ROWS.jsonl --output_dir out",
+        f"Train:    student-trainer distill --teacher_url {url}{model} "
+        "--model_name_or_path STUDENT --dataset_name ROWS.jsonl --output_dir out",
         f"Ask:      curl {header}{url}/v1/info",
         f"Measure:  teacher-server bench {url}",
         f"This log: {told}",

@@ -1,4 +1,4 @@
-"""The teachers that ``--teacher_url`` names: their addresses, and the models asked for there."""
+"""The teachers that ``--teacher_url`` names: addresses, and the models that requests name."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Pipeline:
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
             written = self._together(
-                lambda: [self._wait(answer, asked[0]) for asked, answer in batch.completions]
+                lambda: [self._wait(answer, some[0]) for some, answer in batch.completions]
             )
         for (unwritten, _), completions in zip(batch.completions, written, strict=True):
             for one, completion in zip(unwritten, completions, strict=True):
@@ -293,7 +293,7 @@ class Pipeline:
             self._score(batch, pending)
         return batch
 
-    def _wait(self, answer: Future[list[R]], asked: PendingSample) -> list[R]:
+    def _wait(self, answer: Future[list[R]], sample: PendingSample) -> list[R]:
         """Return the answer of the teacher of a sample; the wait for it is counted as its own."""
         if answer.done():
             return answer.result()
@@ -302,7 +302,7 @@ class Pipeline:
             with self._timeline.during("teacher"):
                 return answer.result()
         finally:
-            self._waited(asked.example.teacher, time.perf_counter() - began)
+            self._waited(sample.example.teacher, time.perf_counter() - began)
 
     def _scores_after_writing(self, batch: PendingBatch) -> bool:
         """Return whether the batch is scored only after all of its completions are written.
@@ -361,11 +361,11 @@ class Pipeline:
         if not late:
             self._score(batch, [one for one in batch.pending if one.sample is not None])
         sampling = self.method.sampling(self.method.seq_kd_temperature, scored=not late)
-        for teacher, asked in self.teachers.by_teacher(unwritten, _teacher_of):
-            prompts = [one.example.prompt_of_teacher for one in asked]
+        for teacher, part in self.teachers.by_teacher(unwritten, _teacher_of):
+            prompts = [one.example.prompt_of_teacher for one in part]
             future = teacher.submit(teacher.generate, prompts, sampling)
-            self._timeline.request(future, prompts=len(asked))
-            batch.completions.append((asked, future))
+            self._timeline.request(future, prompts=len(part))
+            batch.completions.append((part, future))
 
     def _score(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
         """Send written samples to their teachers, with the ids that are proposed for them."""
@@ -388,10 +388,12 @@ class Pipeline:
             some = [pending[index] for index in order[first : first + self._request_size]]
             for teacher, part in self.teachers.by_teacher(some, _teacher_of):
                 # Requests that depend on the student's weights never repeat: they need no cache.
-                asked = teacher.live if batch.on_policy or proposed else teacher
-                self._ask(asked, batch, part)
+                client = teacher.live if batch.on_policy or proposed else teacher
+                self._request_scores(client, batch, part)
 
-    def _ask(self, teacher: Teacher, batch: PendingBatch, part: Sequence[PendingSample]) -> None:
+    def _request_scores(
+        self, teacher: Teacher, batch: PendingBatch, part: Sequence[PendingSample]
+    ) -> None:
         """Send samples to one teacher in one request."""
         requested = [one.requested for one in part if one.requested is not None]
         answer = teacher.submit(

@@ -296,9 +296,26 @@ def _cell_means(folder: Path, cells: Sequence[str]) -> Iterator[TrainingRun]:
         states = {seed.name: _state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))}
         seeds = {seed: _logged(state)[0] for seed, state in states.items() if state is not None}
         if seeds:
-            mean = list(map(_mean, *seeds.values()))
+            mean = _means(list(seeds.values()))
             flags = _divergence_flags(folder / next(iter(seeds)) / cell)
             yield TrainingRun(cell, folder, mean, None, seeds=seeds, divergence=flags)
+
+
+def _means(histories: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the mean entries of the steps that all histories logged.
+
+    A run that was resumed may have a window that the others have not.
+    """
+    by_place = [{_place(entry): entry for entry in history} for history in histories]
+    shared = [place for place in by_place[0] if all(place in other for other in by_place)]
+    return [_mean(*(history[place] for history in by_place)) for place in shared]
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the step of an entry, and whether it is of an evaluation, a window or the end."""
+    if any(name.startswith("eval/") for name in entry):
+        return entry.get("step"), "evaluation"
+    return entry.get("step"), "end" if "train/runtime" in entry else "window"
 
 
 def _mean(*entries: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class SparseGkdTeacher:
         model: str | None = None,
         name: str = "",
     ) -> None:
-        self._asked_for, self._name = model, name
+        self._wanted_model, self._name = model, name
         self.accept_change = accept_change
         self.logprob_dtype = logprob_dtype
         self._info: InfoResponse | None = None
@@ -151,7 +151,7 @@ class SparseGkdTeacher:
     @property
     def named_model(self) -> str | None:
         """The model that follows the address; None where none does."""
-        return self._asked_for
+        return self._wanted_model
 
     def switched_off(self) -> bool:
         """Return whether nothing listens at any address; a server that loads its model listens.
@@ -327,13 +327,13 @@ class SparseGkdTeacher:
         return info.teacher.model if len(info.models) > 1 else None
 
     def _get_info(self, url: str) -> InfoResponse:
-        """Return the description of the server, with the identity of the teacher that is asked.
+        """Return the description of the server, with the identity of the teacher that is meant.
 
         Raises:
             TeacherAnswerError: it does not serve that model.
         """
         info = request_info(self._replicas.http, url)
-        model = self._asked_for
+        model = self._wanted_model
         if model is None and len(info.models) > 1:
             model = self._name or None
         served = info.served_as(model)

@@ -92,7 +92,7 @@ class VllmTeacher:
         model: str | None = None,
         name: str = "",
     ) -> None:
-        self._asked_for, self._name = model, name
+        self._wanted_model, self._name = model, name
         self.accept_change = accept_change
         self._tokenizer = tokenizer
         self._rows = rows
@@ -307,7 +307,7 @@ class VllmTeacher:
             tokenizer=self._tokenizer,
             rows=self._rows,
             limits=limits,
-            model=self._asked_for,
+            model=self._wanted_model,
             name=self._name,
         )
 

@@ -56,17 +56,17 @@ def describe(
         )
     served = [str(m.get("id")) for m in models if isinstance(m, dict)]
     adapters = len(served) > len(own)
-    asked = model or (name if name and adapters else str(own[0].get("id")))
-    if asked not in served:
+    wanted = model or (name if name and adapters else str(own[0].get("id")))
+    if wanted not in served:
         raise TeacherAnswerError(
-            f"{url} serves no model {asked}; it serves {', '.join(served)}. Name one of these "
+            f"{url} serves no model {wanted}; it serves {', '.join(served)}. Name one of these "
             f"after the address: {f'{name}=' if name else ''}{url}#MODEL"
         )
     version = request_json(http, url, "GET", "/version").get("version")
     info = InfoResponse(
         protocol_version=PROTOCOL_VERSION,
         teacher=TeacherIdentity(
-            model=asked,
+            model=wanted,
             fingerprint="unknown",
             dtype="unknown",
             backend="vllm serve",

@@ -172,8 +172,8 @@ class DurableTrainer(Trainer):
     def _say_it_stops(self) -> None:
         if self.is_world_process_zero():
             logger.warning(
-                "told to end: step %d is finished and a checkpoint saved; the same signal again "
-                "ends at once, without one",
+                "told to end: after step %d, or before it if the teacher does not answer, a "
+                "checkpoint is saved; the same signal again ends at once, without one",
                 self.state.global_step + 1,
             )
 

@@ -130,7 +130,8 @@ class HeldOutEvaluation:
                 self._context[dataset] = self.ranks.together(
                     partial(self._context_effects, self.teachers, pairs, scores)
                 )
-                self.teachers.take_traffic()  # not part of a training step
+                self.teachers.take_traffic()  # neither is part of a training step
+                self.teachers.take_lookups()
             self._scored[dataset] = [
                 ScoredSample(sample, score, teacher=example.teacher)
                 for example, sample, score in zip(examples, samples, scores, strict=True)

@@ -48,6 +48,7 @@ def test_names_and_folders_are_read_as_vllm_writes_them(adapter):
         ("math=", "give NAME=DIR"),
         ('{"name": "math"}', "give name and path"),
         ("{name", "not JSON"),
+        ('{"name": "a", "path": "b", "base_model_name": "other"}', "base_model_name is not 'base'"),
         ("math=/no/such/folder", "no such folder"),
         ("a\x1bb=/no/such/folder", "control character"),
     ],

@@ -1,9 +1,11 @@
 """What a server that is ready says to do next: few lines, the right address, never a key."""
 
 import socket
+import types
 
 import pytest
 
+from teacher_server.adapters import LoraModule
 from teacher_server.limits.auth import ApiKeys
 from teacher_server.serve import next_steps
 from teacher_server.settings import Settings
@@ -38,3 +40,11 @@ def test_with_keys_the_variable_is_named_and_no_key(settings):
 def test_other_machines_are_told_this_ones_name(settings, host):
     lines = next_steps(settings, f"http://{host}:8000", ApiKeys(()))
     assert f"--teacher_url http://{socket.gethostname()}:8000 " in lines[0]
+
+
+def test_an_adapter_is_named_after_the_address(settings):
+    served = types.SimpleNamespace(
+        log_requests=False, adapters=[LoraModule("math", "m"), LoraModule("code", "c")]
+    )
+    lines = next_steps(served, "http://127.0.0.1:8000", ApiKeys(()))
+    assert "--teacher_url http://127.0.0.1:8000#math " in lines[0]

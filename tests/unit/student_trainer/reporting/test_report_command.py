@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from student_trainer.commands.main import main
-from student_trainer.reporting.runs import Evaluation, TrainingRun, find_runs
+from student_trainer.reporting.runs import Evaluation, TrainingRun, _cell_means, find_runs
 
 GROUPED = {
     "loss": "train/loss", "divergence": "train/divergence", "eval_loss": "eval/loss",
@@ -410,3 +410,23 @@ def test_the_model_of_an_evaluation_is_known_by_its_name_only_where_its_folder_i
     assert place("gone/student", "a/student", "b/student") is None
     assert place("a/student", "b/student", "a/student") == 1
     assert place("base/student", "a/student") is None  # another model that is there
+
+
+def test_means_of_a_study_are_of_the_steps_that_all_seeds_logged(tmp_path):
+    """A seed that was resumed has one window more, at a step of its own."""
+    histories = [
+        [{"step": 1, "train/loss": 2.0}, {"step": 10, "train/loss": 1.0},
+         {"step": 10, "eval/loss": 3.0}, {"step": 10, "train/runtime": 5.0}],
+        [{"step": 1, "train/loss": 4.0}, {"step": 7, "train/loss": 9.0},
+         {"step": 10, "train/loss": 2.0}, {"step": 10, "eval/loss": 5.0, "eval/pass@1": 1.0},
+         {"step": 10, "train/runtime": 7.0}],
+    ]  # fmt: skip
+    for seed, history in enumerate(histories):
+        folder = tmp_path / f"seed-{seed}" / "cell"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    [mean] = _cell_means(tmp_path, ["cell"])
+    assert mean.history == [
+        {"step": 1, "train/loss": 3.0}, {"step": 10, "train/loss": 1.5},
+        {"step": 10, "eval/loss": 4.0}, {"step": 10, "train/runtime": 6.0},
+    ]  # fmt: skip
