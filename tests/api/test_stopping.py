@@ -19,12 +19,12 @@ def test_sigterm_finishes_what_runs_and_exits_with_zero(strict):
     answers = []
 
     def generate():
-        asked = {**LONG, "max_new_tokens": 150}
+        asked = {**LONG, "max_new_tokens": 400}
         answers.append(httpx.post(f"{url}/v1/generate", json=asked, timeout=60))
 
     client = threading.Thread(target=generate)
     client.start()
-    until(lambda: metric(url, "teacher_queued_tokens") == 153)
+    until(lambda: metric(url, "teacher_queued_tokens") == 403)
     server.send_signal(signal.SIGTERM)
     until(lambda: httpx.get(f"{url}/ready").status_code == 503)
     refused = httpx.post(f"{url}/v1/score", json=SHORT)
@@ -34,7 +34,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_zero(strict):
     assert not answers  # what ran goes on all the while
     client.join()
     assert answers[0].status_code == 200
-    assert len(answers[0].json()["completions"][0][0]["token_ids"]) == 150
+    assert len(answers[0].json()["completions"][0][0]["token_ids"]) == 400
     assert server.wait(60) == 0, log.read_text()
     assert "Traceback" not in log.read_text()
     with pytest.raises(httpx.ConnectError):
