@@ -27,7 +27,7 @@ from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.runtime.compat import revert_weight_conversion
-from student_trainer.runtime.signals import signals_as_exits
+from student_trainer.runtime.signals import ctrl_c_kept_from_children, signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
 # Largest mean difference in log-prob between trainer and engine that rounding explains.
@@ -88,7 +88,7 @@ class VllmEngine:
             prefix="student-weights-", dir=_weights_folder(model, getattr(torch, dtype))
         )
         try:
-            with self._exported(), _rank_environment():
+            with self._exported(), _rank_environment(), ctrl_c_kept_from_children():
                 self._engine = LLMEngine.from_engine_args(
                     EngineArgs(
                         model=self._folder.name,

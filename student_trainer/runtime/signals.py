@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 
@@ -78,3 +79,19 @@ def stop_event(
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ctrl_c_kept_from_children() -> Iterator[None]:
+    """Start processes, inside the ``with`` block, that Ctrl-C in a terminal does not reach.
+
+    A terminal sends SIGINT to all processes of the group, and an engine that ends at it takes the
+    step with it that a told trainer still finishes. A blocked signal stays so in a process that is
+    started, whatever handler it sets. SIGTERM ends it as ever.
+    """
+    resource_tracker.ensure_running()  # as it starts, it unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

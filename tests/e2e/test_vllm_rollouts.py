@@ -1,6 +1,9 @@
 """The student's completions by a real vLLM engine beside the trainer, on CPU."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 from functools import partial
 
@@ -22,7 +25,9 @@ from student_trainer.rollouts import (
 from student_trainer.rollouts.vllm import _rank_environment, merged_weights
 from tests.e2e.test_distillation import flags, history
 from tests.support import trainer_process
+from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
+from tests.support.trainer_process import checkpoints
 from tests.support.vllm import VLLM
 
 VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
@@ -228,6 +233,28 @@ class TestDistillation:
         assert logged[0]["train/divergence"] > 0
         last = np.mean([entry["train/divergence"] for entry in logged[-5:]])
         assert last < 0.9 * logged[0]["train/divergence"]
+
+    def test_ctrl_c_in_a_terminal_leaves_the_engine_for_the_last_step(self, world, tmp_path):
+        """Ctrl-C reaches all processes of the group at once, and vLLM's own ends at it."""
+        argv = flags(
+            world, tmp_path / "out", model_name_or_path=save_student(tmp_path / "student"),
+            teacher_url=world.url, top_k_logprobs=16, lmbda=1, max_steps=100_000,
+            rollout_engine="vllm", save_strategy="steps", save_steps=100_000,
+        )  # fmt: skip
+        with (tmp_path / "log").open("wb") as log:
+            trainer = subprocess.Popen(
+                [sys.executable, "-m", "student_trainer", "distill", *argv],
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        live = tmp_path / "out" / "_log_history.jsonl"
+        try:
+            until(lambda: live.exists() and len(live.read_text().splitlines()) > 3, 500)
+            os.killpg(trainer.pid, signal.SIGINT)
+            code = trainer.wait(120)
+        finally:
+            trainer.kill()
+        assert code == 0, (tmp_path / "log").read_text()
+        assert len(checkpoints(tmp_path / "out")) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM compiles")
