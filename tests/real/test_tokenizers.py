@@ -4,7 +4,9 @@ import gzip
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -27,32 +29,50 @@ def on_both_sides(folder):
     yield checkpoint.load_tokenizer(str(folder), trust_remote_code=False)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_probe_survives_as_tokenizer_json_cuts_it(name, caplog):
-    folder = tokenizer_folder(name)
-    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    with caplog.at_level(logging.WARNING, "shared"):
-        for tokenizer in on_both_sides(folder):
-            for text in PROBES:
-                assert encoded(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
-                assert round_trip_change(tokenizer, text) is None
-    warned = [r.getMessage() for r in caplog.records if r.name == "shared.tokenizer_file"]
+@dataclass(frozen=True)
+class Loaded:
+    """A published tokenizer as each side loads it, and what both warned of meanwhile."""
+
+    name: str
+    trainers: Any
+    servers: Any
+    warned: list[str]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def loaded(request):
+    """Each tokenizer loaded once for all tests, because that takes seconds."""
+    folder = tokenizer_folder(request.param)
+    warned = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logger = logging.getLogger("shared.tokenizer_file")
+    logger.addHandler(handler)
+    try:
+        trainers, servers = on_both_sides(folder)
+    finally:
+        logger.removeHandler(handler)
+    return Loaded(request.param, trainers, servers, warned)
+
+
+def test_every_probe_survives_as_tokenizer_json_cuts_it(loaded):
+    own = Tokenizer.from_file(str(tokenizer_folder(loaded.name) / "tokenizer.json"))
+    for tokenizer in (loaded.trainers, loaded.servers):
+        for text in PROBES:
+            assert encoded(tokenizer, text) == own.encode(text, add_special_tokens=False).ids
+            assert round_trip_change(tokenizer, text) is None
     # It is loaded from its file, and begins text with BOS, on either side.
-    assert len(warned) == (4 if name == "deepseek_v3" else 0)
+    assert len(loaded.warned) == (4 if loaded.name == "deepseek_v3" else 0)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_plain_text_begins_as_it_was_published(name, tmp_path):
+def test_plain_text_begins_as_it_was_published(loaded, tmp_path):
     """With BOS or not, also in a folder that is saved and loaded again."""
     begins = {"qwen3": None, "gptoss": None, "llama3_1": "<|begin_of_text|>", "gemma3": "<bos>",
               "deepseek_v3": "<｜begin▁of▁sentence｜>"}  # fmt: skip
-    trainers, servers = on_both_sides(tokenizer_folder(name))
-    trainers.save_pretrained(
-        tmp_path
-    )  # both sides save by the same code, and loading takes seconds
-    for tokenizer in (trainers, servers, AutoTokenizer.from_pretrained(tmp_path)):
+    loaded.trainers.save_pretrained(tmp_path)  # both sides save by the same code
+    for tokenizer in (loaded.trainers, loaded.servers, AutoTokenizer.from_pretrained(tmp_path)):
         first = tokenizer.convert_ids_to_tokens(tokenizer("x = 1")["input_ids"][0])
-        assert first == (begins[name] or "x")
+        assert first == (begins[loaded.name] or "x")
 
 
 def test_a_tokenizer_that_says_no_bos_gets_none(relabelled):
@@ -125,9 +145,8 @@ def test_two_ways_to_cut_one_vocabulary_have_two_fingerprints(relabelled):
     assert parting_text(encoding_fingerprint(wrong), encoding_fingerprint(right)) == PROBES[0]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_published_solution_comes_back_behind_its_prompt(name):
-    tokenizer = load_tokenizer(ModelArguments(str(tokenizer_folder(name))))
+def test_every_published_solution_comes_back_behind_its_prompt(loaded):
+    tokenizer = loaded.trainers
     lines = gzip.decompress(Path(published("HumanEval.jsonl.gz")).read_bytes()).splitlines()
     assert len(lines) == 164
     for row in map(json.loads, lines):
@@ -140,9 +159,8 @@ def test_every_published_solution_comes_back_behind_its_prompt(name):
         assert known + completion_text(tokenizer, ids[:common], ids[common:]) == text
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_token_keeps_its_leading_space(name):
-    tokenizer = load_tokenizer(ModelArguments(str(tokenizer_folder(name))))
+def test_a_token_keeps_its_leading_space(loaded):
+    tokenizer = loaded.trainers
     ids = encoded(tokenizer, "The quick brown fox")
     assert "".join(token_text(tokenizer, i) for i in ids) == "The quick brown fox"
     assert token_text(tokenizer, ids[-1]) == " fox"
