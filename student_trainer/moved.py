@@ -11,6 +11,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
+    # The entry point of an installation in place that was not installed again.
+    "student_trainer.cli": "student_trainer.commands.main",
     "student_trainer.cached_teacher": "student_trainer.teacher.cache",
     "student_trainer.commands.registry": "student_trainer.config.commands",
     "student_trainer.nonfinite": "student_trainer.training.nonfinite",
