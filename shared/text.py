@@ -30,8 +30,12 @@ _SHOWN = 24  # characters of a text on either side of a difference
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text alone, without special tokens around it."""
-    return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    """Return the ids of a text alone, without special tokens around it.
+
+    transformers would warn of a text longer than the model's context, which callers check.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [int(i) for i in ids]
 
 
 def decoded(tokenizer: Any, token_ids: Ids, *, skip_special_tokens: bool = True) -> str:

@@ -221,6 +221,13 @@ class Quickstart:
         for name, model in evaluated.items():
             print(f"  {name:<20} {model.pass_at_1:.3f}")
         print(f"Report: {self.folder / 'report.html'}")
+        print("Next, with the same models; the first command in a terminal of its own:")
+        print(f"  teacher-server serve {self.folder / 'teacher_sft'}")
+        print(
+            f"  student-trainer distill --model_name_or_path {self.folder / 'student_before'} "
+            f"--teacher_url http://localhost:8000 --dataset_name {self.folder / 'prompts.jsonl'} "
+            f"--lmbda 1 --max_new_tokens 40 --max_steps 20 --output_dir {self.folder / 'again'}"
+        )
 
     def _distillation(self) -> Mapping[str, Any]:
         return self.study.cells[CELLS["student_distilled"]].flags
