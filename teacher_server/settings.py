@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import ssl
 from dataclasses import dataclass, fields
+from functools import cached_property
 from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import Literal
@@ -89,14 +90,14 @@ class Settings:
         self._check_tls()
         self._check_backend()
         self._check_model()
-        lora_modules(self.lora_modules, self.name)
+        _ = self.adapters  # checked now
 
     @property
     def name(self) -> str:
         """The name of the base model, by which requests may call it."""
         return self.served_model_name or self.model
 
-    @property
+    @cached_property
     def adapters(self) -> tuple[LoraModule, ...]:
         """The adapters of ``lora_modules``."""
         return lora_modules(self.lora_modules, self.name)

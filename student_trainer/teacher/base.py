@@ -107,6 +107,21 @@ def check_info(where: str, info: InfoResponse) -> None:
             )
 
 
+def no_such_model(
+    url: str, model: str | None, served: Sequence[str], name: str
+) -> TeacherAnswerError:
+    """Return the error of a server that does not serve the model of a teacher.
+
+    Args:
+        served: the models that it serves.
+        name: the teacher's, or empty.
+    """
+    return TeacherAnswerError(
+        f"{url} serves no model {model}; it serves {', '.join(served)}. Name one of these after "
+        f"the address: {f'{name}=' if name else ''}{url}#MODEL"
+    )
+
+
 def check_scores(
     name: str,
     score: SparseLogprobs,

@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from shared.protocol import InfoResponse, TeacherIdentity
 from student_trainer.teacher.base import Teacher
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 UNNAMED = ""
@@ -65,6 +66,21 @@ class Teachers:
         for item in items:
             groups.setdefault(name_of(item) or first, []).append(item)
         return [(self._clients[name], group) for name, group in groups.items()]
+
+    def ask_each(
+        self,
+        items: Sequence[T],
+        name_of: Callable[[T], str | None],
+        ask: Callable[[Teacher, list[T]], Sequence[R]],
+    ) -> list[R]:
+        """Return what ``ask`` returns for the items of each teacher, in the order of ``items``."""
+        answers: dict[int, R] = {}
+        for teacher, part in self.by_teacher(
+            list(enumerate(items)), lambda numbered: name_of(numbered[1])
+        ):
+            found = ask(teacher, [item for _, item in part])
+            answers.update(zip((index for index, _ in part), found, strict=True))
+        return [answers[index] for index in range(len(items))]
 
     def ready(self) -> bool:
         """Return whether every teacher answers now; as `Teacher.ready`."""

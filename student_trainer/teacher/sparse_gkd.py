@@ -38,6 +38,7 @@ from student_trainer.teacher.base import (
     Sequences,
     check_all_scores,
     check_completion,
+    no_such_model,
     sequence_of,
 )
 from student_trainer.teacher.deprecated import former_score_parameters
@@ -338,11 +339,8 @@ class SparseGkdTeacher:
             model = self._name or None
         served = info.served_as(model)
         if served is None:
-            names = ", ".join(one.model for one in info.models or [info.teacher])
-            raise TeacherAnswerError(
-                f"{url} serves no model {model}; it serves {names}. Name one of these after the "
-                f"address: {f'{self._name}=' if self._name else ''}{url}#MODEL"
-            )
+            names = [one.model for one in info.models or [info.teacher]]
+            raise no_such_model(url, model, names, self._name)
         return info.model_copy(update={"teacher": served})
 
     def _check_completion(

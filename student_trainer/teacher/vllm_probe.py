@@ -19,7 +19,7 @@ from shared.protocol import (
     TeacherIdentity,
 )
 from shared.tokenizer_file import PROBES
-from student_trainer.teacher.base import check_info
+from student_trainer.teacher.base import check_info, no_such_model
 from student_trainer.teacher.http import HttpClient
 from student_trainer.teacher.vllm_json import request_json
 
@@ -58,10 +58,7 @@ def describe(
     adapters = len(served) > len(own)
     wanted = model or (name if name and adapters else str(own[0].get("id")))
     if wanted not in served:
-        raise TeacherAnswerError(
-            f"{url} serves no model {wanted}; it serves {', '.join(served)}. Name one of these "
-            f"after the address: {f'{name}=' if name else ''}{url}#MODEL"
-        )
+        raise no_such_model(url, wanted, served, name)
     version = request_json(http, url, "GET", "/version").get("version")
     info = InfoResponse(
         protocol_version=PROTOCOL_VERSION,

@@ -24,8 +24,10 @@ from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.runs import read_held_out
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.ranks import Ranks
+from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.named import Teachers
 from student_trainer.training import held_out
+from student_trainer.training.metrics import spans_of
 from student_trainer.training.micro_batch import MicroBatch, MicroBatchBuilder
 from student_trainer.training.plan import TrainingPlan
 
@@ -142,14 +144,12 @@ class HeldOutEvaluation:
         self, teachers: Teachers, pairs: Sequence[tuple[Example, Sample]]
     ) -> list[SparseLogprobs]:
         """Return the scores of each example's sample by its own teacher."""
-        found: dict[int, SparseLogprobs] = {}
-        for teacher, part in teachers.by_teacher(
-            list(enumerate(pairs)), lambda item: item[1][0].teacher
-        ):
-            sequences = [example.sequence_of_teacher(sample) for _, (example, sample) in part]
-            scores = teacher.score(sequences, self.plan.method.scoring())
-            found.update(zip((index for index, _ in part), scores, strict=True))
-        return [found[index] for index in range(len(pairs))]
+
+        def score(teacher: Teacher, part: Sequence[tuple[Example, Sample]]) -> list[SparseLogprobs]:
+            sequences = [example.sequence_of_teacher(sample) for example, sample in part]
+            return teacher.score(sequences, self.plan.method.scoring())
+
+        return teachers.ask_each(pairs, lambda pair: pair[0].teacher, score)
 
     def _context_effects(
         self,
@@ -192,13 +192,11 @@ class HeldOutEvaluation:
     def _completions(self, teachers: Teachers, bare: Sequence[Example]) -> list[Completion]:
         """Return each teacher's greedy completions of its own prompts."""
         sampling = self.plan.method.sampling(0.0, scored=False)
-        found: dict[int, Completion] = {}
-        numbered = list(enumerate(bare))
-        for teacher, part in teachers.by_teacher(numbered, lambda item: item[1].teacher):
-            prompts = [example.prompt_of_teacher for _, example in part]
-            completions = teacher.generate(prompts, sampling)
-            found.update(zip((index for index, _ in part), completions, strict=True))
-        return [found[index] for index in range(len(bare))]
+        return teachers.ask_each(
+            bare,
+            lambda example: example.teacher,
+            lambda teacher, part: teacher.generate([e.prompt_of_teacher for e in part], sampling),
+        )
 
     @torch.no_grad()
     def _divergence(self, model: Any, scored: Sequence[ScoredSample]) -> NDArray[np.float64]:
@@ -212,11 +210,8 @@ class HeldOutEvaluation:
         sums[0] = float(outputs["loss"]), len(batch["sparse_targets"].positions)
         if names:
             divergence = outputs["statistics"].divergence.double().cpu().numpy()
-            first = 0
-            for teacher, count in batch["sparse_targets"].taught:
-                place = 1 + names.index(teacher or names[0])
-                sums[place] += divergence[first : first + count].sum(), count
-                first += count
+            for name, span in spans_of(batch["sparse_targets"].taught, names[0]):
+                sums[1 + names.index(name)] += divergence[span].sum(), span.stop - span.start
         return sums
 
     def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -119,13 +119,10 @@ class WindowMetrics:
         Args:
             taught: (teacher's name, positions) of each sample in turn.
         """
-        first = 0
-        for teacher, count in taught if self._teachers else ():
-            name, last = teacher or self._teachers[0], first + count
-            self.add(f"tokens/{name}", count)
-            self.add(f"divergence/{name}", statistics.divergence[first:last].sum())
-            self.add(f"mass/{name}", statistics.teacher_support_mass[first:last].sum())
-            first = last
+        for name, span in spans_of(taught, self._teachers[0]) if self._teachers else ():
+            self.add(f"tokens/{name}", span.stop - span.start)
+            self.add(f"divergence/{name}", statistics.divergence[span].sum())
+            self.add(f"mass/{name}", statistics.teacher_support_mass[span].sum())
         for field in fields(statistics):
             if field.name in _PER_TOKEN:
                 self.add(_PER_TOKEN[field.name], getattr(statistics, field.name).sum())
@@ -194,6 +191,20 @@ class WindowMetrics:
                 for teacher in self._teachers:
                     logs |= _of_one(teacher, total, elapsed)
         return logs
+
+
+def spans_of(
+    taught: Sequence[tuple[str | None, int]], first_teacher: str
+) -> Iterator[tuple[str, slice]]:
+    """Yield the teacher's name and the positions of each sample in turn.
+
+    Args:
+        taught: (teacher's name, positions) of each sample; None is the first teacher.
+    """
+    begin = 0
+    for teacher, count in taught:
+        yield teacher or first_teacher, slice(begin, begin + count)
+        begin += count
 
 
 def _of_one(teacher: str, total: Mapping[str, float], elapsed: float) -> dict[str, float]:

@@ -8,9 +8,7 @@ from typing import Any, NoReturn, get_args
 
 from transformers import AutoConfig, GenerationConfig
 
-from shared.errors import (
-    ConfigurationError,
-)
+from shared.errors import ConfigurationError
 from shared.identity import model_fingerprint, tokenizer_identity
 from shared.protocol import Capabilities, TeacherIdentity
 from teacher_server.adapters import LoraModule, adapter_rank, adapter_targets
@@ -21,9 +19,7 @@ from teacher_server.backends.checkpoint import (
     from_pretrained,
     local_folder,
 )
-from teacher_server.backends.vllm_worker import (
-    ScoringExtension,
-)
+from teacher_server.backends.vllm_worker import ScoringExtension
 from teacher_server.settings import DtypeName, Settings
 
 _EXTENSION = f"{ScoringExtension.__module__}.{ScoringExtension.__qualname__}"
@@ -76,7 +72,7 @@ def engine_arguments(settings: Settings) -> Any:
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
     for flag in settings.engine_flags:
-        if flag.split("=")[0].replace("_", "-") in ("--worker-extension-cls", "--model"):
+        if flag.split("=")[0].replace("_", "-") == "--worker-extension-cls":
             raise ConfigurationError(f"{flag} is set by this server; leave it out")
     parser = AsyncEngineArgs.add_cli_args(Parser(prog="vllm", add_help=False))
     parsed = parser.parse_args([*flags, *settings.engine_flags])
@@ -125,6 +121,11 @@ def _dtype(settings: Settings) -> str:
 
 
 def start_engine(settings: Settings, arguments: Any) -> Any:
+    """Start vLLM's `AsyncLLM`, with its engine in a process of its own.
+
+    Raises:
+        ConfigurationError: vLLM does not take the model or the flags.
+    """
     from vllm.v1.engine.async_llm import AsyncLLM
 
     try:
@@ -150,6 +151,12 @@ def engine_facts(
     vocab_size: int,
     in_worker: bool,
 ) -> BackendFacts:
+    """Return what `/v1/info` reports of a running engine.
+
+    Args:
+        config: the engine's `ModelConfig`.
+        in_worker: scores come from inside its workers.
+    """
     import vllm
 
     try:

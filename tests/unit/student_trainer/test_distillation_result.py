@@ -1,4 +1,4 @@
-"""What `distill` returns is shown in a line."""
+"""The result of `distill` is shown in a line."""
 
 from pathlib import Path
 

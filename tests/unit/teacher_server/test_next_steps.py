@@ -1,4 +1,4 @@
-"""What a server that is ready says to do next: few lines, the right address, never a key."""
+"""The next steps that a ready server tells: few lines, the right address, never a key."""
 
 import socket
 import types

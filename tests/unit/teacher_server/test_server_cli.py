@@ -160,6 +160,7 @@ def test_wrong_flags_exit_with_two_and_one_line(arguments, capsys):
         (["org/m", "--tensor_paralel_size=2"], "Did you mean --tensor-parallel-size?"),
         (["org/m", "--api-key-fil=k"], "Did you mean --api-key-file?"),
         (["--model", "org/m"], "give the model alone: teacher-server serve MODEL"),
+        (["org/m", "--model=other"], "--model=other is set by this server"),
     ],
 )
 def test_a_misspelt_flag_is_refused_before_vllm_is_imported(capsys, monkeypatch, flags, message):

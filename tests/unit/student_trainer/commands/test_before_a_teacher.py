@@ -1,4 +1,4 @@
-"""What needs no teacher is told while none is there, and is not done twice."""
+"""Mistakes that need no teacher are told while none is there, and rows are not read twice."""
 
 import json
 import re

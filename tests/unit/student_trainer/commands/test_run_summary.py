@@ -1,4 +1,4 @@
-"""What a run says before it begins and after its end."""
+"""The lines of a run before it begins and after its end."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""How much a teacher's own prompt changes it, from the scores of both."""
+"""The divergence that a teacher's own prompt causes, from the scores of both."""
 
 import numpy as np
 import pytest

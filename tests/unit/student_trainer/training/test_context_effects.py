@@ -1,4 +1,4 @@
-"""How much its own prompt changes the teacher is measured wherever held-out rows are scored."""
+"""The divergence that its own prompt causes in a teacher, wherever held-out rows are scored."""
 
 from types import SimpleNamespace
 

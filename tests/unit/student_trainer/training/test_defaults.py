@@ -1,4 +1,4 @@
-"""What flags leave open is settled once, and a run that goes on keeps it."""
+"""Defaults that depend on the machine are settled once, and a run that goes on keeps them."""
 
 import json
 
