@@ -35,6 +35,7 @@ from examples.mini_humaneval import prepare
 from examples.mini_humaneval.stages import Stages
 from shared.errors import SparseGKDError
 from student_trainer.commands import main as cli
+from student_trainer.config.teachers import teachers_of
 from student_trainer.reporting.curves import charts_of
 from student_trainer.reporting.page import Report, SideBySide, Table, render
 from student_trainer.reporting.runs import find_runs
@@ -77,6 +78,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would leave the server running
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        if arguments.teacher_url is not None:  # told before the minutes until it is asked
+            teachers_of([arguments.teacher_url])
         quickstart = Quickstart(arguments.output_dir, arguments.seed)
         if arguments.only:
             quickstart.make_teacher(again=False)

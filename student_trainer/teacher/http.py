@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -227,8 +228,8 @@ class HttpClient:
         ready = self._server.ready
         if response.status_code == 404:
             raise TeacherAnswerError(
-                f"{url}{ready} is not found there: give the address alone, such as "
-                "http://host:8000, without a path, and check what listens at that port"
+                f"{url}{ready} is not found there: give the address alone, "
+                f"{_without_path(url)}, and check what listens at that port"
             )
         return f"answers {response.status_code} to {ready}"
 
@@ -254,6 +255,11 @@ class HttpClient:
 def _no_cookies() -> CookieJar:
     """Return a jar that keeps no cookies, because answers must not depend on earlier ones."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+
+
+def _without_path(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _close_answer(sending: Future[httpx.Response]) -> None:
