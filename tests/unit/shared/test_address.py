@@ -8,7 +8,14 @@ from shared.errors import ConfigurationError
 
 @pytest.mark.parametrize(
     "url",
-    ["http://a:8000", "https://a", "http://[::1]:8000", "http://a/team", "http://a/v12", "http://a/"],
+    [
+        "http://a:8000",
+        "https://a",
+        "http://[::1]:8000",
+        "http://a/team",
+        "http://a/v12",
+        "http://a/",
+    ],
 )
 def test_an_address_is_kept_without_its_last_slash(url):
     assert server_address(url, "URL") == url.rstrip("/")
