@@ -455,6 +455,14 @@ class RunFlags:
         common=True,
         private=True,
     )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Replace the model and the checkpoints of an earlier run in --output_dir, which is refused "
+        "without: they are deleted once this run's own model is loaded. With "
+        "--resume_from_checkpoint auto a checkpoint that is there is gone on from.",
+        group="training",
+        private=True,
+    )
     logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
     logging_steps: float = flag(
         10,
@@ -734,6 +742,11 @@ class EvaluateArguments:
     )
     output_dir: str = flag(
         "", "Folder for results.json and samples.jsonl.", group="checks and results", common=True
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Replace the results of an earlier evaluation in --output_dir, which is refused without.",
+        group="checks and results",
     )
 
 

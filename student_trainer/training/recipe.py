@@ -56,7 +56,7 @@ from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
 from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.named import Teachers
-from student_trainer.training.checkpoints import writing
+from student_trainer.training.checkpoints import remove_earlier_run, writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
@@ -114,6 +114,8 @@ def run(
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
+    if args.overwrite_output_dir and checkpoint is None and args.should_save:
+        remove_earlier_run(Path(args.output_dir or ""))
     longest = prepared.max_length
     if not isinstance(train, ExampleStream):
         longest = longest_rollout(train, held_out, method)
