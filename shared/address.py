@@ -65,5 +65,5 @@ def _has_port(url: str) -> bool:
 def _bare(url: str) -> str:
     """Return an address without query, fragment and the server's own paths."""
     parts = urlsplit(url)
-    path = _ROUTE.split(parts.path, maxsplit=1)[0].rstrip("/")
+    path: str = _ROUTE.split(parts.path, maxsplit=1)[0].rstrip("/")
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))

@@ -1,4 +1,4 @@
-"""What an output folder holds already, and the refusal to overwrite it without being told to."""
+"""The results that an output folder holds already, and the refusal to overwrite them untold."""
 
 from __future__ import annotations
 

@@ -62,6 +62,11 @@ def test_a_run_says_what_it_does_and_what_it_left(world, tmp_path, capsys):
     evaluate, report = (shlex.split(line)[1:] for line in end[3:])
     assert evaluate[0] == "evaluate"
     assert main(report) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "on 24 rows drawn from the 48 of `rows.jsonl` (3 optimizer steps of 8, 0.5 ep" in card
+    assert [line.split("`")[1] for line in card.splitlines() if line.startswith("| `")] == [
+        "--max_steps"
+    ]
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "train/loss" in entry] == [1, 3]
 
