@@ -220,7 +220,7 @@ class HttpClient:
         """
         response = self._get_readiness(url)
         if isinstance(response, httpx.TransportError):
-            return f"is not reachable ({response})"
+            return f"is not reachable{_nothing_listens(url, response)} ({response})"
         check_redirect(url, response)
         check_authorized(url, response)
         if response.status_code == 200:
@@ -255,6 +255,17 @@ class HttpClient:
 def _no_cookies() -> CookieJar:
     """Return a jar that keeps no cookies, because answers must not depend on earlier ones."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+
+
+def _nothing_listens(url: str, error: httpx.TransportError) -> str:
+    """Return that nothing listens, where the other machine said so; else an empty text."""
+    if "refused" not in str(error):
+        return ""
+    parts = urlsplit(url)
+    if parts.port is not None:
+        return f": nothing listens at port {parts.port}"
+    port = 443 if parts.scheme == "https" else 80
+    return f": nothing listens at port {port}, and the address names no other"
 
 
 def _without_path(url: str) -> str:
