@@ -115,8 +115,14 @@ def _read_all(
     Args:
         where: returns the place of a key, for messages.
     """
-    read = {}
-    for key, value in values.items():
+    aliases = {alias.lstrip("-"): one.name for one in known.values() for alias in one.aliases}
+    read: dict[str, Any] = {}
+    for given, value in values.items():
+        key = aliases.get(given, given)
+        if key != given and key in values:
+            raise ConfigurationError(
+                f"{where(str(given))}: {given} and {key} are one {what}; give one of them"
+            )
         if key not in known:
             hint = did_you_mean(str(key), known, HABITS)
             raise ConfigurationError(f"{where(str(key))}: unknown {what} {key!r}.{hint}")
@@ -125,5 +131,5 @@ def _read_all(
         try:
             read[key] = known[key].read(value)
         except ValueError as error:
-            raise ConfigurationError(f"{where(key)}: {what} {key}: {error}") from error
+            raise ConfigurationError(f"{where(given)}: {what} {given}: {error}") from error
     return read

@@ -204,10 +204,24 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
         )
     if base is arguments:
         return model
+    return merge_adapters(_adapted(model, arguments)).requires_grad_(True)  # peft froze the base
+
+
+def _adapted(model: Any, arguments: ModelArguments) -> Any:
+    """Return a base model with the adapters of a folder.
+
+    Raises:
+        ConfigurationError: they do not load.
+    """
     from peft import PeftModel
 
-    merged = merge_adapters(PeftModel.from_pretrained(model, arguments.model_name_or_path))
-    return merged.requires_grad_(True)  # because peft froze the base
+    try:
+        return PeftModel.from_pretrained(model, arguments.model_name_or_path)
+    except Exception as error:  # whatever an adapter's files can cause
+        raise ConfigurationError(
+            f"--model_name_or_path {arguments.model_name_or_path}: the adapters do not load: "
+            f"{' '.join(str(error).split()) or type(error).__name__:.500}"
+        ) from error
 
 
 def load_student(
