@@ -30,8 +30,8 @@ _PARAMETERS = {
 }
 # Flags that only affect how a model or a tokenizer is loaded.
 _LOADING = (
-    "model_revision", "torch_dtype", "dtype", "trust_remote_code", "attn_implementation", "eos_token",
-    "chat_template", "load_in_4bit",
+    "model_revision", "torch_dtype", "dtype", "trust_remote_code", "attn_implementation",
+    "eos_token", "chat_template", "load_in_4bit",
 )  # fmt: skip
 _IN_MEMORY = "./rows in memory"  # looks like a path, so a model card takes it for no dataset
 

@@ -381,9 +381,10 @@ class TeacherArguments:
     )
     teacher_timeout: float = flag(
         600.0,
-        "Seconds to wait for a teacher, at the start and in a retried request; by default 30 at the "
-        "start where nothing listens at an address of this machine. One attempt takes at most an "
-        "equal share of it for each replica, and is then asked in halves if the teacher is ready.",
+        "Seconds to wait for a teacher, at the start and in a retried request; by default 30 at "
+        "the start where nothing listens at an address of this machine. One attempt takes at most "
+        "an equal share of it for each replica, and is then asked in halves if the teacher is "
+        "ready.",
         group="teacher",
         private=True,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from shared.command_line import OneLineParser, did_you_mean, unknown_flags
 from shared.errors import ConfigurationError
 from shared.yaml_file import config_path, line_of, read_config
-from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.commands import ARGUMENTS, COMMANDS
 from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.habits import HABITS
 from student_trainer.config.help import add_help
@@ -25,6 +25,8 @@ def make_parser(*types: type[Any], prog: str, description: str) -> argparse.Argu
         add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    command = COMMANDS.get(prog.removeprefix("student-trainer "))
+    parser.epilog = command.example if command else ""
     flags = _flags(types)
     for one in flags.values():
         one.add_to(parser)

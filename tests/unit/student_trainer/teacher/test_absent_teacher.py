@@ -65,9 +65,7 @@ def test_where_nothing_listens_on_this_machine_a_run_gives_up_sooner(caplog, mon
         open_teachers(TeacherArguments([url]), ModelArguments("m")) as opened,
     ):
         assert not opened.ready()
-        with pytest.raises(
-            TeacherUnreachableError, match=r"after 0\.2 s.*--teacher_timeout than 6"
-        ):
+        with pytest.raises(TeacherUnreachableError, match=r"after 0\.2 s.*--teacher_timeout than"):
             opened.connect()
     [line] = lines(caplog)
     assert "0 s left (longer by another --teacher_timeout than 600), Ctrl-C ends the wait" in line
