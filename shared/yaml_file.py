@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from shared.errors import ConfigurationError
+from shared.model_names import near_path
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,7 +54,8 @@ def read_yaml(path: Path, name: str) -> Any:
         finally:
             loader.dispose()
     except OSError as error:
-        raise ConfigurationError(f"{name}: {error.strerror or error}") from error
+        near = near_path(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigurationError(f"{name}: {error.strerror or error}{near}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{name} is not UTF-8 text: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date of no calendar

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing
+from shared.model_names import describe_missing, near_path
 from shared.tokenizer_file import check_keeps_text, differs_from_file, verified_tokenizer
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.checks import holds_adapters
@@ -331,7 +331,7 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
         kind = (
             "this folder"
             if Path(name).is_dir()
-            else (f"folder {name} does not exist, and as a Hub id it")
+            else (f"folder {name} does not exist{near_path(name)}, and as a Hub id it")
         )
         raise ConfigurationError(
             f"--model_name_or_path {name}: {kind} does not load with {auto_class.__name__}: "
