@@ -12,20 +12,33 @@ from typing import Any
 import yaml
 
 from shared.errors import ConfigurationError
+from shared.model_names import near_path
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader to which yes, no, on and off are text, as in YAML 1.2; true and false are bools."""
+    """A loader that reads values as YAML 1.2 does, and as a command line would read their text.
+
+    yes, no, on and off are text; true and false are bools. Numbers are decimal: 010, 0x10 and 1:30
+    are text, which YAML 1.1 takes for 8, 16 and 90.
+    """
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_FORMS = {
+    "bool": ("(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$",
+        "-+0123456789.",
+    ),
+}
+_TAG = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
-    start: [(tag, form) for tag, form in forms if tag != _BOOL]
+    start: [(tag, form) for tag, form in forms if tag.removeprefix(_TAG) not in _FORMS]
     for start, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    _BOOL, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
+for _name, (_form, _starts) in _FORMS.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_form), list(_starts))
 
 
 def read_yaml(path: Path, name: str) -> Any:
@@ -41,7 +54,8 @@ def read_yaml(path: Path, name: str) -> Any:
         finally:
             loader.dispose()
     except OSError as error:
-        raise ConfigurationError(f"{name}: {error.strerror or error}") from error
+        near = near_path(str(path)) if isinstance(error, FileNotFoundError) else ""
+        raise ConfigurationError(f"{name}: {error.strerror or error}{near}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{name} is not UTF-8 text: {error}") from error
     except (yaml.YAMLError, ValueError) as error:  # a ValueError of a date of no calendar

@@ -15,6 +15,7 @@ from student_trainer.config.arguments import LoadedModel, Recipe
 from student_trainer.config.checks import check_distillation
 from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.keywords import keywords_in_errors
+from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse_keywords
 from student_trainer.model.forward import remove_sparse_loss
 from student_trainer.model.load import tokenizer_from
@@ -29,8 +30,8 @@ _PARAMETERS = {
 }
 # Flags that only affect how a model or a tokenizer is loaded.
 _LOADING = (
-    "model_revision", "torch_dtype", "trust_remote_code", "attn_implementation", "eos_token",
-    "chat_template", "load_in_4bit",
+    "model_revision", "torch_dtype", "dtype", "trust_remote_code", "attn_implementation",
+    "eos_token", "chat_template", "load_in_4bit",
 )  # fmt: skip
 _IN_MEMORY = "./rows in memory"  # looks like a path, so a model card takes it for no dataset
 
@@ -91,7 +92,9 @@ def distill(
         dataset: a file of rows, a folder of them, a glob or a Hub id, or a list of such names; or
             rows: a list of dicts, or a ``datasets.Dataset``. A row has ``messages``, ``prompt``
             with or without ``completion``, ``conversations``, or ``instruction``.
-        output_dir: folder for checkpoints, the trained model and logs.
+        output_dir: folder for checkpoints, the trained model and logs. One that holds a model or
+            checkpoints already is refused, unless ``overwrite_output_dir=True`` or
+            ``resume_from_checkpoint="true"`` says what becomes of them.
         eval_dataset: held-out rows, likewise, for ``eval_strategy``.
         flags: every other flag of the command under its own name: ``lmbda=0.5``,
             ``max_steps=100``, ``use_peft=True``, ``lora_target_modules=["q_proj", "v_proj"]``.
@@ -157,6 +160,7 @@ def _distill(
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
     check_distillation(recipe, teacher, args)
     check_output_folder(args.output_dir)
+    check_nothing_is_overwritten(args, recipe.model)
     check_rows_exist(recipe.dataset, recipe.data)
     trainer = run_distill(recipe, teacher, args)
     assert trainer is not None  # None only after a dry run

@@ -103,6 +103,11 @@ def _check_folder(given: str, folder: Path) -> None:
     merge = f"merge it (student-trainer merge --model_name_or_path {folder}) and serve it alone"
     if kind != "LORA":
         raise ConfigurationError(f"{given} is a {kind} adapter; only LORA is served: {merge}")
+    if not _ranks_of(config):
+        raise ConfigurationError(
+            f"{given}: {file} has no rank: r is {config.get('r')!r}, rank_pattern "
+            f"{config.get('rank_pattern')!r}; give a file as PEFT saved it, with r from 1"
+        )
     for name, harmless in _BESIDE_LORA.items():
         if config.get(name) not in harmless:
             raise ConfigurationError(
@@ -114,7 +119,14 @@ def _check_folder(given: str, folder: Path) -> None:
 def adapter_rank(module: LoraModule) -> int:
     """Return the largest rank r of an adapter's layers."""
     config = json.loads((Path(module.path) / "adapter_config.json").read_text())
-    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    return max(_ranks_of(config))
+
+
+def _ranks_of(config: dict[str, Any]) -> list[int]:
+    """Return the ranks of an adapter's layers; none where one of them is no whole number from 1."""
+    pattern = config.get("rank_pattern") or {}
+    ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [None])]
+    return ranks if all(type(rank) is int and rank > 0 for rank in ranks) else []
 
 
 def adapter_targets(module: LoraModule) -> list[str]:

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from typing import Literal
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing, existing
+from shared.model_names import describe_missing, existing, models_below
 from teacher_server.adapters import LoraModule, lora_modules
 from teacher_server.engine_flags import check_engine_flags
 
@@ -161,7 +161,9 @@ class Settings:
                     f"student-trainer merge --model_name_or_path {self.model} --output_dir DIR; or "
                     f"serve the base model with --lora-modules NAME={self.model}"
                 )
-            raise ConfigurationError(f"{self.model} has no config.json; give a model folder")
+            raise ConfigurationError(
+                f"{self.model} has no config.json{models_below(folder)}; give a model folder"
+            )
         if missing := describe_missing(self.model, owner=True):
             raise ConfigurationError(f"{missing}; give a model folder or a Hub id such as org/name")
 

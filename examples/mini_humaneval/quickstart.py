@@ -5,9 +5,9 @@
 makes tokenizer, models and data; pretrains a teacher and fine-tunes it on the few labels; trains
 one student by SFT on the same labels, and one by distillation from the teacher, which runs as a
 separate server process; evaluates all of them; and writes results.json and report.html. Every
-stage is a cell of study.yaml at one seed: a call of the public command line, printed before it
-runs. What it writes goes into quickstart.log. On two machines, or in two containers, over one
-folder:
+stage is a cell of study.yaml at one seed: a call of the public command line, which is shown before
+it runs, cut to the width. Whole commands and what they write go into quickstart.log. On two
+machines, or in two containers, over one folder:
 
     python -m examples.mini_humaneval.quickstart --output_dir DIR --only teacher
     teacher-server serve DIR/teacher_sft --host 0.0.0.0 --api-key-file KEY
@@ -32,9 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from examples.mini_humaneval import prepare
+from examples.mini_humaneval.settings import SETTINGS
 from examples.mini_humaneval.stages import Stages
 from shared.errors import SparseGKDError
 from student_trainer.commands import main as cli
+from student_trainer.config.teachers import teachers_of
 from student_trainer.reporting.curves import charts_of
 from student_trainer.reporting.page import Report, SideBySide, Table, render
 from student_trainer.reporting.runs import find_runs
@@ -52,6 +54,16 @@ MODELS = {
 STUDENTS = {"Student, SFT": 0, "Student, distilled": 1}  # the number of each one's colour
 # Cells of the study by their output folder, which lies beside the data.
 CELLS = {name: name for name in MODELS.values()} | {"student_distilled": "gkd.teacher_sft"}
+# What each stage is for; {rows} and the like are fields of `settings.SETTINGS`.
+PURPOSES = {
+    "prepare": "make a tokenizer, two models without training, and the data",
+    "teacher_raw": "pretrain the teacher on {pretrain_rows:,} rows",
+    "teacher_sft": "fine-tune the teacher on {labelled_rows} noisy labels",
+    "student_before": "warm the student up on {warmup_rows:,} of the teacher's rows",
+    "student_sft": "train one student on the {labelled_rows} labels",
+    "student_distilled": "train the other on {prompt_rows:,} prompts and the teacher's answers",
+}
+MEASURE = "write {held_out_rows} held-out programs and run their tests"
 
 MARKER = ".quickstart"
 LOG = "quickstart.log"
@@ -77,6 +89,8 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would leave the server running
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
+        if arguments.teacher_url is not None:  # told before the minutes until it is asked
+            teachers_of([arguments.teacher_url])
         quickstart = Quickstart(arguments.output_dir, arguments.seed)
         if arguments.only:
             quickstart.make_teacher(again=False)
@@ -191,16 +205,18 @@ class Quickstart:
         """Yield the URL of the teacher, served by a process of its own."""
         since = time.perf_counter()
         log = self.folder / "teacher-server.log"
+        print(f"\nThe teacher is served to the student by a process of its own: {log}", flush=True)
         with served(self.folder / model, to_argv(self.study.serve), log) as (url, command):
             self.seconds["teacher server start"] = time.perf_counter() - since
             self.commands.append(command)
-            print(f"\n$ {command} &", flush=True)
+            print(f"$ {command} &", flush=True)
             yield url
 
     @contextlib.contextmanager
     def _timed(self, name: str, command: str = "") -> Iterator[None]:
         since = time.perf_counter()
-        with self._shown.stage(name, command):
+        purpose = MEASURE if name.startswith("evaluate ") else PURPOSES.get(name, "")
+        with self._shown.stage(name, command, purpose.format_map(vars(SETTINGS))):
             yield
         self.seconds[name] = time.perf_counter() - since
 

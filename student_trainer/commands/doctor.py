@@ -16,6 +16,7 @@ from shared.model_names import describe_missing
 from shared.printable import printable
 from student_trainer.commands.doctor_finding import Finding, Status
 from student_trainer.commands.doctor_machine import machine_findings
+from student_trainer.config.teachers import teachers_of
 from student_trainer.runtime.terminal import Style, has_colours, painted
 
 _STYLES: dict[Status, Style] = {"ok": "green", "warn": "yellow", "fail": "red", "off": "dim"}
@@ -29,6 +30,7 @@ def doctor(argv: Sequence[str]) -> None:
     """Print all findings.
 
     Raises:
+        ConfigurationError: a flag is wrong.
         DoctorError: a check failed; its line says why.
     """
     arguments = make_parser().parse(argv)
@@ -44,6 +46,8 @@ def doctor(argv: Sequence[str]) -> None:
         )
     if student is not None and (missing := describe_missing(student)):
         raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
+    for url in arguments.teacher_url:
+        teachers_of([url])  # one that is no address is refused before this machine is looked at
     key_file = arguments.teacher_api_key_file
     teachers = (teacher_findings(url, key_file, student) for url in arguments.teacher_url)
     for finding in chain(machine_findings(), *teachers):

@@ -8,6 +8,7 @@ from typing import Any
 from student_trainer.config.checks import check_evaluate
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.files import check_output_folder, check_rows_exist
+from student_trainer.config.output import check_no_scores_are_overwritten
 from student_trainer.config.parse import parse
 
 
@@ -25,6 +26,7 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     )
     check_evaluate(model, dataset, generation, teacher, args)
     check_output_folder(args.output_dir)
+    check_no_scores_are_overwritten(args)
     check_rows_exist(dataset)
     from student_trainer.commands.run_evaluation import run_evaluation
 

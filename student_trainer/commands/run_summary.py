@@ -26,6 +26,7 @@ from student_trainer.commands.dry_run import (
 )
 from student_trainer.commands.dry_run_teacher import describe_teacher
 from student_trainer.config.arguments import uses_deepspeed
+from student_trainer.config.suites import HUB
 from student_trainer.config.training_arguments import (
     CommonTrainingArguments,
     DistillArguments,
@@ -146,23 +147,39 @@ def describe_change(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def next_commands(recipe: Recipe, prepared: Prepared, folder: str) -> list[str]:
-    """Return two command lines: `evaluate`, and `report`, or `merge` for LoRA adapters."""
-    rows = ["--suite", "humaneval"]
-    data = recipe.data
+    """Return two command lines: `evaluate` where the data can be checked, and what else fits.
+
+    That is `merge` for LoRA adapters, else `report`. Without a checker there is nothing to
+    evaluate: then `report` is the first, and a server of the model the second.
+    """
+    code = ["--trust_remote_code"] if recipe.model.trust_remote_code else []
+    model = ["--model_name_or_path", folder, *code]
+    report = ["student-trainer", "report", folder]
+    merge = ["student-trainer", "merge", *model, "--output_dir", f"{folder.rstrip('/')}-merged"]
+    rows = _checked_rows(recipe, prepared)
+    if rows:
+        scored = ["--output_dir", str(Path(folder) / "evaluation")]
+        evaluate = ["student-trainer", "evaluate", *model, *rows, *scored]
+        commands = [evaluate, merge if recipe.adapters.use_peft else report]
+    else:
+        serve = ["teacher-server", "serve", folder, *(name.replace("_", "-") for name in code)]
+        commands = [report, merge if recipe.adapters.use_peft else serve]
+    return [shlex.join(argv) for argv in commands]
+
+
+def _checked_rows(recipe: Recipe, prepared: Prepared) -> list[str]:
+    """Return the flags of `evaluate` for rows of the run's own task with checkers, or none."""
+    data, limit = recipe.data, ["--max_new_tokens", str(recipe.generation.max_new_tokens)]
     has_checkers = any(example.checker is not None for example in prepared.held_out or [])
     if has_checkers and data.eval_dataset_name and data.eval_rows is None:
         rows = ["--dataset_name", data.eval_dataset_name]
         if not Path(data.eval_dataset_name).exists():
             rows += ["--dataset_split", data.eval_dataset_split]
-        rows += ["--max_new_tokens", str(recipe.generation.max_new_tokens)]
-    code = ["--trust_remote_code"] if recipe.model.trust_remote_code else []
-    model = ["--model_name_or_path", folder, *code]
-    scored = str(Path(folder) / "evaluation")
-    second = ["report", folder]
-    if recipe.adapters.use_peft:
-        second = ["merge", *model, "--output_dir", f"{folder.rstrip('/')}-merged"]
-    evaluate = ["evaluate", *model, *rows, "--output_dir", scored]
-    return [shlex.join(["student-trainer", *argv]) for argv in (evaluate, second)]
+        return [*rows, *limit]
+    for suite, (name, _, _) in HUB.items():
+        if recipe.dataset.rows is None and name in recipe.dataset.dataset_name:
+            return ["--suite", suite, *limit]
+    return []
 
 
 def _estimate(recipe: Recipe, some: Prepared, args: CommonTrainingArguments) -> Memory | None:

@@ -59,14 +59,14 @@ def run_sft(recipe: Recipe, flags: SFTFlags) -> None:
     """Fine-tune a model, or print what the run would do."""
     args = training_arguments(flags)
     check_machine(recipe, args)
-    recipe = settle(recipe, args)
+    given, recipe = (*recipe.flags, flags), settle(recipe, args)
     rows = read_rows(recipe.dataset, recipe.data, args.seed)
     prepared = prepare(recipe, rows, args)
     if args.dry_run:
         dry_run(recipe, prepared, args)
         return
     keep_template_date(prepared, date_folders(args, None))
-    _run(recipe, prepared, args, (*recipe.flags, args))
+    _run(recipe, prepared, args, (*recipe.flags, args), given)
 
 
 def run_distill(
@@ -76,7 +76,7 @@ def run_distill(
     args = training_arguments(flags)
     assert isinstance(args, DistillArguments)
     check_machine(recipe, args, teacher_flags)
-    recipe = settle(recipe, args)
+    given, recipe = (*recipe.flags, teacher_flags, flags), settle(recipe, args)
     # Rows are read before the teacher is waited for, so that a missing file is reported at once.
     rows = read_rows(recipe.dataset, recipe.data, args.seed, _teachers_of_datasets(teacher_flags))
     if args.dry_run:
@@ -90,7 +90,7 @@ def run_distill(
             return None
         keep_template_date(prepared, date_folders(args, teacher_flags.teacher_cache))
         all_flags = (*recipe.flags, teacher_flags, args)
-        return _run(recipe, prepared, args, all_flags, teachers)
+        return _run(recipe, prepared, args, all_flags, given, teachers)
 
 
 def _teachers_of_datasets(flags: TeacherArguments) -> dict[str, list[str]]:
@@ -103,11 +103,12 @@ def _run(
     prepared: Prepared,
     args: CommonTrainingArguments,
     flags: Sequence[Any],
+    given: Sequence[Any],
     teachers: Teachers | None = None,
 ) -> DistillationTrainer:
     """Train, and say before what is about to happen and after it what is there."""
     say_start(recipe, prepared, args, teachers=teachers)
-    trainer = run(recipe, prepared, args, teachers=teachers, flags=flags)
+    trainer = run(recipe, prepared, args, teachers=teachers, flags=flags, given=given)
     if not trainer.stopped:
         say_end(recipe, prepared, args, trainer)
     return trainer

@@ -8,6 +8,7 @@ from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.files import check_output_folder, check_rows_exist
+from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse
 
 
@@ -19,6 +20,7 @@ def sft(argv: Sequence[str]) -> None:
     recipe = Recipe(*parts)
     check_recipe(recipe, flags)
     check_output_folder(flags.output_dir)
+    check_nothing_is_overwritten(flags, recipe.model)
     check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_sft
 
@@ -36,6 +38,7 @@ def distill(argv: Sequence[str]) -> None:
     recipe = Recipe(*parts)
     check_distillation(recipe, teacher, flags)
     check_output_folder(flags.output_dir)
+    check_nothing_is_overwritten(flags, recipe.model)
     check_rows_exist(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_distill
 

@@ -381,9 +381,10 @@ class TeacherArguments:
     )
     teacher_timeout: float = flag(
         600.0,
-        "Seconds to wait for a teacher, at the start and in a retried request; one attempt takes "
-        "at most an equal share of it for each replica, and is then asked in halves if the teacher "
-        "is ready.",
+        "Seconds to wait for a teacher, at the start and in a retried request; by default 30 at "
+        "the start where nothing listens at an address of this machine. One attempt takes at most "
+        "an equal share of it for each replica, and is then asked in halves if the teacher is "
+        "ready.",
         group="teacher",
         private=True,
     )
@@ -453,6 +454,14 @@ class RunFlags:
         "Folder for checkpoints, the final model and logs.",
         group="training",
         common=True,
+        private=True,
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Replace the model and the checkpoints of an earlier run in --output_dir, which is refused "
+        "without: they are deleted once this run's own model is loaded. With "
+        "--resume_from_checkpoint auto a checkpoint that is there is gone on from.",
+        group="training",
         private=True,
     )
     logging_first_step: bool = flag(True, "Log the first step.", group=None, private=True)
@@ -734,6 +743,11 @@ class EvaluateArguments:
     )
     output_dir: str = flag(
         "", "Folder for results.json and samples.jsonl.", group="checks and results", common=True
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Replace the results of an earlier evaluation in --output_dir, which is refused without.",
+        group="checks and results",
     )
 
 

@@ -35,12 +35,14 @@ class Command:
         function: "module:function", which takes the arguments after the command's name.
         arguments: the dataclasses of its flags, in the order in which `config.parse` returns them.
         parser: "module:function" that makes the parser of a command without such dataclasses.
+        example: a command line to copy, which ends its help.
     """
 
     help: str
     function: str
     arguments: tuple[type[Any], ...] = ()
     parser: str = ""
+    example: str = ""
 
     def load(self) -> Callable[[Sequence[str]], object]:
         """Import the function and return it."""
@@ -69,16 +71,24 @@ COMMANDS = {
         "fine-tune on the dataset's completions (the student, or the teacher before serving it)",
         f"{_HERE}.train:sft",
         (*_RECIPE, SFTFlags),
+        example="student-trainer sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
+        "  --dataset_name data.jsonl --max_steps 100 --output_dir out",
     ),
     "distill": Command(
         "learn from a served teacher: Supervised KD, SeqKD, on-policy GKD, or a mixture",
         f"{_HERE}.train:distill",
         _DISTILL,
+        example="student-trainer distill --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
+        "  --teacher_url http://localhost:8000 --dataset_name data.jsonl --lmbda 1 \\\n"
+        "  --max_steps 100 --output_dir out",
     ),
     "precompute": Command(
         "ask the teacher all that `distill` will, and keep it in --teacher_cache",
         f"{_HERE}.precompute:precompute",
         _DISTILL,
+        example="student-trainer precompute --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\\n"
+        "  --teacher_url http://localhost:8000 --dataset_name data.jsonl --lmbda 0 \\\n"
+        "  --teacher_cache cache --output_dir out",
     ),
     "evaluate": Command(
         "generate, check the completions, and score them",
@@ -91,11 +101,14 @@ COMMANDS = {
             TeacherArguments,
             EvaluateArguments,
         ),
+        example="student-trainer evaluate --model_name_or_path out --suite gsm8k \\\n"
+        "  --max_new_tokens 512 --output_dir scores",
     ),
     "merge": Command(
         "LoRA adapters into their base model, for serving or distilling further",
         f"{_HERE}.merge:merge",
         (MergeArguments,),
+        example="student-trainer merge --model_name_or_path out --output_dir merged",
     ),
     "study": Command(
         "a file of such commands over several seeds: run once each, then compared",

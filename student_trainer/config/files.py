@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from shared.errors import ConfigurationError, DatasetError
-from shared.model_names import existing, looks_local
+from shared.model_names import existing, looks_local, near_path
 from student_trainer.config.arguments import DataArguments, DatasetArguments
 
 _SUFFIXES = (
@@ -43,6 +43,6 @@ def check_rows_exist(dataset: DatasetArguments, data: DataArguments | None = Non
         local = looks_local(name) or name.lower().endswith(_SUFFIXES)
         if local and not glob.has_magic(name) and existing(name) is None:
             raise DatasetError(
-                f"--{flag} {name}: no such file or folder; give a file of rows, a folder of them, "
-                "a glob, or a Hub id"
+                f"--{flag} {name}: no such file or folder{near_path(name)}; give a file of rows, "
+                "a folder of them, a glob, or a Hub id"
             )

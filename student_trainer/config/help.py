@@ -83,12 +83,14 @@ def summary(flag: Flag | argparse.Action) -> str:
 
 
 def short_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> str:
-    """Return the text of ``--help``: the common flags by group, each with its first sentence."""
+    """Return the text of ``--help``: the common flags by group, and an example."""
     names = [name for name in actions_of(parser) if name not in flags or flags[name].common]
-    return _text(
+    text = _text(
         parser, by_group(names, flags), summary,
         "These are the flags that matter to most runs; --help_all lists every flag.",
     )  # fmt: skip
+    example = textwrap.indent(parser.epilog or "", "  ")
+    return f"{text}\nexample:\n{example}\n" if example else text
 
 
 def long_help(parser: argparse.ArgumentParser, flags: Mapping[str, Flag]) -> str:

@@ -59,6 +59,8 @@ def in_keywords(
         keyword = parameters.get(name, name)
         rest = found[0].removeprefix(f"--{name}")
         flag = flags.get(name)
+        if flag is not None and flag.kind == "bool" and value in ("true", "false"):
+            return f"{keyword}={value.capitalize()}"
         if _is_value(value, flag, values.get(name)):
             quoted = repr(value) if not _NUMBER.fullmatch(value) else value
             return f"{keyword}={quoted}"
@@ -73,6 +75,6 @@ def _is_value(text: str, flag: Flag | None, given: Any) -> bool:
     """Return whether the text after a flag is its value, and no word of the message."""
     return bool(text) and (
         _NUMBER.fullmatch(text) is not None
-        or (flag is not None and text in flag.choices)
+        or (flag is not None and text in (*flag.choices, "true", "auto"))
         or (given is not None and text == str(given))
     )

@@ -11,7 +11,7 @@ from typing import Any
 from shared.command_line import OneLineParser, did_you_mean, unknown_flags
 from shared.errors import ConfigurationError
 from shared.yaml_file import config_path, line_of, read_config
-from student_trainer.config.commands import ARGUMENTS
+from student_trainer.config.commands import ARGUMENTS, COMMANDS
 from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.habits import HABITS
 from student_trainer.config.help import add_help
@@ -25,6 +25,8 @@ def make_parser(*types: type[Any], prog: str, description: str) -> argparse.Argu
         add_help=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    command = COMMANDS.get(prog.removeprefix("student-trainer "))
+    parser.epilog = command.example if command else ""
     flags = _flags(types)
     for one in flags.values():
         one.add_to(parser)
@@ -115,8 +117,14 @@ def _read_all(
     Args:
         where: returns the place of a key, for messages.
     """
-    read = {}
-    for key, value in values.items():
+    aliases = {alias.lstrip("-"): one.name for one in known.values() for alias in one.aliases}
+    read: dict[str, Any] = {}
+    for given, value in values.items():
+        key = aliases.get(given, given)
+        if key != given and key in values:
+            raise ConfigurationError(
+                f"{where(str(given))}: {given} and {key} are one {what}; give one of them"
+            )
         if key not in known:
             hint = did_you_mean(str(key), known, HABITS)
             raise ConfigurationError(f"{where(str(key))}: unknown {what} {key!r}.{hint}")
@@ -125,5 +133,5 @@ def _read_all(
         try:
             read[key] = known[key].read(value)
         except ValueError as error:
-            raise ConfigurationError(f"{where(key)}: {what} {key}: {error}") from error
+            raise ConfigurationError(f"{where(given)}: {what} {given}: {error}") from error
     return read

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
+from shared.address import server_address
 from shared.errors import ConfigurationError
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.*)", re.DOTALL)
@@ -48,10 +48,12 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
                 "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
             )
         url, _, model = url.partition("#")
-        if not _is_address(url):
-            raise ConfigurationError(
-                f"--teacher_url {value!r} must look like http://host:8000, or NAME=http://host:8000"
-            )
+        url = server_address(
+            url,
+            "--teacher_url",
+            before=f"{name}=" if named else "",
+            after=f"#{model}" if model else "",
+        )
         addresses.setdefault(name, []).append(url)
         models.setdefault(name, set()).add(model or None)
     if "" in addresses and len(addresses) > 1:
@@ -66,12 +68,3 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
                 f"after '#': {', '.join(sorted(str(one) for one in of_name))}; give one"
             )
     return [ServedTeacher(name, tuple(urls), *models[name]) for name, urls in addresses.items()]
-
-
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for an invalid port
-    except ValueError:
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable()

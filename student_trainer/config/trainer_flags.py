@@ -36,6 +36,7 @@ GROUPS = {
 COMMON = {
     "learning_rate": "The highest learning rate of the schedule.",
     "num_train_epochs": "Times that each row is learned.",
+    "max_steps": "Optimizer steps in all, or -1 for those of --num_train_epochs.",
     "per_device_train_batch_size": "Rows in a micro-batch of each process.",
     "gradient_accumulation_steps": "Micro-batches before an optimizer step.",
     "resume_from_checkpoint": "A checkpoint's folder, true for the last one in --output_dir, or "

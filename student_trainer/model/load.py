@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing
+from shared.model_names import describe_missing, near_path
 from shared.tokenizer_file import check_keeps_text, differs_from_file, verified_tokenizer
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.checks import holds_adapters
@@ -204,10 +204,24 @@ def load_model(arguments: ModelArguments, **options: Any) -> Any:
         )
     if base is arguments:
         return model
+    return merge_adapters(_adapted(model, arguments)).requires_grad_(True)  # peft froze the base
+
+
+def _adapted(model: Any, arguments: ModelArguments) -> Any:
+    """Return a base model with the adapters of a folder.
+
+    Raises:
+        ConfigurationError: they do not load.
+    """
     from peft import PeftModel
 
-    merged = merge_adapters(PeftModel.from_pretrained(model, arguments.model_name_or_path))
-    return merged.requires_grad_(True)  # because peft froze the base
+    try:
+        return PeftModel.from_pretrained(model, arguments.model_name_or_path)
+    except Exception as error:  # whatever an adapter's files can cause
+        raise ConfigurationError(
+            f"--model_name_or_path {arguments.model_name_or_path}: the adapters do not load: "
+            f"{' '.join(str(error).split()) or type(error).__name__:.500}"
+        ) from error
 
 
 def load_student(
@@ -317,7 +331,7 @@ def _from_hub_or_folder(auto_class: Any, arguments: ModelArguments, **options: A
         kind = (
             "this folder"
             if Path(name).is_dir()
-            else (f"folder {name} does not exist, and as a Hub id it")
+            else (f"folder {name} does not exist{near_path(name)}, and as a Hub id it")
         )
         raise ConfigurationError(
             f"--model_name_or_path {name}: {kind} does not load with {auto_class.__name__}: "

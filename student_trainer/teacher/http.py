@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -219,7 +220,7 @@ class HttpClient:
         """
         response = self._get_readiness(url)
         if isinstance(response, httpx.TransportError):
-            return f"is not reachable ({response})"
+            return f"is not reachable{_nothing_listens(url, response)} ({response})"
         check_redirect(url, response)
         check_authorized(url, response)
         if response.status_code == 200:
@@ -227,8 +228,8 @@ class HttpClient:
         ready = self._server.ready
         if response.status_code == 404:
             raise TeacherAnswerError(
-                f"{url}{ready} is not found there: give the address alone, such as "
-                "http://host:8000, without a path, and check what listens at that port"
+                f"{url}{ready} is not found there: give the address alone, "
+                f"{_without_path(url)}, and check what listens at that port"
             )
         return f"answers {response.status_code} to {ready}"
 
@@ -254,6 +255,22 @@ class HttpClient:
 def _no_cookies() -> CookieJar:
     """Return a jar that keeps no cookies, because answers must not depend on earlier ones."""
     return CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+
+
+def _nothing_listens(url: str, error: httpx.TransportError) -> str:
+    """Return that nothing listens, where the other machine said so; else an empty text."""
+    if "refused" not in str(error):
+        return ""
+    parts = urlsplit(url)
+    if parts.port is not None:
+        return f": nothing listens at port {parts.port}"
+    port = 443 if parts.scheme == "https" else 80
+    return f": nothing listens at port {port}, and the address names no other"
+
+
+def _without_path(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _close_answer(sending: Future[httpx.Response]) -> None:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from shared import logs
 from shared.errors import DeadlineExceededError, TeacherChangedError, TeacherUnreachableError
@@ -45,6 +46,7 @@ class Replicas:
         unreachable: behaviour when a request failed and no replica is ready: "wait" until
             ``timeout``, or "stop" at once.
         absent_timeout: seconds to wait for a server where nothing listens, if that is less.
+        local_absent_timeout: the same for addresses of this machine, and in `connect` alone.
 
     Attributes:
         urls: the addresses, without a slash at the end.
@@ -65,6 +67,7 @@ class Replicas:
         api_key: str | None,
         unreachable: Unreachable = "wait",
         absent_timeout: float = math.inf,
+        local_absent_timeout: float = math.inf,
     ) -> None:
         self.urls = [url.rstrip("/") for url in urls]
         self.traffic = Traffic()
@@ -86,6 +89,7 @@ class Replicas:
             nobody_listens=self.switched_off,
         )
         self._absent_timeout = absent_timeout
+        self._local_absent_timeout = local_absent_timeout
         self._announced: set[str] = set()  # addresses whose absence was logged
         self._server = server
         self._timeout = timeout
@@ -191,11 +195,25 @@ class Replicas:
         """Log, the first time, that a replica is waited for, and how to start it."""
         if url not in self._announced:
             self._announced.add(url)
+            patience, bound = self._timeout, "--teacher_timeout"
+            if "nothing listens" in problem and self._absence_allowed(url) < patience:
+                patience, bound = self._absence_allowed(url), self._more_absence(url)
             logger.warning(
-                "Waiting for the teacher at %s: it %s; %.0f s left. Is the server running? Start "
-                "it with `%s`",
-                url, problem, self._timeout, self._server.start,
+                "Waiting for the teacher at %s: it %s; %.0f s left (%s), Ctrl-C ends the wait. Is "
+                "the server running? Start it with `%s`",
+                url, problem, patience, bound, self._server.start,
             )  # fmt: skip
+
+    def _absence_allowed(self, url: str) -> float:
+        """Return the seconds that nothing may listen at an address before it is given up."""
+        local = self._local_absent_timeout if _is_local(url) else math.inf
+        return min(self._absent_timeout, local)
+
+    def _more_absence(self, url: str) -> str:
+        """Return what allows more of them."""
+        if self._absence_allowed(url) == self._absent_timeout:
+            return "raise --absent_timeout"
+        return f"longer by another --teacher_timeout than {self._timeout:g}"
 
     def _wait_until_ready(self) -> None:
         """Wait until every replica is ready, and log a message now and then.
@@ -215,13 +233,15 @@ class Replicas:
         due = next(times)
         while problem := self.http.why_not_ready(url):
             waited, left = time.monotonic() - since, deadline - time.monotonic()
-            absent = waited >= self._absent_timeout and not self.http.listens(url)
+            allowed = self._absence_allowed(url)
+            absent = waited >= allowed and not self.http.listens(url)
             if left <= 0 or absent:
-                patience = self._absent_timeout if absent else self._timeout
+                patience, remedy = self._timeout, "raise --teacher_timeout"
+                if absent:
+                    patience, remedy = allowed, self._more_absence(url)
                 raise TeacherUnreachableError(
                     f"the teacher at {url} {problem} after {patience:g} s. Start it with "
-                    f"`{self._server.start}`, check --teacher_url, or raise "
-                    f"{'--absent_timeout' if absent else '--teacher_timeout'}"
+                    f"`{self._server.start}`, check --teacher_url, or {remedy}"
                 )
             self._announce(url, problem)
             if waited >= due:
@@ -230,6 +250,12 @@ class Replicas:
                 )
                 due = next(seconds for seconds in times if seconds > waited)
             time.sleep(min(0.5, left))
+
+
+def _is_local(url: str) -> bool:
+    """Return whether an address is one of the machine itself."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def reminder_seconds() -> Iterator[float]:

@@ -74,7 +74,8 @@ class SparseGkdTeacher:
         accept_change: continue when the teacher's identity changes in the middle of a run.
         logprob_dtype: dtype of log-probs on the wire; next token and tail are always float32.
         api_key: the teacher's key, sent as ``Authorization: Bearer``.
-        unreachable, absent_timeout: as in `student_trainer.teacher.replicas.Replicas`.
+        unreachable, absent_timeout, local_absent_timeout: as in
+            `student_trainer.teacher.replicas.Replicas`.
         model: the model to ask at a server of several; None for ``name``, or for its first.
         name: the teacher's name, which is its model's at a server of several, or empty.
     """
@@ -89,6 +90,7 @@ class SparseGkdTeacher:
         api_key: str | None = None,
         unreachable: Unreachable = "wait",
         absent_timeout: float = math.inf,
+        local_absent_timeout: float = math.inf,
         model: str | None = None,
         name: str = "",
     ) -> None:
@@ -105,6 +107,7 @@ class SparseGkdTeacher:
             api_key=api_key,
             unreachable=unreachable,
             absent_timeout=absent_timeout,
+            local_absent_timeout=local_absent_timeout,
         )
 
     def __enter__(self) -> Self:

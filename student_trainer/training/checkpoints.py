@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from shared.errors import CheckpointError
+from student_trainer.config.output import checkpoints_in, model_files_in
 from student_trainer.runtime.compat import sort_checkpoints
 
 _UNFINISHED = "_unfinished"  # the Trainer's upload of the output folder leaves out names with _
@@ -31,6 +32,14 @@ def unfinished(output: Path) -> Path:
 def remove_unfinished(output: Path) -> None:
     """Delete what a killed run left half-written or half-deleted."""
     shutil.rmtree(unfinished(output), ignore_errors=True)
+
+
+def remove_earlier_run(output: Path) -> None:
+    """Delete the model and the checkpoints that an earlier run left in ``output``."""
+    for file in model_files_in(output):
+        file.unlink(missing_ok=True)
+    for checkpoint in checkpoints_in(output):
+        _delete(output, checkpoint)
 
 
 def publish(output: Path, name: str) -> None:

@@ -86,15 +86,17 @@ class DurableTrainer(Trainer):
         self._resumed_from = (
             None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         )
-        if self.args.should_save:
-            remove_unfinished(self._output)
+        self._remove_unfinished()
         stops = stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops)
         with without_key_warnings() if self._is_whole else nullcontext(), stops as told:
             self.add_callback(_AfterStep(self, told))
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                self._remove_unfinished()
+                return result
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
+                self._remove_unfinished()
                 self.stopped = told.is_set() and self.state.global_step > 0
                 if not self.stopped:
                     raise
@@ -168,6 +170,10 @@ class DurableTrainer(Trainer):
     @property
     def _output(self) -> Path:
         return Path(self.args.output_dir or "")
+
+    def _remove_unfinished(self) -> None:
+        if self.args.should_save:
+            remove_unfinished(self._output)
 
     def _say_it_stops(self) -> None:
         if self.is_world_process_zero():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,48 @@ _NUMBERS = {
 }
 
 
+@dataclass(frozen=True)
+class TrainingRows:
+    """The rows that a run draws from.
+
+    Attributes:
+        count: of the dataset, or of what is read of a stream.
+        each_step: rows of an optimizer step, of all processes together.
+        steps_an_epoch: None for a stream, which has no epochs.
+    """
+
+    count: int
+    each_step: int
+    steps_an_epoch: int | None
+
+    def drawn(self, steps: int) -> int:
+        """Return the rows that so many steps learn, each as often as it is learned."""
+        if self.steps_an_epoch is None:
+            return min(steps * self.each_step, self.count)
+        epochs, rest = divmod(steps, self.steps_an_epoch)
+        whole = min(self.steps_an_epoch * self.each_step, self.count)
+        return epochs * whole + min(rest * self.each_step, self.count)
+
+
 def model_card(
     name: str,
     history: Sequence[Mapping[str, Any]],
     *,
     arguments: Sequence[Any],
     teachers: Mapping[str, TeacherIdentity],
-    rows: int,
+    rows: TrainingRows,
+    dtype: str,
 ) -> str:
     """Return the card as text.
 
     Args:
         name: of the model.
         history: the entries of the log.
-        arguments: dataclasses of flags, as `config.parse` gives them for `sft` or `distill`; the
-            Trainer's own are the last.
+        arguments: dataclasses of flags as they were given, as `config.parse` returns them for `sft`
+            or `distill`; the Trainer's own are the last.
         teachers: their identities by name; none for SFT.
-        rows: number of training rows.
+        rows: those that were drawn from.
+        dtype: of the trained weights, or "checkpoint" for that of the base model.
     """
     flags = {f.name: getattr(part, f.name) for part in arguments for f in fields(part)}
     base, datasets = str(flags["model_name_or_path"]), list(flags["dataset_name"])
@@ -70,10 +95,10 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         f"# {name}\n",
-        _story(flags, method_of(arguments[-1]), teachers, rows) + "\n",
+        _story(flags, method_of(arguments[-1]), teachers, _learned(history, rows), dtype) + "\n",
         f"## Use\n\n{_use(base, adapters)}",
         f"## Numbers\n\n{_numbers(history)}",
-        f"## Flags\n\nThose that are not the default:\n\n{_table(_changed_flags(arguments))}",
+        f"## Flags\n\n{_flags(arguments)}",
         f"sparse-gkd {__version__}, transformers {transformers.__version__}, "
         f"torch {torch.__version__.split('+')[0]}.\n",
     ]
@@ -90,14 +115,33 @@ def method_of(args: RunFlags) -> str:
     return _GKD if args.lmbda == 1 else f"a mixture of {_GKD} and {off_policy}"
 
 
+def _learned(history: Sequence[Mapping[str, Any]], rows: TrainingRows) -> str:
+    """Return how many rows were learned, of how many, with "{}" for the dataset's name."""
+    steps = int(history[-1]["step"]) if history else 0
+    text = f"{rows.drawn(steps):,} rows "
+    how = f"{steps:,} optimizer steps of {rows.each_step:,}"
+    if rows.steps_an_epoch is None:
+        return f"{text}of {{}}, read as a stream ({how})"
+    epochs = steps / rows.steps_an_epoch
+    return f"{text}drawn from the {rows.count:,} of {{}} ({how}, {epochs:.3g} epochs)"
+
+
 def _story(
-    flags: Mapping[str, Any], method: str, teachers: Mapping[str, TeacherIdentity], rows: int
+    flags: Mapping[str, Any],
+    method: str,
+    teachers: Mapping[str, TeacherIdentity],
+    learned: str,
+    dtype: str,
 ) -> str:
     method = method.replace(_GKD, f"{_GKD} ([arXiv 2306.13649](https://arxiv.org/abs/2306.13649))")
     base = _public(flags["model_name_or_path"])
     named = " and ".join(f"`{_public(name)}`" for name in flags["dataset_name"])
-    trained = "LoRA adapters for" if flags["use_peft"] else "All weights of"
-    text = f"{trained} `{base}`, trained by {method} on {rows} rows of {named}."
+    trained = "All weights of"
+    if flags["use_peft"]:
+        alpha = flags["lora_alpha"] or 2 * flags["lora_r"]
+        trained = f"LoRA adapters (rank {flags['lora_r']}, alpha {alpha}) for"
+    within = "" if dtype == "checkpoint" else f" in {dtype}"
+    text = f"{trained} `{base}`, trained{within} by {method} on {learned.format(named)}."
     if not teachers:
         return text
     beta = flags["beta"]
@@ -152,6 +196,13 @@ def _numbers(history: Sequence[Mapping[str, Any]]) -> str:
         found |= {name: entry[name] for name in _NUMBERS if name in entry}
     steps = {"optimizer steps": history[-1]["step"]} if history else {}
     return _table(steps | {_NUMBERS[n]: f"{found[n]:.4g}" for n in _NUMBERS if n in found})
+
+
+def _flags(arguments: Sequence[Any]) -> str:
+    changed = _changed_flags(arguments)
+    if not changed:
+        return "All are the defaults of this version.\n"
+    return f"Given for this run; all others are the defaults of this version:\n\n{_table(changed)}"
 
 
 def _changed_flags(arguments: Sequence[Any]) -> dict[str, Any]:

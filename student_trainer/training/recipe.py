@@ -56,12 +56,12 @@ from student_trainer.rollouts import VllmEngine
 from student_trainer.runtime.signals import stop_event
 from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.named import Teachers
-from student_trainer.training.checkpoints import writing
+from student_trainer.training.checkpoints import remove_earlier_run, writing
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.training.live_log import LiveLog
-from student_trainer.training.model_card import model_card
+from student_trainer.training.model_card import TrainingRows, model_card
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.teachers import compare, view_of
 from student_trainer.training.text_end import KeepEndTokens
@@ -77,12 +77,14 @@ def run(
     *,
     teachers: Teachers | None,
     flags: Sequence[Any],
+    given: Sequence[Any],
 ) -> DistillationTrainer:
     """Train, and write the model with all that belongs to it; return the trainer after its run.
 
     Args:
         teachers: connected; None for SFT.
         flags: the dataclasses of all flags, the Trainer's last.
+        given: the same before `settle` and the Trainer filled in what was left open.
 
     Raises:
         ConfigurationError: the checkpoint was trained with something else.
@@ -94,13 +96,12 @@ def run(
     set_seed(args.seed)
     method, train, held_out = prepared.method, prepared.train, prepared.held_out
     identities = {} if teachers is None else teachers.identities
+    rows = rows_of(train, args)
     inputs = training_inputs(
         flags,
         None if isinstance(train, ExampleStream) else train,
         prepared.template,
-        rows_a_step=args.per_device_train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size,
+        rows_a_step=rows.each_step,
         teachers=identities,
     )
     if checkpoint is not None:
@@ -109,11 +110,14 @@ def run(
     if args.should_save:
         with writing("what it is trained with", Path(args.output_dir or "")):
             keep_inputs(inputs, Path(args.output_dir or ""))
-    card = partial(model_card, arguments=flags, teachers=identities, rows=len(train))
+    dtype = str(recipe.model.torch_dtype)
+    card = partial(model_card, arguments=given, teachers=identities, rows=rows, dtype=dtype)
     plan = replace(plan_of(recipe, prepared, args), inputs=inputs, card=card)
     student = load_student(
         recipe.model, recipe.adapters, gradient_checkpointing=args.gradient_checkpointing
     )
+    if args.overwrite_output_dir and checkpoint is None and args.should_save:
+        remove_earlier_run(Path(args.output_dir or ""))
     longest = prepared.max_length
     if not isinstance(train, ExampleStream):
         longest = longest_rollout(train, held_out, method)
@@ -321,6 +325,22 @@ def keep_template_date(prepared: Prepared, folders: Sequence[Path]) -> None:
     """Keep the date that the chat template prints, if it prints one, in each folder."""
     if prepared.template.prints_date and PartialState().is_main_process:
         keep_date(prepared.template.options.today, folders)
+
+
+def rows_of(train: list[Example] | ExampleStream, args: CommonTrainingArguments) -> TrainingRows:
+    """Return how many rows there are, a step has, and how many steps make an epoch."""
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    epoch = None
+    if not isinstance(train, ExampleStream):
+        epoch = TrainingOrder(
+            len(train),
+            batch,
+            accumulation,
+            seed=args.seed,
+            world=args.world_size,
+            drop_last=args.dataloader_drop_last,
+        ).steps_per_epoch
+    return TrainingRows(len(train), batch * accumulation * args.world_size, epoch)
 
 
 def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from student_trainer.training.recipe import Prepared
 
 logger = logging.getLogger(__name__)
+
+# A server of this machine listens within a few seconds, before it loads its model; a stock vLLM,
+# which has none of this, only after.
+_LOCAL_SECONDS = 30.0
 
 
 def open_teachers(
@@ -82,6 +87,7 @@ def _open_one(
             api_key=api_key_of(teacher),
             unreachable=teacher.teacher_unreachable,
         )
+    is_default = teacher.teacher_timeout == TeacherArguments.teacher_timeout
     client = SparseGkdTeacher(
         served.urls,
         model=served.model,
@@ -91,6 +97,7 @@ def _open_one(
         logprob_dtype=teacher.teacher_logprob_dtype,
         api_key=api_key_of(teacher),
         unreachable=teacher.teacher_unreachable,
+        local_absent_timeout=_LOCAL_SECONDS if is_default else math.inf,
     )
     if teacher.teacher_cache is None:
         return client

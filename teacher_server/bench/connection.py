@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from shared import __version__
+from shared.address import server_address
 from shared.errors import ConfigurationError
 
 
@@ -30,20 +31,13 @@ class Address:
         """Return the address that a URL is of.
 
         Raises:
-            ConfigurationError: it is no URL of a server, or holds a password.
+            ConfigurationError: it is no address of a server, or holds a password.
         """
-        try:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            known = False
         if "@" in url:  # the message must not show the password
             raise ConfigurationError(
                 "the address holds a user or a password; give the key in TEACHER_API_KEY"
             )
-        if not known or parts.query or parts.fragment:
-            raise ConfigurationError(f"{url}: no address of a server; give http://host:8000")
-        return cls(url.rstrip("/"), key, timeout)
+        return cls(server_address(url, "URL"), key, timeout)
 
 
 class Connection:

@@ -25,7 +25,7 @@ from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.parse import parse
 from student_trainer.teacher.base import Sampling, ScoreOptions
 from student_trainer.teacher.sparse_gkd import SparseGkdTeacher
-from student_trainer.training.model_card import model_card
+from student_trainer.training.model_card import TrainingRows, model_card
 from tests.support import stub
 from tests.support.fault_proxy import FaultProxy, answered, changed
 from tests.support.http import until
@@ -272,7 +272,10 @@ def test_a_name_with_markdown_in_it_is_text_in_the_model_card(name, field):
     words = ["--model_name_or_path=org/base", "--dataset_name=org/rows", "--output_dir=out",
              "--teacher_url=http://host:8000"]  # fmt: skip
     flags = parse(words, *ARGUMENTS["distill"], prog="", description="")
-    card = model_card("student", [], arguments=flags, teachers={"": identity}, rows=3)
+    rows = TrainingRows(3, 3, 1)
+    card = model_card(
+        "student", [], arguments=flags, teachers={"": identity}, rows=rows, dtype="float32"
+    )
     _, _, text = card.split("---\n", 2)
     tokens = [
         token

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from shared.errors import ConfigurationError
-from shared.model_names import existing
+from shared.model_names import existing, near_path
 from student_trainer.config.arguments import (
     DatasetArguments,
     EvaluateArguments,
@@ -88,5 +88,6 @@ def _check_suite(suite: str, dataset: DatasetArguments) -> None:
         )
     elif existing(suite) is None:
         raise ConfigurationError(
-            f"--suite {suite}: no such file or folder, and neither humaneval nor gsm8k"
+            f"--suite {suite}: no such file or folder{near_path(suite)}, and neither humaneval "
+            "nor gsm8k"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shared.errors import ConfigurationError
-from shared.model_names import describe_missing, existing
+from shared.model_names import describe_missing, existing, models_below, near_path
 from student_trainer.config.arguments import (
     AdapterArguments,
     GenerationArguments,
@@ -23,7 +23,10 @@ def check_model(model: ModelArguments) -> None:
     folder = existing(name)
     if folder is not None and folder.is_dir():
         if not (folder / "config.json").exists() and not holds_adapters(name):
-            raise ConfigurationError(f"--model_name_or_path {name} has no config.json")
+            raise ConfigurationError(
+                f"--model_name_or_path {name} has no config.json{models_below(folder)}; give a "
+                "model's folder"
+            )
     elif missing := describe_missing(name):
         raise ConfigurationError(f"--model_name_or_path: {missing}; give a folder or a Hub id")
 
@@ -61,12 +64,13 @@ def check_merge(args: MergeArguments) -> None:
     require(args.output_dir, "--output_dir", "a new folder for the merged model")
     if existing(args.model_name_or_path) is None:
         raise ConfigurationError(
-            f"--model_name_or_path: folder {args.model_name_or_path} does not exist; give a folder "
-            "of LoRA adapters"
+            f"--model_name_or_path: folder {args.model_name_or_path} does not exist"
+            f"{near_path(args.model_name_or_path)}; give a folder of LoRA adapters"
         )
     if not holds_adapters(args.model_name_or_path):
         raise ConfigurationError(
             f"--model_name_or_path {args.model_name_or_path} holds no LoRA adapters to merge"
+            f"{models_below(Path(args.model_name_or_path))}"
         )
     output = Path(args.output_dir)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

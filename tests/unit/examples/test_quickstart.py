@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
 import pytest
 import yaml
 
-from examples.mini_humaneval import quickstart
+from examples.mini_humaneval import quickstart, stages
 from examples.mini_humaneval.quickstart import Quickstart
 from shared.errors import TeacherUnreachableError
 from tests.support.models import save_model, save_tokenizer
@@ -102,7 +103,7 @@ def test_a_terminated_run_leaves_no_server_behind(tmp_path):
         lines.append(line)
         if line.startswith("$ teacher-server"):
             port = int(line.split("--port ")[1].split()[0])
-        if "student_distilled" in line and line.startswith("$ student-trainer"):
+        if "student_distilled: train" in line:
             break
     assert port, "".join(lines)
     log = output / quickstart.LOG
@@ -142,13 +143,45 @@ def test_a_file_gets_three_lines_a_stage_and_the_log_the_rest(tmp_path, monkeypa
     written = capsys.readouterr()
     lines = written.out.splitlines()
     assert len(lines) < 45
-    assert [line for line in lines if line.startswith("[")][::10] == [
-        "[1/11] prepare", "[11/11] evaluate student_distilled",
-    ]  # fmt: skip
+    assert lines[0] == f"Whole commands, and all that they write: {tmp_path / quickstart.LOG}"
+    headings = [line for line in lines if line.startswith("[")]
+    assert (
+        headings[0] == "[1/11] prepare: make a tokenizer, two models without training, and the data"
+    )
+    assert headings[-1] == (
+        "[11/11] evaluate student_distilled: write 256 held-out programs and run their tests"
+    )
+    assert all(": " in heading for heading in headings)
+    assert max(map(len, lines[1:])) <= 100
     ends = [line for line in lines if line.startswith("  ")]
     assert len(ends) == 11
     assert ends[1].endswith(" s · step 400/400 · loss .5")
     assert (tmp_path / quickstart.LOG).read_text().count("step 400/400") == 10
+
+
+def test_a_long_command_is_cut_and_whole_in_the_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.cli, "main", lambda words: 0)
+    argv = ["sft", f"--output_dir={'x' * 200}"]
+    Quickstart(tmp_path, seed=0)._run("student_sft", argv)
+    [shown] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$")]
+    assert len(shown) == 100
+    assert shown.endswith("x…")
+    assert (
+        f"$ student-trainer sft --output_dir={'x' * 200}\n"
+        in (tmp_path / quickstart.LOG).read_text()
+    )
+
+
+def test_a_file_gets_signs_of_life(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "_SIGN_SECONDS", 0.05)
+    run = stages.Stages(tmp_path / "log")
+    run.expect(1)
+    with run.stage("student_sft"):
+        sys.stderr.write("step 7/400 · loss .5\n")
+        time.sleep(0.3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line == "  0 s · step 7/400 · loss .5"]) >= 3
+    assert not [t for t in threading.enumerate() if t.name == "signs-of-life"]
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.model_names import describe_missing, looks_local
+from shared.model_names import describe_missing, looks_local, models_below, near_path
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,44 @@ def test_what_is_there_is_not_missing(tmp_path, monkeypatch):
     (tmp_path / "foo").mkdir()
     assert describe_missing("./foo") == describe_missing("foo", owner=True) == ""
     assert describe_missing("bar", owner=True) == "folder bar does not exist"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    for name in ("student/config.json", "runs/a/checkpoint-9/config.json", "runs/b/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("studnet", "student"),
+        ("./studnet", "./student"),
+        ("prompt.jsonl", "prompts.jsonl"),
+        ("run/a/checkpoint-9", "runs/a/checkpoint-9"),
+        ("runs/a/checkpoint-90", "runs/a/checkpoint-9"),
+    ],
+)
+def test_a_path_that_is_nearly_there_is_named(files, name, meant):
+    assert near_path(name) == f" (did you mean {meant}?)"
+    if "/" in name and not name.startswith("runs"):
+        return
+    assert describe_missing(f"./{name.removeprefix('./')}").endswith("?)")
+
+
+@pytest.mark.parametrize(
+    "name", ["student", "zebra", "run/zebra", "/no/such", "~nobody-9/a", "a" * 300, "", "x\0y"]
+)
+def test_a_path_like_no_other_is_not(files, name):
+    assert near_path(name) == ""
+
+
+def test_models_one_folder_deeper_are_named(files, tmp_path):
+    assert models_below(tmp_path / "runs" / "a") == (
+        f" (did you mean {tmp_path / 'runs' / 'a' / 'checkpoint-9'}?)"
+    )
+    assert models_below(tmp_path / "runs" / "b") == ""
+    assert models_below(tmp_path / "nothing") == ""

@@ -15,6 +15,18 @@ def test_only_true_and_false_are_switches(tmp_path):
     }  # fmt: skip
 
 
+def test_numbers_are_decimal_or_text(tmp_path):
+    """YAML 1.1 would make 8, 16, 2, 90 and 5415.5 of the last."""
+    path = tmp_path / "a.yaml"
+    numbers = ["1_000", "0", "-3", "+4", "1.5", "1_000.5", ".5", "1.e3", "-2.5e-4"]
+    texts = ["1e-5", "010", "0x10", "0b10", "1:30", "1:30:15.5", "0o10", "08", "1.2.3"]
+    path.write_text("".join(f"- {value}\n" for value in [*numbers, *texts]))
+    read = read_yaml(path, "a")
+    assert read[: len(numbers)] == [float(number) for number in numbers]
+    assert [type(value) for value in read[:4]] == [int] * 4
+    assert read[len(numbers) :] == texts
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_bytes(b"\xff\xfea: 1")

@@ -102,6 +102,17 @@ def test_a_damaged_or_incomplete_folder_is_refused(adapter):
         lora_modules([f"math={folder}"], "base")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"r": None}, {"r": 0}, {"r": "8"}, {"rank_pattern": {"q_proj": "x"}}, {"rank_pattern": [8]}],
+    ids=["none", "zero", "text", "no number", "no mapping"],
+)
+def test_an_adapter_without_a_rank_is_refused(adapter, config):
+    folder = adapter(**config)
+    with pytest.raises(ConfigurationError, match=r"adapter_config\.json has no rank: r is"):
+        lora_modules([f"math={folder}"], "base")
+
+
 def test_the_largest_rank_and_the_changed_layers_are_read_from_the_files(adapter):
     module = LoraModule("math", str(adapter(rank_pattern={"q_proj": 24})))
     assert adapter_rank(module) == 24

@@ -113,11 +113,13 @@ def test_a_teacher_that_cannot_be_asked_for_want_of_a_package_is_a_line(capsys, 
     assert "pip install" in found["teacher"]["remedy"]
 
 
-@pytest.mark.parametrize("url", ["host:8000", "http://me:s3cret@host"])
-def test_what_is_no_address_fails_and_shows_no_password(capsys, url):
-    code, found = lines(capsys, "--teacher_url", url)
-    assert (code, found["teacher"]["status"]) == (1, "fail")
-    assert "s3cret" not in json.dumps(found)
+@pytest.mark.parametrize("url", ["host:8000", "http://host:8000/v1", "http://me:s3cret@host"])
+def test_what_is_no_address_is_a_wrong_flag_and_shows_no_password(capsys, url):
+    assert main(["doctor", "--teacher_url", url]) == 2
+    written = capsys.readouterr()
+    assert not written.out
+    assert "s3cret" not in written.err
+    assert "give " in written.err
 
 
 def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):

@@ -144,8 +144,8 @@ def test_a_suite_is_a_path_of_rows_in_any_form(model, rows, tmp_path):
     rows.rename(folder / "rows.jsonl")
     for suite, problems, score in ((held_out, 3, "pass@1"), (folder, 5, "exact_match")):
         given = {"dataset_name": "", "suite": suite, "max_new_tokens": 2}
-        assert main(words(model, None, tmp_path / "out", **given)) == 0
-        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert main(words(model, None, tmp_path / score, **given)) == 0
+        results = json.loads((tmp_path / score / "results.json").read_text())
         assert (results["dataset"], results["problems"]) == (str(suite), problems)
         assert results[score] == 0.0
 
@@ -240,7 +240,7 @@ def test_references_that_a_template_rewrites_have_no_perplexity(model, rows, tmp
     assert main(words(model, rows, tmp_path / "out")) == 0
     assert "perplexity" not in json.loads((tmp_path / "out" / "results.json").read_text())
     teacher = {"teacher_url": "http://127.0.0.1:1"}  # is not waited for
-    assert main(words(model, rows, tmp_path / "out", **teacher)) == 2
+    assert main(words(model, rows, tmp_path / "with teacher", **teacher)) == 2
     assert "does not begin with the prompt" in capsys.readouterr().err
 
 

@@ -59,9 +59,14 @@ def test_a_run_says_what_it_does_and_what_it_left(world, tmp_path, capsys):
     assert end[1].startswith("loss in training ")
     assert end[1].endswith("(steps 1 → 3)")
     assert end[2] == "Next:"
-    evaluate, report = (shlex.split(line)[1:] for line in end[3:])
-    assert evaluate[0] == "evaluate"
-    assert main(report) == 0
+    report, serve = map(shlex.split, end[3:])
+    assert main(report[1:]) == 0
+    assert serve == ["teacher-server", "serve", str(tmp_path / "out")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "on 24 rows drawn from the 48 of `rows.jsonl` (3 optimizer steps of 8, 0.5 ep" in card
+    assert [line.split("`")[1] for line in card.splitlines() if line.startswith("| `")] == [
+        "--max_steps"
+    ]
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "train/loss" in entry] == [1, 3]
 
@@ -106,10 +111,25 @@ def test_the_next_commands_are_commands(tmp_path):
     assert merged.output_dir == f"{folder}-merged"
 
 
-def test_rows_without_a_checker_are_not_evaluated_on(tmp_path):
+@pytest.mark.parametrize(
+    ("peft", "second"),
+    [
+        (False, "teacher-server serve out"),
+        (True, "student-trainer merge --model_name_or_path out --output_dir out-merged"),
+    ],
+)
+def test_rows_without_a_checker_are_not_evaluated_on(tmp_path, peft, second):
+    """Nor is a suite that has nothing to do with them."""
     plain = SimpleNamespace(held_out=[SimpleNamespace(checker=None)])
-    evaluate, report = next_commands(recipe(tmp_path, eval_name="rows.jsonl"), plain, "out")
-    assert "--suite humaneval" in evaluate
+    given = recipe(tmp_path, peft=peft, eval_name="rows.jsonl")
+    assert next_commands(given, plain, "out") == ["student-trainer report out", second]
+
+
+def test_rows_of_a_suite_are_evaluated_by_it(tmp_path):
+    given = recipe(tmp_path)
+    given.dataset.dataset_name = ["openai/gsm8k"]
+    evaluate, report = next_commands(given, SimpleNamespace(held_out=None), "out")
+    assert "evaluate --model_name_or_path out --suite gsm8k --max_new_tokens 40" in evaluate
     assert report == "student-trainer report out"
 
 

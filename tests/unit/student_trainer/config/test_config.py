@@ -358,6 +358,39 @@ def test_the_best_model_has_the_least_divergence_or_the_most_tasks(model_folder,
     assert read(words(model_folder, *chosen, "--greater_is_better", "true"))[-1].greater_is_better
 
 
+@pytest.mark.parametrize("file", ["dtype: bfloat16\n", "torch_dtype: float16\n", ""])
+def test_dtype_is_another_name_of_torch_dtype(model_folder, tmp_path, file):
+    """In a file, on the command line, which wins, and in Python."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: {model_folder}\ndataset_name: a.jsonl\n{file}")
+    given = ["--config", str(path), "--output_dir", "out"]
+    types = ARGUMENTS["sft"]
+    of_file = parse(given, *types, prog="", description="")[0].torch_dtype
+    assert of_file == (file.split()[-1] if file else "auto")
+    told = parse([*given, "--dtype", "float32"], *types, prog="", description="")
+    assert told[0].torch_dtype == "float32"
+    keywords = {"model_name_or_path": model_folder, "dtype": torch.bfloat16}
+    assert parse_keywords("distill", keywords)[0].torch_dtype == "bfloat16"
+
+
+def test_two_names_of_a_flag_are_one_too_many(model_folder, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dtype: bfloat16\ntorch_dtype: float16\n")
+    message = f"--config {path}, line 1: dtype and torch_dtype are one key; give one of them"
+    with pytest.raises(ConfigurationError, match=message):
+        parse(["--config", str(path)], *ARGUMENTS["sft"], prog="", description="")
+    with pytest.raises(ConfigurationError, match=r"keyword dtype: invalid choice: 'half'"):
+        parse_keywords("distill", {"model_name_or_path": model_folder, "dtype": "half"})
+
+
+@pytest.mark.parametrize("number", ["0x10", "1:30", "0o10"])
+def test_numbers_of_a_file_that_are_not_decimal_are_refused(tmp_path, number):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: out\nmax_steps: {number}\n")
+    with pytest.raises(ConfigurationError, match=f"line 2: key max_steps: invalid int .*{number}"):
+        parse(["--config", str(path)], *ARGUMENTS["sft"], prog="", description="")
+
+
 def test_keywords_may_be_what_libraries_call_the_values(model_folder, tmp_path):
     keywords = {
         "model_name_or_path": model_folder, "teacher_url": ["http://127.0.0.1:8000"],

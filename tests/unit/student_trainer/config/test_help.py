@@ -1,5 +1,6 @@
 """`--help` is short and in groups; `--help_all` has everything."""
 
+import shlex
 from dataclasses import fields
 
 import pytest
@@ -11,6 +12,7 @@ from student_trainer.config.flags import flags_of
 from student_trainer.config.help import EXIT_CODES, GROUPS, actions_of
 from student_trainer.config.parse import make_parser
 from student_trainer.config.trainer_flags import read_from_transformers, trainer_flags
+from tests.support.flags import read_trainer
 
 OF_TRANSFORMERS = {field.name for field in fields(TrainingArguments)}
 
@@ -63,6 +65,18 @@ def test_help_ends_with_the_exit_codes_and_is_not_too_wide(capsys):
     short = printed(capsys, "distill", "--help")
     assert EXIT_CODES in short
     assert max(len(line) for line in short.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("command", ["sft", "distill", "precompute", "evaluate", "merge"])
+def test_help_ends_with_an_example_that_is_read(capsys, command):
+    """Its flags are among those that matter, and their combination is accepted."""
+    short = printed(capsys, command, "--help")
+    example = shlex.split(short.rpartition("\nexample:\n")[2].replace("\\\n", " "))
+    assert example[:2] == ["student-trainer", command]
+    given = [word for word in example if word.startswith("--")]
+    assert set(given) <= set(listed(short))
+    if command != "merge":  # of adapters that are there
+        read_trainer([command if command != "precompute" else "distill", *example[2:]])
 
 
 def test_help_all_lists_each_flag_once_and_the_groups_in_their_order(capsys):

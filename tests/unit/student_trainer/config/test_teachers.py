@@ -34,7 +34,9 @@ def test_a_model_of_a_server_of_several_follows_the_address():
     ("urls", "message"),
     [
         (["math=http://a", "http://b"], "http://b has no name, and math has"),
-        (["math=a:8000"], "must look like http://host:8000"),
+        (["math=a:8000#v2"], "must look like http://host:8000: give math=http://a:8000#v2"),
+        (["math=http://a:8000/v1"], "give math=http://a:8000$"),
+        (["http://a:8000/v1#x"], "'http://a:8000/v1#x' is more than .* give http://a:8000#x$"),
         (["my teacher=http://a"], "must look like"),
         (["math=http://user:secret@a"], "holds a user or a password"),
         (["math=http://a#x", "math=http://b#y"], "name different models after '#': x, y"),

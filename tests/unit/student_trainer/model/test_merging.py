@@ -91,3 +91,10 @@ def test_adapters_on_adapters_are_refused(tmp_path, capsys):
     ])  # fmt: skip
     assert code == 2
     assert "student-trainer merge" in capsys.readouterr().err
+
+
+def test_adapters_whose_files_are_damaged_are_one_line(tmp_path):
+    _, folder = adapters_on(tmp_path, "llama", ["q_proj"])
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=f"{folder}: the adapters do not load: .*header"):
+        load_model(ModelArguments(str(folder)))

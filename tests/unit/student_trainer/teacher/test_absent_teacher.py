@@ -2,13 +2,19 @@
 
 import itertools
 import logging
+import math
 import time
 
+import httpx
 import pytest
 from student_trainer.teacher.sparse import SparseGkdTeacher
 
 from shared.errors import TeacherUnreachableError
+from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.teacher import replicas
+from student_trainer.teacher.http import _nothing_listens
+from student_trainer.training import teachers
+from student_trainer.training.teachers import open_teachers
 from tests.support.server import free_port
 from tests.support.stub import StubTeacher
 
@@ -24,8 +30,10 @@ def test_the_remedy_stands_in_the_first_line(caplog):
         with pytest.raises(TeacherUnreachableError, match=r"after 0\.1 s.*--teacher_timeout"):
             client.connect()
     [line] = lines(caplog)
-    assert "Connection refused" in line
-    assert "Is the server running? Start it with `teacher-server serve MODEL`" in line
+    port = url.rpartition(":")[2]
+    assert f"nothing listens at port {port} ([Errno 111] Connection refused)" in line
+    assert "0 s left (--teacher_timeout), Ctrl-C ends the wait. Is the server running?" in line
+    assert line.endswith("Start it with `teacher-server serve MODEL`")
 
 
 def test_later_lines_come_more_and_more_rarely(caplog, monkeypatch):
@@ -47,6 +55,45 @@ def test_where_nothing_listens_it_gives_up_sooner():
         pytest.raises(TeacherUnreachableError, match=r"after 0\.2 s.*raise --absent_timeout"),
     ):
         client.connect()
+
+
+def test_where_nothing_listens_on_this_machine_a_run_gives_up_sooner(caplog, monkeypatch):
+    monkeypatch.setattr(teachers, "_LOCAL_SECONDS", 0.2)
+    url = f"http://localhost:{free_port()}"
+    with (
+        caplog.at_level(logging.WARNING),
+        open_teachers(TeacherArguments([url]), ModelArguments("m")) as opened,
+    ):
+        assert not opened.ready()
+        with pytest.raises(TeacherUnreachableError, match=r"after 0\.2 s.*--teacher_timeout than"):
+            opened.connect()
+    [line] = lines(caplog)
+    assert "0 s left (longer by another --teacher_timeout than 600), Ctrl-C ends the wait" in line
+
+
+@pytest.mark.parametrize(
+    ("host", "timeout", "seconds"),
+    [
+        ("localhost:9", 600.0, 30.0),
+        ("127.0.0.2:9", 600.0, 30.0),
+        ("[::1]:9", 600.0, 30.0),
+        ("localhost:9", 3600.0, math.inf),  # it was asked for
+        ("gpu-box:9", 600.0, math.inf),
+    ],
+)
+def test_how_long_nothing_may_listen(host, timeout, seconds):
+    flags = TeacherArguments([f"http://{host}"], teacher_timeout=timeout)
+    with open_teachers(flags, ModelArguments("m")) as opened:
+        replicas_of = opened.of(None)._replicas
+        assert replicas_of._absence_allowed(f"http://{host}") == seconds
+        assert replicas_of._retries.absent_timeout == math.inf  # a server may be restarted
+
+
+def test_an_address_without_a_port_is_told():
+    error = httpx.ConnectError("[Errno 111] Connection refused")
+    assert "at port 80, and the address names no other" in _nothing_listens("http://a", error)
+    assert "port 443" in _nothing_listens("https://a", error)
+    assert not _nothing_listens("http://a:1", httpx.ConnectError("Name or service not known"))
 
 
 def test_a_server_that_loads_is_waited_for_longer():

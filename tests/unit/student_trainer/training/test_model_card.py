@@ -7,7 +7,7 @@ from shared.protocol import TeacherIdentity
 from student_trainer.config.arguments import DistillFlags, SFTFlags
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.parse import parse
-from student_trainer.training.model_card import method_of, model_card
+from student_trainer.training.model_card import TrainingRows, method_of, model_card
 
 TEACHER = TeacherIdentity(
     model="/data/secret-folder/teacher", fingerprint="f" * 64, dtype="bfloat16", backend="vllm",
@@ -18,6 +18,7 @@ HISTORY = [
     {"step": 10, "eval/divergence": 0.25, "eval/pass@1": 0.125},
     {"step": 10, "train/runtime": 61.0},
 ]
+ROWS = TrainingRows(4000, 16, 250)
 
 
 def card_of(command, teachers, **options):
@@ -27,7 +28,9 @@ def card_of(command, teachers, **options):
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in settings.items()]
     arguments = parse(words, *ARGUMENTS[command], prog="", description="")
-    return model_card("student", HISTORY, arguments=arguments, teachers=teachers, rows=1234)
+    return model_card(
+        "student", HISTORY, arguments=arguments, teachers=teachers, rows=ROWS, dtype="bfloat16"
+    )
 
 
 def distilled(**options):
@@ -51,7 +54,9 @@ def test_teacher_data_method_flags_and_numbers_are_told():
     text = distilled(lmbda=1, beta=0, learning_rate=3e-5, eval_dataset_name="org/held", **schedule)
     for told in (
         "# student\n", "`teacher` (`bfloat16`, `vllm 0.32.0`; fingerprint `ffffffffffffffff`)",
-        "on-policy GKD", "forward KL at temperature 1", "1234 rows of `org/rows`",
+        "on-policy GKD", "forward KL at temperature 1", "trained in bfloat16 by on-policy GKD",
+        "on 160 rows drawn from the 4,000 of `org/rows` (10 optimizer steps of 16, 0.04 epochs).",
+        "Given for this run; all others are the defaults",
         "| `--learning_rate` | `3e-05` |", "| `--beta` | `0.0` |",
         "| `--eval_strategy` | `epoch` |", "| `--lr_scheduler_type` | `cosine` |",
         "| held-out divergence, nats a token | 0.25 |", "| held-out pass@1 | 0.125 |",
@@ -62,7 +67,30 @@ def test_teacher_data_method_flags_and_numbers_are_told():
 
 
 def test_flags_at_their_defaults_are_not_told():
-    assert "| `--" not in card_of("sft", {})
+    text = card_of("sft", {})
+    assert "| `--" not in text
+    assert "All are the defaults of this version." in text
+
+
+def test_adapters_are_told_with_their_rank():
+    text = card_of("sft", {}, use_peft=True, lora_r=8)
+    assert "LoRA adapters (rank 8, alpha 16) for `org/base`, trained" in text
+    assert "| `--lora_alpha`" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "drawn"),
+    [
+        (TrainingRows(4000, 32, 125), 5, 160),
+        (TrainingRows(48, 8, 6), 15, 120),
+        (TrainingRows(50, 8, 7), 7, 50),  # the last step of an epoch has the rest
+        (TrainingRows(50, 8, 6), 12, 96),  # --dataloader_drop_last leaves 2 out
+        (TrainingRows(5, 8, 1), 3, 15),
+        (TrainingRows(800, 8, None), 100, 800),
+    ],
+)
+def test_rows_are_counted_as_often_as_they_are_learned(rows, steps, drawn):
+    assert rows.drawn(steps) == drawn
 
 
 def test_nothing_of_this_machine_and_no_key_is_on_it(tmp_path, monkeypatch):

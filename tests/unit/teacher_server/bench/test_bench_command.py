@@ -110,14 +110,15 @@ def test_the_table_ends_with_what_limits(url, capsys):
     [
         (["{url}", "--input-len", "100"], "are 132 tokens; the server takes 64"),
         (["{url}", "--top-k", "101"], "--top-k 101 is over the server's limit; lower it to 100"),
-        (["{url}/docs"], "/docs/v1/info answers 404: GET /docs/v1/info: Not Found"),
-        (["teacher:8000"], "teacher:8000: no address of a server; give http://host:8000"),
-        (["http://[::1"], "no address of a server"),
+        (["{url}/a"], "/a/v1/info answers 404: GET /a/v1/info: Not Found"),
+        (["{url}/v1"], "/v1' is more than the address of a server; give http://127.0.0.1:"),
+        (["teacher:8000"], "URL 'teacher:8000' must look like http://host:8000: give http://te"),
+        (["http://[::1"], "must look like http://host:8000"),
         (["{free}"], "Connection refused; is the server running"),
         (["http://user:secret@host"], "holds a user or a password"),
         (["http://:secret@host"], "holds a user or a password"),
     ],
-    ids=["too long", "top k", "path", "no scheme", "broken", "nobody", "password", "no user"],
+    ids=["long", "top k", "prefix", "path", "no scheme", "broken", "nobody", "password", "no user"],
 )
 def test_what_cannot_be_measured_is_one_line(url, capsys, words, said):
     places = {"url": url, "free": f"http://127.0.0.1:{free_port()}"}
