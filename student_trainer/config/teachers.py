@@ -48,7 +48,7 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
                 "by the environment variable TEACHER_API_KEY or by --teacher_api_key_file"
             )
         url, _, model = url.partition("#")
-        if not _is_address(url):
+        if not is_address(url):
             raise ConfigurationError(
                 f"--teacher_url {value!r} must look like http://host:8000, or NAME=http://host:8000"
             )
@@ -68,7 +68,8 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
     return [ServedTeacher(name, tuple(urls), *models[name]) for name, urls in addresses.items()]
 
 
-def _is_address(url: str) -> bool:
+def is_address(url: str) -> bool:
+    """Return whether it is an http(s) address of a host."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises for an invalid port
