@@ -6,6 +6,7 @@ workers, which vLLM's plug-in interface registers, and one for the trainer.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 from student_trainer.runtime.threads import in_thread
 
 BACKEND = "gloo"
+_POLL_SECONDS = 1e-4
 
 
 @dataclass
@@ -83,7 +85,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         infos = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         for name, dtype, shape in infos:
             weight = torch.empty(shape, dtype=getattr(torch, dtype))
-            _broadcast(self._group, weight)
+            _broadcast(self._group, weight).wait()
             self.model.load_weights([(name, weight.to(self.device))])
 
     def shutdown(self) -> None:
@@ -156,9 +158,12 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
 
     def _send(self, weights: Iterator[tuple[str, torch.Tensor]], loaded: Future[None]) -> None:
         for _, weight in weights:
-            if loaded.done():
-                loaded.result()  # a server that refuses would be waited for
-            _broadcast(self._group, weight.cpu())
+            sent = _broadcast(self._group, weight.cpu())
+            while not sent.is_completed():
+                if loaded.done():
+                    loaded.result()  # raises why a server takes no more
+                time.sleep(_POLL_SECONDS)
+            sent.wait()
 
     def shutdown(self) -> None:
         self._group = None
@@ -175,9 +180,9 @@ def _join(info: GlooInitInfo, rank: int) -> Any:
     )
 
 
-def _broadcast(group: Any, weight: torch.Tensor) -> None:
+def _broadcast(group: Any, weight: torch.Tensor) -> Any:
     """Send a tensor from rank 0 to all, as bytes, since gloo does not know every dtype."""
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     flat = weight.contiguous().view(-1)
-    group.broadcast([flat.view(torch.uint8)], options).wait()
+    return group.broadcast([flat.view(torch.uint8)], options)
