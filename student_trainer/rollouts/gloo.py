@@ -83,10 +83,14 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         infos = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
-        for name, dtype, shape in infos:
-            weight = torch.empty(shape, dtype=getattr(torch, dtype))
-            _broadcast(self._group, weight).wait()
-            self.model.load_weights([(name, weight.to(self.device))])
+        try:
+            for name, dtype, shape in infos:
+                weight = torch.empty(shape, dtype=getattr(torch, dtype))
+                _broadcast(self._group, weight).wait()
+                self.model.load_weights([(name, weight.to(self.device))])
+        except BaseException:
+            self.shutdown()  # closes the connections, so that nobody waits for this worker
+            raise
 
     def shutdown(self) -> None:
         self._group = None

@@ -106,13 +106,13 @@ class RolloutServers:
 
     def close(self) -> None:
         """Leave the group of the transfer; the servers run on."""
+        if self._control is not None:
+            self._control.join_anew()  # first: a group is left at once only by its last member
+            self._control.close()
+            self._control = None
         if self._transfer is not None:
             self._transfer.shutdown()
             self._transfer = None
-        if self._control is not None:
-            self._control.join_anew()
-            self._control.close()
-            self._control = None
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights to all servers that answer, unless they have them.
