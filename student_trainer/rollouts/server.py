@@ -134,7 +134,8 @@ class RolloutServers:
             logger.warning("weights did not reach all rollout servers: %s", failure)
         else:
             raise RolloutServerError(
-                f"weights did not reach the rollout servers in {_ATTEMPTS} attempts: {failure}"
+                f"weights did not reach the rollout servers in {_ATTEMPTS} attempts ({failure}); "
+                "start the servers again, with this student"
             )
         self.drift = self._measure_drift()
         if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
