@@ -208,6 +208,6 @@ def test_a_server_of_another_model_is_refused(student, replicas):
     student.get_output_embeddings().weight = grown
     with (
         servers(student, replicas.urls[:1]) as one,
-        pytest.raises(RolloutServerError, match="3 attempts.*start the servers again"),
+        pytest.raises(RolloutServerError, match=r"3 attempts.*start the servers again"),
     ):
         one.sync(0)
