@@ -20,6 +20,7 @@ SparseGKDError
 │   ├── TeacherChangedError
 │   └── TokenizerMismatchError
 ├── RolloutError              the student cannot generate
+│   └── RolloutServerError    no server is left that has its weights
 ├── ConfigurationError        flags and settings, before any model loads
 ├── CheckpointError           a checkpoint or model that could not be written
 ├── NonFiniteError            names the step and the file that keeps its batch
@@ -225,6 +226,10 @@ class TokenizerMismatchError(TeacherError):
 
 class RolloutError(SparseGKDError):
     """A student that cannot generate: its logits are not finite, or its engine failed."""
+
+
+class RolloutServerError(RolloutError):
+    """No rollout server is left that has the student's weights."""
 
 
 class ConfigurationError(SparseGKDError):

@@ -666,6 +666,36 @@ class DivergenceFlags:
         group="rollouts and generation",
         needs=("rollout_engine", "vllm"),
     )
+    rollout_url: list[str] | None = flag(
+        None,
+        "Address of a vLLM server that writes the student's completions on other GPUs, such as "
+        "http://host:8001; repeat for replicas. It gets the student's weights before each "
+        "on-policy step.",
+        group="rollouts and generation",
+        common=True,
+        private=True,
+    )
+    rollout_transfer: Literal["nccl", "gloo"] | None = flag(
+        None,
+        "What carries the weights to --rollout_url: nccl between GPUs, gloo between CPUs. Default: "
+        "what the student is on.",
+        group="rollouts and generation",
+        needs=("rollout_url", True),
+    )
+    rollout_timeout: float = flag(
+        600.0,
+        "Seconds to wait for a server of --rollout_url.",
+        group="rollouts and generation",
+        needs=("rollout_url", True),
+    )
+    rollout_api_key_file: str | None = flag(
+        None,
+        "File that holds the API key of --rollout_url; default: the environment variable "
+        "ROLLOUT_API_KEY.",
+        group="rollouts and generation",
+        private=True,
+        needs=("rollout_url", True),
+    )
 
     @property
     def student_top_m(self) -> int:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,7 @@ class Pipeline:
         share: gives every rank's new teacher completions to all ranks, so that each prompt is
             generated once.
         remember: keep the teacher's completions for prompts that occur again.
-        together: waits for the teacher on every rank, and fails on all if it fails on one.
+        together: waits for a server on every rank, and fails on all if it fails on one.
         propose: returns for each sample ids [T, m] that the teacher scores too, such as the
             student's own most probable ones. Called equally often on every rank.
         timeline: records "generating" (proposals included), waiting for the "teacher", and
@@ -123,7 +123,7 @@ class Pipeline:
         prefetch_steps: int = 0,
         request_size: int = 8,
         share: Callable[[dict[bytes, Completion]], dict[bytes, Completion]] = lambda new: new,
-        together: Callable[[Callable[[], _Written]], _Written] = lambda wait: wait(),
+        together: Callable[[Callable[[], Any]], Any] = lambda wait: wait(),
         propose: Callable[[Sequence[Sample]], list[NDArray[np.uint32]]] | None = None,
         timeline: Timeline | None = None,
         waited: Callable[[str | None, float], None] = lambda name, seconds: None,
@@ -166,7 +166,7 @@ class Pipeline:
         """
         if batch.writing is not None:
             with self._timeline.during("generating"):
-                _wait_for_writer(batch)
+                self._together(lambda: _wait_for_writer(batch))
         new: dict[bytes, Completion] = {}
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
@@ -331,7 +331,10 @@ class Pipeline:
             batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
         else:
             with self._timeline.during("generating", step=step + 1):
-                self._write(batch, requests)
+                if self.rollouts.elsewhere:
+                    self._together(lambda: self._write(batch, requests))
+                else:
+                    self._write(batch, requests)
 
     def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
         """Generate the student's completions, and send each finished group to the teacher."""

@@ -1,6 +1,7 @@
 """The generation of completions by the student with its present weights."""
 
 from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest, StartSearch
+from student_trainer.rollouts.server import RolloutServers, ServerOptions, ServerRollouts
 from student_trainer.rollouts.transformers import TransformersRollouts
 from student_trainer.rollouts.vllm import VllmEngine, VllmRollouts
 
@@ -8,6 +9,9 @@ __all__ = [
     "Rollout",
     "RolloutEngine",
     "RolloutRequest",
+    "RolloutServers",
+    "ServerOptions",
+    "ServerRollouts",
     "StartSearch",
     "TransformersRollouts",
     "VllmEngine",

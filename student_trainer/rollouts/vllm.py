@@ -26,13 +26,16 @@ from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
-from student_trainer.runtime.compat import revert_weight_conversion
+from student_trainer.rollouts.drift import (
+    DRIFT_TOLERANCE,
+    PROBE_TOKENS,
+    probe_prompt,
+    trainer_logprobs,
+)
+from student_trainer.rollouts.weights import StudentWeights
 from student_trainer.runtime.signals import ctrl_c_kept_from_children, signals_as_exits
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Largest mean difference in log-prob between trainer and engine that rounding explains.
-DRIFT_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
-_PROBE_TOKENS = 8
 _LONGEST_STEP = 10.0  # seconds to wait for a thread in the engine; it never leaves a dead engine
 _WATCH_SECONDS = 1.0
 _EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
@@ -154,6 +157,10 @@ class VllmEngine:
             )
         self._version = weight_version
 
+    def rollouts(self, **options: Any) -> VllmRollouts:
+        """Return a rollout engine that generates here; the arguments are those of its class."""
+        return VllmRollouts(self, **options)
+
     def run(
         self,
         prompts: Sequence[list[int]],
@@ -234,17 +241,16 @@ class VllmEngine:
     def _measure_drift(self) -> float:
         from vllm import SamplingParams
 
-        length = min(16, self.max_model_len // 2)
-        vocab_size = self.model.get_output_embeddings().weight.shape[0]
-        prompt = [(7 * i + 3) % vocab_size for i in range(length)]
-        tokens = min(_PROBE_TOKENS, self.max_model_len - length)
+        prompt = probe_prompt(self.model, self.max_model_len)
+        tokens = min(PROBE_TOKENS, self.max_model_len - len(prompt))
         params = SamplingParams(max_tokens=tokens, seed=0, logprobs=0, detokenize=False)
         [(_, written)] = self.run([prompt], [params])
         ids = torch.tensor(written.token_ids)
         theirs = torch.tensor(
             [row[i].logprob for row, i in zip(written.logprobs, ids.tolist(), strict=True)]
         )
-        ours = _logprobs(self.model, [*prompt, *ids.tolist()])[length - 1 : -1]  # [T, V]
+        rows = trainer_logprobs(self.model, [*prompt, *ids.tolist()])
+        ours = rows[len(prompt) - 1 : -1]  # [T, V]
         return float((ours.gather(1, ids[:, None])[:, 0] - theirs).abs().mean())
 
     @contextmanager
@@ -266,15 +272,17 @@ class VllmEngine:
 
         ``save_pretrained`` writes on the first rank only, but each rank has its own engine.
         """
-        causal_lm, weights = merged_weights(self.model, getattr(torch, self.dtype))
+        weights = StudentWeights(self.model, getattr(torch, self.dtype))
+        causal_lm = weights.causal_lm
         config = copy.deepcopy(causal_lm.config)
         config.architectures = [type(causal_lm).__name__]
         if adapts_tied_weights(causal_lm):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
         config.save_pretrained(self._folder.name)
-        weights = revert_weight_conversion(causal_lm, weights)
-        save_torch_state_dict(weights, self._folder.name, max_shard_size="2GB")
+        save_torch_state_dict(
+            {n: w.cpu() for n, w in weights}, self._folder.name, max_shard_size="2GB"
+        )
 
 
 class VllmRollouts:
@@ -342,52 +350,6 @@ class VllmRollouts:
                 raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
             ids = np.asarray(written.token_ids, np.uint32)
             yield [(index, Rollout(ids, truncated=written.finish_reason == "length"))]
-
-
-def merged_weights(model: Any, dtype: torch.dtype) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Return the causal language model and its weights on the CPU, with adapters added to them.
-
-    Adapters are not merged in place, because unmerging leaves rounding errors in the base. Of tied
-    weights only the first is returned, as in a checkpoint, unless adapters change one.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapted = {n: m for n, m in causal_lm.named_modules() if isinstance(m, LoraLayer)}
-    names = {name for name, _ in causal_lm.named_parameters(remove_duplicate=False)}
-    tied = names - {name for name, _ in causal_lm.named_parameters()}
-    if adapts_tied_weights(causal_lm):
-        tied = set()
-    weights: dict[str, torch.Tensor] = {}
-    for name, value in causal_lm.state_dict().items():
-        owner, _, own = name.partition(".base_layer.")
-        if own:
-            if own == "weight":
-                layer = adapted[owner]
-                for adapter in layer.active_adapters:
-                    value = value + layer.get_delta_weight(adapter).to(value.device)
-            name = f"{owner}.{own}"
-        elif name in tied or any(name.startswith(f"{prefix}.") for prefix in adapted):
-            continue  # a tied weight is there already, an adapter's weights are added above
-        weights[name] = _to_cpu(value, dtype)
-    return causal_lm, weights
-
-
-def _to_cpu(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-
-
-@torch.no_grad()
-def _logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
-    """Return log-probs [L, V] float32 on the CPU, from the trainer's own forward pass."""
-    training = model.training
-    model.eval()
-    try:
-        ids = torch.tensor([token_ids], device=next(model.parameters()).device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-    finally:
-        model.train(training)
-    return logits[0].float().log_softmax(-1).cpu()
 
 
 def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:

@@ -8,7 +8,12 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from shared.errors import ProtocolError, TeacherError, TeacherUnreachableError
+from shared.errors import (
+    ProtocolError,
+    RolloutServerError,
+    TeacherError,
+    TeacherUnreachableError,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -67,14 +72,14 @@ class Ranks:
                 until the others reach a call with True.
 
         Raises:
-            TeacherError, ProtocolError: as ``wait``.
-            TeacherUnreachableError: of a process whose own teacher answered.
+            TeacherError, ProtocolError, RolloutServerError: as ``wait``.
+            TeacherUnreachableError: of a process whose own servers answered.
         """
         error: Exception | None = None
         try:
             self.waiting = True
             brought = wait()
-        except (TeacherError, ProtocolError) as failure:
+        except (TeacherError, ProtocolError, RolloutServerError) as failure:
             error = failure
         finally:
             self.waiting = False
@@ -82,7 +87,7 @@ class Ranks:
             failed = self.any(error is not None)
             if failed and error is None:
                 error = TeacherUnreachableError(
-                    "another process of this run lost its teacher, and says how"
+                    "another process of this run lost its teacher or rollout server, and says how"
                 )
         if error is not None:
             raise error

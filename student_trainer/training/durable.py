@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shared.errors import CheckpointError, ProtocolError, TeacherError
+from shared.errors import CheckpointError, ProtocolError, RolloutServerError, TeacherError
 from student_trainer.reporting.names import grouped, grouped_name
 from student_trainer.runtime.compat import without_key_warnings
 from student_trainer.runtime.random_state import RandomState
@@ -94,6 +94,12 @@ class DurableTrainer(Trainer):
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
                 self._remove_unfinished()
                 return result
+            except RolloutServerError:
+                # Completions that were being written by older weights are lost, and with them what
+                # a checkpoint of this step needs; the last one is there.
+                with suppress(RolloutServerError):
+                    self._save_what_was_learned()
+                raise
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
                 self._remove_unfinished()

@@ -25,6 +25,7 @@ from student_trainer.config.arguments import (
     divergence_flags_of,
     traced_steps,
 )
+from student_trainer.config.checks.rollouts import rollout_addresses, rollout_key_of
 from student_trainer.config.training_arguments import (
     CommonTrainingArguments,
     checkpoint_of,
@@ -52,7 +53,7 @@ from student_trainer.model.load import (
 )
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import planned_requests, require_answers
-from student_trainer.rollouts import VllmEngine
+from student_trainer.rollouts import RolloutServers, ServerOptions, VllmEngine
 from student_trainer.runtime.signals import stop_event
 from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.named import Teachers
@@ -126,7 +127,7 @@ def run(
             student,
             plan,
             teacher=teachers,
-            vllm=engine,
+            engine=engine,
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
@@ -365,14 +366,23 @@ def longest_rollout(
 
 def open_engine(
     student: Any, recipe: Recipe, args: CommonTrainingArguments, max_model_len: int
-) -> AbstractContextManager[VllmEngine | None]:
-    """Open what ``--rollout_engine`` names beside the student; nothing for transformers."""
+) -> AbstractContextManager[VllmEngine | RolloutServers | None]:
+    """Open what writes the student's completions in its place, if anything does."""
     flags = divergence_flags_of(args)
-    if flags.rollout_engine == "transformers":
+    if flags.rollout_engine == "transformers" and not flags.rollout_url:
         return nullcontext()
     dtype = str(next(student.parameters()).dtype).removeprefix("torch.")
     if args.bf16 or args.fp16:  # what the student computes in
         dtype = "bfloat16" if args.bf16 else "float16"
+    if flags.rollout_url:
+        on_gpu = args.device.type == "cuda"
+        options = ServerOptions(
+            rollout_addresses(flags),
+            flags.rollout_transfer or ("nccl" if on_gpu else "gloo"),
+            seconds=flags.rollout_timeout,
+            api_key=rollout_key_of(flags),
+        )
+        return RolloutServers(student, options, dtype=dtype, longest=max_model_len)
     return VllmEngine(
         student,
         max_model_len=max_model_len,

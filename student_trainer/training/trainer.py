@@ -56,7 +56,12 @@ from student_trainer.pipeline.pipeline import PendingBatch, Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.names import GROUPS, grouped
-from student_trainer.rollouts import RolloutEngine, TransformersRollouts, VllmEngine, VllmRollouts
+from student_trainer.rollouts import (
+    RolloutEngine,
+    RolloutServers,
+    TransformersRollouts,
+    VllmEngine,
+)
 from student_trainer.runtime.compat import names_kept
 from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
@@ -79,7 +84,7 @@ class DistillationTrainer(DurableTrainer):
         model: causal language model, or a peft model around one.
         plan: what is learned, and how.
         teacher: connected client, or several by name; None for SFT.
-        vllm: writes the student's completions in its place.
+        engine: writes the student's completions in its place.
         train_dataset, eval_dataset: lists of `Example`; to train on also an `ExampleStream`.
         Everything else: as transformers' Trainer.
     """
@@ -90,7 +95,7 @@ class DistillationTrainer(DurableTrainer):
         plan: TrainingPlan,
         *,
         teacher: Teacher | Teachers | None,
-        vllm: VllmEngine | None = None,
+        engine: VllmEngine | RolloutServers | None = None,
         **trainer_arguments: Any,
     ) -> None:
         install_sparse_loss(model)
@@ -106,7 +111,7 @@ class DistillationTrainer(DurableTrainer):
         self.loss_is_scaled_for_ga = True  # compute_loss normalises over the whole optimizer step
         self.plan = plan
         self.teachers = as_teachers(teacher)
-        self.vllm = vllm
+        self.engine = engine
         with self.accelerator.autocast():  # flash attention takes half precision only
             packed = decide_packing(model, plan.packing, plan.longest)
         self._check_positions()
@@ -317,8 +322,8 @@ class DistillationTrainer(DurableTrainer):
         if "loss" in logs:
             window = self.window.drain(self.ranks.sum, with_teacher=self.teachers is not None)
             logs = {**logs, **window}
-            if self.vllm is not None and self.vllm.drift is not None:
-                logs["rollout_drift"] = self.vllm.drift
+            if self.engine is not None and self.engine.drift is not None:
+                logs["rollout_drift"] = self.engine.drift
         named = grouped(logs)
         with names_kept(GROUPS):
             super().log(named, start_time)
@@ -442,9 +447,8 @@ class DistillationTrainer(DurableTrainer):
         self, temperature: float, batch_size: int | None, *, one_group: bool = False
     ) -> RolloutEngine:
         method = self.plan.method
-        if self.vllm is not None:
-            return VllmRollouts(
-                self.vllm,
+        if self.engine is not None:
+            return self.engine.rollouts(
                 stop_ids=method.stop_ids,
                 max_new_tokens=method.max_new_tokens,
                 temperature=temperature,

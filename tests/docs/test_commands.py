@@ -7,6 +7,7 @@ command that no rule covers fails; so do flags that do not exist or that contrad
 
 import argparse
 import gzip
+import importlib.util
 import json
 import re
 import shlex
@@ -74,7 +75,8 @@ SHRUNKEN_IF_GIVEN = {"--eval_steps": "1", "--save_steps": "1", "--max_length": "
 SHRUNKEN_EVALUATION = {"--max_new_tokens": "4", "--limit": "2"}
 # Cannot run here: flags are read and checked, and that is all.
 ONLY_CHECKED = (
-    "--teacher_protocol vllm", "--rollout_engine vllm", "--load_in_4bit", "--push_to_hub",
+    "--teacher_protocol vllm", "--rollout_engine vllm", "--rollout_url",
+    "--load_in_4bit", "--push_to_hub",
 )  # fmt: skip
 # Not run at all, since what they do is done by the test's own surroundings.
 NOT_RUN = ("source .venv/bin/activate",)
@@ -234,7 +236,7 @@ class Page:
     def accelerate(self, text):
         from accelerate.commands.launch import launch_command_parser
 
-        launched = launch_command_parser().parse_args(shlex.split(text)[2:])
+        launched = launch_command_parser().parse_args(shlex.split(text.partition("serve ")[2]))
         assert launched.module
         assert launched.training_script == "student_trainer"
         return self.train(launched.training_script_args)
@@ -281,6 +283,14 @@ class Page:
             teacher_server.cli.main([*shlex.split(text)[1:], "--quick", "--num-prompts", "1"]) == 0
         )
 
+    def stock_vllm(self, text):
+        """`vllm serve`: its flags are read, where vLLM is."""
+        if importlib.util.find_spec("vllm") is not None:
+            cli_args = import_module("vllm.entrypoints.launchers.cli_args")
+            parser = import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+            cli_args.make_arg_parser(parser).parse_args(shlex.split(text.partition("serve ")[2]))
+        return "parsed"
+
     def prepare(self, text):
         """The example's data, of which a few rows are kept."""
         with mock.patch.object(sys, "argv", shlex.split(text)[2:]):
@@ -313,6 +323,7 @@ RULES = {
     r"torchrun ": Page.torchrun,
     r"teacher-server serve ": Page.serve,
     r"teacher-server bench ": Page.bench,
+    r"vllm serve ": Page.stock_vllm,
     r"python -m examples\.mini_humaneval\.prepare ": Page.prepare,
     r"python -m (benchmarks|examples)\.": Page.module,
     r"curl ": Page.curl,
@@ -326,6 +337,7 @@ RULES = {
     r'(eval "\$|source <)\(student-trainer ': Page.completion,
     r'(\w+="[^"]*" )*sbatch ': Page.batch,
     r"kubectl ": Page.kubectl,
+    r"VLLM_SERVER_DEV_MODE=1 vllm serve ": Page.stock_vllm,
     r"[A-Z_]+=": Page.setting,
 }
 

@@ -22,7 +22,8 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
-from student_trainer.rollouts.vllm import _rank_environment, merged_weights
+from student_trainer.rollouts.vllm import _rank_environment
+from student_trainer.rollouts.weights import StudentWeights
 from tests.e2e.test_distillation import flags, history
 from tests.support import trainer_process
 from tests.support.http import until
@@ -274,7 +275,7 @@ def test_tied_weights_are_sent_once():
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
-    _, weights = merged_weights(LlamaForCausalLM(config), torch.bfloat16)
+    weights = dict(StudentWeights(LlamaForCausalLM(config), torch.bfloat16))
     assert "model.embed_tokens.weight" in weights
     assert "lm_head.weight" not in weights
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
@@ -284,7 +285,7 @@ def test_merged_weights_are_those_of_merge_and_unload(student):
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     torch.manual_seed(3)
     adapted = get_peft_model(student.__class__(student.config), config)
-    _, weights = merged_weights(adapted, torch.float32)
+    weights = dict(StudentWeights(adapted, torch.float32))
     expected = adapted.merge_and_unload().state_dict()
     assert set(weights) == set(expected)
     for name, value in expected.items():

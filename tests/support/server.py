@@ -121,9 +121,34 @@ def serving(app: TeacherApp) -> Iterator[str]:
 def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
     """Yield the URL of vLLM's own server, whose log is shown when the test inside fails."""
     port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        server = _start_stock_vllm(model, *arguments, port=port, log=log)
+        with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health") as url:
+            yield url
+
+
+@contextlib.contextmanager
+def running_rollout_server(
+    model: Path, *, port: int, log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Yield the process of vLLM's own server that takes weights, with its engine in its group."""
+    server = _start_stock_vllm(
+        model, "--tokens-only", "--weight-transfer-config", '{"backend": "gloo"}',
+        "--worker-extension-cls", "shared.vllm_sampling.SeededSampling", "--max-model-len", "256",
+        port=port, log=log, VLLM_SERVER_DEV_MODE="1",
+    )  # fmt: skip
+    with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health"):
+        yield server
+
+
+def _start_stock_vllm(
+    model: Path, *arguments: str, port: int, log: Path, **environment: str
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for ten seconds
+        **environment,
     }  # fmt: skip
     # The module that `vllm serve` runs; in the CPU build that command does not find its package.
     command = [
@@ -131,14 +156,11 @@ def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
         *arguments,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "server.log"
-        with log.open("wb") as output:
-            server = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment
-            )
-        with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health") as url:
-            yield url
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

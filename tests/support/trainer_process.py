@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from student_trainer.commands.main import main
 from student_trainer.runtime.threads import end_process
 from tests.support import forked
+from tests.support.http import until
 from tests.support.server import free_port
 
 Moment = tuple[str, str]  # an event of Python's audit, and how its first argument ends
@@ -59,6 +60,11 @@ def _run(
 
         sys.addaudithook(hook)
     end_process(main(argv))
+
+
+def until_logged(live: Path, steps: int, seconds: float = 300) -> None:
+    """Wait until a run has logged so many steps in its live log."""
+    until(lambda: live.exists() and len(live.read_text().splitlines()) >= steps, seconds)
 
 
 def checkpoints(output: Path) -> list[int]:

@@ -23,6 +23,7 @@ def check_needs(part: Any) -> None:
         if one.needs is None or getattr(part, one.name) == one.default:
             continue
         name, value = one.needs
-        if getattr(part, name) != value:
+        given = getattr(part, name)
+        if not given if value is True else given != value:
             needed = f"--{name}" if value is True else f"--{name} {value}"
             raise ConfigurationError(f"--{one.name} has no effect without {needed}")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 
+from shared.address import server_address
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import (
     AdapterArguments,
     DistillFlags,
+    DivergenceFlags,
     EvaluateArguments,
     uses_deepspeed,
     uses_fsdp,
 )
 from student_trainer.config.checks.presence import check_needs
+from student_trainer.config.checks.teacher import key_of
 
 
 def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
@@ -22,11 +25,14 @@ def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
         ConfigurationError: it is not installed, or a combination cannot work.
     """
     check_engine(args)
-    if args.rollout_engine != "vllm":
+    if args.rollout_url:
+        _check_servers(args)
+    elif args.rollout_engine != "vllm":
         return
+    engine = "--rollout_url" if args.rollout_url else "--rollout_engine vllm"
     if args.lmbda == 0:
         raise ConfigurationError(
-            "--rollout_engine vllm has no effect with --lmbda 0: the student writes nothing"
+            f"{engine} has no effect with --lmbda 0: the student writes nothing"
         )
     if not 0.01 <= args.rollout_temperature <= 2:
         raise ConfigurationError(
@@ -35,13 +41,40 @@ def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
         )
     if adapters.load_in_4bit:
         raise ConfigurationError(
-            "--rollout_engine vllm takes no 4-bit weights; drop --load_in_4bit, or use transformers"
+            f"{engine} takes no 4-bit weights; drop --load_in_4bit, or use transformers"
         )
-    if uses_fsdp(args) or uses_deepspeed(args):
+    if not args.rollout_url and (uses_fsdp(args) or uses_deepspeed(args)):
         raise ConfigurationError(
             "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
-            "or use transformers"
+            "or let servers write: --rollout_url"
         )
+
+
+def _check_servers(args: DistillFlags) -> None:
+    """Check the flags of ``--rollout_url``."""
+    if args.rollout_engine == "vllm":
+        raise ConfigurationError(
+            "--rollout_url and --rollout_engine vllm both write the student's completions; drop one"
+        )
+    rollout_addresses(args)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError(
+            "--rollout_url: weights are sent by vLLM, which is not installed here; "
+            "pip install '.[vllm]'"
+        )
+    if not args.rollout_timeout > 0:
+        raise ConfigurationError(f"--rollout_timeout {args.rollout_timeout} must be above 0")
+    rollout_key_of(args)
+
+
+def rollout_addresses(args: DivergenceFlags) -> tuple[str, ...]:
+    """Return the addresses of the rollout servers, without a slash at their end."""
+    return tuple(server_address(url, "--rollout_url") for url in args.rollout_url or [])
+
+
+def rollout_key_of(args: DivergenceFlags) -> str | None:
+    """Return the key of the rollout servers, from a file or else from the environment."""
+    return key_of(args.rollout_api_key_file, "--rollout_api_key_file", "ROLLOUT_API_KEY")
 
 
 def check_engine(args: DistillFlags | EvaluateArguments) -> None:

@@ -132,13 +132,21 @@ def api_key_of(teacher: TeacherArguments) -> str | None:
     Raises:
         ConfigurationError: a file without a key or with several, or an invalid key.
     """
-    path = teacher.teacher_api_key_file
+    return key_of(teacher.teacher_api_key_file, "--teacher_api_key_file", "TEACHER_API_KEY")
+
+
+def key_of(path: str | None, flag: str, variable: str) -> str | None:
+    """Return the only key of a file, or else of an environment variable, or None.
+
+    Raises:
+        ConfigurationError: a file without a key or with several, or an invalid key.
+    """
     if path is None:
-        key = os.environ.get("TEACHER_API_KEY")
-        return check_key(key, "TEACHER_API_KEY") if key else None
-    first, *others = read_keys(path, "--teacher_api_key_file")
+        key = os.environ.get(variable)
+        return check_key(key, variable) if key else None
+    first, *others = read_keys(path, flag)
     if others:
         raise ConfigurationError(
-            f"--teacher_api_key_file {path} holds {1 + len(others)} keys; the trainer sends one"
+            f"{flag} {path} holds {1 + len(others)} keys; the trainer sends one"
         )
     return first

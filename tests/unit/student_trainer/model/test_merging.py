@@ -11,7 +11,7 @@ from student_trainer.commands.main import main
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.model import merging
 from student_trainer.model.load import load_model
-from student_trainer.rollouts.vllm import merged_weights
+from student_trainer.rollouts.weights import StudentWeights
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import load_model as load_plainly
 
@@ -67,7 +67,7 @@ def test_adapters_elsewhere_leave_the_weights_tied(tmp_path):
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
 def test_an_engine_elsewhere_is_sent_both_weights(tmp_path, targets):
     adapted, folder = adapters_on(tmp_path, "llama", targets)
-    _, weights = merged_weights(adapted, torch.float32)
+    weights = dict(StudentWeights(adapted, torch.float32))
     merged = load_model(ModelArguments(str(folder))).state_dict()
     assert set(weights) == set(merged)
     for name, value in weights.items():
