@@ -24,11 +24,11 @@ from student_trainer.rollouts import (
 )
 from student_trainer.rollouts.vllm import _rank_environment, merged_weights
 from tests.e2e.test_distillation import flags, history
-from tests.support import trainer_process
+from tests.support import forked, trainer_process
 from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
 from tests.support.trainer_process import checkpoints
-from tests.support.vllm import VLLM
+from tests.support.vllm import VLLM, forked_engines
 
 VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
 
@@ -47,7 +47,7 @@ def student(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(student):
-    with VllmEngine(student, max_model_len=256, dtype="float32") as engine:
+    with forked_engines(), VllmEngine(student, max_model_len=256, dtype="float32") as engine:
         yield engine
 
 
@@ -226,7 +226,7 @@ class TestDistillation:
             per_device_train_batch_size=8 // ranks, **adapters,
         )  # fmt: skip
         train = trainer_process.train if ranks == 1 else trainer_process.train_on_two_ranks
-        train(["distill", *words])
+        train(["distill", *words], preloaded=forked.PRELOADED_VLLM)
         logged = [entry for entry in history(tmp_path / "out") if "train/divergence" in entry]
         assert max(entry["train/rollout_drift"] for entry in logged) < 1e-4
         assert [entry["train/staleness"] for entry in logged] == [0, *29 * [staleness]]
