@@ -206,7 +206,8 @@ class TestDistill:
         assert ended.returncode == 0, ended.stderr
         for rank in "01":
             result = (tmp_path / f"rank{rank}").read_text()
-            assert result.startswith("DistillationResult(") and "3 steps, divergence " in result
+            assert result.startswith("DistillationResult(")
+            assert "3 steps, divergence " in result
         assert (tmp_path / "out" / "model.safetensors").exists()
 
     @pytest.mark.parametrize(
