@@ -6,7 +6,9 @@ export HF_HUB_OFFLINE ?= 1
 VLLM ?= 1
 # Tests at once. Each is mostly a process or two of one thread.
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
+# In the order of `tests/conftest.py`, where xdist would take the groups of most tests first.
+DISTRIBUTED = --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DISTRIBUTED)
 
 .PHONY: help quickstart test test-real test-faults real-tokenizers real-models check docs audit \
   audit-known format clean test-versions release-check
@@ -77,7 +79,7 @@ VERSIONS_TOOLS = hypothesis psutil 'pytest<9.2' pytest-timeout pytest-xdist
 test-versions: .venv-oldest/ready .venv-newest/ready
 	@for end in oldest newest; do \
 	  .venv-$$end/bin/pip list 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|fastapi|pydantic) '; \
-	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest --numprocesses $(JOBS) --dist loadgroup \
+	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest $(DISTRIBUTED) \
 	    -m 'not vllm and not slow_fault' $(VERSIONS) || exit 1; \
 	done
 

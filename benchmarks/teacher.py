@@ -298,11 +298,13 @@ def measure(cases: list[Case], rounds: int, soaked: int, rows: list[list[Cell]],
         methods: dict[str, Round] = {}
         urls = {}
         for name, backend in ((OURS, "vllm"), (OTHER, "transformers")):
-            urls[name] = stack.enter_context(running_server(folder, "--backend", backend))
+            urls[name] = stack.enter_context(
+                running_server(folder, "--backend", backend, command_line=True)
+            )
             score = f"{urls[name]}/v1/score"
             process = listener(urls[name])
             methods[name] = over_http(score, score_body, wire.MSGPACK_MEDIA_TYPE, process)
-        url = stack.enter_context(running_stock_vllm(folder, *STOCK_FLAGS))
+        url = stack.enter_context(running_stock_vllm(folder, *STOCK_FLAGS, command_line=True))
         methods[STOCK] = over_http(
             f"{url}/v1/completions", stock_body, wire.JSON_MEDIA_TYPE, listener(url)
         )

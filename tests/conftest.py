@@ -11,19 +11,41 @@ if not Path("/proc/driver/nvidia").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Groups that take longest, the longest first. A worker that begins one last runs alone in the end.
+LONG = (
+    "vllm",
+    "tests/api",
+    "tests/e2e/test_distillation.py",
+    "tests/real/test_tokenizers.py",
+    "tests/e2e/test_lm_eval.py",
+    "tests/real/test_published_end_tokens.py",
+    "tests/real/test_more_tokens_than_rows.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    """Give one worker all tests of a file, or all of a backend's API.
+    """Give one worker all tests of a file, of the API, or of vLLM; and the long groups first.
 
-    The latter share servers. A test that names its group keeps it.
+    Those of the API share servers, those of vLLM the process that has imported it. A test that
+    names its group keeps it.
     """
+    groups = {item: group(item) for item in items}
+    last = len(LONG)
+    items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else last)
     for item in items:
-        if item.get_closest_marker("xdist_group"):
-            continue
-        file = item.nodeid.split("::")[0]
-        if file.startswith("tests/api/"):
-            file = f"tests/api {'vllm' if item.get_closest_marker('vllm') else 'transformers'}"
-        item.add_marker(pytest.mark.xdist_group(file))
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(groups[item]))
+
+
+def group(item):
+    """Return the name of a test's group."""
+    if marker := item.get_closest_marker("xdist_group"):
+        return marker.args[0] if marker.args else marker.kwargs["name"]
+    if item.get_closest_marker("vllm"):
+        return "vllm"
+    file = item.nodeid.split("::")[0]
+    return "tests/api" if file.startswith("tests/api/") else file
 
 
 def pytest_collection_finish():

@@ -80,9 +80,9 @@ def teacher(folder, backend):
 
 @pytest.fixture(scope="session")
 def half(folder, backend):
-    """The same model in bfloat16."""
+    """The same model in bfloat16, by the command itself, so that vLLM spawns its engine."""
     flags = ["--backend", backend, "--dtype", "bfloat16", "--max-batch-tokens", "2048"]
-    with server_running(folder, *flags, "--max-top-k", "272") as server:
+    with server_running(folder, *flags, "--max-top-k", "272", command_line=True) as server:
         yield Served(folder, load_model(folder), server, backend)
 
 

@@ -46,8 +46,9 @@ def weights(output):
 
 
 def assert_same_weights(a, b, *, tolerance):
+    others = weights(b)
     for name, value in weights(a).items():
-        torch.testing.assert_close(weights(b)[name], value, atol=tolerance, rtol=0, msg=name)
+        torch.testing.assert_close(others[name], value, atol=tolerance, rtol=0, msg=name)
 
 
 METHODS = {
@@ -138,11 +139,20 @@ def test_draws_from_the_teacher_lower_the_divergence_on_held_out_prompts(world, 
     assert not unknown & steps[0].keys()
 
 
-def test_the_triton_kernel_trains_the_same_weights(world, tmp_path):
-    options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
-    for kernel in ("torch", "triton"):
-        assert distill(world, tmp_path / kernel, loss_kernel=kernel, **options) == 0
-    assert_same_weights(tmp_path / "torch", tmp_path / "triton", tolerance=2e-5)
+TWO_STEPS = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def two_steps(world, tmp_path_factory):
+    """What a run of two steps leaves, to compare runs with that compute the same otherwise."""
+    output = tmp_path_factory.mktemp("two_steps")
+    assert distill(world, output, loss_kernel="torch", **TWO_STEPS) == 0
+    return output
+
+
+def test_the_triton_kernel_trains_the_same_weights(world, two_steps, tmp_path):
+    assert distill(world, tmp_path, loss_kernel="triton", **TWO_STEPS) == 0
+    assert_same_weights(two_steps, tmp_path, tolerance=2e-5)
 
 
 def test_logs_tell_what_happened(world, tmp_path):
@@ -225,13 +235,11 @@ def test_a_model_sharded_over_two_processes_learns_what_one_learns(world, tmp_pa
     "how", [["--gradient_checkpointing"], ["--torch_compile", "--torch_compile_backend=aot_eager"]],
     ids=["gradient checkpointing", "compiled"],
 )  # fmt: skip
-def test_how_the_forward_pass_is_run_changes_no_weights(world, tmp_path, how):
-    options = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
-    assert distill(world, tmp_path / "plain", **options) == 0
-    words = flags(world, tmp_path / "other", teacher_url=world.url, top_k_logprobs=16, **options)
+def test_how_the_forward_pass_is_run_changes_no_weights(world, two_steps, tmp_path, how):
+    words = flags(world, tmp_path, teacher_url=world.url, top_k_logprobs=16, **TWO_STEPS)
     # In a process of its own: accelerate keeps what it compiles with until the process ends.
     trainer_process.train(["distill", *words, *how])
-    assert_same_weights(tmp_path / "plain", tmp_path / "other", tolerance=2e-5)
+    assert_same_weights(two_steps, tmp_path, tolerance=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +255,15 @@ def test_how_the_forward_pass_is_run_changes_no_weights(world, tmp_path, how):
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, method):
     plain = {**method, "max_steps": 9, "save_strategy": "steps", "save_steps": 4}
-    assert distill(world, tmp_path / "whole", **plain) == 0
-    output = tmp_path / "parts"
-    assert distill(world, output, **plain) == 0
-    shutil.rmtree(output / "checkpoint-8")
-    shutil.rmtree(output / "checkpoint-9")
-    (output / "model.safetensors").unlink()
-    assert distill(world, output, **plain, resume_from_checkpoint="true") == 0  # from step 4
-    assert_same_weights(tmp_path / "whole", output, tolerance=0)
+    assert distill(world, tmp_path, **plain) == 0
+    uninterrupted = weights(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    (tmp_path / "model.safetensors").unlink()
+    assert distill(world, tmp_path, **plain, resume_from_checkpoint="true") == 0  # from step 4
+    resumed = weights(tmp_path)
+    for name, value in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], value, atol=0, rtol=0, msg=name)
 
 
 def test_epochs_end_where_the_trainer_counts_them(unserved_world, tmp_path):

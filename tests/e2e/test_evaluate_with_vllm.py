@@ -9,7 +9,7 @@ from student_trainer.commands.main import main
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.rollouts import Rollout
 from tests.support.models import save_model, save_tokenizer
-from tests.support.vllm import VLLM
+from tests.support.vllm import VLLM, forked_engines
 
 pytestmark = VLLM
 
@@ -66,7 +66,8 @@ def test_vllm_writes_what_transformers_does_where_an_evaluation_was_interrupted(
         patched.setattr(evaluation_completions, "VllmRollouts", StandIn)
         with pytest.raises(StoppedError):
             run("vllm")
-    samples, found = run("vllm")
+    with forked_engines():
+        samples, found = run("vllm")
     assert samples[0]["completion"] == problems[0]["prompt"]  # is kept
     assert samples[1:] == expected[1:]
     assert len({sample["completion"] for sample in samples}) == 5

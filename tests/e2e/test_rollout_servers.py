@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -52,7 +51,9 @@ class Replicas:
             list(pool.map(self._start, which))
 
     def kill(self, number):
-        os.killpg(self.processes[number].pid, signal.SIGKILL)  # with its engine
+        server = psutil.Process(self.processes[number].pid)
+        for process in [server, *server.children(recursive=True)]:  # its engine too
+            process.kill()
 
     def close(self):
         self._running.close()

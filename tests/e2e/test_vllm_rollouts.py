@@ -29,7 +29,7 @@ from tests.support import trainer_process
 from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
 from tests.support.trainer_process import checkpoints
-from tests.support.vllm import VLLM
+from tests.support.vllm import VLLM, forked_engines
 
 VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
 
@@ -48,7 +48,7 @@ def student(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vllm(student):
-    with VllmEngine(student, max_model_len=256, dtype="float32") as engine:
+    with forked_engines(), VllmEngine(student, max_model_len=256, dtype="float32") as engine:
         yield engine
 
 

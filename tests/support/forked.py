@@ -6,6 +6,7 @@ themselves are run by the tests that are about them, and by those of `tests/docs
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -13,14 +14,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 from student_trainer.runtime.threads import end_process
 
 METHOD = "forkserver"  # of `multiprocessing` and of `torch.multiprocessing`
 CONTEXT = multiprocessing.get_context(METHOD)
-CONTEXT.set_forkserver_preload(["tests.support.preloaded"])
+PRELOADED = "tests.support.preloaded"
+CONTEXT.set_forkserver_preload([PRELOADED])
+PRELOADED_VLLM = "tests.support.preloaded_vllm"
 
 Main = Callable[[Sequence[str]], int]
 
@@ -64,6 +69,7 @@ def start(
     errors: Path | None = None,
     *,
     environment: Mapping[str, str] | None = None,
+    preloaded: str = PRELOADED,
 ) -> Forked:
     """Start ``main(argv)`` in a process whose standard output goes to a file.
 
@@ -71,18 +77,34 @@ def start(
         main: a function that a module names; it returns the exit code.
         errors: the file of standard error; None for that of the output.
         environment: all of the process's variables; None for those of this process.
+        preloaded: the module that the process has imported.
     """
     variables = dict(os.environ if environment is None else environment)
     process = CONTEXT.Process(  # type: ignore[attr-defined]
         target=_run,
         args=(main, [str(word) for word in argv], output, errors, variables, Path.cwd()),
     )
-    process.start()
+    if preloaded == PRELOADED:
+        process.start()
+    else:  # multiprocessing has one server, so another one's method is put in its place
+        connect = _server(preloaded).connect_to_new_process
+        with mock.patch.object(forkserver, "connect_to_new_process", connect):
+            process.start()
     return Forked(process)
 
 
+@functools.cache
+def _server(preloaded: str) -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([preloaded])
+    return server
+
+
 def run(
-    main: Main, *argvs: Sequence[str], environments: Sequence[Mapping[str, str]] | None = None
+    main: Main,
+    *argvs: Sequence[str],
+    environments: Sequence[Mapping[str, str]] | None = None,
+    preloaded: str = PRELOADED,
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``main`` in a process for each list of arguments, all at once, and wait for them."""
     environments = environments or [os.environ] * len(argvs)
@@ -91,7 +113,9 @@ def run(
         started = []
         try:
             for argv, (out, err), variables in zip(argvs, files, environments, strict=True):
-                started.append(start(main, argv, out, err, environment=variables))
+                started.append(
+                    start(main, argv, out, err, environment=variables, preloaded=preloaded)
+                )
             codes = [process.wait(300) for process in started]
         finally:
             for process in started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
+import torch
 import uvicorn
 
 from teacher_server.app import TeacherApp
@@ -45,13 +48,14 @@ def start_server(
     Its backend is transformers, unless the arguments choose another.
 
     Args:
-        command_line: run the command itself, as it is with a launcher and with vLLM, whose engine
-            imports the main module again; else fork the server from a process that has imported it.
+        command_line: run the command itself, as it is with a launcher and on a GPU; else fork the
+            server, and a vLLM engine from it, from a process that has imported both.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     argv = ["serve", str(model), "--port", str(port), "--backend", "transformers", *arguments]
-    if not (launcher or command_line or "vllm" in arguments):
-        return forked.start(main, argv, log, environment=environment)
+    if not (launcher or command_line or ("vllm" in arguments and torch.cuda.is_available())):
+        preloaded = forked.PRELOADED_VLLM if "vllm" in arguments else forked.PRELOADED
+        return forked.start(main, argv, log, environment=environment, preloaded=preloaded)
     with log.open("wb") as output:
         return subprocess.Popen(
             [*launcher, sys.executable, "-m", "teacher_server", *argv],
@@ -81,20 +85,26 @@ class Running:
 
 
 @contextlib.contextmanager
-def server_running(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[Running]:
+def server_running(
+    model: Path, *arguments: str, launcher: Sequence[str] = (), command_line: bool = False
+) -> Iterator[Running]:
     """Yield a ready server, whose log is shown when the test inside fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        server = start_server(model, *arguments, port=port, log=log, launcher=launcher)
+        server = start_server(
+            model, *arguments, port=port, log=log, launcher=launcher, command_line=command_line
+        )
         with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/ready") as url:
             yield Running(server, url, log)
 
 
 @contextlib.contextmanager
-def running_server(model: Path, *arguments: str, launcher: Sequence[str] = ()) -> Iterator[str]:
+def running_server(
+    model: Path, *arguments: str, launcher: Sequence[str] = (), command_line: bool = False
+) -> Iterator[str]:
     """Yield the URL of a ready server, whose log is shown when the test inside fails."""
-    with server_running(model, *arguments, launcher=launcher) as server:
+    with server_running(model, *arguments, launcher=launcher, command_line=command_line) as server:
         yield server.url
 
 
@@ -117,22 +127,28 @@ def serving(app: TeacherApp) -> Iterator[str]:
         thread.join()
 
 
+def stock_vllm(argv: Sequence[str]) -> int:
+    """Run what the module of vLLM's own server runs."""
+    from vllm.entrypoints.openai import api_server
+
+    runpy.run_path(str(api_server.__file__), run_name="__main__")
+    return 0
+
+
 @contextlib.contextmanager
-def running_stock_vllm(model: Path, *arguments: str) -> Iterator[str]:
+def running_stock_vllm(model: Path, *arguments: str, command_line: bool = False) -> Iterator[str]:
     """Yield the URL of vLLM's own server, whose log is shown when the test inside fails."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        server = _start_stock_vllm(model, *arguments, port=port, log=log)
+        server = _start_stock_vllm(model, *arguments, port=port, log=log, command_line=command_line)
         with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health") as url:
             yield url
 
 
 @contextlib.contextmanager
-def running_rollout_server(
-    model: Path, *, port: int, log: Path
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Yield the process of vLLM's own server that takes weights, with its engine in its group."""
+def running_rollout_server(model: Path, *, port: int, log: Path) -> Iterator[Process]:
+    """Yield the process of vLLM's own server that takes weights over gloo."""
     server = _start_stock_vllm(
         model, "--tokens-only", "--weight-transfer-config", '{"backend": "gloo"}',
         "--worker-extension-cls", "shared.vllm_sampling.SeededSampling", "--max-model-len", "256",
@@ -143,24 +159,30 @@ def running_rollout_server(
 
 
 def _start_stock_vllm(
-    model: Path, *arguments: str, port: int, log: Path, **environment: str
-) -> subprocess.Popen[bytes]:
+    model: Path,
+    *arguments: str,
+    port: int,
+    log: Path,
+    command_line: bool = False,
+    **environment: str,
+) -> Process:
     environment = {
         **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "TORCH_COMPILE_DISABLE": "1",  # it would compile one small function for ten seconds
         **environment,
     }  # fmt: skip
-    # The module that `vllm serve` runs; in the CPU build that command does not find its package.
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        *arguments,
+    argv = [
+        "--model", str(model), "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", *arguments,
     ]  # fmt: skip
+    if not command_line:
+        return forked.start(
+            stock_vllm, argv, log, environment=environment, preloaded=forked.PRELOADED_VLLM
+        )
+    # What `vllm serve` runs; in the CPU build that command does not find its package.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *argv]
     with log.open("wb") as output:
-        return subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 @contextlib.contextmanager
@@ -172,6 +194,12 @@ def _until_the_end(server: Process, url: str, log: Path, ready: str) -> Iterator
         sys.stderr.write(log.read_text())
         raise
     finally:
+        # An engine is killed at once: vLLM waits five seconds for its end, and then kills it.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(server.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if process.name().startswith("VLLM::"):
+                        process.kill()
         server.terminate()
         try:
             server.wait(10)

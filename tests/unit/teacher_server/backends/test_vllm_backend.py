@@ -17,7 +17,7 @@ from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 from tests.support.models import save_model, save_tokenizer
 from tests.support.reference import dense_logprobs, largest_error, load_model
-from tests.support.vllm import VLLM
+from tests.support.vllm import VLLM, forked_engines
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ class TestEngine:
                 await waiting
             return backend.facts, jobs, answers
 
-        with caplog.at_level(logging.WARNING, logger="teacher_server"):
+        with forked_engines(), caplog.at_level(logging.WARNING, logger="teacher_server"):
             facts, jobs, answers = asyncio.run(run())
         assert "falling back to its public prompt log-probs" in caplog.text
         capabilities = facts.capabilities
