@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from student_trainer.reporting.runs import (
     StudyRun,
     TrainingRun,
     find_runs,
-    find_runs_so_far,
 )
 from student_trainer.reporting.statistics import wilson_interval
 from student_trainer.reporting.svg import check_png, format_number, write_lines, write_png
-from student_trainer.reporting.watch import status_lines, watch
+from student_trainer.reporting.watch import LivePage, watch
 
 _AUTHORS = {"dataset": "Reference", "teacher": "Teacher's"}
 _SAMPLES = 6
@@ -42,7 +40,8 @@ def report(argv: Sequence[str]) -> None:
     arguments = make_parser().parse(argv)
     _check(arguments)
     if arguments.watch:
-        watch(lambda: _live_page(arguments), arguments.port)
+        title = _title(arguments)
+        watch(LivePage(arguments.runs, lambda found: page_of(found, title)), arguments.port)
         return
     page = page_of(find_runs(arguments.runs), _title(arguments))
     output = arguments.output or arguments.runs[0] / "report.html"
@@ -56,19 +55,12 @@ def report(argv: Sequence[str]) -> None:
         raise ConfigurationError(f"{error.filename}: {error.strerror}") from error
 
 
-def _live_page(arguments: argparse.Namespace) -> Report:
-    found, missing = find_runs_so_far(arguments.runs)
-    status = " ".join(status_lines(found, missing, time.time()))
-    return page_of(found, _title(arguments), status)
-
-
-def page_of(found: Found, title: str, status: str = "") -> Report:
+def page_of(found: Found, title: str) -> Report:
     """Return the content of the page."""
     numbers = {run.name: number for number, run in enumerate(found.training)}
     return Report(
         title=title,
         lead=_lead(found),
-        status=status,
         tables=_tables(found),
         charts=charts_of(found.training),
         seconds={run.name: run.seconds() for run in found.training if run.seconds()},

@@ -138,10 +138,21 @@ def document(title: str, main: str, *, script: str = "") -> str:
 
 def content(report: Report) -> str:
     """Return the sections of the page, each with an id."""
-    sections = {
-        "top": f"<h1>{escape(report.title)}</h1><p class=lead>{escape(report.lead)}</p>"
-        + (f"<p class=status role=status>{escape(report.status)}</p>" if report.status else "")
-    }
+    return head(report) + body(report)
+
+
+def head(report: Report) -> str:
+    """Return the first section: title, lead and status."""
+    status = f"<p class=status role=status>{escape(report.status)}</p>" if report.status else ""
+    return (
+        f"<section id=top><h1>{escape(report.title)}</h1>"
+        f"<p class=lead>{escape(report.lead)}</p>{status}</section>"
+    )
+
+
+def body(report: Report) -> str:
+    """Return the sections after the first."""
+    sections = {}
     for i, (title, table) in enumerate(report.tables.items()):
         heading = f"<h2>{escape(title)}</h2>" if title else ""
         sections[f"table-{i}"] = heading + _table(table, title)

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from student_trainer.commands.main import main
+from student_trainer.reporting.files import Files
 from student_trainer.reporting.runs import Evaluation, TrainingRun, _cell_means, find_runs
 
 GROUPED = {
@@ -425,7 +426,7 @@ def test_means_of_a_study_are_of_the_steps_that_all_seeds_logged(tmp_path):
         folder = tmp_path / f"seed-{seed}" / "cell"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    [mean] = _cell_means(tmp_path, ["cell"])
+    [mean] = _cell_means(tmp_path, ["cell"], Files())
     assert mean.history == [
         {"step": 1, "train/loss": 3.0}, {"step": 10, "train/loss": 1.5},
         {"step": 10, "eval/loss": 4.0}, {"step": 10, "train/runtime": 6.0},
