@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,6 +74,10 @@ class TrainingRun:
                 found[whose.removeprefix("the teacher").strip()] = str(model)
         return found
 
+    def names(self) -> set[str]:
+        """Return all names that were logged."""
+        return {name for entry in self.history for name in entry}
+
     def points(self, name: str) -> list[Point]:
         """Return (step, value) of everything that was logged under that name."""
         return [(float(e["step"]), float(e[name])) for e in self.history if name in e]
@@ -85,6 +90,19 @@ class TrainingRun:
         runs = {seed: replace(self, history=history) for seed, history in self.seeds.items()}
         found = {seed: run.last(name) for seed, run in runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def learns_divergence_alone(self) -> bool:
+        """Return whether its loss is the divergence, without a part of cross-entropy.
+
+        Both are means over a window, one by steps and one by tokens, so they differ a little.
+        """
+        if self.inputs.get("--sft_weight") is not None:
+            return float(self.inputs["--sft_weight"]) == 0 and "--lmbda" in self.inputs
+        loss, divergence = dict(self.points("train/loss")), dict(self.points("train/divergence"))
+        return bool(divergence) and all(
+            abs(value - divergence.get(step, math.inf)) <= 0.05 * abs(value)
+            for step, value in loss.items()
+        )
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all steps by part; logged are means over windows of steps."""

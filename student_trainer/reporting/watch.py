@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from shared.errors import ConfigurationError, SparseGKDError
+from student_trainer.reporting.content import Report
 from student_trainer.reporting.files import Files
-from student_trainer.reporting.page import Report, body, document, head
+from student_trainer.reporting.page import body, document, head
 from student_trainer.reporting.runs import Found, TrainingRun, find_runs_so_far
 
 HOST = "127.0.0.1"  # there is no flag for another: whoever can connect reads prompts and texts

@@ -219,4 +219,4 @@ def test_samples_that_are_half_written_are_tried_again(tmp_path):
 
 def test_before_any_run_has_begun_the_page_says_nothing_of_intervals(tmp_path):
     with watching(tmp_path / "run") as (_, port):
-        assert "<p class=lead></p>" in get(port)[1]
+        assert "95 %" not in get(port)[1]
