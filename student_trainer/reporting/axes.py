@@ -51,17 +51,17 @@ def axis_of(values: Sequence[float], *, share: bool = False) -> Axis:
     power = math.floor(math.log10(max(-low, high)))
     power = power if power < -3 or power > 5 else 0
     unit = 10.0**power
-    low, high = _rounded(low, high)
-    marks = {f"{round(tick / unit, 9):,.10g}": tick for tick in ticks(low, high, 5)}
+    found = _rounded_ticks(low, high)
+    low, high = found[0], found[-1]
+    marks = {f"{round(tick / unit, 9):,.10g}": tick for tick in found}
     return Axis(low, high, marks, factor=_power(power) if power else "", cut=cut and low > 0)
 
 
 def _of_shares(low: float, high: float) -> Axis:
     missing = max(_LEAST_SHARE - (high - low), 0.0)
-    low, high = _rounded(max(low - missing / 2, 0.0), min(high + missing / 2, 1.0))
-    low, high = max(low, 0.0), min(high, 1.0)
-    marks = {f"{100 * tick:g} %": tick for tick in ticks(low, high)}
-    return Axis(low, high, marks, cut=low > 0)
+    found = _rounded_ticks(max(low - missing / 2, 0.0), min(high + missing / 2, 1.0))
+    marks = {f"{100 * tick:g} %": tick for tick in found}
+    return Axis(found[0], found[-1], marks, cut=found[0] > 0)
 
 
 def _logarithmic(low: float, high: float) -> Axis:
@@ -84,10 +84,11 @@ def _logarithmic(low: float, high: float) -> Axis:
     return Axis(low, high, marks, logarithmic=True)
 
 
-def _rounded(low: float, high: float) -> tuple[float, float]:
-    """Return the next ticks outside of both ends."""
+def _rounded_ticks(low: float, high: float) -> list[float]:
+    """Return ticks from the next one at or below low to the next one at or above high."""
     step = _step(low, high)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def ticks(low: float, high: float, count: int = 4, *, integers: bool = False) -> list[float]:

@@ -66,7 +66,9 @@ def side_by_side(sample: SideBySide, scale: float) -> str:
             f"<em>{'✓' if right else '✗'} {mark}</em></h3>"
             f"<pre>{escape(text)}</pre></div>"
         )
-    pairs = ' class="cells pairs"' if sample.shaded else " class=cells"  # before and after
+    count = len(sample.shaded) + len(sample.completions) + bool(sample.reference)
+    in_pairs = sample.shaded or count == 4  # before and after; and of four, none stands alone
+    pairs = ' class="cells pairs"' if in_pairs else " class=cells"
     return f"<article><p>{escape(sample.prompt)}</p><div{pairs}>{cells}</div></article>"
 
 

@@ -203,7 +203,9 @@ def charts_of(runs: Sequence[TrainingRun]) -> list[Chart]:
             title = f"{curve.title}, {label}" if len(curve.lines) > 1 else curve.title
             for kind, alike in _alike(runs, curve).items() if curve.whole else ():
                 series = {run.name: _points(curve, run, key) for run in alike}
-                charts.append(_chart(curve, title + kind, series, numbers))
+                chart = _chart(curve, title + kind, series, numbers)
+                if not (charts and chart.series == charts[-1].series):  # mean and largest are alike
+                    charts.append(chart)
             names = dict.fromkeys(name for run in runs for name in _taught(run, key))
             for name in names:
                 series = {run.name: run.points(f"{key}/{name}") for run in runs}
@@ -232,17 +234,15 @@ def _of_one(curve: Curve, run: TrainingRun) -> Chart:
 def _teachers(run: TrainingRun) -> list[str]:
     """Return the names of a run's teachers, in the order of its flags where that is known."""
     keys = [key for curve in CURVES for key in curve.lines.values()]
-    logged = {name for key in keys for name in _taught(run, key)}
-    order = [*run.teachers(), *sorted(logged)]
-    return [name for name in dict.fromkeys(order) if name in logged]
+    return list(dict.fromkeys(name for key in keys for name in _taught(run, key)))
 
 
 def _taught(run: TrainingRun, key: str) -> list[str]:
     """Return the teachers that a quantity is logged for, where they are several."""
-    names = sorted(
-        name.removeprefix(f"{key}/") for name in run.names() if name.startswith(f"{key}/")
-    )
-    return names if len(names) > 1 else []
+    logged = run.names()
+    names = {name.removeprefix(f"{key}/") for name in logged if name.startswith(f"{key}/")}
+    order = dict.fromkeys([*run.teachers(), *sorted(names)])
+    return [name for name in order if name in names] if len(names) > 1 else []
 
 
 def _points(curve: Curve, run: TrainingRun, key: str) -> list[Point]:

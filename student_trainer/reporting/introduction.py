@@ -49,12 +49,14 @@ def how_to_read(found: Found) -> str:
 
 def _story(run: TrainingRun) -> str:
     inputs = run.inputs
-    model = _short(inputs.get("--model_name_or_path", "a model"))
+    model = _quoted(inputs.get("--model_name_or_path", "a model"))
     adapters = "LoRA adapters of " if inputs.get("--use_peft") else ""
     data = inputs.get("--dataset_name") or []
-    rows = _listed([_short(name) for name in ([data] if isinstance(data, str) else data)])
+    rows = _listed([_quoted(name) for name in ([data] if isinstance(data, str) else data)])
     on = f" on {rows}" if rows else ""
-    return f"{adapters}{model} was trained by {_method(inputs)}{_from(run)}{on}{_length(run)}."
+    return (
+        f"{adapters}student {model} was trained by {_method(inputs)}{_from(run)}{on}{_length(run)}."
+    )
 
 
 def _method(inputs: Any) -> str:
@@ -70,13 +72,15 @@ def _method(inputs: Any) -> str:
 
 
 def _from(run: TrainingRun) -> str:
-    teachers = {name: _short(model) for name, model in run.teachers().items()}
+    teachers = {name: _quoted(model) for name, model in run.teachers().items()}
     if not teachers:
         return ""
     if len(teachers) == 1:
         return f" from the teacher {next(iter(teachers.values()))}"
     named = [
-        name if model == name else f"{name} ({model})" for name, model in teachers.items() if name
+        name if model == f"“{name}”" else f"{name} ({model})"
+        for name, model in teachers.items()
+        if name
     ]
     return f" from {len(named)} teachers, {_listed(named)}, each for its own rows,"
 
@@ -148,6 +152,11 @@ def _short(name: str) -> str:
     """Return the last part of a folder's or file's path; a name on the Hub stays whole."""
     text = str(name)
     return Path(text).name if text.startswith(("/", ".", "~")) or text.count("/") > 1 else text
+
+
+def _quoted(name: str) -> str:
+    """Return the short name in quotes: a model may be called before, or student."""
+    return f"“{_short(name)}”"
 
 
 def _listed(names: Sequence[str]) -> str:

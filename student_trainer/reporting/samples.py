@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from student_trainer.reporting.content import Samples, SideBySide, Token
-from student_trainer.reporting.runs import Found, TrainingRun
+from student_trainer.reporting.runs import Evaluation, Found, TrainingRun
 
 T = TypeVar("T")
 
@@ -87,17 +87,23 @@ def _completions(found: Found) -> Samples | None:
     if not common:
         return None
     chosen = evenly(common, _SAMPLES)
-    places = {e.name: e.place_among(found.training) for e in evaluations}
+    evaluations = sorted(evaluations, key=lambda e: not _before(e, found.training))  # first
+    names = {
+        e.name: f"{e.name}, before training" if _before(e, found.training) else e.name
+        for e in evaluations
+    }
+    places = {names[e.name]: e.place_among(found.training) for e in evaluations}
     numbers = {name: number for name, number in places.items() if number is not None}
     verdicts = {
-        e.name: {task: bool(e.samples[task]["passed"]) for task in common} for e in evaluations
+        names[e.name]: {task: bool(e.samples[task]["passed"]) for task in common}
+        for e in evaluations
     }
     cards = [
         SideBySide(
             prompt=evaluations[0].samples[task].get("prompt", task),
             reference=evaluations[0].samples[task].get("reference", ""),
             completions={
-                e.name: (e.samples[task]["completion"], e.samples[task]["passed"])
+                names[e.name]: (e.samples[task]["completion"], e.samples[task]["passed"])
                 for e in evaluations
             },
             numbers=numbers,
@@ -105,6 +111,12 @@ def _completions(found: Found) -> Samples | None:
         for task in chosen
     ]
     return Samples("Completions side by side", how_chosen(chosen, verdicts), cards)
+
+
+def _before(evaluation: Evaluation, runs: Sequence[TrainingRun]) -> bool:
+    """Return whether a run began with the model of an evaluation."""
+    model = str(evaluation.results.get("model", ""))
+    return any(run.inputs.get("--model_name_or_path") == model for run in runs)
 
 
 def how_chosen(chosen: Sequence[Any], verdicts: Mapping[str, Mapping[Any, bool]]) -> str:

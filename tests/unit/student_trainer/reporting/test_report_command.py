@@ -443,9 +443,9 @@ def test_the_page_begins_with_what_was_trained_and_where_to_look(tmp_path):
     page = page_of(tmp_path, several_teachers(tmp_path / "run"))
     first, second = re.findall(r"<p class=lead>(.*?)</p>", page)
     assert first == (
-        "run: small was trained by on-policy GKD (the student writes, the teacher scores) from "
-        "2 teachers, math (big/math) and code (coder), each for its own rows, on a.jsonl and b, "
-        "for 10 steps of 8 rows."
+        "run: student “small” was trained by on-policy GKD (the student writes, the teacher "
+        "scores) from 2 teachers, math (“big/math”) and code (“coder”), each for its own rows, on "
+        "“a.jsonl” and “b”, for 10 steps of 8 rows."
     )
     assert second.startswith("Look first at the held-out divergence: it should fall")
 
@@ -457,7 +457,7 @@ def test_runs_say_in_which_flags_they_differ(tmp_path):
         (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
     page = page_of(tmp_path, tmp_path / "one", tmp_path / "two")
     assert re.findall(r"<p class=lead>(.*?)</p>", page)[:2] == [
-        "one and two: small was trained by supervised fine-tuning (SFT) on d.",
+        "one and two: student “small” was trained by supervised fine-tuning (SFT) on “d”.",
         "In the order of the runs they differ in --learning_rate 0.001, 0.01.",
     ]
 
@@ -474,6 +474,17 @@ def test_samples_are_chosen_by_their_place_and_the_page_says_so(tmp_path):
         "look better or worse than the whole. They pass: before 5 of 6 here, 90 of all 100; after "
         "6 of 6 here, 100 of all 100."
     ) in page
+
+
+def test_a_model_before_its_training_stands_first_in_each_card(tmp_path):
+    folder = training_run(tmp_path / "student")
+    told = {"--model_name_or_path": str(tmp_path / "base"), "--dataset_name": ["d"]}
+    (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
+    evaluation_run(tmp_path / "after", folder, score=1.0)
+    evaluation_run(tmp_path / "start", tmp_path / "base", score=0.0, passed=False)
+    page = page_of(tmp_path, folder, tmp_path / "after", tmp_path / "start")
+    card = page[page.index("<article>") :]
+    assert card.index("start, before training <em>✗ fails") < card.index("after <em>✓ passes")
 
 
 def test_a_loss_that_is_more_than_the_divergence_has_a_chart(tmp_path):
