@@ -1,4 +1,4 @@
-"""What the page holds: charts, tables, samples."""
+"""The content of the page: charts, tables, samples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Chart:
 
     @property
     def advice(self) -> str:
-        """What is good, and what to do where it is not."""
+        """The direction that is good, and what to do where it is not."""
         direction = f"{self.better.capitalize()} is better. " if self.better else ""
         return direction + self.note
 
