@@ -20,7 +20,7 @@ _CHECKED = 4096  # last bytes of a known part, by which it is recognized
 
 @dataclass
 class _Appended:
-    """What is known of a file that grows: the lines of its first ``size`` bytes.
+    """The known part of a file that grows: the lines of its first ``size`` bytes.
 
     Attributes:
         end: the last of these bytes. If they changed, the file was written anew.
