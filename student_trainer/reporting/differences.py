@@ -7,16 +7,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from student_trainer.reporting.axes import format_number
+from student_trainer.reporting.content import Cell, Delta, Table, Verdict
 from student_trainer.reporting.curves import CURVES
-from student_trainer.reporting.page import Table
 from student_trainer.reporting.runs import Evaluation, Found, StudyRun, TrainingRun
 from student_trainer.reporting.statistics import Estimate, paired_difference
-from student_trainer.reporting.svg import format_number
 
 _NOTE = (
-    "An interval that holds 0 may be chance. Each is of one comparison: among twenty, one is "
-    "expected to miss. Without several seeds it says nothing of how a run repeats."
+    "Intervals are 95 %; the bar shows one against 0, green where it is better, red where it is "
+    "worse. One that holds 0 may be chance. Each is of one comparison: among twenty, one is "
+    "expected to miss."
 )
+_ONE_SEED = (
+    "Of one run each nothing tells how a run repeats: another seed may change any of these "
+    "differences. student-trainer study runs several seeds and makes intervals over them."
+)
+_NO_INTERVAL = "No interval can be made here: each row is of one number on either side."
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,10 @@ class Difference:
     share: bool
     found: Estimate | None
     over: str
+
+    @property
+    def has_interval(self) -> bool:
+        return self.found is not None and bool(self.found.margin)
 
 
 def models_of(found: Found) -> list[Model]:
@@ -143,7 +153,8 @@ def _last_values(run: TrainingRun, base: TrainingRun) -> Iterator[Difference]:
         if (
             value is None
             or other is None
-            or (key in ("train/divergence", "eval/loss") and not same)
+            or (key == "eval/loss" and run.last("eval/divergence") is not None)  # the same number
+            or (key in ("train/divergence", "eval/divergence", "eval/loss") and not same)
         ):
             continue
         found = paired_difference(run.last_of_seeds(key), base.last_of_seeds(key))
@@ -175,19 +186,26 @@ _COLUMNS = ("Difference", "95 % interval", "Interval over")
 
 
 def _table(rows: Sequence[tuple[Model, Difference]], base: Model) -> Table:
+    rows = sorted(rows, key=lambda row: not row[1].has_interval)  # stable: else in their order
+    note = " ".join([_note([row for _, row in rows]), _ONE_SEED])
     names = list(dict.fromkeys(model.name for model, _ in rows))
     if len(names) == 1:
         columns = ("Metric", base.name, names[0], *_COLUMNS)
-        return Table(columns, [[_titled(r.metric), *_cells(r)] for _, r in rows], note=_NOTE)
+        return Table(columns, [[_titled(r.metric), *_cells(r)] for _, r in rows], note=note)
     body = [[_titled(row.metric), model.name, *_cells(row)] for model, row in rows]
-    order = list(dict.fromkeys(cells[0] for cells in body))
-    body.sort(key=lambda cells: order.index(cells[0]))
-    return Table(("Metric", "Run", base.name, "This run", *_COLUMNS), body, note=_NOTE)
+    order = list(dict.fromkeys(row.metric for _, row in rows))
+    places = [order.index(row.metric) for _, row in rows]
+    body = [cells for _, cells in sorted(zip(places, body, strict=True), key=lambda pair: pair[0])]
+    return Table(("Metric", "Run", base.name, "This run", *_COLUMNS), body, note=note)
+
+
+def _note(rows: Sequence[Difference]) -> str:
+    return _NOTE if any(row.has_interval for row in rows) else _NO_INTERVAL
 
 
 def _study_table(study: StudyRun, cells: Mapping[str, TrainingRun]) -> Table:
     share = study.metric.startswith("pass@") or study.metric == "exact_match"
-    body = []
+    body, found_all = [], []
     for pair in study.differences:
         cell, base = pair["cell"], pair["base"]
         interval = pair["interval"]
@@ -198,8 +216,11 @@ def _study_table(study: StudyRun, cells: Mapping[str, TrainingRun]) -> Table:
         rows = [Difference(study.metric, value, other, share, found, over)]
         if cell in cells and base in cells:
             rows += _last_values(cells[cell], cells[base])
+        rows.sort(key=lambda row: not row.has_interval)
         body += [[f"{cell} − {base}", _titled(row.metric), *_cells(row)] for row in rows]
-    return Table(("Cell − base", "Metric", "Base", "Cell", *_COLUMNS), body, note=_NOTE)
+        found_all += rows
+    note = _note(found_all)
+    return Table(("Cell − base", "Metric", "Base", "Cell", *_COLUMNS), body, note=note)
 
 
 _LOWER = {
@@ -212,7 +233,7 @@ def _titled(metric: str) -> str:
     return f"{metric} ({'lower' if metric in _LOWER else 'higher'} is better)"
 
 
-def _cells(row: Difference) -> tuple[str, str, str, str, str]:
+def _cells(row: Difference) -> tuple[Cell, ...]:
     """Return both values, difference, interval, and what it is over; shares differ by points."""
 
     def signed(value: float) -> str:
@@ -220,12 +241,17 @@ def _cells(row: Difference) -> tuple[str, str, str, str, str]:
         return ("−" if value < 0 else "+") + size
 
     difference = row.value - row.base if row.found is None else row.found.mean
-    points, interval = "\u00a0points" if row.share else "", "–"
+    points = "\u00a0points" if row.share else ""
+    interval: Cell = "–"
     if row.found is not None and row.found.margin:
         low, high = difference - row.found.margin, difference + row.found.margin
         if row.share:
             low, high = max(low, -1.0), min(high, 1.0)
-        chance = ", may be chance" if row.found.covers_zero() else ""
-        interval = f"{signed(low)} to {signed(high)}{points}{chance}"
+        better = (difference < 0) == (row.metric in _LOWER)
+        verdict: Verdict = "better" if better else "worse"
+        chance = ""
+        if row.found.covers_zero():
+            verdict, chance = "chance", ", may be chance"
+        interval = Delta(f"{signed(low)} to {signed(high)}{points}{chance}", low, high, verdict)
     values = [format_number(value, share=row.share) for value in (row.base, row.value)]
     return values[0], values[1], signed(difference) + points, interval, row.over

@@ -34,6 +34,7 @@ def window_line(
         (3, _text("{} left", seconds_left, readable_seconds)),
         (6 if divergence is not None else 0, _text("loss {}", loss, number)),
         (0, _text("divergence {}", divergence, number)),
+        (6, _by_teacher(metrics, "train/divergence")),
         (7, _text("top-1 {}", metrics.get("train/top1_agreement"), _share)),
         (8, _text("length {}", metrics.get("train/completion_length"), "{:.0f}".format)),
         (5, _text("teacher wait {}", wait, "{:.0%}".format).replace("%", " %")),
@@ -53,21 +54,29 @@ def held_out_line(
     }
     if "divergence" in found:
         found.pop("loss", None)  # the same number
+    found = {name: value for name, value in found.items() if "/" not in name}
     names = [*(n for n in _HELD_OUT_FIRST if n in found), *found.keys() - {*_HELD_OUT_FIRST}]
     nats = [name for name in names if name == "loss" or "divergence" in name]
+    order = sorted(names, key=lambda n: (n not in _HELD_OUT_FIRST, n in nats, n))
     scores = [
-        (place, f"{_words(name)} {(number if name in nats else _share)(found[name])}")
-        for place, name in enumerate(sorted(names, key=lambda n: (n not in _HELD_OUT_FIRST, n)))
+        f"{name.replace('_', ' ')} {(number if name in nats else _share)(found[name])}"
+        for name in order
     ]
+    scores.insert(1, _by_teacher(metrics, "eval/divergence"))
     took = _text("{}", metrics.get("eval/runtime"), readable_seconds)
-    parts = [(0, f"step {step}/{steps}"), (0, "held out"), *scores, (len(scores) + 1, took)]
+    parts = [
+        (0, f"step {step}/{steps}"),
+        (0, "held out"),
+        *enumerate(scores),
+        (len(scores) + 1, took),
+    ]
     return _fitted(parts, width)
 
 
-def _words(name: str) -> str:
-    """Return a metric's name as text: ``divergence/math`` is divergence of math."""
-    what, _, teacher = name.partition("/")
-    return what.replace("_", " ") + (f" of {teacher}" if teacher else "")
+def _by_teacher(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a quantity of each of several teachers: ``math .051, code .043``."""
+    found = {key: value for key, value in metrics.items() if key.startswith(f"{name}/")}
+    return ", ".join(f"{key.removeprefix(name + '/')} {number(v)}" for key, v in found.items())
 
 
 def number(value: float) -> str:

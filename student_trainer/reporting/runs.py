@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shared.errors import ConfigurationError, DatasetError
+from shared.errors import ConfigurationError
+from student_trainer.reporting.files import Files
 from student_trainer.reporting.names import grouped
 
 Point = tuple[float, float]
@@ -20,6 +21,8 @@ HELD_OUT_FILE = "_held_out_samples.json"
 # What a run that trains has logged so far, a line each: first {"max_steps": ...}, then the entries
 # of trainer_state.json's log_history. Deleted when that is written.
 LIVE_FILE = "_log_history.jsonl"
+
+INPUTS_FILE = "training_inputs.json"  # what a run was trained with, see `training.inputs`
 
 _DIVERGENCE_FLAGS = (
     "--beta", "--temperature", "--tail", "--teacher_support", "--top_k_logprobs",
@@ -45,7 +48,7 @@ class TrainingRun:
         max_steps: the step at which it ends, if that is known.
         logged: when it last logged, in seconds since 1970; None once it has ended.
         seeds: of a study's cell, seed -> its history; ``history`` is their mean.
-        divergence: the flags that say which divergence it learns; empty where they are unknown.
+        inputs: what training_inputs.json says of it, such as flags; empty where it is missing.
     """
 
     name: str
@@ -55,21 +58,51 @@ class TrainingRun:
     max_steps: int | None = None
     logged: float | None = None
     seeds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
-    divergence: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def divergence(self) -> dict[str, Any]:
+        """The flags that say which divergence it learns; empty where they are unknown."""
+        return {name: self.inputs[name] for name in _DIVERGENCE_FLAGS if name in self.inputs}
+
+    def teachers(self) -> dict[str, str]:
+        """Return the models of its teachers by name; one without a name has ""."""
+        found = {}
+        for key, model in self.inputs.items():
+            whose, _, what = key.rpartition("'s ")
+            if whose.startswith("the teacher") and what == "model":
+                found[whose.removeprefix("the teacher").strip()] = str(model)
+        return found
+
+    def names(self) -> set[str]:
+        """Return all names that were logged."""
+        return {name for entry in self.history for name in entry}
 
     def points(self, name: str) -> list[Point]:
         """Return (step, value) of everything that was logged under that name."""
         return [(float(e["step"]), float(e[name])) for e in self.history if name in e]
 
     def last(self, name: str) -> float | None:
-        points = self.points(name)
-        return points[-1][1] if points else None
+        return next((float(e[name]) for e in reversed(self.history) if name in e), None)
 
     def last_of_seeds(self, name: str) -> dict[str, float]:
         """Return the last value under that name by seed; a run that is no cell has none."""
         runs = {seed: replace(self, history=history) for seed, history in self.seeds.items()}
         found = {seed: run.last(name) for seed, run in runs.items()}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def learns_divergence_alone(self) -> bool:
+        """Return whether its loss is the divergence, without a part of cross-entropy.
+
+        Both are means over a window, one by steps and one by tokens, so they differ a little.
+        """
+        if self.inputs.get("--sft_weight") is not None:
+            return float(self.inputs["--sft_weight"]) == 0 and "--lmbda" in self.inputs
+        loss, divergence = dict(self.points("train/loss")), dict(self.points("train/divergence"))
+        return bool(divergence) and all(
+            abs(value - divergence.get(step, math.inf)) <= 0.05 * abs(value)
+            for step, value in loss.items()
+        )
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds of all steps by part; logged are means over windows of steps."""
@@ -151,22 +184,25 @@ class Found:
     studies: list[StudyRun] = field(default_factory=list)
 
 
-def find_runs(folders: Sequence[Path]) -> Found:
+def find_runs(folders: Sequence[Path], files: Files | None = None) -> Found:
     """Return the runs in the folders themselves or, where there is none, in their subfolders.
 
     Two runs that would have one name have the names of their parent folders before it.
+
+    Args:
+        files: what an earlier call has read; only what has changed is read again.
 
     Raises:
         ConfigurationError: a folder that is missing or holds no run.
         DatasetError: a file in it that cannot be read.
     """
-    found = Found()
+    found, files = Found(), files or Files()
     for folder in folders:
         if not folder.is_dir():
             raise ConfigurationError(f"{folder}: no such folder; give the --output_dir of a run")
         count = 0
-        for place in _places(folder):
-            count += _read(place, folder, found)
+        for place in _places(folder, files):
+            count += _read(place, folder, found, files)
         if not count:
             raise ConfigurationError(
                 f"{folder} holds no run: neither trainer_state.json (sft, distill), nor "
@@ -177,7 +213,9 @@ def find_runs(folders: Sequence[Path]) -> Found:
     return found
 
 
-def find_runs_so_far(folders: Sequence[Path]) -> tuple[Found, list[Path]]:
+def find_runs_so_far(
+    folders: Sequence[Path], files: Files | None = None
+) -> tuple[Found, list[Path]]:
     """Return `find_runs` of the folders that hold a run by now, and the other folders.
 
     Raises:
@@ -185,10 +223,11 @@ def find_runs_so_far(folders: Sequence[Path]) -> tuple[Found, list[Path]]:
     """
     begun: list[Path] = []
     missing: list[Path] = []
+    files = files or Files()
     for folder in folders:
-        started = folder.is_dir() and any(True for _ in _places(folder))
+        started = folder.is_dir() and any(True for _ in _places(folder, files))
         (begun if started else missing).append(folder)
-    return find_runs(begun), missing
+    return find_runs(begun, files), missing
 
 
 _Named = TypeVar("_Named", TrainingRun, Evaluation)
@@ -207,25 +246,25 @@ def _distinct(runs: list[_Named]) -> list[_Named]:
     return named
 
 
-def _places(folder: Path) -> Iterator[Path]:
+def _places(folder: Path, files: Files) -> Iterator[Path]:
     """Yield the folder if it is a run or a study, else all runs up to two folders below."""
-    if _is_run(folder):
+    if _is_run(folder, files):
         yield folder
         return
     for child in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if _is_run(child):
+        if _is_run(child, files):
             yield child
         else:
-            yield from sorted(p for p in child.iterdir() if p.is_dir() and _is_run(p))
+            yield from sorted(p for p in child.iterdir() if p.is_dir() and _is_run(p, files))
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: Path, files: Files) -> bool:
     if folder.name.startswith("checkpoint-"):
         return False
     if _state_file(folder) is not None:
         return True
     results = folder / "results.json"
-    return results.exists() and bool({"cells", "model"} & _json(results).keys())
+    return results.exists() and bool({"cells", "model"} & files.json(results).keys())
 
 
 def _state_file(folder: Path) -> Path | None:
@@ -243,62 +282,67 @@ def _state_file(folder: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def _read(folder: Path, given: Path, found: Found) -> int:
+def _read(folder: Path, given: Path, found: Found, files: Files) -> int:
     name = folder.resolve().name if folder == given else str(folder.relative_to(given))
     state = _state_file(folder)
     if state is not None:
-        found.training.append(_training_run(name, folder, state))
+        found.training.append(_training_run(name, folder, state, files))
         return 1
-    results = _json(folder / "results.json")
+    results = files.json(folder / "results.json")
     if "cells" in results:
         pairs = [pair for table in results.get("differences", {}).values() for pair in table]
         found.studies.append(StudyRun(results["title"], results["metric"], results["cells"], pairs))
-        found.training += _cell_means(folder, list(results["cells"]))
+        found.training += _cell_means(folder, list(results["cells"]), files)
     else:
-        found.evaluations.append(Evaluation(name, folder, results, *_samples(folder)))
+        found.evaluations.append(Evaluation(name, folder, results, *_samples(folder, files)))
     return 1
 
 
-def _training_run(name: str, folder: Path, state: Path) -> TrainingRun:
-    history, max_steps = _logged(state)
+def _training_run(name: str, folder: Path, state: Path, files: Files) -> TrainingRun:
+    history, max_steps = _logged(state, files)
     ended = state.parent == folder and state.name != LIVE_FILE
     return TrainingRun(
         name,
         folder,
         history,
-        read_held_out(folder),
+        read_held_out(folder, files),
         max_steps=max_steps,
         logged=None if ended else state.stat().st_mtime,
-        divergence=_divergence_flags(state.parent),
+        inputs=_inputs(state.parent, files) or _inputs(folder, files),
     )
 
 
-def _divergence_flags(folder: Path) -> dict[str, Any]:
-    """Return the flags in training_inputs.json that say which divergence a run learns."""
-    path = folder / "training_inputs.json"
-    flags = _json(path).get("same", {}) if path.exists() else {}
-    return {name: flags[name] for name in _DIVERGENCE_FLAGS if name in flags}
+def _inputs(folder: Path, files: Files) -> dict[str, Any]:
+    """Return what training_inputs.json in a folder says; flags begin with two dashes."""
+    path = folder / INPUTS_FILE
+    known = files.json(path) if path.exists() else {}
+    return {**known.get("told", {}), **known.get("same", {})}
 
 
-def _logged(state: Path) -> tuple[list[dict[str, Any]], int | None]:
+def _logged(state: Path, files: Files) -> tuple[list[dict[str, Any]], int | None]:
     """Return what was logged, under the names of `reporting.names`, and the last step if known."""
     if state.name != LIVE_FILE:
-        content = _json(state)
-        return [grouped(entry) for entry in content["log_history"]], content.get("max_steps")
-    whole, _, _ = state.read_text(encoding="utf-8").rpartition("\n")  # the last may be half written
-    first, *entries = _json_lines(state, whole) or [{}]
-    return [grouped(entry) for entry in entries], first.get("max_steps")
+        content = files.json(state, _with_grouped_names)
+        return content["log_history"], content.get("max_steps")
+    first, *entries = files.appended_lines(state, grouped) or [{}]
+    return entries, first.get("train/max_steps")  # renamed like the entries
 
 
-def _cell_means(folder: Path, cells: Sequence[str]) -> Iterator[TrainingRun]:
+def _with_grouped_names(state: dict[str, Any]) -> dict[str, Any]:
+    return {**state, "log_history": [grouped(entry) for entry in state["log_history"]]}
+
+
+def _cell_means(folder: Path, cells: Sequence[str], files: Files) -> Iterator[TrainingRun]:
     """Yield each trained cell of a study as one run, the mean of its seeds at each step."""
     for cell in cells:
         states = {seed.name: _state_file(seed / cell) for seed in sorted(folder.glob("seed-*"))}
-        seeds = {seed: _logged(state)[0] for seed, state in states.items() if state is not None}
+        seeds = {
+            seed: _logged(state, files)[0] for seed, state in states.items() if state is not None
+        }
         if seeds:
             mean = _means(list(seeds.values()))
-            flags = _divergence_flags(folder / next(iter(seeds)) / cell)
-            yield TrainingRun(cell, folder, mean, None, seeds=seeds, divergence=flags)
+            inputs = _inputs(folder / next(iter(seeds)) / cell, files)
+            yield TrainingRun(cell, folder, mean, None, seeds=seeds, inputs=inputs)
 
 
 def _means(histories: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -323,34 +367,17 @@ def _mean(*entries: dict[str, Any]) -> dict[str, Any]:
     return {name: sum(entry[name] for entry in entries) / len(entries) for name in names}
 
 
-def read_held_out(folder: Path) -> dict[str, Any] | None:
+def read_held_out(folder: Path, files: Files | None = None) -> dict[str, Any] | None:
     """Return the content of `HELD_OUT_FILE` in a folder, or None."""
     path = folder / HELD_OUT_FILE
-    return _json(path) if path.exists() else None
+    return (files or Files()).json(path) if path.exists() else None
 
 
-def _samples(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+def _samples(folder: Path, files: Files) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """Return the first completion of each problem, and the share of each that passes."""
-    path = folder / "samples.jsonl"
     first: dict[str, dict[str, Any]] = {}
     verdicts: dict[str, list[bool]] = {}
-    for sample in _json_lines(path, path.read_text(encoding="utf-8")) if path.exists() else []:
+    for sample in files.json_lines(folder / "samples.jsonl"):
         first.setdefault(sample["task_id"], sample)
         verdicts.setdefault(sample["task_id"], []).append(bool(sample["passed"]))
     return first, {task: sum(passed) / len(passed) for task, passed in verdicts.items()}
-
-
-def _json_lines(path: Path, text: str) -> list[dict[str, Any]]:
-    """Return the objects in the lines of a file's text."""
-    try:
-        return [json.loads(line) for line in text.split("\n") if line]
-    except ValueError as error:
-        raise DatasetError(f"{path}: not valid JSON: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DatasetError(f"{path}: not valid JSON: {error}") from error
-    return content

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from shared.errors import ConfigurationError
+from student_trainer.reporting.axes import axis_of, format_number, ticks
 
 # Blue, orange, violet, teal, magenta and brown; green and red say right and wrong.
 COLOURS = ("#2563c9", "#b85c06", "#8a3ffc", "#0b7285", "#b3255c", "#7a5230")
 TEACHER = -1  # the number of the teacher's lines, which are grey
 _NEUTRAL = "#59636e"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 62, 150, 36, 40
-_LOGARITHMIC = 50
 _DASHES = ("", "7 3", "2 2", "10 3 2 3", "5 2 2 2 2 2")
 _POINTS = 600  # of a line, about two a pixel
 _ZOOM = 3
@@ -122,12 +121,11 @@ def draw_lines(
 ) -> str:
     """Return lines through (x, y) points, of `LINES_SIZE`; "" where no y is finite.
 
-    x and linear y begin at 0, or at their least value where that is below. y is logarithmic where
-    it is positive and spans more than a factor of `_LOGARITHMIC`; its label says so. The elements
-    have the classes c0 to c5, ct, grid and line, which the page or the file styles.
+    x begins at 0, or at its least value where that is below; y fits what is drawn, see `axis_of`.
+    The elements have the classes c0 to c5, ct, grid and line, which the page or the file styles.
 
     Args:
-        share: y is a share, drawn from 0 to 100 %.
+        share: y is a share, written in percent.
         numbers: of the colour and dashes of each line, `TEACHER` for the teacher's; default: their
             order.
     """
@@ -138,7 +136,7 @@ def draw_lines(
     left, right, top, bottom = LINES_FRAME
     x_low, x_high = min(0.0, *(x for x, _ in points)), max(x for x, _ in points)
     x_high = x_high if x_high > x_low else x_low + 1
-    axis = _y_axis([y for _, y in points], share)
+    axis = axis_of([y for _, y in points], share=share)
     scale = math.log if axis.logarithmic else float
 
     def place(x: float, y: float) -> Point:
@@ -159,6 +157,7 @@ def draw_lines(
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:,.0f}</text>')
     unit = " ".join(word for word in (axis.factor, y_label) if word)
     unit += ", logarithmic" if axis.logarithmic else ""
+    unit += ", not from 0" if axis.cut else ""
     parts.append(
         f'<text x="{(left + right) / 2}" y="{height - 6}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
@@ -210,25 +209,6 @@ def dashes(number: int) -> str:
     There are five for six colours, so that thirty lines differ.
     """
     return "4 3" if number == TEACHER else _DASHES[number % len(_DASHES)]
-
-
-def format_number(value: float, *, share: bool = False) -> str:
-    """Return a number with three digits as people write it: 12,300, 0.0042, 5.3 × 10⁻⁶, 98.1 %.
-
-    Its spaces do not break.
-    """
-    if not math.isfinite(value):
-        return str(value)
-    if share:
-        percent = 100 * value
-        digits = 1 if abs(percent) >= 0.05 or percent == 0 else 3
-        return f"{percent:.{digits}f}".removesuffix(".0") + "\u00a0%"
-    if value and not 1e-4 <= abs(value) < 1e7:
-        mantissa, power = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}\u00a0×\u00a0{_power(int(power))}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{float(f'{value:.3g}'):f}".rstrip("0").rstrip(".")
 
 
 def thinned(line: Sequence[Point]) -> Sequence[Point]:
@@ -321,56 +301,6 @@ def write_png(svg: Path) -> Path:
     path = svg.with_suffix(".png")
     path.write_bytes(svg_to_bytes(svg_path=str(svg), zoom=_ZOOM))
     return path
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """The ends of a scale and its ticks, label -> value; ``factor`` stands before the unit."""
-
-    low: float
-    high: float
-    ticks: Mapping[str, float]
-    logarithmic: bool = False
-    factor: str = ""
-
-
-def _y_axis(values: Sequence[float], share: bool) -> _Axis:
-    """Return the scale that holds the values."""
-    if share:
-        return _Axis(0.0, 1.0, {f"{percent} %": percent / 100 for percent in (0, 25, 50, 75, 100)})
-    low, high = min(values), max(values)
-    if low > 0 and high / low > _LOGARITHMIC:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every, plain = math.ceil(len(powers) / 6), powers[0] > -4 and powers[-1] < 5
-        marks = {
-            format_number(10.0**power) if plain else _power(power): 10.0**power
-            for power in powers[::every]
-        }
-        return _Axis(10.0 ** powers[0], 10.0 ** powers[-1], marks, logarithmic=True)
-    low, high = min(low, 0.0), max(high, 0.0)
-    if low == high:
-        high = 1.0
-    power = math.floor(math.log10(max(-low, high)))
-    power = power if power < -3 or power > 5 else 0
-    unit = 10.0**power
-    step = ticks(low, high)[1] - ticks(low, high)[0]
-    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    marks = {f"{round(tick / unit, 9):,.10g}": tick for tick in ticks(low, high, 5)}
-    return _Axis(low, high, marks, factor=_power(power) if power else "")
-
-
-def _power(power: int) -> str:
-    """Return a power of ten with its exponent raised."""
-    return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def ticks(low: float, high: float, count: int = 4, *, integers: bool = False) -> list[float]:
-    """Return round numbers between low and high: multiples of 1, 2 or 5 × 10^n."""
-    rough = max((high - low) / count, 1.0 if integers else 0.0)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
-    first = math.ceil(low / step)
-    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step) + 1)]
 
 
 def _linear(

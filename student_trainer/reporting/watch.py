@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
+import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from shared.errors import ConfigurationError, SparseGKDError
-from student_trainer.reporting.page import Report, content, document
-from student_trainer.reporting.runs import Found, TrainingRun
+from student_trainer.reporting.content import Report
+from student_trainer.reporting.files import Files
+from student_trainer.reporting.page import body, document, head
+from student_trainer.reporting.runs import Found, TrainingRun, find_runs_so_far
 
 HOST = "127.0.0.1"  # there is no flag for another: whoever can connect reads prompts and texts
 _QUIET = 120  # seconds without a log after which a run may have stopped
@@ -27,7 +34,8 @@ document.querySelector('main').prepend(p)}
 if(p){p.textContent=t;p.hidden=!t}};
 let tag='';
 async function refresh(){
-try{const r=await fetch('/content',{cache:'no-store',headers:tag?{'If-None-Match':tag}:{}});
+try{const headers=tag?{'If-None-Match':tag}:{};
+const r=await fetch('/content'+location.search,{cache:'no-store',headers});
 if(r.status==200){tag=r.headers.get('ETag')||'';
 const main=document.querySelector('main');
 const next=new DOMParser().parseFromString(await r.text(),'text/html').body;
@@ -50,20 +58,59 @@ _POLICY = (
 )
 
 
-def watch(read: Callable[[], Report], port: int | None) -> None:
-    """Serve the page that ``read`` returns, read anew at each request, until Ctrl-C.
+class LivePage:
+    """The page of runs as they are now. What has not changed is neither read nor drawn again.
+
+    Args:
+        folders: of the runs.
+        report_of: makes the content of the page.
+    """
+
+    def __init__(self, folders: Sequence[Path], report_of: Callable[[Found], Report]) -> None:
+        self._folders, self._report_of = folders, report_of
+        self._files = Files()
+        self._lock = threading.Lock()  # each tab is answered by a thread of its own
+        self._state: object = None
+        self._report: Report | None = None
+        self._body = ""
+
+    def read(self) -> tuple[str, str]:
+        """Return the title and the sections.
+
+        Raises:
+            DatasetError: a file that cannot be read, as while it is being written.
+        """
+        with self._lock:
+            found, missing = find_runs_so_far(self._folders, self._files)
+            runs = [(run.name, run.logged, len(run.history)) for run in found.training]
+            state = (self._files.reads, runs, [one.name for one in found.evaluations], missing)
+            if self._report is None or state != self._state:
+                self._report = self._report_of(found)
+                self._body = body(self._report)
+                self._state = state
+            status = " ".join(status_lines(found, missing, time.time()))
+            return self._report.title, head(replace(self._report, status=status)) + self._body
+
+
+def watch(page: LivePage, port: int | None) -> None:
+    """Serve the page as it is at each request, until Ctrl-C.
+
+    Its address holds a random token, without which nothing is answered: other users of this machine
+    can connect too.
 
     Raises:
         ConfigurationError: the port is taken or is none.
     """
+    token = secrets.token_urlsafe(24)
     try:
-        server = _Server((HOST, port or 0), _handler(read))
+        server = _Server((HOST, port or 0), _handler(page, token))
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
             f"--port {port}: {error}; give another, or leave it out for one that is free"
         ) from error
     with server:
-        sys.stdout.write(f"watching at http://{HOST}:{server.server_port}/ (Ctrl-C ends it)\n")
+        address = f"http://{HOST}:{server.server_port}/?token={token}"
+        sys.stdout.write(f"watching at {address} (Ctrl-C ends it)\n")
         sys.stdout.flush()
         try:
             server.serve_forever(poll_interval=0.2)
@@ -106,7 +153,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _handler(read: Callable[[], Report]) -> type[BaseHTTPRequestHandler]:
+def _handler(page: LivePage, token: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         """A handler of two addresses: the page, and its sections alone."""
 
@@ -115,28 +162,30 @@ def _handler(read: Callable[[], Report]) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             port = self.connection.getsockname()[1]
-            if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
-                # A foreign name that resolves to this machine is another site's attempt to read.
+            address = urlsplit(self.path)
+            given = parse_qs(address.query).get("token", [""])[0]
+            foreign = self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}")
+            # A foreign name that resolves to this machine is another site's attempt to read.
+            if foreign or not hmac.compare_digest(given.encode(), token.encode()):
                 self._answer(403, "text/plain", "open the address that the command printed\n")
-            elif self.path not in ("/", "/content"):
+            elif address.path not in ("/", "/content"):
                 self._answer(404, "text/plain", "there is one page, at /\n")
             else:
-                self._page()
+                self._page(whole=address.path == "/")
 
-        def _page(self) -> None:
+        def _page(self, *, whole: bool) -> None:
             try:
-                report = read()
+                title, sections = page.read()
             except (SparseGKDError, OSError, KeyError) as error:  # a file that is half written
                 self._answer(503, "text/plain", f"{error}\n")
                 return
-            body = content(report)
-            tag = f'"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
-            if self.path == "/":
-                self._answer(200, "text/html", document(report.title, body, script=_SCRIPT))
+            tag = f'"{hashlib.sha256(sections.encode()).hexdigest()[:32]}"'
+            if whole:
+                self._answer(200, "text/html", document(title, sections, script=_SCRIPT))
             elif self.headers.get("If-None-Match") == tag:
                 self._answer(304, "text/html", "", tag)
             else:
-                self._answer(200, "text/html", body, tag)
+                self._answer(200, "text/html", sections, tag)
 
         def _answer(self, status: int, kind: str, text: str, tag: str | None = None) -> None:
             body = text.encode()

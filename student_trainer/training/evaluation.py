@@ -22,6 +22,7 @@ from student_trainer.evaluation.checkers import CheckResult, check_completions, 
 from student_trainer.pipeline.context import context_divergence
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.runs import read_held_out
+from student_trainer.reporting.samples import evenly
 from student_trainer.rollouts import RolloutEngine, RolloutRequest
 from student_trainer.runtime.ranks import Ranks
 from student_trainer.teacher.base import Teacher
@@ -102,7 +103,8 @@ class HeldOutEvaluation:
                 sums += found
         checked = self._check(examples, step, before_rollouts)
         own = {e.index: (text, r.passed) for e, text, r in checked.mine}
-        self._show(model, measured, scored, own, step)
+        rows = sum(map(self._has_completion, examples))
+        self._show(model, measured, scored, own, step, rows)
         sums = np.append(sums, [self._context[dataset][:real].sum(axis=0)], axis=0)
         total, *of_each, context = self.ranks.sum(torch.tensor(sums)).tolist()
         metrics = {"loss": total} if self.teachers is None else {"loss": total, "divergence": total}
@@ -233,9 +235,11 @@ class HeldOutEvaluation:
         scored: Sequence[ScoredSample],
         own: dict[int, tuple[str, bool]],
         step: int,
+        rows: int,
     ) -> None:
         """Write what `held_out` shows: every rank runs equally many samples, rank 0 writes."""
-        shown = [held_out.cut(item) for item in scored[: held_out.COUNT]]
+        places = evenly(range(len(scored)), held_out.COUNT)
+        shown = [held_out.cut(scored[place]) for place in places]
         model.eval()
         looks = []
         for item in shown:
@@ -244,7 +248,7 @@ class HeldOutEvaluation:
                 looks.append(held_out.look(model, inputs, self.tokenizer))
         if not shown or self.ranks.rank != 0:
             return
-        chosen = examples[: len(shown)]
+        chosen = [examples[place] for place in places]
         content = held_out.write(
             self.folder,
             [
@@ -258,6 +262,7 @@ class HeldOutEvaluation:
             beta=self.plan.method.divergence.beta,
             temperature=self.plan.method.divergence.temperature,
             teacher=self.teachers is not None,
+            rows=rows,
         )
         self._first_look = self._first_look or content
 

@@ -1,8 +1,8 @@
 """A file of a few held-out samples token by token, for `student-trainer report`.
 
-Each evaluation writes ``_held_out_samples.json`` into the output folder: for the first tokens of
-the first samples, the divergence and the most probable tokens of teacher and student. Only the
-first and the latest evaluation are kept, so that the file stays small.
+Each evaluation writes ``_held_out_samples.json`` into the output folder: for the first tokens of a
+few samples, evenly spaced among the rows, the divergence and the most probable tokens of teacher
+and student. Only the first and the latest evaluation are kept, so that the file stays small.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def write(
         written: the student's own completion and whether it is right, where it has written one.
         step: of the optimizer.
         first: the content that an earlier evaluation of this run returned.
-        method: beta and the like.
+        method: beta and the like, and ``rows``, of which the samples are a few.
     """
     entries = []
     known = [] if first is None else first["samples"]

@@ -23,10 +23,11 @@ from student_trainer.config.flags import Resume, marked
 from student_trainer.config.trainer_flags import SAME, TOLD
 from student_trainer.data.sample import Example
 from student_trainer.data.template import ChatTemplate
+from student_trainer.reporting.runs import INPUTS_FILE
 
 logger = logging.getLogger(__name__)
 
-FILE = "training_inputs.json"
+FILE = INPUTS_FILE
 _UNNAMED = "rows that name no teacher learn from"
 
 

@@ -77,8 +77,12 @@ def test_divergence_on_held_out_prompts_falls(world, tmp_path, method, beta):
     divergences = [e["eval/divergence"] for e in history(tmp_path) if "eval/divergence" in e]
     assert len(divergences) == 2
     assert divergences[1] < 0.8 * divergences[0]
-    samples = json.loads((tmp_path / "_held_out_samples.json").read_text())["samples"]
-    assert len(samples) == 4
+    shown = json.loads((tmp_path / "_held_out_samples.json").read_text())
+    samples, count = shown["samples"], len(world.held_out.read_text().splitlines())
+    assert [int(one["name"].rpartition(":")[2]) for one in samples] == [
+        1 + i * (count - 1) // 3 for i in range(4)
+    ]
+    assert shown["rows"] == count
     for sample in samples:
         before, after = (sum(e["divergence"]) for e in sample["evaluations"])
         assert [e["step"] for e in sample["evaluations"]] == [0, 30]

@@ -64,6 +64,47 @@ def test_an_evaluation_has_a_line_of_its_own():
     assert held_out_line({"eval/loss": 1.5}, step=0, steps=9) == "step 0/9 · held out · loss 1.5"
 
 
+TWO = {"train/divergence/math": 0.0513, "train/divergence/code": 0.0432}
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (None, WHOLE.replace(".0467 · top-1", ".0467 · math .0513, code .0432 · top-1")),
+        (
+            120,
+            "step 120/400 · 0.24 s/step · 67 s left · loss .0467 · divergence .0467 · "
+            "math .0513, code .0432 · teacher wait 17 %",
+        ),
+        (80, "step 120/400 · 0.24 s/step · 67 s left · divergence .0467 · teacher wait 17 %"),
+    ],
+    ids=["file", "wide", "narrow"],
+)  # fmt: skip
+def test_several_teachers_stand_behind_their_sum(width, expected):
+    found = line(WINDOW | TWO, width)
+    assert found == expected
+    assert width is None or len(found) <= width
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (120, "step 20/60 · held out · divergence .0885 · math .0661, code .103 · pass@1 .25 · "
+              "context divergence .0633 · 4.1 s"),
+        (80, "step 20/60 · held out · divergence .0885 · math .0661, code .103 · pass@1 .25"),
+        (70, "step 20/60 · held out · divergence .0885 · math .0661, code .103"),
+    ],
+    ids=["wide", "narrow", "narrower"],
+)  # fmt: skip
+def test_what_is_the_same_in_each_evaluation_goes_before_what_is_of_a_teacher(width, expected):
+    metrics = {
+        "eval/divergence": 0.0885, "eval/loss": 0.0885, "eval/context_divergence": 0.0633,
+        "eval/divergence/math": 0.0661, "eval/divergence/code": 0.103, "eval/pass@1": 0.25,
+        "eval/runtime": 4.1,
+    }  # fmt: skip
+    assert held_out_line(metrics, step=20, steps=60, width=width) == expected
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0467, ".0467"), (-0.5, "-.5"), (10.04, "10"), (12.345, "12.3"), (1234.5, "1234"),

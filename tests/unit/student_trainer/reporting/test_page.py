@@ -6,7 +6,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from student_trainer.reporting.page import Chart, Report, SideBySide, Table, Token, render
+from student_trainer.reporting.content import (
+    Chart,
+    Delta,
+    Report,
+    Samples,
+    SideBySide,
+    Table,
+    Token,
+)
+from student_trainer.reporting.page import render
 from student_trainer.reporting.svg import COLOURS, LINES_FRAME, TEACHER
 
 
@@ -15,7 +24,7 @@ def page():
     return render(
         Report(
             title="A <run>",
-            lead="Two & more",
+            lead=["Two & more", "Look first at the loss."],
             tables={
                 "": Table(("Model", "pass@1"), [("first", "0.25"), ("second", "0.50")], best=1)
             },
@@ -24,13 +33,21 @@ def page():
                     "Loss",
                     "nats",
                     {"a": [(0, 2.0), (10, 1.0), (20, math.nan)], "b": [(5, 1)]},
-                    note="Lower is better; see --beta.",
+                    words="What is minimised.",
+                    note="See --beta.",
+                    better="lower",
                 ),
                 Chart("Nothing", "none", {"a": []}),
                 Chart("Flat", "x", {"a": [(1, 3.0), (2, 3.0)]}),
             ],
             seconds={"whole": {"one": 30.0, "two": 10.0}, "half": {"three": 20.0}},
-            samples=[SideBySide("do <this>", "return 1", {"m": ("return 2", False)})],
+            samples=[
+                Samples(
+                    "Side by side",
+                    "1 of <9>",
+                    [SideBySide("do <this>", "return 1", {"m": ("return 2", False)})],
+                )
+            ],
             commands=["cmd --x '<y>'"],
         )
     )
@@ -78,7 +95,7 @@ def test_the_best_row_is_set_off(page):
 def test_lines_run_through_their_finite_points_inside_the_frame(page):
     lines = [attrs["points"] for tag, attrs in parsed(page).tags if tag == "polyline"]
     points = [[tuple(map(float, p.split(","))) for p in line.split()] for line in lines]
-    assert [len(line) for line in points] == [2, 1, 2]  # the NaN and the empty chart are left out
+    assert [len(line) for line in points] == [2, 1]  # the NaN and the empty chart are left out
     (x0, y0), (x1, y1) = points[0]
     assert x0 < x1
     assert y0 < y1  # the loss falls: down is larger in SVG
@@ -100,7 +117,41 @@ def test_completions_say_whether_they_pass(page):
 
 def test_what_is_good_stands_at_the_chart_and_flags_are_not_broken(page):
     figure = page[page.index("<figure>") : page.index("</figure>")]
-    assert "Lower is better; see <code>--beta</code>." in figure
+    assert "<figcaption>Loss <em class=badge>↓ lower is better</em></figcaption>" in figure
+    assert "What is minimised." in figure
+    assert "See <code>--beta</code>." in figure
+
+
+@pytest.mark.parametrize(
+    ("series", "share", "said"),
+    [
+        ({"a": [(1, 3.0), (2, 3.0)]}, False, "constant: 3"),
+        ({"a": [(1, 0.0), (2, 0.0)], "b": [(1, 0.0), (2, 0.0)]}, True, "constant: 0\u00a0%"),
+        ({"a": [(1, 0.5), (2, 0.5)], "b": [(1, 1.0)]}, False, "constant: a 0.5, b 1"),
+        ({"a": [(40, 0.25)]}, False, "logged once, at step 40: 0.25"),
+    ],
+    ids=["one", "alike", "unlike", "once"],
+)
+def test_a_chart_that_never_changes_is_a_line_of_text(series, share, said):
+    chart = Chart("Flat", "x", series, words="It is flat.", better="lower", share=share)
+    page = render(Report(title="t", lead=[], tables={}, charts=[chart]))
+    assert "<figure>" not in page
+    assert f"<li><b>Flat</b> {said}. <span class=note>It is flat. Lower is better.</span>" in page
+
+
+def test_a_chart_in_which_one_line_changes_is_drawn():
+    assert Chart("c", "x", {"a": [(1, 3.0), (2, 3.0)], "b": [(1, 1.0), (2, 2.0)]}).constant() == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict", "left", "width"),
+    [(-1.0, 0.5, "chance", 0.0, 75.0), (0.5, 1.0, "better", 75.0, 25.0)],
+    ids=["chance", "better"],
+)
+def test_an_interval_of_a_difference_is_drawn_against_zero(low, high, verdict, left, width):
+    table = Table(("Metric", "interval"), [("m", Delta("x", low, high, verdict))])
+    page = render(Report(title="t", lead=[], tables={"": table}))
+    assert f'range zero {verdict}\'><i style="left:{left}%;width:{width}%">' in page
 
 
 def test_a_chart_says_in_words_what_it_shows(page):
@@ -116,18 +167,24 @@ def test_a_chart_says_in_words_what_it_shows(page):
 @pytest.fixture
 def coloured():
     """Two runs and their teacher, in every place that has a colour."""
-    series = {"teacher": [(0, 1.0)], "first": [(0, 0.5)], "second": [(0, 0.25)]}
+    series = {name: [(0, 1.0), (1, 0.5)] for name in ("teacher", "first", "second")}
     numbers = {"teacher": TEACHER, "first": 0, "second": 1}
     token = [Token("a", 0.5, [("a", 0.5, 0.25)])]
     return render(
         Report(
             title="t",
-            lead="",
+            lead=[],
             tables={"": Table(("Run", "x"), [("first", "1"), ("second", "2")], numbers=(0, 1))},
             charts=[Chart("Mass", "", series, numbers=numbers)],
             seconds={"second": {"waiting": 1.0}},
             numbers={"second": 1},
-            samples=[SideBySide("p", "", {"second": ("c", True)}, {"first": token}, numbers)],
+            samples=[
+                Samples(
+                    "s",
+                    "",
+                    [SideBySide("p", "", {"second": ("c", True)}, {"first": token}, numbers)],
+                )
+            ],
         )
     )
 
@@ -142,7 +199,7 @@ def test_one_colour_is_one_run_on_the_whole_page(coloured):
     assert dict(keys).keys() == {"ct", "c0", "c1"}
     assert len(set(keys)) == 3  # each colour with one pattern, each pattern another
     assert len({dash for _, dash in set(keys)}) == 3
-    heading = coloured[coloured.index("<h3>", coloured.index("id=samples")) :]
+    heading = coloured[coloured.index("<h3>", coloured.index("id=samples-0")) :]
     assert re.search(r'class="line c1"[^>]*/></svg>second <em>', heading)
 
 

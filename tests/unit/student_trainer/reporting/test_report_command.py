@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from student_trainer.commands.main import main
+from student_trainer.reporting.files import Files
 from student_trainer.reporting.runs import Evaluation, TrainingRun, _cell_means, find_runs
 
 GROUPED = {
@@ -24,8 +25,9 @@ GROUPED = {
 
 def training_run(folder, *, last=0.5, checkpoint=None, grouped=False, divergence=None):
     history = [
-        {"step": step, "loss": loss, "divergence": loss, "teacher_top_k_mass": 0.9,
-         "student_top_k_mass": 0.8, "completion_length": 7.0, "seconds_step": 2.0,
+        {"step": step, "loss": loss, "divergence": loss, "completion_length": 6.0 + step / 10,
+         "teacher_top_k_mass": 0.8 + step / 100, "student_top_k_mass": 0.7 + step / 100,
+         "seconds_step": 2.0,
          "seconds_teacher": 0.5, "seconds_forward_backward": 1.0, "stall_fraction": 0.25}
         for step, loss in ((1, 2.0), (10, last))
     ]  # fmt: skip
@@ -107,8 +109,13 @@ def test_one_run_has_its_curves_and_where_its_time_went(tmp_path):
     assert "forward and backward 10.0 s" in text
     assert "the rest 5.0 s" in text
     assert "Held-out pass@1" not in text  # nothing of that was logged
-    assert page.count("<figure>") == 5
-    assert rows_of(page) == [[["run"], ["10"], ["0.5"], ["0.5"], ["0.6"], ["2"], ["25", "%"]]]
+    assert re.findall(r"<figcaption>([^<]*?) ?<", page) == [
+        "Divergence in training", "Coverage: mass on the support", "Completion length",
+    ]  # fmt: skip
+    assert "<li><b>Held-out divergence</b> logged once, at step 10: 0.6." in page
+    assert "Loss" not in text  # is the divergence, which has a chart
+    assert "the tail is all others as one" in text
+    assert rows_of(page) == [[["run"], ["10"], ["0.5"], ["0.6"], ["2"], ["25", "%"]]]
 
 
 def test_several_runs_share_each_chart_and_their_scores_stand_beside_them(tmp_path):
@@ -135,7 +142,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     ]
     found = find_runs(folders).training
     assert [(run.name, run.last("train/loss")) for run in found] == [("a/out", 1), ("b/out", 2)]
-    assert page_of(tmp_path, *folders).count("<polyline") == 2 * 6
+    assert page_of(tmp_path, *folders).count("<polyline") == 2 * 4
 
 
 def test_losses_with_and_without_a_teacher_are_two_charts(tmp_path):
@@ -145,10 +152,10 @@ def test_losses_with_and_without_a_teacher_are_two_charts(tmp_path):
     history = [{"step": step, "loss": loss} for step, loss in ((1, 9.0), (10, 8.0))]
     (alone / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     page = page_of(tmp_path, taught, alone)
-    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert titles[:3] == ["Loss with a teacher", "Loss without a teacher", "Divergence in training"]
+    titles = re.findall(r"<figcaption>([^<]*?) ?<", page)
+    assert titles[:2] == ["Divergence in training", "Loss without a teacher"]
     colours = re.findall(r'polyline class="line (c\d)"', page)
-    assert colours[:3] == ["c0", "c1", "c0"]
+    assert colours[:2] == ["c0", "c1"]
 
 
 def test_both_kinds_of_names_make_the_same_page(tmp_path):
@@ -177,6 +184,7 @@ def test_scores_differ_by_problem(tmp_path):
     assert found["Divergence in training (lower is better)"] == ["−0.25", "–", "none: one run each"]
     assert found["Perplexity (lower is better)"][1:] == ["–", "none: one mean over all tokens"]
     assert next(iter(found)) == "pass@1 (higher is better)"
+    assert "another seed may change any of these" in page
     assert "Loss" not in " ".join(found)
 
 
@@ -187,6 +195,7 @@ def test_other_problems_give_no_interval(tmp_path):
     found = differences(page_of(tmp_path, first, second, tmp_path / "scores"), "one")
     assert found["pass@1 (higher is better)"][1:] == ["–", "none: not the same problems"]
     assert "Perplexity (lower is better)" not in found
+    assert all(interval == "–" for _, interval, _ in found.values())
 
 
 def test_unlike_divergences_are_not_compared(tmp_path):
@@ -255,20 +264,21 @@ def test_tokens_are_shaded_by_divergence_and_hold_both_distributions(tmp_path):
     assert "<i>" not in "".join(re.findall(r"<u>(.*?)</u>", page))
 
 
-def test_plots_are_svg_files_with_the_same_lines(tmp_path):
+def test_plots_are_svg_files_with_the_same_lines(tmp_path, capsys):
     training_run(tmp_path / "run")
     page_of(tmp_path, tmp_path / "run", f"--plots={tmp_path / 'plots'}")
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
-        "loss.svg", "divergence-in-training.svg", "held-out-loss.svg",
-        "coverage-mass-on-the-support.svg", "completion-length.svg",
+        "divergence-in-training.svg", "coverage-mass-on-the-support.svg", "completion-length.svg",
     }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "Held-out divergence has no plot: it is logged once, at step 10: 0.6\n" in said
     root = ET.parse(tmp_path / "plots" / "coverage-mass-on-the-support.svg").getroot()
     texts = {text.text for text in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"Coverage: mass on the support", "probability", "step"} < texts
+    assert {"Coverage: mass on the support", "probability, not from 0", "step"} < texts
     assert {"teacher 90\u00a0%", "student 80\u00a0%"} < texts
     assert any(text.startswith("Higher is better.") for text in texts)
     assert root.find("{http://www.w3.org/2000/svg}desc").text.startswith(
-        "teacher: 90\u00a0% at step 1"
+        "teacher: 81\u00a0% at step 1"
     )
 
 
@@ -292,10 +302,13 @@ def test_a_studys_differences_are_over_its_seeds(tmp_path):
     assert rows[:2] == [
         ["gkd − sft", "pass@1 (higher is better)", "25 %", "50 %", "+25.0 points",
          "+12.5 to +37.5 points", "2 seeds, paired"],
-        ["gkd − sft", "Divergence in training (lower is better)", "1", "0.375", "−0.625",
+        ["gkd − sft", "Held-out divergence (lower is better)", "1.1", "0.475", "−0.625",
          "−2.21 to +0.963, may be chance", "2 seeds, paired"],
     ]  # fmt: skip
-    assert rows[3][-1] == "none: the same in all seeds"
+    assert rows[-1][-1] == "none: the same in all seeds"
+    assert [row[-2] != "–" for row in rows] == sorted(
+        (row[-2] != "–" for row in rows), reverse=True
+    )
 
 
 def test_png_is_written_beside_svg(tmp_path, capsys):
@@ -306,7 +319,7 @@ def test_png_is_written_beside_svg(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "plots").glob("*.svg")}
     pictures = {path.name for path in (tmp_path / "plots").glob("*.png")}
     assert pictures == {name.replace(".svg", ".png") for name in names}
-    head = (tmp_path / "plots" / "loss.png").read_bytes()[:24]
+    head = (tmp_path / "plots" / "completion-length.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG")
     assert int.from_bytes(head[16:20], "big") == 3 * 340
 
@@ -366,21 +379,123 @@ def test_folders_without_a_run_are_refused_by_name(tmp_path, capsys, make, messa
     assert str(tmp_path / "run") in error
 
 
-def test_several_teachers_of_a_run_have_a_line_each(tmp_path):
+def several_teachers(folder):
+    """Make a run of two teachers, of which the flags name math first."""
+    training_run(folder, grouped=True)
+    file = folder / "trainer_state.json"
+    history = json.loads(file.read_text())["log_history"]
+    held_out = {"step": 1, "eval/loss": 2.0, "eval/divergence": 2.0}
+    history.insert(0, held_out)
+    for entry in history:
+        for number, name in enumerate(("math", "code")):
+            if "eval/loss" in entry:
+                entry[f"eval/divergence/{name}"] = entry["eval/divergence"] + number
+                entry["eval/context_divergence"] = 0.125
+            else:
+                entry[f"train/divergence/{name}"] = entry["train/loss"] + number
+                entry[f"teacher/top_k_mass/{name}"] = 0.9
+                entry[f"time/teacher/{name}"] = 0.25 + number / entry["step"]
+    file.write_text(json.dumps({"log_history": history, "max_steps": 10}))
+    told = {
+        "--model_name_or_path": "/models/small",
+        "--dataset_name": ["/data/a.jsonl", "b"],
+        "the teacher math's model": "big/math",
+        "the teacher code's model": "/x/coder",
+    }
+    same = {"--lmbda": 1.0, "rows a step": 8}
+    (folder / "training_inputs.json").write_text(json.dumps({"same": same, "told": told}))
+    return folder
+
+
+def legends(page):
+    """Title of a chart -> name of a line -> its class."""
+    return {
+        figure.partition(" <")[0]: {
+            name.strip(): colour
+            for colour, name in re.findall(r'line (c\w)" d="[^>]*/></svg>([^<]*)<b>', figure)
+        }
+        for figure in page.split("<figcaption>")[1:]
+    }
+
+
+def test_each_of_several_teachers_has_one_colour_in_all_charts(tmp_path):
+    page = page_of(tmp_path, several_teachers(tmp_path / "run"))
+    found = legends(page)
+    assert found["Held-out divergence"] == {"held out, all rows": "c0", "math": "c1", "code": "c2"}
+    assert found["Divergence in training"] == {
+        "training, all rows": "c0", "math": "c1", "code": "c2",
+    }  # fmt: skip
+    assert found["Coverage: mass on the support"] == {
+        "all teachers": "ct", "student": "c0", "math": "c1", "code": "c2",
+    }  # fmt: skip
+    assert found["Waiting for each teacher"] == {"math": "c1", "code": "c2"}
+    assert "<li><b>Context divergence</b> constant: 0.125. <span class=note>How much" in page
+
+
+def test_several_teachers_of_several_runs_have_a_chart_each(tmp_path):
+    folders = [several_teachers(tmp_path / "one"), several_teachers(tmp_path / "two")]
+    found = legends(page_of(tmp_path, *folders))
+    for name in ("math", "code"):
+        assert found[f"Held-out divergence, teacher {name}"] == {"one": "c0", "two": "c1"}
+
+
+def test_the_page_begins_with_what_was_trained_and_where_to_look(tmp_path):
+    page = page_of(tmp_path, several_teachers(tmp_path / "run"))
+    first, second = re.findall(r"<p class=lead>(.*?)</p>", page)
+    assert first == (
+        "run: student “small” was trained by on-policy GKD (the student writes, the teacher "
+        "scores) from 2 teachers, math (“big/math”) and code (“coder”), each for its own rows, on "
+        "“a.jsonl” and “b”, for 10 steps of 8 rows."
+    )
+    assert second.startswith("Look first at the held-out divergence: it should fall")
+
+
+def test_runs_say_in_which_flags_they_differ(tmp_path):
+    for name, rate in (("one", 0.001), ("two", 0.01)):
+        folder = training_run(tmp_path / name)
+        told = {"--model_name_or_path": "small", "--learning_rate": rate, "--dataset_name": ["d"]}
+        (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
+    page = page_of(tmp_path, tmp_path / "one", tmp_path / "two")
+    assert re.findall(r"<p class=lead>(.*?)</p>", page)[:2] == [
+        "one and two: student “small” was trained by supervised fine-tuning (SFT) on “d”.",
+        "In the order of the runs they differ in --learning_rate 0.001, 0.01.",
+    ]
+
+
+def test_samples_are_chosen_by_their_place_and_the_page_says_so(tmp_path):
+    """Of 100 problems on which two models differ in the first ten alone, six evenly spaced ones."""
+    verdicts = [i >= 10 for i in range(100)]
+    evaluation_run(tmp_path / "before", "b", score=0.9, verdicts=verdicts)
+    evaluation_run(tmp_path / "after", "a", score=1.0, verdicts=[True] * 100)
+    page = page_of(tmp_path, tmp_path / "before", tmp_path / "after")
+    assert re.findall(r"<article><p>T/(\d+)", page) == ["0", "19", "39", "59", "79", "99"]
+    assert (
+        "6 of 100 problems, evenly spaced in their order and not chosen by result, so they may "
+        "look better or worse than the whole. They pass: before 5 of 6 here, 90 of all 100; after "
+        "6 of 6 here, 100 of all 100."
+    ) in page
+
+
+def test_a_model_before_its_training_stands_first_in_each_card(tmp_path):
+    folder = training_run(tmp_path / "student")
+    told = {"--model_name_or_path": str(tmp_path / "base"), "--dataset_name": ["d"]}
+    (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
+    evaluation_run(tmp_path / "after", folder, score=1.0)
+    evaluation_run(tmp_path / "start", tmp_path / "base", score=0.0, passed=False)
+    page = page_of(tmp_path, folder, tmp_path / "after", tmp_path / "start")
+    card = page[page.index("<article>") :]
+    assert card.index("start, before training <em>✗ fails") < card.index("after <em>✓ passes")
+
+
+def test_a_loss_that_is_more_than_the_divergence_has_a_chart(tmp_path):
     folder = training_run(tmp_path / "run", grouped=True)
     file = folder / "trainer_state.json"
     history = json.loads(file.read_text())["log_history"]
     for entry in history:
-        for number, name in enumerate(("math", "code")):
-            entry[f"train/divergence/{name}"] = 0.5 + number
-            entry[f"teacher/top_k_mass/{name}"] = 0.9
+        if "train/loss" in entry:
+            entry["train/loss"] += 0.1  # of --sft_weight
     file.write_text(json.dumps({"log_history": history}))
-    assert main(["report", str(folder)]) == 0
-    page = (folder / "report.html").read_text()
-    assert "Divergence in training, by teacher" in page
-    assert "Coverage: mass on the support, teacher by teacher" in page
-    assert ">math<" in page
-    assert ">code<" in page
+    assert "Loss" in legends(page_of(tmp_path, folder))
 
 
 def test_runs_of_one_name_have_each_its_own_evaluation(tmp_path):
@@ -425,7 +540,7 @@ def test_means_of_a_study_are_of_the_steps_that_all_seeds_logged(tmp_path):
         folder = tmp_path / f"seed-{seed}" / "cell"
         folder.mkdir(parents=True)
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    [mean] = _cell_means(tmp_path, ["cell"])
+    [mean] = _cell_means(tmp_path, ["cell"], Files())
     assert mean.history == [
         {"step": 1, "train/loss": 3.0}, {"step": 10, "train/loss": 1.5},
         {"step": 10, "eval/loss": 4.0}, {"step": 10, "train/runtime": 6.0},

@@ -4,12 +4,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from student_trainer.reporting.axes import format_number, ticks
 from student_trainer.reporting.svg import (
     dashes,
     draw_lines,
-    format_number,
     thinned,
-    ticks,
     write_interval_chart,
     write_interval_rows,
 )
@@ -55,9 +54,20 @@ def texts_of(line, **options):
     return marks, y_label
 
 
-def test_a_share_has_the_whole_scale():
-    marks, _ = texts_of([(1, 0.9989), (400, 0.9991)], share=True)
-    assert marks[:5] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+@pytest.mark.parametrize(
+    ("values", "marks", "unit"),
+    [
+        ((0.9989, 0.9991), ["94 %", "96 %", "98 %", "100 %"], "nats, not from 0"),
+        ((0.61, 0.93), ["60 %", "70 %", "80 %", "90 %", "100 %"], "nats, not from 0"),
+        ((0.0, 0.004), ["0 %", "2 %", "4 %", "6 %"], "nats"),
+        ((0.02, 0.97), ["0 %", "50 %", "100 %"], "nats"),
+        ((0.69, 0.834), ["65 %", "70 %", "75 %", "80 %", "85 %"], "nats, not from 0"),
+    ],
+    ids=["near one", "above half", "near zero", "all", "between"],
+)
+def test_a_scale_of_shares_fits_them_but_does_not_blow_up_their_noise(values, marks, unit):
+    found, label = texts_of(list(enumerate(values)), share=True)
+    assert (found[: len(marks)], label) == (marks, unit)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +75,31 @@ def test_a_share_has_the_whole_scale():
     [
         ((5.3e-6, 2e-6), ["0", "2", "4", "6"], "10⁻⁶ nats"),
         ((0.126, 0.009), ["0", "0.05", "0.1", "0.15"], "nats"),
-        ((1400.0, 1200.0), ["0", "500", "1,000", "1,500"], "nats"),
-        ((0.5, 0.0018), ["0.001", "0.01", "0.1", "1"], "nats, logarithmic"),
-        ((2e-4, 1e-6), ["10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³"], "nats, logarithmic"),
-        ((0.0, 0.0), ["0", "0.2", "0.4", "0.6", "0.8", "1"], "nats"),
+        ((1400.0, 800.0), ["0", "500", "1,000", "1,500"], "nats"),
+        ((0.5, 0.0018), ["0.001", "0.01", "0.1"], "nats, logarithmic"),
+        (
+            (0.5, 0.0098),
+            ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2", "0.5"],
+            "nats, logarithmic",
+        ),
+        ((2e-4, 1e-6), ["10⁻⁶", "10⁻⁵", "10⁻⁴"], "nats, logarithmic"),
+        ((3.1, 3.0), ["3", "3.05", "3.1"], "nats, not from 0"),
+        ((0.0, 0.0), ["0", "0.5", "1"], "nats"),
         ((3.0, 3.0), ["0", "1", "2", "3"], "nats"),
     ],
-    ids=["tiny", "small", "large", "two decades", "tiny decades", "zero", "constant"],
+    ids=[
+        "tiny",
+        "small",
+        "large",
+        "decades",
+        "two decades",
+        "tiny decades",
+        "narrow",
+        "zero",
+        "constant",
+    ],
 )
-def test_the_scale_begins_at_zero_and_its_marks_are_plain_numbers(values, marks, unit):
+def test_the_scale_fits_and_its_marks_are_plain_numbers(values, marks, unit):
     found, label = texts_of(list(enumerate(values)))
     assert (found[: len(marks)], label) == (marks, unit)
     assert not any("e" in mark for mark in found)

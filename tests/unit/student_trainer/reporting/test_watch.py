@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ import pytest
 from student_trainer.commands.main import main
 from student_trainer.reporting.runs import LIVE_FILE, find_runs_so_far
 from student_trainer.reporting.watch import status_lines
+
+TOKENS = {}  # of the servers, by port
 
 
 @contextlib.contextmanager
@@ -31,15 +34,16 @@ def watching(*folders, port=None):
     ) as process:
         try:
             line = process.stdout.readline()
-            yield (
-                process,
-                int(re.fullmatch(r"watching at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1]),
-            )
+            address = r"watching at http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32}) .*\n"
+            port, token = re.fullmatch(address, line).groups()
+            TOKENS[int(port)] = token
+            yield process, int(port)
         finally:
             process.kill()
 
 
-def get(port, path="/content", **headers):
+def get(port, path="/content", token=None, **headers):
+    path += f"?token={TOKENS[port] if token is None else token}"
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.request("GET", path, headers=headers)
@@ -121,7 +125,7 @@ def test_the_script_is_the_one_that_the_policy_allows(served):
 @pytest.mark.parametrize(
     "path",
     ["/trainer_state.json", "/../../etc/passwd", "/..%2f..%2fetc/passwd", "//etc/passwd",
-     "/content/..", "/?x"],
+     "/content/.."],
 )  # fmt: skip
 def test_there_is_one_page_and_no_way_to_a_file(served, path):
     answer, said = get(served[1], path)
@@ -132,6 +136,22 @@ def test_a_foreign_name_for_this_machine_is_refused(served):
     _, port = served
     assert get(port, Host=f"evil.example:{port}")[0].status == 403
     assert get(port, Host=f"localhost:{port}")[0].status == 200
+
+
+def test_who_does_not_know_the_token_reads_nothing(served):
+    """Each user of a machine can connect to its loopback address."""
+    _, port = served
+    for path in ("/", "/content", "/trainer_state.json"):
+        for token in ("", "x", TOKENS[port][:-1], TOKENS[port] + "é"):
+            answer, said = get(port, path, token=urllib.parse.quote(token))
+            assert (answer.status, said) == (403, "open the address that the command printed\n")
+    assert get(port, "/")[0].status == 200
+    assert TOKENS[port] not in get(port, "/")[1]
+
+
+def test_each_start_has_another_token(served, tmp_path):
+    with watching(tmp_path) as (_, port):
+        assert TOKENS[port] != TOKENS[served[1]]
 
 
 def test_it_writes_for_nobody(served):
@@ -179,7 +199,8 @@ def test_a_browser_that_goes_away_is_no_news(tmp_path):
             with socket.create_connection(("127.0.0.1", port)) as browser:
                 at_once = struct.pack("ii", 1, 0)  # closing it resets the connection
                 browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
-                browser.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+                path = f"/?token={TOKENS[port]}"
+                browser.sendall(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         assert get(port)[0].status == 200
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
@@ -198,4 +219,4 @@ def test_samples_that_are_half_written_are_tried_again(tmp_path):
 
 def test_before_any_run_has_begun_the_page_says_nothing_of_intervals(tmp_path):
     with watching(tmp_path / "run") as (_, port):
-        assert "<p class=lead></p>" in get(port)[1]
+        assert "95 %" not in get(port)[1]
