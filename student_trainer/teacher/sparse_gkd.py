@@ -323,9 +323,10 @@ class SparseGkdTeacher:
 
     @property
     def _model(self) -> str | None:
-        """The model that requests name: None for a server's first."""
+        """The model that requests name: None for a server's first, which answers without a name."""
         info = self.info
-        return info.teacher.model if len(info.models) > 1 else None
+        first = info.models[0] if info.models else info.teacher
+        return None if info.teacher.model == first.model else info.teacher.model
 
     def _get_info(self, url: str) -> InfoResponse:
         """Return the description of the server, with the identity of the teacher that is meant.
