@@ -49,9 +49,13 @@ class Teachers:
         """The names as `items` has them: of a single teacher without a name, `UNNAMED`."""
         return tuple(self._clients)
 
+    def name_of(self, name: str | None) -> str:
+        """Return the name as `items` has it; that of the first teacher for None."""
+        return next(iter(self._clients)) if name is None else name
+
     def of(self, name: str | None) -> Teacher:
         """Return the teacher of that name; the first one for None."""
-        return next(iter(self._clients.values())) if name is None else self._clients[name]
+        return self._clients[self.name_of(name)]
 
     def items(self) -> list[tuple[str, Teacher]]:
         """Return the teachers with their names."""
@@ -61,10 +65,9 @@ class Teachers:
         self, items: Sequence[T], name_of: Callable[[T], str | None]
     ) -> list[tuple[Teacher, list[T]]]:
         """Return the items of each teacher that has some, in their order."""
-        first = next(iter(self._clients))
         groups: dict[str, list[T]] = {}
         for item in items:
-            groups.setdefault(name_of(item) or first, []).append(item)
+            groups.setdefault(self.name_of(name_of(item)), []).append(item)
         return [(self._clients[name], group) for name, group in groups.items()]
 
     def ask_each(

@@ -154,6 +154,11 @@ class SparseGkdTeacher:
         """The model that follows the address; None where none does."""
         return self._wanted_model
 
+    @property
+    def name(self) -> str:
+        """The teacher's name, or empty."""
+        return self._name
+
     def switched_off(self) -> bool:
         """Return whether nothing listens at any address; a server that loads its model listens.
 
@@ -335,14 +340,19 @@ class SparseGkdTeacher:
             TeacherAnswerError: it does not serve that model.
         """
         info = request_info(self._replicas.http, url)
+        meant = self.meant_by(info)
+        if meant is None:
+            names = [one.model for one in info.models or [info.teacher]]
+            raise no_such_model(url, self._wanted_model or self._name, names, self._name)
+        return meant
+
+    def meant_by(self, info: InfoResponse) -> InfoResponse | None:
+        """Return a server's description as that of this teacher; None if it is not served there."""
         model = self._wanted_model
         if model is None and len(info.models) > 1:
             model = self._name or None
         served = info.served_as(model)
-        if served is None:
-            names = [one.model for one in info.models or [info.teacher]]
-            raise no_such_model(url, model, names, self._name)
-        return info.model_copy(update={"teacher": served})
+        return None if served is None else info.model_copy(update={"teacher": served})
 
     def _check_completion(
         self,

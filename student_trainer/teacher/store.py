@@ -63,7 +63,7 @@ class AnswerStore:
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
-        self.corrupt = 0
+        self.corrupt = self._told_corrupt = 0
         self._folder = Path(folder)
         self._limit = max(max_bytes // PAGE, _FEWEST_PAGES)  # pages
         self._lock = threading.Lock()
@@ -161,6 +161,12 @@ class AnswerStore:
         """Return the values of `note` by name, without corrupt ones."""
         with self._lock:
             return self._try(self._read_notes, write=False) or {}
+
+    def take_corrupt(self) -> int:
+        """Return the number of corrupt records found since the last call."""
+        with self._lock:
+            new, self._told_corrupt = self.corrupt - self._told_corrupt, self.corrupt
+        return new
 
     # The methods below are called with the lock held.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,27 +49,42 @@ def open_teachers(
     """
     assert teacher.teacher_url is not None  # checked with the flags
     served = teachers_of(teacher.teacher_url)
+    stores = _open_stores(teacher, [one.name for one in served])
     return Teachers(
         {
-            one.name: _open_one(one, teacher, model, len(served), starts_alone=starts_alone)
+            one.name: _open_one(one, teacher, model, stores.get(one.name), starts_alone)
             for one in served
         }
     )
+
+
+def _open_stores(teacher: TeacherArguments, names: Sequence[str]) -> dict[str, AnswerStore]:
+    """Open the store of ``--teacher_cache``, which all teachers share; none without that flag.
+
+    An answer's key holds its teacher's identity, so a teacher may get a name later. A folder that
+    an earlier version made for a named teacher is used further on.
+    """
+    if teacher.teacher_cache is None:
+        return {}
+    shared = Path(teacher.teacher_cache)
+    folders = {name: shared / name if _has_answers(shared / name) else shared for name in names}
+    size = int(teacher.teacher_cache_max_gb * 1e9 / len(set(folders.values())))
+    opened = {one: AnswerStore(one, max_bytes=size) for one in set(folders.values())}
+    return {name: opened[folder] for name, folder in folders.items()}
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(folder.glob("answers-*.sqlite"))
 
 
 def _open_one(
     served: ServedTeacher,
     teacher: TeacherArguments,
     model: ModelArguments,
-    count: int,
-    *,
+    store: AnswerStore | None,
     starts_alone: bool,
 ) -> Teacher:
-    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``.
-
-    Args:
-        count: number of teachers, which share the size of the cache.
-    """
+    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``."""
     if teacher.teacher_protocol == "vllm":
         return VllmTeacher(
             served.urls,
@@ -92,11 +108,8 @@ def _open_one(
         api_key=api_key_of(teacher),
         unreachable=teacher.teacher_unreachable,
     )
-    if teacher.teacher_cache is None:
+    if store is None:
         return client
-    folder = Path(teacher.teacher_cache) / served.name  # that of an unnamed teacher is the cache's
-    size = int(teacher.teacher_cache_max_gb * 1e9 / count)
-    store = AnswerStore(folder, max_bytes=size)
     return CachedTeacher(
         client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
     )
