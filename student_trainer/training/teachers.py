@@ -19,6 +19,7 @@ from student_trainer.config.arguments import (
 from student_trainer.config.checks import api_key_of
 from student_trainer.config.teachers import ServedTeacher, teachers_of
 from student_trainer.data.end_tokens import compare_ends
+from student_trainer.data.sample import Example
 from student_trainer.data.stream import ExampleStream
 from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.model.load import (
@@ -150,32 +151,58 @@ def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: Teacher
 
     Raises:
         ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
-        DatasetError: names the row; of a stream's rows, the request fails that scores it.
+        DatasetError: names the row; a row of a stream is checked when it is read.
     """
-    method = prepared.method
-    streams = isinstance(prepared.train, ExampleStream)
-    rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
-    scored = [(e, method.lmbda > 0 or method.seq_kd, method.reads_dataset) for e in rows]
-    scored += [(e, e.sample is None, True) for e in prepared.held_out or []]
-    seen = streams or any(example.teacher_prompt_ids is not None for example, _, _ in scored)
-    if flags.template_kwargs and not seen:
+    method, train, held_out = prepared.method, prepared.train, prepared.held_out or []
+    streams = isinstance(train, ExampleStream)
+    rows = held_out if isinstance(train, ExampleStream) else [*train, *held_out]
+    if flags.template_kwargs and not (streams or any(_has_own_prompt(row) for row in rows)):
         raise ConfigurationError(
             f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
             "no row has a prompt that only the teacher sees"
         )
-    for example, written, own in scored:
-        if example.teacher_prompt_ids is None:
-            continue
-        longest = method.max_new_tokens if written else 0
-        if own and example.sample is not None:
-            longest = max(longest, len(example.sample.completion_ids))
-        length = len(example.teacher_prompt_ids) + longest
-        limit = teachers.of(example.teacher).info.max_model_len
-        if length > limit:
-            raise DatasetError(
-                f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
-                f"tokens and a completion of up to {longest} make {length}; its context is {limit}"
-            )
+
+    def check(example: Example) -> None:
+        longest = method.max_new_tokens if method.lmbda > 0 or method.seq_kd else 0
+        _check_context(teachers, example, longest, own=method.reads_dataset)
+
+    if isinstance(train, ExampleStream):
+        train.check_each(check)
+    else:
+        for example in train:
+            check(example)
+    for example in held_out:
+        longest = method.max_new_tokens if example.sample is None else 0
+        _check_context(teachers, example, longest, own=True)
+
+
+def _has_own_prompt(example: Example) -> bool:
+    return example.teacher_prompt_ids is not None
+
+
+def _check_context(teachers: Teachers, example: Example, longest: int, *, own: bool) -> None:
+    """Refuse a prompt of the teacher's own that leaves its context no room for completions.
+
+    Args:
+        longest: tokens of the longest completion that is written.
+        own: the dataset's completion is scored too.
+
+    Raises:
+        DatasetError: names the row, the teacher and its context.
+    """
+    if example.teacher_prompt_ids is None:
+        return
+    if own and example.sample is not None:
+        longest = max(longest, len(example.sample.completion_ids))
+    length = len(example.teacher_prompt_ids) + longest
+    limit = teachers.of(example.teacher).info.max_model_len
+    if length > limit:
+        name = teachers.name_of(example.teacher)
+        raise DatasetError(
+            f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
+            f"tokens and a completion of up to {longest} make {length}; the context of "
+            f"{f'teacher {name}' if name else 'the teacher'} is {limit}"
+        )
 
 
 def compare(
