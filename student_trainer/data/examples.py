@@ -61,7 +61,7 @@ class RowTokenizer:
         template: options of the chat template.
         one_sequence: learn several assistant turns as spans of one sequence where the template
             prints earlier turns unchanged; for methods that generate nothing.
-        view: which teacher a row has, and what only that one sees; None where no teacher is asked,
+        view: which teacher a row has, and what only that one sees; None where there is no teacher,
             and columns about one are like any others.
     """
 

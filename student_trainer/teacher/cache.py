@@ -125,7 +125,7 @@ class CachedTeacher:
 
     @property
     def live(self) -> SparseGkdTeacher:
-        return self._ensure_connected("this question is not cached")
+        return self._ensure_connected("no answer to this request is")
 
     def require(self, missing: int, wanted: int) -> None:
         """Wait for the teacher now if any answer that a run will need is missing.
@@ -305,7 +305,7 @@ class CachedTeacher:
                     raise TeacherChangedError(
                         f"{why} in --teacher_cache, and the teacher is another one now: it was "
                         f"{self.info.teacher}, it is {info.teacher}. Bring the first one back, or "
-                        "start again to ask this one for everything"
+                        "start again to request everything from this one"
                     )
                 self._connected = True
         return self._teacher

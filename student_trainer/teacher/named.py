@@ -70,18 +70,18 @@ class Teachers:
             groups.setdefault(self.name_of(name_of(item)), []).append(item)
         return [(self._clients[name], group) for name, group in groups.items()]
 
-    def ask_each(
+    def request_each(
         self,
         items: Sequence[T],
         name_of: Callable[[T], str | None],
-        ask: Callable[[Teacher, list[T]], Sequence[R]],
+        request: Callable[[Teacher, list[T]], Sequence[R]],
     ) -> list[R]:
-        """Return what ``ask`` returns for the items of each teacher, in the order of ``items``."""
+        """Return what ``request`` returns for each teacher's items, in the order of ``items``."""
         answers: dict[int, R] = {}
         for teacher, part in self.by_teacher(
             list(enumerate(items)), lambda numbered: name_of(numbered[1])
         ):
-            found = ask(teacher, [item for _, item in part])
+            found = request(teacher, [item for _, item in part])
             answers.update(zip((index for index, _ in part), found, strict=True))
         return [answers[index] for index in range(len(items))]
 

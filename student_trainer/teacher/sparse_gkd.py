@@ -308,7 +308,7 @@ class SparseGkdTeacher:
                     if index is None or message.sample != 0:
                         raise TeacherAnswerError(
                             f"{url}{path} answered completion {message.sample} of prompt "
-                            f"{message.prompt}, which was not asked for or had come before"
+                            f"{message.prompt}, which was not requested or had come before"
                         )
                     accept(url, index, message.completion)
                     chunks.extend()
@@ -316,13 +316,13 @@ class SparseGkdTeacher:
             if len(waiting) == len(indices):
                 raise
             logger.warning(
-                "The answer of %s broke off (%s); %d of its %d completions are asked for again",
+                "The answer of %s broke off (%s); %d of its %d completions are requested again",
                 url, error, len(waiting), len(indices),
             )  # fmt: skip
         else:
             if waiting:
                 raise TeacherAnswerError(
-                    f"{len(indices)} completions were asked for, {url} answered "
+                    f"{len(indices)} completions were requested, {url} answered "
                     f"{len(indices) - len(waiting)}"
                 )
 
@@ -371,7 +371,7 @@ class SparseGkdTeacher:
         if sampling.top_k is None:
             return
         if completion.scores is None:
-            raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
+            raise TeacherAnswerError(f"{url}: completion {index} came without the requested scores")
         check_all_scores(
             url,
             [completion.scores],

@@ -90,7 +90,7 @@ class AnswerStore:
         if (self._folder / "data.mdb").exists():
             logger.warning(
                 "--teacher_cache %s holds an LMDB cache of an earlier version, which is not read: "
-                "delete data.mdb and lock.mdb; its answers are asked for anew",
+                "delete data.mdb and lock.mdb; its answers are requested anew",
                 folder,
             )
 
@@ -193,7 +193,7 @@ class AnswerStore:
                     self._warn_once(
                         "takes no more" if write else "cannot be read",
                         f"({str(error) or type(error).__name__}): answers that are not kept are "
-                        "asked for again",
+                        "requested again",
                     )
                     return None
                 self._set_aside(error)
@@ -262,7 +262,7 @@ class AnswerStore:
         self.corrupt += 1
         self._warn_once(
             "holds an answer that is not what was written",
-            "and is asked for anew; teacher_cache_corrupt counts further ones",
+            "and is requested anew; teacher_cache_corrupt counts further ones",
         )
 
     def _warn_once(self, what: str, more: str) -> None:
