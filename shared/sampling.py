@@ -37,5 +37,5 @@ def _philox(*key: int | bytes | str) -> np.random.Philox:
     for part in key:
         data = part if isinstance(part, bytes) else str(part).encode()
         digest.update(len(data).to_bytes(8, "little") + data)
-    key = np.frombuffer(digest.digest()[:16], dtype="<u8")
-    return np.random.Philox(key=key)
+    words = np.frombuffer(digest.digest()[:16], dtype="<u8")
+    return np.random.Philox(key=words)

@@ -18,7 +18,7 @@ UNNAMED = ""
 class Teachers:
     """The teachers of a run; the first is that of rows which name none.
 
-    Errors are as in `Teacher`; with several teachers a message begins with the name of one.
+    Errors are as in `Teacher`; a message about a teacher that does not answer has its name.
 
     Args:
         clients: a client of each, by name; a single one may be `UNNAMED`.

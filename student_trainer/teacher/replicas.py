@@ -45,6 +45,7 @@ class Replicas:
         unreachable: behaviour when a request failed and no replica is ready: "wait" until
             ``timeout``, or "stop" at once.
         absent_timeout: seconds to wait for a server where nothing listens, if that is less.
+        name: the teacher's name, for messages, or empty.
 
     Attributes:
         urls: the addresses, without a slash at the end.
@@ -65,7 +66,9 @@ class Replicas:
         api_key: str | None,
         unreachable: Unreachable = "wait",
         absent_timeout: float = math.inf,
+        name: str = "",
     ) -> None:
+        self._who = f"the teacher {name}" if name else "the teacher"
         self.urls = [url.rstrip("/") for url in urls]
         self.traffic = Traffic()
         self.http = HttpClient(
@@ -75,9 +78,10 @@ class Replicas:
             self.urls,
             may_rejoin=lambda url: not self.http.why_not_ready(url) and rejoins(url),
             longest_pause=timeout,
+            who=self._who,
         )
         self._retries = RetryPolicy(
-            self.urls,
+            [f"{self._who} at {', '.join(self.urls)}"] if name else self.urls,
             timeout=timeout,
             start=server.start,
             unreachable=unreachable,
@@ -164,7 +168,7 @@ class Replicas:
             return call(url)
         except (*TRANSIENT_ERRORS, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
-                f"the teacher at {url} was ready and does not answer now: {error}"
+                f"{self._who} at {url} was ready and does not answer now: {error}"
             ) from error
 
     def switched_off(self) -> bool:
@@ -192,9 +196,8 @@ class Replicas:
         if url not in self._announced:
             self._announced.add(url)
             logger.warning(
-                "Waiting for the teacher at %s: it %s; %.0f s left. Is the server running? Start "
-                "it with `%s`",
-                url, problem, self._timeout, self._server.start,
+                "Waiting for %s at %s: it %s; %.0f s left. Is the server running? Start it with `%s`",
+                self._who, url, problem, self._timeout, self._server.start,
             )  # fmt: skip
 
     def _wait_until_ready(self) -> None:
@@ -219,14 +222,14 @@ class Replicas:
             if left <= 0 or absent:
                 patience = self._absent_timeout if absent else self._timeout
                 raise TeacherUnreachableError(
-                    f"the teacher at {url} {problem} after {patience:g} s. Start it with "
+                    f"{self._who} at {url} {problem} after {patience:g} s. Start it with "
                     f"`{self._server.start}`, check --teacher_url, or raise "
                     f"{'--absent_timeout' if absent else '--teacher_timeout'}"
                 )
             self._announce(url, problem)
             if waited >= due:
                 logger.warning(
-                    "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
+                    "Waiting for %s at %s: it %s; %.0f s left", self._who, url, problem, left
                 )
                 due = next(seconds for seconds in times if seconds > waited)
             time.sleep(min(0.5, left))

@@ -105,6 +105,7 @@ class SparseGkdTeacher:
             api_key=api_key,
             unreachable=unreachable,
             absent_timeout=absent_timeout,
+            name=name,
         )
 
     def __enter__(self) -> Self:

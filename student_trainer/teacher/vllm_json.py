@@ -111,7 +111,7 @@ def read_scores(
         named = _read_position(positions[start + t], t, vocab_size)
         if next_id not in named or len(named) < top_k:
             raise TeacherAnswerError(
-                f"position {t} names {len(named)} tokens; requested were {top_k} and token {next_id}"
+                f"position {t} names {len(named)} tokens; requested were {top_k} and id {next_id}"
             )
         next_logprob[t] = named[next_id]
         if len(named) < vocab_size:

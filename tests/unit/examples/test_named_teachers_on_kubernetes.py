@@ -1,4 +1,4 @@
-"""The overlays with several teachers agree with the manifests that they change, and with the flags."""
+"""The overlays with several teachers agree with what they change, and with the flags."""
 
 import re
 import shutil

@@ -15,8 +15,8 @@ SEQUENCE = (np.arange(2, 8, dtype=np.uint32), 3)
 KNOWN = {
     "/v1/score": {"sequences", "top_k", "temperature", "logprob_dtype"},
     "/v1/generate": {
-        "prompts", "n", "max_new_tokens", "temperature", "top_p", "sampling_top_k", "stop_token_ids",
-        "seed", "top_k", "score_temperature", "logprob_dtype", "stream",
+        "prompts", "n", "max_new_tokens", "temperature", "top_p", "sampling_top_k",
+        "stop_token_ids", "seed", "top_k", "score_temperature", "logprob_dtype", "stream",
     },
 }  # fmt: skip
 

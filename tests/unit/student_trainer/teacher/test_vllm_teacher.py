@@ -282,7 +282,11 @@ def first_row(answer):
     [
         (lambda a: a.update(model="other"), TeacherChangedError, "answered as 'other'"),
         (lambda a: a["choices"].pop(), TeacherAnswerError, "2 prompts were sent.*1 choices"),
-        (lambda a: a["choices"][-1].pop("prompt_logprobs"), TeacherAnswerError, "5 positions.*None"),
+        (
+            lambda a: a["choices"][-1].pop("prompt_logprobs"),
+            TeacherAnswerError,
+            "5 positions.*None",
+        ),
         (
             lambda a: first_row(a).pop("7"),
             TeacherAnswerError,

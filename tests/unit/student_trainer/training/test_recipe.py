@@ -13,11 +13,11 @@ from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example, Sample
+from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
 from student_trainer.teacher.named import Teachers
-from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.training.recipe import (
     longest_rollout,
 )
@@ -178,5 +178,5 @@ class TestPromptsThatOnlyTheTeacherSees:
 
     def test_a_row_of_a_stream_is_named_when_it_is_read(self):
         self.check(own=8, streamed=True)
-        with pytest.raises(DatasetError, match="row: .* 12 tokens .* up to 9 make 21; .* is 20"):
+        with pytest.raises(DatasetError, match=r"row: .* 12 tokens .* up to 9 make 21; .* is 20"):
             self.check(own=9, streamed=True)[0]

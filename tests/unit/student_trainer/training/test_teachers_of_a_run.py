@@ -76,9 +76,7 @@ def test_the_folder_that_an_earlier_version_made_for_a_teacher_is_used_further_o
 def test_a_corrupt_answer_of_a_shared_store_is_counted_once(stub, tmp_path):
     score([stub.url], tmp_path, A)
     corrupt_one_record(tmp_path)
-    flags = TeacherArguments(
-        [f"math={stub.url}", f"code={stub.url}"], teacher_cache=str(tmp_path)
-    )
+    flags = TeacherArguments([f"math={stub.url}", f"code={stub.url}"], teacher_cache=str(tmp_path))
     with open_teachers(flags, ModelArguments("student")) as teachers:
         teachers.connect()
         client = teachers.of("code")
