@@ -196,7 +196,8 @@ class Replicas:
         if url not in self._announced:
             self._announced.add(url)
             logger.warning(
-                "Waiting for %s at %s: it %s; %.0f s left. Is the server running? Start it with `%s`",
+                "Waiting for %s at %s: it %s; %.0f s left. Is the server running? Start it "
+                "with `%s`",
                 self._who, url, problem, self._timeout, self._server.start,
             )  # fmt: skip
 

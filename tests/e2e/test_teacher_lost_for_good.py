@@ -61,7 +61,7 @@ def test_a_run_says_which_teacher_is_lost_and_goes_on_with_another_of_the_same_w
         # Without it the run waits before anything is learned, and says for whom.
         assert main(argv("lost", math, code.url)) == 1
         said = capfd.readouterr().err
-        assert f"Waiting for the teacher code at {code.url}" in said
+        assert f"the teacher code at {code.url} is not reachable" in said
         assert checkpoints(tmp_path / "lost") == [step]
         with running_server(unserved_world.teacher, *ALONE) as again:
             assert main(argv("lost", math, again)) == 0
