@@ -324,7 +324,7 @@ RULES = {
     r"export ": Page.export,
     r"(cat > |chmod )": Page.shell,
     r'(eval "\$|source <)\(student-trainer ': Page.completion,
-    r'(\w+="[^"]*" )*sbatch ': Page.batch,
+    r'(\w+=("[^"]*"|\S+) )*sbatch ': Page.batch,
     r"kubectl ": Page.kubectl,
     r"[A-Z_]+=": Page.setting,
 }
