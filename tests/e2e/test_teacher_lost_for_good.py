@@ -7,9 +7,10 @@ import pytest
 
 from student_trainer.commands.main import main
 from tests.e2e.test_distillation import flags
+from tests.support import forked
 from tests.support.http import until
 from tests.support.server import running_server, server_running
-from tests.support.trainer_process import assert_same_weights, checkpoints, running
+from tests.support.trainer_process import assert_same_weights, checkpoints
 
 NAMES = ("math", "code")
 STEPS = 12
@@ -44,20 +45,22 @@ def test_a_run_says_which_teacher_is_lost_and_goes_on_with_another_of_the_same_w
     with running_server(unserved_world.teacher, *ALONE) as math:
         with server_running(unserved_world.teacher, *ALONE) as code:
             assert main(argv("whole", math, code.url)) == 0
-            capfd.readouterr()
-            with running(argv("lost", math, code.url)) as process:
+            process = forked.start(main, argv("lost", math, code.url), tmp_path / "said.txt")
+            try:
                 log = tmp_path / "lost" / "_log_history.jsonl"
                 until(lambda: log.exists() and len(log.read_text().splitlines()) > 3)
                 code.process.send_signal(signal.SIGKILL)
-                process.join(60)
-                assert process.exitcode == 1
-            said = capfd.readouterr().err
+                assert process.wait(60) == 1
+            finally:
+                process.kill()
+        said = (tmp_path / "said.txt").read_text()
         [step] = checkpoints(tmp_path / "lost")
         assert 0 < step < STEPS
         assert f"no answer from the teacher code at {code.url}" in said
         assert ("within 4 s" in said) == (unreachable == "wait")
         assert "--resume_from_checkpoint auto goes on" in said
         assert math not in said.split("no answer from")[1]
+        capfd.readouterr()
         # Without it the run waits before anything is learned, and says for whom.
         assert main(argv("lost", math, code.url)) == 1
         said = capfd.readouterr().err
