@@ -220,7 +220,7 @@ def spoilt(**changes):
         (spoilt(prompt=4), "completion 0 of prompt 4, which was not requested"),
         (spoilt(prompt=1), "completion 0 of prompt 1, which .* had come before"),
         (spoilt(sample=1), "completion 1 of prompt 0, which was not requested"),
-        (spoilt(scores=None), "completion 0 came without the scores"),
+        (spoilt(scores=None), "completion 0 came without the requested scores"),
         (spoilt(token_ids=np.array([7], np.uint32)), "expected top-k arrays of shape"),
         (spoilt(token_ids=np.array([100, 1], np.uint32)), "ids up to 100; .* vocabulary of 100"),
         (spoilt(token_ids=np.zeros(9, np.uint32)), "9 tokens .* 1 to 8"),
