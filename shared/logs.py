@@ -125,7 +125,7 @@ def setup(form: LogFormat, *, level: str, text: str) -> None:
 
 
 def in_json() -> bool:
-    """Return whether `setup` was asked for JSON."""
+    """Return whether `setup` was to log JSON."""
     return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.root.handlers)
 
 

@@ -14,6 +14,9 @@ from shared.arrays import TokenIds1D, TokenIds2D
 from shared.sparse import SparseLogprobs
 from shared.unknown_fields import refuse_unknown_fields
 
+# A new field that may be left out keeps the version: a client sends it only where it is set and the
+# server's description shows that it is known, and ignores new fields of that description. Anything
+# that an older half would read wrongly is another version, and is refused.
 PROTOCOL_VERSION = 1
 # Float32 logits divided by less are no longer finite.
 MIN_TEMPERATURE = 1e-6
@@ -45,6 +48,16 @@ class Message(BaseModel):
     _unknown_fields = model_validator(mode="before")(refuse_unknown_fields)
 
 
+class RequestMessage(Message):
+    """The base of what a client sends: fields of None are left out of it."""
+
+
+class Description(Message):
+    """The base of what a server says of itself: fields of a later server are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class TeacherIdentity(Message):
     """The identity of the teacher that answered, part of every answer.
 
@@ -58,7 +71,7 @@ class TeacherIdentity(Message):
     version: str
 
 
-class TokenizerIdentity(Message):
+class TokenizerIdentity(Description):
     """The identity of a tokenizer.
 
     Attributes:
@@ -93,7 +106,7 @@ class Problem(Message):
     field: str | None = None
 
 
-class ScoreSequence(Message):
+class ScoreSequence(RequestMessage):
     """A sequence to score.
 
     Attributes:
@@ -107,7 +120,7 @@ class ScoreSequence(Message):
     requested_token_ids: TokenIds2D | None = None
 
 
-class ScoreRequest(Message):
+class ScoreRequest(RequestMessage):
     """The body of `POST /v1/score`, whose answer is a pure function of (teacher, request).
 
     So it is safe to retry and to cache.
@@ -138,7 +151,7 @@ class ScoreResponse(Message):
     request_id: str
 
 
-class GenerateRequest(Message):
+class GenerateRequest(RequestMessage):
     """The body of `POST /v1/generate`.
 
     Attributes:
@@ -222,7 +235,7 @@ class GenerateEnd(Message):
     problem: Problem | None = None
 
 
-class Limits(Message):
+class Limits(Description):
     """The limits of one request; a request over a limit is refused whole.
 
     Attributes:
@@ -242,7 +255,7 @@ class Limits(Message):
     max_logprobs: _Positive = 1 << 25
 
 
-class Capabilities(Message):
+class Capabilities(Description):
     """The abilities of the backend; a request for anything else is refused, never ignored."""
 
     temperature: bool
@@ -251,7 +264,7 @@ class Capabilities(Message):
     sample_seed: bool = False
 
 
-class InfoResponse(Message):
+class InfoResponse(Description):
     """The answer of `GET /v1/info`.
 
     Attributes:
@@ -260,7 +273,7 @@ class InfoResponse(Message):
         max_model_len: longest sequence in tokens.
         eos_token_ids: tokens that end the teacher's completions.
         models: every teacher that this server answers as, the first included: a base model and its
-            adapters, which share all that stands here.
+            adapters, which share all that stands here; empty from an older server, which is one.
     """
 
     protocol_version: int

@@ -46,8 +46,8 @@ class SparseLogprobs(BaseModel):
 
     def __repr__(self) -> str:
         positions, k = self.token_ids.shape
-        asked = self.requested_logprobs
-        more = "" if asked is None else f", {asked.shape[1]} requested"
+        found = self.requested_logprobs
+        more = "" if found is None else f", {found.shape[1]} requested"
         return f"SparseLogprobs({positions} positions, k={k}{more})"
 
     __str__ = __repr__

@@ -18,13 +18,15 @@ _LONGEST_NAME = 64
 def refuse_unknown_fields(cls: type[BaseModel], value: Any) -> Any:
     """Refuse a map with a field that ``cls`` does not have; return other values unchanged.
 
+    Classes that are configured to ignore such fields are not checked.
+
     A validator that runs before all others of a message. It stops at the first unknown field, where
     pydantic would name them all, one error each, behind every missing field.
 
     Raises:
         PydanticCustomError: a map with a field that ``cls`` does not have.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict) and cls.model_config.get("extra") != "ignore":
         for name in value:
             if name not in cls.model_fields:
                 raise _unknown(str(name)[:_LONGEST_NAME], list(cls.model_fields))

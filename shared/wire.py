@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared import codec
 from shared.errors import InvalidRequestError, MalformedRequestError, PayloadTooLargeError
-from shared.protocol import GenerateEnd, GenerateEvent
+from shared.protocol import GenerateEnd, GenerateEvent, RequestMessage
 from shared.unknown_fields import UNKNOWN_FIELD
 
 JSON_MEDIA_TYPE = "application/json"
@@ -40,10 +40,14 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def dump(message: BaseModel, media_type: str) -> bytes:
-    """Encode a message in ``media_type``; for the media type of a stream, as one item of it."""
+    """Encode a message in ``media_type``; for the media type of a stream, as one item of it.
+
+    A request holds no field of None, because an older server may not know the field.
+    """
+    lean = isinstance(message, RequestMessage)
     if media_type in (MSGPACK_MEDIA_TYPE, MSGPACK_STREAM_MEDIA_TYPE):
-        return codec.encode(message.model_dump())
-    text = message.model_dump_json().encode()
+        return codec.encode(message.model_dump(exclude_none=lean))
+    text = message.model_dump_json(exclude_none=lean).encode()
     return text + b"\n" if media_type == NDJSON_MEDIA_TYPE else text
 
 

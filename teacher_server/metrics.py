@@ -66,6 +66,11 @@ class Metrics:
         self.tokens = Counter(
             "teacher_tokens", "Tokens of answered requests.", ["kind"], registry=self.registry
         )
+        self.prefix_tokens = Counter(
+            "teacher_prefix_tokens",
+            "Tokens of sequences and prompts, read from a prefix cache (hit) or computed (miss).",
+            ["kind", "result"], registry=self.registry,
+        )  # fmt: skip
         self.shared = Counter(
             "teacher_shared_answers",
             "Sequences and completions answered with those of an equal one that was under way.",
@@ -114,6 +119,8 @@ class Metrics:
             for metric in (self.queue_seconds, self.batch_size, self.batch_tokens,
                            self.forward_seconds, self.out_of_memory):  # fmt: skip
                 metric.labels(kind)
+            for result in ("hit", "miss"):
+                self.prefix_tokens.labels(kind, result)
         for kind in ("prompt", "scored", "generated"):
             self.tokens.labels(kind)
         for error in ProtocolError.__subclasses__():
@@ -134,6 +141,16 @@ class Metrics:
                 self.queue_seconds.labels(kind).observe(seconds)
 
         return observe
+
+    def count_prefix(self, kind: str, tokens: int, cached: int) -> None:
+        """Count the tokens of a sequence to score or a prompt to complete.
+
+        Args:
+            kind: "score" or "generate".
+            cached: those that a prefix cache held.
+        """
+        self.prefix_tokens.labels(kind, "hit").inc(cached)
+        self.prefix_tokens.labels(kind, "miss").inc(tokens - cached)
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format.

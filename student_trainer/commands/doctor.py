@@ -69,7 +69,7 @@ def make_parser() -> OneLineParser:
     """Return the parser of the command."""
     parser = OneLineParser(
         prog="student-trainer doctor",
-        description="Whether this machine can do what will be asked of it: versions, GPUs, disk, "
+        description="Whether this machine can do what a run requires of it: versions, GPUs, disk, "
         "the Hub's cache, and the teacher. Exit code 1 if a line says fail.",
     )
     parser.add_argument(

@@ -60,7 +60,7 @@ def teacher_findings(value: str, key_file: str | None, student: str | None) -> I
             "proxy; --host 0.0.0.0 if it is another machine",
         )  # fmt: skip
     except ImportError as error:
-        yield Finding("teacher", "fail", f"cannot be asked: {error}", "pip install '.[trainer]'")
+        yield Finding("teacher", "fail", f"cannot be reached: {error}", "pip install '.[trainer]'")
     except SparseGKDError as error:
         yield Finding("teacher", "fail", str(error), "give the address of a teacher-server")
 

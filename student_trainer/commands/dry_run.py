@@ -109,7 +109,7 @@ def _settings(
     lines += _data(prepared, streaming=recipe.data.streaming)
     lines += _template(prepared)
     if planned is not None:
-        lines.append(("questions", f"{planned:,} for the teacher, whatever --max_steps says"))
+        lines.append(("requests", f"{planned:,} for the teacher, whatever --max_steps says"))
     lines.append(("updates", describe_updates(prepared, args, streaming=recipe.data.streaming)))
     lines.append(("tokens a step", describe_tokens(prepared, args)[0]))
     lines.append((

@@ -205,11 +205,11 @@ class _Filled:
 
 
 def _fill(client: CachedTeacher, requests: PlannedRequests, *, show: bool) -> _Filled:
-    """Ask one teacher for all planned answers, which its cache keeps."""
+    """Request all planned answers of one teacher, which its cache keeps."""
     missing, total = count_missing(client, requests)
     client.require(missing, total)
     known = total - missing
-    whom = f"Asking {requests.teacher}" if requests.teacher else "Asking the teacher"
+    whom = f"Answers of {requests.teacher or 'the teacher'}"
     with counted(total, whom, show=show) as count:
         for answers in send_all(client, requests, size=_REQUEST_SIZE):
             count(answers)

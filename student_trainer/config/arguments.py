@@ -383,8 +383,8 @@ class TeacherArguments:
         600.0,
         "Seconds to wait for a teacher, at the start and in a retried request; by default 30 at "
         "the start where nothing listens at an address of this machine. One attempt takes at most "
-        "an equal share of it for each replica, and is then asked in halves if the teacher is "
-        "ready.",
+        "an equal share of it for each replica, and is then sent again in halves if the "
+        "teacher is ready.",
         group="teacher",
         private=True,
     )
@@ -410,9 +410,16 @@ class TeacherArguments:
     )
     teacher_repeat_tolerance: float = flag(
         0.05,
-        "Probability by which the teacher's answers to two rows may differ when it is asked twice, "
-        "before training; at more it is refused.",
+        "Probability by which the teacher's scores of two rows may differ when they are scored "
+        "twice, before training; at more it is refused.",
         group="teacher",
+    )
+    teacher_sync: str | None = flag(
+        None,
+        "A teacher that follows the student: ema=0.99, the share that it keeps in each step, or "
+        "every=N steps. Refused: there is no way yet to send a server new weights.",
+        group="teacher",
+        resume="same",
     )
     accept_teacher_change: bool = flag(
         False,
@@ -422,7 +429,7 @@ class TeacherArguments:
     teacher_cache: str | None = flag(
         None,
         "Folder, on a local disk, that keeps the teacher's answers for later epochs, other ranks "
-        "and other runs; the same question is asked once. Supervised KD and SeqKD then run without "
+        "and other runs; a request is sent once. Supervised KD and SeqKD then run without "
         "a teacher. What depends on the student's weights is not kept.",
         group="teacher",
         common=True,

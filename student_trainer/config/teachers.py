@@ -68,3 +68,26 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
                 f"after '#': {', '.join(sorted(str(one) for one in of_name))}; give one"
             )
     return [ServedTeacher(name, tuple(urls), *models[name]) for name, urls in addresses.items()]
+
+
+def check_teacher_sync(value: str) -> None:
+    """Refuse ``--teacher_sync``: a wrong value by what is wrong, a right one as not there yet.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    kind, _, number = value.partition("=")
+    try:
+        right = {"ema": lambda: 0 < float(number) < 1, "every": lambda: int(number) >= 1}[kind]()
+    except (KeyError, ValueError):
+        right = False
+    if not right:
+        raise ConfigurationError(
+            f"--teacher_sync {value!r}: give ema=SHARE, from 0 to 1 without the ends, such as "
+            "ema=0.99, or every=STEPS, a whole number from 1 on"
+        )
+    raise ConfigurationError(
+        f"--teacher_sync {value}: a teacher that follows the student needs the weight path of a "
+        "rollout server, which is not there yet; drop it, and serve the trained model for a second "
+        "round"
+    )

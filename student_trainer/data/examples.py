@@ -61,7 +61,7 @@ class RowTokenizer:
         template: options of the chat template.
         one_sequence: learn several assistant turns as spans of one sequence where the template
             prints earlier turns unchanged; for methods that generate nothing.
-        view: which teacher a row has, and what only that one sees; None where no teacher is asked,
+        view: which teacher a row has, and what only that one sees; None where there is no teacher,
             and columns about one are like any others.
     """
 
@@ -145,10 +145,29 @@ class RowTokenizer:
         parsed: Conversation | PlainText,
         options: Mapping[str, Any],
     ) -> NDArray[np.uint32]:
-        """Return the ids [P'] of the prompt that only the teacher sees."""
+        """Return the ids [P'] of the prompt that only the teacher sees.
+
+        Raises:
+            DatasetError: it has no tokens, or cannot be rendered.
+        """
         if isinstance(prompt, str):
             turn = self._tokenize_text(f"{where}: teacher_prompt", PlainText(prompt, None))
-            return np.asarray(turn.prompt_ids, dtype=np.uint32)
+        else:
+            turn = self._tokenize_messages_of_teacher(where, prompt, parsed, options)
+        if not turn.prompt_ids:
+            raise DatasetError(
+                f"{where}: the prompt that only the teacher sees has no tokens; a completion needs "
+                "a token before it"
+            )
+        return np.asarray(turn.prompt_ids, dtype=np.uint32)
+
+    def _tokenize_messages_of_teacher(
+        self,
+        where: str,
+        prompt: list[Message],
+        parsed: Conversation | PlainText,
+        options: Mapping[str, Any],
+    ) -> _TokenizedTurn:
         assert isinstance(parsed, Conversation)
         given = read_row(where, {"messages": prompt}, self.options)
         if not isinstance(given, Conversation) or given.completion is not None:
@@ -158,8 +177,7 @@ class RowTokenizer:
             )
         kwargs = {**parsed.template_kwargs, **options}
         seen = replace(given, tools=given.tools or parsed.tools, template_kwargs=kwargs)
-        turn = self._tokenize_conversation(where, seen)
-        return np.asarray(turn.prompt_ids, dtype=np.uint32)
+        return self._tokenize_conversation(where, seen)
 
     def _examples(
         self,

@@ -133,6 +133,7 @@ class ExampleStream(Sequence[Example]):
     ) -> None:
         self._rows, self._make, self._length, self._skip = rows, make, length, skip
         self._rank, self._world = rank, world
+        self._check: Callable[[Example], None] | None = None
         self._begin(0, _Origin(0, 0))
 
     def __len__(self) -> int:
@@ -153,6 +154,15 @@ class ExampleStream(Sequence[Example]):
         while self._next <= index:
             self._take_row()
         return self._kept[index][0]
+
+    def check_each(self, check: Callable[[Example], None]) -> None:
+        """Call ``check`` with each example when its row is read, and with those that are kept.
+
+        Raises: whatever ``check`` raises, here and where an example is taken.
+        """
+        self._check = check
+        for example, _ in self._kept.values():
+            check(example)
 
     def forget(self, before: int) -> None:
         """Drop the examples before an index, which are not needed again."""
@@ -212,6 +222,8 @@ class ExampleStream(Sequence[Example]):
                 continue
             self._consecutive_skips = 0
             for turn, example in enumerate(examples):
+                if self._check is not None:
+                    self._check(example)
                 if number > self._from.row or turn >= self._from.turn:
                     self._kept[self._next] = example, _Origin(number, turn)
                     self._next += 1

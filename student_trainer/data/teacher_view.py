@@ -69,6 +69,11 @@ class TeacherView:
                     "sees; drop one"
                 )
             text = self._rendered(where, row)
+            if not text:
+                raise DatasetError(
+                    f"{where}: --teacher_prompt_template prints nothing for this row; the row's "
+                    f"columns are {', '.join(map(str, row))}"
+                )
         if text is not None and messages is not None:
             raise DatasetError(f"{where}: {PROMPT} and {MESSAGES} both say what the teacher sees")
         given = PROMPT if messages is None else MESSAGES

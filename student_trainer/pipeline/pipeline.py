@@ -178,7 +178,7 @@ class Pipeline:
                 one.sample = _teacher_sample(one.example, completion)
                 one.scores = completion.scores
                 bare = completion.model_copy(update={"scores": None})
-                new[_key(one.example)] = bare
+                new[self._key(one.example)] = bare
         batch.completions.clear()  # frees the scores, which are kept per sample from here on
         if self._scores_after_writing(batch):
             self._score(batch, batch.pending)
@@ -200,6 +200,7 @@ class Pipeline:
                 one.requested,
                 sampled=self.method.sampled,
                 teacher=one.example.teacher,
+                teacher_prompt_ids=one.example.teacher_prompt_ids,
             )
             for one in wanted
         ]
@@ -355,7 +356,7 @@ class Pipeline:
         assert self.teachers is not None
         unwritten: list[PendingSample] = []
         for one in batch.pending:
-            completion = self._written.get(_key(one.example))
+            completion = self._written.get(self._key(one.example))
             if completion is None:
                 unwritten.append(one)
             else:
@@ -369,6 +370,13 @@ class Pipeline:
             future = teacher.submit(teacher.generate, prompts, sampling)
             self._timeline.request(future, prompts=len(part))
             batch.completions.append((part, future))
+
+    def _key(self, example: Example) -> bytes:
+        """Return a hash of what the completion of an example by its teacher depends on."""
+        assert self.teachers is not None
+        name = self.teachers.name_of(example.teacher)
+        prompt = example.prompt_of_teacher.astype("<u4").tobytes()
+        return hashlib.sha256(name.encode() + b"\0" + prompt).digest()
 
     def _score(self, batch: PendingBatch, pending: list[PendingSample]) -> None:
         """Send written samples to their teachers, with the ids that are proposed for them."""
@@ -439,10 +447,3 @@ def dataset_sample(example: Example) -> Sample:
 def _teacher_sample(example: Example, completion: Completion) -> Sample:
     truncated = completion.finish_reason == "length"
     return completed(example, completion.token_ids, "teacher", truncated=truncated)
-
-
-def _key(example: Example) -> bytes:
-    """Return what a teacher's completion of an example depends on."""
-    name = "" if example.teacher is None else example.teacher
-    prompt = example.prompt_of_teacher.astype("<u4").tobytes()
-    return hashlib.sha256(name.encode() + b"\0" + prompt).digest()

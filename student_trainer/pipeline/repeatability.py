@@ -45,7 +45,7 @@ def check_repeats(
         if change[row, column] > tolerance:
             which = f"most probable token number {column}" if column else "next token"
             raise TeacherAnswerError(
-                f"the teacher was asked twice about {example.name}, and gave the {which} after "
+                f"the teacher scored {example.name} twice, and gave the {which} after "
                 f"token {row + 1} the probability {once[row, column]:.4f}, then "
                 f"{again[row, column]:.4f}; --teacher_repeat_tolerance is {tolerance:g}. Look for "
                 "dropout, a kernel that races, or replicas that differ; raise it if this teacher "

@@ -24,6 +24,7 @@ class ScoredSample:
         requested: [T, m] ids whose log-probs are in ``scores.requested_logprobs``, or None.
         sampled: the ids of ``scores`` are draws from the teacher, not its top-k.
         teacher: the name of the teacher that gave the scores; None for the first one.
+        teacher_prompt_ids: [P'] the prompt that this teacher saw; None where it is the sample's.
     """
 
     sample: Sample
@@ -31,6 +32,7 @@ class ScoredSample:
     requested: NDArray[np.uint32] | None = None
     sampled: bool = False
     teacher: str | None = None
+    teacher_prompt_ids: NDArray[np.uint32] | None = None
 
 
 def sparse_distribution(scored: Sequence[ScoredSample], vocab_size: int) -> SparseDistribution:

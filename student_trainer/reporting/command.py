@@ -23,7 +23,7 @@ from student_trainer.reporting.watch import LivePage, watch
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write a page, and plots if they are asked for, of the runs in some folders, or serve it.
+    """Write a page, and plots if they are wanted, of the runs in some folders, or serve it.
 
     Raises:
         ConfigurationError: a folder without a run, one that cannot be written to, flags that have

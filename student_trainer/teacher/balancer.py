@@ -36,11 +36,18 @@ class Balancer:
         may_rejoin: returns whether a replica is ready again and the same teacher as the others. A
             `TeacherError` that it raises ends the run: the next call raises it.
         longest_pause: seconds that a replica is left alone at most, despite a Retry-After.
+        who: "the teacher", with its name if it has one, for messages.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, may_rejoin: Callable[[str], bool], longest_pause: float
+        self,
+        urls: Sequence[str],
+        *,
+        may_rejoin: Callable[[str], bool],
+        longest_pause: float,
+        who: str = "the teacher",
     ) -> None:
+        self._who = who[0].upper() + who[1:]
         self._urls = list(urls)
         self._may_rejoin = may_rejoin
         self._longest_pause = longest_pause
@@ -108,7 +115,7 @@ class Balancer:
             up = len(self._urls) - len(self._excluded)
             another = any(other not in self._excluded | tried for other in self._urls)
         if news:
-            logger.warning("The teacher at %s is left out (%s); %d go on", url, error, up)
+            logger.warning("%s at %s is left out (%s); %d go on", self._who, url, error, up)
             pause = min(retry_after(error), self._longest_pause)
             name = f"teacher-back-{url}"
             threading.Thread(target=self._watch, args=(url, pause), name=name, daemon=True).start()
@@ -137,5 +144,5 @@ class Balancer:
                 raise
             with self._lock:
                 self._excluded.discard(url)
-            logger.warning("The teacher at %s is back", url)
+            logger.warning("%s at %s is back", self._who, url)
             return

@@ -156,7 +156,7 @@ def check_scores(
     if (found.shape if found is not None else (expected[0], 0)) != (expected[0], width):
         raise TeacherAnswerError(
             f"{name}: expected log-probs of {width} requested ids in "
-            f"{expected[0]} rows, got {'none' if found is None else found.shape}"
+            f"{expected[0]} positions, got {'none' if found is None else found.shape}"
         )
     if score.token_ids.size and int(score.token_ids.max()) >= vocab_size:
         raise TeacherAnswerError(
@@ -222,7 +222,7 @@ def check_completion(name: str, completion: Completion, *, longest: int, vocab_s
     ids = completion.token_ids
     if not 1 <= len(ids) <= longest or int(ids.max()) >= vocab_size:
         raise TeacherAnswerError(
-            f"{name} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; asked for were 1 to "
+            f"{name} has {len(ids)} tokens and ids up to {ids.max(initial=0)}; requested were 1 to "
             f"{longest} of a vocabulary of {vocab_size}"
         )
 

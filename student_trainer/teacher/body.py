@@ -55,7 +55,7 @@ class ResponseBody:
             if size > self._most:
                 raise TeacherAnswerError(
                     f"{self._response.url} answered more than {self._most} bytes, which is more "
-                    "than was asked for"
+                    "than was requested"
                 )
             if time.monotonic() > self._deadline:
                 raise httpx.ReadTimeout(f"{size} bytes in {self._seconds:g} s, and no end")

@@ -59,7 +59,8 @@ class CachedTeacher:
 
     Args:
         teacher: not yet connected.
-        store: closed with this teacher.
+        store: closed with this teacher. Several teachers may share it: answers belong to a
+            teacher's identity, so it may get another name or address.
         logprob_dtype: dtype of log-probs that ``teacher`` requests.
         starts_alone: `connect` succeeds without a teacher that is switched off, if the store has
             its description. It is waited for once an answer is missing.
@@ -111,8 +112,7 @@ class CachedTeacher:
             return known
         self._info = self._teacher.connect()
         self._connected = True
-        for place in self._places:
-            self._store.note(place, dump(self._info))
+        self._note_info(self._info)
         return self._info
 
     @property
@@ -125,7 +125,7 @@ class CachedTeacher:
 
     @property
     def live(self) -> SparseGkdTeacher:
-        return self._ensure_connected("this question is not cached")
+        return self._ensure_connected("no answer to this request is")
 
     def require(self, missing: int, wanted: int) -> None:
         """Wait for the teacher now if any answer that a run will need is missing.
@@ -241,29 +241,45 @@ class CachedTeacher:
         scoring = sampling.scoring
         return len(sequences) if scoring is None else self.count_scores(sequences, scoring)
 
-    @property
-    def _places(self) -> list[str]:
-        """The addresses, with the model where one follows: a server may have several."""
-        model = self._teacher.named_model
-        return [url if model is None else f"{url}#{model}" for url in self._teacher.urls]
+    def _noted_as(self) -> list[list[str]]:
+        """Return the names of notes about this teacher, the surest ones first.
+
+        They are the addresses, with the model, as a server may have several; the addresses alone,
+        as the teacher may have got its model's name later; and its own name.
+        """
+        urls, name = self._teacher.urls, self._teacher.name
+        model = self._teacher.named_model or name
+        found = [[f"{url}#{model}" for url in urls]] if model else []
+        return [*found, list(urls), *([[f"{name}="]] if name else [])]
+
+    def _note_info(self, info: InfoResponse) -> None:
+        """Store the description under every name by which it is looked up."""
+        with_model, *others = self._noted_as()
+        first = not info.models or info.teacher == info.models[0]
+        named = [note for notes in others for note in notes if first or note.endswith("=")]
+        for note in [*with_model, *named]:
+            self._store.note(note, dump(info))
 
     def _noted_info(self) -> InfoResponse | None:
-        """Return the stored description of the teacher at these addresses; None if it is unknown.
+        """Return the stored description of this teacher; None if it is unknown.
 
-        Without one for these addresses, the only one in the store is used, if it is of the model
-        that follows the address.
+        Without one for its addresses or name, the only one in the store is used, if it describes
+        the teacher that is meant.
         """
-        notes, model = self._store.notes(), self._teacher.named_model
-        here = {notes[one] for one in self._places if one in notes} or set(notes.values())
-        if len(here) != 1:
+        notes = self._store.notes()
+        found: set[bytes] = set()
+        for names in self._noted_as():
+            found = found or {notes[name] for name in names if name in notes}
+        found = found or set(notes.values())
+        if len(found) != 1:
             return None
         try:
-            known = load(InfoResponse, here.pop())
+            known = load(InfoResponse, found.pop())
             check_info(_NAME, known)
-            return known if model in (None, known.teacher.model) else None
         except UNUSABLE:
             logger.warning("The teacher cache's note of its teacher is corrupt, and is not used")
             return None
+        return self._teacher.meant_by(known)
 
     def _ensure_connected(self, why: str) -> SparseGkdTeacher:
         """Return the teacher itself, after waiting for it if `connect` did not.
@@ -289,7 +305,7 @@ class CachedTeacher:
                     raise TeacherChangedError(
                         f"{why} in --teacher_cache, and the teacher is another one now: it was "
                         f"{self.info.teacher}, it is {info.teacher}. Bring the first one back, or "
-                        "start again to ask this one for everything"
+                        "start again to request everything from this one"
                     )
                 self._connected = True
         return self._teacher

@@ -18,7 +18,7 @@ UNNAMED = ""
 class Teachers:
     """The teachers of a run; the first is that of rows which name none.
 
-    Errors are as in `Teacher`; with several teachers a message begins with the name of one.
+    Errors are as in `Teacher`; a message about a teacher that does not answer has its name.
 
     Args:
         clients: a client of each, by name; a single one may be `UNNAMED`.
@@ -49,9 +49,13 @@ class Teachers:
         """The names as `items` has them: of a single teacher without a name, `UNNAMED`."""
         return tuple(self._clients)
 
+    def name_of(self, name: str | None) -> str:
+        """Return the name as `items` has it; that of the first teacher for None."""
+        return next(iter(self._clients)) if name is None else name
+
     def of(self, name: str | None) -> Teacher:
         """Return the teacher of that name; the first one for None."""
-        return next(iter(self._clients.values())) if name is None else self._clients[name]
+        return self._clients[self.name_of(name)]
 
     def items(self) -> list[tuple[str, Teacher]]:
         """Return the teachers with their names."""
@@ -61,24 +65,23 @@ class Teachers:
         self, items: Sequence[T], name_of: Callable[[T], str | None]
     ) -> list[tuple[Teacher, list[T]]]:
         """Return the items of each teacher that has some, in their order."""
-        first = next(iter(self._clients))
         groups: dict[str, list[T]] = {}
         for item in items:
-            groups.setdefault(name_of(item) or first, []).append(item)
+            groups.setdefault(self.name_of(name_of(item)), []).append(item)
         return [(self._clients[name], group) for name, group in groups.items()]
 
-    def ask_each(
+    def request_each(
         self,
         items: Sequence[T],
         name_of: Callable[[T], str | None],
-        ask: Callable[[Teacher, list[T]], Sequence[R]],
+        request: Callable[[Teacher, list[T]], Sequence[R]],
     ) -> list[R]:
-        """Return what ``ask`` returns for the items of each teacher, in the order of ``items``."""
+        """Return what ``request`` returns for each teacher's items, in the order of ``items``."""
         answers: dict[int, R] = {}
         for teacher, part in self.by_teacher(
             list(enumerate(items)), lambda numbered: name_of(numbered[1])
         ):
-            found = ask(teacher, [item for _, item in part])
+            found = request(teacher, [item for _, item in part])
             answers.update(zip((index for index, _ in part), found, strict=True))
         return [answers[index] for index in range(len(items))]
 

@@ -27,14 +27,13 @@ class CheckedRecords:
     def __init__(self, store: AnswerStore) -> None:
         self._store = store
         self._counting = threading.Lock()
-        self._looked_up = self._found = self._corrupt = 0
+        self._looked_up = self._found = 0
 
     def take_lookups(self) -> tuple[int, int, int]:
         """Return (lookups, answers found, corrupt answers) since the last call."""
         with self._counting:
-            taken = self._looked_up, self._found, self._store.corrupt - self._corrupt
+            taken = self._looked_up, self._found, self._store.take_corrupt()
             self._looked_up = self._found = 0
-            self._corrupt = self._store.corrupt
         return taken
 
     def look_up(self, keys: Sequence[bytes], read: Reader[M]) -> dict[bytes, M]:

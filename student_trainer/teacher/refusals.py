@@ -82,7 +82,7 @@ def check_media_type(where: str, response: httpx.Response, accepted: Sequence[st
     kind = one_line(response.headers.get("Content-Type", accepted[0]), 100)
     if encoding != "identity" or kind.split(";")[0].strip().lower() not in accepted:
         raise TeacherAnswerError(
-            f"{where} answered {kind} (Content-Encoding: {one_line(encoding, 100)}); asked for "
+            f"{where} answered {kind} (Content-Encoding: {one_line(encoding, 100)}); requested "
             f"was plain {accepted[0]}. Check what stands between: a gateway, or its "
             "login page"
         )

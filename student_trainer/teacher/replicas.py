@@ -47,6 +47,7 @@ class Replicas:
             ``timeout``, or "stop" at once.
         absent_timeout: seconds to wait for a server where nothing listens, if that is less.
         local_absent_timeout: the same for addresses of this machine, and in `connect` alone.
+        name: the teacher's name, for messages, or empty.
 
     Attributes:
         urls: the addresses, without a slash at the end.
@@ -68,7 +69,9 @@ class Replicas:
         unreachable: Unreachable = "wait",
         absent_timeout: float = math.inf,
         local_absent_timeout: float = math.inf,
+        name: str = "",
     ) -> None:
+        self._who = f"the teacher {name}" if name else "the teacher"
         self.urls = [url.rstrip("/") for url in urls]
         self.traffic = Traffic()
         self.http = HttpClient(
@@ -78,9 +81,10 @@ class Replicas:
             self.urls,
             may_rejoin=lambda url: not self.http.why_not_ready(url) and rejoins(url),
             longest_pause=timeout,
+            who=self._who,
         )
         self._retries = RetryPolicy(
-            self.urls,
+            [f"{self._who} at {', '.join(self.urls)}"] if name else self.urls,
             timeout=timeout,
             start=server.start,
             unreachable=unreachable,
@@ -168,7 +172,7 @@ class Replicas:
             return call(url)
         except (*TRANSIENT_ERRORS, DeadlineExceededError) as error:
             raise TeacherUnreachableError(
-                f"the teacher at {url} was ready and does not answer now: {error}"
+                f"{self._who} at {url} was ready and does not answer now: {error}"
             ) from error
 
     def switched_off(self) -> bool:
@@ -199,9 +203,9 @@ class Replicas:
             if "nothing listens" in problem and self._absence_allowed(url) < patience:
                 patience, bound = self._absence_allowed(url), self._more_absence(url)
             logger.warning(
-                "Waiting for the teacher at %s: it %s; %.0f s left (%s), Ctrl-C ends the wait. Is "
+                "Waiting for %s at %s: it %s; %.0f s left (%s), Ctrl-C ends the wait. Is "
                 "the server running? Start it with `%s`",
-                url, problem, patience, bound, self._server.start,
+                self._who, url, problem, patience, bound, self._server.start,
             )  # fmt: skip
 
     def _absence_allowed(self, url: str) -> float:
@@ -240,13 +244,13 @@ class Replicas:
                 if absent:
                     patience, remedy = allowed, self._more_absence(url)
                 raise TeacherUnreachableError(
-                    f"the teacher at {url} {problem} after {patience:g} s. Start it with "
+                    f"{self._who} at {url} {problem} after {patience:g} s. Start it with "
                     f"`{self._server.start}`, check --teacher_url, or {remedy}"
                 )
             self._announce(url, problem)
             if waited >= due:
                 logger.warning(
-                    "Waiting for the teacher at %s: it %s; %.0f s left", url, problem, left
+                    "Waiting for %s at %s: it %s; %.0f s left", self._who, url, problem, left
                 )
                 due = next(seconds for seconds in times if seconds > waited)
             time.sleep(min(0.5, left))

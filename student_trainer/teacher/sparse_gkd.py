@@ -108,6 +108,7 @@ class SparseGkdTeacher:
             unreachable=unreachable,
             absent_timeout=absent_timeout,
             local_absent_timeout=local_absent_timeout,
+            name=name,
         )
 
     def __enter__(self) -> Self:
@@ -156,6 +157,11 @@ class SparseGkdTeacher:
     def named_model(self) -> str | None:
         """The model that follows the address; None where none does."""
         return self._wanted_model
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, or empty."""
+        return self._name
 
     def switched_off(self) -> bool:
         """Return whether nothing listens at any address; a server that loads its model listens.
@@ -306,7 +312,7 @@ class SparseGkdTeacher:
                     if index is None or message.sample != 0:
                         raise TeacherAnswerError(
                             f"{url}{path} answered completion {message.sample} of prompt "
-                            f"{message.prompt}, which was not asked for or had come before"
+                            f"{message.prompt}, which was not requested or had come before"
                         )
                     accept(url, index, message.completion)
                     chunks.extend()
@@ -314,21 +320,22 @@ class SparseGkdTeacher:
             if len(waiting) == len(indices):
                 raise
             logger.warning(
-                "The answer of %s broke off (%s); %d of its %d completions are asked for again",
+                "The answer of %s broke off (%s); %d of its %d completions are requested again",
                 url, error, len(waiting), len(indices),
             )  # fmt: skip
         else:
             if waiting:
                 raise TeacherAnswerError(
-                    f"{len(indices)} completions were asked for, {url} answered "
+                    f"{len(indices)} completions were requested, {url} answered "
                     f"{len(indices) - len(waiting)}"
                 )
 
     @property
     def _model(self) -> str | None:
-        """The model that requests name: None for a server's first."""
+        """The model that requests name: None for a server's first, which answers without a name."""
         info = self.info
-        return info.teacher.model if len(info.models) > 1 else None
+        first = info.models[0] if info.models else info.teacher
+        return None if info.teacher.model == first.model else info.teacher.model
 
     def _get_info(self, url: str) -> InfoResponse:
         """Return the description of the server, with the identity of the teacher that is meant.
@@ -337,14 +344,19 @@ class SparseGkdTeacher:
             TeacherAnswerError: it does not serve that model.
         """
         info = request_info(self._replicas.http, url)
+        meant = self.meant_by(info)
+        if meant is None:
+            names = [one.model for one in info.models or [info.teacher]]
+            raise no_such_model(url, self._wanted_model or self._name, names, self._name)
+        return meant
+
+    def meant_by(self, info: InfoResponse) -> InfoResponse | None:
+        """Return a server's description as that of this teacher; None if it is not served there."""
         model = self._wanted_model
         if model is None and len(info.models) > 1:
             model = self._name or None
         served = info.served_as(model)
-        if served is None:
-            names = [one.model for one in info.models or [info.teacher]]
-            raise no_such_model(url, model, names, self._name)
-        return info.model_copy(update={"teacher": served})
+        return None if served is None else info.model_copy(update={"teacher": served})
 
     def _check_completion(
         self,
@@ -363,7 +375,7 @@ class SparseGkdTeacher:
         if sampling.top_k is None:
             return
         if completion.scores is None:
-            raise TeacherAnswerError(f"{url}: completion {index} came without the scores asked for")
+            raise TeacherAnswerError(f"{url}: completion {index} came without the requested scores")
         check_all_scores(
             url,
             [completion.scores],

@@ -47,7 +47,7 @@ def split_and_send(
                     "of the server, or the limits of a gateway before it"
                 ) from error
             middle = (first + last) // 2
-            logger.warning("A request of %d is asked in halves: %s", last - first, error.detail)
+            logger.warning("A request of %d is sent in halves: %s", last - first, error.detail)
             parts += [(middle, last), (first, middle)]
     return answers
 

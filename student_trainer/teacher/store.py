@@ -63,7 +63,7 @@ class AnswerStore:
     """
 
     def __init__(self, folder: str | Path, *, max_bytes: int) -> None:
-        self.corrupt = 0
+        self.corrupt = self._told_corrupt = 0
         self._folder = Path(folder)
         self._limit = max(max_bytes // PAGE, _FEWEST_PAGES)  # pages
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class AnswerStore:
         if (self._folder / "data.mdb").exists():
             logger.warning(
                 "--teacher_cache %s holds an LMDB cache of an earlier version, which is not read: "
-                "delete data.mdb and lock.mdb; its answers are asked for anew",
+                "delete data.mdb and lock.mdb; its answers are requested anew",
                 folder,
             )
 
@@ -162,6 +162,12 @@ class AnswerStore:
         with self._lock:
             return self._try(self._read_notes, write=False) or {}
 
+    def take_corrupt(self) -> int:
+        """Return the number of corrupt records found since the last call."""
+        with self._lock:
+            new, self._told_corrupt = self.corrupt - self._told_corrupt, self.corrupt
+        return new
+
     # The methods below are called with the lock held.
 
     def _try(self, work: Callable[[sqlite3.Connection], R], *, write: bool = True) -> R | None:
@@ -187,7 +193,7 @@ class AnswerStore:
                     self._warn_once(
                         "takes no more" if write else "cannot be read",
                         f"({str(error) or type(error).__name__}): answers that are not kept are "
-                        "asked for again",
+                        "requested again",
                     )
                     return None
                 self._set_aside(error)
@@ -256,7 +262,7 @@ class AnswerStore:
         self.corrupt += 1
         self._warn_once(
             "holds an answer that is not what was written",
-            "and is asked for anew; teacher_cache_corrupt counts further ones",
+            "and is requested anew; teacher_cache_corrupt counts further ones",
         )
 
     def _warn_once(self, what: str, more: str) -> None:

@@ -105,6 +105,7 @@ class VllmTeacher:
             rejoins=self._rejoins,
             api_key=api_key,
             unreachable=unreachable,
+            name=name,
         )
 
     def __enter__(self) -> Self:

@@ -55,7 +55,7 @@ def read_choices(url: str, answer: Mapping[str, Any], *, model: str, count: int)
     answered, choices = answer.get("model"), answer.get("choices")
     if answered != model:
         raise TeacherChangedError(
-            f"{model} was asked, {url} answered as {answered!r:.200}; check --teacher_url"
+            f"{model} was requested, {url} answered as {answered!r:.200}; check --teacher_url"
         )
     if not isinstance(choices, list) or len(choices) != count:
         raise TeacherAnswerError(
@@ -99,7 +99,7 @@ def read_scores(
     positions = choice.get("prompt_logprobs")
     if not isinstance(positions, list) or len(positions) != len(ids):
         raise TeacherAnswerError(
-            f"{len(ids)} rows of prompt_logprobs were asked for, the teacher answered "
+            f"{len(ids)} positions of prompt_logprobs were requested, the teacher answered "
             f"{len(positions) if isinstance(positions, list) else f'{positions!r:.60}'}"
         )
     count = len(ids) - start
@@ -111,7 +111,7 @@ def read_scores(
         named = _read_position(positions[start + t], t, vocab_size)
         if next_id not in named or len(named) < top_k:
             raise TeacherAnswerError(
-                f"row {t} names {len(named)} tokens, {top_k} and token {next_id} were asked for"
+                f"position {t} names {len(named)} tokens; requested were {top_k} and id {next_id}"
             )
         next_logprob[t] = named[next_id]
         if len(named) < vocab_size:
@@ -146,7 +146,7 @@ def _read_position(position: Any, number: int, vocab_size: int) -> dict[int, flo
         raise ValueError("an id outside the vocabulary or twice, or a log-prob above 0")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TeacherAnswerError(
-            f"row {number} of prompt_logprobs is malformed: {error!r:.200}"
+            f"position {number} of prompt_logprobs is malformed: {error!r:.200}"
         ) from error
 
 

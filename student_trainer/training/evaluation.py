@@ -151,7 +151,7 @@ class HeldOutEvaluation:
             sequences = [example.sequence_of_teacher(sample) for example, sample in part]
             return teacher.score(sequences, self.plan.method.scoring())
 
-        return teachers.ask_each(pairs, lambda pair: pair[0].teacher, score)
+        return teachers.request_each(pairs, lambda pair: pair[0].teacher, score)
 
     def _context_effects(
         self,
@@ -194,7 +194,7 @@ class HeldOutEvaluation:
     def _completions(self, teachers: Teachers, bare: Sequence[Example]) -> list[Completion]:
         """Return each teacher's greedy completions of its own prompts."""
         sampling = self.plan.method.sampling(0.0, scored=False)
-        return teachers.ask_each(
+        return teachers.request_each(
             bare,
             lambda example: example.teacher,
             lambda teacher, part: teacher.generate([e.prompt_of_teacher for e in part], sampling),

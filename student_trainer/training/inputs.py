@@ -44,6 +44,7 @@ def training_inputs(
     *,
     rows_a_step: int,
     teachers: Mapping[str, TeacherIdentity],
+    teacher_template: str | None = None,
 ) -> dict[str, Any]:
     """Return what a run is trained with, as JSON.
 
@@ -53,6 +54,7 @@ def training_inputs(
         rows_a_step: that all processes learn together in an optimizer step.
         teachers: those that are learned from, by name, the first one first; none for SFT. Their
             weights may change where the flags accept that.
+        teacher_template: the source of --teacher_prompt_template, whose file may have changed.
     """
     values = {name: value for kind in flags for name, value in vars(kind).items()}
     kinds = [type(kind) for kind in flags]
@@ -60,7 +62,8 @@ def training_inputs(
     same = {
         "the training rows as tokens": None if examples is None else _fingerprint(examples),
         "the tokenizer": tokenizer.fingerprint,
-        "the chat template": hashlib.sha256(template.source.encode()).hexdigest(),
+        "the chat template": _hash(template.source),
+        "the text of --teacher_prompt_template": _hash(teacher_template),
         "the date in prompts": str(template.options.today) if template.prints_date else None,
         "rows a step": rows_a_step,
         **{
@@ -85,6 +88,10 @@ def training_inputs(
         for field in ("model", "dtype", "backend", "version"):
             told[f"{whose}'s {field}"] = getattr(teacher, field)
     return {"version": __version__, "same": same, "told": told}
+
+
+def _hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(examples: Iterable[Example]) -> str:

@@ -97,13 +97,22 @@ def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> N
 
     ``teacher_*``, the fields of `SparseLogprobs`, and ``requested_token_ids`` [sum of T, m] hold
     one entry for each of a sample's T completion positions, samples concatenated; absent for SFT.
+    ``teacher_name`` is empty for the first teacher, and ``teacher_prompt_ids`` holds the prompts
+    that only a teacher saw, of ``teacher_prompt_length`` tokens each, 0 for none.
     """
     scored = [item for micro_batch in micro_batches for item in micro_batch]
     arrays: dict[str, Any] = {
         **samples_to_arrays([item.sample for item in scored]),
         "micro_batch": [len(micro_batch) for micro_batch in micro_batches],
         "sampled": [item.sampled for item in scored],
+        "teacher_name": [item.teacher or "" for item in scored],
     }
+    prompts = [
+        np.zeros(0, np.uint32) if item.teacher_prompt_ids is None else item.teacher_prompt_ids
+        for item in scored
+    ]
+    arrays["teacher_prompt_length"] = [len(prompt) for prompt in prompts]
+    arrays["teacher_prompt_ids"] = np.concatenate(prompts)
     for name in _SCORES:
         values = [getattr(item.scores, name, None) for item in scored]
         present = [value for value in values if value is not None]  # all samples have it, or none
@@ -116,7 +125,7 @@ def save_batch(path: Path, micro_batches: Sequence[Sequence[ScoredSample]]) -> N
 
 
 def load_batch(path: Path) -> list[list[ScoredSample]]:
-    """Return the micro-batches that `save_batch` wrote."""
+    """Return the micro-batches that `save_batch` wrote, of this version or an earlier one."""
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     samples = samples_from_arrays(arrays)
@@ -127,6 +136,9 @@ def load_batch(path: Path) -> list[list[ScoredSample]]:
 
     fields = {name: of_each_sample(f"teacher_{name}") for name in _SCORES}
     requested = of_each_sample("requested_token_ids")
+    names = arrays.get("teacher_name", np.array([""] * len(samples))).tolist()
+    lengths = arrays.get("teacher_prompt_length", np.zeros(len(samples), np.int64))
+    prompts = split_by_lengths(arrays.get("teacher_prompt_ids", np.zeros(0, np.uint32)), lengths)
     scored = [
         ScoredSample(
             sample,
@@ -135,6 +147,8 @@ def load_batch(path: Path) -> list[list[ScoredSample]]:
             else None,
             requested[i],
             sampled=bool(arrays["sampled"][i]),
+            teacher=names[i] or None,
+            teacher_prompt_ids=prompts[i] if len(prompts[i]) else None,
         )
         for i, sample in enumerate(samples)
     ]

@@ -104,6 +104,7 @@ def run(
         prepared.template,
         rows_a_step=rows.each_step,
         teachers=identities,
+        teacher_template=prepared.teacher_template,
     )
     if checkpoint is not None:
         check_resumed(Path(checkpoint), inputs)
@@ -208,6 +209,7 @@ class Prepared:
     template: ChatTemplate
     max_length: int
     keep_end_tokens: bool  # the model's own, which are not the tokenizer's
+    teacher_template: str | None  # source of --teacher_prompt_template
 
 
 def prepare(
@@ -284,6 +286,7 @@ def prepare(
         row_tokenizer.chat,
         row_tokenizer.max_length,
         text_end is not None and _are_plain_text(rows.train, recipe.data),
+        None if row_tokenizer.view is None else row_tokenizer.view.template,
     )
 
 

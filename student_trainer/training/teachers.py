@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from student_trainer.config.arguments import (
 from student_trainer.config.checks import api_key_of
 from student_trainer.config.teachers import ServedTeacher, teachers_of
 from student_trainer.data.end_tokens import compare_ends
+from student_trainer.data.sample import Example
 from student_trainer.data.stream import ExampleStream
 from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.model.load import (
@@ -53,27 +55,42 @@ def open_teachers(
     """
     assert teacher.teacher_url is not None  # checked with the flags
     served = teachers_of(teacher.teacher_url)
+    stores = _open_stores(teacher, [one.name for one in served])
     return Teachers(
         {
-            one.name: _open_one(one, teacher, model, len(served), starts_alone=starts_alone)
+            one.name: _open_one(one, teacher, model, stores.get(one.name), starts_alone)
             for one in served
         }
     )
+
+
+def _open_stores(teacher: TeacherArguments, names: Sequence[str]) -> dict[str, AnswerStore]:
+    """Open the store of ``--teacher_cache``, which all teachers share; none without that flag.
+
+    An answer's key holds its teacher's identity, so a teacher may get a name later. A folder that
+    an earlier version made for a named teacher is used further on.
+    """
+    if teacher.teacher_cache is None:
+        return {}
+    shared = Path(teacher.teacher_cache)
+    folders = {name: shared / name if _has_answers(shared / name) else shared for name in names}
+    size = int(teacher.teacher_cache_max_gb * 1e9 / len(set(folders.values())))
+    opened = {one: AnswerStore(one, max_bytes=size) for one in set(folders.values())}
+    return {name: opened[folder] for name, folder in folders.items()}
+
+
+def _has_answers(folder: Path) -> bool:
+    return any(folder.glob("answers-*.sqlite"))
 
 
 def _open_one(
     served: ServedTeacher,
     teacher: TeacherArguments,
     model: ModelArguments,
-    count: int,
-    *,
+    store: AnswerStore | None,
     starts_alone: bool,
 ) -> Teacher:
-    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``.
-
-    Args:
-        count: number of teachers, which share the size of the cache.
-    """
+    """Make the client that ``--teacher_protocol`` names, behind ``--teacher_cache``."""
     if teacher.teacher_protocol == "vllm":
         return VllmTeacher(
             served.urls,
@@ -99,11 +116,8 @@ def _open_one(
         unreachable=teacher.teacher_unreachable,
         local_absent_timeout=_LOCAL_SECONDS if is_default else math.inf,
     )
-    if teacher.teacher_cache is None:
+    if store is None:
         return client
-    folder = Path(teacher.teacher_cache) / served.name  # that of an unnamed teacher is the cache's
-    size = int(teacher.teacher_cache_max_gb * 1e9 / count)
-    store = AnswerStore(folder, max_bytes=size)
     return CachedTeacher(
         client, store, logprob_dtype=teacher.teacher_logprob_dtype, starts_alone=starts_alone
     )
@@ -144,32 +158,58 @@ def check_teacher_prompts(teachers: Teachers, prepared: Prepared, flags: Teacher
 
     Raises:
         ConfigurationError: --teacher_chat_template_kwargs, and no row has such a prompt.
-        DatasetError: names the row; of a stream's rows, the request fails that scores it.
+        DatasetError: names the row; a row of a stream is checked when it is read.
     """
-    method = prepared.method
-    streams = isinstance(prepared.train, ExampleStream)
-    rows = [] if isinstance(prepared.train, ExampleStream) else prepared.train
-    scored = [(e, method.lmbda > 0 or method.seq_kd, method.reads_dataset) for e in rows]
-    scored += [(e, e.sample is None, True) for e in prepared.held_out or []]
-    seen = streams or any(example.teacher_prompt_ids is not None for example, _, _ in scored)
-    if flags.template_kwargs and not seen:
+    method, train, held_out = prepared.method, prepared.train, prepared.held_out or []
+    streams = isinstance(train, ExampleStream)
+    rows = held_out if isinstance(train, ExampleStream) else [*train, *held_out]
+    if flags.template_kwargs and not (streams or any(_has_own_prompt(row) for row in rows)):
         raise ConfigurationError(
             f"--teacher_chat_template_kwargs {flags.teacher_chat_template_kwargs} has no effect: "
             "no row has a prompt that only the teacher sees"
         )
-    for example, written, own in scored:
-        if example.teacher_prompt_ids is None:
-            continue
-        longest = method.max_new_tokens if written else 0
-        if own and example.sample is not None:
-            longest = max(longest, len(example.sample.completion_ids))
-        length = len(example.teacher_prompt_ids) + longest
-        limit = teachers.of(example.teacher).info.max_model_len
-        if length > limit:
-            raise DatasetError(
-                f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
-                f"tokens and a completion of up to {longest} make {length}; its context is {limit}"
-            )
+
+    def check(example: Example) -> None:
+        longest = method.max_new_tokens if method.lmbda > 0 or method.seq_kd else 0
+        _check_context(teachers, example, longest, own=method.reads_dataset)
+
+    if isinstance(train, ExampleStream):
+        train.check_each(check)
+    else:
+        for example in train:
+            check(example)
+    for example in held_out:
+        longest = method.max_new_tokens if example.sample is None else 0
+        _check_context(teachers, example, longest, own=True)
+
+
+def _has_own_prompt(example: Example) -> bool:
+    return example.teacher_prompt_ids is not None
+
+
+def _check_context(teachers: Teachers, example: Example, longest: int, *, own: bool) -> None:
+    """Refuse a prompt of the teacher's own that leaves its context no room for completions.
+
+    Args:
+        longest: tokens of the longest completion that is written.
+        own: the dataset's completion is scored too.
+
+    Raises:
+        DatasetError: names the row, the teacher and its context.
+    """
+    if example.teacher_prompt_ids is None:
+        return
+    if own and example.sample is not None:
+        longest = max(longest, len(example.sample.completion_ids))
+    length = len(example.teacher_prompt_ids) + longest
+    limit = teachers.of(example.teacher).info.max_model_len
+    if length > limit:
+        name = teachers.name_of(example.teacher)
+        raise DatasetError(
+            f"{example.name}: the teacher's own prompt of {len(example.teacher_prompt_ids)} "
+            f"tokens and a completion of up to {longest} make {length}; the context of "
+            f"{f'teacher {name}' if name else 'the teacher'} is {limit}"
+        )
 
 
 def compare(

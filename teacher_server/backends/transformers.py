@@ -105,9 +105,11 @@ class TransformersBackend:
         return self._works and (since is None or time.perf_counter() - since < 2 * self._timeout)
 
     async def score(self, job: ScoreJob) -> SparseLogprobs:
+        self._metrics.count_prefix("score", job.tokens, 0)
         return await self._scores.submit(job)
 
     async def generate(self, job: GenerateJob) -> Completion:
+        self._metrics.count_prefix("generate", len(job.prompt), 0)
         return await self._generations.submit(job)
 
     async def close(self) -> None:

@@ -92,6 +92,7 @@ class VllmBackend:
         }
         self._running: set[asyncio.Task[Any]] = set()
         self._closing = False
+        self._metrics = metrics
         self._tokens = metrics.batch_tokens
         self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._in_worker = True
@@ -303,6 +304,7 @@ class VllmBackend:
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
+        counted = False
         answers = self._engine.generate(
             tokens_input(prompt, cache_salt=cache_salt),
             sampling,
@@ -313,6 +315,11 @@ class VllmBackend:
         try:
             async with contextlib.aclosing(answers):  # leaving it early aborts the request
                 async for output in answers:
+                    if not counted:
+                        counted = True
+                        self._metrics.count_prefix(
+                            cache_salt or "score", len(prompt), output.num_cached_tokens or 0
+                        )
                     yield output
         except EngineDeadError as error:
             raise UnavailableError("vLLM's engine is dead; restart the server") from error

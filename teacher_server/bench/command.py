@@ -66,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the token ids (default: another each time, so that no cache holds them)",
     )  # fmt: skip
     parser.add_argument(
-        "--timeout", type=_positive, default=600, help="seconds for one answer (default: 600)"
+        "--timeout",
+        type=_positive,
+        default=600,
+        help="seconds for one request, until its whole answer is there; one that takes longer "
+        "counts as failed (default: 600)",
     )
     quick = ", ".join(
         f"--{name.replace('_', '-')} {' '.join(map(str, _list(value)))}"

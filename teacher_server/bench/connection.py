@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import threading
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -19,7 +22,7 @@ class Address:
     Attributes:
         url: as given, without a slash at its end.
         key: one of its API keys; None where it has none.
-        timeout: seconds for one answer.
+        timeout: seconds for one request, until the last byte of its answer.
     """
 
     url: str
@@ -48,7 +51,8 @@ class Connection:
         kind = (
             http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         )
-        self._path = parts.path
+        self._path, self._timeout = parts.path, address.timeout
+        self._socket: socket.socket | None = None
         self._connection = kind(parts.hostname or "", parts.port, timeout=address.timeout)
         self._headers = {"User-Agent": f"sparse-gkd-bench/{__version__}"}
         if address.key:
@@ -58,18 +62,36 @@ class Connection:
         """Return (status, body) of an answer.
 
         Raises:
+            TimeoutError: no whole answer came within the address's timeout, however it came.
             OSError, http.client.HTTPException: no whole answer came.
         """
         named = {name.replace("_", "-"): value for name, value in headers.items()}
+        late = threading.Event()
+        # The socket's own timeout, which begins anew with each byte, ends no answer that drips.
+        timer = threading.Timer(self._timeout, self._cut, [late])
+        timer.daemon = True
+        timer.start()
         try:
             self._connection.request(
                 method, self._path + path, body or None, {**self._headers, **named}
             )
+            self._socket = self._connection.sock
             answer = self._connection.getresponse()
             return answer.status, answer.read()
-        except BaseException:
+        except BaseException as error:
             self._connection.close()  # the next request opens it again
+            if late.is_set() or isinstance(error, TimeoutError):
+                raise TimeoutError(f"no whole answer within {self._timeout:g} s") from error
             raise
+        finally:
+            timer.cancel()
+
+    def _cut(self, late: threading.Event) -> None:
+        """End the request under way; what reads its answer raises."""
+        late.set()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._connection.close()

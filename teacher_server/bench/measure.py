@@ -210,7 +210,8 @@ def _send(connection: Connection, kind: str, body: bytes) -> tuple[float, bytes 
             "POST", f"/v1/{kind}", body, Content_Type=_MEDIA, Accept=_MEDIA
         )
     except (OSError, http.client.HTTPException) as error:
-        return time.perf_counter() - since, f"{type(error).__name__}: {error}"
+        told = f"{error}, --timeout" if isinstance(error, TimeoutError) else f"{error}"
+        return time.perf_counter() - since, f"{type(error).__name__}: {told}"
     seconds = time.perf_counter() - since
     return seconds, answer if status == 200 else f"{status} {one_line(detail_of(answer))}".strip()
 

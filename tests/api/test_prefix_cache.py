@@ -12,6 +12,7 @@ from shared.protocol import (
 )
 from tests.api.test_score import error
 from tests.support.http import post
+from tests.support.monitoring import exposed
 
 MSGPACK = wire.MSGPACK_MEDIA_TYPE
 PROMPT = np.random.default_rng(5).integers(0, 260, 160).astype(np.uint32)
@@ -52,3 +53,24 @@ def test_a_completion_that_the_teacher_has_written_is_scored(teacher):
     assert error(teacher.model, asked, again) < teacher.tolerance
     difference = completion.scores.next_token_logprob - again.sequences[0].next_token_logprob
     assert abs(difference).max() < teacher.tolerance
+
+
+def prefix_tokens(url):
+    """Tokens of scored sequences by what became of them."""
+    return {
+        sample.labels["result"]: sample.value
+        for family in exposed(url)
+        for sample in family.samples
+        if sample.name == "teacher_prefix_tokens_total" and sample.labels["kind"] == "score"
+    }
+
+
+def test_tokens_that_the_cache_held_and_those_computed_are_counted(teacher):
+    prompt = np.random.default_rng(9).integers(0, 260, 300).astype(np.uint32)
+    scored(teacher.url, [np.arange(5, 9)], prompt)
+    before = prefix_tokens(teacher.url)
+    scored(teacher.url, [np.arange(9, 14)], prompt)
+    after = prefix_tokens(teacher.url)
+    hit, miss = (after[name] - before[name] for name in ("hit", "miss"))
+    assert 304 <= hit + miss <= 305  # the last token need not be read
+    assert (hit >= 128) if teacher.backend == "vllm" else (hit == 0)

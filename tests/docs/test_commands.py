@@ -335,7 +335,7 @@ RULES = {
     r"export ": Page.export,
     r"(cat > |chmod )": Page.shell,
     r'(eval "\$|source <)\(student-trainer ': Page.completion,
-    r'(\w+="[^"]*" )*sbatch ': Page.batch,
+    r'(\w+=("[^"]*"|\S+) )*sbatch ': Page.batch,
     r"kubectl ": Page.kubectl,
     r"VLLM_SERVER_DEV_MODE=1 vllm serve ": Page.stock_vllm,
     r"[A-Z_]+=": Page.setting,

@@ -14,8 +14,11 @@ MESSAGES = [
     for page in PAGES
     for message in re.findall(r"^\*\*`+(.+?)`+\*\*$", page.read_text(), re.MULTILINE)
 ]
-# Printed of every flag that needs another one; the page shows one of them.
-FILLED_IN = {"--lora_r has no effect without --use_peft": "--… has no effect without …"}
+# Printed of every flag that needs another one, and of teachers with a name; the page shows one.
+FILLED_IN = {
+    "--lora_r has no effect without --use_peft": "--… has no effect without …",
+    "Waiting for the teacher at …: it …; … s left": "Waiting for … at …: it …; … s left",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """A teacher cache that is cut, overwritten or removed, before a run or during it.
 
-Damage may cost answers, which are asked for anew. It never ends the process, and what is found is
+Damage may cost answers, which are requested anew. It never ends the process, and what is found is
 what was written. Each test damages a file of its own in a process of its own, which a signal such
 as SIGBUS would end.
 """

@@ -127,7 +127,7 @@ def test_what_does_not_come_in_time_is_asked_in_halves(proxy, broken, caplog):
         proxy.faults = [broken]
         assert_right(client.score(SEQUENCES, ScoreOptions(K)))
     assert proxy.asked == 3
-    assert "A request of 4 is asked in halves" in caplog.text
+    assert "A request of 4 is sent in halves" in caplog.text
     assert proxy.url in caplog.text
 
 
@@ -230,7 +230,7 @@ UNUSABLE = {
     "a login page": (answered(200, b"<html>", Content_Type="text/html"), "text/html"),
     "another content type": (fault.of_another_type, "text/html"),
     "a compression bomb": (fault.compressed, "Content-Encoding: gzip"),
-    "a body without end": (fault.endless_body, "more than was asked for"),
+    "a body without end": (fault.endless_body, "more than was requested"),
     "too narrow a shape": (changed(ScoreResponse, narrow), r"expected top-k arrays of shape"),
     "a row too few": (changed(ScoreResponse, short), r"expected top-k arrays of shape \(8, 5\)"),
     "a sequence too few": (rearranged(0, 1, 2), "4 sequences were sent"),

@@ -1,5 +1,6 @@
 """docker-compose.yml, as far as it can be judged without Docker; both of its versions read it."""
 
+import json
 import re
 import shlex
 import shutil
@@ -10,12 +11,16 @@ import pytest
 import yaml
 
 from student_trainer.commands import main as student_trainer
+from student_trainer.config.teachers import ServedTeacher, teachers_of
 from teacher_server import cli as teacher_server
+from tests.support.flags import read_server, read_trainer
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 OURS = ["teacher", "trainer", "teacher-gpu", "trainer-gpu"]
+NAMED = ["teacher-math", "teacher-math-replica", "teacher-code", "teacher-adapters"]
+OF_NAMED = ["trainer-of-teachers", "trainer-of-adapters"]
 
 
 def parsed(**settings):
@@ -62,7 +67,7 @@ def test_a_trainer_waits_for_a_teacher_that_tells_when_it_is_ready(services, nam
         assert f"--teacher_url http://{teacher}:8000" in services[name]["command"]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *NAMED, *OF_NAMED])
 def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, name):
     service = services[name]
     assert service["read_only"]
@@ -78,7 +83,7 @@ def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, nam
     assert [mount.rpartition(":")[2] for mount in service["volumes"]] == ["/runs", "/cache"]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", [*OURS, *NAMED, *OF_NAMED])
 def test_what_crashes_is_started_again_but_not_for_ever(services, name):
     assert re.fullmatch(r"on-failure:\d+", services[name]["restart"])
 
@@ -133,6 +138,66 @@ def test_the_trainers_flags_are_right_up_to_data_that_is_not_there(tmp_path, cap
     assert f"{missing}: no such file or folder" in capsys.readouterr().err
 
 
+def flags_of_trainer(service, tmp_path):
+    """What its trainer reads, up to data that is not there."""
+    launcher, *words = shlex.split(service["command"])
+    assert launcher == "student-trainer"
+    words = [word.replace("/runs/", f"{tmp_path}/") for word in words]
+    return words, read_trainer([word for word in words if word not in ("--bf16",)])[6]
+
+
+@pytest.mark.parametrize(
+    ("profile", "named"),
+    [
+        ("teachers", {"math": ["teacher-math", "teacher-math-replica"], "code": ["teacher-code"]}),
+        ("adapters", {"math": ["teacher-adapters"], "code": ["teacher-adapters"]}),
+    ],
+)
+def test_a_profile_of_several_teachers_names_those_that_it_serves(
+    services, tmp_path, monkeypatch, profile, named
+):
+    own = {name: one for name, one in services.items() if one.get("profiles") == [profile]}
+    trainer = services[f"trainer-of-{profile}"]
+    served = {name for name in own if name.startswith("teacher")}
+    _, teacher = flags_of_trainer(trainer, tmp_path)
+    assert teachers_of(teacher.teacher_url) == [
+        ServedTeacher(name, tuple(f"http://{host}:8000" for host in hosts), None)
+        for name, hosts in named.items()
+    ]
+    assert served == {host for hosts in named.values() for host in hosts}
+    assert trainer["depends_on"] == {name: {"condition": "service_healthy"} for name in served}
+    monkeypatch.delenv("TEACHER_API_KEYS", raising=False)
+    for name in sorted(served):
+        adapters = tmp_path / name
+        command = own[name]["command"].replace("/runs/", f"{adapters}/")
+        for adapter in re.findall(rf"={adapters}/(\S+)", command):
+            lora_folder(adapters / adapter)
+        program, *words = shlex.split(command)
+        assert program == "teacher-server"
+        settings = read_server(words, monkeypatch)
+        assert "TEACHER_API_KEYS" not in own[name]["environment"]  # refused beside the flag
+        assert settings.allow_unauthenticated
+        assert (settings.host, settings.port, "ports" in own[name]) == ("0.0.0.0", 8000, False)
+        if profile == "adapters":
+            assert {module.name for module in settings.adapters} == set(named)
+    # Replicas are of one model, and each container has a card of its own.
+    for hosts in named.values():
+        assert len({services[host]["command"] for host in hosts}) == 1
+    assert len({tuple(cards(one)) for one in own.values()}) == len(own)
+    # One of a profile builds the image, which the others use.
+    assert sum("build" in one for one in own.values()) == 1
+    assert {one["image"] for one in own.values()} == {"sparse-gkd:gpu"}
+    assert all("build" in one or one["pull_policy"] == "never" for one in own.values())
+
+
+def lora_folder(folder):
+    """A folder that looks like an adapter, as far as flags are checked."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").touch()
+
+
 @pytest.mark.parametrize("compose", ["docker compose", "docker-compose"])
 def test_compose_reads_the_file(compose, tmp_path):
     words = compose.split()
@@ -142,7 +207,10 @@ def test_compose_reads_the_file(compose, tmp_path):
     ):
         pytest.skip(f"{compose} is not installed")
     shown = subprocess.run(
-        [*words, "--file", COMPOSE, "--profile", "gpu", "config", "--services"],
+        [
+            *words, "--file", COMPOSE, "--profile", "gpu", "--profile", "teachers",
+            "--profile", "adapters", "config", "--services",
+        ],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert set(OURS) <= set(shown.stdout.split())
+    assert {*OURS, *NAMED, *OF_NAMED} <= set(shown.stdout.split())

@@ -154,5 +154,5 @@ def check_precompute(args: DistillFlags, teacher: TeacherArguments, data: DataAr
     if args.student_top_m:
         raise ConfigurationError(
             f"--request_student_top_m {args.student_top_m} (16 for --beta 1, if not given): the "
-            "ids depend on the student's weights, and cannot be asked for before it trains; give 0"
+            "ids depend on the student's weights, and cannot be requested before it trains; give 0"
         )

@@ -7,7 +7,7 @@ import os
 from shared.api_keys import check_key, read_keys
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import DatasetArguments, TeacherArguments
-from student_trainer.config.teachers import teachers_of
+from student_trainer.config.teachers import check_teacher_sync, teachers_of
 
 # Flags that say which teacher a row has, and what only that one sees.
 _OF_ROWS = (
@@ -24,6 +24,8 @@ def check_teacher(teacher: TeacherArguments) -> None:
             "--teacher_url is missing: start `teacher-server serve MODEL` and give its address, "
             "such as --teacher_url http://localhost:8000"
         )
+    if teacher.teacher_sync is not None:
+        check_teacher_sync(teacher.teacher_sync)
     _check_names(teacher)
     api_key_of(teacher)
     if teacher.top_k_logprobs < 1:

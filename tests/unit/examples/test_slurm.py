@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from student_trainer.config.teachers import teachers_of
 from tests.support.flags import read_server, read_trainer, with_key
 from tests.support.http import until
 
@@ -124,6 +125,40 @@ def test_a_replica_is_at_its_address_until_it_has_answered(start, tmp_path, monk
     assert job.wait(20) == 0
     assert words(tmp_path / "told") == ["answered"]
     assert not address.exists()
+
+
+@pytest.mark.parametrize(
+    ("jobs", "found"),
+    [
+        (
+            [("math", "0", "8000"), ("math", "1", "8000"), ("code", "0", "8010")],
+            {"code": [8010], "math": [8000, 8001]},
+        ),
+        ([("math code", "0", "8000")], {"math": [8000], "code": [8000]}),
+    ],
+    ids=["replicas", "adapters"],
+)
+def test_several_teachers_are_found_under_their_names(start, tmp_path, jobs, found):
+    (tmp_path / "serving").touch()
+    wanted = sum(map(len, found.values()))
+    trainer = start("trainer", WANTED=str(wanted))
+    running = []
+    for names, task, port in jobs:
+        with pytest.raises(subprocess.TimeoutExpired):
+            trainer.wait(0.2)  # for the others
+        adapters = "--lora-modules math=math-lora code=code-lora" if " " in names else ""
+        more = {"NAMES": names, "PORT": port, "SLURM_ARRAY_TASK_ID": task, "FLAGS": adapters}
+        running.append(start("teacher", **more))
+    assert trainer.wait(30) == 0
+    *_, teacher, _ = read_trainer(with_key(words(tmp_path / "words-0"), tmp_path))
+    host = socket.gethostname()
+    assert [(one.name, list(one.urls)) for one in teachers_of(teacher.teacher_url)] == [
+        (name, [f"http://{host}:{port}" for port in ports]) for name, ports in found.items()
+    ]
+    for job in running:
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(20) == 0
+    assert not list((tmp_path / "teachers").iterdir())
 
 
 def test_a_teacher_that_fails_leaves_no_address(start, tmp_path):

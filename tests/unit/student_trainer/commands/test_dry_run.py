@@ -156,7 +156,7 @@ def test_control_characters_of_the_data_are_spelled_out(world, tmp_path, capsys)
 def test_precompute_counts_its_questions_and_makes_no_cache(world, stub, tmp_path, capsys):
     options = {"lmbda": 0, "eval_dataset_name": world.held_out, "teacher_cache": tmp_path / "cache"}
     assert run(world, tmp_path, "precompute", url=stub.url, **options) == 0
-    assert told(capsys)["questions"].startswith("64 for the teacher")
+    assert told(capsys)["requests"].startswith("64 for the teacher")
     assert not (tmp_path / "cache").exists()
 
 

@@ -96,3 +96,20 @@ def test_evaluate_refuses_what_it_ignores(more, message):
     words = "--model_name_or_path org/m --output_dir out --dataset_name a.jsonl --teacher_url"
     with pytest.raises(ConfigurationError, match=message):
         read_trainer(["evaluate", *words.split(), *more])
+
+
+@pytest.mark.parametrize(
+    "value", ["", "ema", "ema=1", "ema=0", "ema=x", "ema=nan", "every=0", "every=1.5", "often=3"]
+)
+def test_a_wrong_teacher_sync_is_refused_by_its_form(value):
+    with pytest.raises(ConfigurationError, match="give ema=SHARE") as caught:
+        check_teacher(TeacherArguments(["http://a"], teacher_sync=value))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["ema=0.99", "every=10"])
+def test_a_teacher_that_follows_the_student_is_refused_before_anything_loads(value):
+    line = ["distill", "--teacher_url", "http://a", "--model_name_or_path", "nowhere/at-all"]
+    line += ["--dataset_name", "none.jsonl", "--output_dir", "out", "--teacher_sync", value]
+    with pytest.raises(ConfigurationError, match=r"weight path .*not there yet"):
+        read_trainer(line)

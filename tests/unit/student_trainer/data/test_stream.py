@@ -152,3 +152,21 @@ def test_a_step_takes_the_positions_behind_those_of_the_step_before():
     assert order.micro_batches(0) == [[0, 1], [2, 3], [4, 5]]
     assert order.micro_batches(1) == [[6, 7], [8, 9], [10, 11]]
     assert (order.first_of(2), order.last_of_epoch(0), order.steps_per_epoch) == (12, 3, 4)
+
+
+def test_examples_are_checked_when_their_rows_are_read_and_those_that_were_read_before():
+    checked = []
+    one = stream(rows_of(10))
+    first = one[0]
+    one.check_each(lambda example: checked.append(example.name))
+    assert checked == [first.name]
+    rest = [one[index] for index in range(1, 4)]
+    assert checked[:4] == names([first, *rest])
+
+    def refuse(example):
+        raise DatasetError(f"{example.name}: too long for its teacher")
+
+    one.check_each(lambda example: None)
+    one._check = refuse
+    with pytest.raises(DatasetError, match="too long for its teacher"):
+        one[len(checked) + 5]

@@ -8,6 +8,7 @@ import pytest
 
 from shared.errors import ConfigurationError, DatasetError
 from student_trainer.config.arguments import DataArguments
+from student_trainer.data.encode import Encoder
 from student_trainer.data.examples import RowTokenizer
 from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.data.template import TemplateOptions
@@ -93,6 +94,9 @@ def test_a_template_makes_it_from_the_columns(tokenize):
         ({}, "{{ hint }}", "'hint' is undefined; the row's columns are prompt, completion"),
         ({}, "{{ prompt.__class__.mro() }}", "row 1: --teacher_prompt_template"),
         ({"teacher_prompt": ""}, None, "must be a text that is not empty"),
+        ({}, "{% if 0 %}x{% endif %}", "prints nothing for this row; .* columns are prompt, comp"),
+        ({"teacher_prompt": {"a": 1}}, None, "must be a text"),
+        ({"teacher_prompt": [CHAT[1]]}, None, "must be a text"),
         ({"teacher_prompt": 3}, None, "must be a text"),
         ({"teacher_messages": CHAT}, None, "in a row of messages"),
         ({"teacher_prompt": "x", "teacher_messages": CHAT}, None, "both say what"),
@@ -195,3 +199,12 @@ def test_a_template_reads_a_row_whatever_its_columns_are_called(tokenize):
     row = {"prompt": "a", "completion": "b", "self": "x", "context": "c"}
     [as_row] = tokenize({"prompt": "a c", "completion": "b"})
     assert (tokenize(row, view)[0].teacher_prompt_ids == as_row.prompt_ids).all()
+
+
+def test_a_prompt_of_the_teachers_own_without_tokens_is_named(tokenize, tokenizer, monkeypatch):
+    encode = Encoder.encode_prompt
+    drops = lambda self, text: [] if text == "\u200b" else encode(self, text)  # noqa: E731
+    monkeypatch.setattr(Encoder, "encode_prompt", drops)
+    row = {"prompt": "a", "completion": "b", "teacher_prompt": "\u200b"}
+    with pytest.raises(DatasetError, match="row 1: the prompt that only the teacher sees has no"):
+        tokenize(row)

@@ -552,3 +552,14 @@ class TestSeveralTeachers:
         examples = [example(0), replace(example(0), index=1, teacher="code")]
         math, code, _, _ = self.run(replace(METHOD, seq_kd=True), examples)
         assert (math.prompts, code.prompts) == ([(5, 10)], [(5, 10)])
+
+    def test_a_prompt_is_written_once_whether_its_row_names_the_first_teacher_or_none(self):
+        steps = [[example(0)], [replace(example(0), index=1, teacher="math")]]
+        math, code = RecordingTeacher(), RecordingTeacher()
+        pipeline = Pipeline(
+            replace(METHOD, seq_kd=True), Teachers({"math": math, "code": code}), None,
+            upcoming=lambda step: steps[step],
+        )  # fmt: skip
+        written = [pipeline.samples(pipeline.take(step, 1))[0] for step in (0, 1)]
+        assert math.prompts == [(5, 10)]
+        assert written[0].token_ids.tolist() == written[1].token_ids.tolist()

@@ -340,8 +340,10 @@ def test_two_models_of_one_address_are_two_teachers(tmp_path):
         url = stub.url
         with cached(tmp_path, url, model=IDENTITY.model):
             pass
-    with (  # the only note is another model's
-        cached(tmp_path, url, starts_alone=True, connect=False, model="code") as teacher,
+    with cached(tmp_path, url, starts_alone=True, model="code") as teacher:
+        assert teacher.info.teacher == code  # the server has told of it
+    with (
+        cached(tmp_path, url, starts_alone=True, connect=False, model="maths") as teacher,
         pytest.raises(TeacherUnreachableError),
     ):
         teacher.connect()

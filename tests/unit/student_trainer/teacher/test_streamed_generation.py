@@ -119,7 +119,7 @@ def test_only_what_did_not_come_is_asked_for_again(stub, client, broken, caplog)
     ]
     assert {request.seed for request in stub.requests} == {5}
     assert client.take_traffic()[1] == 8  # each of the four once
-    assert "2 of its 4 completions are asked for again" in caplog.text
+    assert "2 of its 4 completions are requested again" in caplog.text
 
 
 def test_an_answer_that_breaks_before_its_first_completion_is_tried_again(stub, client, caplog):
@@ -161,7 +161,7 @@ def test_a_stream_that_stalls_is_asked_for_the_rest(stub, caplog):
         over.set()
     assert [[int(ids[0]) for ids in request.prompts] for request in stub.requests][1:] == [[11, 13]]
     assert "is ready, but has not answered in 1 s" in caplog.text
-    assert "; 2 of its 4 completions are asked for again" in caplog.text
+    assert "; 2 of its 4 completions are requested again" in caplog.text
 
 
 def test_a_refusal_at_the_end_is_raised(stub, client):
@@ -217,17 +217,17 @@ def spoilt(**changes):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (spoilt(prompt=4), "completion 0 of prompt 4, which was not asked for"),
+        (spoilt(prompt=4), "completion 0 of prompt 4, which was not requested"),
         (spoilt(prompt=1), "completion 0 of prompt 1, which .* had come before"),
-        (spoilt(sample=1), "completion 1 of prompt 0, which was not asked for"),
-        (spoilt(scores=None), "completion 0 came without the scores"),
+        (spoilt(sample=1), "completion 1 of prompt 0, which was not requested"),
+        (spoilt(scores=None), "completion 0 came without the requested scores"),
         (spoilt(token_ids=np.array([7], np.uint32)), "expected top-k arrays of shape"),
         (spoilt(token_ids=np.array([100, 1], np.uint32)), "ids up to 100; .* vocabulary of 100"),
         (spoilt(token_ids=np.zeros(9, np.uint32)), "9 tokens .* 1 to 8"),
         (spoilt(token_ids=np.zeros(0, np.uint32)), "0 tokens .* 1 to 8"),
         (
             lambda r: streamed([event(r, 0), end()]),
-            "4 completions were asked for, http.* answered 1",
+            "4 completions were requested, http.* answered 1",
         ),
         (lambda r: streamed([event(r, p) for p in range(4)]), "cut off before its last item"),
         (lambda r: streamed([end(), end()]), "answered something else"),

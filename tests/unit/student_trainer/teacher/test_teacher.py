@@ -132,7 +132,7 @@ def test_what_is_too_much_is_asked_in_halves(stub, status, most, caplog):
     answered = [request for request in stub.requests if len(request.sequences) <= most]
     asked = [len(sequence.token_ids) for request in answered for sequence in request.sequences]
     assert asked == lengths
-    assert "A request of 7 is asked in halves: too much" in caplog.text
+    assert "A request of 7 is sent in halves: too much" in caplog.text
 
 
 def test_what_a_ready_teacher_does_not_answer_in_time_is_asked_in_halves(stub, caplog):

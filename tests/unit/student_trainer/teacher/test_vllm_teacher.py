@@ -282,27 +282,31 @@ def first_row(answer):
     [
         (lambda a: a.update(model="other"), TeacherChangedError, "answered as 'other'"),
         (lambda a: a["choices"].pop(), TeacherAnswerError, "2 prompts were sent.*1 choices"),
-        (lambda a: a["choices"][-1].pop("prompt_logprobs"), TeacherAnswerError, "5 rows.*None"),
+        (
+            lambda a: a["choices"][-1].pop("prompt_logprobs"),
+            TeacherAnswerError,
+            "5 positions.*None",
+        ),
         (
             lambda a: first_row(a).pop("7"),
             TeacherAnswerError,
-            "row 0 names 4 tokens",
+            "position 0 names 4 tokens",
         ),
-        (lambda a: first_row(a).update({"7": None}), TeacherAnswerError, "row 0.*malformed"),
+        (lambda a: first_row(a).update({"7": None}), TeacherAnswerError, "position 0.*malformed"),
         (
             lambda a: first_row(a).update({"07": {"logprob": -5.0}}),
             TeacherAnswerError,
-            "row 0.*malformed.*twice",
+            "position 0.*malformed.*twice",
         ),
         (
             lambda a: first_row(a).update({"-1": {"logprob": -5.0}}),
             TeacherAnswerError,
-            "row 0.*malformed.*outside",
+            "position 0.*malformed.*outside",
         ),
         (
             lambda a: first_row(a).update({"7": {"logprob": 1e9}}),
             TeacherAnswerError,
-            "row 0.*malformed.*above 0",
+            "position 0.*malformed.*above 0",
         ),
         (
             lambda a: first_row(a).update({"7": {"logprob": float("nan")}}),

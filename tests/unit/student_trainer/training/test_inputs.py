@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 from typing import get_args
@@ -10,7 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import DataArguments
+from student_trainer.config.arguments import DataArguments, TeacherArguments, TemplateArguments
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Resume, flag, marked
 from student_trainer.config.trainer_flags import PRIVATE, SAME, TOLD
@@ -102,7 +103,7 @@ def test_each_flag_of_ours_is_placed_and_those_of_transformers_exist(command):
     assert {*SAME, *TOLD, *PRIVATE} <= theirs | {"logging_dir"}
 
 
-def of_teachers(tokenizer, names, *, named=False, streamed=False, weights=None):
+def of_teachers(tokenizer, names, *, named=False, streamed=False, weights=None, prompt=None):
     tokenizer.chat_template = "{{ messages }}"
     examples = RowTokenizer(tokenizer, (1,), DataArguments(), 200)(0, "row", ROW)
     if named:
@@ -111,7 +112,52 @@ def of_teachers(tokenizer, names, *, named=False, streamed=False, weights=None):
     weights = weights or dict.fromkeys(names, "a")
     teachers = {n: IDENTITY.model_copy(update={"fingerprint": 64 * weights[n]}) for n in names}
     given = None if streamed else examples
-    return training_inputs([Flags()], given, chat, rows_a_step=8, teachers=teachers)
+    return training_inputs(
+        [Flags()], given, chat, rows_a_step=8, teachers=teachers, teacher_template=prompt
+    )
+
+
+@pytest.mark.parametrize("then", ["Hint: {{ hint }}", None], ids=["changed", "new"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "stream"])
+def test_a_changed_template_of_the_teachers_prompt_is_refused_with_both_hashes(
+    tokenizer, tmp_path, streamed, then
+):
+    """Of a stream's rows nothing else is known."""
+    now = "Solution: {{ hint }}"
+    begun = of_teachers(tokenizer, ("",), streamed=streamed, prompt=then)
+    keep_inputs(begun, tmp_path)
+    check_resumed(tmp_path, begun)
+    hashes = [str(text and hashlib.sha256(text.encode()).hexdigest())[:12] for text in (then, now)]
+    named = f"the text of --teacher_prompt_template {hashes[0]}…? -> {hashes[1]}…"
+    with pytest.raises(ConfigurationError, match=named) as caught:
+        check_resumed(tmp_path, of_teachers(tokenizer, ("",), streamed=streamed, prompt=now))
+    assert "--accept_teacher_change" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "then", "now"),
+    [
+        ("teacher_column", "teacher", "who"),
+        ("dataset_teacher", ["math", "code"], ["code", "math"]),
+        ("teacher_chat_template_kwargs", None, '{"enable_thinking": false}'),
+        ("chat_template_kwargs", None, '{"enable_thinking": false}'),
+    ],
+)
+def test_a_stream_notices_which_teacher_rows_have_and_how_prompts_are_made(
+    tokenizer, tmp_path, flag, then, now
+):
+    def given(value):
+        flags = [TeacherArguments(), TemplateArguments()]
+        for kind in flags:
+            if hasattr(kind, flag):
+                setattr(kind, flag, value)
+        chat = ChatTemplate(Encoder(tokenizer), TemplateOptions())
+        return training_inputs(flags, None, chat, rows_a_step=8, teachers={"": IDENTITY})
+
+    keep_inputs(given(then), tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        check_resumed(tmp_path, given(now))
+    assert f"--{flag} {then} -> {now}" in str(caught.value)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["in-memory", "stream"])

@@ -13,6 +13,7 @@ from shared.tokenizer_file import PROBES
 from student_trainer.config.arguments import ModelArguments, TeacherArguments
 from student_trainer.config.training_arguments import DistillArguments
 from student_trainer.data.sample import Example, Sample
+from student_trainer.data.stream import ExampleStream, RowStream
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.teacher.compatible import check_capabilities, check_vocabulary
@@ -125,7 +126,7 @@ def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
 class TestPromptsThatOnlyTheTeacherSees:
     """A context of 20 tokens, a teacher's prompt of 12, and completions of up to 16 if written."""
 
-    def check(self, *, own, held_out=False, **method):
+    def check(self, *, own, held_out=False, streamed=False, **method):
         ids = np.arange(5, dtype=np.uint32)
         sample = None
         if own:
@@ -138,9 +139,13 @@ class TestPromptsThatOnlyTheTeacherSees:
             "top_k": 4, "max_new_tokens": 16, "seed": 0, "stop_ids": (1,), **method,
         })  # fmt: skip
         rows = ([], [example]) if held_out else ([example], None)
+        if streamed:
+            source = RowStream(["d"], [lambda: iter([("row", {})])], None, 0, 1)
+            rows = ExampleStream(source, lambda *_: [example], length=9, skip=False), None
         prepared = types.SimpleNamespace(method=config, train=rows[0], held_out=rows[1])
         client = types.SimpleNamespace(info=info(max_model_len=20))
         check_teacher_prompts(Teachers({"": client}), prepared, TeacherArguments())
+        return prepared.train
 
     @pytest.mark.parametrize(
         "row",
@@ -170,3 +175,8 @@ class TestPromptsThatOnlyTheTeacherSees:
     def test_what_does_not_fit_is_named(self, row, longest):
         with pytest.raises(DatasetError, match=f"row: .* 12 tokens and .* up to {longest} make"):
             self.check(**row)
+
+    def test_a_row_of_a_stream_is_named_when_it_is_read(self):
+        self.check(own=8, streamed=True)
+        with pytest.raises(DatasetError, match=r"row: .* 12 tokens .* up to 9 make 21; .* is 20"):
+            self.check(own=9, streamed=True)[0]
