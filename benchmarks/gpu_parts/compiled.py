@@ -7,6 +7,7 @@ Both come with the package triton. Its interpreter must be off (no TRITON_INTERP
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -180,5 +181,10 @@ def table() -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.stdout.write("\n".join(table()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
