@@ -18,15 +18,18 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_parts import NotHereError
 from benchmarks.harness import (
     Cell,
     Figure,
@@ -62,12 +65,14 @@ class Part:
         name: as the table has it.
         function: "module:function", called with the device and the arguments, which yields rows.
         limit: seconds, after which the process is ended; its rows so far are kept.
+        needs_gpu: it is left out on a CPU.
     """
 
     name: str
     function: str
     limit: float
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    needs_gpu: bool = False
 
 
 @dataclass
@@ -105,8 +110,8 @@ PARTS = (
          {"shape": "0.5B", "sequences": 16, "compiled": True, "checkpointing": False}),
     Part("loss, 256k", f"{_LOSS}:measure", 75,
          {"vocab_size": 256_000, "width": 2304, "positions": COUNTS}),
-    Part("teacher, vLLM", f"{_TEACHER}:vllm", 150, {"shape": "0.5B"}),
-    Part("rollouts, vLLM", f"{_ROLLOUTS}:vllm", 150, {"shape": "0.5B"}),
+    Part("teacher, vLLM", f"{_TEACHER}:vllm", 150, {"shape": "0.5B"}, needs_gpu=True),
+    Part("rollouts, vLLM", f"{_ROLLOUTS}:vllm", 150, {"shape": "0.5B"}, needs_gpu=True),
 )  # fmt: skip
 _TINY = {"shape": "tiny", "sequences": 2, "length": 32}
 # What stands in a part's arguments with --quick.
@@ -133,7 +138,7 @@ def quick(parts: Sequence[Part], device: str) -> list[Part]:
         if part.function == f"{_LOSS}:measure" and device == "cpu":
             arguments["triton"] = False
         what = json.dumps([part.function, arguments])
-        small.setdefault(what, Part(part.name, part.function, 60.0, arguments))
+        small.setdefault(what, replace(part, limit=180.0, arguments=arguments))
     return list(small.values())
 
 
@@ -181,8 +186,6 @@ def work(parent: Connection, function: str, device: str, arguments: Mapping[str,
         os.environ["TRITON_INTERPRET"] = "1"
     module, _, name = function.partition(":")
     try:
-        from benchmarks.gpu_parts.measure import NotHereError
-
         part = getattr(import_module(module), name)
     except ImportError as error:
         parent.send(("status", f"{LEFT_OUT}: {error}"))
@@ -206,21 +209,21 @@ def run_part(part: Part, device: str, limit: float) -> Result:
     began = time.monotonic()
     result = Result(part.name, "")
     with Worker(work, part.function, device, dict(part.arguments)) as worker:
-        while not result.status:
-            left = limit - (time.monotonic() - began)
-            if left <= 0 or not worker.pipe.poll(left):
-                result.status = f"ended after {limit:.0f} s"
-                _kill(worker.process.pid)
-                break
-            try:
+        try:
+            while not result.status:
+                left = limit - (time.monotonic() - began)
+                if left <= 0 or not worker.pipe.poll(left):
+                    result.status = f"ended after {limit:.0f} s"
+                    break
                 kind, value = worker.receive()
-            except RuntimeError as error:
-                result.status = f"failed: {error}"
-                break
-            if kind == "row":
-                result.rows.append(value)
-            else:
-                result.status = value
+                if kind == "row":
+                    result.rows.append(value)
+                else:
+                    result.status = value
+        except RuntimeError as error:  # the process ended
+            result.status = f"failed: {error}"
+        finally:
+            _kill(worker.process.pid)
     result.seconds = round(time.monotonic() - began, 1)
     return result
 
@@ -249,22 +252,28 @@ def run(
     if file.exists() and not fresh:
         kept = json.loads(file.read_text())["parts"]
     ends = time.monotonic() + 60 * minutes
-    results = []
-    for part in parts:
+    lock = threading.Lock()
+
+    def one(part: Part) -> Result:
         key = content_key(part, device, machine, sources)
         left = ends - time.monotonic()
         if key in kept and kept[key]["status"] == DONE:
-            result = Result(**kept[key])
-        elif left < min(LEAST_SECONDS, part.limit):
-            result = Result(part.name, NO_TIME)
-        else:
-            result = run_part(part, device, min(part.limit, left))
+            return Result(**kept[key])
+        if part.needs_gpu and device == "cpu":
+            return Result(part.name, f"{LEFT_OUT}: needs a GPU")
+        if left < min(LEAST_SECONDS, part.limit):
+            return Result(part.name, NO_TIME)
+        result = run_part(part, device, min(part.limit, left))
+        with lock:
             kept[key] = asdict(result)
             _write(file, {"machine": machine, "parts": kept})
-            told = f"{part.name}: {result.status}, {result.seconds:.0f} s\n"
-            sys.stderr.write(told)
-        results.append(result)
-    return machine, results
+            sys.stderr.write(f"{part.name}: {result.status}, {result.seconds:.0f} s\n")
+        return result
+
+    if device == "cuda":
+        return machine, [one(part) for part in parts]
+    with ThreadPoolExecutor(2) as pool:  # nobody reads the times of a CPU
+        return machine, list(pool.map(one, parts))
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

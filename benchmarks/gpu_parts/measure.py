@@ -1,4 +1,4 @@
-"""What all parts measure with: time and memory on a device, and rows of figures."""
+"""The measurements that all parts share: time and memory on a device, and rows of figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ from benchmarks.harness import Figure
 Row = dict[str, Figure]
 Rows = Iterator[Row]
 MIB = 1 << 20
-
-
-class NotHereError(Exception):
-    """A part that this machine cannot run; the message says what it lacks."""
 
 
 def median_seconds(

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_parts.measure import MIB, NotHereError, Row, Rows, median_seconds, milliseconds
+from benchmarks.gpu_parts import NotHereError
+from benchmarks.gpu_parts.measure import MIB, Row, Rows, median_seconds, milliseconds
 from benchmarks.gpu_parts.models import build, config_of, flops_a_token
 from benchmarks.gpu_parts.roofline import card_named
 from student_trainer.losses import Divergence, SparseDistribution

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu_parts.measure import NotHereError
+from benchmarks.gpu_parts import NotHereError
 
 
 def counts(device, *, rows):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -48,21 +49,28 @@ def test_a_part_that_fails_lacks_something_or_crashes_costs_only_itself():
     assert [one.status for one in found] == [
         "failed: ValueError: a reason",
         "left out: No module named 'this'",
-        "failed: work benchmarks-gpu ended with status 9; out of RAM?".replace(
-            "benchmarks-gpu", f"{HERE}:crashes cpu {{}}"
-        ),
+        f"failed: work {HERE}:crashes cpu {{}} ended with status 9; out of RAM?",
     ]
     assert [one.rows for one in found] == [[{"number": 0}], [], [{"number": 0}]]
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     file = tmp_path / "pid"
-    found = run_part(part("hangs", file=str(file)), "cpu", 8.0)
-    assert found.status == "ended after 8 s"
+    found = run_part(part("hangs", file=str(file)), "cpu", 4.0)
+    assert found.status == "ended after 4 s"
     assert found.rows in ([{"number": 0}], [])
     if file.exists():
-        child = int(file.read_text())
-        assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
+        ends = time.monotonic() + 20
+        while _runs(int(file.read_text())):
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+
+
+def _runs(process):
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_second_run_measures_what_is_not_done_and_fresh_measures_all(tmp_path, at_once):
@@ -151,8 +159,8 @@ def test_the_command_runs_a_part_keeps_it_and_ends_with_a_line_of_json(tmp_path,
     (one,) = json.loads(file.read_text())["parts"].values()
     by_method = {row["method"]: row for row in one["rows"] if "frozen" not in row["case"]}
     assert [*by_method] == ["bare matmuls", "ours, PyTorch", "dense", "Liger"]
-    assert by_method["ours, PyTorch"]["gradient error"] < 0.02
-    assert by_method["dense"]["gradient error"] < 0.02
+    assert by_method["ours, PyTorch"]["gradient error"] < 0.01
+    assert by_method["ours, PyTorch"]["gradient error"] < by_method["dense"]["gradient error"]
     assert by_method["Liger"]["ms"] == "not installed"
 
 
