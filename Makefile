@@ -11,13 +11,14 @@ DISTRIBUTED = --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DISTRIBUTED)
 
 .PHONY: help quickstart test test-real test-faults real-tokenizers real-models check docs audit \
-  audit-known format clean test-versions release-check
+  audit-known format clean test-versions release-check gpu-check
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
 	@echo "make test         all tests; make test VLLM=0 without vLLM, whose CPU build takes 2 GB"
 	@echo "make test-real    tests on published tokenizers and models, which it fetches (800 MB)"
 	@echo "make test-faults  every fault of docs/explanation/reliability.md, the slow ones too"
+	@echo "make gpu-check    on one GPU: speed, memory and exactness of every part, in 8 minutes"
 	@echo "make test-versions  the oldest and the newest releases that pyproject.toml allows (8 GB)"
 	@echo "make release-check  build wheel and sdist, check them, run both commands from them"
 	@echo "make check        lint, format, types, layers, docs, and what is known of the pinned versions"
@@ -64,6 +65,10 @@ real-models: .venv/ready
 # Slow ones among them. Those that change the network need root, and skip without.
 test-faults: .venv/ready
 	$(PYTEST) tests/faults -m '' -rs
+
+# Goes on where it was ended. GPU_CHECK='--fresh --minutes 15' passes flags.
+gpu-check: .venv/ready
+	$(BIN)/python -m benchmarks.gpu $(GPU_CHECK)
 
 # Each in an environment of its own, without vLLM. TORCH_OLDEST=2.13.0+cpu takes another one, such as
 # the CPU build of a wheel folder or of PyTorch's own index; PyPI's bring CUDA, 4 GB each.

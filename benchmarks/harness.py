@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import psutil
+if TYPE_CHECKING:
+    import psutil  # imported where it is used, so that other benchmarks run without it
 
 Cell = str | int | float
 Figure = str | int | float | bool | None
@@ -136,6 +137,8 @@ def listener(url: str) -> psutil.Process:
     Raises:
         RuntimeError: there is none.
     """
+    import psutil
+
     port = int(url.rsplit(":", 1)[1])
     for child in psutil.Process().children():
         for connection in child.net_connections(kind="tcp"):

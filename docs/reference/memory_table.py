@@ -37,6 +37,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "full, float32": ({"torch_dtype": "float32"}, {}, True),
 }
 _TOKENS = 4096  # learned in a micro-batch; the loss holds at most a chunk of logits anyway
+_CARD = 80 * 10**9  # whose chunks are the largest; smaller cards have smaller ones
 
 
 def estimate(size: str, way: str) -> Memory:
@@ -60,7 +61,9 @@ def estimate(size: str, way: str) -> Memory:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         model = ModelArguments(model_name_or_path=folder, **of_model)
-        return estimate_memory(model, AdapterArguments(**of_adapters), args, tokens=_TOKENS)
+        return estimate_memory(
+            model, AdapterArguments(**of_adapters), args, tokens=_TOKENS, card=_CARD
+        )
 
 
 def gigabytes(size: float) -> str:

@@ -14,6 +14,7 @@ import torch
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 
+ROW_MULTIPLE = 1  # rows of logits need no padding
 CACHE_BYTES = 2 << 20  # a block of logits of this size stays in a CPU core's cache between passes
 
 
@@ -33,6 +34,7 @@ def divergence_and_gradient(
     labels: HardLabels | None = None,
     softcap: float | None = None,
     with_gradient: bool,
+    out: torch.Tensor | None = None,
 ) -> LossOutput:
     """Return weighted divergence plus cross-entropy of each position; ``logits`` is overwritten.
 
@@ -49,10 +51,11 @@ def divergence_and_gradient(
     replaces z by c·tanh(z/c) and multiplies the gradient by 1 − tanh²(z/c).
 
     Args:
-        logits: [N, V] float32 or float64, contiguous; on return ``scale`` times the gradient with
+        logits: [N, V] float32 or float64; on return ``scale`` times the gradient with
             respect to it, or scratch without ``with_gradient``.
         teacher, weights, labels: of N positions, checked by the caller.
         softcap: c, or None; needs a second matrix like ``logits``.
+        out: [N, V] of any floating dtype, takes the gradient; ``logits`` is then scratch.
 
     Returns:
         weight · divergence + label weight · cross-entropy [N], and the statistics.
@@ -135,6 +138,8 @@ def divergence_and_gradient(
             exponentials.scatter_(1, at, exponentials.gather(1, at) - pull)
         if slopes is not None:
             exponentials *= slopes
+        if out is not None:
+            out.copy_(exponentials)
     columns = (
         values, teacher_mass, student_mass, teacher_entropy, student_entropy, agrees,
         cross_entropy, gap,

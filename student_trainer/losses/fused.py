@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from student_trainer.losses.chunks import card_bytes, chunk_positions
 from student_trainer.losses.deprecated import former_parameters
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
-from student_trainer.losses.kernels import Kernel, choose_kernel
-from student_trainer.losses.projection import project
+from student_trainer.losses.kernels import Kernel, choose_kernel, empty_rows
+from student_trainer.losses.projection import add_product, project
 from student_trainer.losses.reference import compute_dtype
 from student_trainer.losses.sparse import check_teacher, check_weights, with_offset
-
-# Each chunk reads and writes the whole weight gradient, so a chunk needs hundreds of positions: at
-# V = 152k, d = 512 on 2 cores, 165 of them (96 MiB) cost 16 % over the bare matmuls, 441 cost 7 %.
-CHUNK_BYTES = 256 << 20
 
 
 @former_parameters
@@ -62,7 +59,8 @@ def linear_sparse_jsd(
         softcap: the logits z become softcap·tanh(z / softcap) (Gemma); costs a second chunk.
         logit_scale: factor of the logits, before they are capped (Cohere, Granite).
         weights, labels, kernel: see `sparse_generalized_jsd`.
-        chunk_size: positions at a time; by default equal chunks of at most 256 MiB of logits.
+        chunk_size: positions at a time; by default equal chunks of at most 256 MiB of logits, on a
+            GPU of as many positions as its matmuls need; see `chunks`.
         vocab_size: number of token ids that are outcomes (padded vocabularies); the rest gets no
             probability and no gradient.
 
@@ -79,7 +77,9 @@ def linear_sparse_jsd(
     check_teacher(teacher, vocab_size)
     check_weights(weights, labels, len(teacher), vocab_size)
     if chunk_size is None:
-        chunk_size = _even_chunk_size(len(teacher), CHUNK_BYTES // (4 * vocab_size))
+        trained = weight.requires_grad and torch.is_grad_enabled()
+        card = card_bytes(hidden.device)
+        chunk_size = chunk_positions(len(teacher), vocab_size, card, trained=trained)
     elif chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
     if not normalizer > 0:
@@ -120,12 +120,6 @@ class _Projection:
     vocab_size: int
     softcap: float | None
     logit_scale: float
-
-
-def _even_chunk_size(count: int, limit: int) -> int:
-    """Return the size of the fewest equal chunks of at most ``limit``, so no chunk is small."""
-    chunks = max(1, math.ceil(count / max(1, limit)))
-    return max(1, math.ceil(count / chunks))
 
 
 def _check_shapes(
@@ -183,7 +177,12 @@ class _LinearSparseJSD(torch.autograd.Function):
         if grad_weight is not None:  # the first chunk is written, so only the padding is zeroed
             grad_weight[vocab_size if count else 0 :].zero_()
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
-        buffer = hidden.new_empty((min(chunk_size, count), vocab_size), dtype=dtype)
+        size = (min(chunk_size, count), vocab_size)
+        buffer = empty_rows(step, hidden, size, dtype)
+        # The gradient in the dtype of the matmuls; of equal dtypes it takes the logits' place.
+        narrow = buffer
+        if dtype != hidden.dtype and (wanted[0] or wanted[1]):
+            narrow = empty_rows(step, hidden, size, hidden.dtype)
         loss = hidden.new_zeros((), dtype=dtype)
         parts: list[SparseStatistics] = []
         for first in range(0, count, chunk_size):
@@ -194,6 +193,9 @@ class _LinearSparseJSD(torch.autograd.Function):
                 logits *= logit_scale
             targets = teacher[chunk]
             counts = None if weights is None else weights[chunk]
+            gradient = narrow[: part.shape[0]]  # [n, V]
+            # A bias gradient sums what is not rounded, so it needs the gradient in both dtypes.
+            separate = narrow is not buffer and grad_bias is None
             found = step.divergence_and_gradient(
                 logits,
                 targets,
@@ -203,15 +205,17 @@ class _LinearSparseJSD(torch.autograd.Function):
                 labels=None if labels is None else labels[chunk],
                 softcap=projection.softcap,
                 with_gradient=any(wanted),
+                out=gradient if separate else None,
             )
             losses, statistics = with_offset(found, targets, counts)
             loss += losses.sum() * scale
             parts.append(statistics)
-            gradient = logits.to(hidden.dtype)  # [n, V], no copy if the dtypes are equal
+            if narrow is not buffer and not separate:
+                gradient.copy_(logits)
             if grad_hidden is not None:
                 torch.mm(gradient, layer, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_outer(grad_weight[:vocab_size], gradient, part, first=first == 0)
+                add_product(grad_weight[:vocab_size], gradient.T, part, first=first == 0)
             if grad_bias is not None:
                 grad_bias[:vocab_size] += logits.sum(dim=0, dtype=dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
@@ -224,25 +228,22 @@ class _LinearSparseJSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         factor = upstream * ctx.late_scale
-        unscaled = factor.device.type == "cpu" and float(factor) == 1.0
+        # Reading the factor would wait for a GPU, which scales and converts in one pass anyway.
+        unscaled = not factor.is_cuda and float(factor) == 1.0
         gradients = [
-            None if saved is None else (saved if unscaled else saved * factor).to(dtype)
+            None
+            if saved is None
+            else saved.to(dtype)
+            if unscaled
+            else _scaled(saved, factor, dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None, None, None, None
 
 
-def _add_outer(
-    total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor, *, first: bool
-) -> None:
-    """Add gradientᵀ @ hidden to total [V, d], or write it if this is the first chunk."""
-    if total.dtype != hidden.dtype:
-        outer = torch.mm(gradient.T, hidden)
-        total.copy_(outer) if first else total.add_(outer)
-    elif first:
-        torch.mm(gradient.T, hidden, out=total)
-    else:
-        total.addmm_(gradient.T, hidden)
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return gradient · factor in a dtype, computed in the gradient's own and rounded once."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _concatenate(parts: list[SparseStatistics], device: torch.device) -> list[torch.Tensor]:

@@ -16,7 +16,13 @@ Kernel = Literal["auto", "torch", "triton"]
 
 
 class ChunkStep(Protocol):
-    """A module that computes divergence and gradient of a chunk of logits."""
+    """A module that computes divergence and gradient of a chunk of logits.
+
+    Attributes:
+        ROW_MULTIPLE: it is fastest on rows whose strides this number of elements divides.
+    """
+
+    ROW_MULTIPLE: int
 
     def logits_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of logits given to the module for ``dtype``, and of their gradient."""
@@ -33,6 +39,7 @@ class ChunkStep(Protocol):
         labels: HardLabels | None = None,
         softcap: float | None = None,
         with_gradient: bool,
+        out: torch.Tensor | None = None,
     ) -> LossOutput:
         """Compute as `closed_form.divergence_and_gradient` does."""
         ...
@@ -54,6 +61,15 @@ def choose_kernel(kernel: Kernel, logits: torch.Tensor) -> ChunkStep:
     from student_trainer.losses import triton
 
     return triton
+
+
+def empty_rows(
+    step: ChunkStep, like: torch.Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Return an uninitialised matrix of ``size`` on the device of ``like``, with padded rows."""
+    count, width = size
+    stride = -(-width // step.ROW_MULTIPLE) * step.ROW_MULTIPLE
+    return like.new_empty((count, stride), dtype=dtype)[:, :width]
 
 
 def _obstacle(device: str, dtype: torch.dtype) -> str:

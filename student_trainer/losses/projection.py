@@ -7,6 +7,7 @@ difference, and of the gradient, that is rounding.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from student_trainer.losses.reference import compute_dtype
 
 # Size of the float32 copies of weights where no matrix product multiplies half precision directly.
 BLOCK_BYTES = 8 << 20
+CACHED_BYTES = (
+    16 << 20
+)  # of a product that stays in a GPU's cache (40 MB and more) until it is added
 
 
 # `teacher_server.backends.projection` has this too, because `shared` imports no torch.
@@ -34,6 +38,49 @@ def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     for some, target in zip(b.split(columns, dim=1), out.split(columns, dim=1), strict=True):
         torch.mm(wide, some.to(out.dtype), out=target)
     return out
+
+
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """Add a [m, n] @ b [n, d], of one dtype, to ``total`` [m, d] of the arithmetic's dtype.
+
+    If it is the first product, ``total`` is written, whatever it held. On CUDA nothing is rounded
+    on the way, and no second [m, d] is made; elsewhere products of half precision are rounded to it
+    before they are added.
+    """
+    if a.dtype == total.dtype:
+        if first:
+            torch.mm(a, b, out=total)
+        else:
+            total.addmm_(a, b)
+    elif not a.is_cuda:
+        outer = torch.mm(a, b)
+        if first:
+            total.copy_(outer)
+        else:
+            total.add_(outer)
+    elif first:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
+    elif adds_wide_products(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # some rows at a time, whose product does not leave the GPU's cache
+        rows = max(1, CACHED_BYTES // (total.element_size() * max(1, b.shape[1])))
+        for some, target in zip(a.split(rows), total.split(rows), strict=True):
+            target.add_(torch.mm(some, b, out_dtype=total.dtype))
+
+
+@functools.cache
+def adds_wide_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this torch adds a product of half precision to a float32 matrix in place.
+
+    Earlier releases demand one dtype of all three. It waits for the device once in a process.
+    """
+    total = torch.ones(16, 16, device=device)
+    one = torch.eye(16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 1.0 + one.float()).all())
 
 
 def project(

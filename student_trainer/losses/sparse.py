@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from student_trainer.losses.deprecated import former_parameters
 from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
-from student_trainer.losses.kernels import Kernel, choose_kernel
+from student_trainer.losses.kernels import Kernel, choose_kernel, empty_rows
 
 
 @former_parameters
@@ -175,11 +175,10 @@ class _SparseJSD(torch.autograd.Function):
         kernel: Kernel,
     ) -> tuple[torch.Tensor, ...]:
         step = choose_kernel(kernel, student_logits)
-        logits = student_logits.to(
-            step.logits_dtype(student_logits.dtype),
-            copy=True,
-            memory_format=torch.contiguous_format,
-        )
+        dtype = step.logits_dtype(student_logits.dtype)
+        count, vocab_size = student_logits.shape
+        logits = empty_rows(step, student_logits, (count, vocab_size), dtype)
+        logits.copy_(student_logits)
         with_gradient = ctx.needs_input_grad[0]
         found = step.divergence_and_gradient(
             logits,

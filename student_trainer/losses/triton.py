@@ -1,9 +1,10 @@
 """The closed form as one Triton kernel: one program per position, two passes over the vocabulary.
 
-The first pass is an online log-sum-exp over the tail. Then the K + 1 outcomes are computed in
-registers. The second pass replaces the logits by their gradient. Logits are read and written in
-their own floating dtype, and the arithmetic is float32. There are no atomics, so the same input
-gives the same bits.
+The first pass is an online log-sum-exp over the tail. Each lane keeps a maximum and a sum of its
+own, so the lanes wait for each other once, after the pass. Then the K + 1 outcomes are computed in
+registers. The second pass writes the gradient. Both passes load a block while they compute the one
+before it. Logits and gradient are read and written in their own floating dtypes, and the arithmetic
+is float32. There are no atomics, so the same input gives the same bits.
 
 The mathematics and its names are those of `closed_form.divergence_and_gradient`, the reference.
 """
@@ -20,6 +21,11 @@ from student_trainer.losses.distribution import HardLabels, SparseDistribution
 from student_trainer.losses.divergence import Divergence, LossOutput, SparseStatistics
 
 BLOCK_V = 4096  # tokens in registers at once
+NUM_WARPS = 8
+# Columns of a block. Each thread has 8, the bfloat16 numbers in a load of 16 bytes; with fewer
+# columns a block's rows would be split between threads, which then wait for each other.
+LANES = 32 * NUM_WARPS * 8
+ROW_MULTIPLE = 16  # elements, so that rows are read and written 16 bytes at a time
 _LOWEST = torch.finfo(torch.float32).min / 4  # in place of −inf, so that 0·log 0 is 0
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)
 _COLUMNS = 1 + len(SparseStatistics.__dataclass_fields__)  # the objective, then the statistics
@@ -41,28 +47,45 @@ def divergence_and_gradient(
     labels: HardLabels | None = None,
     softcap: float | None = None,
     with_gradient: bool,
+    out: torch.Tensor | None = None,
 ) -> LossOutput:
-    """Compute as `closed_form.divergence_and_gradient`, on float32, bfloat16 or float16 logits."""
+    """Compute as `closed_form.divergence_and_gradient`, on float32, bfloat16 or float16 logits.
+
+    Rows of ``logits`` and ``out`` may be padded to a stride that `ROW_MULTIPLE` divides. Padding is
+    overwritten.
+    """
     beta, temperature = divergence.beta, divergence.temperature
     count, vocab_size = logits.shape
-    if not logits.is_contiguous():
-        raise ValueError("logits must be contiguous")
+    # Triton's interpreter cuts float32 to bfloat16, where a GPU rounds.
+    cut = out is not None and out.dtype == torch.bfloat16 and not out.is_cuda
+    gradient = logits if out is None or cut else out
+    for name, matrix in (("logits", logits), ("out", gradient)):
+        if matrix.stride(1) != 1 or matrix.stride(0) < vocab_size:
+            raise ValueError(f"{name} must have contiguous rows, got strides {matrix.stride()}")
+    # A mask that ends within 16 elements would have them all read one by one.
+    aligned = all(matrix.stride(0) % ROW_MULTIPLE == 0 for matrix in (logits, gradient))
+    width = triton.cdiv(vocab_size, ROW_MULTIPLE) * ROW_MULTIPLE if aligned else vocab_size
+    block_v = min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size)))
     support = teacher.token_ids.shape[1]
-    out = torch.empty((_COLUMNS, count), dtype=torch.float32, device=logits.device)
-    unused = out  # a valid pointer for absent arguments, which the kernel never reads
+    columns = torch.empty((_COLUMNS, count), dtype=torch.float32, device=logits.device)
+    unused = columns  # a valid pointer for absent arguments, which the kernel never reads
     label_weights = None if labels is None else labels.weights
     if count:
         _kernel[(count,)](
             logits,
+            gradient,
             teacher.token_ids.contiguous(),
             teacher.logprobs.float().contiguous(),
             teacher.tail_logprob.float().contiguous(),
             unused if weights is None else weights.float().contiguous(),
             unused if labels is None else labels.token_ids.contiguous(),
             unused if label_weights is None else label_weights.float().contiguous(),
-            out,
+            columns,
+            logits.stride(0),
+            gradient.stride(0),
             count,
             vocab_size,
+            width,
             support,
             beta,
             math.log(beta) if beta > 0.0 else 0.0,
@@ -80,10 +103,13 @@ def divergence_and_gradient(
             LOWEST=_LOWEST,
             FLOOR=_FLOOR,
             BLOCK_K=max(16, triton.next_power_of_2(support)),
-            BLOCK_V=min(BLOCK_V, max(16, triton.next_power_of_2(vocab_size))),
-            num_warps=8,
+            ROWS=max(1, block_v // LANES),
+            LANES=min(block_v, LANES),
+            num_warps=NUM_WARPS,
         )
-    return LossOutput(out[0], SparseStatistics(*out[1:]))
+    if out is not None and cut:
+        out.copy_(logits)
+    return LossOutput(columns[0], SparseStatistics(*columns[1:]))
 
 
 @triton.jit
@@ -103,6 +129,7 @@ def _add_logs(a, b):
 @triton.jit
 def _kernel(
     logits_at,  # [N, V]
+    gradient_at,  # [N, V], which may be the same
     ids_at,  # [N, K]
     logprobs_at,  # [N, K]
     tail_at,  # [N]
@@ -110,8 +137,11 @@ def _kernel(
     labels_at,  # [N]
     label_weights_at,  # [N]
     out_at,  # [columns, N]
+    logits_stride,
+    gradient_stride,
     count,
     vocab_size,
+    width,  # of a row with the padding that is read and written too
     support,
     beta,
     log_beta,
@@ -129,10 +159,12 @@ def _kernel(
     LOWEST: tl.constexpr,
     FLOOR: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     position = tl.program_id(0).to(tl.int64)
-    line = logits_at + position * vocab_size
+    line = logits_at + position * logits_stride
+    target = gradient_at + position * gradient_stride
     k = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_at + position * support + k, mask=k < support, other=-1)
     valid = ids >= 0
@@ -168,18 +200,24 @@ def _kernel(
     tl.store(line + ids, tl.full([BLOCK_K], -float("inf"), tl.float32), mask=valid)
     tl.debug_barrier()  # all writes are done before the reads
 
-    # Online log-sum-exp: the maximum so far, and the sum of exponentials relative to it.
-    tail_max = tl.full([], LOWEST, tl.float32)
-    tail_sum = tl.full([], 0.0, tl.float32)
-    for first in range(0, vocab_size, BLOCK_V):
-        v = first + tl.arange(0, BLOCK_V)
-        x = tl.load(line + v, mask=v < vocab_size, other=-float("inf")).to(tl.float32)
+    # Online log-sum-exp: each lane's maximum so far, and the sum of exponentials relative to it.
+    block = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]  # [rows, lanes]
+    lane_max = tl.full([LANES], LOWEST, tl.float32)
+    lane_sum = tl.full([LANES], 0.0, tl.float32)
+    ahead = tl.load(line + block, mask=block < width, other=-float("inf"))
+    for first in range(0, width, ROWS * LANES):
+        v = first + block
+        x = tl.where(v < vocab_size, ahead.to(tl.float32), -float("inf"))
+        later = v + ROWS * LANES  # loaded before anything waits for this block
+        ahead = tl.load(line + later, mask=later < width, other=-float("inf"))
         if CAPPED:
             x, _slopes = _cap(x, softcap)
-        higher = tl.maximum(tail_max, tl.max(x, axis=0))
-        tail_sum *= tl.exp((tail_max - higher) * inverse_t)
-        tail_sum += tl.sum(tl.exp((x - higher) * inverse_t), axis=0)
-        tail_max = higher
+        higher = tl.maximum(lane_max, tl.max(x, axis=0))
+        lane_sum *= tl.exp((lane_max - higher) * inverse_t)
+        lane_sum += tl.sum(tl.exp((x - higher[None, :]) * inverse_t), axis=0)
+        lane_max = higher
+    tail_max = tl.max(lane_max, axis=0)
+    tail_sum = tl.sum(lane_sum * tl.exp((lane_max - tail_max) * inverse_t), axis=0)
 
     best_z = tl.max(z, axis=0)
     maximum = tl.maximum(best_z, tail_max)
@@ -278,17 +316,20 @@ def _kernel(
         gradient = scale * (weight * centred + share * full_q)
         tail_gradient = scale * (weight * centred_tail + share * full_q_tail)
         spread = tail_gradient / tl.maximum(tail_sum, 1.0)
-        for first in range(0, vocab_size, BLOCK_V):
-            v = first + tl.arange(0, BLOCK_V)
-            x = tl.load(line + v, mask=v < vocab_size, other=-float("inf")).to(tl.float32)
+        ahead = tl.load(line + block, mask=block < width, other=-float("inf"))
+        for first in range(0, width, ROWS * LANES):
+            v = first + block
+            x = tl.where(v < vocab_size, ahead.to(tl.float32), -float("inf"))
+            later = v + ROWS * LANES  # before the store, over which no compiler moves a load
+            ahead = tl.load(line + later, mask=later < width, other=-float("inf"))
             bend = 1.0
             if CAPPED:
                 x, bend = _cap(x, softcap)
             change = tl.exp((x - tail_max) * inverse_t) * spread
             if LABEL_WEIGHTED:
                 change = tl.where(v == label, change - scale * share, change)
-            tl.store(line + v, change * bend, mask=v < vocab_size)
+            tl.store(target + v, change * bend, mask=v < width)
         if LABEL_WEIGHTED:
             gradient = tl.where(ids == label, gradient - scale * share, gradient)
         tl.debug_barrier()  # the loop's writes are done before the support's overwrite them
-        tl.store(line + ids, gradient * slope, mask=valid)
+        tl.store(target + ids, gradient * slope, mask=valid)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from student_trainer.losses.fused import CHUNK_BYTES
+from student_trainer.losses.chunks import CHUNK_BYTES
 from student_trainer.losses.projection import linear, project
 from student_trainer.model.probe import probe_model
 

@@ -17,7 +17,7 @@ from student_trainer.config.arguments import (
     uses_fsdp,
 )
 from student_trainer.config.training_arguments import CommonTrainingArguments
-from student_trainer.losses.fused import CHUNK_BYTES
+from student_trainer.losses.chunks import MOST_POSITIONS, card_bytes, chunk_bytes
 from student_trainer.model.load import load_skeleton
 
 # NF4 with double quantisation (QLoRA, arXiv 2305.14314): 4 bits, an 8-bit scale for each 64 weights
@@ -35,7 +35,8 @@ class Memory:
         buckets: in which DDP exchanges gradients between processes: a second copy of them.
         optimizer: its state after the first step; None where that is not known without a GPU.
         casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
-        loss: a chunk of logits, and the gradient of the output layer where it is trained.
+        loss: a chunk of logits and its gradient in half precision, and the gradient of the output
+            layer where it is trained.
     """
 
     parameters: int
@@ -54,7 +55,12 @@ class Memory:
 
 
 def estimate_memory(
-    model: ModelArguments, adapters: AdapterArguments, args: CommonTrainingArguments, *, tokens: int
+    model: ModelArguments,
+    adapters: AdapterArguments,
+    args: CommonTrainingArguments,
+    *,
+    tokens: int,
+    card: int | None = None,
 ) -> Memory:
     """Return the memory of a training step.
 
@@ -62,6 +68,7 @@ def estimate_memory(
 
     Args:
         tokens: learned in a micro-batch, at most.
+        card: bytes of the GPU's memory; None for this machine's own, if it has one.
 
     Raises:
         ConfigurationError: there is no such model, or the adapters do not fit it.
@@ -82,6 +89,8 @@ def estimate_memory(
         casts = sum(2 * w.numel() for w in linear if w.dtype == torch.float32)
     if adapters.load_in_4bit:
         casts = 0  # a 4-bit layer is unpacked when it is used, and no copy stays
+    if card is None and torch.cuda.is_available():
+        card = card_bytes(torch.device("cuda"))
     sharded = uses_fsdp(args) or uses_deepspeed(args)
     return Memory(
         parameters=sum(p.numel() for p in parameters),
@@ -91,8 +100,17 @@ def estimate_memory(
         buckets=bytes_of(trained) if args.world_size > 1 and not sharded else 0,
         optimizer=_optimizer_bytes(args, skeleton, trained),
         casts=casts,
-        loss=min(CHUNK_BYTES, 4 * len(head) * tokens) + 4 * head.numel() * head.requires_grad,
+        loss=_loss_bytes(head, tokens, card, half=args.bf16 or args.fp16),
     )
+
+
+def _loss_bytes(head: torch.Tensor, tokens: int, card: int | None, *, half: bool) -> int:
+    """Return the bytes of a chunk, its gradient in half precision, and the layer's gradient."""
+    if card is not None:
+        tokens = min(tokens, MOST_POSITIONS)
+    chunk = min(chunk_bytes(card, trained=head.requires_grad), 4 * len(head) * tokens)
+    narrow = chunk // 2 if half or head.element_size() == 2 else 0
+    return chunk + narrow + 4 * head.numel() * head.requires_grad
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

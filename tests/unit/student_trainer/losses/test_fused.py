@@ -13,7 +13,6 @@ from student_trainer.losses import (
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
-from student_trainer.losses.fused import _even_chunk_size
 from tests.support.losses import BETAS, TAILS, assert_close, top_k
 
 N, D, V, K = 7, 5, 12, 4
@@ -243,14 +242,6 @@ def test_extreme_logits_give_finite_values_and_gradients(beta, scale):
     ).loss
     assert math.isfinite(loss.item())
     assert all(gradient.isfinite().all() for gradient in gradients(loss, hidden, weight))
-
-
-@pytest.mark.parametrize(
-    ("rows", "limit", "size"),
-    [(1024, 441, 342), (512, 441, 256), (441, 441, 441), (3, 0, 1), (0, 9, 1)],
-)
-def test_default_chunks_are_of_equal_size(rows, limit, size):
-    assert _even_chunk_size(rows, limit) == size
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,39 @@ def test_the_kernel_equals_the_closed_form(
     assert_twins(slow, fast, dtype)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("vocab_size", [5, 100, 4097, 5000])
+def test_rows_may_be_padded_and_the_gradient_may_go_elsewhere(vocab_size, dtype):
+    """The padding holds NaN, which must not reach a number."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, vocab_size, device=DEVICE)
+    teacher = top_k(torch.randn(3, vocab_size), 4).to(DEVICE)
+    labels = HardLabels(torch.arange(3), torch.ones(3)).to(DEVICE)
+    expected = logits.clone()
+    slow = closed_form.divergence_and_gradient(
+        expected, teacher, Divergence(), labels=labels, with_gradient=True
+    )
+    stride = -(-vocab_size // 16) * 16 + 16
+    for unaligned in (0, 3):
+        rows = torch.full((3, stride + unaligned), math.nan, device=DEVICE)[:, :vocab_size]
+        rows.copy_(logits)
+        found = torch.full((3, stride), math.nan, device=DEVICE, dtype=dtype)[:, :vocab_size]
+        fast = triton.divergence_and_gradient(
+            rows, teacher, Divergence(), labels=labels, with_gradient=True, out=found
+        )
+        torch.testing.assert_close(fast[0], slow[0], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(found.float(), expected, rtol=TOLERANCES[dtype], atol=1e-6)
+
+
+def test_rows_that_overlap_are_refused():
+    logits = torch.zeros(3, 20, device=DEVICE)
+    with pytest.raises(ValueError, match=r"out must have contiguous rows, got strides \(1, 3\)"):
+        triton.divergence_and_gradient(
+            logits, top_k(torch.zeros(3, 20), 2).to(DEVICE), Divergence(), with_gradient=True,
+            out=torch.zeros(20, 3, device=DEVICE).T,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_the_whole_vocabulary_as_support_leaves_no_tail(beta):
     torch.manual_seed(0)
