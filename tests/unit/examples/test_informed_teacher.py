@@ -1,0 +1,162 @@
+"""The data of the informed teachers: what the prompts tell, what is held out, and the study."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from examples.informed_teacher.prepare import SETTINGS, make_dataset, prepare
+from examples.informed_teacher.tasks import KNOWN, WORDS
+from examples.mini_humaneval.tasks import is_held_out
+from student_trainer.data.conversation import Conversation
+from student_trainer.data.teacher_view import TeacherView, read_template
+from student_trainer.study.flags import check_flags
+from student_trainer.study.plan import make_plan
+from student_trainer.study.spec import load_study
+
+SEED = 3
+SMALL = replace(SETTINGS, pretrain_rows=600, solved_rows=60, prompted_rows=120, held_out_rows=50)
+EXAMPLE = Path(__file__).parents[3] / "examples" / "informed_teacher"
+HELD_OUT = ("new", "new_with_solution", "new_with_prompt", "old", "other_prompt")
+
+
+@pytest.fixture(scope="module")
+def data() -> dict[str, list[dict[str, Any]]]:
+    return make_dataset(SEED, SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder, seed=SEED, settings=SMALL)
+    return folder
+
+
+def passes(row: dict[str, Any], body: str) -> bool:
+    checker = row["checker"]
+    program = f"{checker['prompt']}{body}\n{checker['test']}\ncheck({checker['entry_point']})"
+    try:
+        exec(program, {})
+    except AssertionError:
+        return False
+    return True
+
+
+def composition(row: dict[str, Any]) -> frozenset[str]:
+    names = {operation.name for operation in KNOWN}
+    return frozenset(
+        next(name for name in names if re.fullmatch(rf"{name}\d*", step))
+        for step in row["task_id"].split(">")
+    )
+
+
+def label(row: dict[str, Any]) -> str:
+    return row["messages"][-1]["content"]
+
+
+def told(row: dict[str, Any]) -> dict[str, str]:
+    """The code that the row's glossary has for each word."""
+    entries = row["messages"][0]["content"].removeprefix("Words: ").split(" ; ")
+    return dict(re.fullmatch(r"(\w+)(?: N)?: (.*)", entry).groups() for entry in entries)
+
+
+def words_of(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text) if word in WORDS]
+
+
+def test_labels_and_solutions_are_right(data):
+    rows = [row for name, rows in data.items() if name != "prompted" for row in rows]
+    assert sum(passes(row, label(row)) for row in rows) == len(rows) == 600 + 60 + 5 * 50
+
+
+def test_a_solution_is_written_in_another_way_than_the_model_does(data):
+    own = {label(row).replace("x =", "a =") for row in data["pretrain"]}
+    assert all(label(row).startswith("    a = ") for row in data["solved"])
+    assert not any("    a = " in label(row) for row in data["pretrain"])
+    assert not own & {label(row) for row in data["solved"]}
+
+
+def test_no_held_out_composition_is_learned(data):
+    for name in ("pretrain", "solved", "prompted"):
+        assert not any(is_held_out(composition(row), SEED) for row in data[name])
+    for name in HELD_OUT:
+        assert all(is_held_out(composition(row), SEED) for row in data[name])
+
+
+def test_no_held_out_task_occurs_twice(data):
+    for name in ("new", "old"):
+        assert len({row["task_id"] for row in data[name]}) == 50
+
+
+def test_the_three_views_of_a_held_out_task_are_of_the_same_tasks(data):
+    for name in ("new_with_solution", "new_with_prompt"):
+        assert [row["checker"] for row in data[name]] == [row["checker"] for row in data["new"]]
+
+
+def test_the_system_prompt_tells_every_word_that_is_learned_or_asked(data):
+    meanings = told(data["new_with_prompt"][0])
+    assert len(meanings) == SMALL.language_size
+    asked = [row["messages"][0]["content"] for name in ("new", "solved") for row in data[name]]
+    assert set(words_of(" ".join(asked))) <= set(meanings)
+    assert {row["teacher_messages"][0]["content"] for row in data["prompted"]} == {
+        data["new_with_prompt"][0]["messages"][0]["content"]
+    }
+
+
+def test_a_word_has_no_meaning_of_its_own_in_pretraining_and_under_other_prompts(data):
+    meanings: dict[str, set[str]] = {}
+    for row in data["pretrain"] + data["other_prompt"]:
+        if row["messages"][0]["role"] == "system":
+            for word, code in told(row).items():
+                meanings.setdefault(word, set()).add(code)
+    assert set(meanings) == set(WORDS)
+    assert min(map(len, meanings.values())) > len(KNOWN) / 2
+
+
+def test_plain_tasks_have_no_invented_word(data):
+    assert not any(words_of(row["messages"][0]["content"]) for row in data["old"])
+
+
+def test_the_template_shows_the_teacher_what_it_was_pretrained_on(data):
+    view = TeacherView(template=read_template(EXAMPLE / "solution.jinja"))
+    for row, solved in zip(data["new"], data["new_with_solution"], strict=True):
+        solution = solved["messages"][0]["content"].split("A solution:\n")[1]
+        user = row["messages"][0]
+        labelled = {"messages": [user, {"role": "assistant", "content": solution}]}
+        parsed = Conversation(prompt=[user], completion=labelled["messages"][1])
+        assert view.messages_of("row", labelled, parsed) == solved["messages"][:1]
+
+
+def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
+    prepare(tmp_path, seed=SEED, settings=SMALL)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert len(files) > 8
+    assert [p for p in files if (folder / p).read_bytes() != (tmp_path / p).read_bytes()] == []
+
+
+def test_everything_fits(folder, data):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "init")
+    room = load_study(EXAMPLE / "study.yaml").cells["self.0.001"].flags["max_new_tokens"]
+    for rows in data.values():
+        for row in rows:
+            messages = row.get("teacher_messages", row["messages"])
+            tokens = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+            assert len(tokens) + room <= SETTINGS.max_length
+            assert len(tokenizer(label(row))["input_ids"]) < room
+
+
+def test_all_learn_by_equal_updates_from_the_model_that_they_start_from():
+    study = load_study(EXAMPLE / "study.yaml")
+    check_flags(study)
+    assert len(study.seeds) >= 3
+    for names in (("sft.", "written.", "self."), ("prompt_written", "prompt_self")):
+        cells = [cell for name, cell in study.cells.items() if name.startswith(names)]
+        assert len({cell.flags["max_steps"] for cell in cells}) == 1
+        assert len({cell.flags["dataset_name"] for cell in cells}) == 1
+        assert {cell.flags["model_name_or_path"] for cell in cells} == {"{before}"}
+        assert {cell.teacher for cell in cells} <= {None, "before"}
+    plan = make_plan(study, (0,))
+    assert len(plan.jobs) == len(study.cells)
