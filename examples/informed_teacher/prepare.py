@@ -184,3 +184,7 @@ def row_of(
             "test": unit_test(task),
         },
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """The data of the informed teachers: what the prompts tell, what is held out, and the study."""
 
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,13 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert len(files) > 8
     assert [p for p in files if (folder / p).read_bytes() != (tmp_path / p).read_bytes()] == []
+
+
+def test_the_module_is_a_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["prepare", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("examples.informed_teacher.prepare", run_name="__main__")
+    assert "--seed" in capsys.readouterr().out
 
 
 def test_everything_fits(folder, data):
