@@ -1,7 +1,12 @@
 """The data of the informed teachers: what the prompts tell, what is held out, and the study."""
 
+import json
 import re
 import runpy
+import shlex
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +22,18 @@ from student_trainer.data.teacher_view import TeacherView, read_template
 from student_trainer.study.flags import check_flags
 from student_trainer.study.plan import make_plan
 from student_trainer.study.spec import load_study
+from tests.support.flags import (
+    command_lines,
+    read_server,
+    read_trainer,
+    server_lines,
+    trainer_lines,
+)
 
 SEED = 3
 SMALL = replace(SETTINGS, pretrain_rows=600, solved_rows=60, prompted_rows=120, held_out_rows=50)
 EXAMPLE = Path(__file__).parents[3] / "examples" / "informed_teacher"
+README = EXAMPLE / "README.md"
 HELD_OUT = ("new", "new_with_solution", "new_with_prompt", "old", "other_prompt")
 
 
@@ -140,6 +153,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 def test_the_module_is_a_command(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["prepare", "--help"])
+    monkeypatch.delitem(sys.modules, "examples.informed_teacher.prepare")
     with pytest.raises(SystemExit):
         runpy.run_module("examples.informed_teacher.prepare", run_name="__main__")
     assert "--seed" in capsys.readouterr().out
@@ -168,3 +182,46 @@ def test_all_learn_by_equal_updates_from_the_model_that_they_start_from():
         assert {cell.teacher for cell in cells} <= {None, "before"}
     plan = make_plan(study, (0,))
     assert len(plan.jobs) == len(study.cells)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for words in trainer_lines(README) if words[0] != "study"],
+    ids=lambda words: f"{words[0]}-{words[-1]}",
+)
+def test_every_command_of_the_trainer_is_accepted(words, monkeypatch):
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    read_trainer(words)
+    if "--teacher_prompt_template" in words:
+        read_template(Path(words[words.index("--teacher_prompt_template") + 1]))
+
+
+def test_every_command_of_the_server_is_accepted(monkeypatch):
+    models = {read_server(words, monkeypatch).model for words in server_lines(README)}
+    students = {
+        words[words.index("--model_name_or_path") + 1]
+        for words in trainer_lines(README)
+        if words[0] == "distill"
+    }
+    assert models == students
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_the_rows_that_jq_makes_are_what_the_recipes_read(tmp_path):
+    user = {"role": "user", "content": "What is 17 * 24?"}
+    (tmp_path / "solved.jsonl").write_text(json.dumps({"messages": [user], "solution": "408"}))
+    for name in ("prompts", "without"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [user], "task_id": "1"}))
+    (tmp_path / "system.txt").write_text("Be polite.\n")
+    lines = [shlex.join(words) for words in command_lines(README) if words[:1] == ["jq"]]
+    for line in lines:
+        subprocess.run(line.replace("'>'", ">"), shell=True, check=True, cwd=tmp_path)
+    made = {name: json.loads((tmp_path / f"{name}.jsonl").read_text()) for name in
+            ("labelled", "prompted", "with")}  # fmt: skip
+    system = {"role": "system", "content": "Be polite.\n"}
+    answer = {"role": "assistant", "content": "408"}
+    assert made == {
+        "labelled": {"messages": [user, answer]},
+        "prompted": {"messages": [user], "teacher_messages": [system, user]},
+        "with": {"messages": [system, user], "task_id": "1"},
+    }

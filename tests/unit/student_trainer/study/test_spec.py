@@ -156,7 +156,7 @@ def test_an_evaluation_that_a_table_names_is_its_own_measure(tmp_path):
     old, new = ({"command": "evaluate", "flags": {"dataset_name": name}} for name in ("old", "new"))
     models = {"grid": {"model_name_or_path": ["{a}", "{b}"]}}
     content = {
-        "cells": {"a": step(), "b": step(add=1), "old": {**old, **models}, "new": {**new, **models}},
+        "cells": {"a": step(), "b": step(add=1), "old": old | models, "new": new | models},
         "measure": {"metric": "pass@1"},
         "tables": {"t": {"cells": ["new.*", "old.*"], "differences": [["old.b", "new.b"]]}},
     }
