@@ -1,7 +1,6 @@
 """The data of the informed teachers: what the prompts tell, what is held out, and the study."""
 
 import json
-import re
 import runpy
 import shlex
 import shutil
@@ -15,10 +14,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.informed_teacher.prepare import SETTINGS, make_dataset, prepare
-from examples.informed_teacher.tasks import KNOWN, WORDS
-from examples.mini_humaneval.tasks import is_held_out
+from examples.informed_teacher.tasks import NUMBERS, OPERATIONS, WORDS, Task, is_held_out
 from student_trainer.data.conversation import Conversation
 from student_trainer.data.teacher_view import TeacherView, read_template
+from student_trainer.evaluation.checkers import check_completions
 from student_trainer.study.flags import check_flags
 from student_trainer.study.plan import make_plan
 from student_trainer.study.spec import load_study
@@ -49,55 +48,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def passes(row: dict[str, Any], body: str) -> bool:
-    checker = row["checker"]
-    program = f"{checker['prompt']}{body}\n{checker['test']}\ncheck({checker['entry_point']})"
-    try:
-        exec(program, {})
-    except AssertionError:
-        return False
-    return True
-
-
-def composition(row: dict[str, Any]) -> frozenset[str]:
-    names = {operation.name for operation in KNOWN}
-    return frozenset(
-        next(name for name in names if re.fullmatch(rf"{name}\d*", step))
-        for step in row["task_id"].split(">")
-    )
-
-
 def label(row: dict[str, Any]) -> str:
     return row["messages"][-1]["content"]
 
 
+def asked(row: dict[str, Any]) -> str:
+    return next(m["content"] for m in row["messages"] if m["role"] == "user")
+
+
 def told(row: dict[str, Any]) -> dict[str, str]:
-    """The code that the row's glossary has for each word."""
-    entries = row["messages"][0]["content"].removeprefix("Words: ").split(" ; ")
-    return dict(re.fullmatch(r"(\w+)(?: N)?: (.*)", entry).groups() for entry in entries)
+    """The meaning of each word by the row's glossary."""
+    entries = row["messages"][0]["content"].removeprefix("words : ").split(" , ")
+    return dict(entry.split() for entry in entries)
+
+
+def tasks_in(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that ask for more than the meanings of words."""
+    return [row for row in rows if not asked(row).startswith("tell")]
+
+
+def task_of(row: dict[str, Any]) -> Task:
+    """The row's task, read from its answer, in whichever style."""
+    names = tuple(word for word in label(row).split() if word in OPERATIONS)
+    return Task(int(asked(row).split()[0]), names, None)
 
 
 def words_of(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w+", text) if word in WORDS]
+    return [word for word in text.split() if word in WORDS]
 
 
-def test_labels_and_solutions_are_right(data):
-    rows = [row for name, rows in data.items() if name != "prompted" for row in rows]
-    assert sum(passes(row, label(row)) for row in rows) == len(rows) == 600 + 60 + 5 * 50
+def test_labels_and_solutions_end_with_the_right_number(data):
+    rows = [row for name in data if name != "prompted" for row in tasks_in(data[name])]
+    assert len(rows) > 300 + 60 + 5 * 50
+    for row in rows:
+        assert row["checker"]["answer"] == str(task_of(row).values[-1])
+    checkers, answers = [row["checker"] for row in rows], [label(row) for row in rows]
+    assert all(result.passed for result in check_completions(checkers, answers))
+
+
+def test_the_operations_are_told_apart_by_their_results():
+    results = {tuple(f(x) % NUMBERS for x in range(NUMBERS)) for f in OPERATIONS.values()}
+    assert len(results) == len(OPERATIONS)
 
 
 def test_a_solution_is_written_in_another_way_than_the_model_does(data):
-    own = {label(row).replace("x =", "a =") for row in data["pretrain"]}
-    assert all(label(row).startswith("    a = ") for row in data["solved"])
-    assert not any("    a = " in label(row) for row in data["pretrain"])
-    assert not own & {label(row) for row in data["solved"]}
+    assert all(" by " in label(row) for row in data["solved"])
+    assert not any(" by " in label(row) for row in data["pretrain"])
 
 
-def test_no_held_out_composition_is_learned(data):
-    for name in ("pretrain", "solved", "prompted"):
-        assert not any(is_held_out(composition(row), SEED) for row in data[name])
+def test_no_held_out_combination_is_learned(data):
+    for name in ("pretrain", "solved"):
+        assert not any(is_held_out(task_of(row), SEED) for row in tasks_in(data[name]))
     for name in HELD_OUT:
-        assert all(is_held_out(composition(row), SEED) for row in data[name])
+        assert all(is_held_out(task_of(row), SEED) for row in data[name])
+    assert not {asked(row) for row in data["prompted"]} & {asked(row) for row in data["new"]}
 
 
 def test_no_held_out_task_occurs_twice(data):
@@ -113,8 +117,10 @@ def test_the_three_views_of_a_held_out_task_are_of_the_same_tasks(data):
 def test_the_system_prompt_tells_every_word_that_is_learned_or_asked(data):
     meanings = told(data["new_with_prompt"][0])
     assert len(meanings) == SMALL.language_size
-    asked = [row["messages"][0]["content"] for name in ("new", "solved") for row in data[name]]
-    assert set(words_of(" ".join(asked))) <= set(meanings)
+    for name in ("new", "solved", "prompted"):
+        assert {word for row in data[name] for word in words_of(asked(row))} == set(meanings)
+    for row in data["new"]:
+        assert tuple(meanings[word] for word in words_of(asked(row))) == task_of(row).names
     assert {row["teacher_messages"][0]["content"] for row in data["prompted"]} == {
         data["new_with_prompt"][0]["messages"][0]["content"]
     }
@@ -127,17 +133,17 @@ def test_a_word_has_no_meaning_of_its_own_in_pretraining_and_under_other_prompts
             for word, code in told(row).items():
                 meanings.setdefault(word, set()).add(code)
     assert set(meanings) == set(WORDS)
-    assert min(map(len, meanings.values())) > len(KNOWN) / 2
+    assert min(map(len, meanings.values())) > len(OPERATIONS) / 2
 
 
 def test_plain_tasks_have_no_invented_word(data):
-    assert not any(words_of(row["messages"][0]["content"]) for row in data["old"])
+    assert not any(words_of(asked(row)) for row in data["old"])
 
 
 def test_the_template_shows_the_teacher_what_it_was_pretrained_on(data):
     view = TeacherView(template=read_template(EXAMPLE / "solution.jinja"))
     for row, solved in zip(data["new"], data["new_with_solution"], strict=True):
-        solution = solved["messages"][0]["content"].split("A solution:\n")[1]
+        solution = solved["messages"][0]["content"].split(" solution : ")[1]
         user = row["messages"][0]
         labelled = {"messages": [user, {"role": "assistant", "content": solution}]}
         parsed = Conversation(prompt=[user], completion=labelled["messages"][1])
@@ -167,6 +173,7 @@ def test_everything_fits(folder, data):
             messages = row.get("teacher_messages", row["messages"])
             tokens = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
             assert len(tokens) + room <= SETTINGS.max_length
+        for row in tasks_in(rows):
             assert len(tokenizer(label(row))["input_ids"]) < room
 
 
