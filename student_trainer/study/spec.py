@@ -32,7 +32,7 @@ class Cell:
         source: the key in the file, for errors.
         teacher: the cell whose model is served while this one runs.
         coordinates: what a grid set in it, by key.
-        measures: the cell whose model it measures.
+        measures: the cell whose model it measures; itself, where a table names an `evaluate` cell.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Study:
 
     Attributes:
         cells: by name, inputs before those who use them; a measuring cell follows each that a table
-            compares.
+            compares, unless that one is an `evaluate` cell, which has measured already.
         metric: the key of ``results.json`` that a measuring cell writes.
         serve: flags of `teacher-server serve`.
     """
@@ -143,10 +143,16 @@ def _study(path: Path, content: Any) -> Study:
         for name, entry in _mapping(top.get("tables", {}), "tables").items()
     )
     metric = ""
+    compared = list(dict.fromkeys(name for table in tables for name in table.cells))
+    for name in compared:
+        if cells[name].command == "evaluate":
+            cells[name] = replace(cells[name], measures=name)
     if tables:
         measure = _mapping(top.get("measure"), "measure", ("command", "flags", "metric"))
         metric = str(measure.get("metric", "pass@1"))
-        for name in dict.fromkeys(name for table in tables for name in table.cells):
+        for name in compared:
+            if cells[name].measures == name:
+                continue
             cell = _measure(name, measure, defaults)
             if cell.name in cells:
                 raise _ContentError(f"cells.{cell.name}: the measure of {name} has this name")
@@ -165,7 +171,10 @@ def _study(path: Path, content: Any) -> Study:
 
 
 def _expand(name: str, entry: Any, defaults: Mapping[str, Any]) -> Iterator[Cell]:
-    """Yield the cell, or one for each combination of its grids, named after their values."""
+    """Yield the cell, or one for each combination of its grids, named after their values.
+
+    A value that names another cell in braces becomes that name.
+    """
     source = f"cells.{name}"
     if not _NAME.fullmatch(name) or name in ("seed", "model"):
         raise _ContentError(f"{source}: a name has letters, digits and _ . = - only, and is not "
@@ -184,7 +193,7 @@ def _expand(name: str, entry: Any, defaults: Mapping[str, Any]) -> Iterator[Cell
             flags = {key: value for key, value in coordinates.items() if key != "teacher"}
             yield replace(
                 cell,
-                name=".".join([name, *(str(value) for value in values)]),
+                name=".".join([name, *(_REFERENCE.sub(r"\1", str(value)) for value in values)]),
                 flags={**cell.flags, **flags},
                 teacher=coordinates.get("teacher", cell.teacher),
                 coordinates=coordinates,

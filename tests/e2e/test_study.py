@@ -37,6 +37,11 @@ def test_a_teacher_is_served_once_for_its_cells_and_then_stopped(world, tmp_path
                 "flags": {"dataset_name": str(world.rows), "lmbda": 1.0},
                 "grid": {"top_k_logprobs": [2, 8]},
             },
+            "again": {
+                "command": "evaluate",
+                "flags": {"max_new_tokens": 4, "dataset_name": str(tmp_path / "held_out.jsonl")},
+                "grid": {"model_name_or_path": ["{teacher}"]},
+            },
         },
         "measure": {
             "command": "evaluate",
@@ -46,7 +51,10 @@ def test_a_teacher_is_served_once_for_its_cells_and_then_stopped(world, tmp_path
                 "dataset_name": str(tmp_path / "held_out.jsonl"),
             },
         },
-        "tables": {"k": {"cells": ["gkd.*"], "x": "top_k_logprobs"}},
+        "tables": {
+            "k": {"cells": ["gkd.*"], "x": "top_k_logprobs"},
+            "again": {"cells": ["again.*"]},
+        },
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     output = tmp_path / "out"
@@ -65,7 +73,7 @@ def test_a_teacher_is_served_once_for_its_cells_and_then_stopped(world, tmp_path
         assert (output / f"seed-3/gkd.{k}/model.safetensors").exists()
     results = json.loads((output / "results.json").read_text())
     assert results["metric"] == "exact_match"
-    assert set(results["cells"]) == {"gkd.2", "gkd.8"}
+    assert set(results["cells"]) == {"gkd.2", "gkd.8", "again.teacher"}
     assert (output / "k.svg").exists()
 
     # The port is another at every start: it is no part of what a cell is.

@@ -94,10 +94,10 @@ def with_key(argv: Sequence[str], folder: Path) -> list[str]:
 
 
 def command_lines(page: Path) -> Iterator[list[str]]:
-    """Yield each line of the page's code blocks, split as a shell does."""
+    """Yield each line of the page's code blocks, split as a shell does, without its variables."""
     for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(line)
+            yield shlex.split(re.sub(r"^([A-Z_]+=\S* )+", "", line))
 
 
 def trainer_lines(page: Path) -> Iterator[list[str]]:

@@ -152,6 +152,24 @@ def test_a_selected_cell_brings_its_inputs_and_its_measure(tmp_path):
         select(study, plan, (0,), ["d"])
 
 
+def test_an_evaluation_that_a_table_names_is_its_own_measure(tmp_path):
+    old, new = ({"command": "evaluate", "flags": {"dataset_name": name}} for name in ("old", "new"))
+    models = {"grid": {"model_name_or_path": ["{a}", "{b}"]}}
+    content = {
+        "cells": {"a": step(), "b": step(add=1), "old": old | models, "new": new | models},
+        "measure": {"metric": "pass@1"},
+        "tables": {"t": {"cells": ["new.*", "old.*"], "differences": [["old.b", "new.b"]]}},
+    }
+    study = load_study(write(tmp_path, content))
+    assert list(study.cells) == ["a", "b", "old.a", "old.b", "new.a", "new.b"]
+    assert study.cells["old.b"].flags == {"dataset_name": "old", "model_name_or_path": "{b}"}
+    assert study.cells["old.b"].measures == "old.b"
+    assert study.tables[0].differences == (("old.b", "new.b"),)
+    plan = make_plan(study, (0,))
+    chosen = [job.cell.name for job in select(study, plan, (0,), ["new.b"])]
+    assert chosen == ["b", "new.b"]
+
+
 def test_a_change_reaches_descendants_and_nobody_else(tmp_path):
     def digests(add, content="rows"):
         (tmp_path / "data.txt").write_text(content)
