@@ -196,7 +196,7 @@ def test_killed_servers_change_nothing(world, student_folder, replicas, tmp_path
         replicas.kill(0)
         trainer.join(120)
         assert trainer.exitcode == 1
-    assert checkpoints(killed)[-1] in (2, 4)
+    assert checkpoints(killed)[-1] >= 2
     replicas.start(0, 1)
     trainer_process.train([*argv, "--resume_from_checkpoint", "auto"])
     assert_same_weights(whole, killed)
