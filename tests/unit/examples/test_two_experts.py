@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from examples.two_experts.word_problems import (
     random_problem,
 )
 from student_trainer.evaluation.checkers import check_completions
+from tests.support.flags import read_server, read_trainer, server_lines, trainer_lines
 from tests.support.models import save_model, save_tokenizer
+
+README = Path(__file__).parents[3] / "examples" / "two_experts" / "README.md"
 
 SEED = 3
 SMALL = replace(
@@ -188,3 +192,23 @@ def test_models_of_other_shapes_have_no_average(base, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has other weights than"):
         average([str(base), str(tmp_path / "other")], tmp_path / "mean")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [argv for argv in trainer_lines(README) if argv[0] != "study"],
+    ids=lambda argv: f"{argv[0]} {argv[-1]}",
+)
+def test_every_command_of_the_trainer_is_accepted(argv, monkeypatch):
+    read_trainer([word for word in argv if word != "--bf16"])  # which needs a GPU that has it
+
+
+def test_the_servers_of_the_readme_are_accepted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("code-lora", "math-lora"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / name / "adapter_model.safetensors").touch()
+    adapters, code, math = (read_server(argv, monkeypatch) for argv in server_lines(README))
+    assert [module.name for module in adapters.adapters] == ["code", "math"]
+    assert (code.port, math.port) == (8000, 8001)
