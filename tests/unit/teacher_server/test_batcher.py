@@ -144,10 +144,10 @@ def test_choosing_a_batch_takes_no_longer_the_more_jobs_wait():
         batcher._serve = asyncio.Event().wait
         tasks = [asyncio.create_task(batcher.submit(Job(n, 2, "a"))) for n in range(jobs)]
         await asyncio.sleep(0)
-        since = time.perf_counter()
+        since = time.process_time()
         for _ in range(10):
             batcher._take()
-        taken = time.perf_counter() - since
+        taken = time.process_time() - since
         for task in tasks:
             task.cancel()
         return taken
