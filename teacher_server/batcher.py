@@ -98,9 +98,9 @@ class Batcher(Generic[J, A]):
     Clients take turns by `FairQueue`. A batch takes the job whose turn it is, then those nearest to
     it in length, first of the same client, as long as the padded batch (longest × count) fits
     ``max_batch_tokens``, up to `MAX_BATCH_JOBS`, and its padding ``max_padding``. What does not fit
-    waits for its turn; the job of a client that waited longest is always its first. A batch that fails is tried again in halves,
-    without the jobs that have an answer, so one bad job fails alone and a batch too large for the
-    memory is split. Jobs whose caller went away are dropped.
+    waits for its turn; the job of a client that waited longest is always its first. A batch that
+    fails is tried again in halves, without the jobs that have an answer, so one bad job fails alone
+    and a batch too large for the memory is split. Jobs whose caller went away are dropped.
 
     Args:
         run: answers each job of a batch that somebody waits for, as soon as it can; called in

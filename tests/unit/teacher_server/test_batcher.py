@@ -240,7 +240,7 @@ def test_a_batch_has_no_more_padding_than_it_may_and_is_one_forward_pass(lengths
 
 
 def test_a_long_sequence_among_a_flood_of_short_ones_has_its_turn():
-    """A client's one long job is first of a batch as soon as it is its turn, whatever the padding."""
+    """A client's one long job is first of a batch when it is its turn, whatever the padding."""
     model = Model()
     model.gate.clear()
 
