@@ -200,7 +200,7 @@ def compared(
 
 
 def study(
-    student: Any, teacher: Any, texts: Sequence[Text], ks: Sequence[int], names: dict[str, str]
+    student: Any, teacher: Any, texts: Sequence[Text], ks: Sequence[int], names: dict[str, Any]
 ) -> Iterator[Found]:
     """Yield the result of every combination, for each kind of text and for all together."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0] * 8)
@@ -271,7 +271,7 @@ def run(model: Path, layers: int, data: Path, output: Path, *, steps: int, quick
     for state, folder in students.items():
         student = load(folder, "bfloat16")
         for source, some in (("dataset", texts), ("student", written_by(student, texts))):
-            names = {"model": model.name, "state": state, "completions": source}
+            names: dict[str, Any] = {"model": model.name, "state": state, "completions": source}
             results += study(student, teacher, some, (16, 64) if quick else KS, names)
             file = output / f"accuracy-{model.name}-{layers}.json"
             file.write_text(json.dumps([asdict(one) for one in results], indent=0) + "\n")

@@ -15,7 +15,15 @@ NAMES = sorted(
     path.stem
     for path in Path(benchmarks.__file__).parent.glob("*.py")
     if path.stem
-    not in ("__init__", "accuracy_real", "harness", "real_models", "real_texts", "trl_gkd")
+    not in (
+        "__init__",
+        "accuracy_real",
+        "against_trl_real",
+        "harness",
+        "real_models",
+        "real_texts",
+        "trl_gkd",
+    )
 )
 
 
