@@ -251,21 +251,47 @@ def heal(pruned: Path, out: Path, teacher: Any, texts: Sequence[Text], pad: int)
     model.to(torch.bfloat16).save_pretrained(out)
 
 
-def run(model: Path, layers: int, data: Path, output: Path, *, steps: int, quick: bool) -> None:
-    """Compare a model with students of its layers; write every number into ``output``."""
+def write(results: Sequence[Found], file: Path) -> None:
+    """Write results as JSON, a line each; of single kinds of text only those of k = 64."""
+    kept = [asdict(one) for one in results if one.kind == "all" or one.k == 64]
+    lines = [
+        json.dumps([float(f"{x:.5g}") if isinstance(x, float) else x for x in one.values()])
+        for one in kept
+    ]
+    columns = json.dumps(list(kept[0]))
+    file.write_text(f'{{"columns": {columns},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def run(
+    model: Path,
+    layers: int,
+    data: Path,
+    output: Path,
+    *,
+    steps: int,
+    texts_a_kind: int,
+    quick: bool,
+) -> None:
+    """Compare a model with students of its layers; write every number into ``output``.
+
+    Args:
+        steps: of forward KL that make a second state of the student, unless ``output`` has it; 0
+            for none.
+    """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
     students = {"pruned": output / f"{model.name}-{layers}"}
     if not students["pruned"].exists():
         prune(model, students["pruned"], layers, "float32")
     teacher = load(model, "bfloat16")
-    if not quick:
-        students["healed"] = output / f"{model.name}-{layers}-healed"
-        if not students["healed"].exists():
+    healed = output / f"{model.name}-{layers}-healed"
+    if healed.exists() or (steps and not quick):
+        students["healed"] = healed
+        if not healed.exists():
             texts = training_texts(data, tokenizer, ROWS * steps, prompt_tokens=PROMPT,
                                    completion_tokens=48)  # fmt: skip
             heal(students["pruned"], students["healed"], teacher, texts, tokenizer.pad_token_id)
-    texts = read_texts(data, tokenizer, 1 if quick else 2, prompt_tokens=PROMPT,
+    texts = read_texts(data, tokenizer, texts_a_kind, prompt_tokens=PROMPT,
                        completion_tokens=COMPLETION)  # fmt: skip
     results: list[Found] = []
     for state, folder in students.items():
@@ -273,8 +299,7 @@ def run(model: Path, layers: int, data: Path, output: Path, *, steps: int, quick
         for source, some in (("dataset", texts), ("student", written_by(student, texts))):
             names: dict[str, Any] = {"model": model.name, "state": state, "completions": source}
             results += study(student, teacher, some, (16, 64) if quick else KS, names)
-            file = output / f"accuracy-{model.name}-{layers}.json"
-            file.write_text(json.dumps([asdict(one) for one in results], indent=0) + "\n")
+            write(results, output / f"accuracy-{model.name}-{layers}.json")
     shown = [one for one in results if one.kind == "all" and one.k == 64
              and one.temperature == 1.0 and one.support != "top-k"]  # fmt: skip
     print_report(

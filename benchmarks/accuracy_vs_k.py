@@ -360,7 +360,7 @@ def main() -> None:
     if arguments.real:
         accuracy_real.run(
             arguments.real, arguments.layers, arguments.data, arguments.output_dir,
-            steps=arguments.heal_steps, quick=arguments.quick,
+            steps=arguments.heal_steps, texts_a_kind=arguments.texts, quick=arguments.quick,
         )  # fmt: skip
         return
     if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
