@@ -32,9 +32,9 @@ from student_trainer.losses import (
 )
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
-KS = (1, 4, 16, 32, 64, 128, 256, 1024)
+KS = (1, 4, 16, 64, 256, 1024)
 STUDENT_TOP_M = 16
-COMPLETION = 16  # tokens of a text
+COMPLETION = 12  # tokens of a text
 TEMPERATURES = (1.0, 2.0)
 WAYS: tuple[tuple[str, Tail], ...] = (
     ("default", "bucket"),

@@ -348,6 +348,7 @@ def main() -> None:
     real.add_argument("--layers", type=int, default=12, help="of it that the student keeps")
     real.add_argument("--data", type=Path, help="folder of HumanEval and GSM8K")
     real.add_argument("--output_dir", type=Path, default=Path("runs/accuracy_real"))
+    real.add_argument("--texts", type=int, default=2, help="of each kind")
     real.add_argument(
         "--heal_steps", type=int, default=24, help="of forward KL, for a second state"
     )

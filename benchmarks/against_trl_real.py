@@ -1,4 +1,4 @@
-"""`benchmarks.against_trl` on a published model: the whole one teaches some of its own layers.
+"""The comparison with TRL on a published model: the whole one teaches some of its own layers.
 
 Every step is on-policy, which is all that TRL's DistillationTrainer does, and learns by forward KL:
 a student of few layers is disjoint from its teacher, where other divergences have no gradient.

@@ -1,4 +1,4 @@
-"""Where a student that is disjoint from its teacher can start: each beta on a pruned real model.
+"""A comparison of starts for a student that is disjoint from its teacher: each beta, a real model.
 
 A few of a published model's layers make a student that gives the teacher's tokens almost no
 probability. For each start: the gradient's norm before the first step, and the held-out divergences
@@ -168,7 +168,7 @@ def main() -> None:
     pad = tokenizer.pad_token_id or 0
     teacher = load(arguments.model, "bfloat16")
     sizes = {"prompt_tokens": PROMPT, "completion_tokens": COMPLETION}
-    held = read_texts(arguments.data, tokenizer, 2, **sizes)  # of each kind
+    held = read_texts(arguments.data, tokenizer, ROWS, **sizes)  # of each kind
     texts = training_texts(arguments.data, tokenizer, ROWS * steps, **sizes)
     held_out, batches = (
         [scored(teacher, some[i : i + ROWS], pad) for i in range(0, len(some), ROWS)]
@@ -177,7 +177,7 @@ def main() -> None:
     del teacher
     model = student_of(folder)
     before = measure(model, held_out)
-    norms = {beta: gradient_norm(model, batches[0], beta) for beta in MEASURED}
+    norms = {beta: gradient_norm(model, batches[0], beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)}
     del model
     results: dict[str, Any] = {
         "benchmark": "plateau",

@@ -47,7 +47,7 @@ class DisjointStudent(TrainerCallback):
             return
         logger.warning(
             "step %d: the student shares few tokens with its teacher (probability %.2g on the "
-            "teacher's support, divergence %.3g), and --beta %g has next to no gradient there: "
+            "teacher's support, divergence %.3g), and --beta %g has little gradient there: "
             "start with --beta 0, and go on from its result",
             state.global_step, mass, divergence, self._beta,
         )  # fmt: skip

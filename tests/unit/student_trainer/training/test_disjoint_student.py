@@ -66,7 +66,7 @@ def test_it_is_said_where_the_divergence_is_flat(beta, mass, divergence, told, t
         log(DisjointStudent(beta), tmp_path, mass, divergence)
     assert [record.message for record in caplog.records] == [
         f"step 1: the student shares few tokens with its teacher (probability {mass:.2g} on the "
-        f"teacher's support, divergence {divergence:.3g}), and --beta {beta:g} has next to no "
+        f"teacher's support, divergence {divergence:.3g}), and --beta {beta:g} has little "
         "gradient there: start with --beta 0, and go on from its result"
     ] * told
 
