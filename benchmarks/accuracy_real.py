@@ -297,7 +297,8 @@ def run(
     for state, folder in students.items():
         student = load(folder, "bfloat16")
         for source, some in (("dataset", texts), ("student", written_by(student, texts))):
-            names: dict[str, Any] = {"model": model.name, "state": state, "completions": source}
+            about = f"{model.name}, {layers} layers"
+            names: dict[str, Any] = {"model": about, "state": state, "completions": source}
             results += study(student, teacher, some, (16, 64) if quick else KS, names)
             write(results, output / f"accuracy-{model.name}-{layers}.json")
     shown = [one for one in results if one.kind == "all" and one.k == 64

@@ -12,7 +12,7 @@ from student_trainer.training.disjoint_student import DisjointStudent, bound
 
 
 def disjoint(beta, gap):
-    """(divergence, mass on the support, gradient's norm) of a student ``gap`` nats away."""
+    """Return divergence, mass on the support and gradient norm of a student ``gap`` nats away."""
     log_p = torch.tensor([[0.0, 0.0] + [-30.0] * 62]).log_softmax(-1)
     logits = torch.tensor([[0.0, 0.0] + [gap] * 62], requires_grad=True)
     teacher = SparseDistribution(
