@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 # Of the largest value that the divergence can have, and of the teacher's own mass on its support.
-_MOST, _LEAST = 0.8, 0.05
+_MOST, _LEAST = 0.97, 0.001
 
 
 class DisjointStudent(TrainerCallback):

@@ -12,7 +12,7 @@ def disjoint_student(world, folder):
     """Copy the student, sure of tokens that the teacher has no reason to take."""
     shutil.copytree(world.student, folder)
     weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 200.0)
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 2000.0)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -20,7 +20,7 @@ def disjoint_student(world, folder):
 def told(world, student, output, caplog, **options):
     options = {
         "model_name_or_path": student, "dataset_name": world.rows, "output_dir": output,
-        "teacher_url": world.url, "top_k_logprobs": 128, "lmbda": 0, "max_new_tokens": 4,
+        "teacher_url": world.url, "top_k_logprobs": 256, "lmbda": 0, "max_new_tokens": 4,
         "max_steps": 2, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
         "disable_tqdm": "true", **options,
     }  # fmt: skip
