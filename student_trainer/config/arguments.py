@@ -417,7 +417,7 @@ class TeacherArguments:
     teacher_sync: str | None = flag(
         None,
         "A teacher that follows the student: ema=0.99, the share that it keeps in each step, or "
-        "every=N steps. Refused: there is no way yet to send a server new weights.",
+        "every=N steps. Refused: a teacher server takes no weights while it runs.",
         group="teacher",
         resume="same",
     )

@@ -71,7 +71,7 @@ def teachers_of(values: Sequence[str]) -> list[ServedTeacher]:
 
 
 def check_teacher_sync(value: str) -> None:
-    """Refuse ``--teacher_sync``: a wrong value by what is wrong, a right one as not there yet.
+    """Refuse ``--teacher_sync``: a wrong value by what is wrong, a right one as not built.
 
     Raises:
         ConfigurationError: always.
@@ -87,7 +87,6 @@ def check_teacher_sync(value: str) -> None:
             "ema=0.99, or every=STEPS, a whole number from 1 on"
         )
     raise ConfigurationError(
-        f"--teacher_sync {value}: a teacher that follows the student needs the weight path of a "
-        "rollout server, which is not there yet; drop it, and serve the trained model for a second "
-        "round"
+        f"--teacher_sync {value}: a teacher server takes no weights while it runs (servers of "
+        "--rollout_url do); drop it, and serve the trained model for a second round"
     )
