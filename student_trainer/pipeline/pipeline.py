@@ -209,9 +209,13 @@ class Pipeline:
         return found
 
     def finish_writing(self) -> None:
-        """Wait until the rollout engine has generated all completions of all batches."""
-        for batch in self._batches.values():
-            _wait_for_writer(batch)
+        """Wait until the rollout engine has generated all completions of all batches.
+
+        All ranks call it together; if it fails on one, it fails on all.
+        """
+        writing = [batch for batch in self._batches.values() if batch.writing is not None]
+        if writing:  # or not, on all ranks: they begin to write together
+            self._together(lambda: [_wait_for_writer(batch) for batch in writing])
 
     def prefetched(self, step: int) -> list[PrefetchedBatch]:
         """Return the batches of ``step`` and later that a resumed run could not write again.
