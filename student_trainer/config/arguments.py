@@ -681,6 +681,7 @@ class DivergenceFlags:
         group="rollouts and generation",
         common=True,
         private=True,
+        extends=True,
     )
     rollout_transfer: Literal["nccl", "gloo"] | None = flag(
         None,

@@ -244,8 +244,9 @@ class RolloutServers:
             logprobs = [float(row["logprob"]) for row in choice["logprobs"]["content"]]
             written = [int(token) for token in choice["token_ids"]]
         except (httpx.HTTPError, RolloutError, KeyError, TypeError, ValueError) as error:
+            why = str(error) or type(error).__name__
             raise RolloutServerError(
-                f"rollout server {url} does not answer a probe: {error or type(error).__name__}"
+                f"rollout server {url} does not answer a probe: {why}"
             ) from error
         if not written or len(written) != len(logprobs):
             raise RolloutServerError(

@@ -140,7 +140,7 @@ def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], None]:
         try:
             checked(client.post(url, json=body))
         except httpx.HTTPError as error:
-            raise RolloutError(f"{url}: {error or type(error).__name__}") from error
+            raise RolloutError(f"{url}: {str(error) or type(error).__name__}") from error
 
     return post
 

@@ -49,8 +49,9 @@ class StubRolloutServer:
 
     def die(self) -> None:
         """Stop answering."""
-        self._server.shutdown()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._server.shutdown()
+            self._thread.join()
         self._server.server_close()
 
     def reply(self, path: str, body, key) -> tuple[int, object]:
@@ -87,7 +88,7 @@ class StubRolloutServer:
                 self.prompts.append(body)
                 self._now += 1
                 self.busy = max(self.busy, self._now)
-            self.gate.wait(10)
+            self.gate.wait(30)
             with self._lock:
                 self._now -= 1
         ids = [sum(body["token_ids"]) % 50, *[7] * (params["max_tokens"] - 1)]

@@ -151,22 +151,17 @@ def test_what_a_failed_server_should_have_written_is_written_by_another(
         assert both.live == [stubs[1].url]
         seeds = {tuple(b["token_ids"]): b["sampling_params"]["seed"] for b in stubs[1].prompts}
         assert len(set(seeds.values())) == 6
-    assert [record for record in caplog.messages if "is lost" in record] == [
-        message for message in caplog.messages if message.startswith("rollout server")
-    ]
     assert sum("is lost" in message for message in caplog.messages) == 1
 
 
 def test_a_dead_server_is_passed_over_and_takes_part_no_more(student):
-    with stub_rollout_servers(1) as [lasting], stub_rollout_servers(1) as [dying]:
-        with opened(student, [lasting, dying]) as both:
-            both.sync(0)
-            dying.die()
-            dying.die = lambda: None
-            assert write(both) == expected()
-            both.sync(1)
-            assert both.live == [lasting.url]
-            assert write(both) == expected()
+    with stub_rollout_servers(2) as [lasting, dying], opened(student, [lasting, dying]) as both:
+        both.sync(0)
+        dying.die()
+        assert write(both) == expected()
+        both.sync(1)
+        assert both.live == [lasting.url]
+        assert write(both) == expected()
 
 
 def test_without_a_server_the_writing_ends_with_an_error(student, stubs):
@@ -201,7 +196,7 @@ def test_an_answer_that_no_other_server_would_mend_is_an_error(student, stubs, a
 def test_a_transfer_that_fails_is_tried_three_times(student, stubs, failing):
     stubs[1].answers[f"/{failing}"] = (500, {"error": "no memory"})
     with opened(student, stubs) as both, pytest.raises(
-        RolloutServerError, match="in 3 attempts.*no memory"
+        RolloutServerError, match=r"in 3 attempts.*no memory"
     ):  # fmt: skip
         both.sync(0)
     assert stubs[0].paths.count(failing) == 3
@@ -218,12 +213,8 @@ def test_a_server_that_answers_nonsense_while_it_joins_is_one_line(student, stub
             both.sync(0)
             assert len(both.live) == 2
         else:
-            with pytest.raises(RolloutServerError, match="3 attempts"):
-                servers_join(both)
-
-
-def servers_join(both):
-    both.sync(0)
+            with pytest.raises(RolloutServerError, match=r"3 attempts.*answered 500"):
+                both.sync(0)
 
 
 def test_a_server_that_fails_a_probe_is_left_out(student, stubs):
@@ -283,17 +274,24 @@ def test_the_wait_for_a_server_ends(student, stubs):
     for stub in stubs:
         stub.answers["/health"] = (503, {})
     with opened(student, stubs, seconds=0.1) as both, pytest.raises(
-        RolloutServerError, match="no rollout server answers at .* after 0 s"
+        RolloutServerError, match=r"no rollout server answers at .* after 0 s"
     ):  # fmt: skip
         both.sync(0)
 
 
 def test_each_server_gets_so_many_requests_at_once_even_when_one_is_lost(student, stubs):
-    stubs[0].answers[GENERATE] = (500, {})
+    def open_the_gate():
+        until = time.monotonic() + 20
+        while stubs[1].busy < 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)  # in which a fourth would come
+        stubs[1].gate.set()
+
     with opened(student, stubs, max_in_flight=3) as both:
         both.sync(0)
+        stubs[0].answers[GENERATE] = (500, {})
         stubs[1].gate.clear()
-        threading.Timer(0.3, stubs[1].gate.set).start()
+        threading.Thread(target=open_the_gate).start()
         assert write(both, 12) == expected(12)
     assert stubs[1].busy == 3
 
@@ -304,7 +302,7 @@ def test_one_that_stops_early_sends_nothing_more(student, stubs):
         stubs[1].gate.clear()
         next(iter(engine(both).generate(requests(40))))
         stubs[1].gate.set()
-        until = time.monotonic() + 5
+        until = time.monotonic() + 20
         while any(t.name == "rollouts" for t in threading.enumerate()):
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -325,7 +323,7 @@ def test_adapters_of_tied_weights_are_refused(stubs):
         opened(tied, stubs)
 
 
-def test_a_hidden_failure_of_the_connection_is_named(student, stubs, monkeypatch):
+def test_a_failure_without_a_text_is_named_by_its_kind(student, stubs, monkeypatch):
     def fail(*arguments, **options):
         raise httpx.ReadTimeout("")
 
