@@ -680,6 +680,7 @@ class DivergenceFlags:
         "on-policy step.",
         group="rollouts and generation",
         private=True,
+        extends=True,
     )
     rollout_transfer: Literal["nccl", "gloo"] | None = flag(
         None,

@@ -13,7 +13,12 @@ from transformers.integrations import (
 )
 
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import Recipe, TeacherArguments, uses_fsdp
+from student_trainer.config.arguments import (
+    Recipe,
+    TeacherArguments,
+    divergence_flags_of,
+    uses_fsdp,
+)
 from student_trainer.config.training_arguments import (
     CommonTrainingArguments,
     checkpoint_of,
@@ -60,6 +65,17 @@ def check_machine(
             f"--teacher_timeout {teacher.teacher_timeout:g}: processes wait {args.ddp_timeout} s "
             "for one another, and would be ended before one of them gives its teacher up; raise "
             "--ddp_timeout above it"
+        )
+    rollouts = divergence_flags_of(args)
+    if (
+        rollouts.rollout_url
+        and args.world_size > 1
+        and rollouts.rollout_timeout >= args.ddp_timeout
+    ):
+        raise ConfigurationError(
+            f"--rollout_timeout {rollouts.rollout_timeout:g}: processes wait {args.ddp_timeout} s "
+            "for one another, and would be ended before the first gives its rollout servers up; "
+            "raise --ddp_timeout above it"
         )
     _check_reports(args)
     _check_fsdp(args)

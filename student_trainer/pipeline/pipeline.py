@@ -166,7 +166,7 @@ class Pipeline:
         """
         if batch.writing is not None:
             with self._timeline.during("generating"):
-                self._together(lambda: _wait_for_writer(batch))
+                self._together(lambda: _wait_for_writers([batch]))
         new: dict[bytes, Completion] = {}
         written: _Written = []
         if self.method.seq_kd and not batch.on_policy:
@@ -209,9 +209,13 @@ class Pipeline:
         return found
 
     def finish_writing(self) -> None:
-        """Wait until the rollout engine has generated all completions of all batches."""
-        for batch in self._batches.values():
-            _wait_for_writer(batch)
+        """Wait until the rollout engine has generated all completions of all batches.
+
+        All ranks call it together; if it fails on one, it fails on all.
+        """
+        writing = [batch for batch in self._batches.values() if batch.writing is not None]
+        if writing:  # or not, on all ranks: they begin to write together
+            self._together(lambda: _wait_for_writers(writing))
 
     def prefetched(self, step: int) -> list[PrefetchedBatch]:
         """Return the batches of ``step`` and later that a resumed run could not write again.
@@ -423,11 +427,12 @@ def _teacher_of(one: PendingSample) -> str | None:
     return one.example.teacher
 
 
-def _wait_for_writer(batch: PendingBatch) -> None:
-    """Wait for the thread that writes the batch's completions, if there is one."""
-    if batch.writing is not None:
-        batch.writing.result()
-        batch.writing = None
+def _wait_for_writers(batches: Sequence[PendingBatch]) -> None:
+    """Wait for the threads that write the batches' completions, where there is one."""
+    for batch in batches:
+        if batch.writing is not None:
+            batch.writing.result()
+            batch.writing = None
 
 
 def dataset_sample(example: Example) -> Sample:

@@ -7,7 +7,6 @@ workers, which vLLM's plug-in interface registers, and one for the trainer.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -135,10 +134,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         return engine
 
     def send_weights(self) -> None:
-        """Send the weights to all servers. All ranks call it.
-
-        If sending fails, the iteration still goes to its end, as other ranks gather with it.
-        """
+        """Send the weights to all servers. All ranks call it."""
         if not self.is_sender:
             for _ in self.source:
                 pass
@@ -149,19 +145,14 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             dtype_names=[str(weight.dtype).removeprefix("torch.") for weight in shapes],
             shapes=[list(weight.shape) for weight in shapes],
         )
-        weights = iter(self.source)
-        try:
-            self.client.start_weight_update()
-            loaded = in_thread(lambda: self.client.update_weights(asdict(update)), name="update")
-            self._send(weights, loaded)
-            loaded.result()
-            self.client.finish_weight_update()
-        finally:
-            for _ in weights:
-                pass
+        self.client.start_weight_update()
+        loaded = in_thread(lambda: self.client.update_weights(asdict(update)), name="update")
+        self._send(loaded)
+        loaded.result()
+        self.client.finish_weight_update()
 
-    def _send(self, weights: Iterator[tuple[str, torch.Tensor]], loaded: Future[None]) -> None:
-        for _, weight in weights:
+    def _send(self, loaded: Future[None]) -> None:
+        for _, weight in self.source:
             sent = _broadcast(self._group, weight.cpu())
             while not sent.is_completed():
                 if loaded.done():

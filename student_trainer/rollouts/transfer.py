@@ -7,20 +7,26 @@ engines that bring the bytes. Rank 0 drives the servers; the others gather with 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from typing import Any, Literal
+from functools import partial
+from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import torch
 
 from shared.errors import RolloutError
+from student_trainer.rollouts.http import CONNECT_SECONDS, Backend, checked, content
 from student_trainer.rollouts.weights import StudentWeights, WeightShape
 from student_trainer.runtime.threads import in_thread
 
-Backend = Literal["nccl", "gloo"]
+UNFINISHED = "unfinished"  # the name of weights that came only in part
+_LEAVE_SECONDS = 30.0
+_POLL_SECONDS = 0.02
 
 
 class ServerControl:
@@ -34,26 +40,46 @@ class ServerControl:
 
     Attributes:
         version: name of the weights that `finish_weight_update` tells the servers.
+        refusal: why servers did not join the group, once they have refused.
     """
 
     def __init__(self, urls: Sequence[str], *, seconds: float, headers: dict[str, str]) -> None:
         self.urls = tuple(urls)
         self.version = ""
-        self._client = httpx.Client(timeout=seconds, headers=headers)
+        self.refusal: Exception | None = None
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
+        self._client = httpx.Client(timeout=timeout, headers=headers)
 
     def workers(self) -> list[int]:
-        """Return the number of workers of each server."""
-        answers = [self._client.get(f"{url}/get_world_size") for url in self.urls]
-        return [int(_checked(answer).json()["world_size"]) for answer in answers]
+        """Return the number of workers of each server.
+
+        Raises:
+            RolloutError: a server does not say it.
+        """
+        counts = []
+        for url in self.urls:
+            try:
+                counts.append(int(content(self._client.get(f"{url}/get_world_size"))["world_size"]))
+            except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
+                raise RolloutError(f"{url} tells no number of workers: {error!r}") from error
+        return counts
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let all workers join the group; each server's follow those of the one before."""
+        """Let all workers join the group; each server's follow those of the one before.
+
+        Raises:
+            RolloutError: one refuses.
+        """
         offset = init_info["rank_offset"]
         infos = []
-        for count in self.workers():
-            infos.append({"init_info": {**init_info, "rank_offset": offset}})
-            offset += count
-        self._post_all("init_weight_transfer_engine", infos)
+        try:
+            for count in self.workers():
+                infos.append({"init_info": {**init_info, "rank_offset": offset}})
+                offset += count
+            self._post_all("init_weight_transfer_engine", infos)
+        except RolloutError as error:
+            self.refusal = error
+            raise
 
     def start_weight_update(self) -> None:
         """Stop writing, and prepare the models for new weights."""
@@ -77,14 +103,17 @@ class ServerControl:
     def join_anew(self) -> None:
         """Let the servers leave a group that they are in, and end a transfer that was cut off.
 
-        One that is dead is passed over: the next call shows it.
+        One that is dead or does not answer is passed over: the next call shows it.
         """
+        cut_off = {"weight_version": UNFINISHED}
+        post = partial(self._client.post, timeout=_LEAVE_SECONDS)
         for url in self.urls:
-            with suppress(httpx.HTTPError):
-                if self._client.get(f"{url}/is_paused").json()["is_paused"]:
-                    self._client.post(f"{url}/finish_weight_update")
-                self._client.post(f"{url}/shutdown_weight_transfer_engine")
-                self._client.post(f"{url}/resume")
+            with suppress(httpx.HTTPError, RolloutError):
+                state = content(self._client.get(f"{url}/is_paused", timeout=_LEAVE_SECONDS))
+                if state.get("is_paused"):
+                    post(f"{url}/finish_weight_update", json=cut_off)
+                post(f"{url}/shutdown_weight_transfer_engine")
+                post(f"{url}/resume")
 
     def close(self) -> None:
         """Close the connections."""
@@ -99,25 +128,21 @@ class ServerControl:
         calls: list[Future[Any]] = []
         for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True):
             calls.append(in_thread(_posting(self._client, f"{url}/{path}", body), name=path))
-        for call in calls:
-            call.result()
+        waiting = set(calls)
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
+            for call in ended:
+                call.result()  # raised at once, as the others may wait for the one that failed
 
 
 def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], None]:
     def post() -> None:
         try:
-            _checked(client.post(url, json=body))
+            checked(client.post(url, json=body))
         except httpx.HTTPError as error:
-            raise RolloutError(f"{url}: {error or type(error).__name__}") from error
+            raise RolloutError(f"{url}: {str(error) or type(error).__name__}") from error
 
     return post
-
-
-def _checked(answer: httpx.Response) -> httpx.Response:
-    if answer.is_success:
-        return answer
-    text = " ".join(answer.text.split())[:300]
-    raise RolloutError(f"{answer.url} answered {answer.status_code}: {text}")
 
 
 class _Source:
@@ -125,6 +150,7 @@ class _Source:
 
     def __init__(self, weights: StudentWeights) -> None:
         self._weights = weights
+        self._given: Iterator[tuple[str, torch.Tensor]] | None = None
 
     def metadata(self) -> list[WeightShape]:
         return self._weights.shapes()
@@ -133,13 +159,47 @@ class _Source:
         return None
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._weights)
+        self._given = iter(self._weights)
+        return self._given
+
+    def give_rest(self) -> None:
+        """Iterate to the end, from the first if nothing was given yet."""
+        for _ in iter(self) if self._given is None else self._given:
+            pass
+        self._given = None
+
+
+class Transfer:
+    """A transfer of weights to servers that have joined its group, on all ranks.
+
+    Args:
+        engine: vLLM's engine of the trainer.
+        source: what the engine sends.
+    """
+
+    def __init__(self, engine: Any, source: _Source) -> None:
+        self._engine, self._source = engine, source
+
+    def send(self) -> None:
+        """Send the weights to all servers. All ranks call it.
+
+        Where sending fails the weights are still iterated to the end, as other ranks gather with
+        this one.
+        """
+        try:
+            self._engine.send_weights()
+        finally:
+            self._source.give_rest()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._engine.shutdown()
 
 
 def open_transfer(
     backend: Backend, weights: StudentWeights, control: ServerControl | None, *, seconds: float
-) -> Any:
-    """Return vLLM's trainer engine; on rank 0 all servers of ``control`` have joined its group.
+) -> Transfer:
+    """Return the transfer; on rank 0 all servers of ``control`` have joined its group.
 
     Args:
         backend: "nccl" between GPUs, "gloo" between CPUs.
@@ -156,7 +216,7 @@ def open_transfer(
     register()
     address, port, size = "", 0, 0
     if control is not None:
-        address, port = _own_address(control.urls[0])
+        address, port = _own_address(control.urls)
         size = 1 + sum(control.workers())
     rank = 0 if control is not None else 1
     info: Any
@@ -168,19 +228,53 @@ def open_transfer(
         from student_trainer.rollouts.gloo import GlooTrainerInitInfo
 
         info = GlooTrainerInitInfo(address, port, size, seconds, rank=rank)
+    source = _Source(weights)
+    join = partial(WeightTransferTrainerFactory.trainer_init, info, client=control, source=source)
     try:
-        return WeightTransferTrainerFactory.trainer_init(
-            info, client=control, source=_Source(weights)
-        )
+        return Transfer(join() if control is None else _unless_refused(join, control), source)
     except (RuntimeError, ValueError) as error:
         raise RolloutError(f"the rollout servers did not join: {error}") from error
 
 
-def _own_address(url: str) -> tuple[str, int]:
-    """Return the address at which a server's host reaches this one, and a free port there."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    with socket.create_connection((parts.hostname or "", port), timeout=10) as way:
-        address: str = way.getsockname()[0]
-    with socket.create_server((address, 0)) as free:
+def _unless_refused(join: Callable[[], Any], control: ServerControl) -> Any:
+    """Return what ``join`` returns, unless a server refuses: then nobody waits for the others.
+
+    Raises:
+        RolloutError: a server refuses.
+    """
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def on_same_gpu() -> Any:
+        if gpu is not None:
+            torch.cuda.set_device(gpu)  # each thread has its own
+        return join()
+
+    joined = in_thread(on_same_gpu, name="join")
+    while not joined.done():
+        if control.refusal is not None:
+            raise control.refusal
+        time.sleep(_POLL_SECONDS)
+    return joined.result()
+
+
+def _own_address(urls: Sequence[str]) -> tuple[str, int]:
+    """Return the address at which all servers reach this machine, and a free port there.
+
+    A server of another machine decides, because it cannot use the address by which one on this
+    machine is reached.
+
+    Raises:
+        RolloutError: a server is not reached.
+    """
+    found: list[tuple[str, socket.AddressFamily]] = []
+    for url in urls:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            with socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS) as way:
+                found.append((way.getsockname()[0], way.family))
+        except OSError as error:
+            raise RolloutError(f"{url} is not reachable: {error}") from error
+    address, family = min(found, key=lambda one: ip_address(one[0]).is_loopback)
+    with socket.create_server((address, 0), family=family) as free:
         return address, free.getsockname()[1]

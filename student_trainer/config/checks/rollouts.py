@@ -68,8 +68,22 @@ def _check_servers(args: DistillFlags) -> None:
 
 
 def rollout_addresses(args: DivergenceFlags) -> tuple[str, ...]:
-    """Return the addresses of the rollout servers, without a slash at their end."""
-    return tuple(server_address(url, "--rollout_url") for url in args.rollout_url or [])
+    """Return the addresses of the rollout servers, without a slash at their end.
+
+    Raises:
+        ConfigurationError: one is no address, is there twice, or holds a user or a password.
+    """
+    urls = args.rollout_url or []
+    if any("@" in url for url in urls):  # the message must not show the password
+        raise ConfigurationError(
+            "--rollout_url holds a user or a password, which every log would show; give a key by "
+            "the environment variable ROLLOUT_API_KEY or by --rollout_api_key_file"
+        )
+    addresses = tuple(server_address(url, "--rollout_url") for url in urls)
+    for url in addresses:
+        if addresses.count(url) > 1:
+            raise ConfigurationError(f"--rollout_url {url} is given twice; give it once")
+    return addresses
 
 
 def rollout_key_of(args: DivergenceFlags) -> str | None:

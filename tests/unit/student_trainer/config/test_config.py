@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from shared.errors import ConfigurationError
 from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
 from student_trainer.config.checks import UNSUPPORTED, check_merge, check_recipe
+from student_trainer.config.checks.rollouts import rollout_addresses
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.habits import HABITS
 from student_trainer.config.machine import check_machine
@@ -231,6 +232,46 @@ def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, "--rollout_engine", "vllm", *more))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rollout_engine", "vllm"], "both write the student's completions; drop one"),
+        (["--rollout_url", "http://gpu2:8001/"], "--rollout_url http://gpu2:8001 is given twice"),
+        (["--rollout_url", "http://me:hidden@gpu3"], "which every log would show"),
+        (["--rollout_url", "gpu3:8001"], "must look like http://host:8000"),
+        (["--rollout_timeout", "0"], "--rollout_timeout 0.0 must be above 0"),
+        (["--lmbda", "0"], "--rollout_url has no effect with --lmbda 0"),
+    ],
+    ids=["two engines", "twice", "password", "no address", "no wait", "no rollouts"],
+)
+def test_rollout_servers_that_cannot_work_are_refused(model_folder, monkeypatch, more, message):
+    pretend(monkeypatch, "vllm", installed=True)
+    url = ["--rollout_url", "http://gpu2:8001"]
+    read(words(model_folder, *url))
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, *url, *more))
+    assert message in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+def test_each_rollout_url_adds_a_server(model_folder, monkeypatch):
+    pretend(monkeypatch, "vllm", installed=True)
+    flags = ["--rollout_url", "http://gpu2:8001", "--rollout_url", "http://gpu3:8001/"]
+    args = read(words(model_folder, *flags))[-1]
+    assert rollout_addresses(args) == ("http://gpu2:8001", "http://gpu3:8001")
+
+
+def test_ranks_wait_longer_for_one_another_than_for_a_rollout_server(model_folder, monkeypatch):
+    pretend(monkeypatch, "vllm", installed=True)
+    url = ["--rollout_url", "http://gpu2:8001", "--rollout_timeout", "1800"]
+    *parts, teacher, args = read(words(model_folder, *url))
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ConfigurationError, match="--rollout_timeout 1800: processes wait 1800 s"):
+        check_machine(Recipe(*parts), args, teacher)
+    args.ddp_timeout = 1801
+    check_machine(Recipe(*parts), args, teacher)
 
 
 def test_vllm_rollouts_of_a_sharded_student_are_refused(model_folder, monkeypatch):

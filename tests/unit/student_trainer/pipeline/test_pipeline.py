@@ -204,6 +204,28 @@ def test_what_an_engine_elsewhere_writes_is_complete_in_a_checkpoint():
     assert [int(sample.token_ids[-2]) for sample in ahead.samples] == [31]
 
 
+def test_ranks_wait_together_for_an_engine_before_a_checkpoint():
+    """If it fails on one alone, the others would wait in the next collective operation."""
+    rollouts, waits = PatientRollouts(), []
+
+    def together(wait):
+        waits.append(None)
+        return wait()
+
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), RecordingTeacher(), rollouts, staleness=1, together=together,
+        batches=[[example(i, completion=None)] for i in range(3)],
+    )  # fmt: skip
+    rollouts.let.release()
+    collect(pipeline, 0, last=2)
+    waits.clear()
+    rollouts.let.release()
+    pipeline.finish_writing()
+    assert len(waits) == 1
+    pipeline.finish_writing()  # nothing is being written, on any rank
+    assert len(waits) == 1
+
+
 def test_a_failure_of_an_engine_elsewhere_stops_the_run():
     class Dead(PatientRollouts):
         def generate(self, requests):

@@ -1,0 +1,202 @@
+"""The rollout engine that generates on vLLM servers, which take and give token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+
+from shared.errors import RolloutError, RolloutServerError
+from shared.sampling import uniforms
+from student_trainer.rollouts.base import Rollout, RolloutRequest
+from student_trainer.rollouts.http import CONNECT_SECONDS, GENERATE, only_choice
+from student_trainer.runtime.threads import in_thread
+
+if TYPE_CHECKING:
+    from student_trainer.rollouts.servers import RolloutServers
+
+_Finished = SimpleQueue[tuple[int, Rollout] | None]
+
+
+class _LostServerError(Exception):
+    """A server that ended a completion early, or wrote it with other weights than it was sent."""
+
+
+class ServerRollouts:
+    """A rollout engine over `RolloutServers`, which several of these may share.
+
+    Args:
+        servers: closed by the caller, not here.
+        stop_ids: tokens that end a completion.
+        max_new_tokens: longest completion.
+        temperature: temperature of the sampling; 0 is greedy.
+        vocab_size: number of ids that may be sampled; the output layer may have padding above.
+    """
+
+    elsewhere = True
+
+    def __init__(
+        self,
+        servers: RolloutServers,
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        vocab_size: int,
+    ) -> None:
+        self.servers = servers
+        output_size = servers.model.config.get_text_config().vocab_size
+        padding = range(vocab_size, output_size)
+        self._params: dict[str, Any] = {
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop_token_ids": list(stop_ids),
+            "detokenize": False,
+            # vLLM's own defaults, not those of the checkpoint's generation_config.json
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        if padding:
+            self._params["logit_bias"] = {str(token): -100.0 for token in padding}
+
+    def sync(self, weight_version: int) -> None:
+        """Send the student's present weights, as `RolloutServers.sync` says."""
+        self.servers.sync(weight_version)
+
+    def generate(self, requests: Sequence[RolloutRequest]) -> Iterator[list[tuple[int, Rollout]]]:
+        """Yield groups of (index of the request, rollout), as `RolloutEngine.generate` says.
+
+        A request whose server fails is sent to another; with equal weights and an equal key the
+        completion is the same there.
+
+        Raises:
+            RolloutServerError: no server is left.
+            RolloutError: a server refuses a request.
+        """
+        finished: _Finished = SimpleQueue()
+        stopped = asyncio.Event()
+        loop = asyncio.new_event_loop()
+
+        def run() -> None:
+            try:
+                loop.run_until_complete(self._write_all(requests, finished, stopped))
+            finally:
+                loop.close()
+                finished.put(None)
+
+        writer = in_thread(run, name="rollouts")
+        try:
+            while (item := finished.get()) is not None:
+                yield [item]
+            writer.result()
+        finally:
+            with contextlib.suppress(RuntimeError):  # its loop has ended
+                loop.call_soon_threadsafe(stopped.set)
+
+    async def _write_all(
+        self, requests: Sequence[RolloutRequest], finished: _Finished, stopped: asyncio.Event
+    ) -> None:
+        """Put each request's rollout into the queue; end early when ``stopped`` is set."""
+        places = _Places(self.servers)
+        # A long completion takes its time; a server that dies closes its connections.
+        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(
+            headers=self.servers.options.headers, timeout=timeout, limits=limits
+        ) as client:
+
+            async def write(index: int) -> None:
+                finished.put((index, await self._write(client, requests[index], places)))
+
+            tasks = [asyncio.ensure_future(write(index)) for index in range(len(requests))]
+            stop = asyncio.ensure_future(stopped.wait())
+            writing = asyncio.gather(*tasks)
+            try:
+                both: list[asyncio.Future[Any]] = [writing, stop]
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if writing.done():
+                    await writing
+            finally:
+                for task in (*tasks, stop):
+                    task.cancel()
+                await asyncio.gather(writing, stop, *tasks, return_exceptions=True)
+
+    async def _write(
+        self, client: httpx.AsyncClient, request: RolloutRequest, places: _Places
+    ) -> Rollout:
+        """Let the server with the fewest requests write the completion, or the next if it fails."""
+        seed = int(uniforms(*request.key, count=1)[0] * 2**53)
+        body = {
+            "token_ids": request.prompt_ids.tolist(),
+            "sampling_params": {**self._params, "seed": seed},
+        }
+        while True:
+            async with places.take() as url:
+                try:
+                    answer = await client.post(f"{url}/{GENERATE}", json=body)
+                    if answer.status_code >= 500:
+                        raise _LostServerError(f"it answered {answer.status_code}")
+                    return self._rollout(url, only_choice(answer))
+                except (httpx.HTTPError, _LostServerError) as error:
+                    self.servers.lose(url, str(error) or type(error).__name__)
+
+    def _rollout(self, url: str, choice: Mapping[str, Any]) -> Rollout:
+        try:
+            spans = choice["weight_versions"] or []
+            versions, reason = {span["version"] for span in spans}, choice["finish_reason"]
+            ids = np.asarray(choice["token_ids"], np.uint32)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise RolloutError(f"{url} answered a malformed completion: {error!r}") from error
+        if versions != {self.servers.label}:  # it was started again, or another run uses it
+            raise _LostServerError(
+                f"it wrote with weights {', '.join(sorted(versions))}, not {self.servers.label}"
+            )
+        if reason not in ("stop", "length"):  # it is being shut down
+            raise _LostServerError(f"it ended a completion with {reason!r}")
+        return Rollout(ids, truncated=reason == "length")
+
+
+class _Places:
+    """The places for requests at the servers that are left: so many at once to each."""
+
+    def __init__(self, servers: RolloutServers) -> None:
+        self._servers = servers
+        self._busy: Counter[str] = Counter()
+        self._freed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def take(self) -> AsyncIterator[str]:
+        """Hold a place at the server with the fewest requests, once there is one.
+
+        Raises:
+            RolloutServerError: no server is left.
+        """
+        most = self._servers.options.max_in_flight
+
+        def may_choose() -> bool:
+            live = self._servers.live
+            return not live or min(self._busy[url] for url in live) < most
+
+        async with self._freed:
+            await self._freed.wait_for(may_choose)
+            if not self._servers.live:
+                raise RolloutServerError(
+                    "no rollout server is left; start them again, and the run goes on from its "
+                    "last checkpoint"
+                )
+            url = min(self._servers.live, key=lambda one: (self._busy[one], one))
+            self._busy[url] += 1
+        try:
+            yield url
+        finally:
+            async with self._freed:
+                self._busy[url] -= 1
+                (self._freed.notify if self._servers.live else self._freed.notify_all)()

@@ -1,0 +1,278 @@
+"""The stock vLLM servers that write the student's completions, and its weights on them.
+
+Weights come through vLLM's own weight transfer, see `student_trainer.rollouts.transfer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from concurrent.futures import wait
+from functools import partial
+from typing import Any, Self, TypeVar
+
+import httpx
+import torch
+import torch.distributed as dist
+
+from shared.errors import ConfigurationError, RolloutError, RolloutServerError
+from student_trainer.model.merging import adapts_tied_weights
+from student_trainer.rollouts.drift import (
+    DRIFT_TOLERANCE,
+    PROBE_TOKENS,
+    probe_prompt,
+    trainer_logprobs,
+)
+from student_trainer.rollouts.http import GENERATE, ServerOptions, only_choice, wait_for_servers
+from student_trainer.rollouts.server_rollouts import ServerRollouts
+from student_trainer.rollouts.transfer import ServerControl, Transfer, open_transfer
+from student_trainer.rollouts.weights import StudentWeights
+from student_trainer.runtime.threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ATTEMPTS = 3  # one may meet a server that dies, the next another
+_LEAVE_SECONDS = 5.0
+_PROBE_SECONDS = 60.0
+
+
+class RolloutServers:
+    """The vLLM servers of a run and their weights; use it in a ``with`` block.
+
+    All ranks have one each. They call `sync` together; requests of one go out alone.
+
+    Args:
+        model: the student, as it is called in training (a peft model too), not in DDP. It may be
+            sharded by FSDP2 or ZeRO-3.
+        options: how to reach them.
+        dtype: dtype of the servers' weights, such as "bfloat16".
+        longest: longest prompt and completion together, in tokens.
+
+    Attributes:
+        live: addresses that took part in the last transfer, and have answered since.
+        drift: largest mean difference in log-prob to the trainer after the last `sync`.
+        version: of the weights that the servers have; None if they may have others.
+        label: the name of those weights on the servers: another one in each run, so that a server
+            which another run uses too is noticed.
+
+    Raises:
+        ConfigurationError: adapters change one of two tied weights, which servers hold as one.
+    """
+
+    def __init__(self, model: Any, options: ServerOptions, *, dtype: str, longest: int) -> None:
+        self.model = model
+        self.options = options
+        self.dtype = dtype
+        self.longest = longest
+        self.live: list[str] = []
+        self.drift: float | None = None
+        self.version: int | None = None
+        self.label = ""
+        self._weights = StudentWeights(model, getattr(torch, dtype))
+        if adapts_tied_weights(self._weights.causal_lm):
+            raise ConfigurationError(
+                "--rollout_url: adapters change the output layer or the embedding, which this "
+                "model ties and a server holds once; leave them out of --lora_target_modules"
+            )
+        self._run: str | None = None
+        self._control: ServerControl | None = None
+        self._transfer: Transfer | None = None
+        self._joined: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the group of the transfer; the servers run on."""
+        control, self._control = self._control, None
+        transfer, self._transfer = self._transfer, None
+        self._joined = {}
+        # A group is left at once only by its last member, but a server that still waits for
+        # weights hears of nothing before this process has left.
+        left = None if control is None else in_thread(control.join_anew, name="leave")
+        if left is not None:
+            wait([left], timeout=_LEAVE_SECONDS)
+        if transfer is not None:
+            transfer.close()
+        if left is not None and control is not None:
+            left.result()
+            control.close()
+
+    def sync(self, weight_version: int) -> None:
+        """Send the student's present weights to all servers that answer, unless they have them.
+
+        A server that was away and is back takes part again. One that fails meanwhile is left out,
+        and the transfer is repeated for the others.
+
+        Raises:
+            RolloutServerError: no server answers in time, or weights reach none.
+            RolloutError: the log-probs of one differ from the trainer's by more than rounding.
+        """
+        if weight_version == self.version:
+            return
+        self.version = None
+        if self._run is None:
+            self._run = _from_first_rank(secrets.token_hex(4))
+        self.label = f"{self._run}-{weight_version}"
+        for _ in range(_ATTEMPTS):
+            failure = self._try_to_send()
+            if failure is None:
+                break
+            logger.warning("weights did not reach all rollout servers: %s", failure)
+        else:
+            raise RolloutServerError(
+                f"weights did not reach the rollout servers in {_ATTEMPTS} attempts ({failure}); "
+                "start the servers again, with this student"
+            )
+        drifts = self._measure_drifts()
+        for url, drift in drifts.items():
+            if not drift <= DRIFT_TOLERANCE[self.dtype]:
+                raise RolloutError(
+                    f"log-probs of the rollout server {url} differ by {drift:.2g} from the "
+                    "trainer's own after new weights: does it serve this student, as --dtype "
+                    f"{self.dtype}?"
+                )
+        self.drift = max(drifts.values())
+        self.version = weight_version
+
+    def rollouts(self, **options: Any) -> ServerRollouts:
+        """Return a rollout engine that generates here; the arguments are those of its class."""
+        return ServerRollouts(self, **options)
+
+    def lose(self, url: str, reason: object) -> None:
+        """Send a server no more requests until the next transfer, as it failed."""
+        if url in self.live:
+            logger.warning("rollout server %s is lost: %s", url, reason)
+            self.live = [other for other in self.live if other != url]
+
+    def _try_to_send(self) -> str | None:
+        """Send the weights to all servers that answer; return what failed meanwhile, or None."""
+        failure: Exception | None = None
+        answering: dict[str, str] = {}
+        if _rank() == 0:
+            try:
+                answering = wait_for_servers(self.options, self.longest)
+            except RolloutError as error:
+                failure = error
+        answering, failure = _from_first_rank((answering, failure))
+        if failure is not None:
+            raise failure
+        for attempt in (partial(self._join, answering), self._send):
+            try:
+                attempt()
+            except (RolloutError, RuntimeError, ValueError) as error:
+                failure = error
+            failed = [text for text in _from_all(str(failure or "")) if text]
+            if failed:
+                self.close()
+                return failed[0]
+        self.live = list(answering)
+        self._joined = dict.fromkeys(answering, self.label)
+        return None
+
+    def _send(self) -> None:
+        assert self._transfer is not None
+        self._transfer.send()
+
+    def _join(self, answering: dict[str, str]) -> None:
+        """Form a group with these servers, unless there is one.
+
+        One whose weights are not those of the last transfer has left the group: it was started
+        again, or joined that of another run.
+        """
+        if answering != self._joined or self._transfer is None:
+            self.close()
+            if _rank() == 0:
+                self._control = ServerControl(
+                    list(answering), seconds=self.options.seconds, headers=self.options.headers
+                )
+                self._control.join_anew()
+                if self.options.transfer == "gloo":
+                    self._control.prepare_cpu()
+            self._transfer = open_transfer(
+                self.options.transfer, self._weights, self._control, seconds=self.options.seconds
+            )
+        if self._control is not None:
+            self._control.version = self.label
+
+    def _measure_drifts(self) -> dict[str, float]:
+        """Return the mean difference in log-prob between each server and the trainer.
+
+        Raises:
+            RolloutServerError: none answers any more.
+        """
+        prompt = probe_prompt(self.model, self.longest)
+        tokens = min(PROBE_TOKENS, self.longest - len(prompt))
+        probes: dict[str, tuple[list[int], list[float]]] = {}
+        failure: Exception | None = None
+        if _rank() == 0:
+            for url in self.live:
+                try:
+                    probes[url] = self._probe(url, prompt, tokens)
+                except RolloutServerError as error:
+                    failure = error
+                    logger.warning("%s", error)
+        probes, failure = _from_first_rank((probes, failure))
+        if not probes and failure is not None:
+            raise failure
+        self.live = list(probes)
+        drifts = {}
+        for url, (written, theirs) in probes.items():
+            rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]  # [T, V]
+            ours = rows.gather(1, torch.tensor(written)[:, None])[:, 0]
+            drifts[url] = float((ours - torch.tensor(theirs)).abs().mean())
+        return drifts
+
+    def _probe(self, url: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+        """Return token ids that a server writes, and their log-probs.
+
+        Raises:
+            RolloutServerError: it does not answer, or not with these.
+        """
+        params = {"max_tokens": tokens, "seed": 0, "logprobs": 0, "detokenize": False}
+        body = {"token_ids": prompt, "sampling_params": params}
+        headers = self.options.headers
+        try:
+            choice = only_choice(
+                httpx.post(f"{url}/{GENERATE}", json=body, headers=headers, timeout=_PROBE_SECONDS)
+            )
+            logprobs = [float(row["logprob"]) for row in choice["logprobs"]["content"]]
+            written = [int(token) for token in choice["token_ids"]]
+        except (httpx.HTTPError, RolloutError, KeyError, TypeError, ValueError) as error:
+            why = str(error) or type(error).__name__
+            raise RolloutServerError(
+                f"rollout server {url} does not answer a probe: {why}"
+            ) from error
+        if not written or len(written) != len(logprobs):
+            raise RolloutServerError(
+                f"rollout server {url} answered a probe with {len(written)} tokens and "
+                f"{len(logprobs)} log-probs"
+            )
+        return written, logprobs
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _from_first_rank(value: T) -> T:
+    """Return the first rank's value on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def _from_all(value: T) -> list[T]:
+    """Return the values of all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, value)
+    return held
