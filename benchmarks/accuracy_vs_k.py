@@ -1,6 +1,7 @@
 """The error of the sparse divergence against k: its value and gradient beside the dense ones.
 
     python -m benchmarks.accuracy_vs_k --quick
+    python -m benchmarks.accuracy_vs_k --real MODEL --layers 12 --data DATA   # a published model
 
 Two kinds of rows: synthetic peaked distributions over 152k tokens, and what a locally trained
 student writes, scored densely by its teacher at several points of the student's training. For
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import accuracy_real
 from benchmarks.harness import argument_parser, print_report, set_threads
 from student_trainer.config.arguments import DataArguments, ModelArguments
 from student_trainer.data.examples import RowTokenizer
@@ -341,10 +343,27 @@ def main() -> None:
     )
     parser.add_argument("--csv", type=Path, help="write every number")
     parser.add_argument("--plots", type=Path, help="folder for SVG files")
+    real = parser.add_argument_group("a published model, see benchmarks.accuracy_real")
+    real.add_argument("--real", type=Path, metavar="MODEL", help="folder of the teacher")
+    real.add_argument("--layers", type=int, default=12, help="of it that the student keeps")
+    real.add_argument("--data", type=Path, help="folder of HumanEval and GSM8K")
+    real.add_argument("--output_dir", type=Path, default=Path("runs/accuracy_real"))
+    real.add_argument("--texts", type=int, default=2, help="of each kind")
+    real.add_argument(
+        "--heal_steps", type=int, default=24, help="of forward KL, for a second state"
+    )
     arguments = parser.parse_args()
     if arguments.plots and arguments.quick:
         parser.error("--plots needs all k and supports: drop --quick")
+    if arguments.real and not arguments.data:
+        parser.error("--real needs --data, a folder with HumanEval.jsonl.gz and gsm8k_*.jsonl")
     set_threads(arguments.threads)
+    if arguments.real:
+        accuracy_real.run(
+            arguments.real, arguments.layers, arguments.data, arguments.output_dir,
+            steps=arguments.heal_steps, texts_a_kind=arguments.texts, quick=arguments.quick,
+        )  # fmt: skip
+        return
     if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
         subprocess.run(
             [sys.executable, "-m", "examples.mini_humaneval.quickstart",

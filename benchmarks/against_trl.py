@@ -6,13 +6,13 @@ included. They take turns, each with the machine to itself. The first run makes 
 TRL and pretrains the models, in the work folder.
 
     python -m benchmarks.against_trl --quick
+    python -m benchmarks.against_trl --model real --pretrained MODEL --gsm8k gsm8k_train.jsonl
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import statistics
@@ -21,12 +21,13 @@ import sys
 import time
 import venv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -41,7 +42,7 @@ from transformers import (
 )
 
 from benchmarks.harness import Cell, argument_parser, print_report, run_apart
-from student_trainer.losses import Divergence
+from student_trainer.losses import Divergence, generalized_jsd
 from student_trainer.pipeline.method import DistillationConfig
 from tests.support.models import CHAT_TEMPLATE, save_model
 from tests.support.server import free_port, wait_until_ready
@@ -76,7 +77,7 @@ ARGUMENTS: dict[str, Any] = {  # of both trainers, under the same names
     "report_to": "none",
     "disable_tqdm": True,
 }
-OURS, TRL = "sparse-gkd", "TRL GKDTrainer"
+OURS, TRL, DISTILLATION = "sparse-gkd", "TRL GKDTrainer", "TRL DistillationTrainer"
 KINDS = (True, False)  # of a step: on-policy or not
 COLUMNS = ("trainer", "V", "s/step", "on-policy", "off-policy", "CPU s", "trainer MiB", "all MiB",
            "held-out")  # fmt: skip
@@ -103,6 +104,14 @@ class Run:
 
 def main() -> None:
     parser = argument_parser(__doc__, quick="one round of fewer steps")
+    parser.add_argument(
+        "--model",
+        choices=("synthetic", "real"),
+        default="synthetic",
+        help="real: a published model and a student of its layers, see benchmarks.against_trl_real",
+    )
+    parser.add_argument("--pretrained", type=Path, help="folder of the teacher of --model real")
+    parser.add_argument("--layers", type=int, default=6, help="of it that the student keeps")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--steps", type=int, help="whose time counts, an even number")
     parser.add_argument("--rounds", type=int, help="runs of each; default 2, with --quick 1")
@@ -118,6 +127,15 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS=str(CORES))
     work = args.work_folder.absolute()
     python = args.trl_python or trl_environment(work / "trl")
+    if args.model == "real":
+        if not (args.pretrained and args.gsm8k):
+            parser.error("--model real needs --pretrained, a model's folder, and --gsm8k, rows")
+        from benchmarks import against_trl_real  # which imports this module
+
+        against_trl_real.compare(
+            args.pretrained, args.layers, args.gsm8k, work, python, steps=steps, quick=args.quick
+        )
+        return
     seeds = balanced_seeds(steps, args.rounds or (1 if args.quick else 2))
     rows: list[list[Cell]] = []
     figures: dict[str, Any] = {"benchmark": "against_trl", "quick": args.quick}
@@ -167,10 +185,10 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
             f"{max(run.memory for run in runs) / 2**20:.0f}"]  # fmt: skip
 
 
-def on_policy_steps(steps: int, seed: int) -> list[bool]:
+def on_policy_steps(steps: int, seed: int, lmbda: float = LMBDA) -> list[bool]:
     """Return our trainer's coins of the warm-up and of the steps that count."""
     method = DistillationConfig(
-        lmbda=LMBDA, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=1,
+        lmbda=lmbda, seq_kd=False, seq_kd_temperature=0.0, divergence=Divergence(), top_k=1,
         max_new_tokens=COMPLETION, seed=seed, stop_ids=(),
     )  # fmt: skip
     return [method.on_policy(step) for step in range(WARM_UP + steps)]
@@ -185,15 +203,25 @@ def balanced_seeds(steps: int, rounds: int) -> list[int]:
 # The two sides: a folder with models and rows in, a trained student in ``output`` out.
 
 
-def train_trl(folder: Path, output: Path, steps: int, seed: int, python: Path) -> Run:
-    coins = on_policy_steps(steps, seed)
+def train_trl(
+    folder: Path,
+    output: Path,
+    steps: int,
+    seed: int,
+    python: Path,
+    *,
+    trainer: Literal["gkd", "distillation"] = "gkd",
+    arguments: Mapping[str, Any] = ARGUMENTS,
+) -> Run:
+    coins = on_policy_steps(steps, seed, arguments["lmbda"])
     settings = {
+        "trainer": trainer,
         "teacher": str(folder / "teacher"),
         "student": str(folder / "student"),
         "dataset": str(folder / "train.jsonl"),
         "coins": coins,
         "arguments": {
-            **ARGUMENTS,
+            **arguments,
             "max_steps": len(coins),
             "seed": seed,
             "output_dir": str(output),
@@ -203,16 +231,23 @@ def train_trl(folder: Path, output: Path, steps: int, seed: int, python: Path) -
     (output / "settings.json").write_text(json.dumps(settings))
     script = REPOSITORY / "benchmarks" / "trl_gkd.py"
     command = [python, script, output / "settings.json"]
-    with started(command, output / "trainer.log", stdout=subprocess.PIPE) as trainer:
-        return watched(output, coins, trainer)
+    with started(command, output / "trainer.log", stdout=subprocess.PIPE) as process:
+        return watched(output, coins, process)
 
 
-def train_ours(folder: Path, output: Path, steps: int, seed: int) -> Run:
-    coins = on_policy_steps(steps, seed)
+def train_ours(
+    folder: Path,
+    output: Path,
+    steps: int,
+    seed: int,
+    *,
+    given: Mapping[str, Any] = ARGUMENTS,
+) -> Run:
+    coins = on_policy_steps(steps, seed, given["lmbda"])
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = {
-        **ARGUMENTS,
+        **given,
         "model_name_or_path": folder / "student",
         "teacher_url": url,
         "dataset_name": folder / "train.jsonl",
@@ -300,7 +335,9 @@ def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def trl_environment(folder: Path) -> Path:
-    """Return the interpreter of an environment with TRL and the versions of constraints.txt."""
+    """Return this interpreter if it has TRL, or one with the versions of constraints.txt."""
+    if find_spec("trl") is not None:
+        return Path(sys.executable)
     python = folder / "bin" / "python"
     ready = folder / "ready"
     if not ready.exists():
@@ -446,12 +483,13 @@ def token_ids(
 
 
 @torch.inference_mode()
-def held_out_divergences(folder: Path, students: Sequence[Path]) -> list[float]:
+def held_out_divergences(
+    folder: Path, students: Sequence[Path], beta: float = ARGUMENTS["beta"]
+) -> list[float]:
     """Return the dense generalized JSD to each student, nats a completion token, in float64."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     lines = (folder / "held_out.jsonl").read_text().splitlines()
     texts = [token_ids(tokenizer, json.loads(line)["messages"]) for line in lines]
-    beta = ARGUMENTS["beta"]
     sums, tokens = [0.0] * len(students), 0
     teacher, *models = (
         AutoModelForCausalLM.from_pretrained(path, dtype="float32")
@@ -459,17 +497,13 @@ def held_out_divergences(folder: Path, students: Sequence[Path]) -> list[float]:
     )
     for ids, start in texts:
 
-        def log_probs(model: Any, ids: torch.Tensor = ids, start: int = start) -> torch.Tensor:
-            return model(input_ids=ids[None]).logits[0, start - 1 : -1].double().log_softmax(-1)
+        def logits(model: Any, ids: torch.Tensor = ids, start: int = start) -> torch.Tensor:
+            return model(input_ids=ids[None]).logits[0, start - 1 : -1].double()
 
-        log_p = log_probs(teacher)  # [T, V]
-        tokens += len(log_p)
+        theirs = logits(teacher)  # [T, V]
+        tokens += len(theirs)
         for index, model in enumerate(models):
-            log_q = log_probs(model)
-            log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-            to_teacher = (log_p.exp() * (log_p - log_m)).sum()
-            to_student = (log_q.exp() * (log_q - log_m)).sum()
-            sums[index] += float(beta * to_teacher + (1 - beta) * to_student)
+            sums[index] += float(generalized_jsd(logits(model), theirs, Divergence(beta)).sum())
     return [value / tokens for value in sums]
 
 

@@ -1,4 +1,4 @@
-"""Run TRL's side of `benchmarks.against_trl`: GKDTrainer as published, in TRL's own environment.
+"""Run TRL's side of `benchmarks.against_trl`: its trainers as published, in its own environment.
 
 PYTHON benchmarks/trl_gkd.py SETTINGS.json
 """
@@ -13,6 +13,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
+
+# TRL's defaults would train in bfloat16, and GKDTrainer would generate without a KV cache.
+COMMON: dict[str, Any] = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
 class Coins(TrainerCallback):
@@ -36,19 +41,29 @@ def main() -> None:
         for name in ("teacher", "student")
     )
     rows = [json.loads(line) for line in Path(settings["dataset"]).read_text().splitlines()]
-    coins = Coins(settings["coins"])
-    trainer = GKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        # TRL's defaults would train in bfloat16 and generate without a KV cache.
-        args=GKDConfig(
-            **settings["arguments"], use_cpu=True, bf16=False, gradient_checkpointing=False
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(settings["student"]),
-        callbacks=[coins],
-    )
-    coins.trainer = trainer
+    common: dict[str, Any] = {"model": student, "teacher_model": teacher}
+    trainer: Any
+    if settings["trainer"] == "distillation":  # writes all completions itself, so it has no coins
+        tokenizer = AutoTokenizer.from_pretrained(settings["student"], padding_side="left")
+        arguments = dict(settings["arguments"])
+        arguments["max_completion_length"] = arguments.pop("max_new_tokens")
+        del arguments["lmbda"]
+        trainer = DistillationTrainer(
+            **common,
+            args=DistillationConfig(**arguments, **COMMON),
+            train_dataset=Dataset.from_list([{"prompt": row["messages"][:1]} for row in rows]),
+            processing_class=tokenizer,
+        )
+    else:
+        coins = Coins(settings["coins"])
+        trainer = GKDTrainer(
+            **common,
+            args=GKDConfig(**settings["arguments"], **COMMON),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(settings["student"]),
+            callbacks=[coins],
+        )
+        coins.trainer = trainer
     trainer.train()
     trainer.save_model()
 

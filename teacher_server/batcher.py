@@ -7,6 +7,7 @@ import contextvars
 import heapq
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -23,6 +24,25 @@ MAX_BATCH_JOBS = 256
 # Jobs that a batch is chosen from, the next ones in turn, so that choosing stays fast however many
 # wait.
 _CHOICE = 4 * MAX_BATCH_JOBS
+
+
+def within_padding(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
+    """Return groups of sequences, by index, each padded by at most ``pass_tokens`` in all.
+
+    Args:
+        lengths: tokens of each sequence; a group is padded to its longest.
+        pass_tokens: the tokens in whose time a forward pass begins and ends, so that more padding
+            takes longer than one more pass.
+    """
+    groups: list[list[int]] = []
+    longest = padding = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        padding += longest - lengths[index]
+        if not groups or padding > pass_tokens:
+            groups.append([])
+            longest, padding = lengths[index], 0
+        groups[-1].append(index)
+    return groups
 
 
 class Job(Protocol):
@@ -77,16 +97,18 @@ class Batcher(Generic[J, A]):
 
     Clients take turns by `FairQueue`. A batch takes the job whose turn it is, then those nearest to
     it in length, first of the same client, as long as the padded batch (longest × count) fits
-    ``max_batch_tokens``, up to `MAX_BATCH_JOBS`. What does not fit waits for its turn; the job of a
-    client that waited longest is always its first. A batch that fails is tried again in halves,
-    without the jobs that have an answer, so one bad job fails alone and a batch too large for the
-    memory is split. Jobs whose caller went away are dropped.
+    ``max_batch_tokens``, up to `MAX_BATCH_JOBS`, and its padding ``max_padding``. What does not fit
+    waits for its turn; the job of a client that waited longest is always its first. A batch that
+    fails is tried again in halves, without the jobs that have an answer, so one bad job fails alone
+    and a batch too large for the memory is split. Jobs whose caller went away are dropped.
 
     Args:
         run: answers each job of a batch that somebody waits for, as soon as it can; called in
             ``executor``. It may ask who still waits, and end early when nobody does.
         executor: the thread that owns the model, shared by all batchers of one model.
         max_batch_tokens: padded tokens of a batch; a longer single job still runs, alone.
+        max_padding: of these, tokens of padding; None for any. As many tokens as one more batch
+            costs beside its own: then neither padding nor batches are wasted.
         observe: is called with (seconds that each job has waited, padded tokens) of each batch.
     """
 
@@ -96,11 +118,13 @@ class Batcher(Generic[J, A]):
         executor: Executor,
         *,
         max_batch_tokens: int,
+        max_padding: int | None = None,
         observe: Callable[[Sequence[float], int], None] | None = None,
     ) -> None:
         self._run = run
         self._executor = executor
         self._max_batch_tokens = max_batch_tokens
+        self._max_padding = math.inf if max_padding is None else max_padding
         self._observe = observe
         self._fair_queue = FairQueue(LEAST_JOB_TOKENS)
         self._places = itertools.count()
@@ -171,7 +195,7 @@ class Batcher(Generic[J, A]):
             return []
         first = choice[0]
         self._fair_queue.begun(first.start)
-        longest = 0
+        longest = tokens = 0
         batch: list[_Waiting[J, A]] = []
 
         def rank(waiting: _Waiting[J, A]) -> tuple[bool, bool, int]:
@@ -179,12 +203,15 @@ class Batcher(Generic[J, A]):
             return waiting is not first, other, abs(waiting.job.tokens - first.job.tokens)
 
         for waiting in sorted(choice, key=rank):
-            padded = max(longest, waiting.job.tokens)
-            full = padded * (len(batch) + 1) > self._max_batch_tokens
+            wider = max(longest, waiting.job.tokens)
+            padded = wider * (len(batch) + 1)
+            padding = padded - tokens - waiting.job.tokens
+            full = padded > self._max_batch_tokens or padding > self._max_padding
             if batch and (full or len(batch) == MAX_BATCH_JOBS):
                 heapq.heappush(self._waiting, waiting)
                 continue
-            longest = padded
+            longest = wider
+            tokens += waiting.job.tokens
             waiting.queued = False
             batch.append(waiting)
         if self._observe is not None:

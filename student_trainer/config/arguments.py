@@ -679,7 +679,6 @@ class DivergenceFlags:
         "http://host:8001; repeat for replicas. It gets the student's weights before each "
         "on-policy step.",
         group="rollouts and generation",
-        common=True,
         private=True,
     )
     rollout_transfer: Literal["nccl", "gloo"] | None = flag(

@@ -32,7 +32,7 @@ _POLL_SECONDS = 1e-4
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """What a vLLM worker must know to join the group.
+    """The data with which a vLLM worker joins the group.
 
     Attributes:
         master_address: host of the trainer that sends.
@@ -98,7 +98,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
-    """What the trainer must know to send; see `GlooInitInfo`."""
+    """The data with which the trainer joins the group; see `GlooInitInfo`."""
 
     backend: ClassVar[str] = BACKEND
 

@@ -42,7 +42,7 @@ _CONNECT_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How to reach the rollout servers.
+    """The options by which the rollout servers are reached.
 
     Attributes:
         urls: addresses of replicas.

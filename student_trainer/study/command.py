@@ -48,35 +48,39 @@ def study(argv: Sequence[str]) -> None:
     if not arguments.report:
         with signals_as_exits():  # so that the running cell and the server end too
             runner.run(jobs)
-    values = _measured(found, plan, runner)
-    if arguments.report and not values:
+    measured = _measured(found, plan, runner)
+    if arguments.report and not measured:
         raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")
     seconds = sum(runner.seconds(job) or 0.0 for job in plan.jobs.values())
-    for path in write_report(found, values, seconds, folder) if values else []:
+    for path in write_report(found, measured, seconds, folder) if measured else []:
         _say(f"wrote {path}")
 
 
-def _measured(found: Study, plan: Plan, runner: Runner) -> dict[str, dict[int | None, float]]:
-    """Return the metric of each measured cell, by seed (None: one for all seeds).
+def _measured(
+    found: Study, plan: Plan, runner: Runner
+) -> dict[str, dict[str, dict[int | None, float]]]:
+    """Return metric -> measured cell -> seed -> value (seed None: one for all seeds).
 
-    Cells that are not done are left out.
+    Cells that are not done are left out; nothing is returned where none is done.
 
     Raises:
-        ConfigurationError: the measuring command does not write that metric.
+        ConfigurationError: the measuring command does not write a metric.
     """
-    values: dict[str, dict[int | None, float]] = {}
+    values: dict[str, dict[str, dict[int | None, float]]] = {}
     for (name, _), folder in plan.folder_of.items():
         measures, job = found.cells[name].measures, plan.jobs[folder]
         if measures is None or runner.state(job) != "done":
             continue
         path = runner.folder / folder / "results.json"
         results = json.loads(path.read_text())
-        if found.metric not in results:
-            raise ConfigurationError(
-                f"{found.path}: measure.metric: {path} has no {found.metric!r}; "
-                f"there is {', '.join(results)}"
-            )
-        values.setdefault(measures, {})[job.seed] = float(results[found.metric])
+        for metric in found.metrics():
+            if metric not in results:
+                key = "measure.metric" if metric == found.metric else "tables"
+                raise ConfigurationError(
+                    f"{found.path}: {key}: {path} has no {metric!r}; there is {', '.join(results)}"
+                )
+            of_metric = values.setdefault(metric, {})
+            of_metric.setdefault(measures, {})[job.seed] = float(results[metric])
     return values
 
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from shared import __version__
 from shared.errors import ConfigurationError
-from student_trainer.study.spec import Cell, Study, hint_for, references, substituted, to_argv
+from student_trainer.study.spec import (
+    UNNAMED,
+    Cell,
+    Study,
+    hint_for,
+    references,
+    substituted,
+    to_argv,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Job:
         seed: None where it runs once for all seeds.
         folder: of its output, relative to the study's; also its identity.
         argv: flags; ``{FOLDER}`` stands for another job's output folder.
-        inputs, teacher: folders of other jobs.
+        inputs: folders of other jobs.
+        teachers: names and folders of the jobs whose models are served meanwhile.
         digest: of command, flags and everything that flows in.
     """
 
@@ -36,7 +45,7 @@ class Job:
     folder: str
     argv: tuple[str, ...]
     inputs: tuple[str, ...]
-    teacher: str | None
+    teachers: tuple[tuple[str, str], ...]
     digest: str
 
 
@@ -104,12 +113,12 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
         by = {**stand_ins, "seed": str(seed)}
         return to_argv({key: substituted(value, by) for key, value in cell.flags.items()})
 
-    teacher = inputs[cell.teacher] if cell.teacher else None
+    teachers = {name: inputs[other] for name, other in cell.teachers.items()}
     everything = [
         __version__,
         cell.command,
         sorted(argv({name: job.digest for name, job in inputs.items()})),
-        [teacher.digest, to_argv(serve)] if teacher else None,
+        [_teachers_digest(teachers), to_argv(serve)] if teachers else None,
         sorted(filter(None, map(_file_digest, cell.flags.values()))),
     ]
     return Job(
@@ -118,9 +127,16 @@ def _job(cell: Cell, seed: int, inputs: Mapping[str, Job], serve: Mapping[str, A
         folder=f"seed-{seed}/{cell.name}" if seeded else f"shared/{cell.name}",
         argv=tuple(argv({name: f"{{{job.folder}}}" for name, job in inputs.items()})),
         inputs=tuple(job.folder for job in inputs.values()),
-        teacher=teacher.folder if teacher else None,
+        teachers=tuple((name, job.folder) for name, job in teachers.items()),
         digest=hashlib.sha256(json.dumps(everything).encode()).hexdigest(),
     )
+
+
+def _teachers_digest(teachers: Mapping[str, Job]) -> Any:
+    """Return the digests of the teachers by name; of one without a name, its digest alone."""
+    if list(teachers) == [UNNAMED]:
+        return teachers[UNNAMED].digest
+    return [[name, job.digest] for name, job in teachers.items()]
 
 
 def _file_digest(value: Any) -> str | None:

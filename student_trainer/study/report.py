@@ -11,30 +11,33 @@ from student_trainer.reporting.statistics import Estimate, estimate, paired_diff
 from student_trainer.reporting.svg import Interval, write_interval_chart, write_interval_rows
 from student_trainer.study.spec import Study, Table
 
-# Cell -> seed -> metric; the seed is None for a cell that runs once for all seeds.
+# Cell -> seed -> value; the seed is None for a cell that runs once for all seeds.
 Values = Mapping[str, Mapping[int | None, float]]
+# Metric -> its values; the study's own metric comes first.
+Measured = Mapping[str, Values]
 
 
-def write_report(study: Study, values: Values, seconds: float, folder: Path) -> list[Path]:
+def write_report(study: Study, measured: Measured, seconds: float, folder: Path) -> list[Path]:
     """Write the report of the cells that are measured so far.
 
     Args:
-        values: cell -> seed -> metric; cells and seeds that are not done are left out.
+        measured: metric -> cell -> seed -> value; cells and seeds that are not done are left out.
         seconds: that all jobs took.
 
     Returns:
         The files written.
     """
     results, text = folder / "results.json", folder / "results.md"
-    results.write_text(json.dumps(_results(study, values, seconds), indent=2) + "\n")
-    sections = [f"# {study.title}\n", _NOTE.format(metric=study.metric)]
+    results.write_text(json.dumps(_results(study, measured, seconds), indent=2) + "\n")
+    sections = [f"# {study.title}\n", _NOTE.format(metric=", ".join(study.metrics()))]
     plots = []
     for table in study.tables:
+        values = measured[table.metric]
         if any(name in values for name in table.cells):
             plot = folder / f"{table.name}.svg"
             _plot(study, table, values, plot)
             plots.append(plot)
-            sections += [_section(study, table, values), f"\n![{table.title}]({plot.name})\n"]
+            sections += [_section(table, values), f"\n![{table.title}]({plot.name})\n"]
     text.write_text("\n".join(sections))
     return [results, text, *plots]
 
@@ -46,23 +49,29 @@ expected to miss.
 """
 
 
-def _results(study: Study, values: Values, seconds: float) -> dict[str, Any]:
+def _results(study: Study, measured: Measured, seconds: float) -> dict[str, Any]:
+    others = {name: _cells(values) for name, values in measured.items() if name != study.metric}
     return {
         "title": study.title,
         "metric": study.metric,
         "seconds": round(seconds, 1),
-        "cells": {
-            name: {"values": {"all" if seed is None else str(seed): v for seed, v in seeds.items()}}
-            | _numbers(estimate(list(seeds.values())))
-            for name, seeds in values.items()
-        },
+        "cells": _cells(measured[study.metric]),
+        **({"other_metrics": others} if others else {}),
         "differences": {
             table.name: [
                 {"cell": cell, "base": base, **_numbers(found)}
-                for cell, base, found in _differences(table, values)
+                for cell, base, found in _differences(table, measured[table.metric])
             ]
             for table in study.tables
         },
+    }
+
+
+def _cells(values: Values) -> dict[str, Any]:
+    return {
+        name: {"values": {"all" if seed is None else str(seed): v for seed, v in seeds.items()}}
+        | _numbers(estimate(list(seeds.values())))
+        for name, seeds in values.items()
     }
 
 
@@ -81,8 +90,8 @@ def _differences(table: Table, values: Values) -> list[tuple[str, str, Estimate]
     ]
 
 
-def _section(study: Study, table: Table, values: Values) -> str:
-    lines = [f"## {table.title}\n", f"| cell | {study.metric} | seeds |", "| --- | --- | --- |"]
+def _section(table: Table, values: Values) -> str:
+    lines = [f"## {table.title}\n", f"| cell | {table.metric} | seeds |", "| --- | --- | --- |"]
     for name in table.cells:
         if name in values:
             found = estimate(list(values[name].values()))
@@ -101,7 +110,7 @@ def _plus_minus(found: Estimate) -> str:
 
 
 def _plot(study: Study, table: Table, values: Values, path: Path) -> None:
-    title = f"{table.title}: {study.metric}, mean and 95 % interval over seeds"
+    title = f"{table.title}: {table.metric}, mean and 95 % interval over seeds"
 
     def point(name: str, label: str) -> Interval:
         found = estimate(list(values[name].values()))
@@ -114,6 +123,6 @@ def _plot(study: Study, table: Table, values: Values, path: Path) -> None:
     series: dict[str, list[Interval]] = {}
     for name in measured:
         where = study.cells[name].coordinates
-        line = str(where[table.series]) if table.series else study.metric
+        line = str(where[table.series]) if table.series else table.metric
         series.setdefault(line, []).append(point(name, str(where[table.x])))
     write_interval_chart(path, title, table.x, series)

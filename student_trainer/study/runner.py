@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import CellFailedError, ConfigurationError
+from shared.yaml_file import flag_arguments
 from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.study.plan import Job
-from student_trainer.study.served import served
+from student_trainer.study.served import served, servers_for
 from student_trainer.study.spec import TRAINER_COMMANDS
 
 MARKER = ".study"
@@ -37,7 +38,7 @@ _FOLDER = re.compile(r"\{([^{}]*)\}")
 
 
 class Runner:
-    """A runner of jobs in order, with at most one served teacher at a time.
+    """A runner of jobs in order; only the teachers of one job are served at a time.
 
     Args:
         folder: everything is written below it.
@@ -49,9 +50,9 @@ class Runner:
         self.folder = folder
         self._serve = serve
         self._say = say
-        self._server = contextlib.ExitStack()
-        self._served: str | None = None
-        self._url = ""
+        self._servers = contextlib.ExitStack()
+        self._served: tuple[tuple[str, str], ...] = ()
+        self._addresses: list[str] = []
 
     def state(self, job: Job) -> str:
         """Return `done`, `changed` (made by another command or from other inputs) or `to do`."""
@@ -67,7 +68,10 @@ class Runner:
 
     def command(self, job: Job) -> str:
         """Return the job's command line, with a stand-in for the address of a teacher."""
-        return _typed(job, self._argv(job, "http://TEACHER"))
+        stand_ins = [
+            f"{name}=http://TEACHER" if name else "http://TEACHER" for name, _ in job.teachers
+        ]
+        return _typed(job, self._argv(job, stand_ins))
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the jobs that are not done.
@@ -89,7 +93,7 @@ class Runner:
                 while left:
                     job = self._next(left)
                     left.remove(job)
-                    needed = {other.teacher for other in [job, *left]}
+                    needed = {other.teachers for other in [job, *left]}
                     if self._served not in needed:
                         self._stop_serving()
                     seconds = self._run(job)
@@ -103,7 +107,7 @@ class Runner:
         ready = [job for job in left if not waiting.intersection(job.inputs)]
         seed = ready[0].seed
         for job in ready:
-            if job.seed == seed and job.teacher in (None, self._served):
+            if job.seed == seed and job.teachers in ((), self._served):
                 return job
         return ready[0]
 
@@ -114,9 +118,9 @@ class Runner:
             shutil.rmtree(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         since = time.perf_counter()
-        if job.teacher is not None:
-            self._keep_serving(job.teacher)
-        argv = self._argv(job, self._url)
+        if job.teachers:
+            self._keep_serving(job.teachers)
+        argv = self._argv(job, self._addresses)
         log = output.with_name(output.name + ".log")
         code = _in_a_process(job.cell.command, argv, log)
         if code != 0:
@@ -137,25 +141,27 @@ class Runner:
         unfinished.replace(marker)
         return seconds
 
-    def _argv(self, job: Job, url: str) -> list[str]:
+    def _argv(self, job: Job, addresses: Sequence[str]) -> list[str]:
         argv = [_FOLDER.sub(lambda f: str(self._output(f[1])), argument) for argument in job.argv]
-        if job.teacher is not None:
-            argv.append(f"--teacher_url={url}")
+        if job.teachers:
+            argv += flag_arguments("teacher_url", addresses if len(addresses) > 1 else addresses[0])
         return [*argv, f"--output_dir={self._output(job.folder)}"]
 
-    def _keep_serving(self, teacher: str) -> None:
-        if self._served == teacher:
+    def _keep_serving(self, teachers: tuple[tuple[str, str], ...]) -> None:
+        if self._served == teachers:
             return
         self._stop_serving()
-        model = self._output(teacher)
-        log = model.with_name(model.name + ".server.log")
-        self._url, command = self._server.enter_context(served(model, self._serve, log))
-        self._served = teacher
-        self._say(f"$ {command}")
+        for server in servers_for([(name, self._output(folder)) for name, folder in teachers]):
+            log = server.first.with_name(server.first.name + ".server.log")
+            flags = [*server.flags(), *self._serve]
+            url, command = self._servers.enter_context(served(server.model, flags, log))
+            self._addresses += server.addresses(url)
+            self._say(f"$ {command}")
+        self._served = teachers
 
     def _stop_serving(self) -> None:
-        self._served = None
-        self._server.close()
+        self._served, self._addresses = (), []
+        self._servers.close()
 
     @contextlib.contextmanager
     def _locked(self, jobs: Sequence[Job]) -> Iterator[None]:

@@ -19,6 +19,7 @@ from shared.nearest import nearest
 from shared.yaml_file import flag_arguments, read_yaml
 
 TRAINER_COMMANDS = ("sft", "distill", "evaluate", "merge")
+UNNAMED = ""  # the name of the only teacher of a cell that names none
 _REFERENCE = re.compile(r"\{([^{}]*)\}")
 _NAME = re.compile(r"[\w.=-]+")
 
@@ -30,7 +31,8 @@ class Cell:
     Attributes:
         command: of `student-trainer`, or a Python module (which takes ``--output_dir`` too).
         source: the key in the file, for errors.
-        teacher: the cell whose model is served while this one runs.
+        teachers: the cells whose models are served while this one runs, by the name that rows call
+            them; a single one may be `UNNAMED`.
         coordinates: what a grid set in it, by key.
         measures: the cell whose model it measures; itself, where a table names an `evaluate` cell.
     """
@@ -39,19 +41,22 @@ class Cell:
     command: str
     flags: Mapping[str, Any]
     source: str
-    teacher: str | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)
     coordinates: Mapping[str, Any] = field(default_factory=dict)
     measures: str | None = None
 
     def inputs(self) -> list[str]:
-        """Return the cells that the flags and the teacher name, each once."""
+        """Return the cells that the flags and the teachers name, each once."""
         named = [n for value in self.flags.values() for n in references(value) if n != "seed"]
-        return list(dict.fromkeys([*named, *([self.teacher] if self.teacher else [])]))
+        return list(dict.fromkeys([*named, *self.teachers.values()]))
 
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison of cells: ``x`` and ``series`` are grid keys, ``differences`` are pairs."""
+    """A comparison of cells by one metric, a key of the ``results.json`` of measuring cells.
+
+    ``x`` and ``series`` are grid keys, ``differences`` are pairs.
+    """
 
     name: str
     title: str
@@ -59,6 +64,7 @@ class Table:
     x: str | None
     series: str | None
     differences: tuple[tuple[str, str], ...]
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Study:
     Attributes:
         cells: by name, inputs before those who use them; a measuring cell follows each that a table
             compares, unless that one is an `evaluate` cell, which has measured already.
-        metric: the key of ``results.json`` that a measuring cell writes.
+        metric: the metric of tables that name no other.
         serve: flags of `teacher-server serve`.
     """
 
@@ -79,6 +85,10 @@ class Study:
     metric: str
     serve: Mapping[str, Any]
     tables: tuple[Table, ...]
+
+    def metrics(self) -> list[str]:
+        """Return the study's metric, then those that tables name besides."""
+        return list(dict.fromkeys([self.metric, *(table.metric for table in self.tables)]))
 
 
 def load_study(path: Path) -> Study:
@@ -150,6 +160,7 @@ def _study(path: Path, content: Any) -> Study:
     if tables:
         measure = _mapping(top.get("measure"), "measure", ("command", "flags", "metric"))
         metric = str(measure.get("metric", "pass@1"))
+        tables = tuple(replace(table, metric=table.metric or metric) for table in tables)
         for name in compared:
             if cells[name].measures == name:
                 continue
@@ -195,7 +206,7 @@ def _expand(name: str, entry: Any, defaults: Mapping[str, Any]) -> Iterator[Cell
                 cell,
                 name=".".join([name, *(_REFERENCE.sub(r"\1", str(value)) for value in values)]),
                 flags={**cell.flags, **flags},
-                teacher=coordinates.get("teacher", cell.teacher),
+                teachers=_teachers(coordinates.get("teacher"), f"{source}.grid") or cell.teachers,
                 coordinates=coordinates,
             )
 
@@ -214,7 +225,18 @@ def _cell(name: str, entry: Mapping[str, Any], source: str, defaults: Mapping[st
     for key in ("output_dir", "teacher_url"):
         if key in flags:
             raise _ContentError(f"{source}.flags.{key}: the study sets it; drop it")
-    return Cell(name, command, flags, source, entry.get("teacher"))
+    return Cell(name, command, flags, source, _teachers(entry.get("teacher"), source))
+
+
+def _teachers(value: Any, source: str) -> dict[str, str]:
+    """Return the cells of ``teacher``, a cell or `name: cell` lines, by name."""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and value:
+        return {str(name): str(cell) for name, cell in value.items()}
+    if not isinstance(value, str):
+        raise _ContentError(f"{source}.teacher: {value!r} is neither a cell nor `name: cell` lines")
+    return {UNNAMED: value}
 
 
 def _measure(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> Cell:
@@ -228,7 +250,7 @@ def _measure(name: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 def _table(name: str, entry: Any, cells: Mapping[str, Cell]) -> Table:
     source = f"tables.{name}"
-    entry = _mapping(entry, source, ("title", "cells", "x", "series", "differences"))
+    entry = _mapping(entry, source, ("title", "metric", "cells", "x", "series", "differences"))
     chosen = dict.fromkeys(
         cell
         for pattern in entry.get("cells", [])
@@ -255,6 +277,7 @@ def _table(name: str, entry: Any, cells: Mapping[str, Cell]) -> Table:
         axes.get("x"),
         axes.get("series"),
         tuple(pairs),
+        str(entry.get("metric", "")),
     )
 
 
@@ -268,13 +291,13 @@ def _matching(pattern: Any, names: Iterable[str], source: str) -> list[str]:
 
 
 def _check_inputs(cell: Cell, cells: Mapping[str, Cell]) -> None:
-    if cell.teacher is not None and cell.command != "distill":
+    if cell.teachers and cell.command != "distill":
         raise _ContentError(f"{cell.source}.teacher: only distill asks one; drop it")
-    if cell.command == "distill" and cell.teacher is None:
+    if cell.command == "distill" and not cell.teachers:
         raise _ContentError(
             f"{cell.source}.teacher is missing: name the cell whose model is served"
         )
-    named = {"teacher": [cell.teacher] if cell.teacher else []}
+    named = {"teacher": list(cell.teachers.values())}
     named |= {f"flags.{key}": references(value) for key, value in cell.flags.items()}
     for key, names in named.items():
         for name in names:

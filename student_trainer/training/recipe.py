@@ -59,6 +59,7 @@ from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.named import Teachers
 from student_trainer.training.checkpoints import remove_earlier_run, writing
 from student_trainer.training.cut_completions import CutCompletions
+from student_trainer.training.disjoint_student import DisjointStudent
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.training.live_log import LiveLog
@@ -136,6 +137,8 @@ def run(
         )
         if method.lmbda > 0 or method.seq_kd:
             trainer.add_callback(CutCompletions(method.max_new_tokens))
+        if teachers is not None:
+            trainer.add_callback(DisjointStudent(method.divergence.beta))
         live_log = LiveLog(Path(args.output_dir or ""))
         trainer.add_callback(live_log)
         if prepared.keep_end_tokens:

@@ -32,7 +32,7 @@ from teacher_server.backends.generation import generate_completions, within_cont
 from teacher_server.backends.probe import probe_batching, probe_causality, probe_generation
 from teacher_server.backends.projection import keep_float32_logits
 from teacher_server.backends.scoring import score_positions
-from teacher_server.batcher import Batcher, Callers
+from teacher_server.batcher import Batcher, Callers, within_padding
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
 
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 # Finished completions are scored together once in so many tokens, because a forward pass for each
 # would delay those still being generated.
 SCORE_EVERY = 8
+# Tokens in whose time a forward pass begins and ends: a CPU is busy from few tokens on, a GPU waits
+# for its kernels to start.
+CPU_PASS_TOKENS, GPU_PASS_TOKENS = 64, 512
 
 
 class TransformersBackend:
@@ -58,6 +61,7 @@ class TransformersBackend:
         self._metrics = metrics
         self._model = _load_model(settings)
         self._device = next(self._model.parameters()).device
+        self._pass_tokens = CPU_PASS_TOKENS if self._device.type == "cpu" else GPU_PASS_TOKENS
         self._tokenizer = tokenizer = load_tokenizer(
             settings.model, trust_remote_code=settings.trust_remote_code
         )
@@ -85,8 +89,11 @@ class TransformersBackend:
             self._timed("score", self._answer_scores),
             self._thread,
             max_batch_tokens=settings.max_batch_tokens,
+            max_padding=self._pass_tokens,
             observe=metrics.batch_observer("score"),
         )
+        # A token more of each completion reads all weights once, however wide the prompts are
+        # padded, so generations are joined at any lengths.
         self._generations: Batcher[GenerateJob, Completion] = Batcher(
             self._timed("generate", self.generate_batch),
             self._thread,
@@ -122,11 +129,14 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def score_batch(self, jobs: Sequence[ScoreJob]) -> list[SparseLogprobs]:
-        """Score a batch, in one forward pass where no sequence changes another."""
+        """Score a batch, in as few forward passes as padding and the model's positions allow."""
         answers: dict[int, SparseLogprobs] = {}
         for alike in self._groups_of_lengths([job.tokens for job in jobs]):
-            for group in self._split_by_adapter(alike, jobs):
-                answers.update(zip(group, self._score_group([jobs[i] for i in group]), strict=True))
+            for some in self._split_by_adapter(alike, jobs):
+                for places in within_padding([jobs[i].tokens for i in some], self._pass_tokens):
+                    group = [some[place] for place in places]
+                    scored = self._score_group([jobs[i] for i in group])
+                    answers.update(zip(group, scored, strict=True))
         return [answers[index] for index in range(len(jobs))]
 
     def _split_by_adapter(

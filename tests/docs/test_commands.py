@@ -236,7 +236,7 @@ class Page:
     def accelerate(self, text):
         from accelerate.commands.launch import launch_command_parser
 
-        launched = launch_command_parser().parse_args(shlex.split(text.partition("serve ")[2]))
+        launched = launch_command_parser().parse_args(shlex.split(text)[2:])
         assert launched.module
         assert launched.training_script == "student_trainer"
         return self.train(launched.training_script_args)

@@ -1,4 +1,4 @@
-"""The numbers of the pages of results are those of the studies in docs/results/."""
+"""The numbers on the pages of results are those of the studies in docs/results/."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """The command of a study's cells in tests, whose flags say what to do.
 
 It writes ``value.txt``, the sum of ``--add`` and of the values in its ``--inputs``, and
-``results.json``, and appends a line to ``--journal``.
+``results.json`` (its negative as ``loss``), and appends a line to ``--journal``.
 """
 
 import argparse
@@ -29,4 +29,4 @@ while arguments.wait_for and not arguments.wait_for.exists():
 read = sum(float((folder / "value.txt").read_text()) for folder in arguments.inputs)
 value = read + arguments.add + arguments.seed
 (arguments.output_dir / "value.txt").write_text(str(value))
-(arguments.output_dir / "results.json").write_text(json.dumps({"pass@1": value}))
+(arguments.output_dir / "results.json").write_text(json.dumps({"pass@1": value, "loss": -value}))

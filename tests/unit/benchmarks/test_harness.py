@@ -14,7 +14,16 @@ from benchmarks.harness import Worker, argument_parser, print_report, run_apart
 NAMES = sorted(
     path.stem
     for path in Path(benchmarks.__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "harness", "trl_gkd")
+    if path.stem
+    not in (
+        "__init__",
+        "accuracy_real",
+        "against_trl_real",
+        "harness",
+        "real_models",
+        "real_texts",
+        "trl_gkd",
+    )
 )
 
 

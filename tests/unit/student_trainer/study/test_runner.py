@@ -34,6 +34,7 @@ class World:
             "b": self.step(add=0.25, inputs=["{data}"]),
         }
         self.measure = {"command": STEP, "flags": {"inputs": ["{model}"]}}
+        self.tables = {}
 
     def step(self, **flags):
         return {"command": STEP, "flags": {**flags, "journal": str(self.journal)}}
@@ -41,7 +42,7 @@ class World:
     def write(self):
         content = {
             "title": "Steps", "seeds": [0, 1], "cells": self.cells, "measure": self.measure,
-            "tables": {"t": {"cells": ["a", "b"], "differences": [["a", "b"]]}},
+            "tables": {"t": {"cells": ["a", "b"], "differences": [["a", "b"]]}, **self.tables},
         }  # fmt: skip
         self.file.write_text(yaml.safe_dump(content, sort_keys=False))
 
@@ -110,6 +111,28 @@ def test_results_are_means_with_intervals_and_paired_differences(world):
     assert "| a − b | 0.250 ± 0.000 | 2 | yes |" in text
     root = ET.parse(world.output / "t.svg").getroot()
     assert len(root.findall("{http://www.w3.org/2000/svg}circle")) == 2
+
+
+def test_a_table_may_compare_another_metric(world):
+    world.tables["u"] = {"metric": "loss", "cells": ["a", "b"], "differences": [["a", "b"]]}
+    world.run()
+    results = json.loads((world.output / "results.json").read_text())
+    assert results["cells"]["a"]["values"] == {"0": 1.5, "1": 2.5}
+    assert results["other_metrics"]["loss"]["a"]["values"] == {"0": -1.5, "1": -2.5}
+    assert {name: one["mean"] for name, (one,) in results["differences"].items()} == {
+        "t": 0.25,
+        "u": -0.25,
+    }
+    text = (world.output / "results.md").read_text()
+    assert "| cell | loss | seeds |" in text
+    assert "| a | -2.000 ± 6.353 | 2 |" in text
+    assert text.startswith("# Steps\n\npass@1, loss: mean")
+
+
+def test_a_metric_that_is_not_measured_is_named_with_its_place(world, capsys):
+    world.tables["u"] = {"metric": "speed", "cells": ["a"]}
+    assert world.run()[0] == 2
+    assert "has no 'speed'; there is pass@1, loss" in capsys.readouterr().err
 
 
 def test_a_report_is_written_of_what_is_there(world, capsys):

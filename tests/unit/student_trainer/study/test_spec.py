@@ -13,6 +13,7 @@ from student_trainer.study.spec import TRAINER_COMMANDS, load_study
 
 STEP = "tests.support.study_step"
 EXAMPLE = Path(__file__).parents[4] / "examples/mini_humaneval/study.yaml"
+TWO_EXPERTS = EXAMPLE.parents[1] / "two_experts/study.yaml"
 
 
 def write(tmp_path, content):
@@ -43,6 +44,14 @@ def distill(**flags):
         ),
         ({"cells": {"b": distill()}}, "cells.b.teacher: unknown cell 't'; there is b"),
         ({"cells": {"b": {"command": "distill"}}}, "cells.b.teacher is missing"),
+        (
+            {"cells": {"a": step(), "b": {**distill(), "teacher": {"x": "a", "y": "c"}}}},
+            "cells.b.teacher: unknown cell 'c'; there is a, b",
+        ),
+        (
+            {"cells": {"a": step(), "b": {**distill(), "teacher": ["a"]}}},
+            "cells.b.teacher: ['a'] is neither a cell nor `name: cell` lines",
+        ),
         (
             {"cells": {"a": step(inputs="{b}"), "b": step(inputs="{c}"), "c": step(inputs="{a}")}},
             "cells.a: a cycle, a → b → c → a",
@@ -111,8 +120,8 @@ def test_a_grid_makes_a_cell_for_each_combination(tmp_path):
     found = load_study(write(tmp_path, {"cells": cells})).cells
     assert list(found) == ["t", "u", "b.bucket.1", "b.bucket.16", "b.drop.4"]
     assert found["b.bucket.16"].flags == {"k": 16, "n": 3, "tail": "bucket"}
-    assert found["b.bucket.16"].teacher == "t"
-    assert found["b.drop.4"].teacher == "u"  # a scalar is set, and not named
+    assert found["b.bucket.16"].teachers == {"": "t"}
+    assert found["b.drop.4"].teachers == {"": "u"}  # a scalar is set, and not named
 
 
 def test_only_what_a_seed_flows_into_is_made_for_every_seed(tmp_path):
@@ -170,6 +179,18 @@ def test_an_evaluation_that_a_table_names_is_its_own_measure(tmp_path):
     assert chosen == ["b", "new.b"]
 
 
+def test_named_teachers_are_inputs_and_their_names_are_part_of_the_job(tmp_path):
+    def planned(teacher):
+        cells = {"t": step(), "u": step(add=1), "b": {**distill(), "teacher": teacher}}
+        return make_plan(load_study(write(tmp_path, {"cells": cells})), (0,)).jobs["shared/b"]
+
+    job = planned({"x": "t", "y": "u"})
+    assert job.teachers == (("x", "shared/t"), ("y", "shared/u"))
+    assert job.inputs == ("shared/t", "shared/u")
+    others = [{"x": "u", "y": "t"}, {"x": "t", "z": "u"}, {"x": "t"}, "t"]
+    assert len({job.digest, *(planned(other).digest for other in others)}) == 5
+
+
 def test_a_change_reaches_descendants_and_nobody_else(tmp_path):
     def digests(add, content="rows"):
         (tmp_path / "data.txt").write_text(content)
@@ -197,6 +218,21 @@ def test_the_example_is_a_study_whose_flags_exist():
     assert {plan.folder_of[name, 0] for name in same} == {"seed-0/gkd.teacher_sft"}
     steps = {c.flags["max_steps"] for c in study.cells.values() if c.command == "distill"}
     assert steps == {study.cells["student_sft"].flags["max_steps"]}
+
+
+def test_the_study_of_two_experts_gives_all_students_the_same_updates():
+    study = load_study(TWO_EXPERTS)
+    check_flags(study)
+    assert len(study.seeds) >= 5
+    assert study.metrics() == ["pass@1", "exact_match"]
+    students = [cell for name, cell in study.cells.items() if name.startswith("from_")]
+    flags = [dict(cell.flags) for cell in [*students, study.cells["sft"]] if not cell.measures]
+    assert len(flags) == 5
+    for key in ("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps"):
+        assert len({one[key] for one in flags}) == 1
+    assert all(one == flags[0] for one in flags[:4])
+    names = {"programs": "programs_expert", "problems": "problems_expert"}
+    assert study.cells["from_both"].teachers == names
 
 
 def test_the_study_of_samples_has_the_models_of_the_study():

@@ -116,6 +116,21 @@ def test_only_completion_rows_meet_the_head(llama_folder):
     assert sum(rows) == 15
 
 
+def test_a_batch_of_unlike_lengths_takes_several_forward_passes(llama_folder):
+    """As completions of unlike lengths that are scored together, which no batcher has grouped."""
+    served = backend(llama_folder)
+    shapes = []
+    states = served._states
+    served._states = lambda ids: shapes.append(tuple(ids.shape)) or states(ids)
+    rng = np.random.default_rng(0)
+    lengths = [20, 20, 110, 20, 24]
+    jobs = [ScoreJob(rng.integers(0, 260, n).astype(np.uint32), 5, top_k=4) for n in lengths]
+    model = load_model(llama_folder)
+    for job, answer in zip(jobs, served.score_batch(jobs), strict=True):
+        assert error_of(job, answer, model) < 1e-5
+    assert shapes == [(1, 110), (4, 24)]
+
+
 def test_no_more_logits_are_made_at_once_than_was_said(llama_folder):
     """1 MiB of float32 logits over 260 tokens would be 1,008 rows; 256 are enough for any head."""
     served = backend(llama_folder, score_chunk_mib=1)
