@@ -454,7 +454,8 @@ def test_adapters_were_trained(tmp_path):
     folder = training_run(tmp_path / "run")
     told = {"--model_name_or_path": "small", "--use_peft": True}
     (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
-    assert "LoRA adapters of student “small” were trained by supervised" in page_of(tmp_path, folder)
+    page = page_of(tmp_path, folder)
+    assert "LoRA adapters of student “small” were trained by supervised" in page
 
 
 def test_runs_say_in_which_flags_they_differ(tmp_path):
