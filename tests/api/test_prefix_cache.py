@@ -66,11 +66,11 @@ def prefix_tokens(url):
 
 
 def test_tokens_that_the_cache_held_and_those_computed_are_counted(teacher):
-    prompt = np.random.default_rng(9).integers(0, 260, 300).astype(np.uint32)
+    prompt = np.random.default_rng(9).integers(0, 260, 200).astype(np.uint32)
     scored(teacher.url, [np.arange(5, 9)], prompt)
     before = prefix_tokens(teacher.url)
     scored(teacher.url, [np.arange(9, 14)], prompt)
     after = prefix_tokens(teacher.url)
     hit, miss = (after[name] - before[name] for name in ("hit", "miss"))
-    assert 304 <= hit + miss <= 305  # the last token need not be read
+    assert 204 <= hit + miss <= 205  # the last token need not be read
     assert (hit >= 128) if teacher.backend == "vllm" else (hit == 0)
