@@ -130,7 +130,8 @@ QUICK: dict[str, Mapping[str, Any]] = {
 def quick(parts: Sequence[Part], device: str) -> list[Part]:
     """Return the parts with tiny sizes, each that then differs from all others once.
 
-    On a CPU the loss leaves Triton out, whose interpreter is slow; the part "kernel" has it.
+    On a CPU the loss leaves out what Triton compiles, as its interpreter is slow; the part "kernel"
+    has ours.
     """
     small: dict[str, Part] = {}
     for part in parts:

@@ -32,6 +32,7 @@ EXACT_POSITIONS = 256  # of the comparison with float64
 MATMUL_ROWS = 8192  # of the bare products at once, whose logits would else fill a card
 AIM_OVER_MATMULS = 1.3
 METHODS = ("ours, Triton", "ours, PyTorch", "dense", "Liger")
+OF_TRITON = ("ours, Triton", "Liger")
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,15 @@ class Problem:
 def measure(
     device: str, *, vocab_size: int, width: int, positions: list[int], triton: bool = True
 ) -> Rows:
-    """Yield a row for each number of positions, head and method."""
+    """Yield a row for each number of positions, head and method.
+
+    Args:
+        triton: measure what Triton compiles too: our kernel and Liger's.
+    """
     whole = _problem(device, vocab_size, width, max(positions))
     name = torch.cuda.get_device_name() if device == "cuda" else ""
     card = card_named(name)
-    methods = [one for one in METHODS if triton or "Triton" not in one]
+    methods = [one for one in METHODS if triton or one not in OF_TRITON]
     errors = {one: _error(one, whole) for one in methods}
     for count in positions:
         problem = whole.part(count)

@@ -98,7 +98,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # by default they would leave the server running
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        if arguments.teacher_url is not None:  # told before the minutes until it is asked
+        if arguments.teacher_url is not None:  # a wrong one is refused before the first stage
             teachers_of([arguments.teacher_url])
         quickstart = Quickstart(arguments.output_dir, arguments.seed)
         if arguments.only:
@@ -275,9 +275,10 @@ class Quickstart:
             Report(
                 title="mini-HumanEval: a served teacher distils a student",
                 lead=[
-                    "A small student learned to write Python functions: once by SFT on 200 labels, "
-                    "of which some are wrong, and once by on-policy GKD from a teacher that was "
-                    "trained on the same labels and served by another process. Both students had "
+                    "A small student learned to write Python functions: once by SFT on "
+                    f"{SETTINGS.labelled_rows} labels, of which some are wrong, and once by "
+                    "on-policy GKD from a teacher that was trained on the same labels and served "
+                    "by another process. Both students had "
                     f"{flags['max_steps']} updates of {flags['per_device_train_batch_size']} "
                     f"sequences. Seed {self.seed}, {total:.0f} s in all.",
                     f"Look first at pass@1 on {tasks} held-out tasks: the distilled student should "

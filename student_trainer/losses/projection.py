@@ -17,9 +17,8 @@ from student_trainer.losses.reference import compute_dtype
 
 # Size of the float32 copies of weights where no matrix product multiplies half precision directly.
 BLOCK_BYTES = 8 << 20
-CACHED_BYTES = (
-    16 << 20
-)  # of a product that stays in a GPU's cache (40 MB and more) until it is added
+# Size of a product that stays in a GPU's cache (40 MB and more) until it is added.
+CACHED_BYTES = 16 << 20
 
 
 # `teacher_server.backends.projection` has this too, because `shared` imports no torch.

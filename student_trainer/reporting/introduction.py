@@ -50,13 +50,12 @@ def how_to_read(found: Found) -> str:
 def _story(run: TrainingRun) -> str:
     inputs = run.inputs
     model = _quoted(inputs.get("--model_name_or_path", "a model"))
-    adapters = "LoRA adapters of " if inputs.get("--use_peft") else ""
+    peft = inputs.get("--use_peft")
+    trained = f"LoRA adapters of student {model} were" if peft else f"student {model} was"
     data = inputs.get("--dataset_name") or []
     rows = _listed([_quoted(name) for name in ([data] if isinstance(data, str) else data)])
     on = f" on {rows}" if rows else ""
-    return (
-        f"{adapters}student {model} was trained by {_method(inputs)}{_from(run)}{on}{_length(run)}."
-    )
+    return f"{trained} trained by {_method(inputs)}{_from(run)}{on}{_length(run)}."
 
 
 def _method(inputs: Any) -> str:

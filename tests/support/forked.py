@@ -101,10 +101,7 @@ def _server(preloaded: str) -> forkserver.ForkServer:
 
 
 def run(
-    main: Main,
-    *argvs: Sequence[str],
-    environments: Sequence[Mapping[str, str]] | None = None,
-    preloaded: str = PRELOADED,
+    main: Main, *argvs: Sequence[str], environments: Sequence[Mapping[str, str]] | None = None
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run ``main`` in a process for each list of arguments, all at once, and wait for them."""
     environments = environments or [os.environ] * len(argvs)
@@ -113,9 +110,7 @@ def run(
         started = []
         try:
             for argv, (out, err), variables in zip(argvs, files, environments, strict=True):
-                started.append(
-                    start(main, argv, out, err, environment=variables, preloaded=preloaded)
-                )
+                started.append(start(main, argv, out, err, environment=variables))
             codes = [process.wait(300) for process in started]
         finally:
             for process in started:

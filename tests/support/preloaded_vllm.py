@@ -7,6 +7,8 @@ import importlib
 import multiprocessing
 import os
 
+# Before torch is imported: an engine that is forked from a process with threads of OpenMP hangs.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Torch reads it when it is imported: vLLM's sampler would compile one small function for seconds.
 os.environ["TORCH_COMPILE_DISABLE"] = "1"
 

@@ -88,15 +88,15 @@ def two_ranks(argv: Sequence[str]) -> Iterator[tuple[BaseProcess, BaseProcess]]:
         yield first, second
 
 
-def train(argv: Sequence[str], *, preloaded: str = forked.PRELOADED) -> None:
+def train(argv: Sequence[str]) -> None:
     """Run ``student-trainer`` to its end; its output is shown when it fails."""
-    _succeed(forked.run(main, argv, preloaded=preloaded))
+    _succeed(forked.run(main, argv))
 
 
-def train_on_two_ranks(argv: Sequence[str], *, preloaded: str = forked.PRELOADED) -> None:
+def train_on_two_ranks(argv: Sequence[str]) -> None:
     """Run two processes that train together to their end; their output is shown on failure."""
     environments = [{**os.environ, **own} for own in _ranks()]
-    _succeed(forked.run(main, argv, argv, environments=environments, preloaded=preloaded))
+    _succeed(forked.run(main, argv, argv, environments=environments))
 
 
 def _succeed(done: Sequence[subprocess.CompletedProcess[str]]) -> None:

@@ -26,9 +26,11 @@ def only(backend):
 def forked_engines():
     """Let engines of this process be forked from it, where vLLM would spawn two processes.
 
-    Each would import all again, which takes far longer than what most tests ask of an engine.
+    Each would import all again, which takes far longer than what most tests ask of an engine. They
+    are spawned on a GPU, and from a process in which torch has several threads: OpenMP does not
+    survive a fork then, and the engine would hang.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:
         yield
         return
     import vllm.v1.engine.utils

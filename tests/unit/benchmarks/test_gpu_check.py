@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -23,6 +22,8 @@ from benchmarks.gpu import (
     run_part,
     tables,
 )
+from benchmarks.gpu_parts import loss
+from tests.support.http import until
 
 HERE = "tests.unit.benchmarks.gpu_stand_ins"
 
@@ -56,14 +57,13 @@ def test_a_part_that_fails_lacks_something_or_crashes_costs_only_itself():
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     file = tmp_path / "pid"
-    found = run_part(part("hangs", file=str(file)), "cpu", 4.0)
-    assert found.status == "ended after 4 s"
-    assert found.rows in ([{"number": 0}], [])
-    if file.exists():
-        ends = time.monotonic() + 20
-        while _runs(int(file.read_text())):
-            assert time.monotonic() < ends
-            time.sleep(0.1)
+    for limit in (2, 10, 40):  # in which it starts, however busy the machine is
+        found = run_part(part("hangs", file=str(file)), "cpu", limit)
+        assert found.status == f"ended after {limit} s"
+        if found.rows:
+            break
+    assert found.rows == [{"number": 0}]
+    until(lambda: not _runs(int(file.read_text())), 20)
 
 
 def _runs(process):
@@ -158,10 +158,16 @@ def test_the_command_runs_a_part_keeps_it_and_ends_with_a_line_of_json(tmp_path,
         assert json.loads(lines[-1]) == {"benchmark": "gpu", "done": 1, "parts": 1, "failed": 0}
     (one,) = json.loads(file.read_text())["parts"].values()
     by_method = {row["method"]: row for row in one["rows"] if "frozen" not in row["case"]}
-    assert [*by_method] == ["bare matmuls", "ours, PyTorch", "dense", "Liger"]
+    assert [*by_method] == ["bare matmuls", "ours, PyTorch", "dense"]
     assert by_method["ours, PyTorch"]["gradient error"] < 0.01
     assert by_method["ours, PyTorch"]["gradient error"] < by_method["dense"]["gradient error"]
-    assert by_method["Liger"]["ms"] == "not installed"
+
+
+def test_without_liger_its_rows_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setattr(loss, "METHODS", ("Liger",))
+    rows = [*loss.measure("cpu", vocab_size=70, width=4, positions=[3])]
+    assert [row["ms"] for row in rows if row["method"] == "Liger"] == ["not installed"] * 2
 
 
 @pytest.mark.parametrize(

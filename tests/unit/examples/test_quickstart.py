@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from examples.mini_humaneval import quickstart, stages
 from examples.mini_humaneval.quickstart import Quickstart
 from shared.errors import TeacherUnreachableError
+from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
 
 
@@ -131,6 +133,7 @@ def test_a_file_gets_three_lines_a_stage_and_the_log_the_rest(tmp_path, monkeypa
             sys.stderr.write(f"step {step + 1}/400 · loss .5\n")
         return 0
 
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(quickstart.prepare, "prepare", lambda folder, seed: None)
     monkeypatch.setattr(quickstart.cli, "main", main)
     run = Quickstart(tmp_path, seed=0)
@@ -160,6 +163,7 @@ def test_a_file_gets_three_lines_a_stage_and_the_log_the_rest(tmp_path, monkeypa
 
 
 def test_a_long_command_is_cut_and_whole_in_the_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(quickstart.cli, "main", lambda words: 0)
     argv = ["sft", f"--output_dir={'x' * 200}"]
     Quickstart(tmp_path, seed=0)._run("student_sft", argv)
@@ -176,11 +180,15 @@ def test_a_file_gets_signs_of_life(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "_SIGN_SECONDS", 0.05)
     run = stages.Stages(tmp_path / "log")
     run.expect(1)
+    written = []
+
+    def signs():
+        written.append(capsys.readouterr().out)
+        return re.findall(r"^  \d+ s · step 7/400 · loss \.5$", "".join(written), re.M)
+
     with run.stage("student_sft"):
         sys.stderr.write("step 7/400 · loss .5\n")
-        time.sleep(0.3)
-    lines = capsys.readouterr().out.splitlines()
-    assert len([line for line in lines if line == "  0 s · step 7/400 · loss .5"]) >= 3
+        until(lambda: len(signs()) >= 2)
     assert not [t for t in threading.enumerate() if t.name == "signs-of-life"]
 
 

@@ -31,10 +31,11 @@ def step(dtype, *, bias=False, labelled=False, trained=True):
     teacher = SparseDistribution(
         torch.empty(N, K, dtype=torch.int64), torch.empty(N, K), torch.empty(N)
     )
-    labels = HardLabels(torch.empty(N, dtype=torch.int64))
+    labels = HardLabels(torch.empty(N, dtype=torch.int64), torch.empty(N))
     linear_sparse_jsd(
         hidden, weight, teacher, Divergence(), normalizer=3, chunk_size=5, vocab_size=V - 3,
         bias=offset if bias else None, labels=labels if labelled else None, kernel="torch",
+        weights=torch.empty(N) if labelled else None, softcap=30.0 if labelled else None,
     ).loss.backward()  # fmt: skip
     return inputs
 
@@ -47,7 +48,7 @@ def test_reading_a_number_fails_here(gpu):
 @pytest.mark.parametrize("adds", [True, False], ids=["addmm", "some rows at a time"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("labelled", [False, True], ids=["no labels", "labels"])
+@pytest.mark.parametrize("labelled", [False, True], ids=["plain", "labels, weights, softcap"])
 def test_forward_and_backward_wait_for_no_device(gpu, monkeypatch, adds, dtype, bias, labelled):
     monkeypatch.setattr(projection, "adds_wide_products", lambda *_: adds)
     inputs = step(dtype, bias=bias, labelled=labelled)

@@ -450,6 +450,14 @@ def test_the_page_begins_with_what_was_trained_and_where_to_look(tmp_path):
     assert second.startswith("Look first at the held-out divergence: it should fall")
 
 
+def test_adapters_were_trained(tmp_path):
+    folder = training_run(tmp_path / "run")
+    told = {"--model_name_or_path": "small", "--use_peft": True}
+    (folder / "training_inputs.json").write_text(json.dumps({"same": {}, "told": told}))
+    page = page_of(tmp_path, folder)
+    assert "LoRA adapters of student “small” were trained by supervised" in page
+
+
 def test_runs_say_in_which_flags_they_differ(tmp_path):
     for name, rate in (("one", 0.001), ("two", 0.01)):
         folder = training_run(tmp_path / name)
