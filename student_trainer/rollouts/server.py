@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -214,8 +214,9 @@ class RolloutServers:
         failure: Exception | None = None
         if _rank() == 0:
             try:
-                for url in self.live:
-                    [choice] = self._ask(url, prompt, params)["choices"]
+                asked = [partial(self._ask, url, prompt, params) for url in self.live]
+                for answer in _at_once(asked, name="probe"):
+                    [choice] = answer["choices"]
                     logprobs = [row["logprob"] for row in choice["logprobs"]["content"]]
                     probes.append((choice["token_ids"], logprobs))
             except (httpx.HTTPError, RolloutError) as error:
@@ -224,10 +225,13 @@ class RolloutServers:
         if failure is not None:
             raise failure
         drifts = []
+        own: dict[tuple[int, ...], torch.Tensor] = {}  # replicas write the same, but for rounding
         for written, theirs in probes:
-            rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]  # [T, V]
-            ours = rows.gather(1, torch.tensor(written)[:, None])[:, 0]
-            drifts.append(float((ours - torch.tensor(theirs)).abs().mean()))
+            key = tuple(written)
+            if key not in own:
+                rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]
+                own[key] = rows.gather(1, torch.tensor(written)[:, None])[:, 0]  # [T]
+            drifts.append(float((own[key] - torch.tensor(theirs)).abs().mean()))
         return max(drifts)
 
     def _ask(self, url: str, prompt: list[int], params: dict[str, Any]) -> Any:
@@ -394,9 +398,12 @@ def wait_for_servers(options: ServerOptions, longest: int) -> list[str]:
     """
     end = time.monotonic() + options.seconds
     told = False
-    with httpx.Client(headers=options.headers, timeout=_CONNECT_SECONDS) as client:
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(headers=options.headers, timeout=_CONNECT_SECONDS, limits=limits) as client:
         while True:
-            answering = [url for url in options.urls if _answers(client, url, longest)]
+            looks = [partial(_answers, client, url, longest) for url in options.urls]
+            answers = _at_once(looks, name="look")
+            answering = [url for url, up in zip(options.urls, answers, strict=True) if up]
             if answering:
                 return answering
             if time.monotonic() > end:
@@ -442,6 +449,14 @@ def _checked_answer(answer: httpx.Response) -> httpx.Response:
         text = " ".join(answer.text.split())[:300]
         raise RolloutError(f"{answer.url} answered {answer.status_code}: {text}")
     return answer
+
+
+def _at_once(functions: Sequence[Callable[[], T]], *, name: str) -> list[T]:
+    """Return the results of functions that run in threads of their own.
+
+    One after another, servers would make a step longer by the time of each.
+    """
+    return [call.result() for call in [in_thread(one, name=name) for one in functions]]
 
 
 def _rank() -> int:

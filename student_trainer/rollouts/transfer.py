@@ -39,7 +39,9 @@ class ServerControl:
     def __init__(self, urls: Sequence[str], *, seconds: float, headers: dict[str, str]) -> None:
         self.urls = tuple(urls)
         self.version = ""
-        self._client = httpx.Client(timeout=seconds, headers=headers)
+        # Servers that join wait for all others, so none of them may wait for a connection.
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.Client(timeout=seconds, headers=headers, limits=limits)
 
     def workers(self) -> list[int]:
         """Return the number of workers of each server."""
