@@ -2,15 +2,25 @@
 
 import json
 import threading
+from collections import Counter
 from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from student_trainer.rollouts import server
+from student_trainer.rollouts.base import RolloutRequest
 from student_trainer.rollouts.drift import trainer_logprobs
-from student_trainer.rollouts.server import RolloutServers, ServerOptions, wait_for_servers
+from student_trainer.rollouts.server import (
+    RolloutServers,
+    ServerOptions,
+    ServerRollouts,
+    wait_for_servers,
+)
 from student_trainer.rollouts.transfer import ServerControl
 from tests.support import stub
 
@@ -36,7 +46,11 @@ class Together:
         self.barrier.wait(PATIENCE)
         written = self.tokens(path.split("/")[1])
         content = [{"logprob": -1.0} for _ in written]
-        return as_json({"choices": [{"token_ids": written, "logprobs": {"content": content}}]})
+        choice = {
+            "token_ids": written, "logprobs": {"content": content}, "finish_reason": "stop",
+            "weight_versions": [{"version": "1"}],
+        }  # fmt: skip
+        return as_json({"choices": [choice]})
 
 
 @pytest.fixture
@@ -53,7 +67,9 @@ def test_servers_are_looked_for_at_once(options):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "passes"), [(lambda name: [5, 6], 1), (lambda name: [int(name)], 3)]
+    ("tokens", "passes"),
+    [(lambda name: [5, 6], 1), (lambda name: [int(name)], 3)],
+    ids=["equal", "different"],
 )
 def test_probes_are_asked_at_once_and_equal_ones_are_checked_once(
     options, monkeypatch, tokens, passes
@@ -79,6 +95,34 @@ def test_probes_are_asked_at_once_and_equal_ones_are_checked_once(
         for ids, rows in zip(checked, lines, strict=True)
     )
     assert drift == pytest.approx(worst, abs=1e-6)
+
+
+def test_many_completions_in_flight_are_shared_among_small_clients(options, monkeypatch):
+    count, sent = 40, Counter()
+    post = httpx.AsyncClient.post
+
+    def counted(client, *arguments, **more):
+        sent[client] += 1
+        return post(client, *arguments, **more)
+
+    monkeypatch.setattr(httpx.AsyncClient, "post", counted)
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 2 * count)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=50))
+    requests = [RolloutRequest(np.arange(3, dtype=np.uint32), (0, i)) for i in range(count)]
+    with stub.serving(Together(count)) as url:
+        asked = options(url, 2)
+        servers = SimpleNamespace(
+            model=SimpleNamespace(config=config), options=asked, live=list(asked.urls), version=1
+        )
+        engine = ServerRollouts(
+            servers, stop_ids=[1], max_new_tokens=2, temperature=1.0, vocab_size=50
+        )
+        written = dict(pair for group in engine.generate(requests) for pair in group)
+    assert {index: one.token_ids.tolist() for index, one in written.items()} == {
+        index: [5, 6] for index in range(count)
+    }
+    assert sum(sent.values()) == count
+    assert max(sent.values()) <= 16  # a client's work for a request grows with its connections
 
 
 def test_more_servers_than_a_client_has_connections_by_default_join_together(monkeypatch):
