@@ -1,4 +1,4 @@
-"""How teacher, rollouts and trainer should share a budget of GPUs, and where more do not help.
+"""The best split of a budget of GPUs between teacher, rollouts and trainer, and its limits.
 
 A calculation on paper: a 7B student learns from a 33B teacher, on 8 to 1,024 H200. What GPUs and
 network do is taken from data sheets and from the assumptions that the second table lists. What the

@@ -20,7 +20,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step learns. The student is Qwen2.5-7B, the teacher deepseek-coder-33b.
+    """The work of a step. The student is Qwen2.5-7B, the teacher deepseek-coder-33b.
 
     Attributes:
         student, teacher: parameters.
@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Costs:
-    """What things take; shares are of a data sheet's peak.
+    """The costs of the parts of a step; shares are of a data sheet's peak.
 
     Attributes:
         bandwidth, flops, memory: of a GPU.
