@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import httpx
 
 from shared.errors import RolloutError, RolloutServerError
+from student_trainer.runtime.threads import in_thread
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Backend = Literal["nccl", "gloo"]
 
@@ -91,6 +95,15 @@ def only_choice(answer: httpx.Response) -> Mapping[str, Any]:
     return choice
 
 
+def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Return the results of calls to servers that run in threads of their own.
+
+    One after another, servers would make a step longer by the time of each.
+    """
+    running = [in_thread(call, name="rollout-server") for call in calls]
+    return [call.result() for call in running]
+
+
 def wait_for_servers(options: ServerOptions, longest: int) -> dict[str, str]:
     """Return {address: name of its weights} of the servers that answer, as soon as there is one.
 
@@ -100,10 +113,13 @@ def wait_for_servers(options: ServerOptions, longest: int) -> dict[str, str]:
     """
     end = time.monotonic() + options.seconds
     told = False
-    with httpx.Client(headers=options.headers, timeout=CONNECT_SECONDS) as client:
+    limits = httpx.Limits(max_connections=None)
+    with httpx.Client(headers=options.headers, timeout=CONNECT_SECONDS, limits=limits) as client:
         while True:
-            looks = {url: _look(client, url, longest) for url in options.urls}
-            answering = {url: name for url, name in looks.items() if name is not None}
+            looks = at_once([partial(_look, client, url, longest) for url in options.urls])
+            answering = {
+                url: name for url, name in zip(options.urls, looks, strict=True) if name is not None
+            }
             if answering:
                 return answering
             if time.monotonic() > end:

@@ -23,7 +23,13 @@ from student_trainer.rollouts.drift import (
     probe_prompt,
     trainer_logprobs,
 )
-from student_trainer.rollouts.http import GENERATE, ServerOptions, only_choice, wait_for_servers
+from student_trainer.rollouts.http import (
+    GENERATE,
+    ServerOptions,
+    at_once,
+    only_choice,
+    wait_for_servers,
+)
 from student_trainer.rollouts.server_rollouts import ServerRollouts
 from student_trainer.rollouts.transfer import ServerControl, Transfer, open_transfer
 from student_trainer.rollouts.weights import StudentWeights
@@ -32,6 +38,7 @@ from student_trainer.runtime.threads import in_thread
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+_Probe = tuple[list[int], list[float]]  # token ids that a server wrote, and their log-probs
 
 _ATTEMPTS = 3  # one may meet a server that dies, the next another
 _LEAVE_SECONDS = 5.0
@@ -208,27 +215,37 @@ class RolloutServers:
         """
         prompt = probe_prompt(self.model, self.longest)
         tokens = min(PROBE_TOKENS, self.longest - len(prompt))
-        probes: dict[str, tuple[list[int], list[float]]] = {}
+        probes: dict[str, _Probe] = {}
         failure: Exception | None = None
         if _rank() == 0:
-            for url in self.live:
-                try:
-                    probes[url] = self._probe(url, prompt, tokens)
-                except RolloutServerError as error:
-                    failure = error
-                    logger.warning("%s", error)
+            answers = at_once([partial(self._try_probe, url, prompt, tokens) for url in self.live])
+            for url, answer in zip(self.live, answers, strict=True):
+                if isinstance(answer, RolloutServerError):
+                    failure = answer
+                    logger.warning("%s", answer)
+                else:
+                    probes[url] = answer
         probes, failure = _from_first_rank((probes, failure))
         if not probes and failure is not None:
             raise failure
         self.live = list(probes)
         drifts = {}
+        own: dict[tuple[int, ...], torch.Tensor] = {}  # replicas write the same, but for rounding
         for url, (written, theirs) in probes.items():
-            rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]  # [T, V]
-            ours = rows.gather(1, torch.tensor(written)[:, None])[:, 0]
-            drifts[url] = float((ours - torch.tensor(theirs)).abs().mean())
+            key = tuple(written)
+            if key not in own:
+                rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]
+                own[key] = rows.gather(1, torch.tensor(written)[:, None])[:, 0]  # [T]
+            drifts[url] = float((own[key] - torch.tensor(theirs)).abs().mean())
         return drifts
 
-    def _probe(self, url: str, prompt: list[int], tokens: int) -> tuple[list[int], list[float]]:
+    def _try_probe(self, url: str, prompt: list[int], tokens: int) -> _Probe | RolloutServerError:
+        try:
+            return self._probe(url, prompt, tokens)
+        except RolloutServerError as error:
+            return error
+
+    def _probe(self, url: str, prompt: list[int], tokens: int) -> _Probe:
         """Return token ids that a server writes, and their log-probs.
 
         Raises:

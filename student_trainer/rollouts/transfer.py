@@ -48,7 +48,9 @@ class ServerControl:
         self.version = ""
         self.refusal: Exception | None = None
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
-        self._client = httpx.Client(timeout=timeout, headers=headers)
+        # Servers that join wait for all others, so none of them may wait for a connection.
+        limits = httpx.Limits(max_connections=None)
+        self._client = httpx.Client(timeout=timeout, headers=headers, limits=limits)
 
     def workers(self) -> list[int]:
         """Return the number of workers of each server.

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import yaml
 from student_trainer.commands import main as student_trainer
 from student_trainer.config.teachers import ServedTeacher, teachers_of
 from teacher_server import cli as teacher_server
-from tests.support.flags import read_server, read_trainer
+from tests.support.flags import flag_value, read_server, read_trainer
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -21,6 +22,8 @@ VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
 OURS = ["teacher", "trainer", "teacher-gpu", "trainer-gpu"]
 NAMED = ["teacher-math", "teacher-math-replica", "teacher-code", "teacher-adapters"]
 OF_NAMED = ["trainer-of-teachers", "trainer-of-adapters"]
+WITH_ROLLOUTS = ["teacher-beside-rollouts", "rollouts", "trainer-with-rollouts"]
+ALL = [*OURS, *NAMED, *OF_NAMED, *WITH_ROLLOUTS]
 
 
 def parsed(**settings):
@@ -67,7 +70,7 @@ def test_a_trainer_waits_for_a_teacher_that_tells_when_it_is_ready(services, nam
         assert f"--teacher_url http://{teacher}:8000" in services[name]["command"]
 
 
-@pytest.mark.parametrize("name", [*OURS, *NAMED, *OF_NAMED])
+@pytest.mark.parametrize("name", ALL)
 def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, name):
     service = services[name]
     assert service["read_only"]
@@ -83,7 +86,7 @@ def test_a_container_has_few_rights_and_writes_to_its_mounts_alone(services, nam
     assert [mount.rpartition(":")[2] for mount in service["volumes"]] == ["/runs", "/cache"]
 
 
-@pytest.mark.parametrize("name", [*OURS, *NAMED, *OF_NAMED])
+@pytest.mark.parametrize("name", ALL)
 def test_what_crashes_is_started_again_but_not_for_ever(services, name):
     assert re.fullmatch(r"on-failure:\d+", services[name]["restart"])
 
@@ -190,6 +193,35 @@ def test_a_profile_of_several_teachers_names_those_that_it_serves(
     assert all("build" in one or one["pull_policy"] == "never" for one in own.values())
 
 
+def test_the_trainer_sends_weights_to_the_server_of_its_own_student(services, tmp_path):
+    command = services["trainer-with-rollouts"]["command"].replace("/runs/", f"{tmp_path}/")
+    words = shlex.split(command.partition(" -m student_trainer ")[2])
+    flags = partial(flag_value, read_trainer([word for word in words if word != "--bf16"]))
+    assert flags("teacher_url") == ["http://teacher-beside-rollouts:8000"]
+    assert flags("rollout_url") == ["http://rollouts:8001"]
+    server = services["rollouts"]
+    assert server["environment"]["VLLM_SERVER_DEV_MODE"] == "1"
+    served = shlex.split(server["command"])
+    assert served[:3] == ["vllm", "serve", flags("model_name_or_path")]
+    assert served[served.index("--port") + 1] == "8001"
+    assert "--tokens-only" in served
+    assert json.loads(served[served.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    assert "http://127.0.0.1:8001/health" in server["healthcheck"]["test"][-1]
+    assert services["trainer-with-rollouts"]["depends_on"] == {
+        name: {"condition": "service_healthy"} for name in WITH_ROLLOUTS[:2]
+    }
+
+
+def test_the_routes_that_take_weights_are_reached_by_their_profile_alone(services):
+    for name, service in services.items():
+        assert service.get("networks") == (["rollouts"] if name in WITH_ROLLOUTS else None)
+    for name in WITH_ROLLOUTS:
+        assert services[name]["profiles"] == ["rollouts"]
+        assert "ports" not in services[name]
+    assert [cards(services[name]) for name in WITH_ROLLOUTS] == [["0"], ["2"], ["1"]]
+    assert ["build" in services[name] for name in WITH_ROLLOUTS] == [True, False, False]
+
+
 def lora_folder(folder):
     """A folder that looks like an adapter, as far as flags are checked."""
     folder.mkdir(parents=True)
@@ -209,8 +241,8 @@ def test_compose_reads_the_file(compose, tmp_path):
     shown = subprocess.run(
         [
             *words, "--file", COMPOSE, "--profile", "gpu", "--profile", "teachers",
-            "--profile", "adapters", "config", "--services",
+            "--profile", "adapters", "--profile", "rollouts", "config", "--services",
         ],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert {*OURS, *NAMED, *OF_NAMED} <= set(shown.stdout.split())
+    assert set(ALL) <= set(shown.stdout.split())

@@ -41,6 +41,15 @@ def read_trainer(argv: Sequence[str]) -> tuple[Any, ...]:
     return parts
 
 
+def flag_value(parts: Sequence[Any], name: str) -> Any:
+    """Return the value of a flag, whichever of `read_trainer`'s dataclasses has it.
+
+    Raises:
+        StopIteration: none has it.
+    """
+    return next(getattr(part, name) for part in parts if hasattr(part, name))
+
+
 def checked(parts: Sequence[Any]) -> CommonTrainingArguments:
     """Return the Trainer's arguments of `sft` or `distill`, from the parts that `parse` returned.
 

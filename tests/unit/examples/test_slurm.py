@@ -1,5 +1,6 @@
 """The batch scripts, run with stand-ins for Slurm and for our two commands."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from student_trainer.config.teachers import teachers_of
-from tests.support.flags import read_server, read_trainer, with_key
+from tests.support.flags import flag_value, read_server, read_trainer, with_key
 from tests.support.http import until
 
 FOLDER = Path(__file__).parents[3] / "examples" / "slurm"
@@ -36,6 +37,13 @@ STAND_INS = {
     "teacher-server": """
         printf '%s\\n' "$@" >"$RUN/words"
         trap 'sleep 0.2; echo answered >"$RUN/told"; exit 0' TERM
+        while [ -e "$RUN/serving" ]; do sleep 0.05; done
+        exit 3
+    """,
+    "vllm": """
+        printf '%s\\n' "$@" >"$RUN/vllm-words"
+        echo "$VLLM_SERVER_DEV_MODE" >"$RUN/vllm-mode"
+        trap 'exit 0' TERM
         while [ -e "$RUN/serving" ]; do sleep 0.05; done
         exit 3
     """,
@@ -159,6 +167,38 @@ def test_several_teachers_are_found_under_their_names(start, tmp_path, jobs, fou
         job.send_signal(signal.SIGTERM)
         assert job.wait(20) == 0
     assert not list((tmp_path / "teachers").iterdir())
+
+
+def test_a_trainer_gives_weights_to_the_rollout_servers_that_it_waits_for(start, tmp_path):
+    (tmp_path / "serving").touch()
+    teachers(tmp_path, "http://node3:8000")
+    trainer = start("trainer", ROLLOUTS="1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        trainer.wait(0.5)
+    server = start("rollout", FLAGS="--max-model-len 4096")
+    assert trainer.wait(30) == 0
+    parts = read_trainer(with_key(words(tmp_path / "words-1"), tmp_path))
+    address = f"http://{socket.gethostname()}:8101"  # 8100 is that of task 0
+    assert flag_value(parts, "rollout_url") == [address]
+    until((tmp_path / "vllm-mode").exists)
+    assert words(tmp_path / "vllm-mode") == ["1"]
+    serve, model, *flags = words(tmp_path / "vllm-words")
+    assert (serve, model) == ("serve", "org/student")
+    given = dict(zip(flags, [*flags[1:], ""], strict=True))
+    assert "--tokens-only" in given
+    assert json.loads(given["--weight-transfer-config"]) == {"backend": "nccl"}
+    assert [given[f"--{name}"] for name in ("port", "tensor-parallel-size", "max-model-len")] == [
+        "8101", "4", "4096",
+    ]  # fmt: skip
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(20) == 0
+    assert not list((tmp_path / "rollouts").iterdir())
+
+
+def test_without_rollout_servers_the_trainer_has_no_flag_of_theirs(start, tmp_path):
+    teachers(tmp_path, "http://node3:8000")
+    assert start("trainer").wait(30) == 0
+    assert "--rollout_url" not in words(tmp_path / "words-0")
 
 
 def test_a_teacher_that_fails_leaves_no_address(start, tmp_path):
