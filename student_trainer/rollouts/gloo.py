@@ -31,7 +31,7 @@ _POLL_SECONDS = 1e-4
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """What a vLLM worker must know to join the group.
+    """The facts by which a vLLM worker joins the group.
 
     Attributes:
         master_address: host of the trainer that sends.
@@ -97,7 +97,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
 @dataclass
 class GlooTrainerInitInfo(TrainerInitInfo):
-    """What the trainer must know to send; see `GlooInitInfo`."""
+    """The facts by which the trainer sends; see `GlooInitInfo`."""
 
     backend: ClassVar[str] = BACKEND
 
