@@ -31,7 +31,7 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How to reach the rollout servers.
+    """The addresses of the rollout servers, and the rules of their use.
 
     Attributes:
         urls: addresses of replicas.
