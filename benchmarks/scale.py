@@ -146,7 +146,6 @@ def measure_client(count: int) -> dict[str, float]:
 
 def _rollouts(url: str, count: int) -> float:
     from student_trainer.rollouts import ServerOptions, ServerRollouts
-
     from student_trainer.rollouts.base import RolloutRequest
 
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCAB_SIZE))

@@ -107,5 +107,6 @@ def test_the_same_seed_gives_the_same_samples(long_student, tmp_path):
         )  # fmt: skip
         return [sample["completion"] for sample in samples]
 
-    assert completions("together", 1) == completions("alone", 1)
-    assert completions("together", 1) != completions("other", 2)
+    together = completions("together", 1)
+    assert together == completions("alone", 1)
+    assert together != completions("other", 2)

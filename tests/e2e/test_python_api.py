@@ -176,7 +176,7 @@ class TestDistill:
         assert not copied(torch.tensor([[10, 11]])).logits.any()
         assert model(torch.tensor([[10, 11]])).logits.any()
         card = (tmp_path / "b" / "README.md").read_text()
-        assert "on 48 rows of `rows in memory`" in card
+        assert "24 rows drawn from the 48 of `rows in memory`" in card
         assert "datasets:" not in card
 
     def test_adapters_are_put_into_a_model_in_memory(self, world, tmp_path):

@@ -19,7 +19,8 @@ def run(unserved_world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logs")
     port, log = free_port(), folder / "teacher.log"
     flags = ["--log-format", "json", "--log-requests"]
-    teacher = start_server(unserved_world.teacher, *flags, port=port, log=log)
+    # Libraries read whether they may draw progress bars when they are imported.
+    teacher = start_server(unserved_world.teacher, *flags, port=port, log=log, command_line=True)
     url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     try:

@@ -83,4 +83,7 @@ def test_datasets_are_mixed_by_their_weights(unserved_world, tmp_path, caplog):
     assert "a.jsonl: 12 rows an epoch (66.7%), each of its 12 rows once" in caplog.text
     assert "b.jsonl: 6 rows an epoch (33.3%), each of its 4 rows once, 2 of them" in caplog.text
     assert len(losses(tmp_path / "out")) == 3  # 18 rows, 6 a step
-    assert "on 18 rows of `a.jsonl` and `b.jsonl`" in (tmp_path / "out/README.md").read_text()
+    assert (
+        "18 rows drawn from the 18 of `a.jsonl` and `b.jsonl`"
+        in (tmp_path / "out/README.md").read_text()
+    )

@@ -76,7 +76,8 @@ def test_rounding_is_no_reason_to_refuse_it(command, varying, tmp_path):
 def test_a_cache_does_not_hide_it(command, varying, tmp_path, capsys):
     """Its answers are all kept; it is asked all the same, unless it is switched off."""
     options = {"lmbda": 0, "rollout_staleness": 0, "max_steps": 2, "save_strategy": "no",
-               "teacher_cache": tmp_path / "cache", "resume_from_checkpoint": "false"}  # fmt: skip
+               "teacher_cache": tmp_path / "cache", "resume_from_checkpoint": "false",
+               "overwrite_output_dir": "true"}  # fmt: skip
     teacher = varying(0.0)
     with stub.serving(teacher) as url:
         words = command(url, tmp_path / "out", **options)

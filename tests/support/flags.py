@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def command_lines(page: Path) -> Iterator[list[str]]:
     """Yield each line of the page's code blocks, split as a shell does, without its variables."""
     for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            yield shlex.split(re.sub(r"^([A-Z_]+=\S* )+", "", line))
+            words = shlex.split(line)
+            yield list(dropwhile(re.compile(r"[A-Z_]+=").match, words))
 
 
 def trainer_lines(page: Path) -> Iterator[list[str]]:
