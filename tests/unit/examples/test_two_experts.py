@@ -207,7 +207,7 @@ def test_the_servers_of_the_readme_are_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("code-lora", "math-lora"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        (tmp_path / name / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
         (tmp_path / name / "adapter_model.safetensors").touch()
     adapters, code, math = (read_server(argv, monkeypatch) for argv in server_lines(README))
     assert [module.name for module in adapters.adapters] == ["code", "math"]
