@@ -12,6 +12,7 @@ ROW = re.compile(r"\| (\S+)(?: − (\S+))? \| (-?[\d.]+) ± ([\d.]+) \| (\d+) \|
 # Page -> the studies whose numbers it has, and the fewest rows that its tables have.
 PAGES = {
     "docs/explanation/results.md": (("study", "samples"), 40),
+    "docs/explanation/results-context.md": (("context",), 50),
 }
 
 

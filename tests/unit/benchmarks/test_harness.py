@@ -20,6 +20,7 @@ NAMES = sorted(
         "accuracy_real",
         "against_trl_real",
         "harness",
+        "scale_model",
         "real_models",
         "real_texts",
         "trl_gkd",
