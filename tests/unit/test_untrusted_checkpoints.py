@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -91,7 +90,7 @@ def test_adapters_in_a_pickle_load_as_weights_only(folder, tmp_path):
     model.save_pretrained(adapters)
     (adapters / "adapter_model.safetensors").unlink()
     torch.save({"exploit": Exploit(mark)}, adapters / "adapter_model.bin")
-    with pytest.raises(UnpicklingError, match="weights_only"):
+    with pytest.raises(ConfigurationError, match="adapters do not load: Weights only load failed"):
         load_model(ModelArguments(str(adapters)))
     assert not mark.exists()
 
