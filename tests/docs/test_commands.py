@@ -37,6 +37,7 @@ from teacher_server.backends.transformers import TransformersBackend
 from teacher_server.limits.auth import ApiKeys
 from teacher_server.metrics import Metrics
 from teacher_server.settings import Settings
+from tests.support.flags import installed
 from tests.support.models import save_model, save_tokenizer
 from tests.support.server import serving
 from tests.support.vllm import VLLM
@@ -260,6 +261,7 @@ class Page:
             assert student_trainer.commands.main.main(words) == 0, words
             return "ran"
         with (
+            installed("vllm"),
             mock.patch.object(
                 student_trainer.commands.run_training, "read_rows", side_effect=ParsedError
             ),

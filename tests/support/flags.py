@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -26,6 +29,18 @@ from teacher_server.limits.auth import load_keys
 from teacher_server.settings import Settings
 
 
+@contextlib.contextmanager
+def installed(package: str) -> Iterator[None]:
+    """Let a package count as installed, where flags of machines that have it are only checked."""
+    find = importlib.util.find_spec
+    with mock.patch.object(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: object() if name == package else find(name, *rest),
+    ):
+        yield
+
+
 def read_trainer(argv: Sequence[str]) -> tuple[Any, ...]:
     """Return the dataclasses of flags that ``student-trainer`` reads from arguments.
 
@@ -38,7 +53,8 @@ def read_trainer(argv: Sequence[str]) -> tuple[Any, ...]:
         model, dataset, generation, _, teacher, args = parts
         check_evaluate(model, dataset, generation, teacher, args)
     elif command in ("sft", "distill"):
-        parts = (*parts[:-1], checked(parts))
+        with installed("vllm"):
+            parts = (*parts[:-1], checked(parts))
     return parts
 
 

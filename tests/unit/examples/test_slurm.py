@@ -29,9 +29,9 @@ STAND_INS = {
         if [ "$1" = requeue ]; then echo "$2" >>"$RUN/requeued"; else echo first; echo second; fi
     """,
     "student-trainer": """
+        trap 'echo told >>"$RUN/told-$RANK"; sleep 0.2; exit 0' TERM
         printf '%s\\n' "$@" >"$RUN/words-$RANK"
         echo "$LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >"$RUN/ranks-$RANK"
-        trap 'echo told >>"$RUN/told-$RANK"; sleep 0.2; exit 0' TERM
         while [ -e "$RUN/training" ]; do sleep 0.05; done
     """,
     "teacher-server": """

@@ -19,6 +19,7 @@ from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import read_samples
 from student_trainer.rollouts import Rollout, TransformersRollouts
 from tests.support.fences import LANDLOCK, write_refusal
+from tests.support.flags import installed
 from tests.support.models import save_model, save_tokenizer
 
 TINY = Settings(pretrain_rows=4, warmup_rows=1, labelled_rows=1, prompt_rows=1, held_out_rows=3)
@@ -189,7 +190,8 @@ def test_perplexity_is_that_of_the_references(model, rows, tmp_path):
     ],
 )
 def test_flags_of_teacher_and_engine_are_checked(model, rows, tmp_path, capsys, options, message):
-    assert main(words(model, rows, tmp_path / "out", **options)) == 2
+    with installed("vllm"):
+        assert main(words(model, rows, tmp_path / "out", **options)) == 2
     assert message in capsys.readouterr().err
 
 
