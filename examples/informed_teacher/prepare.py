@@ -6,12 +6,9 @@ The folder then holds init/ and the JSONL files. `solved` and `prompted` are wha
 and use one language of invented words; the others but `pretrain` are held out.
 """
 
-import argparse
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from examples.informed_teacher.tasks import (
     OPERATIONS,
@@ -21,9 +18,8 @@ from examples.informed_teacher.tasks import (
     glossary,
     invent,
 )
-from examples.mini_humaneval.models import ModelShape, build_model, save, train_tokenizer
-
-Row = dict[str, Any]
+from examples.mini_humaneval.folder import Row, run, write_models, write_rows
+from examples.mini_humaneval.models import ModelShape
 
 
 @dataclass(frozen=True)
@@ -56,26 +52,21 @@ SETTINGS = Settings()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    prepare(arguments.output_dir, seed=arguments.seed)
+    run(prepare, __doc__)
 
 
 def prepare(folder: Path, *, seed: int, settings: Settings = SETTINGS) -> None:
     """Write everything into the folder; the same seed and settings write the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = make_dataset(seed, settings)
-    for name, rows in files.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    texts = [m["content"] for row in files["pretrain"] for m in row["messages"]]
-    tokenizer = train_tokenizer(
-        texts, vocabulary_size=settings.vocabulary_size, max_length=settings.max_length
+    write_rows(folder, files)
+    write_models(
+        folder,
+        files["pretrain"],
+        {"init": settings.shape},
+        vocabulary_size=settings.vocabulary_size,
+        max_length=settings.max_length,
+        seed=seed,
     )
-    model = build_model(tokenizer, settings.shape, max_length=settings.max_length, seed=seed)
-    save(model, tokenizer, folder / "init")
 
 
 def make_dataset(seed: int, settings: Settings = SETTINGS) -> dict[str, list[Row]]:

@@ -6,16 +6,12 @@ The folder then holds teacher_init/ and student_init/, and five JSONL files. No 
 occurs in another, except that the student's warm-up is a part of the teacher's pretraining.
 """
 
-import argparse
-import json
 import random
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from examples.mini_humaneval.models import build_model, save, train_tokenizer
+from examples.mini_humaneval.folder import Row, run, write_models, write_rows
 from examples.mini_humaneval.settings import SETTINGS, Settings
 from examples.mini_humaneval.tasks import (
     ENTRY_POINT,
@@ -29,7 +25,6 @@ from examples.mini_humaneval.tasks import (
     unit_test,
 )
 
-Row = dict[str, Any]
 PRETRAIN_STYLES = tuple(style for style in STYLES if style != "target")
 
 
@@ -48,30 +43,21 @@ class Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    prepare(arguments.output_dir, seed=arguments.seed)
+    run(prepare, __doc__)
 
 
 def prepare(folder: Path, *, seed: int, settings: Settings = SETTINGS) -> None:
     """Write everything into the folder; the same seed and settings write the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     data = make_dataset(seed, settings)
-    for name, rows in data.files().items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    tokenizer = train_tokenizer(
-        _texts([*data.teacher_pretrain, *data.labelled, *data.prompts]),
+    write_rows(folder, data.files())
+    write_models(
+        folder,
+        [*data.teacher_pretrain, *data.labelled, *data.prompts],
+        {"teacher_init": settings.teacher_shape, "student_init": settings.student_shape},
         vocabulary_size=settings.vocabulary_size,
         max_length=settings.max_length,
+        seed=seed,
     )
-    shapes = {"teacher_init": settings.teacher_shape, "student_init": settings.student_shape}
-    for offset, (name, shape) in enumerate(shapes.items()):
-        model = build_model(tokenizer, shape, max_length=settings.max_length, seed=seed + offset)
-        save(model, tokenizer, folder / name)
 
 
 def make_dataset(seed: int, settings: Settings = SETTINGS) -> Dataset:
@@ -135,10 +121,6 @@ def _prompt_row(task: Task) -> Row:
         "messages": [{"role": "user", "content": task.description("target")}],
         "task_id": task.task_id,
     }
-
-
-def _texts(rows: Sequence[Row]) -> Iterable[str]:
-    return (message["content"] for row in rows for message in row["messages"])
 
 
 if __name__ == "__main__":

@@ -6,48 +6,35 @@ The folder then holds base_init/ and student_init/, and JSONL files of rows whos
 says which expert teaches them: "programs" (mini-HumanEval's) or "problems" (word problems).
 """
 
-import argparse
-import json
 import random
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from examples.mini_humaneval import tasks as programs
-from examples.mini_humaneval.models import build_model, save, train_tokenizer
+from examples.mini_humaneval.folder import Row, run, write_models, write_rows
 from examples.mini_humaneval.prepare import PRETRAIN_STYLES, row_of
 from examples.two_experts import word_problems as problems
 from examples.two_experts.settings import SETTINGS, Settings
 
-Row = dict[str, Any]
 KINDS = ("programs", "problems")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    prepare(arguments.output_dir, seed=arguments.seed)
+    run(prepare, __doc__)
 
 
 def prepare(folder: Path, *, seed: int, settings: Settings = SETTINGS) -> None:
     """Write everything into the folder; the same seed and settings write the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = make_dataset(seed, settings)
-    for name, rows in files.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer = train_tokenizer(
-        _texts([*files["pretrain"], *files["labelled"], *files["prompts"]]),
+    write_rows(folder, files)
+    write_models(
+        folder,
+        [*files["pretrain"], *files["labelled"], *files["prompts"]],
+        {"base_init": settings.teacher_shape, "student_init": settings.student_shape},
         vocabulary_size=settings.vocabulary_size,
         max_length=settings.max_length,
+        seed=seed,
     )
-    shapes = {"base_init": settings.teacher_shape, "student_init": settings.student_shape}
-    for offset, (name, shape) in enumerate(shapes.items()):
-        model = build_model(tokenizer, shape, max_length=settings.max_length, seed=seed + offset)
-        save(model, tokenizer, folder / name)
 
 
 def make_dataset(seed: int, settings: Settings = SETTINGS) -> dict[str, list[Row]]:
@@ -150,10 +137,6 @@ def _named(row: Row, teacher: str) -> Row:
 def _without_answer(row: Row) -> Row:
     kept = {key: value for key, value in row.items() if key != "checker"}
     return kept | {"messages": row["messages"][:1]}
-
-
-def _texts(rows: Iterable[Row]) -> Iterable[str]:
-    return (message["content"] for row in rows for message in row["messages"])
 
 
 if __name__ == "__main__":
