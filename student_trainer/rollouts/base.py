@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.sampling import uniforms
 from shared.text import Ids, StopSearch
 
 # Starts a search for stop strings in the completion of a prompt [P].
@@ -28,6 +29,11 @@ class RolloutRequest:
 
     prompt_ids: NDArray[np.uint32]
     key: tuple[int | str, ...]
+
+    @property
+    def seed(self) -> int:
+        """The seed of an engine that draws its random numbers itself, in [0, 2**53)."""
+        return int(uniforms(*self.key, count=1)[0] * 2**53)
 
 
 @dataclass(frozen=True)
@@ -60,3 +66,20 @@ class RolloutEngine(Protocol):
         the caller must not run it between groups, unless the engine yields a single group.
         """
         ...
+
+
+def vllm_sampling(
+    *, stop_ids: Sequence[int], max_new_tokens: int, temperature: float, padding: range
+) -> dict[str, Any]:
+    """Return what all completions of a run give vLLM's `SamplingParams`: all but the seed.
+
+    Args:
+        padding: ids above the vocabulary that the output layer has, which are never sampled.
+    """
+    return {
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "stop_token_ids": list(stop_ids),
+        "logit_bias": dict.fromkeys(padding, -100.0) or None,
+        "detokenize": False,
+    }

@@ -13,8 +13,7 @@ import httpx
 import numpy as np
 
 from shared.errors import RolloutError, RolloutServerError
-from shared.sampling import uniforms
-from student_trainer.rollouts.base import Rollout, RolloutRequest
+from student_trainer.rollouts.base import Rollout, RolloutRequest, vllm_sampling
 from student_trainer.rollouts.http import (
     CONNECT_SECONDS,
     GENERATE,
@@ -58,20 +57,18 @@ class ServerRollouts:
     ) -> None:
         self.servers = servers
         output_size = servers.model.config.get_text_config().vocab_size
-        padding = range(vocab_size, output_size)
-        self._params: dict[str, Any] = {
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "stop_token_ids": list(stop_ids),
-            "detokenize": False,
+        self._params = vllm_sampling(
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            padding=range(vocab_size, output_size),
+        ) | {
             # vLLM's own defaults, not those of the checkpoint's generation_config.json
             "top_p": 1.0,
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        if padding:
-            self._params["logit_bias"] = {str(token): -100.0 for token in padding}
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights, as `RolloutServers.sync` says."""
@@ -140,10 +137,9 @@ class ServerRollouts:
         self, client: httpx.AsyncClient, request: RolloutRequest, places: _Places
     ) -> Rollout:
         """Let the server with the fewest requests write the completion, or the next if it fails."""
-        seed = int(uniforms(*request.key, count=1)[0] * 2**53)
         body = {
             "token_ids": request.prompt_ids.tolist(),
-            "sampling_params": {**self._params, "seed": seed},
+            "sampling_params": {**self._params, "seed": request.seed},
         }
         while True:
             async with places.take() as url:

@@ -21,11 +21,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from shared.errors import ConfigurationError, RolloutError
-from shared.sampling import uniforms
 from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
-from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
+from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch, vllm_sampling
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
@@ -313,12 +312,12 @@ class VllmRollouts:
         self.engine = engine
         self._stops = stop_strings
         output_size = engine.model.get_output_embeddings().weight.shape[0]
-        self._params = {
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "stop_token_ids": list(stop_ids),
-            "logit_bias": dict.fromkeys(range(vocab_size, output_size), -100.0) or None,
-        }
+        self._params = vllm_sampling(
+            stop_ids=stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            padding=range(vocab_size, output_size),
+        )
 
     def sync(self, weight_version: int) -> None:
         """Load the student's present weights, as `RolloutEngine.sync` says."""
@@ -336,8 +335,7 @@ class VllmRollouts:
         params = [
             SamplingParams(
                 **self._params,
-                seed=int(uniforms(*request.key, count=1)[0] * 2**53),
-                detokenize=False,
+                seed=request.seed,
                 output_kind=Kind.FINAL_ONLY if self._stops is None else Kind.CUMULATIVE,
             )
             for request in requests

@@ -14,7 +14,7 @@ import itertools
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,7 +280,7 @@ class VllmBackend:
         prompt: list[int],
         priority: int,
         lora: Any,
-        cache_salt: str | None = None,
+        kind: Literal["score", "generate"] = "score",
         *,
         streamed: bool = False,
         **params: Any,
@@ -288,8 +288,8 @@ class VllmBackend:
         """Yield the engine's final output or, if ``streamed``, an output for each new token.
 
         Closed or cancelled before the end, it aborts the engine's request. Only requests of one
-        ``cache_salt`` share the prefix cache: a completion in it would hide its positions when it
-        is scored.
+        ``kind`` share the prefix cache: a completion in it would hide its positions when it is
+        scored.
 
         Raises:
             UnavailableError: the engine is dead.
@@ -299,14 +299,16 @@ class VllmBackend:
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
-        sampling = SamplingParams(**params, detokenize=False, output_kind=kind, skip_clone=True)
+        output_kind = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
+        sampling = SamplingParams(
+            **params, detokenize=False, output_kind=output_kind, skip_clone=True
+        )
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
         counted = False
         answers = self._engine.generate(
-            tokens_input(prompt, cache_salt=cache_salt),
+            tokens_input(prompt, cache_salt=None if kind == "score" else kind),
             sampling,
             f"teacher-{next(self._ids)}",
             lora_request=lora,
@@ -317,9 +319,8 @@ class VllmBackend:
                 async for output in answers:
                     if not counted:
                         counted = True
-                        self._metrics.count_prefix(
-                            cache_salt or "score", len(prompt), output.num_cached_tokens or 0
-                        )
+                        cached = output.num_cached_tokens or 0
+                        self._metrics.count_prefix(kind, len(prompt), cached)
                     yield output
         except EngineDeadError as error:
             raise UnavailableError("vLLM's engine is dead; restart the server") from error
