@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import accuracy_real
+from benchmarks.accuracy_real import BETAS, STUDENT_TOP_M
 from benchmarks.harness import argument_parser, print_report, set_threads
 from student_trainer.config.arguments import DataArguments, ModelArguments
 from student_trainer.data.examples import RowTokenizer
@@ -42,9 +43,7 @@ from student_trainer.model.load import load_model, load_stop_ids, load_tokenizer
 from student_trainer.reporting.svg import write_chart
 from student_trainer.rollouts import RolloutRequest, TransformersRollouts
 
-BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-STUDENT_TOP_M = 16
 SUPPORTS = {
     "top-k": "the teacher's top-k",
     "default": "the teacher's top-k and the next token",

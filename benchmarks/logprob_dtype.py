@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.accuracy_vs_k import STUDENT_TOP_M, Case, synthetic, trained
+from benchmarks.accuracy_real import STUDENT_TOP_M
+from benchmarks.accuracy_vs_k import Case, synthetic, trained
 from benchmarks.harness import argument_parser, print_report, set_threads
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample

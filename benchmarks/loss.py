@@ -135,14 +135,28 @@ def matmuls(sizes: Sizes, *, rows: int, trained: bool = True) -> Callable[[], No
     hidden, weight = (tensor.detach() for tensor in _student(sizes, trained=trained))
     rows = min(rows, sizes.rows)
     dtype = getattr(torch, sizes.dtype)
-    gradient = torch.randn(rows, sizes.vocab_size).to(dtype)  # stands for every chunk's
+    gradient = torch.randn(rows, sizes.vocab_size).to(dtype)
+    return bare_products(hidden, weight, gradient, trained=trained)
+
+
+def bare_products(
+    hidden: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, *, trained: bool
+) -> Callable[[], None]:
+    """Return a function that computes logits = h·Wᵀ, dh = g·W and, if ``trained``, dW = gᵀ·h.
+
+    Args:
+        hidden: [N, d].
+        weight: [V, d].
+        gradient: [chunk, V], which stands for that of every chunk of positions.
+    """
+    rows = len(gradient)
     logits = torch.zeros_like(gradient)
     grad_hidden = torch.zeros_like(hidden)
     grad_weight = torch.zeros_like(weight)
 
     def step() -> None:
-        for first in range(0, sizes.rows, rows):
-            chunk = slice(first, min(first + rows, sizes.rows))
+        for first in range(0, len(hidden), rows):
+            chunk = slice(first, min(first + rows, len(hidden)))
             count = chunk.stop - first
             torch.mm(hidden[chunk], weight.T, out=logits[:count])
             torch.mm(gradient[:count], weight, out=grad_hidden[chunk])

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.gpu_parts.measure import Row, Rows, median_seconds, milliseconds, peak_mib, ratio
 from benchmarks.gpu_parts.roofline import bare_matmuls, card_named, divergence, fused_loss, seconds
+from benchmarks.loss import bare_products
 from student_trainer.losses import (
     Divergence,
     Kernel,
@@ -247,18 +248,4 @@ def _matmuls(problem: Problem, *, trained: bool) -> Callable[[], None]:
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     rows = min(MATMUL_ROWS, len(hidden))
     gradient = torch.randn(rows, 1, device=hidden.device, dtype=hidden.dtype).repeat(1, len(weight))
-    logits = torch.empty_like(gradient)
-    of_states, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def step() -> None:
-        for first in range(0, len(hidden), rows):
-            chunk = slice(first, min(first + rows, len(hidden)))
-            n = chunk.stop - first
-            torch.mm(hidden[chunk], weight.T, out=logits[:n])
-            torch.mm(gradient[:n], weight, out=of_states[chunk])
-            if trained and first == 0:
-                torch.mm(gradient[:n].T, hidden[chunk], out=of_weight)
-            elif trained:
-                of_weight.addmm_(gradient[:n].T, hidden[chunk])
-
-    return step
+    return bare_products(hidden, weight, gradient, trained=trained)
