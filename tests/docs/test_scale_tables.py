@@ -1,4 +1,4 @@
-"""What docs say about scale is docs/results/scale.json, and that is what the model gives."""
+"""The figures of scale in the docs are docs/results/scale.json, and the model gives the same."""
 
 import json
 from dataclasses import asdict, replace

@@ -148,7 +148,7 @@ TWO_STEPS = {"lmbda": 0.5, "optim": "sgd", "learning_rate": 1.0, "max_steps": 2}
 
 @pytest.fixture(scope="module")
 def two_steps(world, tmp_path_factory):
-    """What a run of two steps leaves, to compare runs with that compute the same otherwise."""
+    """The folder of a run of two steps, to compare runs with that compute the same otherwise."""
     output = tmp_path_factory.mktemp("two_steps")
     assert distill(world, output, loss_kernel="torch", **TWO_STEPS) == 0
     return output

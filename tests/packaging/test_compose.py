@@ -142,7 +142,7 @@ def test_the_trainers_flags_are_right_up_to_data_that_is_not_there(tmp_path, cap
 
 
 def flags_of_trainer(service, tmp_path):
-    """What its trainer reads, up to data that is not there."""
+    """Return the flags that its trainer reads, up to data that is not there."""
     launcher, *words = shlex.split(service["command"])
     assert launcher == "student-trainer"
     words = [word.replace("/runs/", f"{tmp_path}/") for word in words]

@@ -50,7 +50,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the compiler says of each case: figures by capability and variant."""
+    """The compiler's figures of each case, by capability and variant."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(

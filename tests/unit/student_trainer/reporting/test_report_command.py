@@ -471,7 +471,7 @@ def test_runs_say_in_which_flags_they_differ(tmp_path):
 
 
 def test_samples_are_chosen_by_their_place_and_the_page_says_so(tmp_path):
-    """Of 100 problems on which two models differ in the first ten alone, six evenly spaced ones."""
+    """Six evenly spaced problems of 100, though two models differ in the first ten alone."""
     verdicts = [i >= 10 for i in range(100)]
     evaluation_run(tmp_path / "before", "b", score=0.9, verdicts=verdicts)
     evaluation_run(tmp_path / "after", "a", score=1.0, verdicts=[True] * 100)

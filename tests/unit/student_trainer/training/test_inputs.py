@@ -122,7 +122,7 @@ def of_teachers(tokenizer, names, *, named=False, streamed=False, weights=None, 
 def test_a_changed_template_of_the_teachers_prompt_is_refused_with_both_hashes(
     tokenizer, tmp_path, streamed, then
 ):
-    """Of a stream's rows nothing else is known."""
+    """Nothing else is known of a stream's rows."""
     now = "Solution: {{ hint }}"
     begun = of_teachers(tokenizer, ("",), streamed=streamed, prompt=then)
     keep_inputs(begun, tmp_path)
