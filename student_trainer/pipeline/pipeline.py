@@ -106,7 +106,8 @@ class Pipeline:
         remember: keep the teacher's completions for prompts that occur again.
         together: waits for a server on every rank, and fails on all if it fails on one.
         propose: returns for each sample ids [T, m] that the teacher scores too, such as the
-            student's own most probable ones. Called equally often on every rank.
+            student's own most probable ones. Called equally often on every rank, and not for
+            rollouts that bring such ids.
         timeline: records "generating" (proposals included), waiting for the "teacher", and
             requests.
         waited: is called with the name of a teacher and the seconds of each wait for it.
@@ -332,7 +333,8 @@ class Pipeline:
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
         ahead = step > batch.weight_version
-        if ahead and self.rollouts.elsewhere and self._propose is None:
+        proposes_here = self._propose is not None and not self.rollouts.proposes
+        if ahead and self.rollouts.elsewhere and not proposes_here:
             batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
         else:
             with self._timeline.during("generating", step=step + 1):
@@ -354,6 +356,7 @@ class Pipeline:
                     truncated=rollout.truncated,
                     weight_version=batch.weight_version,
                 )
+                one.requested = rollout.proposed
             self._score(batch, [batch.pending[i] for i in sorted(index for index, _ in group)])
 
     def _generate_with_teacher(self, batch: PendingBatch) -> None:
@@ -386,10 +389,11 @@ class Pipeline:
         """Send written samples to their teachers, with the ids that are proposed for them."""
         if self.teachers is None or not pending:
             return
-        if self._propose is not None:
+        unproposed = [one for one in pending if one.requested is None]  # all of them, or none
+        if self._propose is not None and unproposed:
             with self._timeline.during("generating"):
-                proposed = self._propose([one.written for one in pending])
-            for one, ids in zip(pending, proposed, strict=True):
+                proposed = self._propose([one.written for one in unproposed])
+            for one, ids in zip(unproposed, proposed, strict=True):
                 one.requested = ids
         self._submit(batch, pending)
 

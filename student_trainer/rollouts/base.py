@@ -38,10 +38,18 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A generated completion [T] uint32 with its stop token; truncated if it reached the limit."""
+    """A generated completion.
+
+    Attributes:
+        token_ids: its ids [T] uint32, the stop token among them.
+        truncated: it reached the limit.
+        proposed: the student's m most probable ids [T, m] uint32 at each position, by the weights
+            that wrote the completion; None if the engine was not asked for them.
+    """
 
     token_ids: NDArray[np.uint32]
     truncated: bool
+    proposed: NDArray[np.uint32] | None = None
 
 
 class RolloutEngine(Protocol):
@@ -51,9 +59,11 @@ class RolloutEngine(Protocol):
         elsewhere: the engine runs in other processes with its own copy of the weights, so
             `generate` may run in a thread while the student trains. It must end before the next
             `sync` or `generate`.
+        proposes: each rollout has its ``proposed`` ids.
     """
 
     elsewhere: bool
+    proposes: bool
 
     def sync(self, weight_version: int) -> None:
         """Load the student's present weights, unless the engine has this version already."""
@@ -83,3 +93,39 @@ def vllm_sampling(
         "logit_bias": dict.fromkeys(padding, -100.0) or None,
         "detokenize": False,
     }
+
+
+def candidates_wanted(student_top_m: int, output_size: int) -> dict[str, int]:
+    """Return what `proposed_ids` needs of vLLM's `SamplingParams`; empty if nothing is proposed.
+
+    vLLM tells the sampled token first, so one more is wanted for the places after it.
+    """
+    return {"logprobs": min(student_top_m + 1, output_size)} if student_top_m else {}
+
+
+def proposed_ids(
+    candidates: Sequence[Sequence[tuple[int, float]]], count: int, vocab_size: int
+) -> NDArray[np.uint32]:
+    """Return the ids [T, count] uint32 of the most probable candidates, most probable first.
+
+    Args:
+        candidates: (id, log-prob) of each position [T], equally many and at least ``count`` of
+            each, no id twice.
+        vocab_size: only ids below it are proposed. Where the padding of an output layer takes
+            places, the lowest ids that are no candidates fill them.
+    """
+    if not candidates:
+        return np.empty((0, count), np.uint32)
+    pairs = np.array(candidates, np.float64)  # [T, c, 2]; ids are exact in float64
+    ids, logprobs = pairs[..., 0].astype(np.uint32), pairs[..., 1]  # [T, c]
+    order = np.where(ids < vocab_size, -logprobs, np.inf).argsort(-1, kind="stable")
+    best = np.take_along_axis(ids, order, -1)[:, :count]  # [T, count]
+    for row in np.flatnonzero((best >= vocab_size).any(-1)):
+        known = best[row][best[row] < vocab_size]
+        best[row] = [*known, *_lowest_others(known, count - len(known))]
+    return best
+
+
+def _lowest_others(ids: NDArray[np.uint32], count: int) -> NDArray[np.uint32]:
+    """Return the ``count`` lowest ids that are not among ``ids``."""
+    return np.setdiff1d(np.arange(len(ids) + count, dtype=np.uint32), ids)[:count]

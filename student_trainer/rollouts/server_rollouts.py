@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import RolloutError, RolloutServerError
-from student_trainer.rollouts.base import Rollout, RolloutRequest, vllm_sampling
+from student_trainer.rollouts.base import (
+    Rollout,
+    RolloutRequest,
+    candidates_wanted,
+    proposed_ids,
+    vllm_sampling,
+)
 from student_trainer.rollouts.http import (
     CONNECT_SECONDS,
     GENERATE,
@@ -42,6 +49,7 @@ class ServerRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        student_top_m: ids that each rollout proposes at each position; 0 for none.
     """
 
     elsewhere = True
@@ -54,8 +62,11 @@ class ServerRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        student_top_m: int = 0,
     ) -> None:
         self.servers = servers
+        self.proposes = student_top_m > 0
+        self._student_top_m, self._vocab_size = student_top_m, vocab_size
         output_size = servers.model.config.get_text_config().vocab_size
         self._params = vllm_sampling(
             stop_ids=stop_ids,
@@ -68,6 +79,7 @@ class ServerRollouts:
             "top_k": 0,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            **candidates_wanted(student_top_m, output_size),
         }
 
     def sync(self, weight_version: int) -> None:
@@ -156,6 +168,7 @@ class ServerRollouts:
             spans = choice["weight_versions"] or []
             versions, reason = {span["version"] for span in spans}, choice["finish_reason"]
             ids = np.asarray(choice["token_ids"], np.uint32)
+            proposed = self._proposed(choice["logprobs"]["content"]) if self.proposes else None
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RolloutError(f"{url} answered a malformed completion: {error!r}") from error
         if versions != {self.servers.label}:  # it was started again, or another run uses it
@@ -164,7 +177,15 @@ class ServerRollouts:
             )
         if reason not in ("stop", "length"):  # it is being shut down
             raise _LostServerError(f"it ended a completion with {reason!r}")
-        return Rollout(ids, truncated=reason == "length")
+        return Rollout(ids, reason == "length", proposed)
+
+    def _proposed(self, positions: Sequence[Mapping[str, Any]]) -> NDArray[np.uint32]:
+        """Return the ids [T, m] that are most probable by the server's candidates."""
+        candidates = [
+            [(one["token_id"], one["logprob"]) for one in position["top_logprobs"]]
+            for position in positions
+        ]
+        return proposed_ids(candidates, self._student_top_m, self._vocab_size)
 
 
 def _clients(options: ServerOptions, in_flight: int) -> list[httpx.AsyncClient]:

@@ -67,6 +67,7 @@ class TransformersRollouts:
     """
 
     elsewhere = False
+    proposes = False
 
     def __init__(
         self,

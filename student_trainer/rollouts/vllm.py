@@ -11,20 +11,29 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
+from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
-from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch, vllm_sampling
+from student_trainer.rollouts.base import (
+    Rollout,
+    RolloutRequest,
+    StartSearch,
+    candidates_wanted,
+    proposed_ids,
+    vllm_sampling,
+)
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
@@ -100,6 +109,7 @@ class VllmEngine:
                         generation_config="vllm",  # not the checkpoint's own sampling defaults
                         gpu_memory_utilization=gpu_memory_utilization,
                         max_num_seqs=max_num_seqs,
+                        max_logprobs=-1,  # no limit
                         worker_extension_cls=_EXTENSION,
                         enforce_eager=current_platform.is_cpu(),  # compiling takes minutes on a CPU
                         use_tqdm_on_load=False,
@@ -293,6 +303,7 @@ class VllmRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        student_top_m: ids that each rollout proposes at each position; 0 for none.
         stop_strings: starts a search for strings that end a completion too; the tokens that spell
             one are part of it.
     """
@@ -307,9 +318,12 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        student_top_m: int = 0,
         stop_strings: StartSearch | None = None,
     ) -> None:
         self.engine = engine
+        self.proposes = student_top_m > 0
+        self._student_top_m, self._vocab_size = student_top_m, vocab_size
         self._stops = stop_strings
         output_size = engine.model.get_output_embeddings().weight.shape[0]
         self._params = vllm_sampling(
@@ -317,7 +331,7 @@ class VllmRollouts:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             padding=range(vocab_size, output_size),
-        )
+        ) | candidates_wanted(student_top_m, output_size)
 
     def sync(self, weight_version: int) -> None:
         """Load the student's present weights, as `RolloutEngine.sync` says."""
@@ -347,7 +361,16 @@ class VllmRollouts:
             if written.finish_reason not in ends:
                 raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
             ids = np.asarray(written.token_ids, np.uint32)
-            yield [(index, Rollout(ids, truncated=written.finish_reason == "length"))]
+            proposed = self._proposed(written.logprobs) if self.proposes else None
+            yield [(index, Rollout(ids, written.finish_reason == "length", proposed))]
+
+    def _proposed(self, logprobs: Sequence[Mapping[int, Any]]) -> NDArray[np.uint32]:
+        """Return the ids [T, m] that are most probable by vLLM's candidates of each position."""
+        most = self._params["logprobs"]  # vLLM tells one more if the sampled token is unlikely
+        candidates = [
+            [(id, one.logprob) for id, one in islice(row.items(), most)] for row in logprobs
+        ]
+        return proposed_ids(candidates, self._student_top_m, self._vocab_size)
 
 
 def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:

@@ -125,9 +125,9 @@ class DistillationTrainer(DurableTrainer):
         self.timeline = Timeline(self.window.add_seconds, self._trace())
         self.guard = NonFiniteGuard(self._output, self.ranks)
         self.order = self._training_order()
-        batch_size, proposes = plan.generation_batch_size, plan.student_top_m > 0
+        batch_size = plan.generation_batch_size
         self.rollouts = self._rollout_engine(
-            plan.rollout_temperature, batch_size, one_group=proposes
+            plan.rollout_temperature, batch_size, student_top_m=plan.student_top_m
         )
         self.pipeline = Pipeline(
             plan.method,
@@ -444,7 +444,7 @@ class DistillationTrainer(DurableTrainer):
         )
 
     def _rollout_engine(
-        self, temperature: float, batch_size: int | None, *, one_group: bool = False
+        self, temperature: float, batch_size: int | None, *, student_top_m: int = 0
     ) -> RolloutEngine:
         method = self.plan.method
         if self.engine is not None:
@@ -453,6 +453,7 @@ class DistillationTrainer(DurableTrainer):
                 max_new_tokens=method.max_new_tokens,
                 temperature=temperature,
                 vocab_size=self.plan.vocab_size,
+                student_top_m=student_top_m,
             )
         return TransformersRollouts(
             self.model,
@@ -462,7 +463,7 @@ class DistillationTrainer(DurableTrainer):
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=self.plan.vocab_size,
-            one_group=one_group,
+            one_group=student_top_m > 0,  # the student proposes ids between groups
         )
 
     def _proposals(self) -> TopTokenProposals | None:

@@ -16,7 +16,14 @@ from transformers import AutoModelForCausalLM
 from shared.errors import RolloutServerError
 from student_trainer.rollouts import RolloutServers, ServerOptions
 from tests.e2e.test_distillation import flags, history
-from tests.e2e.test_vllm_rollouts import STOPS, VOCAB_SIZE, requests, save_student, step
+from tests.e2e.test_vllm_rollouts import (
+    STOPS,
+    VOCAB_SIZE,
+    assert_proposes_its_top_tokens,
+    requests,
+    save_student,
+    step,
+)
 from tests.support import trainer_process
 from tests.support.server import free_port, running_rollout_server
 from tests.support.trainer_process import assert_same_weights, checkpoints
@@ -102,6 +109,16 @@ def test_each_replica_writes_the_same_with_each_version_of_the_weights(student, 
             written.append(together)
             step(student, seed=version)
     assert written[0] != written[1]
+
+
+def test_completions_bring_the_students_most_probable_ids(student, replicas):
+    with servers(student, replicas.urls) as both:
+        both.sync(0)
+        engine = both.rollouts(
+            stop_ids=STOPS, max_new_tokens=16, temperature=1.0, vocab_size=VOCAB_SIZE,
+            student_top_m=16,
+        )  # fmt: skip
+        assert_proposes_its_top_tokens(engine, student, requests(6))
 
 
 def test_adapters_are_merged_and_a_version_that_is_there_is_not_sent_again(student, replicas):

@@ -72,6 +72,20 @@ def run(engine, asked):
     return [written[i].token_ids.tolist() for i in range(len(asked))]
 
 
+def assert_proposes_its_top_tokens(engine, student, asked):
+    """Each rollout proposes the student's most probable ids, as its own forward pass ranks them."""
+    for index, rollout in (item for group in engine.generate(asked) for item in group):
+        prompt = asked[index].prompt_ids.astype(np.int64)
+        whole = np.concatenate([prompt, rollout.token_ids.astype(np.int64)])
+        with torch.no_grad():
+            logits = student(torch.from_numpy(whole)[None]).logits[0, len(prompt) - 1 : -1]
+        logits = logits[:, :VOCAB_SIZE]
+        proposed = torch.from_numpy(rollout.proposed.astype(np.int64))  # [T, m]
+        best = logits.topk(proposed.shape[1]).values
+        assert torch.allclose(logits.gather(1, proposed), best, atol=1e-4)
+        assert all(len(set(row)) == len(row) for row in proposed.tolist())
+
+
 def step(student, seed):
     """Weights move, as in an optimizer's step."""
     torch.manual_seed(seed)
@@ -135,6 +149,14 @@ class TestEngine:
         )  # fmt: skip
         asked = requests(8)
         assert run(rollouts(vllm, temperature=0.0), asked) == run(itself, asked)
+
+    def test_completions_bring_the_students_most_probable_ids(self, vllm, student):
+        vllm.sync(25)
+        engine = VllmRollouts(
+            vllm, stop_ids=STOPS, max_new_tokens=LONGEST, temperature=1.0, vocab_size=VOCAB_SIZE,
+            student_top_m=24,  # more than vLLM allows by default
+        )  # fmt: skip
+        assert_proposes_its_top_tokens(engine, student, requests(6))
 
     def test_completions_leave_one_by_one_and_end_with_a_stop_token(self, vllm):
         written = [item for group in rollouts(vllm).generate(requests(24)) for item in group]

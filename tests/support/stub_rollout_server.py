@@ -82,7 +82,7 @@ class StubRolloutServer:
 
     def _complete(self, body) -> dict:
         params = body["sampling_params"]
-        probe = "logprobs" in params
+        probe = params.get("logprobs") == 0
         if not probe:
             with self._lock:
                 self.prompts.append(body)
@@ -96,7 +96,7 @@ class StubRolloutServer:
             "token_ids": ids,
             "finish_reason": "length",
             "weight_versions": [{"version": self.version}],
-            "logprobs": {"content": [{"logprob": 0.0}] * len(ids)} if probe else None,
+            "logprobs": _logprobs(ids, params.get("logprobs")),
             **({} if probe else self.choice),
         }
 
@@ -128,6 +128,19 @@ class StubRolloutServer:
                 pass
 
         return Handler
+
+
+def _logprobs(ids: list[int], count: int | None) -> dict | None:
+    """Candidates 0, 1, … of falling log-prob at each position, after the sampled token."""
+    if count is None:
+        return None
+    others = [{"token_id": place, "logprob": -1.0 - place} for place in range(count - 1)]
+    return {
+        "content": [
+            {"logprob": 0.0, "top_logprobs": [{"token_id": id, "logprob": -9.0}, *others]}
+            for id in ids
+        ]
+    }
 
 
 @contextmanager

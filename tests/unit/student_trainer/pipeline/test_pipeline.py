@@ -86,7 +86,7 @@ class RecordingTeacher:
 class CountingRollouts:
     """Writes the request's key as completion, two prompts at a time, last ones first."""
 
-    elsewhere = False
+    elsewhere = proposes = False
 
     def __init__(self):
         self.versions = []
@@ -351,6 +351,34 @@ def test_proposals_are_made_with_weights_no_older_than_the_staleness():
         )  # fmt: skip
         collect(pipeline, 0, last=3)
         assert max(steps_begun(teacher)) == staleness
+
+
+class ProposingRollouts(PatientRollouts):
+    """Proposes the id 40 + step beside each completion."""
+
+    proposes = True
+
+    def generate(self, requests):
+        for group in super().generate(requests):
+            yield [
+                (i, replace(rollout, proposed=np.full((1, 2), 40 + requests[i].key[1], np.uint32)))
+                for i, rollout in group
+            ]
+
+
+def test_an_engine_that_proposes_still_writes_while_the_student_trains():
+    rollouts, teacher, proposed = ProposingRollouts(), RecordingTeacher(), []
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), teacher, rollouts, staleness=1, propose=proposed.append,
+        batches=[[example(i, completion=None)] for i in range(3)],
+    )  # fmt: skip
+    for step in range(3):
+        rollouts.let.release()
+        [scored] = collect(pipeline, step, last=2)
+        assert len(teacher.scored) == step + 1  # the next is being written, and not waited for
+        assert scored.requested.tolist() == [[40 + step, 40 + step]]
+        assert teacher.requested[-1][0].tolist() == [[40 + step, 40 + step]]
+    assert proposed == []  # no forward pass of the student
 
 
 @pytest.mark.parametrize("lmbda", [0.0, 1.0])

@@ -310,6 +310,18 @@ def test_one_that_stops_early_sends_nothing_more(student, stubs):
         assert write(both) == expected()
 
 
+def test_completions_bring_the_students_most_probable_ids(student, stubs):
+    with opened(student, stubs[:1]) as one:
+        one.sync(0)
+        writer = engine(one, student_top_m=3)
+        [[(_, rollout)]] = writer.generate(requests(1))
+        assert stubs[0].prompts[0]["sampling_params"]["logprobs"] == 4
+        assert rollout.proposed.tolist() == [[0, 1, 2]] * 3
+        stubs[0].choice = {"logprobs": None}
+        with pytest.raises(RolloutError, match="malformed completion"):
+            list(writer.generate(requests(1)))
+
+
 def test_nothing_to_write_is_no_request(student, stubs):
     with opened(student, stubs) as both:
         both.sync(0)
