@@ -122,8 +122,27 @@ def synthetic(rows: int, *, own_favourites: int, vocab_size: int = 151_936) -> C
     return Case(name, student, teacher, next_ids)
 
 
-def trained(folder: Path, name: str, prompts: int) -> Case:
-    """Return completions that the student samples for held-out prompts, and both models' logits."""
+@dataclass(frozen=True)
+class Written:
+    """Completions [T] that a student sampled for held-out prompts [P], and both models."""
+
+    student: Any
+    teacher: Any
+    texts: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]]
+
+    def case(self, name: str) -> Case:
+        """Return the logits of both models at the completions' positions."""
+        ids = [(np.concatenate(text), len(text[0])) for text in self.texts]
+        ours, theirs = (
+            torch.cat([_rows(model, *text) for text in ids])
+            for model in (self.student, self.teacher)
+        )
+        written = np.concatenate([completion for _, completion in self.texts])
+        return Case(name, ours, theirs, torch.from_numpy(written.astype(np.int64)))
+
+
+def sampled_by(folder: Path, name: str, prompts: int) -> Written:
+    """Return completions that the student ``name`` of a quickstart folder samples."""
     student_folder, teacher_folder = folder / STUDENTS[name], folder / "teacher_sft"
     arguments = ModelArguments(str(student_folder))
     tokenizer = load_tokenizer(arguments)
@@ -144,19 +163,12 @@ def trained(folder: Path, name: str, prompts: int) -> Case:
         vocab_size=len(tokenizer),
     )
     requests = [RolloutRequest(e.prompt_ids, ("accuracy", e.index)) for e in examples]
-    parts: list[tuple[torch.Tensor, torch.Tensor, NDArray[np.uint32]]] = []
-    for group in engine.generate(requests):
-        for index, rollout in group:
-            prompt = examples[index].prompt_ids
-            ids = np.concatenate([prompt, rollout.token_ids])
-            ours, theirs = (_rows(model, ids, len(prompt)) for model in (student, teacher))
-            parts.append((ours, theirs, rollout.token_ids))
-    return Case(
-        name,
-        torch.cat([ours for ours, _, _ in parts]),
-        torch.cat([theirs for _, theirs, _ in parts]),
-        torch.from_numpy(np.concatenate([ids for _, _, ids in parts]).astype(np.int64)),
-    )
+    texts = [
+        (examples[index].prompt_ids, rollout.token_ids)
+        for group in engine.generate(requests)
+        for index, rollout in group
+    ]
+    return Written(student, teacher, texts)
 
 
 @torch.no_grad()
@@ -166,13 +178,20 @@ def _rows(model: Any, token_ids: NDArray[np.uint32], start: int) -> torch.Tensor
     return completion
 
 
-def support_of(case: Case, k: int, support: str) -> SparseDistribution:
-    """Return the exact sparse teacher of a case; no id twice."""
+def support_of(
+    case: Case, k: int, support: str, proposed: torch.Tensor | None = None
+) -> SparseDistribution:
+    """Return the exact sparse teacher of a case; no id twice.
+
+    Args:
+        proposed: ids [N, m] that "requested" adds; default the student's most probable ones.
+    """
     ids = case.teacher.topk(k, dim=-1).indices
     if support != "top-k":
         ids = torch.cat([ids, case.next_ids[:, None]], dim=1)
     if support == "requested":
-        ids = torch.cat([ids, case.student.topk(STUDENT_TOP_M, dim=-1).indices], dim=1)
+        own = case.student.topk(STUDENT_TOP_M, dim=-1).indices if proposed is None else proposed
+        ids = torch.cat([ids, own], dim=1)
     ids = ids.sort(dim=1).values
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
@@ -230,16 +249,17 @@ def study(
                 rows = _sparse(logits, teacher, beta, tail)
                 (gradient,) = torch.autograd.grad(rows.sum(), logits)
                 norm = float(gradient.norm())
-                cosine = _cosine(gradient, exact)
-                summed = _cosine(gradient.sum(dim=0), exact.sum(dim=0))
+                whole = cosine(gradient, exact)
+                summed = cosine(gradient.sum(dim=0), exact.sum(dim=0))
                 error = abs(float(rows.detach().mean()) - value) / value
                 ratio = norm / float(exact.norm())
                 yield Result(
-                    case.name, beta, support, tail, k, error, cosine, ratio, summed, *masses
+                    case.name, beta, support, tail, k, error, whole, ratio, summed, *masses
                 )
 
 
-def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the cosine of two tensors of one shape."""
     return float((one * other).sum()) / (float(one.norm()) * float(other.norm()) + 1e-300)
 
 
@@ -330,6 +350,15 @@ def plot(results: Sequence[Result], folder: Path) -> None:
     )
 
 
+def make_quickstart(folder: Path) -> None:
+    """Run the quickstart into ``folder`` unless it has been."""
+    if not (folder / STUDENTS["distilled"] / "config.json").exists():
+        subprocess.run(
+            [sys.executable, "-m", "examples.mini_humaneval.quickstart", f"--output_dir={folder}"],
+            check=True, stdout=sys.stderr,
+        )  # fmt: skip
+
+
 def main() -> None:
     parser = argument_parser(
         __doc__, quick="fewer rows, k = 16 and 64, two supports, bucket", threads=0
@@ -363,18 +392,13 @@ def main() -> None:
             steps=arguments.heal_steps, texts_a_kind=arguments.texts, quick=arguments.quick,
         )  # fmt: skip
         return
-    if not (arguments.run_folder / STUDENTS["distilled"] / "config.json").exists():
-        subprocess.run(
-            [sys.executable, "-m", "examples.mini_humaneval.quickstart",
-             f"--output_dir={arguments.run_folder}"],
-            check=True, stdout=sys.stderr,
-        )  # fmt: skip
+    make_quickstart(arguments.run_folder)
     prompts, rows = (8, 4) if arguments.quick else (32, 12)
     ks = (16, 64) if arguments.quick else KS
     supports = ("default", "requested") if arguments.quick else tuple(SUPPORTS)
     tails = ("bucket",) if arguments.quick else TAILS
     cases = [synthetic(rows, own_favourites=count) for count in (0, 8)]
-    cases += [trained(arguments.run_folder, name, prompts) for name in STUDENTS]
+    cases += [sampled_by(arguments.run_folder, name, prompts).case(name) for name in STUDENTS]
     results = [result for case in cases for result in study(case, ks, supports, tails)]
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:

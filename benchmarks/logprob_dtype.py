@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.accuracy_real import STUDENT_TOP_M
-from benchmarks.accuracy_vs_k import Case, synthetic, trained
+from benchmarks.accuracy_vs_k import Case, sampled_by, synthetic
 from benchmarks.harness import argument_parser, print_report, set_threads
 from shared.sparse import SparseLogprobs
 from student_trainer.data.sample import Sample
@@ -133,7 +133,10 @@ def main() -> None:
     rows = 4 if arguments.quick else 12
     cases = [synthetic(rows, own_favourites=count) for count in (0, 8)]
     if not arguments.quick:
-        cases += [trained(arguments.run_folder, name, 32) for name in ("warmed up", "distilled")]
+        cases += [
+            sampled_by(arguments.run_folder, name, 32).case(name)
+            for name in ("warmed up", "distilled")
+        ]
     results = [result for case in cases for result in compare(case)]
     kept = [result for result in results if result.sent == "normalized"]
     print_report(
