@@ -5,13 +5,14 @@ vocabulary ends one, so lengths are geometric. Engines take turns, one round eac
 prompts, so that a disturbance of the machine falls on all of them.
 
     python -m benchmarks.rollouts --quick
+    python -m benchmarks.rollouts_vllm        # vLLM beside the trainer, and as a server
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,16 +111,20 @@ class _WholeCdf:
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 
 
-def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
-    """Return each engine's figures, after two prompts to warm up."""
+def random_model(vocab_size: int) -> tuple[Any, range]:
+    """Return a model with random weights, and the tokens that end a completion."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size, hidden_size=HIDDEN, intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
         tie_word_embeddings=True,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    stop_ids = range(1, vocab_size // 25)
+    return LlamaForCausalLM(config).eval(), range(1, vocab_size // 25)
+
+
+def own_engines(model: Any, stop_ids: range) -> dict[str, Engine]:
+    """Return the engines that generate with the student itself, by name."""
+    vocab_size = model.config.vocab_size
 
     def ours(places: int | None) -> Engine:
         return TransformersRollouts(
@@ -127,13 +132,19 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
             batch_size=places, vocab_size=vocab_size,
         ).generate  # fmt: skip
 
-    engines: dict[str, Engine] = {
+    return {
         "generate, float64": Generate(model, stop_ids, None, keyed=True),
         "generate, multinomial": Generate(model, stop_ids, None, keyed=False),
         "rollouts": ours(None),
         f"generate, float64, in {PLACES} places": Generate(model, stop_ids, PLACES, keyed=True),
         f"rollouts in {PLACES} places": ours(PLACES),
     }
+
+
+def measure(
+    engines: Mapping[str, Engine], vocab_size: int, prompts: int, rounds: int
+) -> dict[str, Figures]:
+    """Return each engine's figures, after two prompts to warm up."""
     figures = {name: Figures() for name in engines}
     rng = np.random.default_rng(0)
     for number in range(rounds):
@@ -158,6 +169,15 @@ def measure(vocab_size: int, prompts: int, rounds: int) -> dict[str, Figures]:
     return figures
 
 
+def speed_rows(case: str, figures: Mapping[str, Figures], base: float) -> list[list[Cell]]:
+    """Return a row for each engine: tokens a second, their ratio to ``base``, seconds to half."""
+    return [
+        [f"{case}: {name}", round(found.speed), found.speed / base,
+         statistics.median(found.seconds_to_half)]
+        for name, found in figures.items()
+    ]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__, quick="two cases, two rounds", threads=1)
     arguments = parser.parse_args(argv)
@@ -169,12 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[list[Cell]] = []
     summary: dict[str, Figure] = {}
     for vocab_size, prompts in cases:
-        figures = measure(vocab_size, prompts, rounds)
+        model, stop_ids = random_model(vocab_size)
+        figures = measure(own_engines(model, stop_ids), vocab_size, prompts, rounds)
         base = figures["generate, float64"].speed
-        for name, found in figures.items():
-            half = statistics.median(found.seconds_to_half)
-            rows.append([f"V={vocab_size // 1000}k, {prompts} prompts: {name}",
-                         round(found.speed), found.speed / base, half])  # fmt: skip
+        name = f"V={vocab_size // 1000}k, {prompts} prompts"
+        rows += speed_rows(name, figures, base)
         ratio = figures["rollouts"].speed / base
         summary[f"speedup_v{vocab_size // 1000}k_{prompts}"] = round(ratio, 2)
     print_report(
