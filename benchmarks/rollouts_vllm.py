@@ -50,8 +50,8 @@ NOTES = (
     "vLLM beside the trainer and as a server, float32, eager. New weights: seconds of a sync, with "
     "its probe of log-probs, and the bytes that are sent.",
     f"Waiting: share of a step in which the trainer waits for completions, {MICRO_BATCHES} x "
-    f"{MICRO_BATCH} prompts a step, with a server. The training itself is imitated by sleeping for "
-    "as long as the server needs to write a step's completions, as if it ran on other devices.",
+    f"{MICRO_BATCH} prompts a step, with a server. The training of a step is made as long as the "
+    "server needs to write its completions, by sleeping after it.",
 )
 
 
@@ -146,11 +146,13 @@ def train(model: Any, url: str, stop_ids: Sequence[int], *, staleness: int, work
     """Train with the server; each step's own work takes ``working`` seconds."""
 
     class PacedTrainer(DistillationTrainer):
-        """A trainer whose micro-batches take their time without computing."""
+        """A trainer whose micro-batches take their time."""
 
         def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
-            time.sleep(working / MICRO_BATCHES)
-            return torch.zeros(())
+            done = time.perf_counter() + working / MICRO_BATCHES
+            loss = super().training_step(*arguments, **options)
+            time.sleep(max(0.0, done - time.perf_counter()))
+            return loss
 
     vocab_size = model.config.vocab_size
     rng = np.random.default_rng(0)
