@@ -181,13 +181,17 @@ class OnSupport:
 
 
 def compared(
-    student: torch.Tensor, teacher: torch.Tensor, next_ids: torch.Tensor, ks: Sequence[int]
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    next_ids: torch.Tensor,
+    ks: Sequence[int],
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> Iterator[tuple[tuple[Any, ...], list[float]]]:
     """Yield (temperature, beta, support, tail, k) and sums: see `OnSupport.compare`.
 
     Before those stand the positions, the dense loss, and the square of its gradient.
     """
-    for temperature in TEMPERATURES:
+    for temperature in temperatures:
         positions = Positions(student, teacher, temperature)
         squares = {b: float(g.square().sum()) for b, (_, g, _) in positions.dense.items()}
         for support in dict.fromkeys(support for support, _ in WAYS):
@@ -200,13 +204,18 @@ def compared(
 
 
 def study(
-    student: Any, teacher: Any, texts: Sequence[Text], ks: Sequence[int], names: dict[str, Any]
+    student: Any,
+    teacher: Any,
+    texts: Sequence[Text],
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    names: dict[str, Any],
 ) -> Iterator[Found]:
     """Yield the result of every combination, for each kind of text and for all together."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0] * 8)
     for text in texts:
         ours, theirs = logits_of(student, text), logits_of(teacher, text)
-        for key, row in compared(ours, theirs, torch.tensor(text.completion), ks):
+        for key, row in compared(ours, theirs, torch.tensor(text.completion), ks, temperatures):
             for kind in (text.kind, "all"):
                 sums[kind, *key] = [a + b for a, b in zip(sums[kind, *key], row, strict=True)]
     for key, (count, dense, norm, loss, product, square, p, q) in sums.items():
@@ -244,8 +253,14 @@ def figures(results: Sequence[Found]) -> dict[str, float]:
 
 
 def heal(pruned: Path, out: Path, teacher: Any, texts: Sequence[Text], pad: int) -> None:
-    """Train a pruned student by forward KL, a step of `ROWS` texts, and save it in bfloat16."""
+    """Train a pruned student by forward KL, a step of `ROWS` texts, and save it in bfloat16.
+
+    Embedding and output layer stay the teacher's: pruning left them whole, and AdamW's state of
+    a large vocabulary would take most of the memory.
+    """
     model = student_of(pruned)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.requires_grad_(False)
     batches = [scored(teacher, texts[i : i + ROWS], pad) for i in range(0, len(texts), ROWS)]
     train(model, batches, [0.0], 1e-4)
     model.to(torch.bfloat16).save_pretrained(out)
@@ -271,6 +286,8 @@ def run(
     steps: int,
     texts_a_kind: int,
     quick: bool,
+    ks: Sequence[int] = KS,
+    temperatures: Sequence[float] = TEMPERATURES,
 ) -> None:
     """Compare a model with students of its layers; write every number into ``output``.
 
@@ -299,7 +316,7 @@ def run(
         for source, some in (("dataset", texts), ("student", written_by(student, texts))):
             about = f"{model.name}, {layers} layers"
             names: dict[str, Any] = {"model": about, "state": state, "completions": source}
-            results += study(student, teacher, some, (16, 64) if quick else KS, names)
+            results += study(student, teacher, some, (16, 64) if quick else ks, temperatures, names)
             write(results, output / f"accuracy-{model.name}-{layers}.json")
     shown = [one for one in results if one.kind == "all" and one.k == 64
              and one.temperature == 1.0 and one.support != "top-k"]  # fmt: skip

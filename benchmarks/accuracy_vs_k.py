@@ -377,6 +377,11 @@ def main() -> None:
     real.add_argument("--data", type=Path, help="folder of HumanEval and GSM8K")
     real.add_argument("--output_dir", type=Path, default=Path("runs/accuracy_real"))
     real.add_argument("--texts", type=int, default=2, help="of each kind")
+    real.add_argument("--ks", type=int, nargs="+", default=accuracy_real.KS, help="64 among them")
+    real.add_argument(
+        "--temperatures", type=float, nargs="+", default=accuracy_real.TEMPERATURES,
+        help="1 among them",
+    )  # fmt: skip
     real.add_argument(
         "--heal_steps", type=int, default=24, help="of forward KL, for a second state"
     )
@@ -390,6 +395,7 @@ def main() -> None:
         accuracy_real.run(
             arguments.real, arguments.layers, arguments.data, arguments.output_dir,
             steps=arguments.heal_steps, texts_a_kind=arguments.texts, quick=arguments.quick,
+            ks=arguments.ks, temperatures=arguments.temperatures,
         )  # fmt: skip
         return
     make_quickstart(arguments.run_folder)

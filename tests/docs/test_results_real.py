@@ -61,6 +61,28 @@ def test_accuracy_of_the_sparse_divergence():
     assert {tuple(row) for row in table} - shown == set()
 
 
+def test_accuracy_on_more_texts_and_after_training():
+    found = read("accuracy_real_texts.json")
+    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+    title = "More texts, and a student after some training"
+    table = section(title)
+    assert len(table) == 15
+    for state, completions, support, tail, k, *cosines in table:
+        names = {"state": state, "completions": completions, "support": support, "tail": tail,
+                 "k": int(k), "kind": "all", "temperature": 1.0}  # fmt: skip
+        matching = {
+            row["beta"]: f"{row['gradient_cosine']:.4f}"
+            for row in rows
+            if names.items() <= row.items()
+        }
+        assert [matching[beta] for beta in (0.0, 0.1, 0.5, 0.9, 1.0)] == cosines
+    healed = [[float(x) for x in row[5:9]] for row in table if row[:1] + row[2:5] ==
+              ["healed", "default", "bucket", "64"]]  # fmt: skip
+    least = [f"{min(column):.3f}".removeprefix("0") for column in zip(*healed, strict=True)]
+    said = f"at least {least[1]}, {least[2]} and {least[3]} at β = .1, .5 and .9"
+    assert said in words(PAGE)
+
+
 def same(one, other):
     names = ("model", "state", "completions", "temperature", "support", "tail", "k", "kind")
     return all(one[name] == other[name] for name in names)

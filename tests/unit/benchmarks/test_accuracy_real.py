@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import accuracy_vs_k
-from benchmarks.accuracy_real import WAYS, compared
+from benchmarks.accuracy_real import WAYS, compared, heal
+from benchmarks.real_texts import Text
+from tests.support.models import save_model
+from tests.support.reference import load_model
 
 V = 90
 
@@ -32,3 +36,18 @@ def test_a_column_for_the_rest_gives_the_same_value_and_gradient():
         assert (p / count, q / count) == pytest.approx((plain.teacher_mass, plain.student_mass))
     assert checked == 5 * 3 * len(WAYS)
     assert len(short) == 2 * checked  # at two temperatures
+
+
+def test_healing_trains_the_layers_alone(tmp_path):
+    save_model(tmp_path / "pruned")
+    texts = [Text("arithmetic", [1, 2, 3], [4, 5, 6])] * 4
+    teacher = load_model(tmp_path / "pruned")
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(3)
+    heal(tmp_path / "pruned", tmp_path / "healed", teacher, texts, pad=0)
+    before, after = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "healed")
+    )
+    changed = {name for name, old in before.items() if not torch.equal(old.bfloat16(), after[name])}
+    assert {name for name in changed if "embed" in name or "lm_head" in name} == set()
+    assert any("layers.0" in name for name in changed)
