@@ -14,7 +14,7 @@ def casts_kept(keep: bool) -> Iterator[Callable[[], AbstractContextManager[None]
 
     Autocast (``--bf16``) drops them when its outermost block ends, and the model's own call is one:
     at every token all weights would be converted again. No training pass may find them, because
-    the optimizer changes weights, and in some releases a copy made without gradients passes none on.
+    the optimizer changes weights; and in some releases a copy made without gradients gives none.
 
     Yields:
         A function whose block is outside, without the copies.
