@@ -40,6 +40,7 @@ def linear_sparse_jsd(
     weights: torch.Tensor | None = None,
     labels: HardLabels | None = None,
     kernel: Kernel = "auto",
+    add_to: torch.Tensor | None = None,
 ) -> LossOutput:
     """Return the summed sparse divergence over ``normalizer``, computed from hidden states.
 
@@ -63,6 +64,9 @@ def linear_sparse_jsd(
             GPU of as many positions as its matmuls need; see `chunks`.
         vocab_size: number of token ids that are outcomes (padded vocabularies); the rest gets no
             probability and no gradient.
+        add_to: [V, d] of the arithmetic's dtype, takes the gradient of ``weight``, which autograd
+            then does not get. It is added in this forward pass, so the caller must run the backward
+            pass once, with the factor 1. Memory for a second [V, d] is spared.
 
     Returns:
         ``loss``, a scalar of the arithmetic's dtype: float64 for float64 input, else float32;
@@ -76,6 +80,7 @@ def linear_sparse_jsd(
     _check_shapes(hidden, weight, bias, teacher, vocab_size)
     check_teacher(teacher, vocab_size)
     check_weights(weights, labels, len(teacher), vocab_size)
+    _check_add_to(add_to, hidden, weight)
     if chunk_size is None:
         trained = weight.requires_grad and torch.is_grad_enabled()
         card = card_bytes(hidden.device)
@@ -100,7 +105,7 @@ def linear_sparse_jsd(
             chunk_size, 1.0 / float(normalizer), vocab_size, softcap, float(logit_scale)
         )
         loss, *columns = _LinearSparseJSD.apply(
-            hidden, weight, bias, teacher, divergence, projection, weights, labels, kernel
+            hidden, weight, bias, teacher, divergence, projection, weights, labels, kernel, add_to
         )
     return LossOutput(loss, SparseStatistics(*columns))
 
@@ -144,6 +149,17 @@ def _check_shapes(
         raise ValueError(f"vocab_size {vocab_size} must be from 1 to {weight.shape[0]}")
 
 
+def _check_add_to(add_to: torch.Tensor | None, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    if add_to is None:
+        return
+    dtype = compute_dtype(hidden)
+    if add_to.shape != weight.shape or add_to.dtype != dtype or hidden.dtype == torch.float16:
+        raise ValueError(
+            f"add_to must be {list(weight.shape)} of {dtype}, and hidden not float16, got "
+            f"{list(add_to.shape)} of {add_to.dtype} and hidden of {hidden.dtype}"
+        )
+
+
 class _LinearSparseJSD(torch.autograd.Function):
     """The autograd function that computes all gradients in its forward pass."""
 
@@ -159,6 +175,7 @@ class _LinearSparseJSD(torch.autograd.Function):
         weights: torch.Tensor | None,
         labels: HardLabels | None,
         kernel: Kernel,
+        add_to: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         chunk_size, scale = projection.chunk_size, projection.scale
         vocab_size, logit_scale = projection.vocab_size, projection.logit_scale
@@ -173,8 +190,9 @@ class _LinearSparseJSD(torch.autograd.Function):
         early_scale, ctx.late_scale = (1.0, scale) if late else (scale, 1.0)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         # Chunks are summed in the arithmetic's dtype, because bfloat16 loses small summands.
-        grad_weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else None
-        if grad_weight is not None:  # the first chunk is written, so only the padding is zeroed
+        grad_weight = add_to
+        if add_to is None and wanted[1]:  # the first chunk is written, so only padding is zeroed
+            grad_weight = torch.empty_like(weight, dtype=dtype)
             grad_weight[vocab_size if count else 0 :].zero_()
         grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
         size = (min(chunk_size, count), vocab_size)
@@ -215,10 +233,12 @@ class _LinearSparseJSD(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, layer, out=grad_hidden[chunk])
             if grad_weight is not None:
-                add_product(grad_weight[:vocab_size], gradient.T, part, first=first == 0)
+                begins = first == 0 and add_to is None
+                add_product(grad_weight[:vocab_size], gradient.T, part, first=begins)
             if grad_bias is not None:
                 grad_bias[:vocab_size] += logits.sum(dim=0, dtype=dtype)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.added = add_to is not None
+        ctx.save_for_backward(grad_hidden, None if ctx.added else grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         columns = _concatenate(parts, hidden.device)
         ctx.mark_non_differentiable(*columns)
@@ -230,6 +250,8 @@ class _LinearSparseJSD(torch.autograd.Function):
         factor = upstream * ctx.late_scale
         # Reading the factor would wait for a GPU, which scales and converts in one pass anyway.
         unscaled = not factor.is_cuda and float(factor) == 1.0
+        if ctx.added and not (unscaled or factor.is_cuda):
+            raise RuntimeError(f"add_to holds the gradient times 1, not times {float(factor)}")
         gradients = [
             None
             if saved is None
@@ -238,7 +260,7 @@ class _LinearSparseJSD(torch.autograd.Function):
             else _scaled(saved, factor, dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -22,6 +22,7 @@ from student_trainer.losses import (
     sparse_generalized_jsd,
 )
 from student_trainer.model.head import OutputHead, find_head, float32_logits
+from student_trainer.model.in_place import gradient_of, rows_added_in_place
 from student_trainer.model.probe import probe_model, record_head_inputs, same_states
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")  # packed inputs have no mask
@@ -41,6 +42,8 @@ class SparseTargets:
         weights: [N] weight of each divergence; None for 1.
         labels: the data's next tokens, and the weights of their cross-entropy.
         kernel: implementation of the loss.
+        in_place: add the gradients of output layer and embedding to ``.grad``, see `in_place`; the
+            caller runs the backward pass of the loss once, with the factor 1.
         taught: (teacher's name, positions) of each sample in turn, for statistics; None is the
             first teacher.
     """
@@ -53,6 +56,7 @@ class SparseTargets:
     weights: torch.Tensor | None = None
     labels: HardLabels | None = None
     kernel: Kernel = "auto"
+    in_place: bool = False
     taught: Sequence[tuple[str | None, int]] = ()
 
     def to(self, device: torch.device) -> SparseTargets:
@@ -145,7 +149,10 @@ def install_sparse_loss(model: Any) -> None:
         if args:
             raise TypeError("pass input_ids and attention_mask or position_ids by name")
         inputs = {name: kwargs[name] for name in _INPUTS if name in kwargs}
-        states = compute(inputs) if rope is None else _compute_by_regime(compute, inputs, rope)
+        in_place = sparse_targets is not None and sparse_targets.in_place
+        embedding = causal_lm.get_input_embeddings() if in_place else None
+        with rows_added_in_place(embedding):
+            states = compute(inputs) if rope is None else _compute_by_regime(compute, inputs, rope)
         states = states.flatten(0, 1)[wanted.positions]  # [N, V] or [N, d]
         if isinstance(wanted, TopTokens):
             return {"token_ids": _top_ids(head, states, wanted)}
@@ -240,6 +247,7 @@ def _loss_of_hidden(
             weights=targets.weights,
             labels=targets.labels,
             kernel=targets.kernel,
+            add_to=gradient_of(head.layer.weight) if targets.in_place else None,
         )
     return found._asdict()
 

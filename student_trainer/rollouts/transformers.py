@@ -24,6 +24,7 @@ from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
+from student_trainer.rollouts.autocast import casts_kept
 from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
 from student_trainer.rollouts.running_batch import RunningBatch
 from student_trainer.rollouts.sampling import sample_tokens
@@ -194,7 +195,7 @@ class TransformersRollouts:
             range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
         )
         running: RunningBatch | None = None
-        with _evaluation_mode(self.model):
+        with _evaluation_mode(self.model), casts_kept(not sharded) as casts_dropped:
             # Each round makes exactly one forward pass, so that ranks of a sharded model match.
             while _any_rank_busy(bool(waiting) or running is not None, self._device, sharded):
                 places = self._free_places(running)
@@ -214,7 +215,8 @@ class TransformersRollouts:
                 if left is not None:
                     running = left if running is None else running.merged(left)
                 if finished:
-                    yield finished
+                    with casts_dropped():  # the caller may train
+                        yield finished
 
     @property
     def _device(self) -> torch.device:

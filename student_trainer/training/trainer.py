@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -271,7 +271,8 @@ class DistillationTrainer(DurableTrainer):
         times the number of ranks, because the distributed wrappers average gradients over them.
         """
         targets: SparseTargets = inputs["sparse_targets"]
-        inputs = {**inputs, "sparse_targets": targets.to(inputs["input_ids"].device)}
+        targets = replace(targets.to(inputs["input_ids"].device), in_place=self._adds_in_place)
+        inputs = {**inputs, "sparse_targets": targets}
         outputs = model(**inputs)
         self.window.add_statistics(outputs["statistics"], targets.taught)
         loss = outputs["loss"] * self.accelerator.num_processes
@@ -314,6 +315,13 @@ class DistillationTrainer(DurableTrainer):
         """Return whether FSDP adds gradients in each micro-batch, to keep none unsharded."""
         accelerator: Any = self.args.accelerator_config
         return bool((accelerator.gradient_accumulation_kwargs or {}).get("sync_each_batch"))
+
+    @property
+    def _adds_in_place(self) -> bool:
+        """Return whether nothing but the optimizer sees gradients, and the loss is not scaled."""
+        alone = self.accelerator.distributed_type == DistributedType.NO and self.args.n_gpu <= 1
+        unscaled = self.accelerator.scaler is None and not self.args.fp16
+        return alone and unscaled and not self.args.torch_compile
 
     # What the Trainer counts, logs and writes.
 
