@@ -342,9 +342,16 @@ class Pipeline:
                     self._write(batch, requests)
 
     def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
-        """Generate the student's completions, and send each finished group to the teacher."""
+        """Generate the student's completions, and send each finished group to the teacher.
+
+        If the student proposes ids, all are sent once they are written: other ranks may finish them
+        in more groups, and each forward pass is one of all ranks where they share a sharded model.
+        """
         assert self.rollouts is not None
-        for group in self.rollouts.generate(requests):
+        groups = self.rollouts.generate(requests)
+        if self._propose is not None:
+            groups = iter([[item for group in groups for item in group]])
+        for group in groups:
             for index, rollout in group:
                 one = batch.pending[index]
                 one.sample = completed(

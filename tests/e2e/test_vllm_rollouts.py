@@ -22,7 +22,7 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
-from student_trainer.rollouts.vllm import _rank_environment
+from student_trainer.rollouts.engine_environment import rank_environment
 from student_trainer.rollouts.weights import StudentWeights
 from tests.e2e.test_distillation import flags, history
 from tests.support import trainer_process
@@ -261,11 +261,11 @@ class TestDistillation:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM compiles")
 def test_on_cpu_an_engine_compiles_nothing_and_the_trainer_may(monkeypatch):
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    with _rank_environment():
+    with rank_environment([""]):
         assert os.environ["TORCH_COMPILE_DISABLE"] == "1"
     assert "TORCH_COMPILE_DISABLE" not in os.environ
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
-    with _rank_environment():
+    with rank_environment([""]):
         assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
     assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
 
