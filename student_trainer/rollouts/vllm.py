@@ -205,11 +205,13 @@ class VllmEngine:
         Raises:
             RolloutError: the engine is dead.
         """
+        if self._asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # torch holds what it freed for the next training step
+            self._group.gather(None)  # the engine wakes on the GPUs of all ranks that share it
         if not self._group.leads:
             self._files.send(None)
             return
-        if self._asleep and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what torch holds for the next training step
         self._wake("weights")
         self._call("begin_weights")
         self._files.send(lambda file: self._call("load_weights_of", path=str(file)))
@@ -263,11 +265,12 @@ class VllmEngine:
             RolloutError: the engine is dead, or was closed meanwhile.
         """
         searching = searches is not None
-        items = list(zip(prompts, params, searches or [None] * len(prompts), strict=True))
+        ends: Sequence[StopSearch | None] = searches or [None] * len(prompts)
+        items = list(zip(prompts, params, ends, strict=True))
 
         def write(of_all: list[tuple[list[int], Any, Any]]) -> Iterator[tuple[int, Any]]:
-            asked, with_params, ends = zip(*of_all, strict=True) if of_all else ((), (), ())
-            return self._run(asked, with_params, ends if searching else None)
+            asked, ways, found = zip(*of_all, strict=True) if of_all else ((), (), ())
+            return self._run(asked, ways, found if searching else None)
 
         yield from self._group.spread(items, write)
         self._sleep()

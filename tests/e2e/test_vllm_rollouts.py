@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -14,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from shared.errors import RolloutError
+from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch, StopStrings, completion_text
 from student_trainer.rollouts import (
     RolloutRequest,
@@ -28,7 +29,7 @@ from tests.e2e.test_distillation import flags, history
 from tests.support import trainer_process
 from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
-from tests.support.trainer_process import checkpoints
+from tests.support.trainer_process import assert_same_weights, checkpoints
 from tests.support.vllm import VLLM, forked_engines
 
 VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
@@ -209,6 +210,102 @@ class TestEngine:
             vllm.sync(40)
 
 
+class RecordedEngine:
+    """A stand-in for vLLM's engine that writes token 5 and keeps what it is called with."""
+
+    def __init__(self, student):
+        self.calls = []
+        self._waiting = []
+        self._student = student
+        self.engine_core = SimpleNamespace(
+            shutdown=lambda: None, resources=SimpleNamespace(engine_dead=False)
+        )
+
+    def collective_rpc(self, method, kwargs=None):
+        if self.calls[-1:] != [method]:  # a layer after the other
+            self.calls.append(method)
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags}")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("drop cache")
+        return True
+
+    def add_request(self, name, prompt, params):
+        self.calls.append("write")
+        self._waiting.append((name, prompt["prompt_token_ids"]))
+
+    def step(self):
+        name, prompt = self._waiting.pop()
+        with torch.no_grad():
+            row = self._student(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        logprobs = [{5: SimpleNamespace(logprob=float(row[5]))}]
+        written = SimpleNamespace(token_ids=[5], logprobs=logprobs, finish_reason="stop")
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[written])]
+
+
+LOAD = ["begin_weights", "load_weights_of", "finish_weights"]
+
+
+class TestSleep:
+    pytestmark = VLLM
+
+    @pytest.fixture
+    def recorded(self, student, monkeypatch):
+        import vllm
+
+        engine = RecordedEngine(student)
+        made = SimpleNamespace(from_engine_args=lambda arguments: engine)
+        monkeypatch.setattr(vllm, "LLMEngine", made)
+        monkeypatch.setattr(vllm, "EngineArgs", lambda **options: None)
+        return engine
+
+    def test_it_wakes_in_two_parts_around_its_weights_and_sleeps_once_it_has_written(
+        self, student, recorded, monkeypatch
+    ):
+        from vllm.platforms import current_platform
+
+        monkeypatch.setattr(current_platform, "is_sleep_mode_available", lambda: True)
+        awake = ["wake ['weights']", *LOAD, "wake ['kv_cache']", "drop cache", "write"]
+        with VllmEngine(student, max_model_len=64, dtype="float32", sleeps=True) as engine:
+            assert recorded.calls == ["spare_generators", "sleep 2"]
+            for _ in range(2):  # of one version too: asleep, it holds no weights
+                recorded.calls.clear()
+                engine.sync(1)
+                assert recorded.calls == awake
+                assert run(rollouts(engine), requests(2)) == [[5], [5]]
+                assert recorded.calls == [*awake, "write", "write", "sleep 2"]
+
+    def test_one_that_does_not_sleep_is_told_nothing_of_it(self, student, recorded):
+        with VllmEngine(student, max_model_len=64, dtype="float32") as engine:
+            for _ in range(2):
+                engine.sync(1)
+                run(rollouts(engine), requests(1))
+        assert recorded.calls == ["spare_generators", *LOAD, "drop cache", *3 * ["write"]]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM sleeps on GPUs")
+    def test_where_vllm_cannot_sleep_it_is_refused(self, student):
+        with pytest.raises(ConfigurationError, match="vLLM cannot sleep on cpu; drop it"):
+            VllmEngine(student, max_model_len=64, dtype="float32", sleeps=True)
+
+
+def on_policy(world, output, student, **options):
+    settings = {
+        "model_name_or_path": student, "teacher_url": world.url, "top_k_logprobs": 16,
+        "lmbda": 1, "beta": 0, "max_steps": 6, "save_strategy": "steps", "save_steps": 2,
+        "rollout_engine": "vllm", **options,
+    }  # fmt: skip
+    return ["distill", *flags(world, output, **settings)]
+
+
+def divergences(output):
+    return [row["train/divergence"] for row in history(output) if "train/divergence" in row]
+
+
 class TestDistillation:
     pytestmark = VLLM
 
@@ -234,6 +331,29 @@ class TestDistillation:
         assert logged[0]["train/divergence"] > 0
         last = np.mean([entry["train/divergence"] for entry in logged[-5:]])
         assert last < 0.9 * logged[0]["train/divergence"]
+
+    def test_two_sharded_ranks_learn_what_one_process_learns(self, world, tmp_path):
+        """With an engine each; and a resumed run ends with the same weights, to the last bit."""
+        student = save_student(tmp_path / "student")
+        one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+        trainer_process.train(on_policy(world, one, student))
+        halves = {"per_device_train_batch_size": 4}
+        trainer_process.train_on_two_ranks([*on_policy(world, two, student, **halves), "--fsdp"])
+        assert (two / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()  # it was sharded
+        np.testing.assert_allclose(divergences(two), divergences(one), rtol=1e-4)
+        again = on_policy(
+            world, resumed, student, resume_from_checkpoint=two / "checkpoint-4", **halves
+        )
+        trainer_process.train_on_two_ranks([*again, "--fsdp"])
+        assert_same_weights(two, resumed)
+
+    def test_two_sharded_ranks_share_an_engine(self, world, tmp_path):
+        student = save_student(tmp_path / "student")
+        alone, shared = tmp_path / "alone", tmp_path / "shared"
+        trainer_process.train(on_policy(world, alone, student, max_steps=2))
+        halves = {"per_device_train_batch_size": 4, "max_steps": 2, "vllm_tensor_parallel_size": 2}
+        trainer_process.train_on_two_ranks([*on_policy(world, shared, student, **halves), "--fsdp"])
+        np.testing.assert_allclose(divergences(shared), divergences(alone), rtol=1e-4)
 
     def test_ctrl_c_in_a_terminal_leaves_the_engine_for_the_last_step(self, world, tmp_path):
         """Ctrl-C reaches all processes of the group at once, and vLLM's own ends at it."""
