@@ -35,9 +35,11 @@ def rank_environment(gpus: Sequence[str]) -> Iterator[None]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        if len(gpus) > 1:  # vLLM would want a NUMA node for each worker
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     try:
         yield
     finally:
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        os.environ.pop("TORCH_COMPILE_DISABLE", None)
+        for name in ("CUDA_VISIBLE_DEVICES", "TORCH_COMPILE_DISABLE", "VLLM_CPU_OMP_THREADS_BIND"):
+            os.environ.pop(name, None)
         os.environ.update(before)

@@ -34,6 +34,7 @@ from student_trainer.runtime.signals import ctrl_c_kept_from_children
 _LONGEST_STEP = 10.0  # seconds to wait for a thread in the engine; it never leaves a dead engine
 _WATCH_SECONDS = 1.0
 _EXTENSION = f"{StudentWorker.__module__}.{StudentWorker.__qualname__}"
+_Item = tuple[list[int], Any, StopSearch | None]  # prompt, `SamplingParams`, search for its end
 _Probe = tuple[list[int], list[float]]  # token ids that the engine wrote, and their log-probs
 
 
@@ -264,30 +265,18 @@ class VllmEngine:
         Raises:
             RolloutError: the engine is dead, or was closed meanwhile.
         """
-        searching = searches is not None
         ends: Sequence[StopSearch | None] = searches or [None] * len(prompts)
-        items = list(zip(prompts, params, ends, strict=True))
-
-        def write(of_all: list[tuple[list[int], Any, Any]]) -> Iterator[tuple[int, Any]]:
-            asked, ways, found = zip(*of_all, strict=True) if of_all else ((), (), ())
-            return self._run(asked, ways, found if searching else None)
-
-        yield from self._group.spread(items, write)
+        yield from self._group.spread(list(zip(prompts, params, ends, strict=True)), self._run)
         self._sleep()
 
-    def _run(
-        self,
-        prompts: Sequence[list[int]],
-        params: Sequence[Any],
-        searches: Sequence[StopSearch] | None = None,
-    ) -> Iterator[tuple[int, Any]]:
+    def _run(self, items: Sequence[_Item]) -> Iterator[tuple[int, Any]]:
         """Yield what `run` does, of the engine that this rank leads."""
         from vllm.inputs import tokens_input
 
         running: dict[str, int] = {}
-        known = [0] * len(prompts)  # tokens that were searched already
+        known = [0] * len(items)  # tokens that were searched already
         try:
-            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            for index, (prompt, param, _) in enumerate(items):
                 name = f"rollout-{self._requests}"
                 self._requests += 1
                 with self._exclusive_engine():
@@ -299,10 +288,11 @@ class VllmEngine:
                 for output in outputs:
                     written, name = output.outputs[0], output.request_id
                     index, ended = running[name], output.finished
-                    if searches is not None and not ended:
+                    search = items[index][2]
+                    if search is not None and not ended:
                         new = written.token_ids[known[index] :]
                         known[index] += len(new)
-                        if any(map(searches[index].add, new)):
+                        if any(map(search.add, new)):
                             ended = True
                             with self._exclusive_engine():
                                 self._engine.abort_request([name])
@@ -350,7 +340,7 @@ class VllmEngine:
         prompt = probe_prompt(self.model, self.max_model_len)
         tokens = min(PROBE_TOKENS, self.max_model_len - len(prompt))
         params = SamplingParams(max_tokens=tokens, seed=0, logprobs=0, detokenize=False)
-        [(_, written)] = self._run([prompt], [params])
+        [(_, written)] = self._run([(prompt, params, None)])
         ids = list(written.token_ids)
         return ids, [row[i].logprob for row, i in zip(written.logprobs, ids, strict=True)]
 

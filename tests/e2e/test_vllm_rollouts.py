@@ -1,5 +1,6 @@
 """The student's completions by a real vLLM engine beside the trainer, on CPU."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -7,12 +8,16 @@ import sys
 import threading
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shared.errors import ConfigurationError, RolloutError
@@ -26,7 +31,7 @@ from student_trainer.rollouts import (
 from student_trainer.rollouts.engine_environment import rank_environment
 from student_trainer.rollouts.weights import StudentWeights
 from tests.e2e.test_distillation import flags, history
-from tests.support import trainer_process
+from tests.support import forked, trainer_process
 from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
 from tests.support.trainer_process import assert_same_weights, checkpoints
@@ -293,6 +298,58 @@ class TestSleep:
             VllmEngine(student, max_model_len=64, dtype="float32", sleeps=True)
 
 
+def rank_of_two(rank, folder, store, results):
+    """Write with a sharded student, before and after its weights move, from an engine for two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {"max_model_len": 64, "dtype": "float32", "tensor_parallel_size": 2}
+    found = []
+    # Not forked from here, whose process group vLLM would take for its own.
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload([forked.PRELOADED_VLLM])
+    starts = mock.patch("vllm.v1.engine.utils.get_mp_context", return_value=clean)
+    with starts, VllmEngine(student, **options) as engine:
+        for layer in student.model.layers:  # once the engine is there, as the trainer does
+            fully_shard(layer)
+        fully_shard(student)
+        for version in range(2):
+            engine.sync(version)
+            found.append((engine.drift, run(rollouts(engine, temperature=0.0), requests(3 + rank))))
+            student.reshard()  # as after a backward pass
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.5)
+    dist.barrier()
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+class TestSharedEngine:
+    pytestmark = VLLM
+
+    def test_two_sharded_ranks_write_what_the_whole_student_writes(self, tmp_path):
+        folder = save_student(tmp_path / "student")
+        with forked.CONTEXT.Manager() as manager:
+            results = manager.dict()
+            arguments = (folder, str(tmp_path / "store"), results)
+            mp.start_processes(rank_of_two, arguments, nprocs=2, start_method=forked.METHOD)
+            ranks = [results[0], results[1]]
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        itself = TransformersRollouts(
+            student, stop_ids=STOPS, pad_token_id=0, max_new_tokens=LONGEST, temperature=0.0,
+            batch_size=None, vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        for version in range(2):
+            for rank, found in enumerate(ranks):
+                drift, written = found[version]
+                assert drift < 1e-4
+                assert written == run(itself, requests(3 + rank))
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.5)
+
+
 def on_policy(world, output, student, **options):
     settings = {
         "model_name_or_path": student, "teacher_url": world.url, "top_k_logprobs": 16,
@@ -346,14 +403,6 @@ class TestDistillation:
         )
         trainer_process.train_on_two_ranks([*again, "--fsdp"])
         assert_same_weights(two, resumed)
-
-    def test_two_sharded_ranks_share_an_engine(self, world, tmp_path):
-        student = save_student(tmp_path / "student")
-        alone, shared = tmp_path / "alone", tmp_path / "shared"
-        trainer_process.train(on_policy(world, alone, student, max_steps=2))
-        halves = {"per_device_train_batch_size": 4, "max_steps": 2, "vllm_tensor_parallel_size": 2}
-        trainer_process.train_on_two_ranks([*on_policy(world, shared, student, **halves), "--fsdp"])
-        np.testing.assert_allclose(divergences(shared), divergences(alone), rtol=1e-4)
 
     def test_ctrl_c_in_a_terminal_leaves_the_engine_for_the_last_step(self, world, tmp_path):
         """Ctrl-C reaches all processes of the group at once, and vLLM's own ends at it."""
