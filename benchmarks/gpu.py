@@ -112,6 +112,8 @@ PARTS = (
          {"vocab_size": 256_000, "width": 2304, "positions": COUNTS}),
     Part("teacher, vLLM", f"{_TEACHER}:vllm", 150, {"shape": "0.5B"}, needs_gpu=True),
     Part("rollouts, vLLM", f"{_ROLLOUTS}:vllm", 150, {"shape": "0.5B"}, needs_gpu=True),
+    Part("rollouts, vLLM asleep", f"{_ROLLOUTS}:vllm_asleep", 150, {"shape": "0.5B"},
+         needs_gpu=True),
 )  # fmt: skip
 _TINY = {"shape": "tiny", "sequences": 2, "length": 32}
 # What stands in a part's arguments with --quick.
@@ -124,6 +126,7 @@ QUICK: dict[str, Mapping[str, Any]] = {
     f"{_TEACHER}:exactness": {"shape": "tiny", "layers": 1},
     f"{_ROLLOUTS}:transformers": {"shape": "tiny", "prompts": 3, "new_tokens": 4},
     f"{_ROLLOUTS}:vllm": {"shape": "tiny", "prompts": 3, "new_tokens": 4},
+    f"{_ROLLOUTS}:vllm_asleep": {"shape": "tiny", "prompts": 3, "new_tokens": 4},
 }
 
 

@@ -58,6 +58,45 @@ def vllm(device: str, *, shape: str, prompts: int = 64, new_tokens: int = 128) -
     yield {"case": f"{shape}, vLLM engine, {prompts} prompts", **row}
 
 
+def vllm_asleep(device: str, *, shape: str, prompts: int = 64, new_tokens: int = 128) -> Rows:
+    """Yield the GPU memory of an engine that sleeps, and the time until it has new weights."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        raise NotHereError("No module named 'vllm'") from error
+    if device != "cuda":
+        raise NotHereError("vLLM sleeps on GPUs alone")
+    from student_trainer.rollouts.vllm import VllmEngine
+
+    model = build(config_of(shape), device, torch.bfloat16)
+    before = _used()
+    with VllmEngine(model, max_model_len=1024, dtype="bfloat16", sleeps=True) as engine:
+        rollouts = engine.rollouts(
+            stop_ids=[1], max_new_tokens=new_tokens, temperature=1.0,
+            vocab_size=model.config.vocab_size,
+        )  # fmt: skip
+        for step in range(3):
+            began = time.perf_counter()
+            engine.sync(step)
+            synced = time.perf_counter() - began
+            awake = _used() - before
+            written = list(rollouts.generate(_requests(prompts, model.config.vocab_size)))
+            yield {
+                "case": f"{shape}, vLLM asleep between steps, step {step}",
+                "awake, GB": round(awake / 1e9, 2),
+                "asleep, GB": round((_used() - before) / 1e9, 2),
+                "awake with new weights, s": round(synced, 2),
+                "drift, nats": engine.drift,
+                "completions": len(written),
+            }
+
+
+def _used() -> int:
+    """Return the bytes of the GPU's memory that all processes use."""
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
 def _requests(prompts: int, vocab_size: int) -> list[Any]:
     from student_trainer.rollouts.base import RolloutRequest
 

@@ -81,6 +81,8 @@ HABITS = {
         ),
         (("rollout_engine",), "use_vllm vllm vllm_mode backend generation_backend"),
         (("vllm_gpu_memory_utilization",), "gpu_memory_utilization"),
+        (("vllm_tensor_parallel_size",), "tensor_parallel_size tp vllm_tp"),
+        (("vllm_enable_sleep_mode",), "enable_sleep_mode sleep_level"),
         (("rollout_staleness",), "staleness max_staleness steps_ahead"),
         (("suite",), "task tasks benchmark benchmarks"),
         (("n",), "num_samples n_samples num_return_sequences k"),

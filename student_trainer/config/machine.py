@@ -77,6 +77,8 @@ def check_machine(
             "for one another, and would be ended before the first gives its rollout servers up; "
             "raise --ddp_timeout above it"
         )
+    if rollouts.vllm_enable_sleep_mode and not torch.accelerator.is_available():
+        raise ConfigurationError("--vllm_enable_sleep_mode frees memory of a GPU; drop it on a CPU")
     _check_reports(args)
     _check_fsdp(args)
     _check_zero3(args)

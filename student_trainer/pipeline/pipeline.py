@@ -333,8 +333,7 @@ class Pipeline:
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
         ahead = step > batch.weight_version
-        proposes_here = self._propose is not None and not self.rollouts.proposes
-        if ahead and self.rollouts.elsewhere and not proposes_here:
+        if ahead and self.rollouts.elsewhere and not self._proposes_for_rollouts:
             batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
         else:
             with self._timeline.during("generating", step=step + 1):
@@ -343,10 +342,23 @@ class Pipeline:
                 else:
                     self._write(batch, requests)
 
-    def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
-        """Generate the student's completions, and send each finished group to the teacher."""
+    @property
+    def _proposes_for_rollouts(self) -> bool:
+        """Return whether rollouts need ids that `propose` finds by forward passes."""
         assert self.rollouts is not None
-        for group in self.rollouts.generate(requests):
+        return self._propose is not None and not self.rollouts.proposes
+
+    def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
+        """Generate the student's completions, and send each finished group to the teacher.
+
+        If forward passes propose ids, all are sent once they are written: other ranks may finish
+        them in more groups, and each pass is one of all ranks where they share a sharded model.
+        """
+        assert self.rollouts is not None
+        groups = self.rollouts.generate(requests)
+        if self._proposes_for_rollouts:
+            groups = iter([[item for group in groups for item in group]])
+        for group in groups:
             for index, rollout in group:
                 one = batch.pending[index]
                 one.sample = completed(

@@ -1,31 +1,24 @@
 """The rollout engine that generates with a vLLM engine, which is given the student's weights.
 
 vllm is imported only when an engine is made. The engine runs in its own processes; weights reach it
-as a checkpoint in shared memory, through vLLM's own `reload_weights`.
+one layer at a time, as files in shared memory.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from huggingface_hub import save_torch_state_dict
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch
-from shared.vllm_sampling import SeededSampling
-from student_trainer.model.merging import adapts_tied_weights
 from student_trainer.rollouts.base import (
     Rollout,
     RolloutRequest,
@@ -40,34 +33,44 @@ from student_trainer.rollouts.drift import (
     probe_prompt,
     trainer_logprobs,
 )
+from student_trainer.rollouts.engine_environment import own_gpu, rank_environment
+from student_trainer.rollouts.engine_group import EngineGroup
+from student_trainer.rollouts.layer_files import LayerFiles
+from student_trainer.rollouts.vllm_worker import StudentWorker
 from student_trainer.rollouts.weights import StudentWeights
-from student_trainer.runtime.signals import ctrl_c_kept_from_children, signals_as_exits
+from student_trainer.runtime.signals import ctrl_c_kept_from_children
 
-_SHARED_MEMORY = Path("/dev/shm")
 _LONGEST_STEP = 10.0  # seconds to wait for a thread in the engine; it never leaves a dead engine
 _WATCH_SECONDS = 1.0
-_EXTENSION = f"{SeededSampling.__module__}.{SeededSampling.__qualname__}"
+_EXTENSION = f"{StudentWorker.__module__}.{StudentWorker.__qualname__}"
+_Item = tuple[list[int], Any, StopSearch | None]  # prompt, `SamplingParams`, search for its end
+_Probe = tuple[list[int], list[float]]  # token ids that the engine wrote, and their log-probs
 
 
 class VllmEngine:
-    """A vLLM engine beside the trainer, on the same device; use it in a ``with`` block.
+    """A vLLM engine beside the trainer, on the same devices; use it in a ``with`` block.
 
-    `run` may run in a thread while the student trains; when the block ends, it raises an error.
+    All ranks make theirs together, and call `sync` and `run` equally often. Neighbouring ranks may
+    share an engine, which then has their devices; the first of them leads it. `run` may run in a
+    thread while the student trains; when the block ends, it raises an error.
 
     Args:
-        model: the unwrapped student (a peft model too: the engine gets merged weights). Not
-            sharded.
+        model: the student, as it is called in training (a peft model too: the engine gets merged
+            weights), not in DDP. It may be sharded by FSDP2 or ZeRO-3.
         max_model_len: longest prompt and completion together, in tokens.
         dtype: dtype of the engine's weights, such as "bfloat16".
         gpu_memory_utilization: share of a GPU's memory for the engine; on a CPU, where vLLM is for
             trials, its cache is 1 GB (``VLLM_CPU_KVCACHE_SPACE``).
-        max_num_seqs: completions at once; None for vLLM's default.
+        max_num_seqs: completions at once of each rank; None for vLLM's default.
+        tensor_parallel_size: ranks that share an engine; it divides the ranks of each machine.
+        sleeps: the engine's memory is freed whenever it has written all, until the next `sync`.
 
     Attributes:
-        drift: mean difference in log-prob to the trainer after the last `sync`; None before it.
+        drift: largest mean difference in log-prob to the trainer after the last `sync`; None
+            before it.
 
     Raises:
-        ConfigurationError: vLLM does not take the model.
+        ConfigurationError: vLLM does not take the model, or cannot sleep on this device.
     """
 
     def __init__(
@@ -78,52 +81,81 @@ class VllmEngine:
         dtype: str,
         gpu_memory_utilization: float = 0.3,
         max_num_seqs: int | None = None,
+        tensor_parallel_size: int = 1,
+        sleeps: bool = False,
     ) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at each reload
         # A fork would copy the locks of the teacher client's threads in whatever state they are.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        from vllm import EngineArgs, LLMEngine
         from vllm.platforms import current_platform
 
+        if sleeps and not current_platform.is_sleep_mode_available():
+            raise ConfigurationError(
+                f"--vllm_enable_sleep_mode: vLLM cannot sleep on {current_platform.device_type}; "
+                "drop it"
+            )
         self.model = model
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.drift: float | None = None
         self._version: int | None = None
         self._requests = 0
+        self._sleeps, self._asleep = sleeps, False
         self._closed = threading.Event()
         self._lock = threading.Lock()  # the engine is not safe for several threads
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="student-weights-", dir=_weights_folder(model, getattr(torch, dtype))
-        )
-        try:
-            with self._exported(), _rank_environment(), ctrl_c_kept_from_children():
-                self._engine = LLMEngine.from_engine_args(
-                    EngineArgs(
-                        model=self._folder.name,
-                        dtype=dtype,
-                        max_model_len=max_model_len,
-                        skip_tokenizer_init=True,
-                        generation_config="vllm",  # not the checkpoint's own sampling defaults
-                        gpu_memory_utilization=gpu_memory_utilization,
-                        max_num_seqs=max_num_seqs,
-                        max_logprobs=-1,  # no limit
-                        worker_extension_cls=_EXTENSION,
-                        enforce_eager=current_platform.is_cpu(),  # compiling takes minutes on a CPU
-                        use_tqdm_on_load=False,
-                        disable_log_stats=True,
-                    )
-                )
-                self._engine.collective_rpc("spare_generators")
-            threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
-        except Exception as error:  # an architecture or too little memory may raise anything
-            self._folder.cleanup()
-            reason = " ".join(str(error).split()) or type(error).__name__
+        self._group = EngineGroup(tensor_parallel_size)
+        self._files = LayerFiles(StudentWeights(model, getattr(torch, dtype)))
+        self._engine: Any = None
+        gpus = self._group.gather(own_gpu())
+        failure: Exception | None = None
+        if self._group.leads:
+            options = {
+                "dtype": dtype,
+                "max_model_len": max_model_len,
+                "gpu_memory_utilization": gpu_memory_utilization,
+                "max_num_seqs": max_num_seqs and max_num_seqs * tensor_parallel_size,
+                "tensor_parallel_size": tensor_parallel_size,
+                "enable_sleep_mode": sleeps,
+                "enforce_eager": current_platform.is_cpu(),  # compiling takes minutes on a CPU
+            }
+            try:
+                self._start(gpus, options)
+            except Exception as error:  # an architecture or too little memory may raise anything
+                failure = error
+        told = " ".join(str(failure).split()) or type(failure).__name__ if failure else ""
+        reason = next(filter(None, self._group.gather_from_all(told)), None)
+        if reason is not None:
+            if self._engine is not None:
+                self.close()
+            self._files.close()
             raise ConfigurationError(
                 f"--rollout_engine vllm: vLLM does not start with this student: {reason}"
-            ) from error
+            ) from failure
+        self._sleep()
+
+    def _start(self, gpus: Sequence[str], options: dict[str, Any]) -> None:
+        """Start the engine, with random weights, on these GPUs."""
+        from vllm import EngineArgs, LLMEngine
+
+        self._files.write_config()
+        with rank_environment(gpus), ctrl_c_kept_from_children():
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=str(self._files.path),
+                    load_format="dummy",
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",  # not the checkpoint's own sampling defaults
+                    worker_extension_cls=_EXTENSION,
+                    max_logprobs=-1,  # no limit
+                    use_tqdm_on_load=False,
+                    disable_log_stats=True,
+                    **options,
+                )
+            )
+            self._engine.collective_rpc("spare_generators")
+        threading.Thread(target=self._watch, name="vllm-watch", daemon=True).start()
 
     def __enter__(self) -> Self:
         return self
@@ -136,11 +168,12 @@ class VllmEngine:
         self._closed.set()  # running requests end before their next token
         idle = self._lock.acquire(timeout=_LONGEST_STEP)
         try:
-            self._engine.engine_core.shutdown()
+            if self._engine is not None:
+                self._engine.engine_core.shutdown()
         finally:
             if idle:
                 self._lock.release()
-        self._folder.cleanup()
+        self._files.close()
 
     def sync(self, weight_version: int) -> None:
         """Give the engine the student's present weights, unless it has this version.
@@ -148,23 +181,77 @@ class VllmEngine:
         It sets ``drift``, measured on a few tokens.
 
         Raises:
-            RolloutError: the drift is more than rounding, so the engine does not have these
-                weights; or the engine is dead.
+            RolloutError: the drift of an engine is more than rounding, so it does not have these
+                weights; or an engine is dead.
         """
         if weight_version == self._version:
             return
-        with self._exported(), self._exclusive_engine():
-            place = {"weights_path": self._folder.name}
-            self._engine.collective_rpc("reload_weights", kwargs=place)
-            if not self._engine.reset_prefix_cache():  # it holds keys and values of old weights
-                raise RolloutError("vLLM did not drop its prefix cache after new weights")
-        self.drift = self._measure_drift()
+        self._version = None
+        probe: _Probe = ([], [])
+        failure: RolloutError | None = None
+        try:
+            self._load()
+            if self._group.leads:
+                probe = self._probe()
+        except RolloutError as error:  # told to all ranks first, which would wait for this one
+            failure = error
+        told = next(filter(None, self._group.gather_from_all(str(failure or ""))), None)
+        if told is not None:
+            raise failure or RolloutError(told)
+        probe = self._group.gather(probe)[0]
+        self.drift = max(self._group.gather_from_all(self._drift_of(*probe)))
         if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
             raise RolloutError(
                 f"vLLM's log-probs differ by {self.drift:.2g} from the trainer's own after new "
                 "weights; use --rollout_engine transformers"
             )
         self._version = weight_version
+
+    def _load(self) -> None:
+        """Load the student's weights into the engine; the ranks gather them together.
+
+        An engine that sleeps gets memory for its weights first, and for its cache once they are
+        loaded: a layer that is gathered needs room too.
+
+        Raises:
+            RolloutError: the engine is dead.
+        """
+        if self._asleep:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # torch holds what it freed for the next training step
+            self._group.gather(None)  # the engine wakes on the GPUs of all ranks that share it
+        if not self._group.leads:
+            self._files.send(None)
+            return
+        self._wake("weights")
+        self._call("begin_weights")
+        self._files.send(lambda file: self._call("load_weights_of", path=str(file)))
+        self._call("finish_weights")
+        self._wake("kv_cache")
+        self._asleep = False
+        with self._exclusive_engine():
+            if not self._engine.reset_prefix_cache():  # it holds keys and values of old weights
+                raise RolloutError("vLLM did not drop its prefix cache after new weights")
+
+    def _call(self, method: str, **arguments: Any) -> None:
+        """Call a method of `StudentWorker` in all workers."""
+        with self._exclusive_engine():
+            self._engine.collective_rpc(method, kwargs=arguments)
+
+    def _wake(self, tag: str) -> None:
+        if self._asleep:
+            with self._exclusive_engine():
+                self._engine.wake_up([tag])
+
+    def _sleep(self) -> None:
+        """Free the engine's memory, weights included, if it sleeps at all."""
+        if not self._sleeps:
+            return
+        self._version = None
+        if self._group.leads and not self._asleep:
+            with self._exclusive_engine():
+                self._engine.sleep(level=2)
+        self._asleep = True
 
     def rollouts(self, **options: Any) -> VllmRollouts:
         """Return a rollout engine that generates here; the arguments are those of its class."""
@@ -178,6 +265,8 @@ class VllmEngine:
     ) -> Iterator[tuple[int, Any]]:
         """Yield (index of the prompt, vLLM's `CompletionOutput`), each when it is finished.
 
+        Ranks that share an engine call it together; its leader runs the prompts of all.
+
         Args:
             searches: searches for strings that end a completion too, which then has no
                 ``finish_reason``. The engine has no tokenizer, so they run here, after each token;
@@ -186,12 +275,18 @@ class VllmEngine:
         Raises:
             RolloutError: the engine is dead, or was closed meanwhile.
         """
+        ends: Sequence[StopSearch | None] = searches or [None] * len(prompts)
+        yield from self._group.spread(list(zip(prompts, params, ends, strict=True)), self._run)
+        self._sleep()
+
+    def _run(self, items: Sequence[_Item]) -> Iterator[tuple[int, Any]]:
+        """Yield what `run` does, of the engine that this rank leads."""
         from vllm.inputs import tokens_input
 
         running: dict[str, int] = {}
-        known = [0] * len(prompts)  # tokens that were searched already
+        known = [0] * len(items)  # tokens that were searched already
         try:
-            for index, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
+            for index, (prompt, param, _) in enumerate(items):
                 name = f"rollout-{self._requests}"
                 self._requests += 1
                 with self._exclusive_engine():
@@ -203,10 +298,11 @@ class VllmEngine:
                 for output in outputs:
                     written, name = output.outputs[0], output.request_id
                     index, ended = running[name], output.finished
-                    if searches is not None and not ended:
+                    search = items[index][2]
+                    if search is not None and not ended:
                         new = written.token_ids[known[index] :]
                         known[index] += len(new)
-                        if any(map(searches[index].add, new)):
+                        if any(map(search.add, new)):
                             ended = True
                             with self._exclusive_engine():
                                 self._engine.abort_request([name])
@@ -247,51 +343,23 @@ class VllmEngine:
                     answer.set_exception(EngineDeadError())
                 return
 
-    def _measure_drift(self) -> float:
+    def _probe(self) -> _Probe:
+        """Return a few token ids that the engine writes, and their log-probs."""
         from vllm import SamplingParams
 
         prompt = probe_prompt(self.model, self.max_model_len)
         tokens = min(PROBE_TOKENS, self.max_model_len - len(prompt))
         params = SamplingParams(max_tokens=tokens, seed=0, logprobs=0, detokenize=False)
-        [(_, written)] = self.run([prompt], [params])
-        ids = torch.tensor(written.token_ids)
-        theirs = torch.tensor(
-            [row[i].logprob for row, i in zip(written.logprobs, ids.tolist(), strict=True)]
-        )
-        rows = trainer_logprobs(self.model, [*prompt, *ids.tolist()])
-        ours = rows[len(prompt) - 1 : -1]  # [T, V]
-        return float((ours.gather(1, ids[:, None])[:, 0] - theirs).abs().mean())
+        [(_, written)] = self._run([(prompt, params, None)])
+        ids = list(written.token_ids)
+        return ids, [row[i].logprob for row, i in zip(written.logprobs, ids, strict=True)]
 
-    @contextmanager
-    def _exported(self) -> Iterator[None]:
-        """Write the weights into the folder, and delete them after the block.
-
-        They fill shared memory as large as the model, so they are deleted on a signal too.
-        """
-        with signals_as_exits():
-            try:
-                self._export()
-                yield
-            finally:
-                for file in Path(self._folder.name).glob("*.safetensors*"):
-                    file.unlink()
-
-    def _export(self) -> None:
-        """Write the weights as a checkpoint, under the names that transformers saves them by.
-
-        ``save_pretrained`` writes on the first rank only, but each rank has its own engine.
-        """
-        weights = StudentWeights(self.model, getattr(torch, self.dtype))
-        causal_lm = weights.causal_lm
-        config = copy.deepcopy(causal_lm.config)
-        config.architectures = [type(causal_lm).__name__]
-        if adapts_tied_weights(causal_lm):
-            for part in (config, config.get_text_config()):
-                part.tie_word_embeddings = False
-        config.save_pretrained(self._folder.name)
-        save_torch_state_dict(
-            {n: w.cpu() for n, w in weights}, self._folder.name, max_shard_size="2GB"
-        )
+    def _drift_of(self, ids: list[int], theirs: list[float]) -> float:
+        """Return the mean difference of a probe's log-probs to the trainer's own."""
+        prompt = probe_prompt(self.model, self.max_model_len)
+        rows = trainer_logprobs(self.model, [*prompt, *ids])[len(prompt) - 1 : -1]  # [T, V]
+        ours = rows.gather(1, torch.tensor(ids)[:, None])[:, 0]  # [T]
+        return float((ours - torch.tensor(theirs)).abs().mean())
 
 
 class VllmRollouts:
@@ -325,7 +393,7 @@ class VllmRollouts:
         self.proposes = student_top_m > 0
         self._student_top_m, self._vocab_size = student_top_m, vocab_size
         self._stops = stop_strings
-        output_size = engine.model.get_output_embeddings().weight.shape[0]
+        output_size = engine.model.config.get_text_config().vocab_size
         self._params = vllm_sampling(
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
@@ -371,42 +439,3 @@ class VllmRollouts:
             [(id, one.logprob) for id, one in islice(row.items(), most)] for row in logprobs
         ]
         return proposed_ids(candidates, self._student_top_m, self._vocab_size)
-
-
-def _weights_folder(model: Any, dtype: torch.dtype) -> Path | None:
-    """Return the shared-memory folder if the weights fit there, or None for the default folder.
-
-    Containers often have 64 MB. All ranks of this machine send weights at the same time.
-    """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 1.1 * ranks * dtype.itemsize * sum(p.numel() for p in model.parameters())
-    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > needed:
-        return _SHARED_MEMORY
-    return None
-
-
-@contextmanager
-def _rank_environment() -> Iterator[None]:
-    """Show processes started in the block only this rank's GPU and no variables of the launcher.
-
-    Otherwise vLLM takes the first GPU, and torch connects to torchrun's store. Without a GPU they
-    compile nothing: vLLM's sampler would compile one small function for ten seconds.
-    """
-    before = dict(os.environ)
-    for name in before:
-        if name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") or name.startswith(
-            ("MASTER_", "TORCHELASTIC_", "GROUP_")
-        ):
-            del os.environ[name]
-    if torch.cuda.is_available():
-        visible = before.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        mine = torch.cuda.current_device()
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[mine] if visible != [""] else str(mine)
-    else:
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    try:
-        yield
-    finally:
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        os.environ.pop("TORCH_COMPILE_DISABLE", None)
-        os.environ.update(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -50,13 +51,28 @@ class StudentWeights:
         }
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for layer in self.layers():
+            yield from layer.items()
+
+    def layers(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what an iteration gives, layer by layer."""
         for layer in self._layers():
             whole = {name: self._whole(key, value) for name, (key, value) in layer.items()}
-            yield from revert_weight_conversion(self.causal_lm, whole).items()
+            yield revert_weight_conversion(self.causal_lm, whole)
 
     def shapes(self) -> list[WeightShape]:
         """Return what an iteration will give, in its order, without gathering anything."""
-        found: list[WeightShape] = []
+        return [shape for layer in self._layer_shapes() for shape in layer]
+
+    @property
+    def largest_layer(self) -> int:
+        """The bytes of the largest of `layers`."""
+        return max(
+            sum(math.prod(one.shape) * one.dtype.itemsize for one in layer)
+            for layer in self._layer_shapes()
+        )
+
+    def _layer_shapes(self) -> Iterator[list[WeightShape]]:
         for layer in self._layers():
             empty = {
                 name: torch.empty(
@@ -67,8 +83,7 @@ class StudentWeights:
                 for name, (_, value) in layer.items()
             }
             converted = revert_weight_conversion(self.causal_lm, empty)
-            found += [WeightShape(n, w.dtype, tuple(w.shape)) for n, w in converted.items()]
-        return found
+            yield [WeightShape(n, w.dtype, tuple(w.shape)) for n, w in converted.items()]
 
     def _layers(self) -> list[dict[str, tuple[str, torch.Tensor]]]:
         """Return {name: (key in the model, weight)} of each layer, then of what is in none.

@@ -394,6 +394,8 @@ def open_engine(
         max_model_len=max_model_len,
         dtype=dtype,
         gpu_memory_utilization=flags.vllm_gpu_memory_utilization,
+        tensor_parallel_size=flags.vllm_tensor_parallel_size,
+        sleeps=flags.vllm_enable_sleep_mode,
         max_num_seqs=recipe.generation.generation_batch_size,
     )
 

@@ -1,20 +1,26 @@
 """The student's completions by a real vLLM engine beside the trainer, on CPU."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from shared.errors import RolloutError
+from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch, StopStrings, completion_text
 from student_trainer.rollouts import (
     RolloutRequest,
@@ -22,13 +28,13 @@ from student_trainer.rollouts import (
     VllmEngine,
     VllmRollouts,
 )
-from student_trainer.rollouts.vllm import _rank_environment
+from student_trainer.rollouts.engine_environment import rank_environment
 from student_trainer.rollouts.weights import StudentWeights
 from tests.e2e.test_distillation import flags, history
-from tests.support import trainer_process
+from tests.support import forked, trainer_process
 from tests.support.http import until
 from tests.support.models import save_model, save_tokenizer
-from tests.support.trainer_process import checkpoints
+from tests.support.trainer_process import assert_same_weights, checkpoints
 from tests.support.vllm import VLLM, forked_engines
 
 VOCAB_SIZE, STOPS, LONGEST = 260, range(1, 9), 24
@@ -231,6 +237,154 @@ class TestEngine:
             vllm.sync(40)
 
 
+class RecordedEngine:
+    """A stand-in for vLLM's engine that writes token 5 and keeps what it is called with."""
+
+    def __init__(self, student):
+        self.calls = []
+        self._waiting = []
+        self._student = student
+        self.engine_core = SimpleNamespace(
+            shutdown=lambda: None, resources=SimpleNamespace(engine_dead=False)
+        )
+
+    def collective_rpc(self, method, kwargs=None):
+        if self.calls[-1:] != [method]:  # a layer after the other
+            self.calls.append(method)
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags}")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("drop cache")
+        return True
+
+    def add_request(self, name, prompt, params):
+        self.calls.append("write")
+        self._waiting.append((name, prompt["prompt_token_ids"]))
+
+    def step(self):
+        name, prompt = self._waiting.pop()
+        with torch.no_grad():
+            row = self._student(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        logprobs = [{5: SimpleNamespace(logprob=float(row[5]))}]
+        written = SimpleNamespace(token_ids=[5], logprobs=logprobs, finish_reason="stop")
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[written])]
+
+
+LOAD = ["begin_weights", "load_weights_of", "finish_weights"]
+
+
+class TestSleep:
+    pytestmark = VLLM
+
+    @pytest.fixture
+    def recorded(self, student, monkeypatch):
+        import vllm
+
+        engine = RecordedEngine(student)
+        made = SimpleNamespace(from_engine_args=lambda arguments: engine)
+        monkeypatch.setattr(vllm, "LLMEngine", made)
+        monkeypatch.setattr(vllm, "EngineArgs", lambda **options: None)
+        return engine
+
+    def test_it_wakes_in_two_parts_around_its_weights_and_sleeps_once_it_has_written(
+        self, student, recorded, monkeypatch
+    ):
+        from vllm.platforms import current_platform
+
+        monkeypatch.setattr(current_platform, "is_sleep_mode_available", lambda: True)
+        awake = ["wake ['weights']", *LOAD, "wake ['kv_cache']", "drop cache", "write"]
+        with VllmEngine(student, max_model_len=64, dtype="float32", sleeps=True) as engine:
+            assert recorded.calls == ["spare_generators", "sleep 2"]
+            for _ in range(2):  # of one version too: asleep, it holds no weights
+                recorded.calls.clear()
+                engine.sync(1)
+                assert recorded.calls == awake
+                assert run(rollouts(engine), requests(2)) == [[5], [5]]
+                assert recorded.calls == [*awake, "write", "write", "sleep 2"]
+
+    def test_one_that_does_not_sleep_is_told_nothing_of_it(self, student, recorded):
+        with VllmEngine(student, max_model_len=64, dtype="float32") as engine:
+            for _ in range(2):
+                engine.sync(1)
+                run(rollouts(engine), requests(1))
+        assert recorded.calls == ["spare_generators", *LOAD, "drop cache", *3 * ["write"]]
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM sleeps on GPUs")
+    def test_where_vllm_cannot_sleep_it_is_refused(self, student):
+        with pytest.raises(ConfigurationError, match="vLLM cannot sleep on cpu; drop it"):
+            VllmEngine(student, max_model_len=64, dtype="float32", sleeps=True)
+
+
+def rank_of_two(rank, folder, store, results):
+    """Write with a sharded student, before and after its weights move, from an engine for two."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options = {"max_model_len": 64, "dtype": "float32", "tensor_parallel_size": 2}
+    found = []
+    # Not forked from here, whose process group vLLM would take for its own.
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload([forked.PRELOADED_VLLM])
+    starts = mock.patch("vllm.v1.engine.utils.get_mp_context", return_value=clean)
+    with starts, VllmEngine(student, **options) as engine:
+        for layer in student.model.layers:  # once the engine is there, as the trainer does
+            fully_shard(layer)
+        fully_shard(student)
+        for version in range(2):
+            engine.sync(version)
+            found.append((engine.drift, run(rollouts(engine, temperature=0.0), requests(3 + rank))))
+            student.reshard()  # as after a backward pass
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.5)
+    dist.barrier()
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+class TestSharedEngine:
+    pytestmark = VLLM
+
+    def test_two_sharded_ranks_write_what_the_whole_student_writes(self, tmp_path):
+        folder = save_student(tmp_path / "student")
+        with forked.CONTEXT.Manager() as manager:
+            results = manager.dict()
+            arguments = (folder, str(tmp_path / "store"), results)
+            mp.start_processes(rank_of_two, arguments, nprocs=2, start_method=forked.METHOD)
+            ranks = [results[0], results[1]]
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        itself = TransformersRollouts(
+            student, stop_ids=STOPS, pad_token_id=0, max_new_tokens=LONGEST, temperature=0.0,
+            batch_size=None, vocab_size=VOCAB_SIZE,
+        )  # fmt: skip
+        for version in range(2):
+            for rank, found in enumerate(ranks):
+                drift, written = found[version]
+                assert drift < 1e-4
+                assert written == run(itself, requests(3 + rank))
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.5)
+
+
+def on_policy(world, output, student, **options):
+    settings = {
+        "model_name_or_path": student, "teacher_url": world.url, "top_k_logprobs": 16,
+        "lmbda": 1, "beta": 0, "max_steps": 6, "save_strategy": "steps", "save_steps": 2,
+        "rollout_engine": "vllm", **options,
+    }  # fmt: skip
+    return ["distill", *flags(world, output, **settings)]
+
+
+def divergences(output):
+    return [row["train/divergence"] for row in history(output) if "train/divergence" in row]
+
+
 class TestDistillation:
     pytestmark = VLLM
 
@@ -256,6 +410,21 @@ class TestDistillation:
         assert logged[0]["train/divergence"] > 0
         last = np.mean([entry["train/divergence"] for entry in logged[-5:]])
         assert last < 0.9 * logged[0]["train/divergence"]
+
+    def test_two_sharded_ranks_learn_what_one_process_learns(self, world, tmp_path):
+        """With an engine each; and a resumed run ends with the same weights, to the last bit."""
+        student = save_student(tmp_path / "student")
+        one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+        trainer_process.train(on_policy(world, one, student))
+        halves = {"per_device_train_batch_size": 4}
+        trainer_process.train_on_two_ranks([*on_policy(world, two, student, **halves), "--fsdp"])
+        assert (two / "checkpoint-6" / "pytorch_model_fsdp.bin").exists()  # it was sharded
+        np.testing.assert_allclose(divergences(two), divergences(one), rtol=1e-4)
+        again = on_policy(
+            world, resumed, student, resume_from_checkpoint=two / "checkpoint-4", **halves
+        )
+        trainer_process.train_on_two_ranks([*again, "--fsdp"])
+        assert_same_weights(two, resumed)
 
     def test_ctrl_c_in_a_terminal_leaves_the_engine_for_the_last_step(self, world, tmp_path):
         """Ctrl-C reaches all processes of the group at once, and vLLM's own ends at it."""
@@ -283,11 +452,11 @@ class TestDistillation:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM compiles")
 def test_on_cpu_an_engine_compiles_nothing_and_the_trainer_may(monkeypatch):
     monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
-    with _rank_environment():
+    with rank_environment([""]):
         assert os.environ["TORCH_COMPILE_DISABLE"] == "1"
     assert "TORCH_COMPILE_DISABLE" not in os.environ
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
-    with _rank_environment():
+    with rank_environment([""]):
         assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
     assert os.environ["TORCH_COMPILE_DISABLE"] == "0"
 

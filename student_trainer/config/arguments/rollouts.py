@@ -40,6 +40,21 @@ class RolloutFlags:
         group="rollouts and generation",
         needs=("rollout_engine", "vllm"),
     )
+    vllm_tensor_parallel_size: int = flag(
+        1,
+        "Processes of a machine that share one engine of --rollout_engine vllm, which splits the "
+        "weights over their GPUs. 1: an engine for each.",
+        group="rollouts and generation",
+        resume="told",
+        needs=("rollout_engine", "vllm"),
+    )
+    vllm_enable_sleep_mode: bool = flag(
+        False,
+        "Free the memory of --rollout_engine vllm, weights included, while the student trains. "
+        "GPUs only.",
+        group="rollouts and generation",
+        needs=("rollout_engine", "vllm"),
+    )
     rollout_url: list[str] | None = flag(
         None,
         "Address of a vLLM server that writes the student's completions on other GPUs, such as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from shared.address import server_address
 from shared.errors import ConfigurationError
@@ -11,8 +12,6 @@ from student_trainer.config.arguments import (
     DistillFlags,
     DivergenceFlags,
     EvaluateArguments,
-    uses_deepspeed,
-    uses_fsdp,
 )
 from student_trainer.config.checks.presence import check_needs
 from student_trainer.config.checks.teacher import key_of
@@ -43,11 +42,28 @@ def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
         raise ConfigurationError(
             f"{engine} takes no 4-bit weights; drop --load_in_4bit, or use transformers"
         )
-    if not args.rollout_url and (uses_fsdp(args) or uses_deepspeed(args)):
+    if not args.rollout_url:
+        _check_beside(args)
+
+
+def _check_beside(args: DistillFlags) -> None:
+    """Check the flags of an engine that shares the GPUs of the student."""
+    size, ranks = args.vllm_tensor_parallel_size, _local_ranks()
+    if size < 1 or ranks % size:
         raise ConfigurationError(
-            "--rollout_engine vllm needs whole weights on each rank; drop --fsdp and --deepspeed, "
-            "or let servers write: --rollout_url"
+            f"--vllm_tensor_parallel_size {size} must divide the processes of each machine, here "
+            f"{ranks}; start them with torchrun or accelerate launch"
         )
+    if args.vllm_enable_sleep_mode and args.rollout_staleness:
+        raise ConfigurationError(
+            f"--vllm_enable_sleep_mode frees no memory with --rollout_staleness "
+            f"{args.rollout_staleness}: the engine writes while the student trains; drop one"
+        )
+
+
+def _local_ranks() -> int:
+    """Return the number of this run's processes on this machine, as its launcher names it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _check_servers(args: DistillFlags) -> None:

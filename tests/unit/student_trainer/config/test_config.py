@@ -9,9 +9,15 @@ import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from shared.errors import ConfigurationError
-from student_trainer.config.arguments import MergeArguments, Recipe, traced_steps
+from student_trainer.config.arguments import (
+    AdapterArguments,
+    DistillFlags,
+    MergeArguments,
+    Recipe,
+    traced_steps,
+)
 from student_trainer.config.checks import UNSUPPORTED, check_merge, check_recipe
-from student_trainer.config.checks.rollouts import rollout_addresses
+from student_trainer.config.checks.rollouts import check_rollouts, rollout_addresses
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.habits import HABITS
 from student_trainer.config.machine import check_machine
@@ -224,11 +230,19 @@ def pretend(monkeypatch, package, *, installed):
         (["--rollout_temperature", "2.5"], "--rollout_temperature 2.5: vLLM samples from 0.01 to"),
         (["--rollout_temperature", "0.001"], "vLLM samples from 0.01 to 2"),
         (["--vllm_gpu_memory_utilization", "1"], "1.0 must be between 0 and 1"),
+        (["--vllm_tensor_parallel_size", "3"], "size 3 must divide the processes of each machine"),
+        (["--vllm_tensor_parallel_size", "0"], "size 0 must divide the processes of each machine"),
+        (
+            ["--vllm_enable_sleep_mode", "--rollout_staleness", "1"],
+            "--vllm_enable_sleep_mode frees no memory with --rollout_staleness 1",
+        ),
+        (["--use_peft", "--load_in_4bit"], "--rollout_engine vllm takes no 4-bit weights"),
     ],
 )
 def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more, message):
     pretend(monkeypatch, "vllm", installed=True)
-    read(words(model_folder, "--rollout_engine", "vllm"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    read(words(model_folder, "--rollout_engine", "vllm", "--vllm_tensor_parallel_size", "2"))
     with pytest.raises(ConfigurationError) as caught:
         read(words(model_folder, "--rollout_engine", "vllm", *more))
     assert message in str(caught.value)
@@ -243,8 +257,25 @@ def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more
         (["--rollout_url", "gpu3:8001"], "must look like http://host:8000"),
         (["--rollout_timeout", "0"], "--rollout_timeout 0.0 must be above 0"),
         (["--lmbda", "0"], "--rollout_url has no effect with --lmbda 0"),
+        (
+            ["--vllm_tensor_parallel_size", "2"],
+            "--vllm_tensor_parallel_size has no effect without --rollout_engine vllm",
+        ),
+        (
+            ["--vllm_enable_sleep_mode"],
+            "--vllm_enable_sleep_mode has no effect without --rollout_engine vllm",
+        ),
     ],
-    ids=["two engines", "twice", "password", "no address", "no wait", "no rollouts"],
+    ids=[
+        "two engines",
+        "twice",
+        "password",
+        "no address",
+        "no wait",
+        "no rollouts",
+        "split",
+        "sleep",
+    ],
 )
 def test_rollout_servers_that_cannot_work_are_refused(model_folder, monkeypatch, more, message):
     pretend(monkeypatch, "vllm", installed=True)
@@ -274,11 +305,19 @@ def test_ranks_wait_longer_for_one_another_than_for_a_rollout_server(model_folde
     check_machine(Recipe(*parts), args, teacher)
 
 
-def test_vllm_rollouts_of_a_sharded_student_are_refused(model_folder, monkeypatch):
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without a GPU")
+def test_an_engine_cannot_sleep_on_a_cpu(model_folder, monkeypatch):
     pretend(monkeypatch, "vllm", installed=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigurationError, match="needs whole weights on each rank"):
-        read(words(model_folder, "--rollout_engine", "vllm"))
+    with pytest.raises(ConfigurationError, match="frees memory of a GPU; drop it on a CPU"):
+        read(words(model_folder, "--rollout_engine", "vllm", "--vllm_enable_sleep_mode"))
+
+
+@pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
+def test_a_sharded_student_may_have_an_engine_beside_it(model_folder, monkeypatch, sharding):
+    pretend(monkeypatch, "vllm", installed=True)
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharding}", "true")
+    adapters, args = AdapterArguments(), DistillFlags(rollout_engine="vllm")
+    check_rollouts(args, adapters)
 
 
 def test_vllm_rollouts_without_vllm_are_refused(model_folder, monkeypatch):

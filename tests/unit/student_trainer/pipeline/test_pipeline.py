@@ -488,6 +488,22 @@ def test_proposed_ids_are_requested_and_travel_with_the_sample(lmbda):
     assert sorted(asked) == ([30, 31, 32] if lmbda else [8, 8, 8])
 
 
+def test_ids_are_proposed_for_all_completions_of_the_student_at_once():
+    """Ranks that share a sharded model must make as many forward passes, however theirs end."""
+    calls = []
+
+    def counted(samples):
+        calls.append(len(samples))
+        return propose(samples)
+
+    pipeline = pipeline_of(
+        replace(METHOD, lmbda=1.0), RecordingTeacher(), CountingRollouts(), propose=counted,
+        batches=[[example(i) for i in range(3)]],
+    )  # fmt: skip
+    collect(pipeline, 0)
+    assert calls == [3]
+
+
 def test_seq_kd_with_proposals_scores_the_whole_batch_after_it_is_written():
     """So that every rank makes one proposal a step, however many prompts it met before."""
     teacher, calls = RecordingTeacher(), []

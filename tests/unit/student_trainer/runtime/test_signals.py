@@ -2,18 +2,11 @@
 
 import math
 import os
-import shutil
 import signal
-import tempfile
 import threading
-from collections import namedtuple
-from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from student_trainer.rollouts import vllm
 from student_trainer.runtime.signals import signals_as_exits, stop_event
 
 
@@ -40,45 +33,6 @@ def test_what_nohup_ignores_stays_ignored():
     with signals_as_exits():
         os.kill(os.getpid(), signal.SIGHUP)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-@pytest.fixture
-def engine(tmp_path):
-    """The part of a `VllmEngine` that hands weights over, without vLLM."""
-    config = LlamaConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    engine = object.__new__(vllm.VllmEngine)
-    engine.model, engine.dtype = LlamaForCausalLM(config), "float32"
-    engine._folder = tempfile.TemporaryDirectory(dir=tmp_path)
-    return engine
-
-
-def test_no_weights_stay_in_shared_memory_when_a_transfer_is_terminated(engine):
-    def weights():
-        return list(Path(engine._folder.name).glob("*.safetensors"))
-
-    def terminated_transfer():
-        with engine._exported():
-            assert weights()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(SystemExit):
-        terminated_transfer()
-    assert not weights()
-
-
-@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (4, False)])
-def test_shared_memory_is_used_where_all_ranks_weights_fit(
-    engine, monkeypatch, tmp_path, ranks, fits
-):
-    monkeypatch.setattr(vllm, "_SHARED_MEMORY", tmp_path)
-    size = 4 * sum(p.numel() for p in engine.model.parameters())
-    usage = namedtuple("usage", "free")(2 * size)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert vllm._weights_folder(engine.model, torch.float32) == (tmp_path if fits else None)
 
 
 def test_ctrl_c_is_left_alone_where_sigterm_is_handled(monkeypatch):
