@@ -81,6 +81,13 @@ HABITS = {
         ),
         (("rollout_engine",), "use_vllm vllm vllm_mode backend generation_backend"),
         (("vllm_gpu_memory_utilization",), "gpu_memory_utilization"),
+        (("rollout_top_p",), "top_p"),
+        (("rollout_min_p",), "min_p"),
+        (
+            ("num_generations",),
+            "rollout_n num_generations_per_prompt group_size samples_per_prompt "
+            "n_samples_per_prompt",
+        ),
         (("rollout_staleness",), "staleness max_staleness steps_ahead"),
         (("suite",), "task tasks benchmark benchmarks"),
         (("n",), "num_samples n_samples num_return_sequences k"),

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from student_trainer.rollouts.base import NO_FILTER, TokenFilter
+
 _BLOCK = 512  # tokens; about the square root of usual vocabularies
 
 
-def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
+def sample_tokens(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float,
+    token_filter: TokenFilter = NO_FILTER,
+) -> torch.Tensor:
     """Return the tokens at which the cumulative softmax passes the uniforms.
 
     A token of probability 0 is never returned. A cumulative sum in float64 over 150,000 tokens
@@ -20,6 +27,7 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
         logits: [B, V].
         uniforms: [B] float64 in [0, 1); ignored at temperature 0.
         temperature: divides the logits; 0 takes the most probable token.
+        token_filter: leaves out tokens after that.
 
     Returns:
         [B] int64; −1 where the logits are not finite.
@@ -29,13 +37,36 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
     finite = best.isfinite()
     if temperature == 0:
         return torch.where(finite, winner, -1)[:, 0]
-    weights = pad(((logits - best) / temperature).exp_(), (0, -logits.shape[1] % _BLOCK))
+    scaled = filter_logits((logits - best) / temperature, token_filter)
+    weights = pad(scaled.exp_(), (0, -logits.shape[1] % _BLOCK))
     blocks = weights.unflatten(1, (-1, _BLOCK))  # [B, V/512, 512]
     cdf = blocks.sum(dim=-1).double().cumsum(dim=-1)  # [B, V/512]
     block, rest = _search(cdf, uniforms[:, None] * cdf[:, -1:])
     within = blocks.gather(1, block[:, :, None].expand(-1, 1, _BLOCK))[:, 0]  # [B, 512]
     token, _ = _search(within.double().cumsum(dim=-1), rest)
     return torch.where(finite, block * _BLOCK + token, -1)[:, 0]
+
+
+def filter_logits(logits: torch.Tensor, token_filter: TokenFilter) -> torch.Tensor:
+    """Return float32 logits [B, V] with −inf at the tokens that a filter leaves out.
+
+    It changes no row by another: tokens of equal logits at the edge of top-p are kept in the order
+    of their ids, the largest first. The most probable token is always kept.
+    """
+    if token_filter.min_p > 0:
+        probabilities = logits.softmax(dim=-1)
+        least = token_filter.min_p * probabilities.amax(dim=-1, keepdim=True)  # [B, 1]
+        logits = logits.masked_fill(probabilities < least, -torch.inf)
+    if 0 < token_filter.top_k < logits.shape[1]:
+        last = logits.topk(token_filter.top_k, dim=-1).values[:, -1:]  # [B, 1]
+        logits = logits.masked_fill(logits < last, -torch.inf)
+    if token_filter.top_p < 1:
+        rising, places = logits.sort(dim=-1, stable=True)  # [B, V]
+        # In float64, so that no rounding of the sum depends on how the device adds.
+        left_out = rising.double().softmax(dim=-1).cumsum(dim=-1) <= 1 - token_filter.top_p
+        left_out[:, -1] = False
+        logits = logits.masked_fill(left_out.scatter(1, places, left_out), -torch.inf)
+    return logits
 
 
 def _search(cdf: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

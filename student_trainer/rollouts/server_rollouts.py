@@ -13,13 +13,20 @@ import httpx
 import numpy as np
 
 from shared.errors import RolloutError, RolloutServerError
-from student_trainer.rollouts.base import Rollout, RolloutRequest, vllm_sampling
+from student_trainer.rollouts.base import (
+    NO_FILTER,
+    Rollout,
+    RolloutRequest,
+    TokenFilter,
+    vllm_sampling,
+)
 from student_trainer.rollouts.http import (
     CONNECT_SECONDS,
     GENERATE,
     ServerOptions,
     only_choice,
 )
+from student_trainer.rollouts.token_budget import TokenBudget
 from student_trainer.runtime.threads import in_thread
 
 if TYPE_CHECKING:
@@ -42,6 +49,7 @@ class ServerRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
     """
 
     elsewhere = True
@@ -54,6 +62,7 @@ class ServerRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
     ) -> None:
         self.servers = servers
         output_size = servers.model.config.get_text_config().vocab_size
@@ -61,14 +70,9 @@ class ServerRollouts:
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            token_filter=token_filter,
             padding=range(vocab_size, output_size),
-        ) | {
-            # vLLM's own defaults, not those of the checkpoint's generation_config.json
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-        }
+        )
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights, as `RolloutServers.sync` says."""
@@ -109,6 +113,7 @@ class ServerRollouts:
     ) -> None:
         """Put each request's rollout into the queue; end early when ``stopped`` is set."""
         places = _Places(self.servers)
+        budget = TokenBudget(self.servers.options.max_tokens_in_flight)
         options, live = self.servers.options, max(1, len(self.servers.live))
         in_flight = min(options.max_in_flight * live, len(requests))
         async with contextlib.AsyncExitStack() as stack:
@@ -117,8 +122,10 @@ class ServerRollouts:
             ]
 
             async def write(index: int) -> None:
-                client = clients[index % len(clients)]
-                finished.put((index, await self._write(client, requests[index], places)))
+                client, request = clients[index % len(clients)], requests[index]
+                async with budget.hold(len(request.prompt_ids) + self._params["max_tokens"]):
+                    rollout = await self._write(client, request, places)
+                finished.put((index, rollout))
 
             tasks = [asyncio.ensure_future(write(index)) for index in range(len(requests))]
             stop = asyncio.ensure_future(stopped.wait())

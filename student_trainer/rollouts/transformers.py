@@ -24,7 +24,13 @@ from shared.errors import RolloutError
 from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
-from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
+from student_trainer.rollouts.base import (
+    NO_FILTER,
+    Rollout,
+    RolloutRequest,
+    StartSearch,
+    TokenFilter,
+)
 from student_trainer.rollouts.running_batch import RunningBatch
 from student_trainer.rollouts.sampling import sample_tokens
 
@@ -60,6 +66,7 @@ class TransformersRollouts:
         temperature: temperature of the sampling; 0 is greedy.
         batch_size: sequences in the batch; None for all.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
         one_group: with a sharded model, yield all rollouts together, because the caller runs the
             model between groups and ranks would do so at different times.
         stop_strings: starts a search for strings that end a completion too; the tokens that spell
@@ -78,6 +85,7 @@ class TransformersRollouts:
         temperature: float,
         batch_size: int | None,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
         one_group: bool = False,
         stop_strings: StartSearch | None = None,
     ) -> None:
@@ -88,6 +96,7 @@ class TransformersRollouts:
         self.temperature = temperature
         self.batch_size = batch_size
         self.vocab_size = vocab_size
+        self.token_filter = token_filter
         self.one_group = one_group
         self.stop_strings = stop_strings
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -301,7 +310,10 @@ class TransformersRollouts:
             dtype=torch.float64,
         )
         chosen = sample_tokens(
-            logits[:, : self.vocab_size], drawn.to(logits.device), self.temperature
+            logits[:, : self.vocab_size],
+            drawn.to(logits.device),
+            self.temperature,
+            self.token_filter,
         )
         for ids, token in zip(batch.tokens, chosen.tolist(), strict=True):
             if token < 0:

@@ -24,7 +24,14 @@ from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch
 from shared.vllm_sampling import SeededSampling
 from student_trainer.model.merging import adapts_tied_weights
-from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch, vllm_sampling
+from student_trainer.rollouts.base import (
+    NO_FILTER,
+    Rollout,
+    RolloutRequest,
+    StartSearch,
+    TokenFilter,
+    vllm_sampling,
+)
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
@@ -293,6 +300,7 @@ class VllmRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
         stop_strings: starts a search for strings that end a completion too; the tokens that spell
             one are part of it.
     """
@@ -307,6 +315,7 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
         stop_strings: StartSearch | None = None,
     ) -> None:
         self.engine = engine
@@ -316,6 +325,7 @@ class VllmRollouts:
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            token_filter=token_filter,
             padding=range(vocab_size, output_size),
         )
 

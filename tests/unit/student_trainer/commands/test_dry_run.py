@@ -79,6 +79,22 @@ def test_the_method_is_told_by_name(world, stub, tmp_path, capsys, options, meth
     assert found["teacher"].startswith("stub: float32, stub 1, fingerprint 0000000000000000")
 
 
+def test_sampling_and_the_completions_of_a_prompt_are_told(world, stub, tmp_path, capsys):
+    options = {"lmbda": 1, "rollout_top_p": 0.9, "rollout_min_p": 0.05, "rollout_temperature": 0.8}
+    batch = {"num_generations": 4, "gradient_accumulation_steps": 2}
+    assert run(world, tmp_path, url=stub.url, **options, **batch) == 0
+    found = told(capsys)
+    assert found["rollouts"] == (
+        "sampled with temperature 0.8, top-p 0.9, min-p 0.05, so not from the distribution that "
+        "the loss compares: not strictly on-policy"
+    )
+    # 48 rows: 12 steps of 4 prompts make an epoch.
+    assert found["updates"].startswith("36, 12 an epoch; 4 prompts x 4 completions each: 8 a micro")
+    assert found["tokens a step"] == "at most 160 of the student"
+    assert run(world, tmp_path, url=stub.url, lmbda=1) == 0
+    assert "rollouts" not in told(capsys)
+
+
 def test_the_teacher_is_asked_about_four_rows(world, stub, tmp_path, capsys):
     assert run(world, tmp_path, url=stub.url, beta=0, lmbda=0) == 0
     assert [len(request.sequences) for request in stub.requests] == [2, 2, 4]  # twice, to compare
