@@ -96,7 +96,12 @@ def filtered(model, token_filter, batch_size=None, temperature=0.7):
 
 @pytest.mark.parametrize(
     "token_filter",
-    [TokenFilter(top_p=0.6), TokenFilter(top_k=3), TokenFilter(min_p=0.5), TokenFilter(0.9, 8, 0.2)],
+    [
+        TokenFilter(top_p=0.6),
+        TokenFilter(top_k=3),
+        TokenFilter(min_p=0.5),
+        TokenFilter(0.9, 8, 0.2),
+    ],
     ids=["top-p", "top-k", "min-p", "all"],
 )
 def test_completions_hold_only_tokens_that_are_left_and_do_not_depend_on_the_batch(token_filter):
