@@ -269,7 +269,10 @@ class TransformersRollouts:
         return self._append_tokens(batch, self._forward(last, batch.mask, batch.cache))
 
     def _prefill(self, batch: RunningBatch) -> torch.Tensor:
-        """Return logits [B, V] after the sequences; their tokens fill a new cache, if any."""
+        """Return logits [B, V] after the sequences; their tokens fill a new cache, if any.
+
+        Equal sequences, such as a prompt with several completions, are computed once.
+        """
         self._reset_positions(batch)
         sequences = [
             torch.tensor([*prompt.tolist(), *ids])
@@ -277,15 +280,23 @@ class TransformersRollouts:
         ]
         if self._mode == "uncached":
             return self._uncached(sequences)
-        width = max(map(len, sequences))
-        input_ids = torch.full((len(sequences), width), self.pad_token_id)  # [B, P]
+        batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
+        different, places = sequences, list(range(len(sequences)))
+        if batch.can_join:  # a cache of keys and values, whose rows can be repeated
+            different, places = _without_repeats(sequences)
+        width = max(map(len, different))
+        input_ids = torch.full((len(different), width), self.pad_token_id)  # [B', P]
         mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(sequences):
+        for index, ids in enumerate(different):
             input_ids[index, width - len(ids) :] = ids
             mask[index, width - len(ids) :] = 1
         batch.mask = mask.to(self._device)
-        batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
-        return self._forward(input_ids, batch.mask, batch.cache)
+        logits = self._forward(input_ids, batch.mask, batch.cache)
+        if len(different) < len(sequences):
+            repeated = torch.tensor(places, device=self._device)
+            batch.cache.reorder_cache(repeated)  # it also takes more sequences
+            batch.mask, logits = batch.mask[repeated], logits[repeated]
+        return logits
 
     def _changes_positions(self, batch: RunningBatch) -> bool:
         """Return whether the next token changes the positions of the keys in the cache."""
@@ -402,6 +413,13 @@ class _Trial:
         last = self.last if self.last is not None else torch.full((count,), -1)
         states = self.head_inputs[-1]
         return states[torch.arange(count, device=states.device), last.to(states.device)]
+
+
+def _without_repeats(sequences: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the different ones of the sequences, and the place of each sequence among them."""
+    places: dict[tuple[int, ...], int] = {}
+    taken = [places.setdefault(tuple(ids.tolist()), len(places)) for ids in sequences]
+    return [torch.tensor(ids) for ids in places], taken
 
 
 def _is_sharded(model: Any) -> bool:
