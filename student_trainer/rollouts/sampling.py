@@ -61,12 +61,28 @@ def filter_logits(logits: torch.Tensor, token_filter: TokenFilter) -> torch.Tens
         last = logits.topk(token_filter.top_k, dim=-1).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < last, -torch.inf)
     if token_filter.top_p < 1:
-        rising, places = logits.sort(dim=-1, stable=True)  # [B, V]
-        # In float64, so that no rounding of the sum depends on how the device adds.
-        left_out = rising.double().softmax(dim=-1).cumsum(dim=-1) <= 1 - token_filter.top_p
-        left_out[:, -1] = False
-        logits = logits.masked_fill(left_out.scatter(1, places, left_out), -torch.inf)
+        logits = logits.masked_fill(~_in_top_p(logits, token_filter.top_p), -torch.inf)
     return logits
+
+
+def _in_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Return a mask [B, V] of the most probable tokens that together have ``top_p``.
+
+    Sums are in float64, so that no edge depends on the order in which a device adds.
+    """
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp().double()  # [B, V]
+    total = weights.sum(dim=-1, keepdim=True)
+    most = (1 - top_p) * total  # that may be left out
+    # All tokens of so little weight are left out together, so only the others are sorted.
+    count = max(1, int((weights > most / logits.shape[1]).sum(dim=-1).max()))
+    places = logits.topk(count, dim=-1).indices.sort(dim=-1).values  # [B, C]
+    order = logits.gather(1, places).sort(dim=-1, stable=True).indices
+    places = places.gather(1, order)  # from the least probable on
+    rising = weights.gather(1, places)
+    below = total - rising.sum(dim=-1, keepdim=True)
+    kept = below + rising.cumsum(dim=-1) > most
+    kept[:, -1] = True
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, places, kept)
 
 
 def _search(cdf: torch.Tensor, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

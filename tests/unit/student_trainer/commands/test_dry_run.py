@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -93,6 +94,13 @@ def test_sampling_and_the_completions_of_a_prompt_are_told(world, stub, tmp_path
     assert found["tokens a step"] == "at most 160 of the student"
     assert run(world, tmp_path, url=stub.url, lmbda=1) == 0
     assert "rollouts" not in told(capsys)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm sends the weights")
+def test_a_bound_below_one_completion_is_refused_at_the_start(world, stub, tmp_path, capsys):
+    servers = {"rollout_url": "http://127.0.0.1:9", "rollout_max_tokens_in_flight": 20}
+    assert run(world, tmp_path, url=stub.url, lmbda=1, **servers) == 2
+    assert "--rollout_max_tokens_in_flight 20: a prompt and its" in capsys.readouterr().err
 
 
 def test_the_teacher_is_asked_about_four_rows(world, stub, tmp_path, capsys):

@@ -63,6 +63,22 @@ def test_a_row_is_filtered_as_if_it_were_alone(rows, token_filter):
     assert torch.equal(filter_logits(logits, token_filter), torch.stack(alone))
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_top_p_of_a_whole_vocabulary_keeps_the_smallest_set_that_holds_it(top_p):
+    """Most tokens are too improbable to be sorted, and in one row a single token is left."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 30_000) * torch.tensor([1.0, 3.0, 6.0, 0.0])[:, None]
+    logits[3, 7] = 50.0
+    kept = filter_logits(logits, TokenFilter(top_p=top_p)).isfinite()
+    probabilities = logits.double().softmax(-1)
+    held = (probabilities * kept).sum(-1)
+    assert held.min() >= top_p
+    least = probabilities.masked_fill(~kept, 1.0).amin(-1)
+    assert probabilities.masked_fill(kept, 0.0).amax(-1).le(least).all()
+    assert (held - least).max() < top_p
+    assert kept[3].sum() == 1
+
+
 @pytest.mark.parametrize(
     ("token_filter", "left"),
     [
