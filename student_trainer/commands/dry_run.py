@@ -18,17 +18,22 @@ from student_trainer.commands.dry_run_teacher import (
     describe_teacher,
     describe_traffic,
 )
-from student_trainer.config.arguments import TeacherArguments, uses_deepspeed, uses_fsdp
+from student_trainer.config.arguments import (
+    TeacherArguments,
+    divergence_flags_of,
+    uses_deepspeed,
+    uses_fsdp,
+)
 from student_trainer.config.training_arguments import CommonTrainingArguments, DistillArguments
 from student_trainer.data.end_tokens import compare_ends
-from student_trainer.data.order import TrainingOrder
 from student_trainer.data.stream import ExampleStream
 from student_trainer.data.turn import describe_mode
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.runtime.terminal import has_colours, painted, readable_size
 from student_trainer.teacher.named import Teachers
+from student_trainer.training.counting import completions_of_step, order_of
 from student_trainer.training.memory import Memory, estimate_memory
-from student_trainer.training.model_card import method_of
+from student_trainer.training.model_card import method_of, sampling_of
 
 if TYPE_CHECKING:
     from student_trainer.config.arguments import Recipe
@@ -101,6 +106,7 @@ def _settings(
     lines = [("method", describe_method(args))]
     if isinstance(args, DistillArguments):
         lines.append(("divergence", describe_divergence(args, prepared.method)))
+        lines += [("rollouts", sampling)] if (sampling := sampling_of(args)) else []
     lines.append(("student", describe_student(recipe, memory)))
     for name, teacher in [] if teachers is None else teachers.items():
         lines += describe_teacher(name, teacher, prepared)
@@ -197,17 +203,11 @@ def _completion_lengths(prepared: Prepared) -> list[int]:
 
 def _steps(prepared: Prepared, args: CommonTrainingArguments) -> tuple[int, int]:
     """Return the optimizer steps of the run, and of an epoch."""
-    order = TrainingOrder(
-        len(prepared.train),
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        seed=args.seed,
-        world=args.world_size,
-        drop_last=args.dataloader_drop_last,
-    )
+    repeats = divergence_flags_of(args).num_generations
+    of_epoch = order_of(len(prepared.train), args, repeats=repeats).steps_per_epoch
     if args.max_steps > 0:
-        return args.max_steps, order.steps_per_epoch
-    return math.ceil(args.num_train_epochs * order.steps_per_epoch), order.steps_per_epoch
+        return args.max_steps, of_epoch
+    return math.ceil(args.num_train_epochs * of_epoch), of_epoch
 
 
 def describe_updates(prepared: Prepared, args: CommonTrainingArguments, *, streaming: bool) -> str:
@@ -215,16 +215,20 @@ def describe_updates(prepared: Prepared, args: CommonTrainingArguments, *, strea
     steps, of_epoch = _steps(prepared, args)
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     epoch = "" if streaming else f", {of_epoch:,} an epoch"
+    count, generations = completions_of_step(args), divergence_flags_of(args).num_generations
+    learned = f"{count:,} rows each"
+    if generations > 1:
+        learned = f"{count // generations:,} prompts x {generations} completions each"
     return (
-        f"{steps:,}{epoch}; {batch * accumulation * args.world_size:,} rows each: "
+        f"{steps:,}{epoch}; {learned}: "
         f"{batch} a micro-batch x {accumulation} accumulated x {args.world_size} processes"
     )
 
 
 def describe_tokens(prepared: Prepared, args: CommonTrainingArguments) -> tuple[str, float]:
     """Return the completion tokens of a step as text, and the largest mean number of them."""
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows = min(rows, len(prepared.train))
+    generations = divergence_flags_of(args).num_generations
+    rows = min(completions_of_step(args), len(prepared.train) * generations)
     method, lengths = prepared.method, _completion_lengths(prepared)
     written = rows * method.max_new_tokens
     if method.seq_kd or method.lmbda == 1:

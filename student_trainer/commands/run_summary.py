@@ -37,6 +37,7 @@ from student_trainer.reporting.lines import number, readable_seconds
 from student_trainer.runtime.terminal import encodable, readable_size, width_of
 from student_trainer.teacher.named import Teachers
 from student_trainer.training.memory import Memory, estimate_memory
+from student_trainer.training.model_card import sampling_of
 
 if TYPE_CHECKING:
     from student_trainer.config.arguments import Recipe
@@ -73,6 +74,7 @@ def say_start(
     lines = {"method": describe_method(args)}
     if isinstance(args, DistillArguments):
         lines["method"] += f"; {describe_divergence(args, prepared.method)}"
+        lines |= {"rollouts": sampling} if (sampling := sampling_of(args)) else {}
     lines["student"] = describe_student(recipe, memory)
     for name, teacher in [] if teachers is None else teachers.items():
         lines |= dict(describe_teacher(name, teacher, prepared)[:1])

@@ -83,6 +83,13 @@ HABITS = {
         (("vllm_gpu_memory_utilization",), "gpu_memory_utilization"),
         (("vllm_tensor_parallel_size",), "tensor_parallel_size tp vllm_tp"),
         (("vllm_enable_sleep_mode",), "enable_sleep_mode sleep_level"),
+        (("rollout_top_p",), "top_p"),
+        (("rollout_min_p",), "min_p"),
+        (
+            ("num_generations",),
+            "rollout_n num_generations_per_prompt group_size samples_per_prompt "
+            "n_samples_per_prompt",
+        ),
         (("rollout_staleness",), "staleness max_staleness steps_ahead"),
         (("suite",), "task tasks benchmark benchmarks"),
         (("n",), "num_samples n_samples num_return_sequences k"),

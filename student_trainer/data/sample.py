@@ -61,6 +61,7 @@ class Example:
         teacher: the name of the teacher that it is learned from; None for the first one.
         teacher_prompt_ids: [P'] uint32, the prompt that the teacher sees in place of
             ``prompt_ids``; None where it sees the same.
+        generation: the number of the student's completion, where a step has several of the prompt.
     """
 
     index: int
@@ -72,6 +73,12 @@ class Example:
     notes: tuple[str, ...] = ()
     teacher: str | None = None
     teacher_prompt_ids: NDArray[np.uint32] | None = None
+    generation: int = 0
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """The part of the key of a completion's random numbers that tells it within a step."""
+        return (self.index, self.generation) if self.generation else (self.index,)
 
     @property
     def prompt_of_teacher(self) -> NDArray[np.uint32]:

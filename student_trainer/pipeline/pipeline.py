@@ -324,7 +324,7 @@ class Pipeline:
     def _sample_from_student(self, batch: PendingBatch, step: int) -> None:
         assert self.rollouts is not None
         requests = [
-            RolloutRequest(one.example.prompt_ids, key=(self.method.seed, step, one.example.index))
+            RolloutRequest(one.example.prompt_ids, key=(self.method.seed, step, *one.example.key))
             for one in batch.pending
         ]
         if any(begun.writing for begun in self._batches.values()):

@@ -1,6 +1,13 @@
 """The generation of completions by the student with its present weights."""
 
-from student_trainer.rollouts.base import Rollout, RolloutEngine, RolloutRequest, StartSearch
+from student_trainer.rollouts.base import (
+    NO_FILTER,
+    Rollout,
+    RolloutEngine,
+    RolloutRequest,
+    StartSearch,
+    TokenFilter,
+)
 from student_trainer.rollouts.http import ServerOptions
 from student_trainer.rollouts.server_rollouts import ServerRollouts
 from student_trainer.rollouts.servers import RolloutServers
@@ -8,6 +15,7 @@ from student_trainer.rollouts.transformers import TransformersRollouts
 from student_trainer.rollouts.vllm import VllmEngine, VllmRollouts
 
 __all__ = [
+    "NO_FILTER",
     "Rollout",
     "RolloutEngine",
     "RolloutRequest",
@@ -15,6 +23,7 @@ __all__ = [
     "ServerOptions",
     "ServerRollouts",
     "StartSearch",
+    "TokenFilter",
     "TransformersRollouts",
     "VllmEngine",
     "VllmRollouts",

@@ -37,6 +37,27 @@ class RolloutRequest:
 
 
 @dataclass(frozen=True)
+class TokenFilter:
+    """The choice of the tokens that one is drawn from, after the temperature.
+
+    A token must pass all three, in vLLM's order: `min_p`, then `top_k`, then `top_p` of what the
+    two leave. With any of them, completions are not samples of the student's own distribution.
+
+    Attributes:
+        top_p: keep the most probable tokens that together have this share; 1 keeps all.
+        top_k: keep so many of the most probable tokens, and those equal to the last; 0 keeps all.
+        min_p: keep tokens of at least this share of the largest probability; 0 keeps all.
+    """
+
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+NO_FILTER = TokenFilter()
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A generated completion.
 
@@ -79,9 +100,17 @@ class RolloutEngine(Protocol):
 
 
 def vllm_sampling(
-    *, stop_ids: Sequence[int], max_new_tokens: int, temperature: float, padding: range
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    token_filter: TokenFilter,
+    padding: range,
 ) -> dict[str, Any]:
     """Return what all completions of a run give vLLM's `SamplingParams`: all but the seed.
+
+    What is off is named too, because a server has defaults of the checkpoint's own
+    ``generation_config.json``.
 
     Args:
         padding: ids above the vocabulary that the output layer has, which are never sampled.
@@ -89,6 +118,10 @@ def vllm_sampling(
     return {
         "max_tokens": max_new_tokens,
         "temperature": temperature,
+        "top_p": token_filter.top_p,
+        "top_k": token_filter.top_k,
+        "min_p": token_filter.min_p,
+        "repetition_penalty": 1.0,
         "stop_token_ids": list(stop_ids),
         "logit_bias": dict.fromkeys(padding, -100.0) or None,
         "detokenize": False,

@@ -38,6 +38,8 @@ class ServerOptions:
         transfer: what carries the weights.
         seconds: longest wait for a server that is away, and for one to take weights.
         max_in_flight: requests at once to each server, from this process.
+        max_tokens_in_flight: tokens of prompts, and of completions at their longest, at once to
+            all servers, from this process; None for no bound.
         api_key: sent with each request.
     """
 
@@ -45,6 +47,7 @@ class ServerOptions:
     transfer: Backend
     seconds: float = 600.0
     max_in_flight: int = 256
+    max_tokens_in_flight: int | None = None
     api_key: str | None = None
 
     @property

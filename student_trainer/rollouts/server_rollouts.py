@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from shared.errors import RolloutError, RolloutServerError
 from student_trainer.rollouts.base import (
+    NO_FILTER,
     Rollout,
     RolloutRequest,
+    TokenFilter,
     candidates_wanted,
     proposed_ids,
     vllm_sampling,
@@ -27,6 +29,7 @@ from student_trainer.rollouts.http import (
     ServerOptions,
     only_choice,
 )
+from student_trainer.rollouts.token_budget import TokenBudget
 from student_trainer.runtime.threads import in_thread
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class ServerRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
         student_top_m: ids that each rollout proposes at each position; 0 for none.
     """
 
@@ -62,6 +66,7 @@ class ServerRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
         student_top_m: int = 0,
     ) -> None:
         self.servers = servers
@@ -72,15 +77,9 @@ class ServerRollouts:
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            token_filter=token_filter,
             padding=range(vocab_size, output_size),
-        ) | {
-            # vLLM's own defaults, not those of the checkpoint's generation_config.json
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            **candidates_wanted(student_top_m, output_size),
-        }
+        ) | candidates_wanted(student_top_m, output_size)
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights, as `RolloutServers.sync` says."""
@@ -121,6 +120,7 @@ class ServerRollouts:
     ) -> None:
         """Put each request's rollout into the queue; end early when ``stopped`` is set."""
         places = _Places(self.servers)
+        budget = TokenBudget(self.servers.options.max_tokens_in_flight)
         options, live = self.servers.options, max(1, len(self.servers.live))
         in_flight = min(options.max_in_flight * live, len(requests))
         async with contextlib.AsyncExitStack() as stack:
@@ -129,8 +129,10 @@ class ServerRollouts:
             ]
 
             async def write(index: int) -> None:
-                client = clients[index % len(clients)]
-                finished.put((index, await self._write(client, requests[index], places)))
+                client, request = clients[index % len(clients)], requests[index]
+                async with budget.hold(len(request.prompt_ids) + self._params["max_tokens"]):
+                    rollout = await self._write(client, request, places)
+                finished.put((index, rollout))
 
             tasks = [asyncio.ensure_future(write(index)) for index in range(len(requests))]
             stop = asyncio.ensure_future(stopped.wait())

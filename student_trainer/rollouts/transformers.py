@@ -25,7 +25,13 @@ from shared.rope import length_dependent_rope
 from shared.sampling import uniforms
 from student_trainer.model.probe import PROBE_ERRORS, record_head_inputs, same_states
 from student_trainer.rollouts.autocast import casts_kept
-from student_trainer.rollouts.base import Rollout, RolloutRequest, StartSearch
+from student_trainer.rollouts.base import (
+    NO_FILTER,
+    Rollout,
+    RolloutRequest,
+    StartSearch,
+    TokenFilter,
+)
 from student_trainer.rollouts.running_batch import RunningBatch
 from student_trainer.rollouts.sampling import sample_tokens
 
@@ -61,6 +67,7 @@ class TransformersRollouts:
         temperature: temperature of the sampling; 0 is greedy.
         batch_size: sequences in the batch; None for all.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
         one_group: with a sharded model, yield all rollouts together, because the caller runs the
             model between groups and ranks would do so at different times.
         stop_strings: starts a search for strings that end a completion too; the tokens that spell
@@ -80,6 +87,7 @@ class TransformersRollouts:
         temperature: float,
         batch_size: int | None,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
         one_group: bool = False,
         stop_strings: StartSearch | None = None,
     ) -> None:
@@ -90,6 +98,7 @@ class TransformersRollouts:
         self.temperature = temperature
         self.batch_size = batch_size
         self.vocab_size = vocab_size
+        self.token_filter = token_filter
         self.one_group = one_group
         self.stop_strings = stop_strings
         self._causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -263,7 +272,10 @@ class TransformersRollouts:
         return self._append_tokens(batch, self._forward(last, batch.mask, batch.cache))
 
     def _prefill(self, batch: RunningBatch) -> torch.Tensor:
-        """Return logits [B, V] after the sequences; their tokens fill a new cache, if any."""
+        """Return logits [B, V] after the sequences; their tokens fill a new cache, if any.
+
+        Equal sequences, such as a prompt with several completions, are computed once.
+        """
         self._reset_positions(batch)
         sequences = [
             torch.tensor([*prompt.tolist(), *ids])
@@ -271,15 +283,23 @@ class TransformersRollouts:
         ]
         if self._mode == "uncached":
             return self._uncached(sequences)
-        width = max(map(len, sequences))
-        input_ids = torch.full((len(sequences), width), self.pad_token_id)  # [B, P]
+        batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
+        different, places = sequences, list(range(len(sequences)))
+        if batch.can_join:  # a cache of keys and values, whose rows can be repeated
+            different, places = _without_repeats(sequences)
+        width = max(map(len, different))
+        input_ids = torch.full((len(different), width), self.pad_token_id)  # [B', P]
         mask = torch.zeros_like(input_ids)
-        for index, ids in enumerate(sequences):
+        for index, ids in enumerate(different):
             input_ids[index, width - len(ids) :] = ids
             mask[index, width - len(ids) :] = 1
         batch.mask = mask.to(self._device)
-        batch.cache = DynamicCache(config=self._causal_lm.config.get_text_config(decoder=True))
-        return self._forward(input_ids, batch.mask, batch.cache)
+        logits = self._forward(input_ids, batch.mask, batch.cache)
+        if len(different) < len(sequences):
+            repeated = torch.tensor(places, device=self._device)
+            batch.cache.reorder_cache(repeated)  # it also takes more sequences
+            batch.mask, logits = batch.mask[repeated], logits[repeated]
+        return logits
 
     def _changes_positions(self, batch: RunningBatch) -> bool:
         """Return whether the next token changes the positions of the keys in the cache."""
@@ -304,7 +324,10 @@ class TransformersRollouts:
             dtype=torch.float64,
         )
         chosen = sample_tokens(
-            logits[:, : self.vocab_size], drawn.to(logits.device), self.temperature
+            logits[:, : self.vocab_size],
+            drawn.to(logits.device),
+            self.temperature,
+            self.token_filter,
         )
         for ids, token in zip(batch.tokens, chosen.tolist(), strict=True):
             if token < 0:
@@ -393,6 +416,13 @@ class _Trial:
         last = self.last if self.last is not None else torch.full((count,), -1)
         states = self.head_inputs[-1]
         return states[torch.arange(count, device=states.device), last.to(states.device)]
+
+
+def _without_repeats(sequences: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[int]]:
+    """Return the different ones of the sequences, and the place of each sequence among them."""
+    places: dict[tuple[int, ...], int] = {}
+    taken = [places.setdefault(tuple(ids.tolist()), len(places)) for ids in sequences]
+    return [torch.tensor(ids) for ids in places], taken
 
 
 def _is_sharded(model: Any) -> bool:

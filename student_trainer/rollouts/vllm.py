@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch
 from student_trainer.rollouts.base import (
+    NO_FILTER,
     Rollout,
     RolloutRequest,
     StartSearch,
+    TokenFilter,
     candidates_wanted,
     proposed_ids,
     vllm_sampling,
@@ -371,6 +373,7 @@ class VllmRollouts:
         max_new_tokens: longest completion.
         temperature: temperature of the sampling; 0 is greedy.
         vocab_size: number of ids that may be sampled; the output layer may have padding above.
+        token_filter: the tokens that one is drawn from.
         student_top_m: ids that each rollout proposes at each position; 0 for none.
         stop_strings: starts a search for strings that end a completion too; the tokens that spell
             one are part of it.
@@ -386,6 +389,7 @@ class VllmRollouts:
         max_new_tokens: int,
         temperature: float,
         vocab_size: int,
+        token_filter: TokenFilter = NO_FILTER,
         student_top_m: int = 0,
         stop_strings: StartSearch | None = None,
     ) -> None:
@@ -398,6 +402,7 @@ class VllmRollouts:
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            token_filter=token_filter,
             padding=range(vocab_size, output_size),
         ) | candidates_wanted(student_top_m, output_size)
 

@@ -12,6 +12,7 @@ from shared.errors import (
     RowTooLongError,
 )
 from shared.text import check_round_trip
+from student_trainer.config.arguments import divergence_flags_of
 from student_trainer.config.training_arguments import CommonTrainingArguments
 from student_trainer.data.check import check_token_ids, texts_of
 from student_trainer.data.examples import RowTokenizer, row_of
@@ -27,6 +28,7 @@ from student_trainer.data.turn import NOTES
 from student_trainer.evaluation.checkers import parse_checker
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.pipeline import dataset_sample
+from student_trainer.training.counting import completions_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ def make_examples(
 
     train: list[Example] | ExampleStream
     if isinstance(rows.train, RowStream):
+        repeats = divergence_flags_of(args).num_generations
 
         def make(number: int, where: str, row: dict[str, Any]) -> list[Example]:
             try:
@@ -96,10 +99,7 @@ def make_examples(
         train = ExampleStream(
             rows.train,
             make,
-            length=args.max_steps
-            * args.gradient_accumulation_steps
-            * args.per_device_train_batch_size
-            * args.world_size,
+            length=args.max_steps * completions_of_step(args) // repeats,
             skip=skip,
             rank=args.process_index,
             world=args.world_size,

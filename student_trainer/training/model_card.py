@@ -24,6 +24,7 @@ from student_trainer.config.flags import marked
 from student_trainer.config.trainer_flags import PRIVATE
 
 _GKD = "on-policy GKD"
+_NOT_ON_POLICY = "so not from the distribution that the loss compares: not strictly on-policy"
 _NUMBERS = {
     "train/loss": "training loss",
     "train/divergence": "divergence in training, nats a token",
@@ -95,7 +96,8 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n",
         f"# {name}\n",
-        _story(flags, method_of(arguments[-1]), teachers, _learned(history, rows), dtype) + "\n",
+        _story(flags, method_of(arguments[-1]), teachers, _learned(history, rows), dtype)
+        + f"{_own_completions(arguments[-1])}\n",
         f"## Use\n\n{_use(base, adapters)}",
         f"## Numbers\n\n{_numbers(history)}",
         f"## Flags\n\n{_flags(arguments)}",
@@ -113,6 +115,23 @@ def method_of(args: RunFlags) -> str:
     if args.lmbda == 0:
         return off_policy
     return _GKD if args.lmbda == 1 else f"a mixture of {_GKD} and {off_policy}"
+
+
+def sampling_of(args: RunFlags) -> str:
+    """Return what the student's completions were sampled with, or "" if by its probabilities."""
+    if not isinstance(args, DivergenceFlags) or args.lmbda == 0:
+        return ""
+    parts = {
+        # The loss may compare the two at the temperature that is sampled at.
+        "temperature": (args.rollout_temperature, (1.0, args.temperature)),
+        "top-p": (args.rollout_top_p, (1.0,)),
+        "top-k": (args.rollout_top_k, (0,)),
+        "min-p": (args.rollout_min_p, (0.0,)),
+    }
+    changed = [f"{name} {value:g}" for name, (value, off) in parts.items() if value not in off]
+    if not changed:
+        return ""
+    return f"sampled with {', '.join(changed)}, {_NOT_ON_POLICY}"
 
 
 def _learned(history: Sequence[Mapping[str, Any]], rows: TrainingRows) -> str:
@@ -161,6 +180,16 @@ def _story(
         f"{seen} at each position. The loss is the {divergence} at temperature "
         f"{flags['temperature']:g}."
     )
+
+
+def _own_completions(args: RunFlags) -> str:
+    """Return sentences on how the student's completions were sampled, where that was changed."""
+    sampling, text = sampling_of(args), ""
+    if sampling:
+        text += f" The student's completions were {sampling}."
+    if isinstance(args, DivergenceFlags) and args.num_generations > 1:
+        text += f" It wrote {args.num_generations} completions of each prompt in a step."
+    return text
 
 
 def _taught_by(teachers: Mapping[str, TeacherIdentity]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from student_trainer.losses import Kernel
 from student_trainer.model.packing import Packing
 from student_trainer.pipeline.method import DistillationConfig
+from student_trainer.rollouts import NO_FILTER, TokenFilter
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class TrainingPlan:
         kernel: who computes the loss.
         student_top_m: how many of the student's most probable tokens the teacher scores too, at
             each position, in training alone: held-out rows keep one support, to be compared.
-        rollout_temperature: of the student's sampling.
+        rollout_temperature, token_filter: of the student's sampling.
+        num_generations: the student's completions of each prompt in a step.
         generation_batch_size: prompts generated at once; None for as many as a step has.
         max_tokens_per_batch: regroups a step's samples into micro-batches of at most so many
             tokens, padding included; None for those of the data loader's size.
@@ -41,6 +43,8 @@ class TrainingPlan:
     kernel: Kernel = "auto"
     student_top_m: int = 0
     rollout_temperature: float = 1.0
+    token_filter: TokenFilter = NO_FILTER
+    num_generations: int = 1
     generation_batch_size: int | None = None
     max_tokens_per_batch: int | None = None
     packing: Packing = "auto"

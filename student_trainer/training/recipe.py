@@ -53,17 +53,18 @@ from student_trainer.model.load import (
 )
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.planned_requests import planned_requests, require_answers
-from student_trainer.rollouts import RolloutServers, ServerOptions, VllmEngine
+from student_trainer.rollouts import RolloutServers, ServerOptions, TokenFilter, VllmEngine
 from student_trainer.runtime.signals import stop_event
 from student_trainer.runtime.threads import wait_for_gloo
 from student_trainer.teacher.named import Teachers
 from student_trainer.training.checkpoints import remove_earlier_run, writing
+from student_trainer.training.counting import rows_of, rows_of_run, tokens_in_flight_of
 from student_trainer.training.cut_completions import CutCompletions
 from student_trainer.training.disjoint_student import DisjointStudent
 from student_trainer.training.examples import make_examples
 from student_trainer.training.inputs import check_resumed, keep_inputs, training_inputs
 from student_trainer.training.live_log import LiveLog
-from student_trainer.training.model_card import TrainingRows, model_card
+from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.teachers import compare, view_of
 from student_trainer.training.text_end import KeepEndTokens
@@ -121,9 +122,7 @@ def run(
     )
     if args.overwrite_output_dir and checkpoint is None and args.should_save:
         remove_earlier_run(Path(args.output_dir or ""))
-    longest = prepared.max_length
-    if not isinstance(train, ExampleStream):
-        longest = longest_rollout(train, held_out, method)
+    longest = longest_rollout(train, held_out, method, prepared.max_length)
     with open_engine(student, recipe, args, longest) as engine:
         trainer = DistillationTrainer(
             student,
@@ -183,6 +182,8 @@ def plan_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -
         kernel=args.loss_kernel,
         student_top_m=flags.student_top_m,
         rollout_temperature=flags.rollout_temperature,
+        token_filter=token_filter_of(flags),
+        num_generations=flags.num_generations,
         generation_batch_size=recipe.generation.generation_batch_size,
         max_tokens_per_batch=args.max_tokens_per_batch,
         packing=args.packing,
@@ -273,10 +274,12 @@ def prepare(
             f"{row_tokenizer.chat.name} prints no date. Drop it"
         )
     train, held_out = make_examples(rows, row_tokenizer, method, context, args, vocab_size)
+    tokens_in_flight_of(args, longest_rollout(train, held_out, method, row_tokenizer.max_length))
     checkers = [example.checker for example in held_out or [] if example.checker]
     missing_fences(checkers, unsafe=args.unsafe_sandbox)
     batch = args.per_device_train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(train) < batch:
+    completions = len(train) * divergence_flags_of(args).num_generations
+    if args.dataloader_drop_last and completions < batch:
         raise ConfigurationError(
             f"--dataloader_drop_last leaves nothing: {len(train)} rows make no batch of {batch}"
         )
@@ -334,38 +337,24 @@ def keep_template_date(prepared: Prepared, folders: Sequence[Path]) -> None:
         keep_date(prepared.template.options.today, folders)
 
 
-def rows_of(train: list[Example] | ExampleStream, args: CommonTrainingArguments) -> TrainingRows:
-    """Return how many rows there are, a step has, and how many steps make an epoch."""
-    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    epoch = None
-    if not isinstance(train, ExampleStream):
-        epoch = TrainingOrder(
-            len(train),
-            batch,
-            accumulation,
-            seed=args.seed,
-            world=args.world_size,
-            drop_last=args.dataloader_drop_last,
-        ).steps_per_epoch
-    return TrainingRows(len(train), batch * accumulation * args.world_size, epoch)
-
-
-def rows_of_run(args: CommonTrainingArguments, order: TrainingOrder) -> list[int]:
-    """Return the numbers of the rows that this rank learns."""
-    steps = args.max_steps
-    if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * order.steps_per_epoch)
-    taken = (order.micro_batches(step) for step in range(min(steps, order.steps_per_epoch)))
-    return sorted({row for micro_batches in taken for rows in micro_batches for row in rows})
+def token_filter_of(flags: DivergenceFlags) -> TokenFilter:
+    """Return the tokens that the student's rollouts are drawn from."""
+    return TokenFilter(flags.rollout_top_p, flags.rollout_top_k, flags.rollout_min_p)
 
 
 def longest_rollout(
-    train: Sequence[Example], held_out: Sequence[Example] | None, method: DistillationConfig
+    train: Sequence[Example],
+    held_out: Sequence[Example] | None,
+    method: DistillationConfig,
+    max_length: int,
 ) -> int:
     """Return the tokens of the longest prompt that the student completes, and of a completion.
 
     Held-out rows count if they have a checker; others are not completed, and may fill the context.
+    The rows of a stream are not known, and may have ``max_length``.
     """
+    if isinstance(train, ExampleStream):
+        return max_length
     completed = [*train, *(example for example in held_out or [] if example.checker is not None)]
     return max(len(example.prompt_ids) for example in completed) + method.max_new_tokens
 
@@ -387,6 +376,7 @@ def open_engine(
             flags.rollout_transfer or ("nccl" if on_gpu else "gloo"),
             seconds=flags.rollout_timeout,
             api_key=rollout_key_of(flags),
+            max_tokens_in_flight=tokens_in_flight_of(args, max_model_len),
         )
         return RolloutServers(student, options, dtype=dtype, longest=max_model_len)
     return VllmEngine(

@@ -40,6 +40,7 @@ from shared.logs import in_json
 from shared.protocol import Completion
 from shared.rope import length_dependent_rope
 from student_trainer.config.arguments import uses_fsdp
+from student_trainer.data.generations import Generations
 from student_trainer.data.micro_batches import (
     assign_to_substeps,
     group_by_sizes,
@@ -57,8 +58,10 @@ from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.names import GROUPS, grouped
 from student_trainer.rollouts import (
+    NO_FILTER,
     RolloutEngine,
     RolloutServers,
+    TokenFilter,
     TransformersRollouts,
     VllmEngine,
 )
@@ -67,6 +70,7 @@ from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.named import Teachers, as_teachers
+from student_trainer.training.counting import order_of
 from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.evaluation import HeldOutEvaluation
 from student_trainer.training.metrics import WindowMetrics
@@ -103,6 +107,9 @@ class DistillationTrainer(DurableTrainer):
             # Each rank has the frequencies of its own sequences; DDP would send the first rank's.
             trainer_arguments["args"].ddp_broadcast_buffers = False
         args = trainer_arguments["args"]
+        if plan.num_generations > 1:
+            rows = trainer_arguments["train_dataset"]
+            trainer_arguments["train_dataset"] = Generations(rows, plan.num_generations)
         if args.use_cpu and args.world_size > 1 and uses_fsdp(args):
             # PyTorch shards over CPU processes too, but accelerate passes FSDP over in silence
             # where it sees no GPUs. It replaces MULTI_GPU by FSDP.
@@ -127,7 +134,10 @@ class DistillationTrainer(DurableTrainer):
         self.order = self._training_order()
         batch_size = plan.generation_batch_size
         self.rollouts = self._rollout_engine(
-            plan.rollout_temperature, batch_size, student_top_m=plan.student_top_m
+            plan.rollout_temperature,
+            batch_size,
+            token_filter=plan.token_filter,
+            student_top_m=plan.student_top_m,
         )
         self.pipeline = Pipeline(
             plan.method,
@@ -181,7 +191,7 @@ class DistillationTrainer(DurableTrainer):
         self.guard.begin_step()
         groups = self._groups(step)
         if self._stream is not None:
-            self._stream.forget(before=self.order.micro_batches(step)[0][0])
+            self._stream.forget(before=self._first_row(step))
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
         if self.plan.method.seq_kd:
@@ -390,8 +400,12 @@ class DistillationTrainer(DurableTrainer):
         if ahead:
             save_prefetched(self._ahead_file(folder), ahead)
         if self._stream is not None:
-            first = self.order.micro_batches(self.state.global_step)[0][0]
+            first = self._first_row(self.state.global_step)
             save_state(str(folder), self.ranks.rank, self._stream.state(first))
+
+    def _first_row(self, step: int) -> int:
+        """Return the number of a step's first row on this rank."""
+        return self.order.micro_batches(step)[0][0] // self.plan.num_generations
 
     def _ahead_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"ahead-{self.ranks.rank}.npz"
@@ -431,28 +445,26 @@ class DistillationTrainer(DurableTrainer):
     def _stream(self) -> ExampleStream | None:
         """The rows to train on, where they are not all in memory."""
         rows: Any = self.train_dataset
+        rows = rows.examples if isinstance(rows, Generations) else rows
         return rows if isinstance(rows, ExampleStream) else None
 
     def _training_order(self) -> TrainingOrder | StreamOrder:
+        if self._stream is None:
+            repeats, places = self.plan.num_generations, len(self.train_dataset)
+            return order_of(places // repeats, self.args, repeats=repeats)
         size, substeps = (
             self.args.per_device_train_batch_size,
             self.args.gradient_accumulation_steps,
         )
-        if self._stream is not None:
-            return StreamOrder(size, substeps, self.args.max_steps)
-        seed = self.args.data_seed
-        return TrainingOrder(
-            len(self.train_dataset),
-            size,
-            substeps,
-            seed=self.args.seed if seed is None else seed,
-            rank=self.ranks.rank,
-            world=self.ranks.count,
-            drop_last=self.args.dataloader_drop_last,
-        )
+        return StreamOrder(size, substeps, self.args.max_steps)
 
     def _rollout_engine(
-        self, temperature: float, batch_size: int | None, *, student_top_m: int = 0
+        self,
+        temperature: float,
+        batch_size: int | None,
+        *,
+        token_filter: TokenFilter = NO_FILTER,
+        student_top_m: int = 0,
     ) -> RolloutEngine:
         method = self.plan.method
         if self.engine is not None:
@@ -461,6 +473,7 @@ class DistillationTrainer(DurableTrainer):
                 max_new_tokens=method.max_new_tokens,
                 temperature=temperature,
                 vocab_size=self.plan.vocab_size,
+                token_filter=token_filter,
                 student_top_m=student_top_m,
             )
         return TransformersRollouts(
@@ -471,6 +484,7 @@ class DistillationTrainer(DurableTrainer):
             temperature=temperature,
             batch_size=batch_size,
             vocab_size=self.plan.vocab_size,
+            token_filter=token_filter,
             one_group=student_top_m > 0,  # the student proposes ids between groups
         )
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from student_trainer.commands.main import main
+from student_trainer.pipeline.prefetched import load_prefetched
+from student_trainer.reporting.runs import INPUTS_FILE
 from tests.support import trainer_process
 
 
@@ -184,18 +186,26 @@ def test_logs_tell_what_happened(world, tmp_path):
     assert entry["train/staleness"] == entry["train/staleness_max"] == 0
 
 
-@pytest.mark.parametrize("lmbda", [0, 1])
-def test_accumulated_small_batches_equal_one_large_batch(world, tmp_path, lmbda):
-    plain = {"lmbda": lmbda, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
+SAMPLED = {"lmbda": 1, "num_generations": 4, "rollout_top_p": 0.9, "rollout_top_k": 50}
+BATCHED = pytest.mark.parametrize(
+    "method",
+    [{"lmbda": 0}, {"lmbda": 1}, SAMPLED],
+    ids=["off-policy", "on-policy", "four a prompt"],
+)
+
+
+@BATCHED
+def test_accumulated_small_batches_equal_one_large_batch(world, tmp_path, method):
+    plain = {**method, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
     assert distill(world, tmp_path / "whole", **plain) == 0
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert distill(world, tmp_path / "parts", **plain, **small) == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", tolerance=2e-5)
 
 
-@pytest.mark.parametrize("lmbda", [0, 1])
-def test_two_processes_equal_one(world, tmp_path, lmbda):
-    plain = {"lmbda": lmbda, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
+@BATCHED
+def test_two_processes_equal_one(world, tmp_path, method):
+    plain = {**method, "optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0}
     assert distill(world, tmp_path / "one", **plain) == 0
     words = flags(
         world, tmp_path / "two", teacher_url=world.url, top_k_logprobs=16, max_steps=4,
@@ -255,6 +265,7 @@ def test_how_the_forward_pass_is_run_changes_no_weights(world, two_steps, tmp_pa
         {"lmbda": 0, "request_student_top_m": 4},
         {"lmbda": 0, "seq_kd": "true", "request_student_top_m": 4},
         {"lmbda": 0.5, "beta": 0, "teacher_support": "sampled"},
+        {**SAMPLED, "rollout_staleness": 1},
     ],
 )
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(world, tmp_path, method):
@@ -290,6 +301,37 @@ def test_epochs_end_where_the_trainer_counts_them(unserved_world, tmp_path):
     ]
     kept = load_file(tmp_path / f"checkpoint-{best['step']}" / "model.safetensors")
     assert all(value.equal(kept[name]) for name, value in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("stream", [[], ["--streaming"]], ids=["rows in memory", "a stream"])
+def test_four_completions_of_a_prompt_fill_a_step(world, tmp_path, stream):
+    """48 rows are 24 steps of 2 prompts, and an eighth of an epoch is 3 steps."""
+    length = {"max_steps": 3} if stream else {"max_steps": -1, "num_train_epochs": 0.125}
+    options = {**SAMPLED, **length, "teacher_url": world.url, "top_k_logprobs": 16}
+    saved = {"save_strategy": "steps", "save_steps": 2, "rollout_staleness": 1}
+    words = ["distill", *flags(world, tmp_path, **options, **saved), *stream]
+    assert main(words) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert (state["max_steps"], state["global_step"]) == (3, 3)
+    assert stream or state["epoch"] == 0.125
+    # The next step's completions, written a step ahead.
+    [ahead] = load_prefetched(tmp_path / "checkpoint-2" / "ahead-0.npz")
+    prompts = [tuple(sample.prompt_ids.tolist()) for sample in ahead.samples]
+    assert [prompts.count(prompt) for prompt in prompts] == [4] * 8
+    assert [ahead.examples[place] for place in (0, 4)] == [ahead.examples[3], ahead.examples[7]]
+    written = [tuple(sample.completion_ids.tolist()) for sample in ahead.samples]
+    assert len(set(written)) == 8
+    card = (tmp_path / "README.md").read_text()
+    assert "on 6 rows " in card
+    assert "It wrote 4 completions of each prompt in a step." in card
+    inputs = json.loads((tmp_path / "checkpoint-2" / INPUTS_FILE).read_text())["same"]
+    assert {name: inputs[f"--{name}"] for name in SAMPLED} == SAMPLED
+    learned = weights(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    (tmp_path / "model.safetensors").unlink()
+    assert main([*words, "--resume_from_checkpoint=auto"]) == 0
+    for name, value in weights(tmp_path).items():
+        torch.testing.assert_close(learned[name], value, atol=0, rtol=0, msg=name)
 
 
 def test_checkers_of_held_out_rows_are_asked_while_training(world, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -14,7 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from shared.errors import RolloutServerError
-from student_trainer.rollouts import RolloutServers, ServerOptions
+from student_trainer.rollouts import NO_FILTER, RolloutServers, ServerOptions, TokenFilter
+from student_trainer.rollouts.sampling import filter_logits
 from tests.e2e.test_distillation import flags, history
 from tests.e2e.test_vllm_rollouts import (
     STOPS,
@@ -31,6 +33,7 @@ from tests.support.vllm import VLLM
 
 pytestmark = VLLM
 LONGEST = 64
+FILTER = TokenFilter(top_p=0.8, top_k=40, min_p=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +90,23 @@ def servers(student, urls, **options):
         yield opened
 
 
-def write(opened, count=12, *, temperature=1.0, max_new_tokens=24):
+def write(opened, count=12, *, temperature=1.0, max_new_tokens=24, token_filter=NO_FILTER):
     engine = opened.rollouts(
         stop_ids=STOPS, max_new_tokens=max_new_tokens, temperature=temperature,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE, token_filter=token_filter,
     )  # fmt: skip
     written = dict(item for group in engine.generate(requests(count)) for item in group)
     return [written[i].token_ids.tolist() for i in range(count)]
+
+
+def assert_left(student, written):
+    """Check that each token is one that `FILTER` leaves the student itself."""
+    for request, ids in zip(requests(len(written)), written, strict=True):
+        whole = torch.tensor([[*request.prompt_ids.tolist(), *ids]])
+        with torch.no_grad():
+            rows = student(input_ids=whole).logits[0, len(request.prompt_ids) - 1 : -1]
+        left = filter_logits(rows.float(), FILTER).isfinite()
+        assert left[torch.arange(len(ids)), torch.tensor(ids)].all()
 
 
 def test_each_replica_writes_the_same_with_each_version_of_the_weights(student, replicas):
@@ -102,10 +115,17 @@ def test_each_replica_writes_the_same_with_each_version_of_the_weights(student, 
         for version in range(2):
             both.sync(version)
             assert both.drift < 1e-5
-            together = write(both)
+            together, filtered = write(both), write(both, token_filter=FILTER)
+            assert filtered != together
+            assert_left(student, filtered)
             for url in replicas.urls:
                 both.live = [url]
                 assert write(both) == together
+                assert write(both, token_filter=FILTER) == filtered
+            both.options = replace(both.options, max_tokens_in_flight=60)
+            both.live = list(replicas.urls)
+            assert write(both) == together
+            both.options = replace(both.options, max_tokens_in_flight=None)
             written.append(together)
             step(student, seed=version)
     assert written[0] != written[1]

@@ -23,12 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from shared.errors import ConfigurationError, RolloutError
 from shared.text import StopSearch, StopStrings, completion_text
 from student_trainer.rollouts import (
+    NO_FILTER,
     RolloutRequest,
+    TokenFilter,
     TransformersRollouts,
     VllmEngine,
     VllmRollouts,
 )
 from student_trainer.rollouts.engine_environment import rank_environment
+from student_trainer.rollouts.sampling import filter_logits
 from student_trainer.rollouts.weights import StudentWeights
 from tests.e2e.test_distillation import flags, history
 from tests.support import forked, trainer_process
@@ -58,10 +61,13 @@ def vllm(student):
         yield engine
 
 
-def rollouts(vllm, *, temperature=1.0, vocab_size=VOCAB_SIZE, max_new_tokens=LONGEST, stops=None):
+def rollouts(
+    vllm, *, temperature=1.0, vocab_size=VOCAB_SIZE, max_new_tokens=LONGEST, stops=None,
+    token_filter=NO_FILTER,
+):  # fmt: skip
     return VllmRollouts(
         vllm, stop_ids=STOPS, max_new_tokens=max_new_tokens, temperature=temperature,
-        vocab_size=vocab_size, stop_strings=stops,
+        vocab_size=vocab_size, stop_strings=stops, token_filter=token_filter,
     )  # fmt: skip
 
 
@@ -208,17 +214,26 @@ class TestEngine:
             rollouts(vllm), [RolloutRequest(r.prompt_ids, ("other", *r.key)) for r in asked]
         )
 
-    def test_samples_follow_the_softmax_at_the_temperature(self, vllm, student):
+    @pytest.mark.parametrize(
+        "token_filter",
+        [NO_FILTER, TokenFilter(top_p=0.7), TokenFilter(top_k=20), TokenFilter(0.8, 60, 0.3)],
+        ids=["whole", "top-p", "top-k", "all filters"],
+    )
+    def test_samples_follow_the_softmax_at_the_temperature(self, vllm, student, token_filter):
+        """And with filters the same tokens are left as for the student itself, no others."""
         vllm.sync(30)
         prompt = np.array([15, 16, 17], dtype=np.uint32)
         asked = [RolloutRequest(prompt, (9, i)) for i in range(3000)]
-        tokens = [ids[0] for ids in run(rollouts(vllm, temperature=1.5, max_new_tokens=1), asked)]
+        one = {"temperature": 1.5, "max_new_tokens": 1, "token_filter": token_filter}
+        tokens = [ids[0] for ids in run(rollouts(vllm, **one), asked)]
         counts = np.bincount(tokens, minlength=VOCAB_SIZE)
         with torch.no_grad():
-            logits = student(torch.tensor([[15, 16, 17]])).logits[0, -1]
-        expected = (logits / 1.5).softmax(-1).double().numpy() * len(asked)
-        chi_square = ((counts - expected) ** 2 / expected)[expected >= 5].sum()
-        degrees = int((expected >= 5).sum())
+            logits = student(torch.tensor([[15, 16, 17]])).logits[:, -1].float() / 1.5
+        left = filter_logits(logits, token_filter)[0]
+        expected = left.softmax(-1).double().numpy() * len(asked)
+        assert counts[expected == 0].sum() == 0
+        counts, expected = counts[expected >= 5], expected[expected >= 5]
+        chi_square, degrees = ((counts - expected) ** 2 / expected).sum(), len(expected)
         assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
 
     def test_ids_outside_the_shared_vocabulary_are_not_sampled(self, vllm):

@@ -18,6 +18,33 @@ class RolloutFlags:
         group="rollouts and generation",
         resume="same",
     )
+    rollout_top_p: float = flag(
+        1.0,
+        "Sample rollouts from the most probable tokens that together have this probability; 1 is "
+        "off. As --rollout_top_k and --rollout_min_p, it leaves strict on-policy.",
+        group="rollouts and generation",
+        resume="same",
+    )
+    rollout_top_k: int = flag(
+        0,
+        "Sample rollouts from so many of the most probable tokens; 0 is off.",
+        group="rollouts and generation",
+        resume="same",
+    )
+    rollout_min_p: float = flag(
+        0.0,
+        "Sample rollouts from tokens of at least this share of the most probable one's "
+        "probability; 0 is off.",
+        group="rollouts and generation",
+        resume="same",
+    )
+    num_generations: int = flag(
+        1,
+        "Completions of each prompt in a step; needs --lmbda 1. The batch counts completions: "
+        "with 4, a step of 32 has 8 prompts.",
+        group="rollouts and generation",
+        resume="same",
+    )
     rollout_staleness: int = flag(
         0,
         "Steps by which the student's completions may be older than the weights that learn from "
@@ -74,6 +101,13 @@ class RolloutFlags:
     rollout_timeout: float = flag(
         600.0,
         "Seconds to wait for a server of --rollout_url.",
+        group="rollouts and generation",
+        needs=("rollout_url", True),
+    )
+    rollout_max_tokens_in_flight: int | None = flag(
+        None,
+        "Tokens that all processes together have open at the servers of --rollout_url at once: "
+        "prompts, and completions at their longest. Default: no bound.",
         group="rollouts and generation",
         needs=("rollout_url", True),
     )

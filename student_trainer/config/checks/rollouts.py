@@ -18,12 +18,14 @@ from student_trainer.config.checks.teacher import key_of
 
 
 def check_rollouts(args: DistillFlags, adapters: AdapterArguments) -> None:
-    """Check the flags of --rollout_engine vllm.
+    """Check how completions are sampled, and the flags of --rollout_engine and --rollout_url.
 
     Raises:
-        ConfigurationError: it is not installed, or a combination cannot work.
+        ConfigurationError: vLLM is not installed, or a combination cannot work.
     """
     check_engine(args)
+    _check_token_filter(args)
+    _check_generations(args)
     if args.rollout_url:
         _check_servers(args)
     elif args.rollout_engine != "vllm":
@@ -66,6 +68,49 @@ def _local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def _check_token_filter(args: DistillFlags) -> None:
+    """Check the flags that leave out tokens before one is drawn."""
+    if not 0 < args.rollout_top_p <= 1:
+        raise ConfigurationError(
+            f"--rollout_top_p {args.rollout_top_p} must be above 0, and 1 (off) or below"
+        )
+    if args.rollout_top_k < 0:
+        raise ConfigurationError(
+            f"--rollout_top_k {args.rollout_top_k} must be 0 (off) or a number of tokens"
+        )
+    if not 0 <= args.rollout_min_p <= 1:
+        raise ConfigurationError(f"--rollout_min_p {args.rollout_min_p} must be from 0 (off) to 1")
+    for name in ("rollout_top_p", "rollout_top_k", "rollout_min_p"):
+        value = getattr(args, name)
+        if args.lmbda == 0 and value != getattr(DistillFlags, name):
+            raise ConfigurationError(
+                f"--{name} {value} has no effect with --lmbda 0: the student writes nothing. "
+                "Drop it"
+            )
+
+
+def _check_generations(args: DistillFlags) -> None:
+    """Check the number of completions of a prompt."""
+    count = args.num_generations
+    if count < 1:
+        raise ConfigurationError(f"--num_generations {count} must be at least 1")
+    if count == 1:
+        return
+    if args.lmbda < 1:
+        raise ConfigurationError(
+            f"--num_generations {count} needs --lmbda 1, and it is {args.lmbda:g}: only the "
+            "student writes several completions of a prompt, so a step of another's would learn "
+            f"the same {count} times. Give --lmbda 1, or drop it"
+        )
+    size, substeps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if size * substeps % count:
+        raise ConfigurationError(
+            f"--num_generations {count} does not divide the {size * substeps} completions that a "
+            f"process learns in a step (--per_device_train_batch_size {size} x "
+            f"--gradient_accumulation_steps {substeps}); give a divisor, or change these"
+        )
+
+
 def _check_servers(args: DistillFlags) -> None:
     """Check the flags of ``--rollout_url``."""
     if args.rollout_engine == "vllm":
@@ -80,6 +125,9 @@ def _check_servers(args: DistillFlags) -> None:
         )
     if not args.rollout_timeout > 0:
         raise ConfigurationError(f"--rollout_timeout {args.rollout_timeout} must be above 0")
+    tokens = args.rollout_max_tokens_in_flight
+    if tokens is not None and tokens < 1:
+        raise ConfigurationError(f"--rollout_max_tokens_in_flight {tokens} must be at least 1")
     rollout_key_of(args)
 
 

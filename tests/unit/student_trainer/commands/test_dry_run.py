@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -77,6 +78,29 @@ def test_the_method_is_told_by_name(world, stub, tmp_path, capsys, options, meth
     assert found["updates"].startswith("18, 6 an epoch; 8 rows each: 8 a micro-batch x 1")
     assert found["learning rate"].startswith("5e-05, linear, 0 warm-up steps; adamw_torch")
     assert found["teacher"].startswith("stub: float32, stub 1, fingerprint 0000000000000000")
+
+
+def test_sampling_and_the_completions_of_a_prompt_are_told(world, stub, tmp_path, capsys):
+    options = {"lmbda": 1, "rollout_top_p": 0.9, "rollout_min_p": 0.05, "rollout_temperature": 0.8}
+    batch = {"num_generations": 4, "gradient_accumulation_steps": 2}
+    assert run(world, tmp_path, url=stub.url, **options, **batch) == 0
+    found = told(capsys)
+    assert found["rollouts"] == (
+        "sampled with temperature 0.8, top-p 0.9, min-p 0.05, so not from the distribution that "
+        "the loss compares: not strictly on-policy"
+    )
+    # 48 rows: 12 steps of 4 prompts make an epoch.
+    assert found["updates"].startswith("36, 12 an epoch; 4 prompts x 4 completions each: 8 a micro")
+    assert found["tokens a step"] == "at most 160 of the student"
+    assert run(world, tmp_path, url=stub.url, lmbda=1) == 0
+    assert "rollouts" not in told(capsys)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm sends the weights")
+def test_a_bound_below_one_completion_is_refused_at_the_start(world, stub, tmp_path, capsys):
+    servers = {"rollout_url": "http://127.0.0.1:9", "rollout_max_tokens_in_flight": 20}
+    assert run(world, tmp_path, url=stub.url, lmbda=1, **servers) == 2
+    assert "--rollout_max_tokens_in_flight 20: a prompt and its" in capsys.readouterr().err
 
 
 def test_the_teacher_is_asked_about_four_rows(world, stub, tmp_path, capsys):

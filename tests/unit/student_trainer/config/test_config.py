@@ -265,6 +265,7 @@ def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more
             ["--vllm_enable_sleep_mode"],
             "--vllm_enable_sleep_mode has no effect without --rollout_engine vllm",
         ),
+        (["--rollout_max_tokens_in_flight", "0"], "in_flight 0 must be at least 1"),
     ],
     ids=[
         "two engines",
@@ -275,6 +276,7 @@ def test_what_vllm_rollouts_cannot_do_is_refused(model_folder, monkeypatch, more
         "no rollouts",
         "split",
         "sleep",
+        "no tokens",
     ],
 )
 def test_rollout_servers_that_cannot_work_are_refused(model_folder, monkeypatch, more, message):
@@ -285,6 +287,45 @@ def test_rollout_servers_that_cannot_work_are_refused(model_folder, monkeypatch,
         read(words(model_folder, *url, *more))
     assert message in str(caught.value)
     assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rollout_top_p", "0"], "--rollout_top_p 0.0 must be above 0, and 1 (off) or below"),
+        (["--rollout_top_p", "1.1"], "--rollout_top_p 1.1 must be above 0"),
+        (["--rollout_top_k", "-1"], "--rollout_top_k -1 must be 0 (off) or a number of tokens"),
+        (["--rollout_min_p", "1.5"], "--rollout_min_p 1.5 must be from 0 (off) to 1"),
+        (["--lmbda", "0", "--rollout_top_k", "5"], "--rollout_top_k 5 has no effect with --lmbda"),
+        (["--lmbda", "1", "--num_generations", "0"], "--num_generations 0 must be at least 1"),
+        (["--lmbda", "0", "--num_generations", "2"], "needs --lmbda 1, and it is 0: only the"),
+        (["--num_generations", "2"], "--num_generations 2 needs --lmbda 1, and it is 0.5"),
+        (
+            ["--lmbda", "1", "--num_generations", "3", "--gradient_accumulation_steps", "4"],
+            "does not divide the 16 completions that a process learns in a step "
+            "(--per_device_train_batch_size 4 x --gradient_accumulation_steps 4)",
+        ),
+        (["--rollout_max_tokens_in_flight", "9"], "has no effect without --rollout_url"),
+    ],
+    ids=[
+        "no top-p", "top-p over 1", "top-k below 0", "min-p over 1", "no rollouts to filter",
+        "no generation", "no rollouts", "a mixture", "not divided", "no servers",
+    ],
+)  # fmt: skip
+def test_sampling_that_cannot_work_is_refused(model_folder, flags, message):
+    with pytest.raises(ConfigurationError) as caught:
+        read(words(model_folder, *flags))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "count"), [(8, 1, 8), (2, 4, 8), (1, 4, 2), (8, 1, 4)]
+)
+def test_the_generations_of_prompts_fill_a_step(model_folder, batch, accumulation, count):
+    flags = ["--lmbda", "1", "--per_device_train_batch_size", batch, "--num_generations", count]
+    flags += ["--gradient_accumulation_steps", accumulation]
+    args = read(words(model_folder, *map(str, flags)))[-1]
+    assert args.num_generations == count
 
 
 def test_each_rollout_url_adds_a_server(model_folder, monkeypatch):

@@ -51,3 +51,46 @@ def test_any_step_can_be_asked_for_at_any_time():
     assert [again.micro_batches(step) for step in reversed(range(12))] == forwards[::-1]
     torch.manual_seed(5)  # the state of the global generator plays no part
     assert order.micro_batches(0) == forwards[0]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "accumulation", "world", "repeats"),
+    [(12, 4, 1, 1, 4), (13, 4, 2, 1, 2), (10, 1, 4, 2, 4), (25, 4, 2, 2, 2), (5, 2, 3, 3, 6)],
+)
+def test_repeats_of_a_row_are_together_in_a_step(
+    rows, batch_size, accumulation, world, repeats, drop_last
+):
+    ranks = [
+        TrainingOrder(
+            rows, batch_size, accumulation, seed=7, rank=rank, world=world, drop_last=drop_last,
+            repeats=repeats,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    once = TrainingOrder(rows, 1, 1, seed=7)
+    loaders = [
+        accelerates(rows * repeats, batch_size, 7, rank, world, drop_last, epochs=1)[0]
+        for rank in range(world)
+    ]
+    steps = ranks[0].steps_per_epoch
+    assert [-(-len(loader) // accumulation) for loader in loaders] == [steps] * world
+    learned = []
+    for step in range(steps):
+        per_rank = [order.micro_batches(step) for order in ranks]
+        assert len({len(micro_batches) for micro_batches in per_rank}) == 1
+        # A step's micro-batches are dealt to the ranks in turn.
+        dealt = [places for turn in zip(*per_rank, strict=True) for places in turn]
+        places = [place for some in dealt for place in some]
+        assert len(set(places)) == len(places) or step + 1 == steps  # filled up at the end
+        whole = step + 1 < steps
+        assert not whole or sorted(places) == sorted(
+            row * repeats + number
+            for row in {place // repeats for place in places}
+            for number in range(repeats)
+        )
+        learned += places
+    drawn = [place for step in range(rows) for [place] in once.micro_batches(step)]
+    expected = [row * repeats + number for row in drawn for number in range(repeats)]
+    assert learned[: len(expected)] == expected[: len(learned)]
+    assert drop_last or len(learned) >= len(expected)

@@ -10,12 +10,13 @@ import pytest
 from shared.errors import ConfigurationError, DatasetError, RolloutError
 from shared.protocol import Completion
 from shared.sparse import SparseLogprobs
+from student_trainer.data.generations import Generations
 from student_trainer.data.sample import Example, Sample
 from student_trainer.losses import Divergence
 from student_trainer.pipeline.method import DistillationConfig
 from student_trainer.pipeline.pipeline import Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
-from student_trainer.rollouts import Rollout
+from student_trainer.rollouts import Rollout, RolloutRequest
 from student_trainer.runtime.timeline import Timeline
 from student_trainer.teacher.named import Teachers
 
@@ -253,6 +254,28 @@ def test_on_policy_groups_leave_as_they_finish_and_come_back_in_order():
         assert item.scores.token_ids[0, 0] == 5 + len(item.sample.token_ids)
     assert {item.sample.source for item in scored} == {"student"}
     assert {item.sample.weight_version for item in scored} == {7}
+
+
+def test_each_completion_of_a_prompt_has_random_numbers_of_its_own():
+    """The first has those of a run with one completion of each prompt."""
+    keys = []
+
+    class Keys(CountingRollouts):
+        def generate(self, requests):
+            keys.append([request.key for request in requests])
+            yield from super().generate(requests)
+
+    rows = [example(i, completion=None) for i in range(2)]
+    for batch in (rows, [Generations(rows, 3)[place] for place in range(6)]):
+        pipeline = pipeline_of(
+            replace(METHOD, lmbda=1.0), RecordingTeacher(), Keys(), batches=[[], batch]
+        )
+        scored = collect(pipeline, 1)
+        assert len(scored) == len(batch)
+    alone, many = keys
+    assert alone == [(3, 1, 0), (3, 1, 1)]
+    assert many[::3] == alone
+    assert len({RolloutRequest(ids(1), key).seed for key in many}) == 6
 
 
 def test_rollouts_finished_together_are_asked_for_shortest_first():

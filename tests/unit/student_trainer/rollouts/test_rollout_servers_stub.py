@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 
 import httpx
 import numpy as np
@@ -14,7 +15,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.errors import ConfigurationError, RolloutError, RolloutServerError
-from student_trainer.rollouts import RolloutRequest, RolloutServers, ServerOptions, servers
+from student_trainer.rollouts import (
+    RolloutRequest,
+    RolloutServers,
+    ServerOptions,
+    TokenFilter,
+    servers,
+)
 from tests.support.stub_rollout_server import GENERATE, stub_rollout_servers
 
 JOIN = ["shutdown_weight_transfer_engine", "resume", "init_weight_transfer_engine"]
@@ -294,6 +301,74 @@ def test_each_server_gets_so_many_requests_at_once_even_when_one_is_lost(student
         threading.Thread(target=open_the_gate).start()
         assert write(both, 12) == expected(12)
     assert stubs[1].busy == 3
+
+
+class CountingGate:
+    """Counts the tokens of requests that wait at any server, and lets each go after a moment."""
+
+    def __init__(self, stubs):
+        self.lock, self.now, self.most, self.order = threading.Lock(), 0, 0, []
+        for stub in stubs:
+            complete = stub._complete
+            stub._complete = partial(self.complete, complete)
+
+    def complete(self, complete, body):
+        if "logprobs" in body["sampling_params"]:  # a probe
+            return complete(body)
+        tokens = len(body["token_ids"]) + body["sampling_params"]["max_tokens"]
+        with self.lock:
+            self.now += tokens
+            self.most = max(self.most, self.now)
+            self.order.append(len(body["token_ids"]))
+        time.sleep(0.02)
+        with self.lock:
+            self.now -= tokens
+        return complete(body)
+
+
+@pytest.mark.parametrize(("bound", "most"), [(None, 61), (20, 20), (8, 8)])
+def test_no_more_tokens_are_in_flight_than_the_bound(student, stubs, bound, most):
+    """Prompts of 1 and 5 tokens, and completions of 3, so requests of 4 and 8."""
+    asked = [
+        RolloutRequest(np.full(5 if number % 3 else 1, number + 1, np.uint32), (0, 0, number))
+        for number in range(9)
+    ]
+    gate = CountingGate(stubs)
+    with opened(student, stubs, max_tokens_in_flight=bound) as both:
+        both.sync(0)
+        found = dict(item for group in engine(both).generate(asked) for item in group)
+    assert {number: int(one.token_ids[0]) for number, one in found.items()} == {
+        number: int(request.prompt_ids.sum()) % 50 for number, request in enumerate(asked)
+    }
+    assert gate.most <= most
+    assert bound or gate.most > 20
+    if bound == 8:  # one large request at once, in the order in which they were asked
+        assert gate.order == [1, 5, 5, 1, 5, 5, 1, 5, 5]
+
+
+def test_a_completion_over_the_bound_is_an_error(student, stubs):
+    with opened(student, stubs, max_tokens_in_flight=3) as both:
+        both.sync(0)
+        with pytest.raises(RolloutError, match="up to 4 tokens, and this process may have 3 in"):
+            write(both)
+
+
+def test_the_bound_holds_after_a_server_is_lost(student, stubs):
+    with opened(student, stubs, max_tokens_in_flight=8) as both:
+        both.sync(0)
+        stubs[0].answers[GENERATE] = (500, {})
+        assert write(both, 12) == expected(12)
+    assert stubs[1].busy <= 2
+
+
+def test_how_tokens_are_sampled_is_sent_and_what_is_off_too(student, stubs):
+    with opened(student, stubs[:1]) as one:
+        one.sync(0)
+        write(one, 1)
+        write(one, 1, token_filter=TokenFilter(top_p=0.9, top_k=7, min_p=0.1))
+    names = ("top_p", "top_k", "min_p", "repetition_penalty")
+    sent = [tuple(body["sampling_params"][name] for name in names) for body in stubs[0].prompts]
+    assert sent == [(1.0, 0, 0.0, 1.0), (0.9, 7, 0.1, 1.0)]
 
 
 def test_one_that_stops_early_sends_nothing_more(student, stubs):

@@ -55,6 +55,26 @@ def test_the_same_key_gives_the_same_completion_whatever_the_batch(model):
         assert a.token_ids.tolist() == b.token_ids.tolist() == c.token_ids.tolist()
 
 
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_several_completions_of_a_prompt_compute_it_once(model, monkeypatch, batch_size):
+    prompts = [request.prompt_ids for request in requests(3)]
+    asked = [RolloutRequest(ids, (5, i, g)) for i, ids in enumerate(prompts) for g in range(4)]
+    rollouts, prefilled = engine(model, batch_size=batch_size, stop_ids=MANY_STOPS), []
+    expected = [run(rollouts, [request])[0] for request in asked]
+    forward = model.forward
+
+    def counted(*arguments, **options):
+        ids = options["input_ids"]
+        prefilled.extend([tuple(row.tolist()) for row in ids] if ids.shape[1] > 1 else [])
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    written = run(rollouts, asked)
+    assert [r.token_ids.tolist() for r in written] == [r.token_ids.tolist() for r in expected]
+    assert len({tuple(r.token_ids.tolist()) for r in written}) > 6
+    assert len(prefilled) == 3 if batch_size is None else 3 <= len(prefilled) < 12
+
+
 def test_completions_end_with_the_stop_token_or_are_truncated(model):
     rollouts = run(engine(model), requests(40))
     assert {r.truncated for r in rollouts} == {True, False}

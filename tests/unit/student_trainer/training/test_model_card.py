@@ -66,6 +66,19 @@ def test_teacher_data_method_flags_and_numbers_are_told():
     assert "AutoPeftModelForCausalLM" in card_of("sft", {}, use_peft=True)
 
 
+def test_sampling_off_the_students_distribution_is_told():
+    text = distilled(lmbda=1, rollout_top_k=20, num_generations=4, gradient_accumulation_steps=4)
+    assert (
+        "The student's completions were sampled with top-k 20, so not from the distribution that "
+        "the loss compares: not strictly on-policy. It wrote 4 completions of each prompt in a "
+        "step."
+    ) in text
+    assert "| `--rollout_top_k` | `20` |" in text
+    # At the temperature at which the loss compares them.
+    assert "sampled with" not in distilled(lmbda=1, temperature=0.5, rollout_temperature=0.5)
+    assert "sampled with temperature 0.5" in distilled(lmbda=1, rollout_temperature=0.5)
+
+
 def test_flags_at_their_defaults_are_not_told():
     text = card_of("sft", {})
     assert "| `--" not in text

@@ -118,9 +118,9 @@ def test_an_engine_has_room_for_what_the_student_is_asked_and_no_more():
         1.0, False, 0.0, Divergence(), 2, max_new_tokens=8, seed=0, stop_ids=(1,)
     )
     held_out = [example(20, {"kind": "exact_match"}), example(30)]
-    assert longest_rollout([example(10)], held_out, method) == 28
-    assert longest_rollout([example(25)], held_out, method) == 33
-    assert longest_rollout([example(10)], None, method) == 18
+    assert longest_rollout([example(10)], held_out, method, 99) == 28
+    assert longest_rollout([example(25)], held_out, method, 99) == 33
+    assert longest_rollout([example(10)], None, method, 99) == 18
 
 
 class TestPromptsThatOnlyTheTeacherSees:
