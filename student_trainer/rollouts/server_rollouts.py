@@ -138,6 +138,7 @@ class ServerRollouts:
     ) -> Rollout:
         """Let the server with the fewest requests write the completion, or the next if it fails."""
         body = {
+            "model": self.servers.adapter,
             "token_ids": request.prompt_ids.tolist(),
             "sampling_params": {**self._params, "seed": request.seed},
         }
@@ -145,7 +146,7 @@ class ServerRollouts:
             async with places.take() as url:
                 try:
                     answer = await client.post(f"{url}/{GENERATE}", json=body)
-                    if answer.status_code >= 500:
+                    if answer.status_code >= 500 or answer.status_code == 404:
                         raise _LostServerError(f"it answered {answer.status_code}")
                     return self._rollout(url, only_choice(answer))
                 except (httpx.HTTPError, _LostServerError) as error:

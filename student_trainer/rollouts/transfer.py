@@ -78,29 +78,80 @@ class ServerControl:
             for count in self.workers():
                 infos.append({"init_info": {**init_info, "rank_offset": offset}})
                 offset += count
-            self._post_all("init_weight_transfer_engine", infos)
+            self.post_all("init_weight_transfer_engine", infos)
         except RolloutError as error:
             self.refusal = error
             raise
 
     def start_weight_update(self) -> None:
         """Stop writing, and prepare the models for new weights."""
-        self._post_all("pause?mode=wait&clear_cache=true")
-        self._post_all("start_weight_update")
+        self.pause()
+        self.post_all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Receive the weights; returns when they are loaded."""
-        self._post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Finish the models, name their weights, and write again."""
         version = weight_version or self.version
-        self._post_all("finish_weight_update", [{"weight_version": version}] * len(self.urls))
-        self._post_all("resume")
+        self.post_all("finish_weight_update", [{"weight_version": version}] * len(self.urls))
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop writing, once what was begun is written, and drop the prefix cache."""
+        self.post_all("pause?mode=wait&clear_cache=true")
+
+    def resume(self) -> None:
+        """Write again."""
+        self.post_all("resume")
+
+    def name_weights(self, version: str) -> None:
+        """Name the weights, as `finish_weight_update` does."""
+        self.post_all("update_weight_version", [{"new_version": version}] * len(self.urls))
 
     def prepare_cpu(self) -> None:
         """Make seeded sampling work on a CPU, see `shared.vllm_sampling`."""
-        self._post_all("collective_rpc", [{"method": "spare_generators"}] * len(self.urls))
+        self.call_workers("spare_generators")
+
+    def call_workers(self, method: str, **arguments: Any) -> list[list[Any]]:
+        """Call a method of all workers; return their results, a list for each server.
+
+        Raises:
+            RolloutError: one fails.
+        """
+        call = {"method": method, "kwargs": arguments}
+        answers = self.post_all("collective_rpc", [call] * len(self.urls))
+        return [list(content(answer).get("results") or []) for answer in answers]
+
+    def load_adapter(self, name: str, folders: Sequence[str]) -> str | None:
+        """Load an adapter from a folder of each server; return why one refuses it, or None.
+
+        Raises:
+            RolloutError: a server does not answer.
+        """
+        bodies = [{"lora_name": name, "lora_path": folder} for folder in folders]
+        try:
+            self.post_all("v1/load_lora_adapter", bodies)
+        except RolloutError as error:
+            if isinstance(error.__cause__, httpx.HTTPError):
+                raise
+            return str(error)
+        return None
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter by its name; one that is not there is passed over."""
+        with suppress(RolloutError):
+            self.post_all("v1/unload_lora_adapter", [{"lora_name": name}] * len(self.urls))
+
+    def drop_adapter(self, run: str, name: str) -> None:
+        """Drop a run's adapter and its files, if the servers still answer."""
+        call = {"method": "delete_adapters", "kwargs": {"run": run}}
+        post = partial(self._client.post, timeout=_LEAVE_SECONDS)
+        for url in self.urls:
+            with suppress(httpx.HTTPError):
+                post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+                post(f"{url}/collective_rpc", json=call)
 
     def join_anew(self) -> None:
         """Let the servers leave a group that they are in, and end a transfer that was cut off.
@@ -121,13 +172,13 @@ class ServerControl:
         """Close the connections."""
         self._client.close()
 
-    def _post_all(self, path: str, bodies: Sequence[Any] | None = None) -> None:
+    def post_all(self, path: str, bodies: Sequence[Any] | None = None) -> list[httpx.Response]:
         """Call all servers at once, because they wait for one another in some calls.
 
         Raises:
             RolloutError: one of them failed.
         """
-        calls: list[Future[Any]] = []
+        calls: list[Future[httpx.Response]] = []
         for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True):
             calls.append(in_thread(_posting(self._client, f"{url}/{path}", body), name=path))
         waiting = set(calls)
@@ -135,12 +186,13 @@ class ServerControl:
             ended, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
             for call in ended:
                 call.result()  # raised at once, as the others may wait for the one that failed
+        return [call.result() for call in calls]
 
 
-def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], None]:
-    def post() -> None:
+def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], httpx.Response]:
+    def post() -> httpx.Response:
         try:
-            checked(client.post(url, json=body))
+            return checked(client.post(url, json=body))
         except httpx.HTTPError as error:
             raise RolloutError(f"{url}: {str(error) or type(error).__name__}") from error
 

@@ -324,6 +324,8 @@ class DistillationTrainer(DurableTrainer):
             logs = {**logs, **window}
             if self.engine is not None and self.engine.drift is not None:
                 logs["rollout_drift"] = self.engine.drift
+            if isinstance(self.engine, RolloutServers) and self.engine.sent_bytes is not None:
+                logs["rollout_bytes"] = self.engine.sent_bytes
         named = grouped(logs)
         with names_kept(GROUPS):
             super().log(named, start_time)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -37,7 +39,7 @@ def student(student_folder):
 
 
 class Replicas:
-    """Two servers that can be killed and started again at their addresses."""
+    """Two servers that can be killed and started again at their addresses; one loads adapters."""
 
     def __init__(self, folder, logs):
         self._folder, self._logs = folder, logs
@@ -60,7 +62,9 @@ class Replicas:
 
     def _start(self, number):
         log = self._logs / f"server-{number}.log"
-        server = running_rollout_server(self._folder, port=self.ports[number], log=log)
+        server = running_rollout_server(
+            self._folder, port=self.ports[number], log=log, lora_rank=8 if number == 1 else None
+        )
         self.processes[number] = self._running.enter_context(server)
 
 
@@ -116,6 +120,63 @@ def test_adapters_are_merged_and_a_version_that_is_there_is_not_sent_again(stude
         both.sync(6)
         assert both.drift < 1e-5
         assert write(both) != before
+
+
+def test_a_server_that_loads_adapters_gets_them_alone_and_writes_the_same(
+    student, replicas, caplog
+):
+    config = LoraConfig(
+        r=2, rank_pattern={"q_proj": 4}, alpha_pattern={"o_proj": 3}, use_rslora=True,
+        target_modules="all-linear", init_lora_weights=False,
+    )  # fmt: skip
+    adapted = get_peft_model(student, config)
+    with servers(adapted, replicas.urls) as merged, servers(adapted, replicas.urls[1:]) as alone:
+        for version in range(2):
+            merged.sync(version)
+            expected, whole = write(merged), merged.sent_bytes
+            alone.sync(version)
+            assert alone.drift < 1e-5
+            assert write(alone) == expected
+            move_adapters(adapted, seed=version)
+        alone.sync(2)
+        assert alone.adapter is not None and merged.adapter is None
+        assert write(alone) != expected
+        assert alone.sent_bytes < whole / 4
+        folder = adapters_folder(alone)
+        assert [path.name for path in folder.iterdir()] == [alone.adapter]
+    assert not folder.exists()
+    assert sum("without --enable-lora" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"r": 16}, "max-lora-rank 8, below 16"),
+        ({"use_dora": True}, "DoRA"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is no linear layer"),
+    ],
+    ids=["rank", "dora", "embedding"],
+)
+def test_adapters_that_a_server_does_not_load_are_merged(student, replicas, caplog, options, why):
+    student.config.tie_word_embeddings = False
+    settings = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    with servers(get_peft_model(student, LoraConfig(**settings)), replicas.urls[1:]) as one:
+        one.sync(0)
+        assert one.drift < 1e-5
+        assert one.adapter is None
+    assert any(why in message for message in caplog.messages)
+
+
+def move_adapters(adapted, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def adapters_folder(opened):
+    return Path(tempfile.gettempdir()) / f"sparse-gkd-adapters-{opened.adapter.partition('-')[0]}"
 
 
 def test_greedy_completions_are_those_of_the_model_and_end_as_they_should(student, replicas):
