@@ -96,4 +96,4 @@ def _replace(file: Path, data: bytes | bytearray) -> None:
     number, beside = tempfile.mkstemp(dir=file.parent)
     with os.fdopen(number, "wb") as output:
         output.write(data)
-    os.replace(beside, file)
+    Path(beside).replace(file)

@@ -20,6 +20,7 @@ from student_trainer.rollouts.http import (
     ServerOptions,
     only_choice,
 )
+from student_trainer.rollouts.stalls import StalledServerError, StallWatch
 from student_trainer.runtime.threads import in_thread
 
 if TYPE_CHECKING:
@@ -116,12 +117,15 @@ class ServerRollouts:
                 await stack.enter_async_context(client) for client in _clients(options, in_flight)
             ]
 
+            watch = StallWatch(clients[0], options.seconds)
+
             async def write(index: int) -> None:
                 client = clients[index % len(clients)]
-                finished.put((index, await self._write(client, requests[index], places)))
+                finished.put((index, await self._write(client, requests[index], places, watch)))
 
             tasks = [asyncio.ensure_future(write(index)) for index in range(len(requests))]
             stop = asyncio.ensure_future(stopped.wait())
+            watching = asyncio.ensure_future(watch.run())
             writing = asyncio.gather(*tasks)
             try:
                 both: list[asyncio.Future[Any]] = [writing, stop]
@@ -129,12 +133,16 @@ class ServerRollouts:
                 if writing.done():
                     await writing
             finally:
-                for task in (*tasks, stop):
+                for task in (*tasks, stop, watching):
                     task.cancel()
-                await asyncio.gather(writing, stop, *tasks, return_exceptions=True)
+                await asyncio.gather(writing, stop, watching, *tasks, return_exceptions=True)
 
     async def _write(
-        self, client: httpx.AsyncClient, request: RolloutRequest, places: _Places
+        self,
+        client: httpx.AsyncClient,
+        request: RolloutRequest,
+        places: _Places,
+        watch: StallWatch,
     ) -> Rollout:
         """Let the server with the fewest requests write the completion, or the next if it fails."""
         body = {
@@ -145,11 +153,12 @@ class ServerRollouts:
         while True:
             async with places.take() as url:
                 try:
-                    answer = await client.post(f"{url}/{GENERATE}", json=body)
+                    async with watch.over(url):
+                        answer = await client.post(f"{url}/{GENERATE}", json=body)
                     if answer.status_code >= 500 or answer.status_code == 404:
                         raise _LostServerError(f"it answered {answer.status_code}")
                     return self._rollout(url, only_choice(answer))
-                except (httpx.HTTPError, _LostServerError) as error:
+                except (httpx.HTTPError, _LostServerError, StalledServerError) as error:
                     self.servers.lose(url, str(error) or type(error).__name__)
 
     def _rollout(self, url: str, choice: Mapping[str, Any]) -> Rollout:
@@ -175,7 +184,7 @@ def _clients(options: ServerOptions, in_flight: int) -> list[httpx.AsyncClient]:
     would spend four times as long on twice as many.
     """
     context = httpx.create_ssl_context()  # takes longer to make than a client
-    # A long completion takes its time; a server that dies closes its connections.
+    # A long completion takes its time; a server that hangs is found by `StallWatch`.
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
     limits = httpx.Limits(max_connections=None)
     return [

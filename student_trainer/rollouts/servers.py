@@ -97,6 +97,7 @@ class RolloutServers:
         self._alone = False  # adapters are sent without the model that they change
         self._has_base = False  # the servers have that model
         self._refusal: str | None = None  # why they did not load adapters
+        self._told_to_end = False
         self._run: str | None = None
         self._control: ServerControl | None = None
         self._transfer: Transfer | None = None
@@ -118,16 +119,18 @@ class RolloutServers:
         # weights hears of nothing before this process has left.
         left = None
         if control is not None:
-            if adapter is not None:
-                control.drop_adapter(str(self._run), adapter)
-            left = in_thread(control.join_anew, name="leave")
+            left = in_thread(partial(_leave, control, self._run, adapter), name="leave")
         if left is not None:
             wait([left], timeout=_LEAVE_SECONDS)
         if transfer is not None:
             transfer.close()
         if left is not None and control is not None:
-            left.result()
+            wait([left], timeout=_LEAVE_SECONDS if self._told_to_end else None)
             control.close()
+
+    def wait_no_longer(self) -> None:
+        """End a wait for a server in `sync`, now or later: for a signal's handler."""
+        self._told_to_end = True
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights to all servers that answer, unless they have them.
@@ -136,7 +139,8 @@ class RolloutServers:
         and the transfer is repeated for the others.
 
         Raises:
-            RolloutServerError: no server answers in time, or weights reach none.
+            RolloutServerError: no server answers in time, weights reach none, or the run was told
+                to end meanwhile.
             RolloutError: the log-probs of one differ from the trainer's by more than rounding.
         """
         if weight_version == self.version:
@@ -182,7 +186,7 @@ class RolloutServers:
         answering: dict[str, str] = {}
         if _rank() == 0:
             try:
-                answering = wait_for_servers(self.options, self.longest)
+                answering = wait_for_servers(self.options, self.longest, lambda: self._told_to_end)
             except RolloutError as error:
                 failure = error
         answering, failure = _from_first_rank((answering, failure))
@@ -268,7 +272,10 @@ class RolloutServers:
             self._choose(answering)
             if _rank() == 0:
                 self._control = ServerControl(
-                    list(answering), seconds=self.options.seconds, headers=self.options.headers
+                    list(answering),
+                    seconds=self.options.seconds,
+                    headers=self.options.headers,
+                    told_to_end=lambda: self._told_to_end,
                 )
                 self._control.join_anew()
                 if self.options.transfer == "gloo":
@@ -288,8 +295,13 @@ class RolloutServers:
         probes: dict[str, _Probe] = {}
         failure: Exception | None = None
         if _rank() == 0:
-            answers = at_once([partial(self._try_probe, url, prompt, tokens) for url in self.live])
-            for url, answer in zip(self.live, answers, strict=True):
+            calls = [partial(self._try_probe, url, prompt, tokens) for url in self.live]
+            answers: list[_Probe | RolloutServerError] = []
+            try:
+                answers = at_once(calls, lambda: self._told_to_end)
+            except RolloutServerError as error:
+                failure = error
+            for url, answer in zip(self.live, answers, strict=bool(answers)):
                 if isinstance(answer, RolloutServerError):
                     failure = answer
                     logger.warning("%s", answer)
@@ -341,6 +353,12 @@ class RolloutServers:
                 f"{len(logprobs)} log-probs"
             )
         return written, logprobs
+
+
+def _leave(control: ServerControl, run: str | None, adapter: str | None) -> None:
+    if run is not None and adapter is not None:
+        control.drop_adapter(run, adapter)
+    control.join_anew()
 
 
 def _rank() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
@@ -20,12 +19,19 @@ import httpx
 import torch
 
 from shared.errors import RolloutError
-from student_trainer.rollouts.http import CONNECT_SECONDS, Backend, checked, content
+from student_trainer.rollouts.http import (
+    CONNECT_SECONDS,
+    Backend,
+    at_once,
+    checked,
+    content,
+    never,
+)
 from student_trainer.rollouts.weights import StudentWeights, WeightShape
 from student_trainer.runtime.threads import in_thread
 
 UNFINISHED = "unfinished"  # the name of weights that came only in part
-_LEAVE_SECONDS = 30.0
+_ANSWER_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 
@@ -37,14 +43,23 @@ class ServerControl:
     Args:
         urls: addresses of the servers.
         seconds: longest wait for an answer.
+        told_to_end: whether the run was told to end: then nothing is waited for.
 
     Attributes:
         version: name of the weights that `finish_weight_update` tells the servers.
         refusal: why servers did not join the group, once they have refused.
     """
 
-    def __init__(self, urls: Sequence[str], *, seconds: float, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        seconds: float,
+        headers: dict[str, str],
+        told_to_end: Callable[[], bool] = never,
+    ) -> None:
         self.urls = tuple(urls)
+        self._told_to_end = told_to_end
         self.version = ""
         self.refusal: Exception | None = None
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
@@ -61,7 +76,8 @@ class ServerControl:
         counts = []
         for url in self.urls:
             try:
-                counts.append(int(content(self._client.get(f"{url}/get_world_size"))["world_size"]))
+                answer = self._client.get(f"{url}/get_world_size", timeout=_ANSWER_SECONDS)
+                counts.append(int(content(answer)["world_size"]))
             except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
                 raise RolloutError(f"{url} tells no number of workers: {error!r}") from error
         return counts
@@ -147,11 +163,14 @@ class ServerControl:
     def drop_adapter(self, run: str, name: str) -> None:
         """Drop a run's adapter and its files, if the servers still answer."""
         call = {"method": "delete_adapters", "kwargs": {"run": run}}
-        post = partial(self._client.post, timeout=_LEAVE_SECONDS)
-        for url in self.urls:
+        post = partial(self._client.post, timeout=_ANSWER_SECONDS)
+
+        def drop(url: str) -> None:
             with suppress(httpx.HTTPError):
                 post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
                 post(f"{url}/collective_rpc", json=call)
+
+        at_once([partial(drop, url) for url in self.urls])
 
     def join_anew(self) -> None:
         """Let the servers leave a group that they are in, and end a transfer that was cut off.
@@ -159,14 +178,17 @@ class ServerControl:
         One that is dead or does not answer is passed over: the next call shows it.
         """
         cut_off = {"weight_version": UNFINISHED}
-        post = partial(self._client.post, timeout=_LEAVE_SECONDS)
-        for url in self.urls:
+        post = partial(self._client.post, timeout=_ANSWER_SECONDS)
+
+        def leave(url: str) -> None:
             with suppress(httpx.HTTPError, RolloutError):
-                state = content(self._client.get(f"{url}/is_paused", timeout=_LEAVE_SECONDS))
+                state = content(self._client.get(f"{url}/is_paused", timeout=_ANSWER_SECONDS))
                 if state.get("is_paused"):
                     post(f"{url}/finish_weight_update", json=cut_off)
                 post(f"{url}/shutdown_weight_transfer_engine")
                 post(f"{url}/resume")
+
+        at_once([partial(leave, url) for url in self.urls])
 
     def close(self) -> None:
         """Close the connections."""
@@ -176,17 +198,13 @@ class ServerControl:
         """Call all servers at once, because they wait for one another in some calls.
 
         Raises:
-            RolloutError: one of them failed.
+            RolloutError: one of them failed, or the run was told to end meanwhile.
         """
-        calls: list[Future[httpx.Response]] = []
-        for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True):
-            calls.append(in_thread(_posting(self._client, f"{url}/{path}", body), name=path))
-        waiting = set(calls)
-        while waiting:
-            ended, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
-            for call in ended:
-                call.result()  # raised at once, as the others may wait for the one that failed
-        return [call.result() for call in calls]
+        calls = [
+            _posting(self._client, f"{url}/{path}", body)
+            for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
+        ]
+        return at_once(calls, self._told_to_end, name=path)
 
 
 def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], httpx.Response]:

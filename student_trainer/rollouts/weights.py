@@ -108,7 +108,7 @@ class StudentWeights:
 
     @torch.no_grad()
     def _whole(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a weight as a whole tensor of its own, if `merged` with what adapters add to it."""
+        """Return a weight as a whole tensor of its own, `merged` with what adapters add."""
         owner, _, own = key.partition(".base_layer.")
         layer = self.adapted[owner] if own == "weight" and self.merged else None
         parts = [value] if layer is None else list(layer.parameters())

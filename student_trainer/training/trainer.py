@@ -378,6 +378,12 @@ class DistillationTrainer(DurableTrainer):
         finally:
             self.lines.close()
 
+    def wait_no_longer(self) -> None:
+        """End a wait for the teacher or for rollout servers, as `DurableTrainer` says."""
+        if isinstance(self.engine, RolloutServers):
+            self.engine.wait_no_longer()
+        super().wait_no_longer()
+
     def save_beside(self, folder: Path) -> None:
         """Write the batches that were begun ahead, and the position in a stream."""
         ahead = self.pipeline.prefetched(self.state.global_step)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,9 +56,13 @@ class Replicas:
             list(pool.map(self._start, which))
 
     def kill(self, number):
-        server = psutil.Process(self.processes[number].pid)
-        for process in [server, *server.children(recursive=True)]:  # its engine too
-            process.kill()
+        self.signal(signal.SIGKILL, number)
+
+    def signal(self, number, *which):
+        for one in which:
+            server = psutil.Process(self.processes[one].pid)
+            for process in [server, *server.children(recursive=True)]:  # its engine too
+                process.send_signal(number)
 
     def close(self):
         self._running.close()
@@ -139,7 +146,8 @@ def test_a_server_that_loads_adapters_gets_them_alone_and_writes_the_same(
             assert write(alone) == expected
             move_adapters(adapted, seed=version)
         alone.sync(2)
-        assert alone.adapter is not None and merged.adapter is None
+        assert alone.adapter is not None
+        assert merged.adapter is None
         assert write(alone) != expected
         assert alone.sent_bytes < whole / 4
         folder = adapters_folder(alone)
@@ -261,6 +269,57 @@ def test_killed_servers_change_nothing(world, student_folder, replicas, tmp_path
     replicas.start(0, 1)
     trainer_process.train([*argv, "--resume_from_checkpoint", "auto"])
     assert_same_weights(whole, killed)
+
+
+def test_servers_that_hang_are_passed_over_and_a_told_run_ends_in_seconds(
+    world, student_folder, replicas, tmp_path
+):
+    """One stops while its connections stay open, the other goes on; then that stops too."""
+    whole, hung = tmp_path / "whole", tmp_path / "hung"
+    trainer_process.train(on_policy(world, whole, student_folder, replicas.urls))
+
+    options = {"save_steps": 100, "rollout_timeout": 3}
+    argv = on_policy(world, hung, student_folder, replicas.urls, **options)
+    live = hung / "_log_history.jsonl"
+    with trainer_process.running(argv) as trainer:
+        try:
+            trainer_process.until_logged(live, 1)
+            replicas.signal(signal.SIGSTOP, 1)
+            trainer_process.until_logged(live, 3)
+            replicas.signal(signal.SIGSTOP, 0)
+            began = time.monotonic()
+            os.kill(trainer.pid, signal.SIGTERM)
+            trainer.join(60)
+            assert trainer.exitcode == 0
+            assert time.monotonic() - began < 30
+        finally:
+            replicas.signal(signal.SIGCONT, 0, 1)
+    assert 3 <= checkpoints(hung)[-1] < 6
+    trainer_process.train([*argv, "--resume_from_checkpoint", "auto"])
+    assert_same_weights(whole, hung)
+
+
+def test_a_server_that_hangs_while_it_takes_weights_is_left_out(student, replicas):
+    with servers(student, replicas.urls, seconds=3.0) as both:
+        both.sync(0)
+        written = write(both)
+        send = both._transfer.send
+
+        def stop_and_send():
+            replicas.signal(signal.SIGSTOP, 1)
+            send()
+
+        both._transfer.send = stop_and_send
+        try:
+            began = time.monotonic()
+            both.sync(1)
+            assert time.monotonic() - began < 40
+            assert both.live == [replicas.urls[0]]
+            assert write(both) == written
+        finally:
+            replicas.signal(signal.SIGCONT, 1)
+        both.sync(2)
+        assert set(both.live) == set(replicas.urls)
 
 
 def test_a_server_of_another_model_is_refused(student, replicas):
