@@ -48,6 +48,8 @@ class ServerControl:
     Attributes:
         version: name of the weights that `finish_weight_update` tells the servers.
         refusal: why servers did not join the group, once they have refused.
+        give_up: is called in a thread of its own where servers do not receive the weights that the
+            trainer sends, to end its sending.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ServerControl:
         self._told_to_end = told_to_end
         self.version = ""
         self.refusal: Exception | None = None
+        self.give_up: Callable[[], None] = lambda: None
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         # Servers that join wait for all others, so none of them may wait for a connection.
         limits = httpx.Limits(max_connections=None)
@@ -106,7 +109,11 @@ class ServerControl:
 
     def update_weights(self, update_info: Any) -> None:
         """Receive the weights; returns when they are loaded."""
-        self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        try:
+            self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        except RolloutError:
+            self.give_up()
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Finish the models, name their weights, and write again."""
@@ -303,7 +310,10 @@ def open_transfer(
     source = _Source(weights)
     join = partial(WeightTransferTrainerFactory.trainer_init, info, client=control, source=source)
     try:
-        return Transfer(join() if control is None else _unless_refused(join, control), source)
+        engine = join() if control is None else _unless_refused(join, control)
+        if backend == "nccl" and control is not None:
+            control.give_up = engine.shutdown  # aborts NCCL, which waits for a dead peer for ever
+        return Transfer(engine, source)
     except (RuntimeError, ValueError) as error:
         raise RolloutError(f"the rollout servers did not join: {error}") from error
 

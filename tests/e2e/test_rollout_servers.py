@@ -249,6 +249,24 @@ def test_two_sharded_ranks_learn_what_one_process_learns(world, student_folder, 
     np.testing.assert_allclose(divergences(one), divergences(two), rtol=1e-4)
 
 
+def test_two_sharded_ranks_that_send_adapters_learn_what_merged_weights_teach(
+    world, student_folder, replicas, tmp_path
+):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+    merged, alone = tmp_path / "merged", tmp_path / "alone"
+    trainer_process.train(on_policy(world, merged, student_folder, replicas.urls, **lora))
+    argv = on_policy(
+        world, alone, student_folder, replicas.urls[1:], per_device_train_batch_size=4, **lora
+    )
+    trainer_process.train_on_two_ranks([*argv, "--fsdp"])
+    np.testing.assert_allclose(divergences(merged), divergences(alone), rtol=1e-4)
+    sent = [
+        [row["train/rollout_bytes"] for row in history(output) if "train/rollout_bytes" in row]
+        for output in (merged, alone)
+    ]
+    assert max(sent[1][1:]) < min(sent[0]) / 4
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_killed_servers_change_nothing(world, student_folder, replicas, tmp_path, staleness):
     """One dies and the other goes on; then that dies too, and a resumed run ends the same."""
