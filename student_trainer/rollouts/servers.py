@@ -93,7 +93,7 @@ class RolloutServers:
         self._adapters = (
             StudentAdapters(model, self._weights, self._weights.dtype) if adapted else None
         )
-        self._told = False  # why all weights of a student with adapters are sent
+        self._said_merged = False  # why all weights of a student with adapters are sent
         self._alone = False  # adapters are sent without the model that they change
         self._has_base = False  # the servers have that model
         self._refusal: str | None = None  # why they did not load adapters
@@ -222,7 +222,7 @@ class RolloutServers:
 
     def _send_adapters(self) -> None:
         """Send the adapters alone, if the servers load them."""
-        self._refusal, before, self.adapter = None, self.adapter, None
+        self._refusal = None
         if not self._alone:
             return
         assert self._adapters is not None
@@ -230,7 +230,7 @@ class RolloutServers:
         if self._control is not None:
             self._refusal = send_adapter(
                 self._control, file, self._adapters.config,
-                run=str(self._run), name=self.label, before=before,
+                run=str(self._run), name=self.label, before=self.adapter,
             )  # fmt: skip
         self.adapter = self.label
         self.sent_bytes = (self.sent_bytes or 0) + len(file)
@@ -239,14 +239,16 @@ class RolloutServers:
         """Send all weights, as the servers did not load the adapters."""
         refusal = _from_first_rank(self._refusal)
         if refusal is not None:
+            if self._control is not None:
+                self._control.drop_adapter(str(self._run), self.label)
             self._send_merged(refusal)
             self._send()
 
     def _send_merged(self, why: str) -> None:
         """Add the adapters to all weights that are sent from now on."""
-        if not self._told and _rank() == 0:
+        if not self._said_merged and _rank() == 0:
             logger.warning("all weights are sent to the rollout servers, not adapters: %s", why)
-        self._told, self._alone, self.adapter = True, False, None
+        self._said_merged, self._alone, self.adapter = True, False, None
 
     def _choose(self, answering: dict[str, str]) -> None:
         """Find out whether adapters can go alone to these servers."""
