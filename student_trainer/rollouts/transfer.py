@@ -189,7 +189,7 @@ class ServerControl:
 
         def leave(url: str) -> None:
             with suppress(httpx.HTTPError, RolloutError):
-                state = content(self._client.get(f"{url}/is_paused", timeout=_ANSWER_SECONDS))
+                state = content(self._client.get(f"{url}/is_paused", timeout=CONNECT_SECONDS))
                 if state.get("is_paused"):
                     post(f"{url}/finish_weight_update", json=cut_off)
                 post(f"{url}/shutdown_weight_transfer_engine")

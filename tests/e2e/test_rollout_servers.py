@@ -336,8 +336,6 @@ def test_a_server_that_hangs_while_it_takes_weights_is_left_out(student, replica
             assert write(both) == written
         finally:
             replicas.signal(signal.SIGCONT, 1)
-        both.sync(2)
-        assert set(both.live) == set(replicas.urls)
 
 
 def test_a_server_of_another_model_is_refused(student, replicas):
