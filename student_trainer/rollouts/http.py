@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -27,6 +28,12 @@ START = (
     """--weight-transfer-config '{"backend": "nccl"}'"""
 )
 _LOOK_SECONDS = 1.0
+_POLL_SECONDS = 0.2
+
+
+def never() -> bool:
+    """Return False: a run that is not told to end."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -98,20 +105,38 @@ def only_choice(answer: httpx.Response) -> Mapping[str, Any]:
     return choice
 
 
-def at_once(calls: Sequence[Callable[[], T]]) -> list[T]:
+def at_once(
+    calls: Sequence[Callable[[], T]],
+    told_to_end: Callable[[], bool] = never,
+    *,
+    name: str = "rollout-server",
+) -> list[T]:
     """Return the results of calls to servers that run in threads of their own.
 
-    One after another, servers would make a step longer by the time of each.
+    One after another, servers would make a step longer by the time of each. One that fails is
+    raised at once, because the others may wait for it.
+
+    Raises:
+        RolloutServerError: the run was told to end before they ended.
     """
-    running = [in_thread(call, name="rollout-server") for call in calls]
+    running = [in_thread(call, name=name) for call in calls]
+    waiting = set(running)
+    while waiting:
+        ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
+        for call in ended:
+            call.result()
+        if waiting and told_to_end():
+            raise RolloutServerError("told to end while it waited for a rollout server")
     return [call.result() for call in running]
 
 
-def wait_for_servers(options: ServerOptions, longest: int) -> dict[str, str]:
+def wait_for_servers(
+    options: ServerOptions, longest: int, told_to_end: Callable[[], bool] = never
+) -> dict[str, str]:
     """Return {address: name of its weights} of the servers that answer, as soon as there is one.
 
     Raises:
-        RolloutServerError: none answers in time.
+        RolloutServerError: none answers in time, or before the run was told to end.
         RolloutError: one takes no weights, refuses the key, or its context is below ``longest``.
     """
     end = time.monotonic() + options.seconds
@@ -119,7 +144,9 @@ def wait_for_servers(options: ServerOptions, longest: int) -> dict[str, str]:
     limits = httpx.Limits(max_connections=None)
     with httpx.Client(headers=options.headers, timeout=CONNECT_SECONDS, limits=limits) as client:
         while True:
-            looks = at_once([partial(_look, client, url, longest) for url in options.urls])
+            looks = at_once(
+                [partial(_look, client, url, longest) for url in options.urls], told_to_end
+            )
             answering = {
                 url: name for url, name in zip(options.urls, looks, strict=True) if name is not None
             }
@@ -133,7 +160,7 @@ def wait_for_servers(options: ServerOptions, longest: int) -> dict[str, str]:
             if not told:
                 logger.warning("waiting for a rollout server at %s", ", ".join(options.urls))
                 told = True
-            time.sleep(_LOOK_SECONDS)
+            at_once([partial(time.sleep, _LOOK_SECONDS)], told_to_end)
 
 
 def _look(client: httpx.Client, url: str, longest: int) -> str | None:

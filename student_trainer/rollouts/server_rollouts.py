@@ -29,6 +29,7 @@ from student_trainer.rollouts.http import (
     ServerOptions,
     only_choice,
 )
+from student_trainer.rollouts.stalls import StalledServerError, StallWatch
 from student_trainer.rollouts.token_budget import TokenBudget
 from student_trainer.runtime.threads import in_thread
 
@@ -128,14 +129,17 @@ class ServerRollouts:
                 await stack.enter_async_context(client) for client in _clients(options, in_flight)
             ]
 
+            watch = StallWatch(clients[0], options.seconds)
+
             async def write(index: int) -> None:
                 client, request = clients[index % len(clients)], requests[index]
                 async with budget.hold(len(request.prompt_ids) + self._params["max_tokens"]):
-                    rollout = await self._write(client, request, places)
+                    rollout = await self._write(client, request, places, watch)
                 finished.put((index, rollout))
 
             tasks = [asyncio.ensure_future(write(index)) for index in range(len(requests))]
             stop = asyncio.ensure_future(stopped.wait())
+            watching = asyncio.ensure_future(watch.run())
             writing = asyncio.gather(*tasks)
             try:
                 both: list[asyncio.Future[Any]] = [writing, stop]
@@ -143,26 +147,32 @@ class ServerRollouts:
                 if writing.done():
                     await writing
             finally:
-                for task in (*tasks, stop):
+                for task in (*tasks, stop, watching):
                     task.cancel()
-                await asyncio.gather(writing, stop, *tasks, return_exceptions=True)
+                await asyncio.gather(writing, stop, watching, *tasks, return_exceptions=True)
 
     async def _write(
-        self, client: httpx.AsyncClient, request: RolloutRequest, places: _Places
+        self,
+        client: httpx.AsyncClient,
+        request: RolloutRequest,
+        places: _Places,
+        watch: StallWatch,
     ) -> Rollout:
         """Let the server with the fewest requests write the completion, or the next if it fails."""
         body = {
+            "model": self.servers.adapter,
             "token_ids": request.prompt_ids.tolist(),
             "sampling_params": {**self._params, "seed": request.seed},
         }
         while True:
             async with places.take() as url:
                 try:
-                    answer = await client.post(f"{url}/{GENERATE}", json=body)
-                    if answer.status_code >= 500:
+                    async with watch.over(url):
+                        answer = await client.post(f"{url}/{GENERATE}", json=body)
+                    if answer.status_code >= 500 or answer.status_code == 404:
                         raise _LostServerError(f"it answered {answer.status_code}")
                     return self._rollout(url, only_choice(answer))
-                except (httpx.HTTPError, _LostServerError) as error:
+                except (httpx.HTTPError, _LostServerError, StalledServerError) as error:
                     self.servers.lose(url, str(error) or type(error).__name__)
 
     def _rollout(self, url: str, choice: Mapping[str, Any]) -> Rollout:
@@ -197,7 +207,7 @@ def _clients(options: ServerOptions, in_flight: int) -> list[httpx.AsyncClient]:
     would spend four times as long on twice as many.
     """
     context = httpx.create_ssl_context()  # takes longer to make than a client
-    # A long completion takes its time; a server that dies closes its connections.
+    # A long completion takes its time; a server that hangs is found by `StallWatch`.
     timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
     limits = httpx.Limits(max_connections=None)
     return [

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from shared.errors import ConfigurationError, RolloutError, RolloutServerError
 from student_trainer.model.merging import adapts_tied_weights
+from student_trainer.rollouts.adapters import StudentAdapters, send_adapter, servers_obstacle
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
@@ -59,7 +60,10 @@ class RolloutServers:
 
     Attributes:
         live: addresses that took part in the last transfer, and have answered since.
+        adapter: the name by which servers hold the student's adapters; None if its weights are
+            sent with adapters added to them.
         drift: largest mean difference in log-prob to the trainer after the last `sync`.
+        sent_bytes: size of what the last `sync` sent to each server.
         version: of the weights that the servers have; None if they may have others.
         label: the name of those weights on the servers: another one in each run, so that a server
             which another run uses too is noticed.
@@ -74,7 +78,9 @@ class RolloutServers:
         self.dtype = dtype
         self.longest = longest
         self.live: list[str] = []
+        self.adapter: str | None = None
         self.drift: float | None = None
+        self.sent_bytes: int | None = None
         self.version: int | None = None
         self.label = ""
         self._weights = StudentWeights(model, getattr(torch, dtype))
@@ -83,6 +89,15 @@ class RolloutServers:
                 "--rollout_url: adapters change the output layer or the embedding, which this "
                 "model ties and a server holds once; leave them out of --lora_target_modules"
             )
+        adapted = bool(self._weights.adapted)
+        self._adapters = (
+            StudentAdapters(model, self._weights, self._weights.dtype) if adapted else None
+        )
+        self._said_merged = False  # why all weights of a student with adapters are sent
+        self._alone = False  # adapters are sent without the model that they change
+        self._has_base = False  # the servers have that model
+        self._refusal: str | None = None  # why they did not load adapters
+        self._told_to_end = False
         self._run: str | None = None
         self._control: ServerControl | None = None
         self._transfer: Transfer | None = None
@@ -98,17 +113,24 @@ class RolloutServers:
         """Leave the group of the transfer; the servers run on."""
         control, self._control = self._control, None
         transfer, self._transfer = self._transfer, None
-        self._joined = {}
+        adapter, self.adapter = self.adapter, None
+        self._joined, self._has_base = {}, False
         # A group is left at once only by its last member, but a server that still waits for
         # weights hears of nothing before this process has left.
-        left = None if control is None else in_thread(control.join_anew, name="leave")
+        left = None
+        if control is not None:
+            left = in_thread(partial(_leave, control, self._run, adapter), name="leave")
         if left is not None:
             wait([left], timeout=_LEAVE_SECONDS)
         if transfer is not None:
             transfer.close()
         if left is not None and control is not None:
-            left.result()
+            wait([left], timeout=_LEAVE_SECONDS if self._told_to_end else None)
             control.close()
+
+    def wait_no_longer(self) -> None:
+        """End a wait for a server in `sync`, now or later: for a signal's handler."""
+        self._told_to_end = True
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights to all servers that answer, unless they have them.
@@ -117,7 +139,8 @@ class RolloutServers:
         and the transfer is repeated for the others.
 
         Raises:
-            RolloutServerError: no server answers in time, or weights reach none.
+            RolloutServerError: no server answers in time, weights reach none, or the run was told
+                to end meanwhile.
             RolloutError: the log-probs of one differ from the trainer's by more than rounding.
         """
         if weight_version == self.version:
@@ -163,13 +186,15 @@ class RolloutServers:
         answering: dict[str, str] = {}
         if _rank() == 0:
             try:
-                answering = wait_for_servers(self.options, self.longest)
+                answering = wait_for_servers(self.options, self.longest, lambda: self._told_to_end)
             except RolloutError as error:
                 failure = error
         answering, failure = _from_first_rank((answering, failure))
         if failure is not None:
             raise failure
-        for attempt in (partial(self._join, answering), self._send):
+        for attempt in (
+            partial(self._join, answering), self._send, self._send_adapters, self._send_refused
+        ):  # fmt: skip
             try:
                 attempt()
             except (RolloutError, RuntimeError, ValueError) as error:
@@ -183,8 +208,60 @@ class RolloutServers:
         return None
 
     def _send(self) -> None:
+        """Send all weights, unless only adapters have changed since the servers got them."""
+        self.sent_bytes = None
+        if self._alone and self._has_base:
+            return
+        if self._control is not None:
+            self._control.version = f"{self._run}-base" if self._alone else self.label
         assert self._transfer is not None
+        self._weights.merged = not self._alone
         self._transfer.send()
+        self._has_base = self._alone
+        self.sent_bytes = self._weights.size
+
+    def _send_adapters(self) -> None:
+        """Send the adapters alone, if the servers load them."""
+        self._refusal = None
+        if not self._alone:
+            return
+        assert self._adapters is not None
+        file = self._adapters.file()
+        if self._control is not None:
+            self._refusal = send_adapter(
+                self._control, file, self._adapters.config,
+                run=str(self._run), name=self.label, before=self.adapter,
+            )  # fmt: skip
+        self.adapter = self.label
+        self.sent_bytes = (self.sent_bytes or 0) + len(file)
+
+    def _send_refused(self) -> None:
+        """Send all weights, as the servers did not load the adapters."""
+        refusal = _from_first_rank(self._refusal)
+        if refusal is not None:
+            if self._control is not None:
+                self._control.drop_adapter(str(self._run), self.label)
+            self._send_merged(refusal)
+            self._send()
+
+    def _send_merged(self, why: str) -> None:
+        """Add the adapters to all weights that are sent from now on."""
+        if not self._said_merged and _rank() == 0:
+            logger.warning("all weights are sent to the rollout servers, not adapters: %s", why)
+        self._said_merged, self._alone, self.adapter = True, False, None
+
+    def _choose(self, answering: dict[str, str]) -> None:
+        """Find out whether adapters can go alone to these servers."""
+        self._alone, why = False, None
+        if self._adapters is None:
+            return
+        why = self._adapters.obstacle
+        if why is None and _rank() == 0:
+            why = servers_obstacle(answering, self.options, self._adapters.rank)
+        why = _from_first_rank(why)
+        self._alone = why is None
+        if why is not None:
+            self._send_merged(why)
 
     def _join(self, answering: dict[str, str]) -> None:
         """Form a group with these servers, unless there is one.
@@ -194,9 +271,13 @@ class RolloutServers:
         """
         if answering != self._joined or self._transfer is None:
             self.close()
+            self._choose(answering)
             if _rank() == 0:
                 self._control = ServerControl(
-                    list(answering), seconds=self.options.seconds, headers=self.options.headers
+                    list(answering),
+                    seconds=self.options.seconds,
+                    headers=self.options.headers,
+                    told_to_end=lambda: self._told_to_end,
                 )
                 self._control.join_anew()
                 if self.options.transfer == "gloo":
@@ -204,8 +285,6 @@ class RolloutServers:
             self._transfer = open_transfer(
                 self.options.transfer, self._weights, self._control, seconds=self.options.seconds
             )
-        if self._control is not None:
-            self._control.version = self.label
 
     def _measure_drifts(self) -> dict[str, float]:
         """Return the mean difference in log-prob between each server and the trainer.
@@ -218,8 +297,13 @@ class RolloutServers:
         probes: dict[str, _Probe] = {}
         failure: Exception | None = None
         if _rank() == 0:
-            answers = at_once([partial(self._try_probe, url, prompt, tokens) for url in self.live])
-            for url, answer in zip(self.live, answers, strict=True):
+            calls = [partial(self._try_probe, url, prompt, tokens) for url in self.live]
+            answers: list[_Probe | RolloutServerError] = []
+            try:
+                answers = at_once(calls, lambda: self._told_to_end)
+            except RolloutServerError as error:
+                failure = error
+            for url, answer in zip(self.live, answers, strict=bool(answers)):
                 if isinstance(answer, RolloutServerError):
                     failure = answer
                     logger.warning("%s", answer)
@@ -252,7 +336,7 @@ class RolloutServers:
             RolloutServerError: it does not answer, or not with these.
         """
         params = {"max_tokens": tokens, "seed": 0, "logprobs": 0, "detokenize": False}
-        body = {"token_ids": prompt, "sampling_params": params}
+        body = {"token_ids": prompt, "sampling_params": params, "model": self.adapter}
         headers = self.options.headers
         try:
             choice = only_choice(
@@ -271,6 +355,12 @@ class RolloutServers:
                 f"{len(logprobs)} log-probs"
             )
         return written, logprobs
+
+
+def _leave(control: ServerControl, run: str | None, adapter: str | None) -> None:
+    if run is not None and adapter is not None:
+        control.drop_adapter(run, adapter)
+    control.join_anew()
 
 
 def _rank() -> int:

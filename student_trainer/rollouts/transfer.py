@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from functools import partial
 from ipaddress import ip_address
@@ -20,12 +19,19 @@ import httpx
 import torch
 
 from shared.errors import RolloutError
-from student_trainer.rollouts.http import CONNECT_SECONDS, Backend, checked, content
+from student_trainer.rollouts.http import (
+    CONNECT_SECONDS,
+    Backend,
+    at_once,
+    checked,
+    content,
+    never,
+)
 from student_trainer.rollouts.weights import StudentWeights, WeightShape
 from student_trainer.runtime.threads import in_thread
 
 UNFINISHED = "unfinished"  # the name of weights that came only in part
-_LEAVE_SECONDS = 30.0
+_ANSWER_SECONDS = 30.0
 _POLL_SECONDS = 0.02
 
 
@@ -37,16 +43,28 @@ class ServerControl:
     Args:
         urls: addresses of the servers.
         seconds: longest wait for an answer.
+        told_to_end: whether the run was told to end: then nothing is waited for.
 
     Attributes:
         version: name of the weights that `finish_weight_update` tells the servers.
         refusal: why servers did not join the group, once they have refused.
+        give_up: is called in a thread of its own where servers do not receive the weights that the
+            trainer sends, to end its sending.
     """
 
-    def __init__(self, urls: Sequence[str], *, seconds: float, headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        seconds: float,
+        headers: dict[str, str],
+        told_to_end: Callable[[], bool] = never,
+    ) -> None:
         self.urls = tuple(urls)
+        self._told_to_end = told_to_end
         self.version = ""
         self.refusal: Exception | None = None
+        self.give_up: Callable[[], None] = lambda: None
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         # Servers that join wait for all others, so none of them may wait for a connection.
         limits = httpx.Limits(max_connections=None)
@@ -61,7 +79,8 @@ class ServerControl:
         counts = []
         for url in self.urls:
             try:
-                counts.append(int(content(self._client.get(f"{url}/get_world_size"))["world_size"]))
+                answer = self._client.get(f"{url}/get_world_size", timeout=_ANSWER_SECONDS)
+                counts.append(int(content(answer)["world_size"]))
             except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
                 raise RolloutError(f"{url} tells no number of workers: {error!r}") from error
         return counts
@@ -78,29 +97,87 @@ class ServerControl:
             for count in self.workers():
                 infos.append({"init_info": {**init_info, "rank_offset": offset}})
                 offset += count
-            self._post_all("init_weight_transfer_engine", infos)
+            self.post_all("init_weight_transfer_engine", infos)
         except RolloutError as error:
             self.refusal = error
             raise
 
     def start_weight_update(self) -> None:
         """Stop writing, and prepare the models for new weights."""
-        self._post_all("pause?mode=wait&clear_cache=true")
-        self._post_all("start_weight_update")
+        self.pause()
+        self.post_all("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
         """Receive the weights; returns when they are loaded."""
-        self._post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        try:
+            self.post_all("update_weights", [{"update_info": update_info}] * len(self.urls))
+        except RolloutError:
+            self.give_up()
+            raise
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Finish the models, name their weights, and write again."""
         version = weight_version or self.version
-        self._post_all("finish_weight_update", [{"weight_version": version}] * len(self.urls))
-        self._post_all("resume")
+        self.post_all("finish_weight_update", [{"weight_version": version}] * len(self.urls))
+        self.resume()
+
+    def pause(self) -> None:
+        """Stop writing, once what was begun is written, and drop the prefix cache."""
+        self.post_all("pause?mode=wait&clear_cache=true")
+
+    def resume(self) -> None:
+        """Write again."""
+        self.post_all("resume")
+
+    def name_weights(self, version: str) -> None:
+        """Name the weights, as `finish_weight_update` does."""
+        self.post_all("update_weight_version", [{"new_version": version}] * len(self.urls))
 
     def prepare_cpu(self) -> None:
         """Make seeded sampling work on a CPU, see `shared.vllm_sampling`."""
-        self._post_all("collective_rpc", [{"method": "spare_generators"}] * len(self.urls))
+        self.call_workers("spare_generators")
+
+    def call_workers(self, method: str, **arguments: Any) -> list[list[Any]]:
+        """Call a method of all workers; return their results, a list for each server.
+
+        Raises:
+            RolloutError: one fails.
+        """
+        call = {"method": method, "kwargs": arguments}
+        answers = self.post_all("collective_rpc", [call] * len(self.urls))
+        return [list(content(answer).get("results") or []) for answer in answers]
+
+    def load_adapter(self, name: str, folders: Sequence[str]) -> str | None:
+        """Load an adapter from a folder of each server; return why one refuses it, or None.
+
+        Raises:
+            RolloutError: a server does not answer.
+        """
+        bodies = [{"lora_name": name, "lora_path": folder} for folder in folders]
+        try:
+            self.post_all("v1/load_lora_adapter", bodies)
+        except RolloutError as error:
+            if isinstance(error.__cause__, httpx.HTTPError):
+                raise
+            return str(error)
+        return None
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter by its name; one that is not there is passed over."""
+        with suppress(RolloutError):
+            self.post_all("v1/unload_lora_adapter", [{"lora_name": name}] * len(self.urls))
+
+    def drop_adapter(self, run: str, name: str) -> None:
+        """Drop a run's adapter and its files, if the servers still answer."""
+        call = {"method": "delete_adapters", "kwargs": {"run": run}}
+        post = partial(self._client.post, timeout=_ANSWER_SECONDS)
+
+        def drop(url: str) -> None:
+            with suppress(httpx.HTTPError):
+                post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+                post(f"{url}/collective_rpc", json=call)
+
+        at_once([partial(drop, url) for url in self.urls])
 
     def join_anew(self) -> None:
         """Let the servers leave a group that they are in, and end a transfer that was cut off.
@@ -108,39 +185,39 @@ class ServerControl:
         One that is dead or does not answer is passed over: the next call shows it.
         """
         cut_off = {"weight_version": UNFINISHED}
-        post = partial(self._client.post, timeout=_LEAVE_SECONDS)
-        for url in self.urls:
+        post = partial(self._client.post, timeout=_ANSWER_SECONDS)
+
+        def leave(url: str) -> None:
             with suppress(httpx.HTTPError, RolloutError):
-                state = content(self._client.get(f"{url}/is_paused", timeout=_LEAVE_SECONDS))
+                state = content(self._client.get(f"{url}/is_paused", timeout=CONNECT_SECONDS))
                 if state.get("is_paused"):
                     post(f"{url}/finish_weight_update", json=cut_off)
                 post(f"{url}/shutdown_weight_transfer_engine")
                 post(f"{url}/resume")
 
+        at_once([partial(leave, url) for url in self.urls])
+
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _post_all(self, path: str, bodies: Sequence[Any] | None = None) -> None:
+    def post_all(self, path: str, bodies: Sequence[Any] | None = None) -> list[httpx.Response]:
         """Call all servers at once, because they wait for one another in some calls.
 
         Raises:
-            RolloutError: one of them failed.
+            RolloutError: one of them failed, or the run was told to end meanwhile.
         """
-        calls: list[Future[Any]] = []
-        for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True):
-            calls.append(in_thread(_posting(self._client, f"{url}/{path}", body), name=path))
-        waiting = set(calls)
-        while waiting:
-            ended, waiting = wait(waiting, return_when=FIRST_EXCEPTION)
-            for call in ended:
-                call.result()  # raised at once, as the others may wait for the one that failed
+        calls = [
+            _posting(self._client, f"{url}/{path}", body)
+            for url, body in zip(self.urls, bodies or [None] * len(self.urls), strict=True)
+        ]
+        return at_once(calls, self._told_to_end, name=path)
 
 
-def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], None]:
-    def post() -> None:
+def _posting(client: httpx.Client, url: str, body: Any) -> Callable[[], httpx.Response]:
+    def post() -> httpx.Response:
         try:
-            checked(client.post(url, json=body))
+            return checked(client.post(url, json=body))
         except httpx.HTTPError as error:
             raise RolloutError(f"{url}: {str(error) or type(error).__name__}") from error
 
@@ -233,7 +310,10 @@ def open_transfer(
     source = _Source(weights)
     join = partial(WeightTransferTrainerFactory.trainer_init, info, client=control, source=source)
     try:
-        return Transfer(join() if control is None else _unless_refused(join, control), source)
+        engine = join() if control is None else _unless_refused(join, control)
+        if backend == "nccl" and control is not None:
+            control.give_up = engine.shutdown  # aborts NCCL, which waits for a dead peer for ever
+        return Transfer(engine, source)
     except (RuntimeError, ValueError) as error:
         raise RolloutError(f"the rollout servers did not join: {error}") from error
 

@@ -25,7 +25,7 @@ class WeightShape:
 
 
 class StudentWeights:
-    """The weights of a student, whole and with adapters added to them, as an iterable of pairs.
+    """The weights of a student, whole, as an iterable of pairs.
 
     Each iteration gives (name, tensor) as the weights are then. A sharded student (FSDP2, ZeRO-3)
     is gathered one layer at a time, so no rank holds the whole model; gathering is a collective,
@@ -37,6 +37,10 @@ class StudentWeights:
     Args:
         model: the student, as it is called in training (a peft model too), not in DDP.
         dtype: dtype of the tensors that are given; that of integers is kept.
+
+    Attributes:
+        adapted: {name: LoRA layer} of the layers that adapters change.
+        merged: whether adapters are added to the weights.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -44,7 +48,8 @@ class StudentWeights:
 
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.dtype = dtype
-        self._adapted = {
+        self.merged = True
+        self.adapted = {
             name: module
             for name, module in self.causal_lm.named_modules()
             if isinstance(module, LoraLayer)
@@ -59,6 +64,11 @@ class StudentWeights:
         for layer in self._layers():
             whole = {name: self._whole(key, value) for name, (key, value) in layer.items()}
             yield revert_weight_conversion(self.causal_lm, whole)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all that an iteration gives."""
+        return sum(math.prod(one.shape) * one.dtype.itemsize for one in self.shapes())
 
     def shapes(self) -> list[WeightShape]:
         """Return what an iteration will give, in its order, without gathering anything."""
@@ -100,7 +110,7 @@ class StudentWeights:
             owner, _, own = key.partition(".base_layer.")
             if own:
                 name = f"{owner}.{own}"
-            elif key in tied or any(key.startswith(f"{prefix}.") for prefix in self._adapted):
+            elif key in tied or any(key.startswith(f"{prefix}.") for prefix in self.adapted):
                 continue  # it is given under its first name, or added to the weight it adapts
             else:
                 name = key
@@ -112,15 +122,15 @@ class StudentWeights:
 
     @torch.no_grad()
     def _whole(self, key: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a weight as a whole tensor of its own, with what adapters add to it."""
+        """Return a weight as a whole tensor of its own, `merged` with what adapters add."""
         owner, _, own = key.partition(".base_layer.")
-        layer = self._adapted[owner] if own == "weight" else None
+        layer = self.adapted[owner] if own == "weight" and self.merged else None
         parts = [value] if layer is None else list(layer.parameters())
-        with _gathered(parts):
-            whole = _full(value).detach()
+        with gathered(parts):
+            whole = full(value).detach()
             if layer is not None:
                 for adapter in layer.active_adapters:
-                    whole = whole + _full(layer.get_delta_weight(adapter)).to(whole.device)
+                    whole = whole + full(layer.get_delta_weight(adapter)).to(whole.device)
             return whole.to(self._dtype_of(value), copy=True)
 
 
@@ -130,13 +140,13 @@ def _layer_of(name: str) -> str:
     return next((".".join(parts[: i + 1]) for i, p in enumerate(parts) if p.isdigit()), "")
 
 
-def _full(value: torch.Tensor) -> torch.Tensor:
+def full(value: torch.Tensor) -> torch.Tensor:
     """Return a tensor that FSDP2 has sharded as a whole one (a collective), any other as it is."""
     gather = getattr(value, "full_tensor", None)
     return value if gather is None else gather()
 
 
-def _gathered(weights: list[torch.Tensor]) -> AbstractContextManager[Any]:
+def gathered(weights: list[torch.Tensor]) -> AbstractContextManager[Any]:
     """Return a block in which weights that ZeRO-3 has sharded are whole."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()

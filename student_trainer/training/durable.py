@@ -87,7 +87,7 @@ class DurableTrainer(Trainer):
             None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         )
         self._remove_unfinished()
-        stops = stop_event(_PATIENCE, self.ranks.wait_no_longer, self._say_it_stops)
+        stops = stop_event(_PATIENCE, self.wait_no_longer, self._say_it_stops)
         with without_key_warnings() if self._is_whole else nullcontext(), stops as told:
             self.add_callback(_AfterStep(self, told))
             try:
@@ -99,7 +99,13 @@ class DurableTrainer(Trainer):
                 # a checkpoint of this step needs; the last one is there.
                 with suppress(RolloutServerError):
                     self._save_what_was_learned()
-                raise
+                step = self.state.global_step
+                saved = self._random_state is None or self._saved_step == step
+                self.stopped = told.is_set() and saved and step > 0
+                if not self.stopped:
+                    raise
+                self._remove_unfinished()
+                return None
             except (TeacherError, ProtocolError):
                 self._save_what_was_learned()
                 self._remove_unfinished()
@@ -113,6 +119,14 @@ class DurableTrainer(Trainer):
                     "damaged, or holds more than tensors and numbers. Go on from another one by "
                     "--resume_from_checkpoint FOLDER, or delete it"
                 ) from error
+
+    def wait_no_longer(self) -> None:
+        """End a wait for a server, if there is one: for a signal's handler.
+
+        Raises:
+            TeacherUnreachableError: this process waited for the teacher.
+        """
+        self.ranks.wait_no_longer()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(unfinished(self._output) if self._writing_checkpoint else self._output)

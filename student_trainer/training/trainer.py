@@ -342,6 +342,8 @@ class DistillationTrainer(DurableTrainer):
             logs = {**logs, **window}
             if self.engine is not None and self.engine.drift is not None:
                 logs["rollout_drift"] = self.engine.drift
+            if isinstance(self.engine, RolloutServers) and self.engine.sent_bytes is not None:
+                logs["rollout_bytes"] = self.engine.sent_bytes
         named = grouped(logs)
         with names_kept(GROUPS):
             super().log(named, start_time)
@@ -393,6 +395,12 @@ class DistillationTrainer(DurableTrainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.lines.close()
+
+    def wait_no_longer(self) -> None:
+        """End a wait for the teacher or for rollout servers, as `DurableTrainer` says."""
+        if isinstance(self.engine, RolloutServers):
+            self.engine.wait_no_longer()
+        super().wait_no_longer()
 
     def save_beside(self, folder: Path) -> None:
         """Write the batches that were begun ahead, and the position in a stream."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -47,7 +52,7 @@ def student(student_folder):
 
 
 class Replicas:
-    """Two servers that can be killed and started again at their addresses."""
+    """Two servers that can be killed and started again at their addresses; one loads adapters."""
 
     def __init__(self, folder, logs):
         self._folder, self._logs = folder, logs
@@ -61,16 +66,22 @@ class Replicas:
             list(pool.map(self._start, which))
 
     def kill(self, number):
-        server = psutil.Process(self.processes[number].pid)
-        for process in [server, *server.children(recursive=True)]:  # its engine too
-            process.kill()
+        self.signal(signal.SIGKILL, number)
+
+    def signal(self, number, *which):
+        for one in which:
+            server = psutil.Process(self.processes[one].pid)
+            for process in [server, *server.children(recursive=True)]:  # its engine too
+                process.send_signal(number)
 
     def close(self):
         self._running.close()
 
     def _start(self, number):
         log = self._logs / f"server-{number}.log"
-        server = running_rollout_server(self._folder, port=self.ports[number], log=log)
+        server = running_rollout_server(
+            self._folder, port=self.ports[number], log=log, lora_rank=8 if number == 1 else None
+        )
         self.processes[number] = self._running.enter_context(server)
 
 
@@ -155,6 +166,64 @@ def test_adapters_are_merged_and_a_version_that_is_there_is_not_sent_again(stude
         assert write(both) != before
 
 
+def test_a_server_that_loads_adapters_gets_them_alone_and_writes_the_same(
+    student, replicas, caplog
+):
+    config = LoraConfig(
+        r=2, rank_pattern={"q_proj": 4}, alpha_pattern={"o_proj": 3}, use_rslora=True,
+        target_modules="all-linear", init_lora_weights=False,
+    )  # fmt: skip
+    adapted = get_peft_model(student, config)
+    with servers(adapted, replicas.urls) as merged, servers(adapted, replicas.urls[1:]) as alone:
+        for version in range(2):
+            merged.sync(version)
+            expected, whole = write(merged), merged.sent_bytes
+            alone.sync(version)
+            assert alone.drift < 1e-5
+            assert write(alone) == expected
+            move_adapters(adapted, seed=version)
+        alone.sync(2)
+        assert alone.adapter is not None
+        assert merged.adapter is None
+        assert write(alone) != expected
+        assert alone.sent_bytes < whole / 4
+        folder = adapters_folder(alone)
+        assert [path.name for path in folder.iterdir()] == [alone.adapter]
+    assert not folder.exists()
+    assert sum("without --enable-lora" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"r": 16}, "max-lora-rank 8, below 16"),
+        ({"use_dora": True}, "DoRA"),
+        ({"target_modules": ["embed_tokens"]}, "embed_tokens is no linear layer"),
+    ],
+    ids=["rank", "dora", "embedding"],
+)
+def test_adapters_that_a_server_does_not_load_are_merged(student, replicas, caplog, options, why):
+    student.config.tie_word_embeddings = False
+    settings = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    with servers(get_peft_model(student, LoraConfig(**settings)), replicas.urls[1:]) as one:
+        one.sync(0)
+        assert one.drift < 1e-5
+        assert one.adapter is None
+    assert any(why in message for message in caplog.messages)
+
+
+def move_adapters(adapted, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def adapters_folder(opened):
+    return Path(tempfile.gettempdir()) / f"sparse-gkd-adapters-{opened.adapter.partition('-')[0]}"
+
+
 def test_greedy_completions_are_those_of_the_model_and_end_as_they_should(student, replicas):
     with servers(student, replicas.urls) as both:
         both.sync(0)
@@ -217,6 +286,24 @@ def test_two_sharded_ranks_learn_what_one_process_learns(world, student_folder, 
     np.testing.assert_allclose(divergences(one), divergences(two), rtol=1e-4)
 
 
+def test_two_sharded_ranks_that_send_adapters_learn_what_merged_weights_teach(
+    world, student_folder, replicas, tmp_path
+):
+    lora = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2}
+    merged, alone = tmp_path / "merged", tmp_path / "alone"
+    trainer_process.train(on_policy(world, merged, student_folder, replicas.urls, **lora))
+    argv = on_policy(
+        world, alone, student_folder, replicas.urls[1:], per_device_train_batch_size=4, **lora
+    )
+    trainer_process.train_on_two_ranks([*argv, "--fsdp"])
+    np.testing.assert_allclose(divergences(merged), divergences(alone), rtol=1e-4)
+    sent = [
+        [row["train/rollout_bytes"] for row in history(output) if "train/rollout_bytes" in row]
+        for output in (merged, alone)
+    ]
+    assert max(sent[1][1:]) < min(sent[0]) / 4
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_killed_servers_change_nothing(world, student_folder, replicas, tmp_path, staleness):
     """One dies and the other goes on; then that dies too, and a resumed run ends the same."""
@@ -237,6 +324,55 @@ def test_killed_servers_change_nothing(world, student_folder, replicas, tmp_path
     replicas.start(0, 1)
     trainer_process.train([*argv, "--resume_from_checkpoint", "auto"])
     assert_same_weights(whole, killed)
+
+
+def test_servers_that_hang_are_passed_over_and_a_told_run_ends_in_seconds(
+    world, student_folder, replicas, tmp_path
+):
+    """One stops while its connections stay open, the other goes on; then that stops too."""
+    whole, hung = tmp_path / "whole", tmp_path / "hung"
+    trainer_process.train(on_policy(world, whole, student_folder, replicas.urls))
+
+    options = {"save_steps": 100, "rollout_timeout": 3}
+    argv = on_policy(world, hung, student_folder, replicas.urls, **options)
+    live = hung / "_log_history.jsonl"
+    with trainer_process.running(argv) as trainer:
+        try:
+            trainer_process.until_logged(live, 1)
+            replicas.signal(signal.SIGSTOP, 1)
+            trainer_process.until_logged(live, 3)
+            replicas.signal(signal.SIGSTOP, 0)
+            began = time.monotonic()
+            os.kill(trainer.pid, signal.SIGTERM)
+            trainer.join(60)
+            assert trainer.exitcode == 0
+            assert time.monotonic() - began < 30
+        finally:
+            replicas.signal(signal.SIGCONT, 0, 1)
+    assert 0 < checkpoints(hung)[-1] < 6
+    trainer_process.train([*argv, "--resume_from_checkpoint", "auto"])
+    assert_same_weights(whole, hung)
+
+
+def test_a_server_that_hangs_while_it_takes_weights_is_left_out(student, replicas):
+    with servers(student, replicas.urls, seconds=3.0) as both:
+        both.sync(0)
+        written = write(both)
+        send = both._transfer.send
+
+        def stop_and_send():
+            replicas.signal(signal.SIGSTOP, 1)
+            send()
+
+        both._transfer.send = stop_and_send
+        try:
+            began = time.monotonic()
+            both.sync(1)
+            assert time.monotonic() - began < 40
+            assert both.live == [replicas.urls[0]]
+            assert write(both) == written
+        finally:
+            replicas.signal(signal.SIGCONT, 1)
 
 
 def test_a_server_of_another_model_is_refused(student, replicas):

@@ -147,12 +147,17 @@ def running_stock_vllm(model: Path, *arguments: str, command_line: bool = False)
 
 
 @contextlib.contextmanager
-def running_rollout_server(model: Path, *, port: int, log: Path) -> Iterator[Process]:
-    """Yield the process of vLLM's own server that takes weights over gloo."""
+def running_rollout_server(
+    model: Path, *, port: int, log: Path, lora_rank: int | None = None
+) -> Iterator[Process]:
+    """Yield the process of vLLM's own server that takes weights over gloo, and adapters if told."""
+    lora = [] if lora_rank is None else ["--enable-lora", "--max-lora-rank", str(lora_rank)]
     server = _start_stock_vllm(
         model, "--tokens-only", "--weight-transfer-config", '{"backend": "gloo"}',
-        "--worker-extension-cls", "shared.vllm_sampling.SeededSampling", "--max-model-len", "256",
+        "--worker-extension-cls", "shared.vllm_adapters.ReceivedAdapters",
+        "--max-model-len", "256", *lora,
         port=port, log=log, VLLM_SERVER_DEV_MODE="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="0" if lora_rank is None else "1",
     )  # fmt: skip
     with _until_the_end(server, f"http://127.0.0.1:{port}", log, "/health"):
         yield server

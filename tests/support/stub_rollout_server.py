@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from shared.vllm_adapters import ReceivedAdapters
+
 GENERATE = "/inference/v1/generate"
 
 
@@ -22,6 +24,10 @@ class StubRolloutServer:
         key: the key that its guarded routes want; None for any.
         answers: status and body of a path, in place of its own.
         choice: fields of each completion, in place of its own.
+        lora_rank: rank up to which it loads adapters; None if it loads none.
+        adapters: {name: folder} of those that are loaded.
+        unused: modules that its model has not.
+        tokens: what it has written, as it tells.
         busy: the most requests to `GENERATE` that were there at once.
         gate: requests to `GENERATE` wait for it.
         before: called with each path before it is answered.
@@ -31,6 +37,8 @@ class StubRolloutServer:
         self.calls, self.prompts = [], []
         self.version, self.context, self.key, self.paused = "default", 64, None, False
         self.answers, self.choice = {}, {}
+        self.lora_rank, self.adapters, self.unused, self.tokens = None, {}, [], 0
+        self._worker = ReceivedAdapters()
         self.busy = self._now = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -38,6 +46,7 @@ class StubRolloutServer:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        self._server.handle_error = lambda request, address: None  # of a client that has gone
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
@@ -70,6 +79,23 @@ class StubRolloutServer:
             return 200, {"is_paused": self.paused}
         if path == "/get_world_size":
             return 200, {"world_size": 2}
+        if path == "/metrics":
+            return 200, f'vllm:generation_tokens_total{{engine="0"}} {self.tokens}\n'.encode()
+        if path.startswith("/server_info"):
+            return 200, self._info()
+        if path == "/collective_rpc":
+            return 200, {"results": [self._call(body["method"], body.get("kwargs", {}))] * 2}
+        if path == "/v1/load_lora_adapter":
+            if body["lora_name"] in self.adapters:
+                return 400, {"error": "has already been loaded"}
+            self.adapters[body["lora_name"]] = body["lora_path"]
+        if path == "/v1/unload_lora_adapter":
+            known = self.adapters.pop(body["lora_name"], None)
+            return (200 if known else 404), {}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path == GENERATE and body.get("model") not in (None, *self.adapters):
+            return 404, {"error": "does not exist"}
         if path == GENERATE:
             return 200, {"choices": [self._complete(body)]}
         if path.startswith("/pause"):
@@ -79,6 +105,21 @@ class StubRolloutServer:
         if path == "/finish_weight_update" and body:
             self.version = body["weight_version"]
         return 200, {}
+
+    def _info(self) -> dict:
+        lora = None if self.lora_rank is None else {"max_lora_rank": self.lora_rank}
+        extension = "shared.vllm_adapters.ReceivedAdapters"
+        return {
+            "vllm_config": {
+                "lora_config": lora, "parallel_config": {"worker_extension_cls": extension}
+            },
+            "vllm_env": {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": lora is not None},
+        }  # fmt: skip
+
+    def _call(self, method: str, arguments: dict) -> object:
+        if method == "unused_adapter_modules":
+            return self.unused
+        return getattr(self._worker, method)(**arguments)
 
     def _complete(self, body) -> dict:
         params = body["sampling_params"]

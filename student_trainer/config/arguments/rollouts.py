@@ -100,7 +100,7 @@ class RolloutFlags:
     )
     rollout_timeout: float = flag(
         600.0,
-        "Seconds to wait for a server of --rollout_url.",
+        "Seconds to wait for a server of --rollout_url, and for its next token.",
         group="rollouts and generation",
         needs=("rollout_url", True),
     )

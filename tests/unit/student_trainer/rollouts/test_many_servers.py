@@ -107,7 +107,11 @@ def test_many_completions_in_flight_are_shared_among_small_clients(options, monk
     with stub.serving(Together(count)) as url:
         asked = options(url, 2)
         opened = SimpleNamespace(
-            model=SimpleNamespace(config=config), options=asked, live=list(asked.urls), label="1"
+            model=SimpleNamespace(config=config),
+            options=asked,
+            live=list(asked.urls),
+            label="1",
+            adapter=None,
         )
         engine = ServerRollouts(
             opened, stop_ids=[1], max_new_tokens=2, temperature=1.0, vocab_size=50
