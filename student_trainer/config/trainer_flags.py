@@ -1,7 +1,8 @@
 """The flags of transformers' `TrainingArguments`, known without importing transformers.
 
 `trainer_flags.json` holds them as the pinned version has them. With another version installed they
-are read from that, which takes the seconds that its import takes. After an upgrade:
+are read from that once, which takes the seconds that its import takes, and kept in the user's cache
+folder. After an upgrade of the pinned version:
 
     python -m student_trainer.config.trainer_flags
 """
@@ -10,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, field, make_dataclass, replace
 from enum import Enum
 from functools import cache
@@ -65,19 +69,38 @@ PRIVATE = (
 @cache
 def trainer_flags() -> dict[str, Flag]:
     """Return the flags of the installed transformers, by name."""
-    saved = json.loads(FILE.read_text())
-    if saved["transformers"] != version("transformers"):
-        return read_from_transformers()
-    flags = {}
-    for entry in saved["flags"]:
-        entry["choices"], entry["aliases"] = tuple(entry["choices"]), tuple(entry["aliases"])
-        flags[entry["name"]] = _with_ours(Flag(**entry))
-    return flags
+    installed = version("transformers")
+    kept = _user_cache() / f"trainer_flags-{installed}.json"
+    for file in (FILE, kept):
+        flags = _load(file, installed)
+        if flags is not None:
+            return {flag.name: _with_ours(flag) for flag in flags}
+    found = _read()
+    with suppress(OSError):  # without a cache folder they are read again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save(kept, found)
+    return {name: _with_ours(flag) for name, flag in found.items()}
 
 
 def read_from_transformers() -> dict[str, Flag]:
     """Read the flags from `TrainingArguments` itself."""
     return {name: _with_ours(flag) for name, flag in _read().items()}
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-gkd"
+
+
+def _load(file: Path, wanted: str) -> list[Flag] | None:
+    """Return the flags in a file, None if it is not there, damaged, or of another version."""
+    try:
+        saved = json.loads(file.read_text())
+        if saved["transformers"] != wanted:
+            return None
+        tuples = ("choices", "aliases")
+        return [Flag(**(e | {t: tuple(e[t]) for t in tuples})) for e in saved["flags"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _with_ours(flag: Flag) -> Flag:
@@ -145,15 +168,17 @@ else:
     )
 
 
-def save() -> None:
-    """Write `trainer_flags.json` from the installed transformers."""
-    flags = [asdict(flag) for flag in _read().values()]
+def save(file: Path, found: Mapping[str, Flag]) -> None:
+    """Write the flags of the installed transformers into a file."""
+    flags = [asdict(flag) for flag in found.values()]
     for entry in flags:
         for name in ("group", "common", "needs", "extends"):
             del entry[name]
     saved = {"transformers": version("transformers"), "flags": flags}
-    FILE.write_text(json.dumps(saved, indent=1) + "\n")
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(saved, indent=1) + "\n")
+    beside.replace(file)  # whole at each moment, as several commands may start at once
 
 
 if __name__ == "__main__":
-    save()
+    save(FILE, _read())

@@ -13,6 +13,7 @@ import pytest
 from shared import errors
 from student_trainer.commands import main as cli
 from student_trainer.config.commands import COMMANDS, Command
+from student_trainer.config.trainer_flags import trainer_flags
 
 DOCUMENT = Path(__file__).parents[4] / "docs" / "reference" / "command-line.md"
 
@@ -133,6 +134,7 @@ def test_rows_that_are_not_there_are_missed_before_torch_is_imported(
 
 def test_wrong_flags_and_help_wait_for_no_heavy_import():
     """Each of these takes longer to import than an answer may take."""
+    trainer_flags()  # with another transformers than the pinned one they are kept from here on
     code = (
         "import contextlib, io, sys\n"
         "from student_trainer.commands.main import main\n"

@@ -7,6 +7,7 @@ import pytest
 from transformers import TrainingArguments
 
 from student_trainer.commands.main import main
+from student_trainer.config import trainer_flags as trainer_flags_module
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import flags_of
 from student_trainer.config.help import EXIT_CODES, GROUPS, actions_of
@@ -41,6 +42,34 @@ def test_each_flag_of_ours_is_in_a_group_and_no_group_is_empty():
 
 def test_the_saved_flags_of_transformers_are_those_of_the_pinned_version():
     assert trainer_flags() == read_from_transformers()
+
+
+def test_flags_of_another_transformers_are_read_once_and_kept(tmp_path, monkeypatch):
+    read = []
+
+    def read_slowly():
+        read.append(1)
+        return known
+
+    known = trainer_flags_module._read()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trainer_flags_module, "version", lambda name: "5.16.1")
+    monkeypatch.setattr(trainer_flags_module, "_read", read_slowly)
+    fresh = trainer_flags.__wrapped__  # without functools.cache
+    assert fresh() == fresh() == read_from_transformers()
+    assert len(read) == 2  # the second by `read_from_transformers`
+    [file] = (tmp_path / "cache" / "sparse-gkd").iterdir()
+    for damaged in ("", "[]", '{"transformers": "5.16.1", "flags": [{"name": "seed"}]}'):
+        file.write_text(damaged)
+        assert fresh() == fresh() == trainer_flags()
+    assert len(read) == 5
+
+
+def test_flags_are_read_without_a_cache_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(trainer_flags_module, "version", lambda name: "5.16.1")
+    assert trainer_flags.__wrapped__() == trainer_flags()
 
 
 def listed(text):
