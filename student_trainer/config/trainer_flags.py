@@ -113,6 +113,18 @@ def _with_ours(flag: Flag) -> Flag:
     )
 
 
+def save(file: Path, found: Mapping[str, Flag]) -> None:
+    """Write the flags of the installed transformers into a file."""
+    flags = [asdict(flag) for flag in found.values()]
+    for entry in flags:
+        for name in ("group", "common", "needs", "extends"):
+            del entry[name]
+    saved = {"transformers": version("transformers"), "flags": flags}
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(saved, indent=1) + "\n")
+    beside.replace(file)  # whole at each moment, as several commands may start at once
+
+
 def _read() -> dict[str, Flag]:
     from transformers import HfArgumentParser, TrainingArguments
 
@@ -166,18 +178,6 @@ else:
     TrainerFlags = make_dataclass(
         "TrainerFlags", [(name, Any, _field(flag)) for name, flag in trainer_flags().items()]
     )
-
-
-def save(file: Path, found: Mapping[str, Flag]) -> None:
-    """Write the flags of the installed transformers into a file."""
-    flags = [asdict(flag) for flag in found.values()]
-    for entry in flags:
-        for name in ("group", "common", "needs", "extends"):
-            del entry[name]
-    saved = {"transformers": version("transformers"), "flags": flags}
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(saved, indent=1) + "\n")
-    beside.replace(file)  # whole at each moment, as several commands may start at once
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """`--help` is short and in groups; `--help_all` has everything."""
 
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -63,6 +66,19 @@ def test_flags_of_another_transformers_are_read_once_and_kept(tmp_path, monkeypa
         file.write_text(damaged)
         assert fresh() == fresh() == trainer_flags()
     assert len(read) == 5
+
+
+def test_a_first_import_with_another_transformers_reads_and_keeps_them(tmp_path):
+    code = (
+        "import importlib.metadata as metadata\n"
+        "known = metadata.version\n"
+        "metadata.version = lambda name: '5.16.1' if name == 'transformers' else known(name)\n"
+        "from student_trainer.config import trainer_flags\n"
+        "assert 'learning_rate' in trainer_flags.trainer_flags()\n"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=env)
+    assert (tmp_path / "sparse-gkd" / "trainer_flags-5.16.1.json").exists()
 
 
 def test_flags_are_read_without_a_cache_folder(tmp_path, monkeypatch):
