@@ -19,9 +19,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, required=True, help="output of evaluate")
     parser.add_argument("--output_dir", type=Path, required=True)
     arguments = parser.parse_args()
-    answers = answered(
-        _read(arguments.questions), _read(arguments.samples / "samples.jsonl")
-    )
+    answers = answered(_read(arguments.questions), _read(arguments.samples / "samples.jsonl"))
     write_rows(arguments.output_dir, {"answers": answers})
 
 

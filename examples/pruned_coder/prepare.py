@@ -41,7 +41,9 @@ def main() -> None:
     )
 
 
-def make_dataset(*, labelled: int = LABELLED_ROWS, held_out: int = HELD_OUT_ROWS) -> dict[str, list[Row]]:
+def make_dataset(
+    *, labelled: int = LABELLED_ROWS, held_out: int = HELD_OUT_ROWS
+) -> dict[str, list[Row]]:
     """Return the rows of each file by its name; the same numbers give the same rows."""
     rng = random.Random("pruned-coder")
     taken: set[str] = set()

@@ -163,9 +163,7 @@ def _study(path: Path, content: Any) -> Study:
         if cells[name].command == "evaluate":
             cells[name] = replace(cells[name], measures=name)
     if tables:
-        measure = _mapping(
-            top.get("measure"), "measure", ("command", "flags", "teacher", "metric")
-        )
+        measure = _mapping(top.get("measure"), "measure", ("command", "flags", "teacher", "metric"))
         metric = str(measure.get("metric", "pass@1"))
         tables = tuple(replace(table, metric=table.metric or metric) for table in tables)
         for name in compared:
