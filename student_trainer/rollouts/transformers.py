@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -193,9 +193,15 @@ class TransformersRollouts:
             range(len(requests)), key=lambda i: (outgrows[i], len(requests[i].prompt_ids))
         )
         running: RunningBatch | None = None
-        with _evaluation_mode(self.model):
+        finished: list[tuple[int, Rollout]] = []
+
+        def until_some_finish() -> None:
             # Each round makes exactly one forward pass, so that ranks of a sharded model match.
-            while _any_rank_busy(bool(waiting) or running is not None, self._device, sharded):
+            nonlocal waiting, running, finished
+            finished = []
+            while not finished and _any_rank_busy(
+                bool(waiting) or running is not None, self._device, sharded
+            ):
                 places = self._free_places(running)
                 if waiting and (self._mode == "alone" or outgrows[waiting[0]]):
                     places = int(running is None)
@@ -212,8 +218,15 @@ class TransformersRollouts:
                 finished, left = self._split_finished(batch)
                 if left is not None:
                     running = left if running is None else running.merged(left)
-                if finished:
-                    yield finished
+
+        with _evaluation_mode(self.model):
+            while True:
+                # Not while the caller has its turn, who may train the model.
+                with _kept_casts(self._device, sharded):
+                    until_some_finish()
+                if not finished:
+                    return
+                yield finished
 
     @property
     def _device(self) -> torch.device:
@@ -406,6 +419,21 @@ def _any_rank_busy(busy: bool, device: torch.device, sharded: bool) -> bool:
     flag = torch.tensor(int(busy), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def _kept_casts(device: torch.device, sharded: bool) -> AbstractContextManager[Any]:
+    """Keep what autocast makes of the weights in a forward pass for the others within the block.
+
+    Autocast forgets its half-precision weights when the outermost context ends, which otherwise is
+    each forward pass: then all weights are converted for every token, which takes longer than the
+    pass itself. This outer context changes no operation. Weights that are sharded are gathered
+    layer by layer to save memory, so their copies are not kept.
+    """
+    if sharded:
+        return nullcontext()
+    kind = device.type
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
 
 @contextmanager

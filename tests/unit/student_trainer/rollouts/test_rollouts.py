@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from shared.errors import RolloutError
@@ -79,6 +80,52 @@ def test_samples_follow_the_softmax_at_the_temperature(model, temperature):
     chi_square = ((counts - expected) ** 2 / expected)[expected >= 5].sum()
     degrees = int((expected >= 5).sum())
     assert chi_square < degrees + 5 * np.sqrt(2 * degrees)
+
+
+class CountConversions(TorchDispatchMode):
+    """Count conversions of a tensor of some shape to bfloat16."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += (kwargs or {}).get("dtype") is torch.bfloat16
+        return func(*args, **(kwargs or {}))
+
+
+def in_bfloat16():
+    """A small model that computes in bfloat16, as accelerate makes one of `--bf16`."""
+    model = small_model()
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    return model
+
+
+def test_weights_are_converted_once_and_not_for_each_token():
+    model = in_bfloat16()
+    rollouts = engine(model, max_new_tokens=12, stop_ids=())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with CountConversions(weight.shape) as counted:
+        (group,) = rollouts.generate(requests(3))
+    assert all(len(rollout.token_ids) == 12 for _, rollout in group)
+    # The gate and up projections of each layer and the output layer have this shape.
+    assert counted.count == 2 * len(model.model.layers) + 1
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_step_between_two_groups_trains_and_is_seen():
+    model = in_bfloat16()
+    rollouts = engine(model, stop_ids=MANY_STOPS)
+    groups = rollouts.generate(requests(12))
+    next(groups)
+    model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    assert all(one.grad is not None and one.grad.isfinite().all() for one in model.parameters())
+    with torch.no_grad():
+        for one in model.parameters():
+            one.fill_(torch.nan)
+    with pytest.raises(RolloutError, match="not finite"):
+        next(groups)
 
 
 def assert_greedy(model, asked, rollouts):
