@@ -9,6 +9,7 @@ no row.
 
 import argparse
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ PAGES = (
     Path(__file__).with_name("README.md"),
 )
 RESULTS = ROOT / "docs/results/pruned_coder.json"
-PLOTS = ("healing", "healing_divergence", "time", "teachers")
+PLOTS = ("healing", "time", "teachers")
 # <!-- cells TABLE ... --> or <!-- differences TABLE ... -->, the rows, and <!-- end -->.
 _ENCLOSED = re.compile(r"<!-- (cells|differences) ([\w ]+) -->\n.*?<!-- end -->", re.S)
 
@@ -36,28 +37,35 @@ def main() -> None:
     shutil.copyfile(folder / "results.json", RESULTS)
     for name in PLOTS:
         if (folder / f"{name}.svg").exists():
-            plot = RESULTS.with_name(f"pruned-coder-{name.replace('_', '-')}.svg")
-            shutil.copyfile(folder / f"{name}.svg", plot)
+            shutil.copyfile(folder / f"{name}.svg", _plot(name))
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        page.write_text(filled(text, load_study(STUDY), results), encoding="utf-8")
+        page.write_text(filled(text, load_study(STUDY), results, page.parent), encoding="utf-8")
 
 
-def filled(text: str, study: Study, results: Mapping[str, Any]) -> str:
-    """Return a page's text with the rows of its tables made anew.
+def filled(text: str, study: Study, results: Mapping[str, Any], folder: Path) -> str:
+    """Return a page's text with its tables made anew, and below each of cells its plot.
 
     Args:
         results: content of the study's results.json.
+        folder: of the page, from which plots are linked.
     """
 
     def table(found: re.Match[str]) -> str:
         kind, names = found[1], found[2].split()
         rows = cell_rows if kind == "cells" else difference_rows
         lines = rows(study, results, names)
+        if kind == "cells" and names[0] in PLOTS and _plot(names[0]).exists():
+            title = next(table.title for table in study.tables if table.name == names[0])
+            lines += ["", f"![{title}]({os.path.relpath(_plot(names[0]), folder)})"]
         return "\n".join([f"<!-- {kind} {found[2]} -->", *lines, "<!-- end -->"])
 
     return _ENCLOSED.sub(table, text)
+
+
+def _plot(name: str) -> Path:
+    return RESULTS.with_name(f"pruned-coder-{name.replace('_', '-')}.svg")
 
 
 def cell_rows(study: Study, results: Mapping[str, Any], names: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ def results():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_table_is_the_studys(page, results):
     text = page.read_text()
-    assert filled(text, load_study(STUDY), results) == text
+    assert filled(text, load_study(STUDY), results, page.parent) == text
     assert text.count("<!-- end -->") == text.count("<!-- cells") + text.count("<!-- differences")
 
 

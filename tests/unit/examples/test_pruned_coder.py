@@ -150,8 +150,9 @@ def test_a_table_of_the_page_has_what_is_measured(study, results):
 
 
 def test_tables_are_filled_between_their_comments_alone(study, results):
-    page = "Before.\n\n<!-- cells healing -->\nold\n<!-- end -->\n\nAfter.\n"
-    once = filled(page, study, results)
-    assert once.startswith("Before.\n\n<!-- cells healing -->\n| model | pass@1 | seeds |\n")
+    mark = "<!-- cells healing_divergence -->"
+    page = f"Before.\n\n{mark}\nold\n<!-- end -->\n\nAfter.\n"
+    once = filled(page, study, results, EXAMPLE)
+    assert once.startswith(f"Before.\n\n{mark}\n| model | divergence | seeds |\n")
     assert once.endswith("| 2 |\n<!-- end -->\n\nAfter.\n")
-    assert filled(once, study, results) == once
+    assert filled(once, study, results, EXAMPLE) == once
