@@ -25,7 +25,7 @@ PAGES = (
     Path(__file__).with_name("README.md"),
 )
 RESULTS = ROOT / "docs/results/pruned_coder.json"
-PLOTS = ("healing", "time", "teachers")
+PLOTS = ("pruned", "healing", "time", "teachers")
 # <!-- cells TABLE ... --> or <!-- differences TABLE ... -->, the rows, and <!-- end -->.
 _ENCLOSED = re.compile(r"<!-- (cells|differences) ([\w ]+) -->\n.*?<!-- end -->", re.S)
 

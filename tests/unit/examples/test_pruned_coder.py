@@ -106,19 +106,30 @@ def test_all_students_have_the_same_updates_but_those_of_equal_time(study):
     check_flags(study)
     assert study.drop_weights
     assert study.metrics() == ["pass@1", "divergence", "perplexity"]
-    table = next(table for table in study.tables if table.name == "healing")
-    students = [study.cells[name] for name in [*table.cells, "mixed_sft"] if name not in (
-        "teacher_raw", "student_before")]  # fmt: skip
-    assert len(students) == 9
-    for key in ("max_steps", "per_device_train_batch_size", "warmup_steps", "model_name_or_path"):
-        assert len({cell.flags[key] for cell in students}) == 1
-    rates = {(bool(c.flags.get("use_peft")), c.flags["learning_rate"]) for c in students}
-    assert rates == {(False, 2e-4), (True, 1e-3)}
+    tables = {table.name: table.cells for table in study.tables}
+    models = {"teacher_raw", "teacher_sft", "student_before", "healed"}
+    pruned = [study.cells[name] for name in tables["pruned"] if name not in models]
+    others = [name for name in (*tables["healing"], *tables["teachers"]) if name not in models]
+    healed = [study.cells[name] for name in dict.fromkeys(others)]
+    assert (len(pruned), len(healed)) == (5, 8)
+    for students in (pruned, healed):
+        for key in ("max_steps", "per_device_train_batch_size", "model_name_or_path"):
+            assert len({cell.flags[key] for cell in students}) == 1
+    rates = {(bool(c.flags.get("use_peft")), c.flags["learning_rate"]) for c in healed}
+    assert rates == {(False, 1e-4), (True, 1e-3)}
 
 
 def test_models_and_questions_are_made_once_and_students_for_each_seed(study):
     plan = make_plan(study, study.seeds)
-    shared = ("data", "teacher_raw", "student_before", "answers", "teacher_sft", "answers_sft")
+    shared = (
+        "data",
+        "teacher_raw",
+        "student_before",
+        "answers",
+        "healed",
+        "teacher_sft",
+        "answers_sft",
+    )
     for name in shared:
         assert {plan.folder_of[name, seed] for seed in study.seeds} == {f"shared/{name}"}
     assert len({plan.folder_of["gkd", seed] for seed in study.seeds}) == len(study.seeds)
@@ -130,8 +141,8 @@ def results():
     large = {"values": {"all": 1234.5}, "mean": 1234.5, "interval": None, "n": 1}
     difference = {"cell": "seq_kd", "base": "sft", "mean": -0.1, "interval": [-0.3, 0.1], "n": 2}
     return {
-        "cells": {"sft": one, "student_before": large},
-        "other_metrics": {"divergence": {"sft": one, "student_before": large}},
+        "cells": {"sft": one, "healed": large},
+        "other_metrics": {"divergence": {"sft": one, "healed": large}},
         "differences": {"healing": [difference], "healing_divergence": [difference]},
     }
 
@@ -141,7 +152,7 @@ def test_a_table_of_the_page_has_what_is_measured(study, results):
     assert cell_rows(study, results, names) == [
         "| model | pass@1 | divergence | seeds |",
         "| --- | --- | --- | --- |",
-        "| `student_before` | 1,234 | 1,234 | one for all |",
+        "| `healed` | 1,234 | 1,234 | one for all |",
         "| `sft` | 0.500 ± 0.100 | 0.500 ± 0.100 | 2 |",
     ]
     assert difference_rows(study, results, names)[2:] == [
