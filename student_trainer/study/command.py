@@ -47,7 +47,7 @@ def study(argv: Sequence[str]) -> None:
         return
     if not arguments.report:
         with signals_as_exits():  # so that the running cell and the server end too
-            runner.run(jobs)
+            runner.run(jobs, plan if found.drop_weights else None)
     measured = _measured(found, plan, runner)
     if arguments.report and not measured:
         raise ConfigurationError(f"--report: {folder} holds no measured cell of {found.path}")

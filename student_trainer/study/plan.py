@@ -56,6 +56,17 @@ class Plan:
     jobs: Mapping[str, Job]
     folder_of: Mapping[tuple[str, int], str]
 
+    def users(self, folder: str) -> list[Job]:
+        """Return the jobs into which the output of one flows, in however many steps.
+
+        An adapter's measure reads the base of the adapter, of which none of its flags tells.
+        """
+        found = {folder}
+        for job in self.jobs.values():  # inputs come before their users
+            if found.intersection(job.inputs):
+                found.add(job.folder)
+        return [self.jobs[other] for other in self.jobs if other in found - {folder}]
+
 
 def make_plan(study: Study, seeds: Sequence[int]) -> Plan:
     """Return the jobs of all cells at the given seeds."""

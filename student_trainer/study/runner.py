@@ -21,7 +21,7 @@ from typing import Any
 from shared.errors import CellFailedError, ConfigurationError
 from shared.yaml_file import flag_arguments
 from student_trainer.runtime.signals import signals_as_exits
-from student_trainer.study.plan import Job
+from student_trainer.study.plan import Job, Plan
 from student_trainer.study.served import served, servers_for
 from student_trainer.study.spec import TRAINER_COMMANDS
 
@@ -73,8 +73,11 @@ class Runner:
         ]
         return _typed(job, self._argv(job, stand_ins))
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run the jobs that are not done.
+    def run(self, jobs: Sequence[Job], dropping: Plan | None = None) -> None:
+        """Run the jobs that are not done, and again their inputs whose weights were deleted.
+
+        Args:
+            dropping: all jobs of the study, where weights are deleted once nobody needs them.
 
         Raises:
             ConfigurationError: the folder holds other files, or another study runs in it.
@@ -82,7 +85,7 @@ class Runner:
             TeacherUnreachableError: a teacher did not start.
         """
         with self._locked(jobs):
-            left = [job for job in jobs if self.state(job) != "done"]
+            left = self._left(jobs)
             progress = _Progress(len(left), self._say)
             for job in jobs:
                 if job not in left and (seconds := self.seconds(job)) is not None:
@@ -98,8 +101,39 @@ class Runner:
                         self._stop_serving()
                     seconds = self._run(job)
                     progress.done(job, seconds, left)
+                    if dropping is not None:
+                        self._drop_weights(dropping, left)
             finally:
                 self._stop_serving()
+
+    def _left(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs to run, in order, and before them what lost its weights."""
+        left: list[Job] = []
+        needed: set[str] = set()
+        for job in reversed(jobs):  # users come before their inputs
+            dropped = (self._marker(job) or {}).get("dropped", False)
+            if self.state(job) != "done" or (dropped and job.folder in needed):
+                left.insert(0, job)
+                needed.add(job.folder)
+            if job.folder in needed:
+                needed.update(job.inputs)
+        return left
+
+    def _drop_weights(self, plan: Plan, left: Sequence[Job]) -> None:
+        """Delete the weights of the models from which nothing is left to be made."""
+        waiting = {job.folder for job in left}
+        for job in plan.jobs.values():
+            users = plan.users(job.folder)
+            made = self._marker(job)
+            if not users or made is None or made.get("dropped") or job.folder in waiting:
+                continue
+            if any(u.folder in waiting or self.state(u) != "done" for u in users):
+                continue
+            for file in self._output(job.folder).rglob("*.safetensors"):
+                made["dropped"] = True
+                file.unlink()
+            if made.get("dropped"):
+                self._write_marker(job, made)
 
     def _next(self, left: Sequence[Job]) -> Job:
         """Return a job whose inputs are there, if possible one that needs no other teacher."""
@@ -135,11 +169,14 @@ class Runner:
             )
         seconds = time.perf_counter() - since
         made = {"digest": job.digest, "seconds": round(seconds, 2), "command": _typed(job, argv)}
+        self._write_marker(job, made)
+        return seconds
+
+    def _write_marker(self, job: Job, made: dict[str, Any]) -> None:
         marker = self._marker_path(job)
         unfinished = marker.with_name(marker.name + ".new")
         unfinished.write_text(json.dumps(made, indent=2) + "\n")
         unfinished.replace(marker)
-        return seconds
 
     def _argv(self, job: Job, addresses: Sequence[str]) -> list[str]:
         argv = [_FOLDER.sub(lambda f: str(self._output(f[1])), argument) for argument in job.argv]

@@ -76,6 +76,7 @@ class Study:
             compares, unless that one is an `evaluate` cell, which has measured already.
         metric: the metric of tables that name no other.
         serve: flags of `teacher-server serve`.
+        drop_weights: delete a model's weights once all cells that use it are done.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Study:
     metric: str
     serve: Mapping[str, Any]
     tables: tuple[Table, ...]
+    drop_weights: bool
 
     def metrics(self) -> list[str]:
         """Return the study's metric, then those that tables name besides."""
@@ -136,11 +138,14 @@ class _ContentError(Exception):
 
 
 def _study(path: Path, content: Any) -> Study:
-    keys = ("title", "seeds", "defaults", "serve", "cells", "measure", "tables")
+    keys = ("title", "seeds", "drop_weights", "defaults", "serve", "cells", "measure", "tables")
     top = _mapping(content, "the file", keys)
     seeds = top.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise _ContentError(f"seeds: {seeds!r} must be a list of whole numbers")
+    drop_weights = top.get("drop_weights", False)
+    if not isinstance(drop_weights, bool):
+        raise _ContentError(f"drop_weights: {drop_weights!r} must be true or false")
     defaults = _mapping(top.get("defaults", {}), "defaults")
     cells: dict[str, Cell] = {}
     for name, entry in _mapping(top.get("cells"), "cells").items():
@@ -158,7 +163,7 @@ def _study(path: Path, content: Any) -> Study:
         if cells[name].command == "evaluate":
             cells[name] = replace(cells[name], measures=name)
     if tables:
-        measure = _mapping(top.get("measure"), "measure", ("command", "flags", "metric"))
+        measure = _mapping(top.get("measure"), "measure", ("command", "flags", "teacher", "metric"))
         metric = str(measure.get("metric", "pass@1"))
         tables = tuple(replace(table, metric=table.metric or metric) for table in tables)
         for name in compared:
@@ -178,6 +183,7 @@ def _study(path: Path, content: Any) -> Study:
         metric=metric,
         serve=_mapping(top.get("serve", {}), "serve"),
         tables=tables,
+        drop_weights=drop_weights,
     )
 
 
@@ -291,8 +297,8 @@ def _matching(pattern: Any, names: Iterable[str], source: str) -> list[str]:
 
 
 def _check_inputs(cell: Cell, cells: Mapping[str, Cell]) -> None:
-    if cell.teachers and cell.command != "distill":
-        raise _ContentError(f"{cell.source}.teacher: only distill asks one; drop it")
+    if cell.teachers and cell.command not in ("distill", "evaluate"):
+        raise _ContentError(f"{cell.source}.teacher: only distill and evaluate ask one; drop it")
     if cell.command == "distill" and not cell.teachers:
         raise _ContentError(
             f"{cell.source}.teacher is missing: name the cell whose model is served"

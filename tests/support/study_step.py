@@ -1,7 +1,8 @@
 """The command of a study's cells in tests, whose flags say what to do.
 
 It writes ``value.txt``, the sum of ``--add`` and of the values in its ``--inputs``, and
-``results.json`` (its negative as ``loss``), and appends a line to ``--journal``.
+``results.json`` (its negative as ``loss``), and appends a line to ``--journal``. With ``--weights``
+it also writes a file in the place of a model's weights, and reads those of its inputs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ parser.add_argument("--add", type=float, default=0.0)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--journal", type=Path)
 parser.add_argument("--wait_for", type=Path)
+parser.add_argument("--weights", default=None)
 arguments = parser.parse_args()
 
 if arguments.journal:
@@ -26,6 +28,10 @@ arguments.output_dir.mkdir(parents=True)
 (arguments.output_dir / "pid").write_text(str(os.getpid()))
 while arguments.wait_for and not arguments.wait_for.exists():
     time.sleep(0.02)
+if arguments.weights:
+    for folder in arguments.inputs:
+        (folder / "model.safetensors").read_text()
+    (arguments.output_dir / "model.safetensors").write_text("weights")
 read = sum(float((folder / "value.txt").read_text()) for folder in arguments.inputs)
 value = read + arguments.add + arguments.seed
 (arguments.output_dir / "value.txt").write_text(str(value))

@@ -35,6 +35,7 @@ class World:
         }
         self.measure = {"command": STEP, "flags": {"inputs": ["{model}"]}}
         self.tables = {}
+        self.others = {}
 
     def step(self, **flags):
         return {"command": STEP, "flags": {**flags, "journal": str(self.journal)}}
@@ -43,6 +44,7 @@ class World:
         content = {
             "title": "Steps", "seeds": [0, 1], "cells": self.cells, "measure": self.measure,
             "tables": {"t": {"cells": ["a", "b"], "differences": [["a", "b"]]}, **self.tables},
+            **self.others,
         }  # fmt: skip
         self.file.write_text(yaml.safe_dump(content, sort_keys=False))
 
@@ -159,6 +161,54 @@ def test_seeds_of_earlier_runs_stay_in_the_report(world):
     world.run("--seeds", "1")
     cells = json.loads((world.output / "results.json").read_text())["cells"]
     assert cells["b"]["values"] == {"0": 1.25, "1": 2.25}
+
+
+def weights(world):
+    found = world.output.rglob("*.safetensors")
+    return sorted(str(path.parent.relative_to(world.output)) for path in found)
+
+
+@pytest.fixture
+def dropping(world):
+    """A study whose weights are deleted; `a` is made of `data`, and `b` of `a`."""
+    world.others["drop_weights"] = True
+    world.cells = {
+        "data": world.step(add=1, seed="{seed}", weights=True),
+        "a": world.step(add=0.5, inputs=["{data}"], weights=True),
+        "b": world.step(add=0.25, inputs=["{a}"], weights=True),
+    }
+    return world
+
+
+def test_weights_that_nobody_needs_any_more_are_deleted(dropping):
+    assert dropping.run("--seeds", "0")[0] == 0
+    # The measures are the ends, and are no models here.
+    assert weights(dropping) == []
+    assert dropping.run("--seeds", "0") == (0, [])
+    assert dropping.run()[1] == ["seed-1/data", "seed-1/a", "seed-1/b"]
+    dropping.others.clear()
+    assert dropping.run("--seeds", "0") == (0, [])
+
+
+def test_what_a_new_cell_needs_is_made_again(dropping):
+    dropping.run("--seeds", "0")
+    dropping.cells["c"] = dropping.step(add=2, inputs=["{a}"], weights=True)
+    dropping.tables["u"] = {"cells": ["c"]}
+    assert dropping.run("--seeds", "0") == (0, ["seed-0/data", "seed-0/a", "seed-0/c"])
+    assert weights(dropping) == []
+
+
+def test_weights_stay_until_all_that_flows_from_them_is_done(dropping):
+    """The base of an adapter is read by the adapter's measure, whose flags do not name it."""
+    dropping.cells["b"]["flags"]["add"] = "much"
+    assert dropping.run("--seeds", "0")[0] == 1
+    assert weights(dropping) == ["seed-0/a", "seed-0/data"]
+
+
+def test_weights_are_kept_by_default(dropping):
+    del dropping.others["drop_weights"]
+    dropping.run("--seeds", "0")
+    assert weights(dropping) == ["seed-0/a", "seed-0/b", "seed-0/data"]
 
 
 def test_a_failed_cell_stops_the_run_with_its_log_and_loses_nothing(world, capsys):

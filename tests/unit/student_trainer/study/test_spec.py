@@ -42,6 +42,7 @@ def distill(**flags):
             {"cells": {"teacher": step(), "b": step(inputs="{taecher}")}},
             "cells.b.flags.inputs: unknown cell 'taecher'; did you mean teacher?",
         ),
+        ({"cells": {"b": step()}, "drop_weights": "all"}, "drop_weights: 'all' must be true or"),
         ({"cells": {"b": distill()}}, "cells.b.teacher: unknown cell 't'; there is b"),
         ({"cells": {"b": {"command": "distill"}}}, "cells.b.teacher is missing"),
         (
@@ -177,6 +178,21 @@ def test_an_evaluation_that_a_table_names_is_its_own_measure(tmp_path):
     plan = make_plan(study, (0,))
     chosen = [job.cell.name for job in select(study, plan, (0,), ["new.b"])]
     assert chosen == ["b", "new.b"]
+
+
+def test_an_evaluation_and_the_measure_may_ask_a_teacher(tmp_path):
+    evaluate = {"command": "evaluate", "flags": {"model_name_or_path": "{t}"}}
+    content = {
+        "cells": {"t": step(), "e": {**evaluate, "teacher": "t"}},
+        "measure": {**evaluate, "flags": {"model_name_or_path": "{model}"}, "teacher": "t"},
+        "tables": {"all": {"cells": ["t", "e"]}},
+    }
+    study = load_study(write(tmp_path, content))
+    assert {name for name, cell in study.cells.items() if cell.teachers} == {"e", "t.evaluate"}
+    assert study.cells["t.evaluate"].inputs() == ["t"]
+    content["cells"]["e"]["command"] = "sft"
+    with pytest.raises(ConfigurationError, match="only distill and evaluate ask one"):
+        load_study(write(tmp_path, content))
 
 
 def test_named_teachers_are_inputs_and_their_names_are_part_of_the_job(tmp_path):
