@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, field, make_dataclass, replace
 from enum import Enum
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,11 @@ PRIVATE = (
 
 @cache
 def trainer_flags() -> dict[str, Flag]:
-    """Return the flags of the installed transformers, by name."""
-    installed = version("transformers")
+    """Return the flags of the installed transformers, by name; of the pinned one where none is."""
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:  # without the extra `trainer`, which the command asks for
+        installed = json.loads(FILE.read_text())["transformers"]
     kept = _user_cache() / f"trainer_flags-{installed}.json"
     for file in (FILE, kept):
         flags = _load(file, installed)

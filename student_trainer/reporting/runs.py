@@ -230,6 +230,8 @@ def find_runs_so_far(
     return find_runs(begun, files), missing
 
 
+_STUDY_KEYS = {"title", "metric", "cells"}
+_EVALUATION_KEYS = {"model", "problems", "n"}
 _Named = TypeVar("_Named", TrainingRun, Evaluation)
 
 
@@ -264,7 +266,12 @@ def _is_run(folder: Path, files: Files) -> bool:
     if _state_file(folder) is not None:
         return True
     results = folder / "results.json"
-    return results.exists() and bool({"cells", "model"} & files.json(results).keys())
+    if not results.exists():
+        return False
+    content = files.json(results)  # other programs write a file of this name, too
+    return isinstance(content, dict) and any(
+        keys <= content.keys() for keys in (_STUDY_KEYS, _EVALUATION_KEYS)
+    )
 
 
 def _state_file(folder: Path) -> Path | None:

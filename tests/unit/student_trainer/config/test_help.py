@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from transformers import TrainingArguments
@@ -79,6 +80,15 @@ def test_a_first_import_with_another_transformers_reads_and_keeps_them(tmp_path)
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=env)
     assert (tmp_path / "sparse-gkd" / "trainer_flags-5.16.1.json").exists()
+
+
+def test_without_transformers_the_flags_are_those_of_the_pinned_one(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(trainer_flags_module, "version", absent)
+    monkeypatch.setattr(trainer_flags_module, "_read", None)
+    assert trainer_flags.__wrapped__() == trainer_flags()
 
 
 def test_flags_are_read_without_a_cache_folder(tmp_path, monkeypatch):

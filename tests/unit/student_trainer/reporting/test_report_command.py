@@ -66,6 +66,16 @@ def evaluation_run(folder, model, *, score, passed=True, verdicts=None):
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", '{"model": "m"}', '{"cells": {}}', '{"results": {}, "model": "m", "n": 1}']
+)
+def test_a_file_of_this_name_by_another_program_is_no_run(tmp_path, content):
+    evaluation_run(tmp_path / "ours", "m", score=0.5)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "results.json").write_text(content)
+    assert [one.name for one in find_runs([tmp_path]).evaluations] == ["ours"]
+
+
 class Words(HTMLParser):
     def __init__(self, page):
         super().__init__()
