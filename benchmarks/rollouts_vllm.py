@@ -1,4 +1,4 @@
-"""vLLM as the student's rollout engine: its speed, the cost of new weights, and waiting for it.
+"""A benchmark of vLLM as the student's rollout engine: speed, new weights, and waiting for it.
 
     python -m benchmarks.rollouts_vllm --quick
 

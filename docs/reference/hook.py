@@ -46,6 +46,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         "reference/python.md": python_modules.page(),
     }
     for path, text in made.items():
+        # For readers of a clone a page of this name says how to build it.
+        if (placeholder := files.get_file_from_path(path)) is not None:
+            files.remove(placeholder)
         files.append(File.generated(config, path, content=text))
     for path, name in ROOT_PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from shared.errors import ConfigurationError, DatasetError
 from shared.model_names import existing, looks_local, near_path
@@ -17,17 +18,28 @@ _SUFFIXES = (
 
 
 def check_output_folder(folder: str | None) -> None:
-    """Check that ``--output_dir`` could be made and written to; nothing is made.
+    """Check that ``--output_dir`` could be made and written to; nothing is left there.
 
     Raises:
         ConfigurationError: it could not.
     """
     path = Path(folder or "")
     nearest = next(each for each in (path, *path.absolute().parents) if existing(each))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    if not nearest.is_dir() or not _takes_files(nearest):
         raise ConfigurationError(
             f"--output_dir {path}: {nearest} is no folder that can be written to; give another"
         )
+
+
+def _takes_files(folder: Path) -> bool:
+    """Return whether a folder can be made in this one; root has rights that /proc does not obey."""
+    try:
+        if os.access(folder, os.W_OK | os.X_OK):
+            with TemporaryDirectory(dir=folder):
+                return True
+    except OSError:
+        pass
+    return False
 
 
 def check_rows_exist(dataset: DatasetArguments, data: DataArguments | None = None) -> None:

@@ -231,7 +231,8 @@ class HttpClient:
                 f"{url}{ready} is not found there: give the address alone, "
                 f"{_without_path(url)}, and check what listens at that port"
             )
-        return f"answers {response.status_code} to {ready}"
+        loads = ", as while it loads its model" if response.status_code == 503 else ""
+        return f"answers {response.status_code} to {ready}{loads}"
 
     def listens(self, url: str) -> bool:
         """Return whether anything listens there; a server that loads its model does.

@@ -202,10 +202,10 @@ class Replicas:
             patience, bound = self._timeout, "--teacher_timeout"
             if "nothing listens" in problem and self._absence_allowed(url) < patience:
                 patience, bound = self._absence_allowed(url), self._more_absence(url)
+            remedy = f". Is the server running? Start it with `{self._server.start}`"
             logger.warning(
-                "Waiting for %s at %s: it %s; %.0f s left (%s), Ctrl-C ends the wait. Is "
-                "the server running? Start it with `%s`",
-                self._who, url, problem, patience, bound, self._server.start,
+                "Waiting for %s at %s: it %s; %.0f s left (%s), Ctrl-C ends the wait%s",
+                self._who, url, problem, patience, bound, "" if "answers" in problem else remedy,
             )  # fmt: skip
 
     def _absence_allowed(self, url: str) -> float:

@@ -61,6 +61,8 @@ def make_examples(
 
     tokenizer, options = row_tokenizer.tokenizer, row_tokenizer.options
 
+    of_training = rows.train
+
     def tokenize(
         rows: Sequence[Row], what: str, check: Callable[[Example, DistillationConfig, int], Example]
     ) -> list[Example]:
@@ -79,7 +81,8 @@ def make_examples(
         )
         check_token_ids(checked, tokenizer, vocab_size)
         if main:
-            _warn_of_losses(rows, checked, max_length)
+            learned = method.reads_dataset or rows is not of_training
+            _warn_of_losses(rows, checked, max_length, learned=learned)
         return checked
 
     train: list[Example] | ExampleStream
@@ -117,14 +120,16 @@ def make_examples(
     return train, held_out
 
 
-def _warn_of_losses(rows: Sequence[Any], examples: Sequence[Example], max_length: int) -> None:
+def _warn_of_losses(
+    rows: Sequence[Any], examples: Sequence[Example], max_length: int, *, learned: bool
+) -> None:
     left_out = len(rows) - len({row_of(example) for example in examples})
     if left_out:
         logger.warning("%d of %d rows are left out: too long", left_out, len(rows))
     cut = sum(example.sample.truncated for example in examples if example.sample is not None)
     if cut:
         logger.warning("%d of %d completions are cut at %d tokens", cut, len(examples), max_length)
-    for note, warning in NOTES.items():
+    for note, warning in NOTES.items() if learned else ():
         count = sum(note in example.notes for example in examples)
         if count:
             logger.warning("%d of %d completions %s", count, len(examples), warning)

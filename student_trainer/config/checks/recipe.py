@@ -115,6 +115,8 @@ def check_recipe(recipe: Recipe, args: TrainingFlags) -> None:
             given = " ".join(value) if isinstance(value, list) else value
             raise ConfigurationError(f"--{name} {given} {remedy}")
     traced_steps(args)
+    if args.bf16 and args.fp16:
+        raise ConfigurationError("--bf16 and --fp16 are two dtypes to compute in: give one of them")
     if args.nonfinite == "skip" and (args.fp16 or uses_deepspeed(args)):
         raise ConfigurationError(
             "--nonfinite skip: the loss scaler of --fp16 skips steps by itself, and so does "

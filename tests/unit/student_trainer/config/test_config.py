@@ -155,7 +155,7 @@ def test_the_launch_line_is_accepted_as_it_stands(model_folder):
         (["--max_length", "1"], "--max_length 1 must be at least 2"),
         (["--generation_batch_size", "0"], "must be at least 1"),
         (["--max_tokens_per_batch", "0"], "--max_tokens_per_batch 0 must be at least 1"),
-        (["--fp16"], "At most one of fp16 and bf16"),
+        (["--fp16"], "--bf16 and --fp16 are two dtypes to compute in: give one of them"),
         (["--label_smoothing_factor", "0.1"], "has no effect on a divergence"),
         (["--auto_find_batch_size"], "--auto_find_batch_size True would mix"),
         (["--use_liger_kernel"], "the loss here is fused already"),

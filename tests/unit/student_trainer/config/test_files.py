@@ -1,5 +1,7 @@
 """Folders that cannot be written to are told before anything loads."""
 
+from pathlib import Path
+
 import pytest
 
 from shared.errors import ConfigurationError, DatasetError
@@ -19,6 +21,12 @@ def test_one_that_could_be_made_is_not_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check_output_folder("c/d")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_where_not_even_root_makes_one_is_refused():
+    with pytest.raises(ConfigurationError, match="/proc is no folder that can be written to"):
+        check_output_folder("/proc/out")
 
 
 def test_a_folder_without_the_right_to_write_is_refused(tmp_path, monkeypatch):

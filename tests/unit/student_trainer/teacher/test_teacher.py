@@ -382,7 +382,8 @@ def test_a_loading_teacher_is_waited_for_visibly(stub, caplog):
     with caplog.at_level(logging.WARNING), connected(stub):
         pass
     assert "Waiting for the teacher" in caplog.text
-    assert "answers 503 to /ready" in caplog.text
+    assert "answers 503 to /ready, as while it loads its model;" in caplog.text
+    assert "Is the server running?" not in caplog.text
 
 
 def test_requests_go_to_the_replica_with_fewer_tokens_outstanding(stub):
