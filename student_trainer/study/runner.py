@@ -129,7 +129,10 @@ class Runner:
                 continue
             if any(u.folder in waiting or self.state(u) != "done" for u in users):
                 continue
-            for file in self._output(job.folder).rglob("*.safetensors"):
+            folder = self._output(job.folder)
+            if folder.is_symlink():  # a link leads to weights that are not the study's
+                continue
+            for file in folder.rglob("*.safetensors"):
                 made["dropped"] = True
                 file.unlink()
             if made.get("dropped"):

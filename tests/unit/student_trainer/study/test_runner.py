@@ -205,6 +205,20 @@ def test_weights_stay_until_all_that_flows_from_them_is_done(dropping):
     assert weights(dropping) == ["seed-0/a", "seed-0/data"]
 
 
+def test_weights_behind_a_link_are_kept(dropping, tmp_path):
+    del dropping.others["drop_weights"]
+    dropping.run("--seeds", "0")
+    made, elsewhere = dropping.output / "seed-0" / "data", tmp_path / "published"
+    made.rename(elsewhere)
+    made.symlink_to(elsewhere)
+    dropping.others["drop_weights"] = True
+    dropping.cells["c"] = dropping.step(add=2, inputs=["{a}"])
+    dropping.tables["u"] = {"cells": ["c"]}
+    assert dropping.run("--seeds", "0")[0] == 0
+    assert list(elsewhere.glob("*.safetensors"))
+    assert "seed-0/a" not in weights(dropping)
+
+
 def test_weights_are_kept_by_default(dropping):
     del dropping.others["drop_weights"]
     dropping.run("--seeds", "0")
