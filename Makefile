@@ -81,8 +81,11 @@ VERSIONS = tests/unit/shared tests/unit/teacher_server $(UNIT)/config $(UNIT)/co
   $(UNIT)/runtime/test_compat_names.py $(UNIT)/teacher/test_cache.py $(UNIT)/teacher/test_teacher.py \
   $(UNIT)/training/test_checkpoints.py $(UNIT)/training/test_trainer.py
 VERSIONS_TOOLS = hypothesis psutil 'pytest<9.2' pytest-timeout pytest-xdist
-test-versions: .venv-oldest/ready .venv-newest/ready
-	@for end in oldest newest; do \
+# ENDS=newest PYTHON=python3.13 tests that one alone; an environment that is there keeps its Python.
+ENDS ?= oldest newest
+test-versions: $(ENDS:%=.venv-%/ready)
+	@for end in $(ENDS); do \
+	  .venv-$$end/bin/python --version; \
 	  .venv-$$end/bin/pip list 2>/dev/null | grep -E '^(torch|transformers|accelerate|peft|fastapi|pydantic) '; \
 	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest $(DISTRIBUTED) \
 	    -m 'not vllm and not slow_fault' $(VERSIONS) || exit 1; \

@@ -151,7 +151,7 @@ def _rollouts(url: str, count: int) -> float:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCAB_SIZE))
     servers: Any = SimpleNamespace(
         model=SimpleNamespace(config=config), options=ServerOptions((url,), "nccl"), live=[url],
-        label="1", lose=lambda url, reason: None,
+        label="1", adapter=None, lose=lambda url, reason: None,
     )  # fmt: skip
     engine = ServerRollouts(
         servers, stop_ids=[1], max_new_tokens=LENGTHS[1], temperature=1.0, vocab_size=VOCAB_SIZE

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from student_trainer.runtime.compat import has_gradient_hooks
+
 
 def gradient_of(weight: torch.Tensor) -> torch.Tensor | None:
     """Return the ``.grad`` of a weight, zeros if it had none; None if it cannot be added to.
@@ -27,7 +29,7 @@ def gradient_of(weight: torch.Tensor) -> torch.Tensor | None:
         and weight.requires_grad
         and weight.layout == torch.strided
         and weight.dtype == torch.float32
-        and not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
+        and not has_gradient_hooks(weight)
     )
     if not addable or not torch.is_grad_enabled():
         return None

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import httpcore
     import httpx
+    import torch
 
 
 KEY_WARNINGS = ("There were missing keys in the", "There were unexpected keys in the")
@@ -81,6 +82,14 @@ def is_flash_attention_requested(config: Any) -> bool:
     from transformers.utils import generic
 
     return bool(generic.is_flash_attention_requested(config))
+
+
+def has_gradient_hooks(weight: torch.Tensor) -> bool:
+    """Return whether something is called when a weight's gradient is computed or added.
+
+    Reads ``_backward_hooks`` and ``_post_accumulate_grad_hooks``, from torch 2.13.0.
+    """
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def revert_weight_conversion(model: Any, weights: dict[str, Any]) -> dict[str, Any]:

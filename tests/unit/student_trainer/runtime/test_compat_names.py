@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import httpcore
 import httpx
 import pytest
+import torch
 from accelerate.state import PartialState
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, trainer_utils
@@ -104,6 +105,16 @@ def test_a_transport_opens_connections_by_the_backend_that_is_set():
         with pytest.raises(httpx.ConnectError, match="as it should"):
             transport.handle_request(httpx.Request("GET", "http://teacher.example:81/"))
     assert opened == [("teacher.example", 81)]
+
+
+def test_hooks_of_a_weights_gradient_are_seen():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    assert not compat.has_gradient_hooks(weight)
+    for register in (weight.register_hook, weight.register_post_accumulate_grad_hook):
+        hook = register(lambda gradient: None)
+        assert compat.has_gradient_hooks(weight)
+        hook.remove()
+        assert not compat.has_gradient_hooks(weight)
 
 
 def test_a_configuration_keeps_its_attention():
