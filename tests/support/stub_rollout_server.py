@@ -8,7 +8,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import torch
+
 from shared.vllm_adapters import ReceivedAdapters
+from student_trainer.rollouts import servers
 
 GENERATE = "/inference/v1/generate"
 
@@ -194,3 +197,29 @@ def stub_rollout_servers(count: int):
         for stub in stubs:
             stub.gate.set()
             stub.die()
+
+
+class ControlOnly:
+    """A transfer that drives the servers as vLLM's engines do, and sends nothing."""
+
+    def __init__(self, control):
+        self.control = control
+        control.init_weight_transfer_engine({"rank_offset": 1})
+
+    def send(self):
+        self.control.start_weight_update()
+        self.control.update_weights({"names": []})
+        self.control.finish_weight_update()
+
+    def close(self):
+        pass
+
+
+def send_no_weights(monkeypatch) -> None:
+    """Let a trainer drive the servers as in a transfer of weights, but send none and probe none."""
+    monkeypatch.setattr(
+        servers, "open_transfer", lambda backend, weights, control, seconds: ControlOnly(control)
+    )
+    monkeypatch.setattr(
+        servers, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
+    )

@@ -13,13 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shared.errors import RolloutServerError
 from shared.vllm_adapters import ReceivedAdapters
-from student_trainer.rollouts import RolloutServers, ServerOptions, adapters, servers
+from student_trainer.rollouts import RolloutServers, ServerOptions, adapters
 from student_trainer.rollouts.adapters import StudentAdapters
 from student_trainer.rollouts.drift import trainer_logprobs
 from student_trainer.rollouts.weights import StudentWeights
-from tests.support.stub_rollout_server import GENERATE, stub_rollout_servers
+from tests.support.stub_rollout_server import GENERATE, send_no_weights, stub_rollout_servers
 from tests.unit.student_trainer.rollouts.test_rollout_servers_stub import (
-    ControlOnly,
     expected,
     write,
 )
@@ -30,12 +29,7 @@ PROMPT = [3, 10, 17, 24]
 
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch):
-    monkeypatch.setattr(
-        servers, "open_transfer", lambda backend, weights, control, seconds: ControlOnly(control)
-    )
-    monkeypatch.setattr(
-        servers, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
-    )
+    send_no_weights(monkeypatch)
 
 
 @pytest.fixture

@@ -22,37 +22,16 @@ from student_trainer.rollouts import (
     TokenFilter,
     servers,
 )
-from tests.support.stub_rollout_server import GENERATE, stub_rollout_servers
+from tests.support.stub_rollout_server import GENERATE, send_no_weights, stub_rollout_servers
 
 JOIN = ["shutdown_weight_transfer_engine", "resume", "init_weight_transfer_engine"]
 SEND = ["pause", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
 LEAVE = ["shutdown_weight_transfer_engine", "resume"]
 
 
-class ControlOnly:
-    """A transfer that drives the servers as vLLM's engines do, and sends nothing."""
-
-    def __init__(self, control):
-        self.control = control
-        control.init_weight_transfer_engine({"rank_offset": 1})
-
-    def send(self):
-        self.control.start_weight_update()
-        self.control.update_weights({"names": []})
-        self.control.finish_weight_update()
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch):
-    monkeypatch.setattr(
-        servers, "open_transfer", lambda backend, weights, control, seconds: ControlOnly(control)
-    )
-    monkeypatch.setattr(
-        servers, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
-    )
+    send_no_weights(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,10 @@ import threading
 import time
 
 import pytest
-import torch
 
 from shared.errors import RolloutServerError
-from student_trainer.rollouts import servers
-from tests.support.stub_rollout_server import stub_rollout_servers
+from tests.support.stub_rollout_server import send_no_weights, stub_rollout_servers
 from tests.unit.student_trainer.rollouts.test_rollout_servers_stub import (
-    ControlOnly,
     expected,
     opened,
     tiny,
@@ -24,12 +21,7 @@ SECONDS = 0.8
 
 @pytest.fixture(autouse=True)
 def without_weights(monkeypatch):
-    monkeypatch.setattr(
-        servers, "open_transfer", lambda backend, weights, control, seconds: ControlOnly(control)
-    )
-    monkeypatch.setattr(
-        servers, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
-    )
+    send_no_weights(monkeypatch)
 
 
 @pytest.fixture
