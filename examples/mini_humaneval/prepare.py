@@ -14,15 +14,13 @@ from pathlib import Path
 from examples.mini_humaneval.folder import Row, run, write_models, write_rows
 from examples.mini_humaneval.settings import SETTINGS, Settings
 from examples.mini_humaneval.tasks import (
-    ENTRY_POINT,
-    FUNCTION_HEAD,
     STYLES,
     Style,
     Task,
+    checker_of,
     corrupted_body,
     generate_tasks,
     random_task,
-    unit_test,
 )
 
 PRETRAIN_STYLES = tuple(style for style in STYLES if style != "target")
@@ -107,12 +105,7 @@ def row_of(task: Task, style: Style, body: str | None = None) -> Row:
             {"role": "assistant", "content": task.body() if body is None else body},
         ],
         "task_id": task.task_id,
-        "checker": {
-            "kind": "python",
-            "prompt": FUNCTION_HEAD,
-            "entry_point": ENTRY_POINT,
-            "test": unit_test(task),
-        },
+        "checker": checker_of(task),
     }
 
 

@@ -243,6 +243,16 @@ def unit_test(task: Task) -> str:
     return "def check(candidate):\n" + "\n".join(lines) + "\n"
 
 
+def checker_of(task: Task) -> dict[str, str]:
+    """Return the checker of a row whose completion solves the task."""
+    return {
+        "kind": "python",
+        "prompt": FUNCTION_HEAD,
+        "entry_point": ENTRY_POINT,
+        "test": unit_test(task),
+    }
+
+
 def _random_step(rng: random.Random, takes: Kind, gives: Kind | None = None) -> Step:
     choices = [o for o in OPERATIONS if o.takes == takes and gives in (None, o.gives)]
     operation = rng.choice(choices)

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from examples.mini_humaneval.folder import Row, write_rows
 from examples.mini_humaneval.tasks import (
-    ENTRY_POINT,
     FUNCTION_HEAD,
     Task,
+    checker_of,
     generate_tasks,
-    unit_test,
 )
 
 # So that a model of half a billion parameters answers with code and little else.
@@ -72,12 +71,7 @@ def row_of(task: Task) -> Row:
             {"role": "assistant", "content": f"```python\n{FUNCTION_HEAD}{task.body()}\n```"},
         ],
         "task_id": task.task_id,
-        "checker": {
-            "kind": "python",
-            "prompt": FUNCTION_HEAD,
-            "entry_point": ENTRY_POINT,
-            "test": unit_test(task),
-        },
+        "checker": checker_of(task),
     }
 
 

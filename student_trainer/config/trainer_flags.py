@@ -74,46 +74,50 @@ def trainer_flags() -> dict[str, Flag]:
     except PackageNotFoundError:  # without the extra `trainer`, which the command asks for
         installed = json.loads(FILE.read_text())["transformers"]
     kept = _user_cache() / f"trainer_flags-{installed}.json"
-    for file in (FILE, kept):
-        flags = _load(file, installed)
-        if flags is not None:
-            return {flag.name: _with_ours(flag) for flag in flags}
-    found = _read()
-    with suppress(OSError):  # without a cache folder they are read again next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save(kept, found)
-    return {name: _with_ours(flag) for name, flag in found.items()}
+    found = _load(FILE, installed) or _load(kept, installed)
+    if found is None:
+        found = _read()
+        with suppress(OSError):  # without a cache folder they are read again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save(kept, found)
+    return _with_ours(found)
 
 
 def read_from_transformers() -> dict[str, Flag]:
     """Read the flags from `TrainingArguments` itself."""
-    return {name: _with_ours(flag) for name, flag in _read().items()}
+    return _with_ours(_read())
 
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-gkd"
 
 
-def _load(file: Path, wanted: str) -> list[Flag] | None:
+def _load(file: Path, wanted: str) -> dict[str, Flag] | None:
     """Return the flags in a file, None if it is not there, damaged, or of another version."""
     try:
         saved = json.loads(file.read_text())
         if saved["transformers"] != wanted:
             return None
         tuples = ("choices", "aliases")
-        return [Flag(**(e | {t: tuple(e[t]) for t in tuples})) for e in saved["flags"]]
+        return {
+            entry["name"]: Flag(**(entry | {name: tuple(entry[name]) for name in tuples}))
+            for entry in saved["flags"]
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _with_ours(flag: Flag) -> Flag:
-    """Return a flag with its group, and our words if it is a common one."""
-    return replace(
-        flag,
-        help=COMMON.get(flag.name, flag.help),
-        group=GROUPS.get(flag.name),
-        common=flag.name in COMMON,
-    )
+def _with_ours(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    """Return the flags with their groups, and our words for the common ones."""
+    return {
+        name: replace(
+            flag,
+            help=COMMON.get(name, flag.help),
+            group=GROUPS.get(name),
+            common=name in COMMON,
+        )
+        for name, flag in flags.items()
+    }
 
 
 def save(file: Path, found: Mapping[str, Flag]) -> None:

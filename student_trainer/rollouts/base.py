@@ -105,7 +105,9 @@ def vllm_sampling(
     max_new_tokens: int,
     temperature: float,
     token_filter: TokenFilter,
-    padding: range,
+    student_top_m: int,
+    vocab_size: int,
+    output_size: int,
 ) -> dict[str, Any]:
     """Return what all completions of a run give vLLM's `SamplingParams`: all but the seed.
 
@@ -113,7 +115,9 @@ def vllm_sampling(
     ``generation_config.json``.
 
     Args:
-        padding: ids above the vocabulary that the output layer has, which are never sampled.
+        student_top_m: ids that are proposed at each position; 0 for none.
+        vocab_size: number of ids that may be sampled.
+        output_size: number of ids that the output layer has, its padding among them.
     """
     return {
         "max_tokens": max_new_tokens,
@@ -123,8 +127,9 @@ def vllm_sampling(
         "min_p": token_filter.min_p,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(stop_ids),
-        "logit_bias": dict.fromkeys(padding, -100.0) or None,
+        "logit_bias": dict.fromkeys(range(vocab_size, output_size), -100.0) or None,
         "detokenize": False,
+        **candidates_wanted(student_top_m, output_size),
     }
 
 

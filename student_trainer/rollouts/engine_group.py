@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shared.errors import RolloutError
+from student_trainer.runtime.ranks import from_all_ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,11 +51,7 @@ class EngineGroup:
 
     def gather_from_all(self, value: T) -> list[T]:
         """Return the values of all ranks of the run."""
-        if self._world == 1:
-            return [value]
-        values: list[Any] = [None] * self._world
-        dist.all_gather_object(values, value)
-        return values
+        return from_all_ranks(value)
 
     def spread(
         self, items: Sequence[T], work: Callable[[list[T]], Iterator[tuple[int, R]]]

@@ -19,7 +19,6 @@ from student_trainer.rollouts.base import (
     Rollout,
     RolloutRequest,
     TokenFilter,
-    candidates_wanted,
     proposed_ids,
     vllm_sampling,
 )
@@ -73,14 +72,15 @@ class ServerRollouts:
         self.servers = servers
         self.proposes = student_top_m > 0
         self._student_top_m, self._vocab_size = student_top_m, vocab_size
-        output_size = servers.model.config.get_text_config().vocab_size
         self._params = vllm_sampling(
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             token_filter=token_filter,
-            padding=range(vocab_size, output_size),
-        ) | candidates_wanted(student_top_m, output_size)
+            student_top_m=student_top_m,
+            vocab_size=vocab_size,
+            output_size=servers.model.config.get_text_config().vocab_size,
+        )
 
     def sync(self, weight_version: int) -> None:
         """Send the student's present weights, as `RolloutServers.sync` says."""

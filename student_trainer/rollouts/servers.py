@@ -9,7 +9,7 @@ import logging
 import secrets
 from concurrent.futures import wait
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 import torch
@@ -34,11 +34,11 @@ from student_trainer.rollouts.http import (
 from student_trainer.rollouts.server_rollouts import ServerRollouts
 from student_trainer.rollouts.transfer import ServerControl, Transfer, open_transfer
 from student_trainer.rollouts.weights import StudentWeights
+from student_trainer.runtime.ranks import from_all_ranks, from_first_rank
 from student_trainer.runtime.threads import in_thread
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 _Probe = tuple[list[int], list[float]]  # token ids that a server wrote, and their log-probs
 
 _ATTEMPTS = 3  # one may meet a server that dies, the next another
@@ -147,7 +147,7 @@ class RolloutServers:
             return
         self.version = None
         if self._run is None:
-            self._run = _from_first_rank(secrets.token_hex(4))
+            self._run = from_first_rank(secrets.token_hex(4))
         self.label = f"{self._run}-{weight_version}"
         for _ in range(_ATTEMPTS):
             failure = self._try_to_send()
@@ -189,7 +189,7 @@ class RolloutServers:
                 answering = wait_for_servers(self.options, self.longest, lambda: self._told_to_end)
             except RolloutError as error:
                 failure = error
-        answering, failure = _from_first_rank((answering, failure))
+        answering, failure = from_first_rank((answering, failure))
         if failure is not None:
             raise failure
         for attempt in (
@@ -199,7 +199,7 @@ class RolloutServers:
                 attempt()
             except (RolloutError, RuntimeError, ValueError) as error:
                 failure = error
-            failed = [text for text in _from_all(str(failure or "")) if text]
+            failed = [text for text in from_all_ranks(str(failure or "")) if text]
             if failed:
                 self.close()
                 return failed[0]
@@ -237,7 +237,7 @@ class RolloutServers:
 
     def _send_refused(self) -> None:
         """Send all weights, as the servers did not load the adapters."""
-        refusal = _from_first_rank(self._refusal)
+        refusal = from_first_rank(self._refusal)
         if refusal is not None:
             if self._control is not None:
                 self._control.drop_adapter(str(self._run), self.label)
@@ -252,13 +252,13 @@ class RolloutServers:
 
     def _choose(self, answering: dict[str, str]) -> None:
         """Find out whether adapters can go alone to these servers."""
-        self._alone, why = False, None
+        self._alone = False
         if self._adapters is None:
             return
         why = self._adapters.obstacle
         if why is None and _rank() == 0:
             why = servers_obstacle(answering, self.options, self._adapters.rank)
-        why = _from_first_rank(why)
+        why = from_first_rank(why)
         self._alone = why is None
         if why is not None:
             self._send_merged(why)
@@ -309,7 +309,7 @@ class RolloutServers:
                     logger.warning("%s", answer)
                 else:
                     probes[url] = answer
-        probes, failure = _from_first_rank((probes, failure))
+        probes, failure = from_first_rank((probes, failure))
         if not probes and failure is not None:
             raise failure
         self.live = list(probes)
@@ -365,21 +365,3 @@ def _leave(control: ServerControl, run: str | None, adapter: str | None) -> None
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_first_rank(value: T) -> T:
-    """Return the first rank's value on all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return value
-    held: list[Any] = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def _from_all(value: T) -> list[T]:
-    """Return the values of all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    held: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(held, value)
-    return held

@@ -25,7 +25,6 @@ from student_trainer.rollouts.base import (
     RolloutRequest,
     StartSearch,
     TokenFilter,
-    candidates_wanted,
     proposed_ids,
     vllm_sampling,
 )
@@ -397,14 +396,15 @@ class VllmRollouts:
         self.proposes = student_top_m > 0
         self._student_top_m, self._vocab_size = student_top_m, vocab_size
         self._stops = stop_strings
-        output_size = engine.model.config.get_text_config().vocab_size
         self._params = vllm_sampling(
             stop_ids=stop_ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             token_filter=token_filter,
-            padding=range(vocab_size, output_size),
-        ) | candidates_wanted(student_top_m, output_size)
+            student_top_m=student_top_m,
+            vocab_size=vocab_size,
+            output_size=engine.model.config.get_text_config().vocab_size,
+        )
 
     def sync(self, weight_version: int) -> None:
         """Load the student's present weights, as `RolloutEngine.sync` says."""

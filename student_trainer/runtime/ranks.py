@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
 from shared.errors import (
@@ -101,3 +102,21 @@ class Ranks:
         """
         if self.waiting:
             raise TeacherUnreachableError("told to end while it waited for the teacher")
+
+
+def from_first_rank(value: T) -> T:
+    """Return the first process's value on all; without a group of processes, the value."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    held: list[Any] = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Return the values of all processes; without a group of processes, the value alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    held: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(held, value)
+    return held

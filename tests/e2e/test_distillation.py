@@ -483,7 +483,7 @@ def test_missing_files_are_told_before_a_teacher_is_waited_for(world, tmp_path, 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(world, capsys):
     assert main(["sft", *flags(world, "/proc/nowhere/out", max_steps=1)]) == 2
-    assert "--output_dir /proc/nowhere/out: No such file" in capsys.readouterr().err
+    assert "--output_dir /proc/nowhere/out: /proc is no folder" in capsys.readouterr().err
 
 
 def test_k_over_the_teachers_limit_is_refused_before_training(world, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""What a run counts by its flags: completions, prompts, steps, and tokens at its servers."""
+"""Completions, prompts, steps and tokens at servers are counted by a run's flags."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What is said of the dataset's completions, where they are learned and where they are not."""
+"""Notes on the dataset's completions are told where these are learned, and not elsewhere."""
 
 import logging
 
