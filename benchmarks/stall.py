@@ -97,7 +97,7 @@ def train(run: Run) -> None:
     class PacedRollouts:
         """An engine that makes random completions, a group at a time."""
 
-        elsewhere = proposes = False
+        elsewhere = False
 
         def sync(self, weight_version: int) -> None:
             pass

@@ -106,8 +106,8 @@ class Pipeline:
         remember: keep the teacher's completions for prompts that occur again.
         together: waits for a server on every rank, and fails on all if it fails on one.
         propose: returns for each sample ids [T, m] that the teacher scores too, such as the
-            student's own most probable ones. Called equally often on every rank, and not for
-            rollouts that bring such ids.
+            student's own most probable ones. Called for each group of rollouts that bring no such
+            ids, and for other batches equally often on every rank.
         timeline: records "generating" (proposals included), waiting for the "teacher", and
             requests.
         waited: is called with the name of a teacher and the seconds of each wait for it.
@@ -333,7 +333,7 @@ class Pipeline:
         with self._timeline.during("syncing"):
             self.rollouts.sync(batch.weight_version)
         ahead = step > batch.weight_version
-        if ahead and self.rollouts.elsewhere and not self._proposes_for_rollouts:
+        if ahead and self.rollouts.elsewhere:
             batch.writing = in_thread(lambda: self._write(batch, requests), name="rollouts")
         else:
             with self._timeline.during("generating", step=step + 1):
@@ -342,23 +342,10 @@ class Pipeline:
                 else:
                     self._write(batch, requests)
 
-    @property
-    def _proposes_for_rollouts(self) -> bool:
-        """Return whether rollouts need ids that `propose` finds by forward passes."""
-        assert self.rollouts is not None
-        return self._propose is not None and not self.rollouts.proposes
-
     def _write(self, batch: PendingBatch, requests: Sequence[RolloutRequest]) -> None:
-        """Generate the student's completions, and send each finished group to the teacher.
-
-        If forward passes propose ids, all are sent once they are written: other ranks may finish
-        them in more groups, and each pass is one of all ranks where they share a sharded model.
-        """
+        """Generate the student's completions, and send each finished group to the teacher."""
         assert self.rollouts is not None
-        groups = self.rollouts.generate(requests)
-        if self._proposes_for_rollouts:
-            groups = iter([[item for group in groups for item in group]])
-        for group in groups:
+        for group in self.rollouts.generate(requests):
             for index, rollout in group:
                 one = batch.pending[index]
                 one.sample = completed(

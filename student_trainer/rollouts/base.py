@@ -79,12 +79,10 @@ class RolloutEngine(Protocol):
     Attributes:
         elsewhere: the engine runs in other processes with its own copy of the weights, so
             `generate` may run in a thread while the student trains. It must end before the next
-            `sync` or `generate`.
-        proposes: each rollout has its ``proposed`` ids.
+            `sync` or `generate`. Its rollouts bring ``proposed`` ids, where any are wanted.
     """
 
     elsewhere: bool
-    proposes: bool
 
     def sync(self, weight_version: int) -> None:
         """Load the student's present weights, unless the engine has this version already."""

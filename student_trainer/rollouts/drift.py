@@ -19,6 +19,14 @@ def probe_prompt(model: Any, limit: int = 2 * _PROMPT_TOKENS) -> list[int]:
     return [(7 * i + 3) % vocab_size for i in range(min(_PROMPT_TOKENS, limit // 2))]
 
 
+def completion_logprobs(
+    model: Any, prompt: Sequence[int], completion: Sequence[int]
+) -> torch.Tensor:
+    """Return the log-probs [T] float32 of a completion's ids, as `trainer_logprobs` finds them."""
+    rows = trainer_logprobs(model, [*prompt, *completion])[len(prompt) - 1 : -1]  # [T, V]
+    return rows.gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
 @torch.no_grad()
 def trainer_logprobs(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     """Return log-probs [L, V] float32 on the CPU, from the trainer's own forward pass.

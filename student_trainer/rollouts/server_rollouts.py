@@ -70,7 +70,6 @@ class ServerRollouts:
         student_top_m: int = 0,
     ) -> None:
         self.servers = servers
-        self.proposes = student_top_m > 0
         self._student_top_m, self._vocab_size = student_top_m, vocab_size
         self._params = vllm_sampling(
             stop_ids=stop_ids,
@@ -180,7 +179,8 @@ class ServerRollouts:
             spans = choice["weight_versions"] or []
             versions, reason = {span["version"] for span in spans}, choice["finish_reason"]
             ids = np.asarray(choice["token_ids"], np.uint32)
-            proposed = self._proposed(choice["logprobs"]["content"]) if self.proposes else None
+            wanted = self._student_top_m > 0
+            proposed = self._proposed(choice["logprobs"]["content"]) if wanted else None
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise RolloutError(f"{url} answered a malformed completion: {error!r}") from error
         if versions != {self.servers.label}:  # it was started again, or another run uses it

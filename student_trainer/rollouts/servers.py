@@ -21,8 +21,8 @@ from student_trainer.rollouts.adapters import StudentAdapters, send_adapter, ser
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
+    completion_logprobs,
     probe_prompt,
-    trainer_logprobs,
 )
 from student_trainer.rollouts.http import (
     GENERATE,
@@ -318,8 +318,7 @@ class RolloutServers:
         for url, (written, theirs) in probes.items():
             key = tuple(written)
             if key not in own:
-                rows = trainer_logprobs(self.model, [*prompt, *written])[len(prompt) - 1 : -1]
-                own[key] = rows.gather(1, torch.tensor(written)[:, None])[:, 0]  # [T]
+                own[key] = completion_logprobs(self.model, prompt, written)
             drifts[url] = float((own[key] - torch.tensor(theirs)).abs().mean())
         return drifts
 

@@ -75,7 +75,6 @@ class TransformersRollouts:
     """
 
     elsewhere = False
-    proposes = False
 
     def __init__(
         self,

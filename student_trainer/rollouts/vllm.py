@@ -31,8 +31,8 @@ from student_trainer.rollouts.base import (
 from student_trainer.rollouts.drift import (
     DRIFT_TOLERANCE,
     PROBE_TOKENS,
+    completion_logprobs,
     probe_prompt,
-    trainer_logprobs,
 )
 from student_trainer.rollouts.engine_environment import own_gpu, rank_environment
 from student_trainer.rollouts.engine_group import EngineGroup
@@ -358,8 +358,7 @@ class VllmEngine:
     def _drift_of(self, ids: list[int], theirs: list[float]) -> float:
         """Return the mean difference of a probe's log-probs to the trainer's own."""
         prompt = probe_prompt(self.model, self.max_model_len)
-        rows = trainer_logprobs(self.model, [*prompt, *ids])[len(prompt) - 1 : -1]  # [T, V]
-        ours = rows.gather(1, torch.tensor(ids)[:, None])[:, 0]  # [T]
+        ours = completion_logprobs(self.model, prompt, ids)
         return float((ours - torch.tensor(theirs)).abs().mean())
 
 
@@ -393,7 +392,6 @@ class VllmRollouts:
         stop_strings: StartSearch | None = None,
     ) -> None:
         self.engine = engine
-        self.proposes = student_top_m > 0
         self._student_top_m, self._vocab_size = student_top_m, vocab_size
         self._stops = stop_strings
         self._params = vllm_sampling(
@@ -434,7 +432,7 @@ class VllmRollouts:
             if written.finish_reason not in ends:
                 raise RolloutError(f"vLLM ended a completion with {written.finish_reason!r}")
             ids = np.asarray(written.token_ids, np.uint32)
-            proposed = self._proposed(written.logprobs) if self.proposes else None
+            proposed = self._proposed(written.logprobs) if self._student_top_m else None
             yield [(index, Rollout(ids, written.finish_reason == "length", proposed))]
 
     def _proposed(self, logprobs: Sequence[Mapping[int, Any]]) -> NDArray[np.uint32]:

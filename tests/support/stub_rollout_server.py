@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 
 from shared.vllm_adapters import ReceivedAdapters
-from student_trainer.rollouts import servers
+from student_trainer.rollouts import drift, servers
 
 GENERATE = "/inference/v1/generate"
 
@@ -221,5 +221,5 @@ def send_no_weights(monkeypatch) -> None:
         servers, "open_transfer", lambda backend, weights, control, seconds: ControlOnly(control)
     )
     monkeypatch.setattr(
-        servers, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
+        drift, "trainer_logprobs", lambda model, ids: torch.zeros(len(ids), model.vocab_size)
     )

@@ -87,7 +87,7 @@ class RecordingTeacher:
 class CountingRollouts:
     """Writes the request's key as completion, two prompts at a time, last ones first."""
 
-    elsewhere = proposes = False
+    elsewhere = False
 
     def __init__(self):
         self.versions = []
@@ -379,8 +379,6 @@ def test_proposals_are_made_with_weights_no_older_than_the_staleness():
 class ProposingRollouts(PatientRollouts):
     """Proposes the id 40 + step beside each completion."""
 
-    proposes = True
-
     def generate(self, requests):
         for group in super().generate(requests):
             yield [
@@ -511,20 +509,21 @@ def test_proposed_ids_are_requested_and_travel_with_the_sample(lmbda):
     assert sorted(asked) == ([30, 31, 32] if lmbda else [8, 8, 8])
 
 
-def test_ids_are_proposed_for_all_completions_of_the_student_at_once():
-    """Ranks that share a sharded model must make as many forward passes, however theirs end."""
-    calls = []
+def test_the_teacher_scores_a_group_with_proposed_ids_while_the_student_writes_the_next():
+    teacher, asked = RecordingTeacher(), []
 
-    def counted(samples):
-        calls.append(len(samples))
-        return propose(samples)
+    class Watched(CountingRollouts):
+        def generate(self, requests):
+            for group in super().generate(requests):
+                asked.append(len(teacher.scored))
+                yield group
 
     pipeline = pipeline_of(
-        replace(METHOD, lmbda=1.0), RecordingTeacher(), CountingRollouts(), propose=counted,
+        replace(METHOD, lmbda=1.0), teacher, Watched(), propose=propose,
         batches=[[example(i) for i in range(3)]],
     )  # fmt: skip
     collect(pipeline, 0)
-    assert calls == [3]
+    assert asked == [0, 1]
 
 
 def test_seq_kd_with_proposals_scores_the_whole_batch_after_it_is_written():

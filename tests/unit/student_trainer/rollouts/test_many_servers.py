@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from student_trainer.rollouts import RolloutServers, ServerOptions, ServerRollouts, servers
+from student_trainer.rollouts import RolloutServers, ServerOptions, ServerRollouts, drift
 from student_trainer.rollouts.base import RolloutRequest
 from student_trainer.rollouts.drift import trainer_logprobs
 from student_trainer.rollouts.http import wait_for_servers
@@ -75,21 +75,21 @@ def test_probes_are_asked_at_once_and_equal_ones_are_checked_once(
         checked.append(token_ids)
         return trainer_logprobs(model, token_ids)
 
-    monkeypatch.setattr(servers, "trainer_logprobs", counted)
+    monkeypatch.setattr(drift, "trainer_logprobs", counted)
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 50}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
     with stub.serving(Together(3, tokens)) as url:
         opened = RolloutServers(model, options(url, 3), dtype="float32", longest=64)
         opened.live = list(opened.options.urls)
-        drift = max(opened._measure_drifts().values())
+        measured = max(opened._measure_drifts().values())
     assert len(checked) == passes
     lines = [trainer_logprobs(model, ids) for ids in checked]
     worst = max(
         float((rows[15:-1].gather(1, torch.tensor(ids[16:])[:, None]) + 1).abs().mean())
         for ids, rows in zip(checked, lines, strict=True)
     )
-    assert drift == pytest.approx(worst, abs=1e-6)
+    assert measured == pytest.approx(worst, abs=1e-6)
 
 
 def test_many_completions_in_flight_are_shared_among_small_clients(options, monkeypatch):

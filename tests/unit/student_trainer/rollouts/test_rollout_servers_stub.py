@@ -20,7 +20,7 @@ from student_trainer.rollouts import (
     RolloutServers,
     ServerOptions,
     TokenFilter,
-    servers,
+    drift,
 )
 from tests.support.stub_rollout_server import GENERATE, send_no_weights, stub_rollout_servers
 
@@ -213,7 +213,7 @@ def test_a_server_that_fails_a_probe_is_left_out(student, stubs):
 
 def test_a_server_with_other_log_probs_is_named(student, stubs, monkeypatch):
     monkeypatch.setattr(
-        servers, "trainer_logprobs", lambda model, ids: torch.full((len(ids), 50), float("nan"))
+        drift, "trainer_logprobs", lambda model, ids: torch.full((len(ids), 50), float("nan"))
     )
     with opened(student, stubs) as both, pytest.raises(RolloutError, match=stubs[0].url):
         both.sync(0)
