@@ -142,8 +142,8 @@ def run(
         trainer.add_callback(live_log)
         if prepared.keep_end_tokens:
             trainer.add_callback(KeepEndTokens(student))
-        if teachers is not None and isinstance(trainer.order, TrainingOrder):
-            learned = [train[i] for i in rows_of_run(args, trainer.order)]
+        if teachers is not None and isinstance(trainer.rows.order, TrainingOrder):
+            learned = [train[i] for i in rows_of_run(args, trainer.rows.order)]
             measured = held_out if args.eval_strategy != "no" or args.eval_on_start else []
             planned = planned_requests(teachers.all_names, method, learned, measured)
             require_answers(teachers, planned)

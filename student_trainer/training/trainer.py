@@ -6,7 +6,7 @@ too, as forward KL to the data's one-hot distribution. What it overrides of the 
 =============================== ==============================================================
 method                          why
 =============================== ==============================================================
-get_batch_samples               a step's rows come from `TrainingOrder`, its completions from
+get_batch_samples               a step's rows come from `StepRows`, its completions from
                                 `Pipeline`, and its tokens are counted once these are written
 training_step                   a micro-batch waits for its own scores, and a substep may hold
                                 several
@@ -47,21 +47,15 @@ from student_trainer.data.micro_batches import (
     group_within_budget,
     split_to_count,
 )
-from student_trainer.data.order import TrainingOrder
 from student_trainer.data.sample import Example
-from student_trainer.data.stream import ExampleStream, StreamOrder, load_state, save_state
 from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.packing import decide_packing
-from student_trainer.model.top_tokens import TopTokenProposals
 from student_trainer.pipeline.pipeline import PendingBatch, Pipeline
 from student_trainer.pipeline.prefetched import load_prefetched, save_prefetched
 from student_trainer.pipeline.targets import ScoredSample
 from student_trainer.reporting.names import GROUPS, grouped
 from student_trainer.rollouts import (
-    NO_FILTER,
-    RolloutEngine,
     RolloutServers,
-    TokenFilter,
     TransformersRollouts,
     VllmEngine,
 )
@@ -70,7 +64,6 @@ from student_trainer.runtime.log_lines import LogLines
 from student_trainer.runtime.timeline import Timeline, Trace
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.named import Teachers, as_teachers
-from student_trainer.training.counting import order_of
 from student_trainer.training.durable import DurableTrainer
 from student_trainer.training.evaluation import HeldOutEvaluation
 from student_trainer.training.metrics import WindowMetrics
@@ -79,6 +72,8 @@ from student_trainer.training.nonfinite import NonFiniteGuard
 from student_trainer.training.plan import TrainingPlan
 from student_trainer.training.positions import check_positions
 from student_trainer.training.run_lines import RunLines
+from student_trainer.training.step_rows import StepRows
+from student_trainer.training.student_writes import greedy_rollouts, proposals, training_rollouts
 
 
 class DistillationTrainer(DurableTrainer):
@@ -131,35 +126,35 @@ class DistillationTrainer(DurableTrainer):
         self.window = WindowMetrics(names)
         self.timeline = Timeline(self.window.add_seconds, self._trace())
         self.guard = NonFiniteGuard(self._output, self.ranks)
-        self.order = self._training_order()
-        batch_size = plan.generation_batch_size
-        self.rollouts = self._rollout_engine(
-            plan.rollout_temperature,
-            batch_size,
-            token_filter=plan.token_filter,
-            student_top_m=plan.student_top_m,
-        )
+        self.rows = StepRows(self.train_dataset, self.args)
+        batch_size, pad_token_id = self.args.per_device_train_batch_size, self.builder.pad_token_id
+        self.rollouts = training_rollouts(self.model, plan, engine, pad_token_id=pad_token_id)
         self.pipeline = Pipeline(
             plan.method,
             self.teachers,
             self.rollouts,
-            upcoming=lambda step: [e for group in self._groups(step) for e in group],
+            upcoming=self.rows.of,
             staleness=plan.staleness,
             prefetch_steps=plan.prefetch_steps,
-            request_size=self.args.per_device_train_batch_size,
+            request_size=batch_size,
             share=_share_over_ranks,
             together=self.ranks.together,
-            propose=self._proposals(),
+            propose=proposals(self.model, plan, self.builder, batch_size),
             timeline=self.timeline,
             waited=self.window.add_wait,
-            remember=self._stream is None,
+            remember=self.rows.stream is None,
         )
-        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         self.held_out = HeldOutEvaluation(
             plan=plan,
             builder=self.builder,
             teachers=self.teachers,
-            rollouts=self._rollout_engine(0.0, batch_size or step),
+            rollouts=greedy_rollouts(
+                self.model,
+                plan,
+                engine,
+                pad_token_id=pad_token_id,
+                batch_size=batch_size * self.args.gradient_accumulation_steps,
+            ),
             tokenizer=tokenizer,
             ranks=self.ranks,
             on_device=partial(send_to_device, device=self.args.device),
@@ -181,7 +176,7 @@ class DistillationTrainer(DurableTrainer):
         """Return one step's micro-batches, by substep, and its number of learned tokens.
 
         Completions are written; scores may be missing. The loader's iterator is left alone: the
-        order is known for all steps, see `TrainingOrder`.
+        order is known for all steps, see `StepRows`.
         """
         step = self.state.global_step
         if step >= self.state.max_steps:  # resumed at its end: the Trainer would learn one more
@@ -189,14 +184,13 @@ class DistillationTrainer(DurableTrainer):
             return [], torch.zeros((), device=device)
         self.timeline.begin_step(step + 1)
         self.guard.begin_step()
-        groups = self._groups(step)
-        if self._stream is not None:
-            self._stream.forget(before=self._first_row(step))
+        groups = self.rows.micro_batches(step)
+        self.rows.forget_before(step)
         assert len(groups) == num_batches
         last = self.state.max_steps - 1
         if self.plan.method.seq_kd:
             # The next epoch reuses completions that are not written yet, so none of it starts.
-            last = min(last, self.order.last_of_epoch(step))
+            last = min(last, self.rows.last_of_epoch(step))
         batch = self.pipeline.take(step, last)
         samples = self.pipeline.samples(batch)
         self.window.add_step(samples, step=step, on_policy=batch.on_policy)
@@ -298,11 +292,6 @@ class DistillationTrainer(DurableTrainer):
             self.window.skip_step()
         return norm
 
-    def _groups(self, step: int) -> list[list[Example]]:
-        """Return the examples of each of the step's micro-batches."""
-        rows: Any = self.train_dataset
-        return [[rows[i] for i in numbers] for numbers in self.order.micro_batches(step)]
-
     def _grouped(
         self, lengths: Sequence[int], sizes: Sequence[int], *, shortest_first: bool
     ) -> list[list[int]]:
@@ -385,8 +374,7 @@ class DistillationTrainer(DurableTrainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train as `DurableTrainer` does; go on with what a checkpoint keeps."""
         if resume_from_checkpoint is not None:
-            if self._stream is not None:
-                self._stream.restore(load_state(resume_from_checkpoint, self.ranks.rank))
+            self.rows.restore(resume_from_checkpoint, self.ranks.rank)
             file = self._ahead_file(resume_from_checkpoint)
             if file.exists():
                 self.pipeline.resume(load_prefetched(file))
@@ -407,13 +395,7 @@ class DistillationTrainer(DurableTrainer):
         ahead = self.pipeline.prefetched(self.state.global_step)
         if ahead:
             save_prefetched(self._ahead_file(folder), ahead)
-        if self._stream is not None:
-            first = self._first_row(self.state.global_step)
-            save_state(str(folder), self.ranks.rank, self._stream.state(first))
-
-    def _first_row(self, step: int) -> int:
-        """Return the number of a step's first row on this rank."""
-        return self.order.micro_batches(step)[0][0] // self.plan.num_generations
+        self.rows.save(folder, self.ranks.rank, self.state.global_step)
 
     def _ahead_file(self, folder: str | Path) -> Path:
         return Path(folder) / f"ahead-{self.ranks.rank}.npz"
@@ -448,65 +430,6 @@ class DistillationTrainer(DurableTrainer):
         if self.plan.trace_steps is None or not self.is_world_process_zero():
             return None
         return Trace(self._output / "trace.json", self.plan.trace_steps)
-
-    @property
-    def _stream(self) -> ExampleStream | None:
-        """The rows to train on, where they are not all in memory."""
-        rows: Any = self.train_dataset
-        rows = rows.examples if isinstance(rows, Generations) else rows
-        return rows if isinstance(rows, ExampleStream) else None
-
-    def _training_order(self) -> TrainingOrder | StreamOrder:
-        if self._stream is None:
-            repeats, places = self.plan.num_generations, len(self.train_dataset)
-            return order_of(places // repeats, self.args, repeats=repeats)
-        size, substeps = (
-            self.args.per_device_train_batch_size,
-            self.args.gradient_accumulation_steps,
-        )
-        return StreamOrder(size, substeps, self.args.max_steps)
-
-    def _rollout_engine(
-        self,
-        temperature: float,
-        batch_size: int | None,
-        *,
-        token_filter: TokenFilter = NO_FILTER,
-        student_top_m: int = 0,
-    ) -> RolloutEngine:
-        method = self.plan.method
-        if self.engine is not None:
-            return self.engine.rollouts(
-                stop_ids=method.stop_ids,
-                max_new_tokens=method.max_new_tokens,
-                temperature=temperature,
-                vocab_size=self.plan.vocab_size,
-                token_filter=token_filter,
-                student_top_m=student_top_m,
-            )
-        return TransformersRollouts(
-            self.model,
-            stop_ids=method.stop_ids,
-            pad_token_id=self.builder.pad_token_id,
-            max_new_tokens=method.max_new_tokens,
-            temperature=temperature,
-            batch_size=batch_size,
-            vocab_size=self.plan.vocab_size,
-            token_filter=token_filter,
-            one_group=student_top_m > 0,  # the student proposes ids between groups
-        )
-
-    def _proposals(self) -> TopTokenProposals | None:
-        if self.plan.student_top_m == 0:
-            return None
-        return TopTokenProposals(
-            self.model,
-            count=self.plan.student_top_m,
-            vocab_size=self.plan.vocab_size,
-            pad_token_id=self.builder.pad_token_id,
-            batch_size=self.args.per_device_train_batch_size,
-            packed=self.builder.packed,
-        )
 
     def count_traffic(self) -> None:
         """Add to the window what the teacher sent since the last step."""
