@@ -1,4 +1,4 @@
-"""What the student itself writes in a run: completions, and the ids that it proposes."""
+"""The completions that the student writes in a run, and the ids that it proposes."""
 
 from __future__ import annotations
 
