@@ -176,6 +176,7 @@ def test_a_generation_that_outlasts_the_drain_does_not_hold_the_process(long_fol
         with long_generation(url):
             server.send_signal(signal.SIGTERM)
             assert server.wait(6) == 0, log.read_text()
+    assert "it/s]" not in log.read_text()  # no progress bar, which is for terminals
 
 
 def test_a_port_in_use_is_refused_before_the_model_loads(strict, tmp_path):
