@@ -19,6 +19,7 @@ from shared.errors import (
 )
 from shared.protocol import InfoResponse
 from student_trainer.commands.doctor_finding import Finding, Status
+from student_trainer.commands.doctor_machine import install_command
 
 if TYPE_CHECKING:
     from student_trainer.config.arguments import TeacherArguments
@@ -63,7 +64,9 @@ def teacher_findings(value: str, key_file: str | None, student: str | None) -> I
             "proxy; --host 0.0.0.0 if it is another machine",
         )  # fmt: skip
     except ImportError as error:
-        yield Finding("teacher", "fail", f"cannot be reached: {error}", "pip install '.[trainer]'")
+        yield Finding(
+            "teacher", "fail", f"cannot be reached: {error}", install_command("[trainer]")
+        )
     except SparseGKDError as error:
         yield Finding("teacher", "fail", str(error), "give the address of a teacher-server")
 

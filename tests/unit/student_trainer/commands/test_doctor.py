@@ -69,6 +69,23 @@ def test_the_extras_of_the_wheel_are_those_of_the_source(monkeypatch, tmp_path):
     assert (found[""], found["trainer"]) == (source[""], source["trainer"])
 
 
+def test_a_wheel_is_told_its_own_extras_and_no_versions_of_tests(capsys, monkeypatch, tmp_path):
+    known = doctor_machine._version
+    there = {"fastapi": None, "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor_machine, "_version", lambda name: there.get(name, known(name)))
+    _, source = lines(capsys)
+    assert source["fastapi"]["remedy"] == "pip install -c constraints.txt '.[teacher]'"
+    (tmp_path / "student_trainer" / "commands").mkdir(parents=True)
+    module = tmp_path / "student_trainer" / "commands" / "doctor_machine.py"
+    module.touch()
+    wheel = [f"{line}; extra == 'trainer'" for line in doctor_machine.requirements()["trainer"]]
+    monkeypatch.setattr(doctor_machine, "__file__", str(module))
+    monkeypatch.setattr(doctor_machine.importlib.metadata, "requires", lambda name: wheel)
+    _, found = lines(capsys)
+    assert found["fastapi"]["remedy"] == "pip install 'sparse-gkd[teacher]'"
+    assert found["torch"]["detail"] == "2.13.0+cpu (<3,>=2.11)"
+
+
 def test_little_disk_warns_and_hardly_any_fails(monkeypatch, tmp_path):
     for free, status in ((20, "ok"), (9, "warn"), (0.9, "fail")):
         usage = type("usage", (), {"free": free * 2**30, "total": 100 * 2**30})
