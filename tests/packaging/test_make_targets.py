@@ -6,15 +6,12 @@ import subprocess
 from tests.support.repository import ROOT, pages
 
 MAKEFILE = (ROOT / "Makefile").read_text()
+_NAMED = re.compile(r"(?:`| {4,}|^)make ([a-z.][\w./-]*)", re.MULTILINE)
 
 
 def test_each_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([\w./-]+):(?!=)", MAKEFILE, re.MULTILINE))
-    named = {
-        (page, name)
-        for page in pages()
-        for name in re.findall(r"(?:`| {4,}|^)make ([a-z.][\w./-]*)", (ROOT / page).read_text(), re.M)
-    }
+    named = {(page, name) for page in pages() for name in _NAMED.findall((ROOT / page).read_text())}
     assert {"quickstart", "release-check", "rehearsal"} <= {name for _, name in named}
     assert {(page, name) for page, name in named if name not in targets} == set()
 
