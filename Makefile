@@ -109,8 +109,8 @@ rehearsal:
 	ls dist/sparse_gkd-*.whl || { echo "no wheel: make release-check builds it"; exit 1; }
 	rm -rf build/stranger
 	$(PYTHON) -m venv build/stranger
-	build/stranger/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	build/stranger/bin/pip install --quiet --disable-pip-version-check --find-links dist \
+	build/stranger/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	build/stranger/bin/pip install --quiet --disable-pip-version-check --no-compile --find-links dist \
 	  "sparse-gkd[trainer]==$$(ls dist/sparse_gkd-*.whl | cut -d- -f2)"
 	cd / && "$(CURDIR)/build/stranger/bin/student-trainer" doctor
 
