@@ -11,7 +11,7 @@ DISTRIBUTED = --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(DISTRIBUTED)
 
 .PHONY: help quickstart test test-real test-faults real-tokenizers real-models check docs audit \
-  audit-known format clean test-versions release-check gpu-check
+  audit-known format clean test-versions release-check rehearsal gpu-check
 
 help:
 	@echo "make quickstart   a teacher, served over HTTP, distils a student: 6 minutes on 2 cores"
@@ -21,6 +21,7 @@ help:
 	@echo "make gpu-check    on one GPU: speed, memory and exactness of every part, in 8 minutes"
 	@echo "make test-versions  the oldest and the newest releases that pyproject.toml allows (8 GB)"
 	@echo "make release-check  build wheel and sdist, check them, run both commands from them"
+	@echo "make rehearsal    install the built wheel as a stranger does, and look at it: 3 minutes"
 	@echo "make check        lint, format, types, layers, docs, and what is known of the pinned versions"
 	@echo "make docs         the documentation site, into build/site"
 	@echo "make audit        the last, strictly: every version must be known to PyPI"
@@ -101,6 +102,17 @@ release-check: .venv-release/ready
 	.venv-release/bin/uvx --isolated --python $(PYTHON) --from dist/*.whl teacher-server bench --help > /dev/null
 	.venv-release/bin/pipx run --no-cache --spec "$$(ls $(CURDIR)/dist/*.whl)" student-trainer --version
 	.venv-release/bin/pipx run --no-cache --spec "$$(ls $(CURDIR)/dist/*.tar.gz)" student-trainer --help > /dev/null
+
+# What a stranger types on a CPU, with dist/ in the place of PyPI; from /, where no checkout is.
+# torch alone and first, as for .venv: the extra alone would take PyPI's newest, with 4 GB of CUDA.
+rehearsal:
+	ls dist/sparse_gkd-*.whl || { echo "no wheel: make release-check builds it"; exit 1; }
+	rm -rf build/stranger
+	$(PYTHON) -m venv build/stranger
+	build/stranger/bin/pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+	build/stranger/bin/pip install --quiet --disable-pip-version-check --no-compile --find-links dist \
+	  "sparse-gkd[trainer]==$$(ls dist/sparse_gkd-*.whl | cut -d- -f2)"
+	cd / && "$(CURDIR)/build/stranger/bin/student-trainer" doctor
 
 .venv-release/ready:
 	$(PYTHON) -m venv .venv-release

@@ -45,6 +45,12 @@ def server_address(url: str, name: str, *, before: str = "", after: str = "") ->
     return url.rstrip("/")
 
 
+def is_loopback(url: str) -> bool:
+    """Return whether an address is one of the machine itself."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def _has_scheme_and_host(url: str) -> bool:
     try:
         parts = urlsplit(url)

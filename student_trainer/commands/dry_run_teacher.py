@@ -102,7 +102,7 @@ def token_bytes(flags: TeacherArguments, student_top_m: int) -> int:
     """Return the bytes of an answer's arrays at each completion token.
 
     They are ids and log-probs of the top-k, the log-probs of next token and tail, and those of
-    requested ids. The rest of an answer is some 250 bytes a sequence.
+    requested ids. The rest of an answer is some 200 bytes, and 200 a sequence.
     """
     size = 2 if flags.teacher_logprob_dtype == "float16" else 4
     return flags.top_k_logprobs * (4 + size) + 4 + 4 + student_top_m * size

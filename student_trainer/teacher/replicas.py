@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from shared import logs
+from shared.address import is_loopback
 from shared.errors import DeadlineExceededError, TeacherChangedError, TeacherUnreachableError
 from shared.protocol import InfoResponse
 from student_trainer.runtime.threads import in_thread
@@ -210,7 +210,7 @@ class Replicas:
 
     def _absence_allowed(self, url: str) -> float:
         """Return the seconds that nothing may listen at an address before it is given up."""
-        local = self._local_absent_timeout if _is_local(url) else math.inf
+        local = self._local_absent_timeout if is_loopback(url) else math.inf
         return min(self._absent_timeout, local)
 
     def _more_absence(self, url: str) -> str:
@@ -254,12 +254,6 @@ class Replicas:
                 )
                 due = next(seconds for seconds in times if seconds > waited)
             time.sleep(min(0.5, left))
-
-
-def _is_local(url: str) -> bool:
-    """Return whether an address is one of the machine itself."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def reminder_seconds() -> Iterator[float]:

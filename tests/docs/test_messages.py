@@ -14,10 +14,12 @@ MESSAGES = [
     for page in PAGES
     for message in re.findall(r"^\*\*`+(.+?)`+\*\*$", page.read_text(), re.MULTILINE)
 ]
-# Printed of every flag that needs another one, and of teachers with a name; the page shows one.
+# Printed of every flag that needs another one, of teachers with a name, and of weights that are
+# missing too; the page shows one.
 FILLED_IN = {
     "--lora_r has no effect without --use_peft": "--… has no effect without …",
     "Waiting for the teacher at …: it …; … s left": "Waiting for … at …: it …; … s left",
+    "… weights are not what was saved, … among them": "… weights …, … among them, so it is not",
 }
 
 

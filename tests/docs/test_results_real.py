@@ -43,6 +43,12 @@ def test_starts_of_a_disjoint_student():
     assert said in words(DOCS / "how-to" / "choose.md")
 
 
+def test_the_readme_says_the_same():
+    said = "a cosine of .92 to .999 to the dense one"
+    assert said in words(PAGE)
+    assert said in words(DOCS.parent / "README.md")
+
+
 def test_accuracy_of_the_sparse_divergence():
     found = read("accuracy_real.json")
     rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]

@@ -6,6 +6,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import torch
 
 from student_trainer.commands import doctor_machine, doctor_teacher
 from student_trainer.commands.main import main
@@ -68,6 +69,23 @@ def test_the_extras_of_the_wheel_are_those_of_the_source(monkeypatch, tmp_path):
     assert (found[""], found["trainer"]) == (source[""], source["trainer"])
 
 
+def test_a_wheel_is_told_its_own_extras_and_no_versions_of_tests(capsys, monkeypatch, tmp_path):
+    known = doctor_machine._version
+    there = {"fastapi": None, "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(doctor_machine, "_version", lambda name: there.get(name, known(name)))
+    _, source = lines(capsys)
+    assert source["fastapi"]["remedy"] == "pip install -c constraints.txt '.[teacher]'"
+    (tmp_path / "student_trainer" / "commands").mkdir(parents=True)
+    module = tmp_path / "student_trainer" / "commands" / "doctor_machine.py"
+    module.touch()
+    wheel = [f"{line}; extra == 'trainer'" for line in doctor_machine.requirements()["trainer"]]
+    monkeypatch.setattr(doctor_machine, "__file__", str(module))
+    monkeypatch.setattr(doctor_machine.importlib.metadata, "requires", lambda name: wheel)
+    _, found = lines(capsys)
+    assert found["fastapi"]["remedy"] == "pip install 'sparse-gkd[teacher]'"
+    assert found["torch"]["detail"] == "2.13.0+cpu (<3,>=2.11)"
+
+
 def test_little_disk_warns_and_hardly_any_fails(monkeypatch, tmp_path):
     for free, status in ((20, "ok"), (9, "warn"), (0.9, "fail")):
         usage = type("usage", (), {"free": free * 2**30, "total": 100 * 2**30})
@@ -127,6 +145,38 @@ def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):
     code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")
     assert (code, found["teacher"]["status"]) == (1, "fail")
     assert "SSL_CERT_FILE /nowhere/ca.crt: No such file" in found["teacher"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "threads", "gpu", "status"),
+    [
+        (None, 2, False, "warn"),
+        ("PASSIVE", 2, False, "ok"),
+        (None, 1, False, None),
+        (None, 2, True, None),
+    ],
+    ids=["spin", "sleep", "one-thread", "gpu"],
+)
+def test_threads_that_spin_beside_a_teacher_are_told(
+    capsys, monkeypatch, policy, threads, gpu, status
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with StubTeacher().serving() as stub:
+        _, found = lines(capsys, "--teacher_url", stub.url)
+    finding = found.get("shared cores", {"status": None})
+    assert finding["status"] == status
+    assert status != "warn" or "OMP_WAIT_POLICY=PASSIVE" in finding["remedy"]
+
+
+def test_a_teacher_on_another_machine_shares_no_cores(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert [f.status for f in doctor_teacher._shared_cores("http://127.0.0.1:8000")] == ["warn"]
+    assert list(doctor_teacher._shared_cores("http://teacher:8000")) == []
 
 
 def test_clocks_that_disagree_are_told(capsys, monkeypatch):
