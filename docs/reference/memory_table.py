@@ -54,9 +54,10 @@ def estimate(size: str, way: str) -> Memory:
     )
     of_model, of_adapters, bf16 = WAYS[way]
     args: Any = SimpleNamespace(
-        bf16=bf16, fp16=False, gradient_checkpointing=True, world_size=1, fsdp=None,
-        deepspeed=None, optim="adamw_torch", optim_args=None, optim_target_modules=None,
-        learning_rate=1e-5, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.0,
+        bf16=bf16, fp16=False, gradient_checkpointing=True, world_size=1, n_gpu=1, fsdp=None,
+        deepspeed=None, torch_compile=False, optim="adamw_torch", optim_args=None,
+        optim_target_modules=None, learning_rate=1e-5, adam_beta1=0.9, adam_beta2=0.999,
+        adam_epsilon=1e-8, weight_decay=0.0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)

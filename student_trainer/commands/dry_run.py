@@ -263,8 +263,8 @@ def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, st
     if memory.casts:
         precision = "bf16" if args.bf16 else "fp16"
         lines.append((f"--{precision} copies", f"up to {readable_size(memory.casts)}"))
-    lines.append(("loss", f"up to {readable_size(memory.loss)}: a chunk of logits, and the "
-                          "gradient of an output layer that is trained"))  # fmt: skip
+    lines.append(("loss", f"up to {readable_size(memory.loss)}: a chunk of logits, and "
+                          "an output layer's gradient unless it is added in place"))  # fmt: skip
     lines.append(("together", readable_size(memory.total)))
     if isinstance(args, DistillArguments) and args.rollout_engine == "vllm":
         share = f"{args.vllm_gpu_memory_utilization:.0%} of the GPU, beside all this"

@@ -93,6 +93,9 @@ def linear_sparse_jsd(
         raise ValueError(f"softcap {softcap} must be above 0 and finite, or None")
     if not math.isfinite(logit_scale) or logit_scale == 0.0:
         raise ValueError(f"logit_scale {logit_scale} must be finite and not 0")
+    if not torch.is_grad_enabled():  # autograd functions see a leaf's requires_grad all the same
+        hidden, weight = hidden.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

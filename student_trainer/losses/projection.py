@@ -17,7 +17,7 @@ from student_trainer.losses.reference import compute_dtype
 
 # Size of the float32 copies of weights where no matrix product multiplies half precision directly.
 BLOCK_BYTES = 8 << 20
-# Size of a product that stays in a GPU's cache (40 MB and more) until it is added.
+# Size of a product that is made at once; it stays in a GPU's cache (40 MB and more) until added.
 CACHED_BYTES = 16 << 20
 
 
@@ -51,20 +51,28 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first:
             torch.mm(a, b, out=total)
         else:
             total.addmm_(a, b)
-    elif not a.is_cuda:
-        outer = torch.mm(a, b)
-        if first:
-            total.copy_(outer)
-        else:
-            total.add_(outer)
+    elif not a.is_cuda:  # some rows at a time: an addition of two dtypes copies the whole product
+        for some, target in zip(*_some_rows(total, a), strict=True):
+            product = torch.mm(some, b)
+            if first:
+                target.copy_(product)
+            else:
+                target.add_(product)
     elif first:
         torch.mm(a, b, out_dtype=total.dtype, out=total)
     elif adds_wide_products(a.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # some rows at a time, whose product does not leave the GPU's cache
-        rows = max(1, CACHED_BYTES // (total.element_size() * max(1, b.shape[1])))
-        for some, target in zip(a.split(rows), total.split(rows), strict=True):
+        for some, target in zip(*_some_rows(total, a), strict=True):
             target.add_(torch.mm(some, b, out_dtype=total.dtype))
+
+
+def _some_rows(
+    total: torch.Tensor, a: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return a [m, n] and ``total`` [m, d] in parts of as many rows as `CACHED_BYTES` hold."""
+    rows = max(1, CACHED_BYTES // (total.element_size() * max(1, total.shape[1])))
+    return a.split(rows), total.split(rows)
 
 
 @functools.cache

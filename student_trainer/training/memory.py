@@ -35,8 +35,8 @@ class Memory:
         buckets: in which DDP exchanges gradients between processes: a second copy of them.
         optimizer: its state after the first step; None where that is not known without a GPU.
         casts: copies of linear layers' weights that --bf16 or --fp16 computes with, at most.
-        loss: a chunk of logits and its gradient in half precision, and the gradient of the output
-            layer where it is trained.
+        loss: a chunk of logits and its gradient in half precision, and the gradient of an output
+            layer that is trained and whose gradient is not added in place.
     """
 
     parameters: int
@@ -100,17 +100,24 @@ def estimate_memory(
         buckets=bytes_of(trained) if args.world_size > 1 and not sharded else 0,
         optimizer=_optimizer_bytes(args, skeleton, trained),
         casts=casts,
-        loss=_loss_bytes(head, tokens, card, half=args.bf16 or args.fp16),
+        loss=_chunk_bytes(head, tokens, card, half=args.bf16 or args.fp16)
+        + (0 if _adds_in_place(args, head, sharded) else 4 * head.numel() * head.requires_grad),
     )
 
 
-def _loss_bytes(head: torch.Tensor, tokens: int, card: int | None, *, half: bool) -> int:
-    """Return the bytes of a chunk, its gradient in half precision, and the layer's gradient."""
+def _chunk_bytes(head: torch.Tensor, tokens: int, card: int | None, *, half: bool) -> int:
+    """Return the bytes of a chunk of logits and of its gradient in half precision."""
     if card is not None:
         tokens = min(tokens, MOST_POSITIONS)
     chunk = min(chunk_bytes(card, trained=head.requires_grad), 4 * len(head) * tokens)
     narrow = chunk // 2 if half or head.element_size() == 2 else 0
-    return chunk + narrow + 4 * head.numel() * head.requires_grad
+    return chunk + narrow
+
+
+def _adds_in_place(args: CommonTrainingArguments, head: torch.Tensor, sharded: bool) -> bool:
+    """Return whether the gradient of the output layer needs no second matrix: see `in_place`."""
+    alone = args.world_size == 1 and args.n_gpu <= 1 and not sharded
+    return alone and head.dtype == torch.float32 and not (args.fp16 or args.torch_compile)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

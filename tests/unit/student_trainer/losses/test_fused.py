@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from student_trainer.losses import (
     Divergence,
     SparseDistribution,
+    fused,
     linear_sparse_jsd,
     sparse_generalized_jsd,
 )
@@ -139,6 +140,14 @@ def test_without_any_gradient_the_value_is_the_same():
         value = linear_sparse_jsd(hidden, weight, teacher, Divergence(), **arguments).loss
     assert not value.requires_grad
     assert value.item() == expected.item()
+
+
+def test_without_gradients_none_is_computed(monkeypatch):
+    """Autograd says that trained weights need one all the same: [V, d] for nothing."""
+    hidden, weight, bias, teacher = problem()
+    monkeypatch.setattr(fused, "add_product", lambda *_, **__: pytest.fail("a weight gradient"))
+    with torch.no_grad():
+        linear_sparse_jsd(hidden, weight, teacher, Divergence(), bias=bias, normalizer=1)
 
 
 @pytest.mark.parametrize("upstream", [-2.5, 0.0, 1.0])

@@ -1,14 +1,21 @@
 """The estimate of a dry run against what a real step holds."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from student_trainer.commands.main import main
 from student_trainer.config.arguments import AdapterArguments, ModelArguments
 from student_trainer.config.training_arguments import CommonTrainingArguments, SFTArguments
+from student_trainer.data.collate import model_inputs, predicting_positions
+from student_trainer.data.sample import Sample
+from student_trainer.losses import Divergence, projection
+from student_trainer.model.forward import SparseTargets, install_sparse_loss
 from student_trainer.model.load import load_student
+from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.training.memory import bytes_of, estimate_memory
 from tests.support.models import save_model
 from tests.support.world import make_world
@@ -63,12 +70,53 @@ def test_sgd_keeps_nothing_and_an_optimizer_of_a_gpu_is_not_known(tmp_path):
     assert estimated(tmp_path / "model", tmp_path, optim="adamw_8bit")[1].optimizer is None
 
 
-def test_the_loss_holds_a_chunk_and_the_gradient_of_an_output_layer_that_is_trained(tmp_path):
+def test_the_loss_holds_a_chunk_and_a_gradient_that_is_not_added_in_place(tmp_path, monkeypatch):
     save_model(tmp_path / "model", vocab_size=260, hidden_size=32)
-    chunk = 10 * 260 * 4
-    assert estimated(tmp_path / "model", tmp_path)[1].loss == chunk + 260 * 32 * 4
+    chunk, layer = 10 * 260 * 4, 260 * 32 * 4
+    half = {"torch_dtype": "bfloat16"}
+    assert estimated(tmp_path / "model", tmp_path)[1].loss == chunk
+    assert estimated(tmp_path / "model", tmp_path, model=half)[1].loss == chunk + chunk // 2 + layer
     lora = {"use_peft": True}
     assert estimated(tmp_path / "model", tmp_path, adapters=lora)[1].loss == chunk
+    monkeypatch.setattr(CommonTrainingArguments, "world_size", 2)
+    assert estimated(tmp_path / "model", tmp_path)[1].loss == chunk + layer
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_a_step_holds_at_its_peak_what_was_estimated(tmp_path, monkeypatch, bf16):
+    """Nearly all of this student is its vocabulary, so activations are small beside it."""
+    monkeypatch.setattr(projection, "BLOCK_BYTES", 1 << 18)  # as small beside the student as they
+    monkeypatch.setattr(projection, "CACHED_BYTES", 1 << 18)  # are beside a published one
+    vocab_size = 20_000
+    save_model(tmp_path / "model", vocab_size=vocab_size, hidden_size=64, tie_word_embeddings=True)
+    arguments, found = estimated(tmp_path / "model", tmp_path, bf16=bf16, use_cpu=True)
+    student = load_student(*arguments)
+    install_sparse_loss(student)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)  # as the Trainer takes it
+    sample = Sample(np.arange(12, dtype=np.uint32), 2, np.ones(10, bool), "dataset")
+
+    def step():
+        targets = SparseTargets(
+            positions=predicting_positions([sample], [sample.completion_mask], packed=False),
+            teacher=sparse_distribution([ScoredSample(sample, None)], vocab_size),
+            divergence=Divergence(0.0),
+            normalizer=1.0,
+            vocab_size=vocab_size,
+            in_place=True,
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = student(**model_inputs([sample], 0, packed=False), sparse_targets=targets)
+        loss["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    records = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    records.sort(key=lambda record: record.start_ns())
+    peak = max(np.cumsum([record.nbytes() for record in records]))
+    assert 0.9 < found.total / (found.weights + found.optimizer + peak) < 1.15
 
 
 def test_ddp_holds_the_gradients_twice(tmp_path, monkeypatch):
@@ -77,7 +125,7 @@ def test_ddp_holds_the_gradients_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(CommonTrainingArguments, "world_size", 2)
     two = estimated(tmp_path / "model", tmp_path)[1]
     assert (alone.buckets, two.buckets) == (0, two.gradients)
-    assert two.total == alone.total + two.gradients
+    assert two.total - two.loss == alone.total - alone.loss + two.gradients
 
 
 def test_quantised_weights_are_half_a_byte_and_their_scales(tmp_path):
