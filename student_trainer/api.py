@@ -13,10 +13,11 @@ from shared.errors import ConfigurationError
 from student_trainer.commands.run_training import run_distill
 from student_trainer.config.arguments import LoadedModel, Recipe
 from student_trainer.config.checks import check_distillation
-from student_trainer.config.files import check_output_folder, check_rows_exist
+from student_trainer.config.files import check_output_folder
 from student_trainer.config.keywords import keywords_in_errors
 from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse_keywords
+from student_trainer.data.first_rows import check_first_rows
 from student_trainer.model.forward import remove_sparse_loss
 from student_trainer.model.load import tokenizer_from
 
@@ -161,7 +162,7 @@ def _distill(
     check_distillation(recipe, teacher, args)
     check_output_folder(args.output_dir)
     check_nothing_is_overwritten(args, recipe.model)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_first_rows(recipe.dataset, recipe.data)
     trainer = run_distill(recipe, teacher, args)
     assert trainer is not None  # None only after a dry run
     history = trainer.state.log_history

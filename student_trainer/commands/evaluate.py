@@ -10,6 +10,9 @@ from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.output import check_no_scores_are_overwritten
 from student_trainer.config.parse import parse
+from student_trainer.config.suites import where_from
+from student_trainer.data.first_rows import first_rows
+from student_trainer.evaluation.suites import problems_of
 
 
 def evaluate(argv: Sequence[str]) -> dict[str, Any]:
@@ -28,6 +31,9 @@ def evaluate(argv: Sequence[str]) -> dict[str, Any]:
     check_output_folder(args.output_dir)
     check_no_scores_are_overwritten(args)
     check_rows_exist(dataset)
+    name, _, split, form = where_from(dataset, args.suite)
+    if rows := first_rows(name, split):
+        problems_of(rows, form)  # raises where a row has no checker, or is of another form
     from student_trainer.commands.run_evaluation import run_evaluation
 
     return run_evaluation(model, dataset, generation, template, teacher, args)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
 from student_trainer.config.commands import ARGUMENTS
-from student_trainer.config.files import check_output_folder, check_rows_exist
+from student_trainer.config.files import check_output_folder
 from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse
+from student_trainer.data.first_rows import check_first_rows
 
 
 def sft(argv: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def sft(argv: Sequence[str]) -> None:
     check_recipe(recipe, flags)
     check_output_folder(flags.output_dir)
     check_nothing_is_overwritten(flags, recipe.model)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_first_rows(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_sft
 
     run_sft(recipe, flags)
@@ -39,7 +40,7 @@ def distill(argv: Sequence[str]) -> None:
     check_distillation(recipe, teacher, flags)
     check_output_folder(flags.output_dir)
     check_nothing_is_overwritten(flags, recipe.model)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_first_rows(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_distill
 
     run_distill(recipe, teacher, flags)
