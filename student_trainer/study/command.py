@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
+from student_trainer.runtime.folders import check_output_folder
 from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.runtime.threads import sleep_when_idle
 from student_trainer.study.plan import Plan, make_plan, select
@@ -45,6 +46,7 @@ def study(argv: Sequence[str]) -> None:
         count = sum(runner.state(job) == "done" for job in jobs)
         _say(f"{count} of {len(jobs)} are done")
         return
+    check_output_folder("--output_dir", folder)
     if not arguments.report:
         with signals_as_exits():  # so that the running cell and the server end too
             runner.run(jobs, plan if found.drop_weights else None)
