@@ -136,7 +136,10 @@ def _journal_inputs(
 
 
 def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
-    """Return pass@k of the programs, k = 1, 10, 100 up to ``n``, and exact match of the others."""
+    """Return pass@k of the programs, k = 1, 10, 100 up to ``n``, and exact match of the others.
+
+    Those of the checker ``final_number`` have their share under that name too.
+    """
     groups = [results[i : i + n] for i in range(0, len(results), n)]
     programs = [(n, sum(r.passed for r in g)) for g in groups if g[0].kind == "python"]
     others = [r.passed for g in groups if g[0].kind != "python" for r in g]
@@ -145,6 +148,9 @@ def scores(results: Sequence[CheckResult], n: int) -> dict[str, float]:
         found |= {f"pass@{k}": mean_pass_at_k(programs, k) for k in (1, 10, 100) if k <= n}
     if others:
         found["exact_match"] = sum(others) / len(others)
+    numbers = [r.passed for r in results if r.kind == "final_number"]
+    if numbers:
+        found["final_number"] = sum(numbers) / len(numbers)
     return found
 
 

@@ -105,7 +105,7 @@ def _scores(one: Evaluation, base: Evaluation) -> Iterator[Difference]:
     for name, score in one.scores.items():
         if name not in base.scores:
             continue
-        if same and name in ("pass@1", "exact_match"):
+        if same and name in ("pass@1", "exact_match", "final_number"):
             found = paired_difference(one.passed, base.passed)
             over = _over(found, "problems", "one problem")
         else:
@@ -204,7 +204,7 @@ def _note(rows: Sequence[Difference]) -> str:
 
 
 def _study_table(study: StudyRun, cells: Mapping[str, TrainingRun]) -> Table:
-    share = study.metric.startswith("pass@") or study.metric == "exact_match"
+    share = study.metric.startswith("pass@") or study.metric in ("exact_match", "final_number")
     body, found_all = [], []
     for pair in study.differences:
         cell, base = pair["cell"], pair["base"]

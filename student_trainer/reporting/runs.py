@@ -143,7 +143,7 @@ class Evaluation:
         return {
             name: float(value)
             for name, value in self.results.items()
-            if name.startswith("pass@") or name == "exact_match"
+            if name.startswith("pass@") or name in ("exact_match", "final_number")
         }
 
     def place_among(self, runs: Sequence[TrainingRun]) -> int | None:

@@ -15,8 +15,10 @@ from student_trainer.commands.main import main
 from student_trainer.config.arguments import DatasetArguments
 from student_trainer.config.suites import where_from
 from student_trainer.evaluation import sandbox as sandbox_module
+from student_trainer.evaluation.checkers import CheckResult
 from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import read_samples
+from student_trainer.reporting.runs import Evaluation
 from student_trainer.rollouts import Rollout, TransformersRollouts
 from tests.support.fences import LANDLOCK, write_refusal
 from tests.support.flags import installed
@@ -359,3 +361,13 @@ def test_without_a_fence_no_program_runs_unless_that_is_wanted(
     assert main(words(model, path, tmp_path / "unsafe", unsafe_sandbox=True)) == 0
     results = json.loads((tmp_path / "unsafe/results.json").read_text())
     assert results["unsafe_sandbox"] == ["Landlock"]
+
+
+def test_final_numbers_have_a_score_of_their_own_beside_exact_match(tmp_path):
+    verdicts = [("final_number", True), ("final_number", False), ("exact_match", True)]
+    results = [CheckResult(kind, passed, "") for kind, passed in verdicts]
+    found = run_evaluation.scores(results, 1)
+    assert found == {"exact_match": pytest.approx(2 / 3), "final_number": 0.5}
+    assert run_evaluation.scores(results[2:], 1) == {"exact_match": 1.0}
+    told = Evaluation("a", tmp_path, {"model": "m", **found, "seconds": 1.0}, {})
+    assert told.scores == found  # the columns of a report
