@@ -31,9 +31,11 @@ def study(argv: Sequence[str]) -> None:
     found = load_study(arguments.file)
     if any(cell.command in TRAINER_COMMANDS for cell in found.cells.values()):
         # Imported here, so that a study of other programs does not wait for torch.
-        from student_trainer.study.flags import check_flags
+        from student_trainer.study.flags import check_flags, check_rows
 
         check_flags(found)
+        if not arguments.report:
+            check_rows(found)
     seeds = _seeds(arguments.seeds) if arguments.seeds else found.seeds
     folder = arguments.output_dir or Path("runs") / arguments.file.stem
     # Planned for all seeds, because the report includes those that were run earlier.
