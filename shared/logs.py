@@ -24,6 +24,8 @@ from shared.printable import printable
 
 LogFormat = Literal["text", "json"]
 
+# The switches of huggingface_hub, which transformers reads too, and of datasets.
+_BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _VLLM_LOGGING = Path(__file__).parent / "vllm_logging.json"  # vLLM's own processes read it
 
 _fields: ContextVar[Mapping[str, Any]] = ContextVar("_fields", default=MappingProxyType({}))
@@ -98,11 +100,17 @@ def _representable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def can_move() -> bool:
+    """Return whether a line on standard error can be overwritten, as in terminals and notebooks."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
 def setup(form: LogFormat, *, level: str, text: str) -> None:
     """Configure logging to stderr; with JSON, nothing else is written there.
 
-    Progress bars are turned off then, and warnings and crashes are logged. Call it before the
-    libraries are imported, because they read the environment at import.
+    Warnings and crashes are logged then. Without a terminal, and with JSON, the bars of libraries
+    are turned off, such as those of loading weights. Call it before the libraries are imported,
+    because they read the environment at import.
 
     Args:
         form: text or JSON.
@@ -113,6 +121,9 @@ def setup(form: LogFormat, *, level: str, text: str) -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter(text))
     # A program that embeds this one keeps its own handlers unless it asks for JSON.
     logging.basicConfig(level=level.upper(), handlers=[handler], force=form == "json")
+    if form == "json" or not can_move():
+        for name in _BARS:
+            os.environ.setdefault(name, "1")
     if form == "json":
         logging.captureWarnings(True)
         os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")

@@ -131,14 +131,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     parser.add_argument("--version", action="version", version=f"teacher-server {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
-    bench.add_arguments(commands.add_parser("bench", help=bench.HELP))
-    completion = commands.add_parser("completion", help=_COMPLETION["completion"].help)
-    completion.add_argument("shell", choices=SHELLS)
     serve = commands.add_parser(
         "serve", help=_SERVE, epilog=_EPILOG,
         usage="teacher-server serve MODEL [flags]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    bench.add_arguments(commands.add_parser("bench", help=bench.HELP))
+    completion = commands.add_parser("completion", help=_COMPLETION["completion"].help)
+    completion.add_argument("shell", choices=SHELLS)
 
     def add(group: Any, flag: str, help: str, **options: Any) -> None:
         default = defaults[flag.removeprefix("--").replace("-", "_")].default

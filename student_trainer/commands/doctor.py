@@ -70,7 +70,7 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="student-trainer doctor",
         description="Whether this machine can do what a run requires of it: versions, GPUs, disk, "
-        "the Hub's cache, and the teacher. Exit code 1 if a line says fail.",
+        "the Hub's cache, and the teacher. Exit code 1 if a line says fail, 2 for a wrong flag.",
     )
     parser.add_argument(
         "--teacher_url", action="extend", nargs="+", default=[], metavar="URL",

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from student_trainer.config.arguments import Recipe
     from student_trainer.training.recipe import Prepared
 
-_STREAM_ROWS = 64  # rows of a stream that a dry run reads
+_STREAM_ROWS = 64  # first rows of a stream, which stand for all
 
 
 def dry_run(
@@ -62,11 +62,8 @@ def dry_run(
         ConfigurationError: the adapters do not fit the model.
         TeacherError: the teacher does not score the rows.
     """
-    if isinstance(prepared.train, ExampleStream):
-        prepared = replace(prepared, train=prepared.train[:_STREAM_ROWS])
-    memory = estimate_memory(
-        recipe.model, recipe.adapters, args, tokens=micro_batch_tokens(prepared, args)
-    )
+    prepared = _first_of_stream(prepared)
+    memory = memory_of(recipe, prepared, args)
     scores = [] if teachers is None else describe_scores(teachers, prepared)
     _, most = describe_tokens(prepared, args)
     colours = has_colours(sys.stdout)
@@ -250,26 +247,49 @@ def micro_batch_tokens(prepared: Prepared, args: CommonTrainingArguments) -> int
     return args.per_device_train_batch_size * longest
 
 
-def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, str]]:
+def memory_of(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> Memory:
+    """Return the memory of a step with the longest rows, as dry run and run both tell it.
+
+    Raises:
+        ConfigurationError: the adapters do not fit the model.
+    """
+    tokens = micro_batch_tokens(_first_of_stream(prepared), args)
+    return estimate_memory(recipe.model, recipe.adapters, args, tokens=tokens)
+
+
+def describe_memory(memory: Memory, args: CommonTrainingArguments) -> dict[str, str]:
+    """Return the size of each part of a step's memory, and of all together."""
     optimizer = f"not known of --optim {_name(args.optim)} without a GPU"
     if memory.optimizer is not None:
         optimizer = readable_size(memory.optimizer)
-    lines = [
-        ("weights", readable_size(memory.weights)),
-        ("gradients", readable_size(memory.gradients)),
-        *([("DDP's buckets", readable_size(memory.buckets))] if memory.buckets else []),
-        ("optimizer", optimizer),
-    ]
+    parts = {"weights": readable_size(memory.weights), "gradients": readable_size(memory.gradients)}
+    if memory.buckets:
+        parts["DDP's buckets"] = readable_size(memory.buckets)
+    parts["optimizer"] = optimizer
     if memory.casts:
         precision = "bf16" if args.bf16 else "fp16"
-        lines.append((f"--{precision} copies", f"up to {readable_size(memory.casts)}"))
-    lines.append(("loss", f"up to {readable_size(memory.loss)}: a chunk of logits, and "
-                          "an output layer's gradient unless it is added in place"))  # fmt: skip
-    lines.append(("together", readable_size(memory.total)))
+        parts[f"--{precision} copies"] = f"up to {readable_size(memory.casts)}"
+    parts["loss"] = f"up to {readable_size(memory.loss)}"
+    return {**parts, "together": readable_size(memory.total)}
+
+
+def _memory(memory: Memory, args: CommonTrainingArguments) -> list[tuple[str, str]]:
+    parts = describe_memory(memory, args)
+    parts["loss"] += (
+        ": a chunk of logits, and an output layer's gradient unless it is added in place"
+    )
+    lines = list(parts.items())
     if isinstance(args, DistillArguments) and args.rollout_engine == "vllm":
         share = f"{args.vllm_gpu_memory_utilization:.0%} of the GPU, beside all this"
         lines.append(("vLLM's engine", share))
     return lines
+
+
+def _first_of_stream(prepared: Prepared) -> Prepared:
+    """Return a stream's first rows alone, which it keeps for the run; others are all returned."""
+    if isinstance(prepared.train, ExampleStream):
+        return replace(prepared, train=prepared.train[:_STREAM_ROWS])
+    return prepared
 
 
 def _sharded(args: CommonTrainingArguments) -> str:

@@ -17,6 +17,7 @@ from student_trainer.pipeline.targets import ScoredSample, sparse_distribution
 from student_trainer.runtime.terminal import readable_size
 from student_trainer.teacher.base import Teacher
 from student_trainer.teacher.named import Teachers
+from student_trainer.training.small_mass import warning_of_mass
 
 if TYPE_CHECKING:
     from student_trainer.training.recipe import Prepared
@@ -70,12 +71,14 @@ def describe_scores(teachers: Teachers, prepared: Prepared) -> list[tuple[str, s
     entropy = -torch.where(logs > -torch.inf, logs.exp() * logs, 0.0).sum(dim=1).mean()
     of_next = found.logprobs[:, 0].mean()  # the next token is the first of the support
     bare = not any(example.sample for example in prepared.train[:SHOWN_ROWS])
+    mass = float(1 - found.tail_logprob.exp().mean())
+    advice = "" if bare or method.sampled else warning_of_mass(mass)
     what = "bare prompts" if bare else "completions"
     own = ", of prompts, which says nothing of completions" if bare else ", of the rows' own tokens"
     return [
         ("scored", f"{len(samples)} rows, {len(logs):,} tokens of their {what}; the mean of each:"),
         ("entropy", f"{entropy:.3f} nats, of the top-k and the tail as one outcome"),
-        ("top-k mass", f"{1 - found.tail_logprob.exp().mean():.4f}"),
+        ("top-k mass", f"{mass:.4f}{f': {advice}' if advice else ''}"),
         ("cross-entropy", f"{-of_next:.3f} nats{own}"),
     ]
 

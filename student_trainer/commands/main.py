@@ -21,7 +21,6 @@ from shared.errors import (
 )
 from shared.yaml_file import config_path, read_config, where_given
 from student_trainer.config.commands import COMMANDS
-from student_trainer.runtime.terminal import no_bars_in_logs
 from student_trainer.runtime.threads import end_process
 
 # Of the extra `trainer`: without them, as after `pip install sparse-gkd`, only help is to be had.
@@ -75,7 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS, _HABITS) or f" There is {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}.{hint}", 2)
-    no_bars_in_logs()
     try:
         command = COMMANDS[name].load()
         logs.adopt("transformers", "huggingface_hub", "datasets")

@@ -9,8 +9,8 @@ from dataclasses import replace
 from student_trainer.config.arguments import ModelArguments
 from student_trainer.config.checks import check_merge
 from student_trainer.config.commands import ARGUMENTS
-from student_trainer.config.files import check_output_folder
 from student_trainer.config.parse import parse
+from student_trainer.runtime.folders import check_output_folder
 
 
 def merge(argv: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def merge(argv: Sequence[str]) -> None:
         argv, *ARGUMENTS["merge"], prog="student-trainer merge", description=merge.__doc__ or ""
     )
     check_merge(args)
-    check_output_folder(args.output_dir)
+    check_output_folder("--output_dir", args.output_dir)
     from student_trainer.model.load import load_model, load_tokenizer
     from student_trainer.model.merging import probe_logprobs, require_same_logprobs
 

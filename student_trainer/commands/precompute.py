@@ -12,8 +12,9 @@ from student_trainer.config.checks import (
     check_recipe,
 )
 from student_trainer.config.commands import ARGUMENTS
-from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.parse import parse
+from student_trainer.data.first_rows import check_first_rows
+from student_trainer.runtime.folders import check_output_folder
 
 
 def precompute(argv: Sequence[str]) -> None:
@@ -33,8 +34,9 @@ def precompute(argv: Sequence[str]) -> None:
     check_dataset_teachers(teacher, recipe.dataset)
     check_precompute(flags, teacher, recipe.data)
     check_recipe(recipe, flags)
-    check_output_folder(flags.output_dir)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_output_folder("--output_dir", flags.output_dir)
+    check_output_folder("--teacher_cache", teacher.teacher_cache)
+    check_first_rows(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_precompute
 
     run_precompute(recipe, teacher, flags)

@@ -32,7 +32,7 @@ from student_trainer.config.arguments import (
     TeacherArguments,
     TemplateArguments,
 )
-from student_trainer.config.suites import HUB
+from student_trainer.config.suites import where_from
 from student_trainer.data.rows import load_rows
 from student_trainer.data.sample import Sample
 from student_trainer.data.template import TemplateOptions
@@ -104,16 +104,6 @@ def run_evaluation(
     journal.finish()
     sys.stdout.write(json.dumps(summary) + "\n")
     return summary
-
-
-def where_from(dataset: DatasetArguments, suite: str) -> tuple[str, str | None, str, str]:
-    """Return name, configuration, split and form of the rows, which ``--suite`` may name alone."""
-    config, split = dataset.dataset_config, dataset.dataset_split
-    if dataset.dataset_name:
-        return dataset.dataset_name[0], config, split, suite
-    if suite in HUB:
-        return *HUB[suite], suite
-    return suite, config, split, "auto"
 
 
 def _make_folder(args: EvaluateArguments) -> Path:

@@ -18,11 +18,12 @@ from shared.logs import in_json
 from shared.printable import printable
 from student_trainer.commands.dry_run import (
     describe_divergence,
+    describe_memory,
     describe_method,
     describe_student,
     describe_tokens,
     describe_updates,
-    micro_batch_tokens,
+    memory_of,
 )
 from student_trainer.commands.dry_run_teacher import describe_teacher
 from student_trainer.config.arguments import uses_deepspeed
@@ -34,9 +35,9 @@ from student_trainer.config.training_arguments import (
 )
 from student_trainer.data.stream import ExampleStream
 from student_trainer.reporting.lines import number, readable_seconds
-from student_trainer.runtime.terminal import encodable, readable_size, width_of
+from student_trainer.runtime.terminal import encodable, width_of
 from student_trainer.teacher.named import Teachers
-from student_trainer.training.memory import Memory, estimate_memory
+from student_trainer.training.memory import Memory
 from student_trainer.training.model_card import sampling_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def say_start(
     streams = isinstance(prepared.train, ExampleStream)
     # A stream is read once, by the run itself.
     some = replace(prepared, train=[] if streams else prepared.train[:_ROWS])
-    memory = _estimate(recipe, some, args)
+    memory = _estimate(recipe, prepared, args)
     lines = {"method": describe_method(args)}
     if isinstance(args, DistillArguments):
         lines["method"] += f"; {describe_divergence(args, prepared.method)}"
@@ -83,12 +84,7 @@ def say_start(
         lines["tokens"] = f"{describe_tokens(some, args)[0]} a step"
     lines["steps"] = describe_updates(prepared, args, streaming=streams)
     if memory is not None:
-        optimizer = readable_size(memory.optimizer) if memory.optimizer is not None else "unknown"
-        each = " a process" if args.world_size > 1 else ""
-        lines["memory"] = (
-            f"{readable_size(memory.total)}{each} and activations: weights "
-            f"{readable_size(memory.weights)}, optimizer {optimizer}"
-        )
+        lines["memory"] = _memory(memory, args)
     lines["output"] = _output(args)
     _write_table(lines)
     if memory is not None:
@@ -124,7 +120,8 @@ def say_end(
     folder = str(args.output_dir)
     took = [entry["train/runtime"] for entry in history if "train/runtime" in entry][-1:]
     seconds = f" in {readable_seconds(took[0])}" if took else ""
-    lines = [f"Done: {trainer.state.global_step} steps{seconds}; the model is in {folder}"]
+    made = describe_steps(trainer.state.global_step, trainer.begun)
+    lines = [f"Done: {made}{seconds}; the model is in {folder}"]
     lines += [change] if (change := describe_change(history)) else []
     commands = next_commands(recipe, prepared, folder)
     if in_json():
@@ -132,6 +129,11 @@ def say_end(
         return
     lines += ["Next:", *(f"  {command}" for command in commands)]
     _write(lines)
+
+
+def describe_steps(last: int, first: int) -> str:
+    """Return the steps of a run, which a resumed one tells apart from those before it."""
+    return f"step {last} ({last - first} steps here)" if first else f"{last} steps"
 
 
 def describe_change(history: Sequence[Mapping[str, Any]]) -> str:
@@ -184,15 +186,21 @@ def _checked_rows(recipe: Recipe, prepared: Prepared) -> list[str]:
     return []
 
 
-def _estimate(recipe: Recipe, some: Prepared, args: CommonTrainingArguments) -> Memory | None:
+def _estimate(recipe: Recipe, prepared: Prepared, args: CommonTrainingArguments) -> Memory | None:
     """Return the memory of a step, or None where it is not known from the configuration."""
     if uses_deepspeed(args):  # making a model is a collective operation under ZeRO-3
         return None
     try:
-        tokens = micro_batch_tokens(some, args)
-        return estimate_memory(recipe.model, recipe.adapters, args, tokens=tokens)
+        return memory_of(recipe, prepared, args)
     except ConfigurationError:  # a model in memory of a class that transformers does not know
         return None
+
+
+def _memory(memory: Memory, args: CommonTrainingArguments) -> str:
+    parts = describe_memory(memory, args)
+    together, each = parts.pop("together"), " a process" if args.world_size > 1 else ""
+    named = ", ".join(f"{name} {size}" for name, size in parts.items())
+    return f"{together}{each} and activations: {named}"
 
 
 def _data(prepared: Prepared, some: Prepared, recipe: Recipe) -> str:

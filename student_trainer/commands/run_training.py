@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from shared.errors import ConfigurationError
+from shared.logs import can_move
 from student_trainer.commands.dry_run import dry_run
 from student_trainer.commands.dry_run_teacher import dry_run_flags
 from student_trainer.commands.run_summary import say_end, say_start
@@ -29,7 +30,6 @@ from student_trainer.pipeline.planned_requests import (
 )
 from student_trainer.pipeline.repeatability import check_repeats
 from student_trainer.runtime.progress import counted
-from student_trainer.runtime.terminal import can_move
 from student_trainer.teacher.cache import CachedTeacher
 from student_trainer.teacher.compatible import check_capabilities, check_same_teachers
 from student_trainer.teacher.named import Teachers

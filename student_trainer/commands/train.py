@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from student_trainer.config.arguments import Recipe
 from student_trainer.config.checks import check_distillation, check_recipe
 from student_trainer.config.commands import ARGUMENTS
-from student_trainer.config.files import check_output_folder, check_rows_exist
 from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse
+from student_trainer.data.first_rows import check_first_rows
+from student_trainer.runtime.folders import check_output_folder
 
 
 def sft(argv: Sequence[str]) -> None:
@@ -19,9 +20,9 @@ def sft(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_recipe(recipe, flags)
-    check_output_folder(flags.output_dir)
+    check_output_folder("--output_dir", flags.output_dir)
     check_nothing_is_overwritten(flags, recipe.model)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_first_rows(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_sft
 
     run_sft(recipe, flags)
@@ -37,9 +38,11 @@ def distill(argv: Sequence[str]) -> None:
     )
     recipe = Recipe(*parts)
     check_distillation(recipe, teacher, flags)
-    check_output_folder(flags.output_dir)
+    check_output_folder("--output_dir", flags.output_dir)
+    if teacher.teacher_cache is not None:
+        check_output_folder("--teacher_cache", teacher.teacher_cache)
     check_nothing_is_overwritten(flags, recipe.model)
-    check_rows_exist(recipe.dataset, recipe.data)
+    check_first_rows(recipe.dataset, recipe.data)
     from student_trainer.commands.run_training import run_distill
 
     run_distill(recipe, teacher, flags)

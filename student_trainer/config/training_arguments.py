@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from shared.errors import ConfigurationError
+from shared.logs import can_move
 from student_trainer.config.arguments import (
     DistillFlags,
     DivergenceFlags,
@@ -19,7 +20,6 @@ from student_trainer.config.arguments import (
     uses_deepspeed,
 )
 from student_trainer.config.trainer_flags import trainer_flags
-from student_trainer.runtime.terminal import can_move
 
 
 @dataclass

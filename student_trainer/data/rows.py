@@ -7,6 +7,7 @@ exactly the columns that it has, and a cell of a CSV file stays text ("NA", "007
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import glob
 import gzip
@@ -14,7 +15,6 @@ import io
 import json
 import logging
 import lzma
-import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,25 +22,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import DatasetError
-from shared.model_names import looks_local
+from student_trainer.data.row_files import (
+    ARROW,
+    READABLE,
+    TABLES,
+    files_of,
+    format_of,
+    is_hub_id,
+    is_saved,
+)
 
 logger = logging.getLogger(__name__)
 
 Row = tuple[str, dict[str, Any]]
 
-_LINES = (".jsonl", ".ndjson")
-_TABLES = {".csv": ",", ".tsv": "\t"}
-_ARROW = {".parquet": "parquet", ".arrow": "arrow"}
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_FORMATS = (*_LINES, ".json", *_TABLES, *_ARROW)
-_READABLE = f"{', '.join(_FORMATS)} (text also with {', '.join(_COMPRESSED)})"
-# Files that `datasets` and the Hub put beside the rows.
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SPLITS = {
-    "train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
-    "evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation",
-}  # fmt: skip
 _UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -58,8 +53,13 @@ def load_rows(name: str, *, config: str | None, split: str) -> list[Row]:
     """
     rows = list(iterate_rows(name, config=config, split=split))
     if not rows:
-        raise DatasetError(f"{name} holds no rows")
+        raise no_rows(name)
     return rows
+
+
+def no_rows(name: str) -> DatasetError:
+    """Return the error of a dataset without rows."""
+    return DatasetError(f"{name} holds no rows")
 
 
 def iterate_rows(
@@ -75,23 +75,6 @@ def iterate_rows(
         yield where, row
 
 
-def is_hub_id(name: str) -> bool:
-    """Return whether a name is a Hub id: it does not exist as a path, and does not look like one.
-
-    Raises:
-        DatasetError: it looks like a path, but there is no such file or folder.
-    """
-    path = Path(name).expanduser()
-    if path.exists() or _is_glob(name):
-        return False
-    if _format_of(path) or looks_local(name):
-        raise DatasetError(
-            f"{name}: no such file or folder; give a file ({_READABLE}), a folder of them, a glob, "
-            "or a Hub id"
-        )
-    return True
-
-
 def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     """Return the (where, row) pairs of rows in memory: a list of dicts, or a ``datasets.Dataset``.
 
@@ -100,7 +83,7 @@ def named_rows(rows: Iterable[Mapping[str, Any]], name: str) -> list[Row]:
     """
     named = list(iterate_named(rows, name))
     if not named:
-        raise DatasetError(f"{name} holds no rows")
+        raise no_rows(name)
     return named
 
 
@@ -137,87 +120,39 @@ def _iterate(name: str, config: str | None, split: str, streaming: bool) -> Iter
             "split, or write the rows that are wanted to a file"
         )
     path = Path(name).expanduser()
-    if path.is_file():
-        yield from _reader_of(path)(path)
-    elif path.is_dir():
-        yield from _read_folder(path, split)
-    elif path.exists():
-        raise DatasetError(f"{name} is neither a file nor a folder")
-    else:
-        found = glob.iglob(str(path), recursive=True)  # noqa: PTH207
-        files = sorted(map(Path, found))
-        files = [file for file in files if file.is_file()]
-        if not files:
-            raise DatasetError(f"{name}: the pattern matches no file")
-        readers = [(file, _reader_of(file)) for file in files]  # every suffix, before any is read
-        for file, read in readers:
-            yield from read(file)
+    if is_saved(path):
+        yield from _read_saved(path, split)
+        return
+    files, left_out = files_of(name, split)
+    if left_out:
+        logger.warning(
+            "%s: read are the %d files of the split %s, not %s",
+            path, len(files), split, ", ".join(file.name for file in left_out),
+        )  # fmt: skip
+    readers = [(file, _reader_of(file)) for file in files]  # every suffix, before any is read
+    for file, read in readers:
+        yield from read(file)
 
 
-def _is_glob(name: str) -> bool:
-    return glob.has_magic(name)
-
-
-def _format_of(path: Path) -> str | None:
-    """Return the suffix that names a file's format, without compression; None if it is unknown."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        inner = suffixes[0] if len(suffixes) == 2 else ""
-        return inner if inner in _FORMATS and inner not in _ARROW else None
-    return suffixes[-1] if suffixes and suffixes[-1] in _FORMATS else None
+def read_files(files: Iterable[Path]) -> Iterator[Row]:
+    """Yield the rows of files one after another, as they are read."""
+    for file in files:
+        for where, row in _reader_of(file)(file):
+            _check_text(where, row)
+            yield where, row
 
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:
-    suffix = _format_of(path)
+    suffix = format_of(path)
     if suffix is None:
         raise DatasetError(
-            f"{path}: rows are not read from files called so; the name must end in {_READABLE}"
+            f"{path}: rows are not read from files called so; the name must end in {READABLE}"
         )
-    if suffix in _ARROW:
-        return lambda file: _read_arrow(file, _ARROW[suffix])
-    if suffix in _TABLES:
-        return lambda file: _read_table(file, _TABLES[suffix])
+    if suffix in ARROW:
+        return lambda file: _read_arrow(file, ARROW[suffix])
+    if suffix in TABLES:
+        return lambda file: _read_table(file, TABLES[suffix])
     return _read_json if suffix == ".json" else _read_jsonl
-
-
-def _read_folder(folder: Path, split: str) -> Iterator[Row]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        yield from _read_saved(folder, split)
-        return
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and _format_of(path) and path.name not in _ABOUT
-        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    )
-    if not files:
-        raise DatasetError(f"{folder}: the folder holds no file of rows ({_READABLE})")
-    named = {path: _split_of(path.relative_to(folder)) for path in files}
-    if any(named.values()):
-        wanted = [path for path in files if named[path] == _SPLITS.get(split, split)]
-        if not wanted:
-            raise DatasetError(
-                f"{folder} has no file of the split {split!r}; its files are of "
-                f"{', '.join(sorted({found for found in named.values() if found}))}"
-            )
-        left_out = [path.name for path in files if path not in wanted]
-        if left_out:
-            logger.warning(
-                "%s: read are the %d files of the split %s, not %s",
-                folder, len(wanted), split, ", ".join(left_out),
-            )  # fmt: skip
-        files = wanted
-    for path in files:
-        yield from _reader_of(path)(path)
-
-
-def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name or folder names, as `datasets` reads it; or None."""
-    for part in reversed(path.parts):
-        for word in re.findall(r"[a-z]+", part.lower().split(".")[0]):
-            if word in _SPLITS:
-                return _SPLITS[word]
-    return None
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -255,7 +190,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 where = f"{path}:{number}"
-                if not line.strip():
+                if not line.removeprefix(codecs.BOM_UTF8).strip():
                     continue
                 text = _decode(where, line) if number == 1 or not line.isascii() else line.decode()
                 row = _parse(where, text)
@@ -274,7 +209,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     """
     try:
         with _open(path) as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
         rows: list[Any] | None = None
         if start.startswith(b"["):
             with _open(path) as file:

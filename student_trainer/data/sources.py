@@ -16,9 +16,9 @@ from student_trainer.config.arguments import (
 )
 from student_trainer.data.conversation import check_columns
 from student_trainer.data.mixture import Mixture
+from student_trainer.data.row_files import is_hub_id
 from student_trainer.data.rows import (
     Row,
-    is_hub_id,
     iterate_named,
     iterate_rows,
     load_rows,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from shared.errors import ConfigurationError, DatasetError, RowTooLongError
-from student_trainer.data.rows import Row
+from student_trainer.data.rows import Row, no_rows
 from student_trainer.data.sample import Example
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class RowStream:
         for name, source in zip(self.names, self.sources, strict=True):
             first = [row for row, _ in zip(source(), range(count), strict=False)]
             if not first:
-                raise DatasetError(f"{name} holds no rows")
+                raise no_rows(name)
             rows += first
         return rows
 
@@ -96,7 +96,7 @@ class RowStream:
                 buffer[place], row = row, buffer[place]
                 yield row
             if not buffer:
-                raise DatasetError(f"{name} holds no rows")
+                raise no_rows(name)
             order.shuffle(buffer)
             while buffer:
                 yield buffer.pop()

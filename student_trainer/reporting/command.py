@@ -20,6 +20,7 @@ from student_trainer.reporting.samples import samples_of
 from student_trainer.reporting.svg import check_png, write_lines, write_png
 from student_trainer.reporting.tables import tables_of
 from student_trainer.reporting.watch import LivePage, watch
+from student_trainer.runtime.folders import check_output_file, check_output_folder
 
 
 def report(argv: Sequence[str]) -> None:
@@ -36,8 +37,12 @@ def report(argv: Sequence[str]) -> None:
         title = _title(arguments)
         watch(LivePage(arguments.runs, lambda found: page_of(found, title)), arguments.port)
         return
-    page = page_of(find_runs(arguments.runs), _title(arguments))
+    found = find_runs(arguments.runs)
     output = arguments.output or arguments.runs[0] / "report.html"
+    check_output_file("--output", output)
+    if arguments.plots:
+        check_output_folder("--plots", arguments.plots)
+    page = page_of(found, _title(arguments))
     try:
         output.write_text(render(page), encoding="utf-8")
         sys.stdout.write(f"wrote {output}\n")

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from shared.logs import in_json
-from student_trainer.runtime.terminal import can_move
+from shared.logs import can_move, in_json
 
 T = TypeVar("T")
 

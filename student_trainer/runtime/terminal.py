@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Literal, TextIO
 
 Style = Literal["dim", "bold", "green", "yellow", "red", "cyan"]
@@ -18,11 +17,6 @@ def has_colours(stream: TextIO) -> bool:
         and not os.environ.get("NO_COLOR")
         and os.environ.get("TERM", "dumb") != "dumb"
     )
-
-
-def can_move() -> bool:
-    """Return whether a line on standard error can be overwritten, as in terminals and notebooks."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def width_of(stream: TextIO) -> int | None:
@@ -47,16 +41,6 @@ def encodable(text: str, stream: TextIO) -> str:
     except UnicodeEncodeError:
         return text.translate({ord("·"): "|", ord("→"): "->", ord("…"): "..."})
     return text
-
-
-def no_bars_in_logs() -> None:
-    """Turn off the Hub client's progress bars, and transformers', where there is no terminal.
-
-    Call it before those libraries are imported, because they read the environment at import.
-    """
-    if not can_move():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def readable_size(count: float) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
+from student_trainer.runtime.folders import check_output_folder
 from student_trainer.runtime.signals import signals_as_exits
 from student_trainer.runtime.threads import sleep_when_idle
 from student_trainer.study.plan import Plan, make_plan, select
@@ -30,9 +31,11 @@ def study(argv: Sequence[str]) -> None:
     found = load_study(arguments.file)
     if any(cell.command in TRAINER_COMMANDS for cell in found.cells.values()):
         # Imported here, so that a study of other programs does not wait for torch.
-        from student_trainer.study.flags import check_flags
+        from student_trainer.study.flags import check_flags, check_rows
 
         check_flags(found)
+        if not arguments.report:
+            check_rows(found)
     seeds = _seeds(arguments.seeds) if arguments.seeds else found.seeds
     folder = arguments.output_dir or Path("runs") / arguments.file.stem
     # Planned for all seeds, because the report includes those that were run earlier.
@@ -45,6 +48,7 @@ def study(argv: Sequence[str]) -> None:
         count = sum(runner.state(job) == "done" for job in jobs)
         _say(f"{count} of {len(jobs)} are done")
         return
+    check_output_folder("--output_dir", folder)
     if not arguments.report:
         with signals_as_exits():  # so that the running cell and the server end too
             runner.run(jobs, plan if found.drop_weights else None)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from shared.command_line import did_you_mean
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, DatasetError
+from shared.model_names import existing
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.habits import HABITS
+from student_trainer.data.first_rows import first_rows
 from student_trainer.study.spec import Cell, Study, references
+
+_SPLITS = {"dataset_name": "train", "eval_dataset_name": "test"}  # the flags' defaults
 
 
 def check_flags(study: Study) -> None:
@@ -27,6 +31,28 @@ def check_flags(study: Study) -> None:
             known = {name: one for kind in kinds for name, one in flags_of(kind).items()}
             for key, value in cell.flags.items():
                 _check(study, cell, key, value, known)
+
+
+def check_rows(study: Study) -> None:
+    """Check the first rows of the files that cells name and that are there already.
+
+    Others may be made by a cell; its own command checks them.
+
+    Raises:
+        DatasetError: a file holds no rows, or a line that cannot be read; with file and key.
+    """
+    for cell in study.cells.values():
+        for key in ("dataset_name", "eval_dataset_name") if cell.command in ARGUMENTS else ():
+            value = cell.flags.get(key, [])
+            split = str(cell.flags.get(key.replace("_name", "_split"), _SPLITS[key]))
+            for name in [value] if isinstance(value, str) else value:
+                if references([name, split]) or not existing(str(name)):
+                    continue
+                try:
+                    first_rows(str(name), split)
+                except DatasetError as error:
+                    source = f"{study.path}: {cell.source}.flags.{key}"
+                    raise DatasetError(f"{source}: {error}") from error
 
 
 def _check(study: Study, cell: Cell, key: str, value: Any, known: dict[str, Flag]) -> None:

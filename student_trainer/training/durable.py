@@ -67,6 +67,7 @@ class DurableTrainer(Trainer):
         super().__init__(model, **trainer_arguments)
         self.ranks = Ranks(self.accelerator)
         self.stopped = False
+        self.begun = 0  # step that training went on from
         self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step
@@ -227,6 +228,7 @@ class _LoadedWeights(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begun = state.global_step
         if self.trainer._resumed_from is not None:
             self.trainer.check_weights(self.trainer._resumed_from)
 

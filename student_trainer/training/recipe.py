@@ -66,6 +66,7 @@ from student_trainer.training.inputs import check_resumed, keep_inputs, training
 from student_trainer.training.live_log import LiveLog
 from student_trainer.training.model_card import model_card
 from student_trainer.training.plan import TrainingPlan
+from student_trainer.training.small_mass import SmallMass
 from student_trainer.training.teachers import compare, view_of
 from student_trainer.training.text_end import KeepEndTokens
 from student_trainer.training.trainer import DistillationTrainer
@@ -138,6 +139,7 @@ def run(
             trainer.add_callback(CutCompletions(method.max_new_tokens))
         if teachers is not None:
             trainer.add_callback(DisjointStudent(method.divergence.beta))
+            trainer.add_callback(SmallMass())
         live_log = LiveLog(Path(args.output_dir or ""))
         trainer.add_callback(live_log)
         if prepared.keep_end_tokens:

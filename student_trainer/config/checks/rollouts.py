@@ -121,7 +121,7 @@ def _check_servers(args: DistillFlags) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigurationError(
             "--rollout_url: weights are sent by vLLM, which is not installed here; "
-            "pip install '.[vllm]'"
+            "pip install 'sparse-gkd[vllm]'"
         )
     if not args.rollout_timeout > 0:
         raise ConfigurationError(f"--rollout_timeout {args.rollout_timeout} must be above 0")
@@ -161,6 +161,8 @@ def check_engine(args: DistillFlags | EvaluateArguments) -> None:
         return
     share = args.vllm_gpu_memory_utilization
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError("--rollout_engine vllm: not installed; pip install '.[vllm]'")
+        raise ConfigurationError(
+            "--rollout_engine vllm: not installed; pip install 'sparse-gkd[vllm]'"
+        )
     if not 0 < share < 1:
         raise ConfigurationError(f"--vllm_gpu_memory_utilization {share} must be between 0 and 1")

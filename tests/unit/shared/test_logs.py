@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
 import threading
+
+import pytest
 
 from shared import logs
 
@@ -128,3 +131,22 @@ def test_in_text_a_library_keeps_its_own_lines_and_a_command_its_last_words():
     said = stderr("text").splitlines()
     assert said[0] == "from a library"
     assert "program: error: the reason" in said
+
+
+@pytest.mark.parametrize(
+    ("terminal", "form", "off"),
+    [(False, "text", True), (True, "text", False), (True, "json", True)],
+)
+def test_bars_of_libraries_are_for_terminals(terminal, form, off):
+    script = (
+        "import os, sys\n"
+        "from shared import logs\n"
+        f"sys.stderr.isatty = lambda: {terminal}\n"
+        f"logs.setup('{form}', level='info', text='')\n"
+        "print([os.environ.get(f'HF_{it}_DISABLE_PROGRESS_BARS') for it in ('HUB', 'DATASETS')])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_PROGRESS_BARS")}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == str(["1" if off else None] * 2)

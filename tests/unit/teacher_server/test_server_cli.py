@@ -254,3 +254,13 @@ def test_a_signal_does_not_wait_for_a_model_that_loads_for_minutes(llama_folder)
         server.kill()
         server.wait()
         server.stderr.close()
+
+
+def test_help_names_serve_first(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    commands = [line.split()[0] for line in text.splitlines() if line.startswith("    ")]
+    assert [name for name in commands if name in ("serve", "bench", "completion")] == [
+        "serve", "bench", "completion",
+    ]  # fmt: skip

@@ -203,3 +203,13 @@ def test_a_named_teacher_is_called_by_its_name(capsys):
         _, found = lines(capsys, "--teacher_url", f"math={stub.url}")
     assert found["teacher math"]["status"] == "ok"
     assert stub.url in found["teacher math"]["detail"]
+
+
+def test_whatever_it_finds_is_exit_code_1_and_its_own_flags_are_2(capsys):
+    code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")  # nothing listens there
+    assert (code, found["teacher"]["status"]) == (1, "fail")
+    assert main(["doctor", "--model_name_or_path", "org/model"]) == 2
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Exit code 1 if a line says fail, 2 for a wrong flag" in text

@@ -12,8 +12,8 @@ from examples.mini_humaneval.prepare import make_dataset
 from examples.mini_humaneval.settings import Settings
 from student_trainer.commands import evaluation_completions, evaluation_prompts, run_evaluation
 from student_trainer.commands.main import main
-from student_trainer.commands.run_evaluation import where_from
 from student_trainer.config.arguments import DatasetArguments
+from student_trainer.config.suites import where_from
 from student_trainer.evaluation import sandbox as sandbox_module
 from student_trainer.evaluation.journal import EvaluationJournal
 from student_trainer.evaluation.passk import read_samples

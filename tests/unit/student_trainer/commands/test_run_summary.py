@@ -71,6 +71,26 @@ def test_a_run_says_what_it_does_and_what_it_left(world, tmp_path, capsys):
     assert [entry["step"] for entry in history if "train/loss" in entry] == [1, 3]
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"streaming": True}], ids=str)
+def test_the_memory_is_that_of_the_dry_run(world, tmp_path, capsys, options):
+    assert sft(world, tmp_path / "out", dry_run=True, **options) == 0
+    table = capsys.readouterr().out.split("Memory of")[1].split("\n\n")[0].splitlines()[1:]
+    parts = [line.strip().split(":")[0].split("  ") for line in table]
+    *told, (_, *_, together) = [(name, rest[-1].strip()) for name, *rest in parts]
+    assert sft(world, tmp_path / "out", **options) == 0
+    line = next(a for a in capsys.readouterr().err.splitlines() if a.startswith("memory  "))
+    expected = ", ".join(f"{name} {size}" for name, size in told)
+    assert line.split("  ")[-1].strip() == f"{together} and activations: {expected}"
+    assert "loss up to " in line
+
+
+def test_a_resumed_run_tells_its_own_steps(world, tmp_path, capsys):
+    assert sft(world, tmp_path / "out", max_steps=2, save_strategy="steps", save_steps=2) == 0
+    capsys.readouterr()
+    assert sft(world, tmp_path / "out", max_steps=5, resume_from_checkpoint="true") == 0
+    assert "Done: step 5 (3 steps here) in " in capsys.readouterr().err
+
+
 def test_a_narrow_terminal_gets_no_line_that_wraps(world, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         encoding = "utf-8"

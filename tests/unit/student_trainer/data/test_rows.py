@@ -12,7 +12,8 @@ import pyarrow
 import pytest
 
 from shared.errors import DatasetError
-from student_trainer.data.rows import is_hub_id, load_rows, named_rows
+from student_trainer.data.row_files import is_hub_id
+from student_trainer.data.rows import load_rows, named_rows
 
 ROWS = [
     {"prompt": "eins", "completion": 'zwei, "drei"\nvier'},
