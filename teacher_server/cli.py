@@ -14,6 +14,7 @@ from typing import Any, get_args
 from shared import __version__, logs
 from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
+from shared.idle_threads import sleep_when_idle
 from shared.shell_completion import SHELLS, CommandArguments, arguments_of, completion_script
 from shared.yaml_file import config_path, flag_arguments, read_config, where_given
 from teacher_server.bench import command as bench
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.pop("log_format"), level=values.pop("log_level"),
         text="%(asctime)s %(levelname)s %(message)s",
     )  # fmt: skip
+    sleep_when_idle()
     try:
         # Imported here, so that `bench` does not wait for a web framework, nor need one.
         from teacher_server import serve as server

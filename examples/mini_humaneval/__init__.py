@@ -1,5 +1,5 @@
 """The embedded experiment: a HumanEval in miniature, with its tokenizer, models and data."""
 
-from student_trainer.runtime.threads import sleep_when_idle
+from shared.idle_threads import sleep_when_idle
 
 sleep_when_idle()  # in both processes, which share the cores

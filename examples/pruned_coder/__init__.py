@@ -1,5 +1,5 @@
 """A published coder, a student made of half of its layers, and how distilling heals it."""
 
-from student_trainer.runtime.threads import sleep_when_idle
+from shared.idle_threads import sleep_when_idle
 
 sleep_when_idle()  # in both processes, which share the cores

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-from shared.address import is_loopback
 from shared.errors import (
     ConfigurationError,
     SparseGKDError,
@@ -53,7 +51,6 @@ def teacher_findings(value: str, key_file: str | None, student: str | None) -> I
                 "teacher's clock", "warn", f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}",
                 "let both machines ask a time server: certificates and logs depend on it",
             )  # fmt: skip
-        yield from _shared_cores(url)
         yield from _identity(served, flags, student)
     except TeacherUnauthorizedError as error:
         yield Finding("teacher's key", "fail", str(error), "set TEACHER_API_KEY to the server's")
@@ -69,23 +66,6 @@ def teacher_findings(value: str, key_file: str | None, student: str | None) -> I
         )
     except SparseGKDError as error:
         yield Finding("teacher", "fail", str(error), "give the address of a teacher-server")
-
-
-def _shared_cores(url: str) -> Iterator[Finding]:
-    """Yield the finding about idle threads, where teacher and trainer share a machine's cores."""
-    import torch
-
-    threads = torch.get_num_threads()
-    if not is_loopback(url) or torch.cuda.is_available() or threads == 1:
-        return
-    if policy := os.environ.get("OMP_WAIT_POLICY"):
-        yield Finding("shared cores", "ok", f"{threads} threads here; OMP_WAIT_POLICY={policy}")
-    else:
-        yield Finding(
-            "shared cores", "warn",
-            f"the teacher is on this machine too, and {threads} idle OpenMP threads spin here",
-            "export OMP_WAIT_POLICY=PASSIVE for teacher and trainer: idle threads then sleep",
-        )  # fmt: skip
 
 
 def _now() -> datetime:

@@ -19,6 +19,7 @@ from shared.errors import (
     ConfigurationError,
     SparseGKDError,
 )
+from shared.idle_threads import sleep_when_idle
 from shared.yaml_file import config_path, read_config, where_given
 from student_trainer.config.commands import COMMANDS
 from student_trainer.runtime.threads import end_process
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         hint = did_you_mean(name, COMMANDS, _HABITS) or f" There is {', '.join(COMMANDS)}"
         return _fail(f"unknown command {name!r}.{hint}", 2)
+    sleep_when_idle()
     try:
         command = COMMANDS[name].load()
         logs.adopt("transformers", "huggingface_hub", "datasets")

@@ -43,16 +43,6 @@ def in_thread(function: Callable[[], R], *, name: str) -> Future[R]:
     return outcome
 
 
-def sleep_when_idle() -> None:
-    """Let idle OpenMP threads sleep, also those of the processes that this one starts.
-
-    By default they spin, and burn what a teacher beside the trainer, or anything else, could use:
-    where cores are shared a small model's step takes ten times the CPU. Call it before torch is
-    imported, because the library reads the environment when it is loaded.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def wait_for_gloo() -> None:
     """Wait until Gloo's threads have released what the last collective operations used.
 

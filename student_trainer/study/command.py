@@ -12,7 +12,6 @@ from shared.command_line import OneLineParser
 from shared.errors import ConfigurationError
 from student_trainer.runtime.folders import check_output_folder
 from student_trainer.runtime.signals import signals_as_exits
-from student_trainer.runtime.threads import sleep_when_idle
 from student_trainer.study.plan import Plan, make_plan, select
 from student_trainer.study.report import write_report
 from student_trainer.study.runner import Runner
@@ -27,7 +26,6 @@ def study(argv: Sequence[str]) -> None:
         CellFailedError, TeacherUnreachableError: a cell failed; what is finished stays.
     """
     arguments = make_parser().parse(argv)
-    sleep_when_idle()  # cells run beside the teacher that is served for them
     found = load_study(arguments.file)
     if any(cell.command in TRAINER_COMMANDS for cell in found.cells.values()):
         # Imported here, so that a study of other programs does not wait for torch.

@@ -193,12 +193,21 @@ def test_a_file_gets_signs_of_life(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_idle_threads_sleep_unless_told_otherwise(given):
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import examples.mini_humaneval",
+        "from student_trainer.commands.main import main; main(['sft', '--nothing'])",
+        "from teacher_server.cli import main; main(['serve', 'org/m', '--port', '-1'])",
+    ],
+    ids=["examples", "student-trainer", "teacher-server"],
+)
+def test_idle_threads_sleep_unless_told_otherwise(program, given):
     """It is set before torch is imported, and the served teacher inherits it."""
     environment = {name: v for name, v in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
     script = (
-        "import os, sys, examples.mini_humaneval\n"
+        f"import os, sys; {program}\n"
         "assert 'torch' not in sys.modules\n"
         "print(os.environ['OMP_WAIT_POLICY'])\n"
     )

@@ -6,7 +6,6 @@ import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import torch
 
 from student_trainer.commands import doctor_machine, doctor_teacher
 from student_trainer.commands.main import main
@@ -145,38 +144,6 @@ def test_certificates_that_are_not_there_are_a_line(capsys, monkeypatch):
     code, found = lines(capsys, "--teacher_url", "http://127.0.0.1:9")
     assert (code, found["teacher"]["status"]) == (1, "fail")
     assert "SSL_CERT_FILE /nowhere/ca.crt: No such file" in found["teacher"]["detail"]
-
-
-@pytest.mark.parametrize(
-    ("policy", "threads", "gpu", "status"),
-    [
-        (None, 2, False, "warn"),
-        ("PASSIVE", 2, False, "ok"),
-        (None, 1, False, None),
-        (None, 2, True, None),
-    ],
-    ids=["spin", "sleep", "one-thread", "gpu"],
-)
-def test_threads_that_spin_beside_a_teacher_are_told(
-    capsys, monkeypatch, policy, threads, gpu, status
-):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if policy:
-        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    with StubTeacher().serving() as stub:
-        _, found = lines(capsys, "--teacher_url", stub.url)
-    finding = found.get("shared cores", {"status": None})
-    assert finding["status"] == status
-    assert status != "warn" or "OMP_WAIT_POLICY=PASSIVE" in finding["remedy"]
-
-
-def test_a_teacher_on_another_machine_shares_no_cores(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert [f.status for f in doctor_teacher._shared_cores("http://127.0.0.1:8000")] == ["warn"]
-    assert list(doctor_teacher._shared_cores("http://teacher:8000")) == []
 
 
 def test_clocks_that_disagree_are_told(capsys, monkeypatch):
