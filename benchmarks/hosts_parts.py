@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ from tests.support.world import World
 ROLLOUT_TIMEOUT, TEACHER_TIMEOUT = 8, 40  # seconds, of the run's flags
 SHORT, LONG = 2.0, ROLLOUT_TIMEOUT + 6.0  # seconds of a freeze or of an unplugged cable
 _PATIENCE = 300.0
+_RESUMED = 20  # times at most
 _FSDP2 = Path(__file__).parents[1] / "examples" / "accelerate" / "fsdp2.yaml"
 # Asks a server from its own host until the answer matches, at most so many seconds.
 _WATCH = """
@@ -47,7 +48,8 @@ class Fault:
     """Something that happens to a host.
 
     Attributes:
-        step: the run has logged so many steps before.
+        step: the run has logged so many steps before; of a fault that has happened, how many it
+            had logged at that moment.
         what: a key of `_FAULTS`.
         host: "teacher", "rollout-0", "rollout-1", "rank-0" or "rank-1".
         delay: seconds after the step.
@@ -89,16 +91,16 @@ def plan(seed: int, steps: int, faults: int | None) -> Plan:
     A server, a rank and the teacher are killed in each plan.
 
     Args:
-        faults: their number; None for about one in three steps.
+        faults: their number; None for one in six steps.
     """
     rng = random.Random(seed)
-    count = max(len(_CERTAIN), steps // 3) if faults is None else faults
+    count = max(len(_CERTAIN), steps // 6) if faults is None else faults
     chosen = [(what, rng.choice(hosts)) for what, hosts in _CERTAIN[:count]]
-    while len(chosen) < count:
-        what = rng.choice([one for one in _FAULTS if one != "killed"])
+    others = [what for what in _FAULTS if what != "killed"]
+    for what in rng.sample(others, count - len(chosen)):
         chosen.append((what, rng.choice(_FAULTS[what])))
     rng.shuffle(chosen)
-    at = sorted(rng.sample(range(1, steps - 1), count))
+    at = sorted(rng.sample(range(1, 3 * steps // 4), count))
     return Plan(
         seed,
         tuple(
@@ -289,8 +291,8 @@ class Run:
         self.codes.append(self.wait())
         self.start()
 
-    def reach(self, step: int) -> None:
-        """Wait until the run has logged a step; where it ended meanwhile, start it again.
+    def reach(self, step: int) -> bool:
+        """Return whether a step is logged before the end; where the run fails, start it again.
 
         Raises:
             RuntimeError: it does not get there.
@@ -298,10 +300,17 @@ class Run:
         end = time.monotonic() + _PATIENCE
         while last_step(self.output) < step:
             if not self.running():
-                raise RuntimeError(f"the run ended before step {step}: see {self.output}")
-            if time.monotonic() > end:
+                if not any(self.wait()):
+                    return False
+                self.resume()
+            if time.monotonic() > end or self.resumed > _RESUMED:
                 raise RuntimeError(f"the run does not reach step {step}: see {self.output}")
             time.sleep(0.01)
+        return self.running()
+
+    def said(self, text: str) -> int:
+        """Return how often the ranks' logs have a text."""
+        return sum(log.read_text().count(text) for log in self.output.glob("rank-*.log"))
 
 
 def last_step(output: Path) -> int:
@@ -327,43 +336,56 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def disturb(run: Run, chosen: Plan) -> list[Fault]:
-    """Train to the end while faults happen; return those that did."""
+    """Train to the end while faults happen; return those that did, as some may come too late."""
     run.start()
+    happened = []
     for fault in chosen.faults:
-        run.reach(fault.step)
+        if fault.host in SERVERS:  # the other one has to answer meanwhile
+            run.hosts.wait_until_ready(*SERVERS)
+        if not run.reach(fault.step):
+            continue
         time.sleep(fault.delay)
-        print(f"step {last_step(run.output)}: {fault}", file=sys.stderr, flush=True)
-        _happen(run, fault)
-    run.finish()
-    return list(chosen.faults)
+        if not _moment_comes(run.hosts, fault):
+            continue
+        now = replace(fault, step=last_step(run.output))
+        if now.step >= run.steps:
+            break
+        print(f"seed {chosen.seed}: {now}", file=sys.stderr, flush=True)
+        _happen(run, now)
+        happened.append(now)
+    while any(run.wait()):
+        run.resume()
+    return happened
+
+
+def _moment_comes(hosts: Hosts, fault: Fault) -> bool:
+    """Wait until a server does what a fault shall interrupt; return whether it does so."""
+    if "while" not in fault.what:
+        return True
+    return hosts.saw(fault.host, *(_WRITES if "writes" in fault.what else _TAKES_WEIGHTS), 10)
 
 
 def _happen(run: Run, fault: Fault) -> None:
     """Let a fault happen, and mend what it has broken."""
     hosts, node = run.hosts, run.hosts.nodes[fault.host]
     seconds = LONG if "for long" in fault.what else SHORT
-    if fault.what.startswith("killed"):
-        if fault.host in RANKS:
-            run.kill(fault.host)
-            run.resume()
-            return
-        if fault.host in SERVERS:  # the other one has to answer
-            hosts.wait_until_ready(*SERVERS)
+    if fault.host in RANKS and fault.what == "killed":
+        run.kill(fault.host)
+        run.resume()
+    elif fault.what == "killed":
         hosts.signal(fault.host, signal.SIGKILL)
-        if fault.what != "killed":
-            codes = run.wait()
-            run.codes.append(codes)
         hosts.start(fault.host)
-        if fault.what != "killed":
-            hosts.wait_until_ready(fault.host)
-            run.start()
+    elif fault.what.startswith("killed"):
+        hosts.signal(fault.host, signal.SIGKILL)
+        run.codes.append(run.wait())
+        hosts.start(fault.host)
+        hosts.wait_until_ready(fault.host)
+        run.start()
     elif fault.what.startswith("frozen"):
         hosts.signal(fault.host, signal.SIGSTOP)
         time.sleep(seconds)
         hosts.signal(fault.host, signal.SIGCONT)
     else:
-        if "while" in fault.what:
-            hosts.saw(fault.host, *(_WRITES if "writes" in fault.what else _TAKES_WEIGHTS), 10)
         node.unplug()
         time.sleep(seconds)
         node.plug_in()
