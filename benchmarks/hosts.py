@@ -32,7 +32,7 @@ from tests.support.models import save_model, save_tokenizer
 from tests.support.namespaces import network
 from tests.support.world import make_world
 
-STEPS = 48
+STEPS = 30
 NOTES = (
     "resumed: how often the run had to be started again.",
     "lost: how often a rank gave up a rollout server. Repeated: transfers of weights.",

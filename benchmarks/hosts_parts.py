@@ -36,7 +36,8 @@ while time.monotonic() < end:
             if re.search(text, answer.read().decode()):
                 sys.exit(0)
     except OSError:
-        pass
+        time.sleep(0.2)
+    time.sleep(0.002)
 sys.exit(1)
 """
 _TAKES_WEIGHTS = ("is_paused", '"is_paused": *true')
@@ -91,10 +92,10 @@ def plan(seed: int, steps: int, faults: int | None) -> Plan:
     A server, a rank and the teacher are killed in each plan.
 
     Args:
-        faults: their number; None for one in six steps.
+        faults: their number; None for one in five steps.
     """
     rng = random.Random(seed)
-    count = max(len(_CERTAIN), steps // 6) if faults is None else faults
+    count = max(len(_CERTAIN), steps // 5) if faults is None else faults
     chosen = [(what, rng.choice(hosts)) for what, hosts in _CERTAIN[:count]]
     others = [what for what in _FAULTS if what != "killed"]
     for what in rng.sample(others, count - len(chosen)):
