@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import argument_parser, print_report
-from benchmarks.hosts_parts import Hosts, Plan, Run, disturb, losses, plan, same_weights
+from benchmarks.hosts_parts import RANKS, Hosts, Plan, Run, disturb, losses, plan, same_weights
 from tests.support.models import save_model, save_tokenizer
 from tests.support.namespaces import network
 from tests.support.world import make_world
@@ -35,7 +35,8 @@ from tests.support.world import make_world
 STEPS = 30
 NOTES = (
     "resumed: how often the run had to be started again.",
-    "lost: how often a rank gave up a rollout server. Repeated: transfers of weights.",
+    "lost: how often a rank gave up a rollout server that wrote.",
+    "repeated: transfers of weights that failed and were repeated.",
     "equal: the weights at the end are those of the undisturbed run, to the last bit.",
 )
 
@@ -90,7 +91,8 @@ def disturbed(five: Hosts, chosen: Plan, steps: int, staleness: int, whole: Path
     happened = disturb(run, chosen)
     return Disturbed(
         chosen.seed, staleness, [asdict(one) for one in happened], run.resumed, run.codes,
-        run.said(" is lost: "), run.said("weights did not reach all rollout servers"),
+        run.said(" is lost: ", *RANKS),
+        run.said("weights did not reach all rollout servers", RANKS[0]),
         round(time.monotonic() - began, 1), same_weights(whole, output),
     )  # fmt: skip
 

@@ -309,9 +309,9 @@ class Run:
             time.sleep(0.01)
         return self.running()
 
-    def said(self, text: str) -> int:
-        """Return how often the ranks' logs have a text."""
-        return sum(log.read_text().count(text) for log in self.output.glob("rank-*.log"))
+    def said(self, text: str, *ranks: str) -> int:
+        """Return how often the logs of ranks have a text."""
+        return sum((self.output / f"{rank}.log").read_text().count(text) for rank in ranks)
 
 
 def last_step(output: Path) -> int:
