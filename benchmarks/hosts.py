@@ -43,7 +43,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Disturbed:
-    """What became of a disturbed run.
+    """The outcome of a disturbed run.
 
     Attributes:
         faults: what was done to it, in order, with the step and host.
