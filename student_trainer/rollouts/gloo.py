@@ -6,6 +6,8 @@ workers, which vLLM's plug-in interface registers, and one for the trainer.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -14,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer.base import (
     TrainerInitInfo,
     TrainerWeightTransferEngine,
@@ -23,10 +24,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from student_trainer.runtime import compat
 from student_trainer.runtime.threads import in_thread
 
 BACKEND = "gloo"
 _POLL_SECONDS = 1e-4
+_CONNECT_FACTOR = 5  # gloo waits so many times its timeout for the others to connect
 
 
 @dataclass
@@ -62,13 +65,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
-    _group: Any = None
+    _group: _Group | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.shutdown()
-        self._group = _join(init_info, init_info.rank_offset + worker)
+        self._group = _Group(init_info, init_info.rank_offset + worker)
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -82,10 +85,11 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         infos = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        assert self._group is not None
         try:
             for name, dtype, shape in infos:
                 weight = torch.empty(shape, dtype=getattr(torch, dtype))
-                _broadcast(self._group, weight).wait()
+                self._group.broadcast(weight).wait()
                 self.model.load_weights([(name, weight.to(self.device))])
         except BaseException:
             self.shutdown()  # closes the connections, so that nobody waits for this worker
@@ -111,7 +115,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
     """The trainer's side: rank 0 sends, the other ranks only gather with it."""
 
     init_info_cls = GlooTrainerInitInfo
-    _group: Any = None
+    _group: _Group | None = None
 
     @classmethod
     def trainer_init(
@@ -129,7 +133,7 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
             joined = in_thread(
                 lambda: client.init_weight_transfer_engine(asdict(theirs)), name="join"
             )
-            engine._group = _join(theirs, 0)
+            engine._group = _Group(theirs, 0)
             joined.result()
         return engine
 
@@ -152,8 +156,9 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self.client.finish_weight_update()
 
     def _send(self, loaded: Future[None]) -> None:
+        assert self._group is not None
         for _, weight in self.source:
-            sent = _broadcast(self._group, weight.cpu())
+            sent = self._group.broadcast(weight.cpu())
             while not sent.is_completed():
                 if loaded.done():
                     loaded.result()  # raises why a server takes no more
@@ -164,20 +169,47 @@ class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerIni
         self._group = None
 
 
-def _join(info: GlooInitInfo, rank: int) -> Any:
-    return stateless_init_torch_distributed_process_group(
-        info.master_address,
-        info.master_port,
-        rank,
-        info.world_size,
-        backend="gloo",
-        timeout=timedelta(seconds=info.seconds),
-    )
+class _Group:
+    """The trainer and all workers, as one of them sees it.
+
+    Args:
+        rank: that one's place in the group.
+    """
+
+    def __init__(self, info: GlooInitInfo, rank: int) -> None:
+        self._timeout = timedelta(seconds=info.seconds)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            info.master_address, info.master_port, info.world_size,
+            is_master=rank == 0, timeout=self._timeout, multi_tenant=True,
+        )  # fmt: skip
+        self._gloo = compat.gloo_group(
+            store, rank, info.world_size, _devices(info), self._timeout / _CONNECT_FACTOR
+        )
+
+    def broadcast(self, weight: torch.Tensor) -> Any:
+        """Send a tensor from rank 0 to all, as bytes, since gloo does not know every dtype."""
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        options.timeout = self._timeout
+        flat = weight.contiguous().view(-1)
+        return self._gloo.broadcast([flat.view(torch.uint8)], options)
 
 
-def _broadcast(group: Any, weight: torch.Tensor) -> Any:
-    """Send a tensor from rank 0 to all, as bytes, since gloo does not know every dtype."""
-    options = dist.BroadcastOptions()
-    options.rootRank = options.rootTensor = 0
-    flat = weight.contiguous().view(-1)
-    return group.broadcast([flat.view(torch.uint8)], options)
+def _devices(info: GlooInitInfo) -> list[Any]:
+    """Return the network devices at which this process is reached.
+
+    They are those of ``GLOO_SOCKET_IFNAME``, or else that by which this machine reaches the
+    trainer. gloo alone takes the address of the machine's name, which often is one of loopback.
+    """
+    create = dist.ProcessGroupGloo.create_device
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return [create(interface=name) for name in names.split(",")]
+    return [create(hostname=_way_to(info.master_address, info.master_port))]
+
+
+def _way_to(host: str, port: int) -> str:
+    """Return the address of this machine from which it reaches a host."""
+    family, kind, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as way:
+        way.connect(place)  # sends nothing: it is a datagram's
+        return str(way.getsockname()[0])

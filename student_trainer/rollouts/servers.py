@@ -98,6 +98,7 @@ class RolloutServers:
         self._has_base = False  # the servers have that model
         self._refusal: str | None = None  # why they did not load adapters
         self._told_to_end = False
+        self._away: set[str] = set()  # addresses of which it was said
         self._run: str | None = None
         self._control: ServerControl | None = None
         self._transfer: Transfer | None = None
@@ -179,6 +180,7 @@ class RolloutServers:
         if url in self.live:
             logger.warning("rollout server %s is lost: %s", url, reason)
             self.live = [other for other in self.live if other != url]
+            self._away.add(url)
 
     def _try_to_send(self) -> str | None:
         """Send the weights to all servers that answer; return what failed meanwhile, or None."""
@@ -187,6 +189,7 @@ class RolloutServers:
         if _rank() == 0:
             try:
                 answering = wait_for_servers(self.options, self.longest, lambda: self._told_to_end)
+                self._tell_away(answering)
             except RolloutError as error:
                 failure = error
         answering, failure = from_first_rank((answering, failure))
@@ -206,6 +209,15 @@ class RolloutServers:
         self.live = list(answering)
         self._joined = dict.fromkeys(answering, self.label)
         return None
+
+    def _tell_away(self, answering: dict[str, str]) -> None:
+        """Log which servers do not answer, and which do so again."""
+        away = set(self.options.urls) - answering.keys()
+        for url in sorted(away - self._away):
+            logger.warning("rollout server %s does not answer; the run goes on without it", url)
+        for url in sorted(self._away - away):
+            logger.warning("rollout server %s is back", url)
+        self._away = away
 
     def _send(self) -> None:
         """Send all weights, unless only adapters have changed since the servers got them."""

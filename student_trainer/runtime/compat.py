@@ -22,8 +22,9 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -90,6 +91,20 @@ def has_gradient_hooks(weight: torch.Tensor) -> bool:
     Reads ``_backward_hooks`` and ``_post_accumulate_grad_hooks``, from torch 2.13.0.
     """
     return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+
+
+def gloo_group(store: Any, rank: int, size: int, devices: Sequence[Any], timeout: timedelta) -> Any:
+    """Join a group over gloo that is reached at these devices.
+
+    Writes ``ProcessGroupGloo._Options``, from torch 2.13.0. Publicly they come from the environment
+    alone, which holds for all groups of a process.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    kind: Any = ProcessGroupGloo
+    options = kind._Options()
+    options._devices, options._timeout = list(devices), timeout
+    return kind(store, rank, size, options)
 
 
 def revert_weight_conversion(model: Any, weights: dict[str, Any]) -> dict[str, Any]:

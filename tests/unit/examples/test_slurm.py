@@ -42,7 +42,7 @@ STAND_INS = {
     """,
     "vllm": """
         printf '%s\\n' "$@" >"$RUN/vllm-words"
-        echo "$VLLM_SERVER_DEV_MODE" >"$RUN/vllm-mode"
+        echo "$VLLM_SERVER_DEV_MODE" "${VLLM_ALLOW_RUNTIME_LORA_UPDATING:-0}" >"$RUN/vllm-mode"
         trap 'exit 0' TERM
         while [ -e "$RUN/serving" ]; do sleep 0.05; done
         exit 3
@@ -181,7 +181,8 @@ def test_a_trainer_gives_weights_to_the_rollout_servers_that_it_waits_for(start,
     address = f"http://{socket.gethostname()}:8101"  # 8100 is that of task 0
     assert flag_value(parts, "rollout_url") == [address]
     until((tmp_path / "vllm-mode").exists)
-    assert words(tmp_path / "vllm-mode") == ["1"]
+    assert words(tmp_path / "vllm-mode") == ["1 0"]
+    assert "--enable-lora" not in words(tmp_path / "vllm-words")
     serve, model, *flags = words(tmp_path / "vllm-words")
     assert (serve, model) == ("serve", "org/student")
     given = dict(zip(flags, [*flags[1:], ""], strict=True))
@@ -193,6 +194,16 @@ def test_a_trainer_gives_weights_to_the_rollout_servers_that_it_waits_for(start,
     server.send_signal(signal.SIGTERM)
     assert server.wait(20) == 0
     assert not list((tmp_path / "rollouts").iterdir())
+
+
+def test_rollout_servers_take_adapters_alone_where_a_rank_is_given(start, tmp_path):
+    assert start("rollout", LORA_RANK="16", FLAGS="--max-model-len 4096").wait(20) == 3
+    assert words(tmp_path / "vllm-mode") == ["1 1"]
+    assert words(tmp_path / "vllm-words")[-7:] == [
+        "--enable-lora", "--max-lora-rank", "16",
+        "--worker-extension-cls", "shared.vllm_adapters.ReceivedAdapters",
+        "--max-model-len", "4096",
+    ]  # fmt: skip
 
 
 def test_without_rollout_servers_the_trainer_has_no_flag_of_theirs(start, tmp_path):

@@ -150,6 +150,23 @@ def test_a_dead_server_is_passed_over_and_takes_part_no_more(student):
         assert write(both) == expected()
 
 
+def test_a_server_that_is_away_and_one_that_is_back_are_named_once(student, stubs, caplog):
+    with opened(student, stubs) as both:
+        for version, health in enumerate([200, 503, 503, 200, 200]):
+            stubs[1].answers["/health"] = (health, {})
+            both.sync(version)
+        stubs[0].answers[GENERATE] = (500, {})
+        write(both)
+        del stubs[0].answers[GENERATE]
+        both.sync(5)
+        assert both.live == [stub.url for stub in stubs]
+    assert [one for one in caplog.messages if "is lost" not in one] == [
+        f"rollout server {stubs[1].url} does not answer; the run goes on without it",
+        f"rollout server {stubs[1].url} is back",
+        f"rollout server {stubs[0].url} is back",
+    ]
+
+
 def test_without_a_server_the_writing_ends_with_an_error(student, stubs):
     with opened(student, stubs) as both:
         both.sync(0)

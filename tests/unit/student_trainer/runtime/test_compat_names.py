@@ -8,6 +8,7 @@ import atexit
 import inspect
 import threading
 from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import httpcore
@@ -115,6 +116,16 @@ def test_hooks_of_a_weights_gradient_are_seen():
         assert compat.has_gradient_hooks(weight)
         hook.remove()
         assert not compat.has_gradient_hooks(weight)
+
+
+def test_a_gloo_group_has_the_devices_and_the_timeout_that_it_is_given():
+    group = torch.distributed.ProcessGroupGloo
+    device = group.create_device(hostname="127.0.0.1")
+    seconds = timedelta(seconds=7)
+    joined = compat.gloo_group(torch.distributed.HashStore(), 0, 1, [device], seconds)
+    assert isinstance(joined, group)
+    assert joined.options._devices == [device]
+    assert joined.options._timeout == seconds
 
 
 def test_a_configuration_keeps_its_attention():
