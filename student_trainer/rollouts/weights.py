@@ -150,6 +150,6 @@ def gathered(weights: list[torch.Tensor]) -> AbstractContextManager[Any]:
     """Return a block in which weights that ZeRO-3 has sharded are whole."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # `zero` is an attribute of it, and no module that can be imported
 
-    return GatheredParameters([w for w in weights if hasattr(w, "ds_id")])
+    return deepspeed.zero.GatheredParameters([w for w in weights if hasattr(w, "ds_id")])

@@ -72,9 +72,9 @@ def checkpoints(output: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
 
 
-def assert_same_weights(a: Path, b: Path) -> None:
-    """Assert that two models are equal to the last bit, NaNs included."""
-    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+def assert_same_weights(a: Path, b: Path, file: str = "model.safetensors") -> None:
+    """Assert that two models, or adapters, are equal to the last bit, NaNs included."""
+    one, two = load_file(a / file), load_file(b / file)
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value.view(torch.uint8), two[name].view(torch.uint8)), name

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from student_trainer.rollouts import weights
 from student_trainer.rollouts.weights import StudentWeights
 
 SMALL = {
@@ -95,3 +99,15 @@ def test_weights_of_one_layer_are_gathered_at_a_time(tmp_path):
         layers = {key.split(".")[2] for key in gathered if ".layers." in key}
         if ".layers." in name:
             assert max(map(int, layers)) == int(name.split(".")[2])
+
+
+def test_what_zero_3_shards_is_gathered_by_deepspeed(monkeypatch):
+    """In DeepSpeed `zero` is an attribute of the package, and no module of it."""
+    deepspeed = ModuleType("deepspeed")
+    deepspeed.zero = SimpleNamespace(GatheredParameters=list)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    monkeypatch.setattr(weights, "is_deepspeed_zero3_enabled", lambda: True)
+    sharded, whole = torch.zeros(1), torch.zeros(1)
+    sharded.ds_id = 0
+    [found] = weights.gathered([sharded, whole])
+    assert found is sharded
