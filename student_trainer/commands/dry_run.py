@@ -64,7 +64,8 @@ def dry_run(
     """
     prepared = _first_of_stream(prepared)
     memory = memory_of(recipe, prepared, args)
-    scores = [] if teachers is None else describe_scores(teachers, prepared)
+    student_top_m = divergence_flags_of(args).student_top_m
+    scores = [] if teachers is None else describe_scores(teachers, prepared, student_top_m)
     _, most = describe_tokens(prepared, args)
     colours = has_colours(sys.stdout)
     sections = [

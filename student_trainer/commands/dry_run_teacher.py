@@ -50,8 +50,13 @@ def describe_teacher(name: str, teacher: Teacher, prepared: Prepared) -> list[tu
     ]  # fmt: skip
 
 
-def describe_scores(teachers: Teachers, prepared: Prepared) -> list[tuple[str, str]]:
+def describe_scores(
+    teachers: Teachers, prepared: Prepared, student_top_m: int
+) -> list[tuple[str, str]]:
     """Return lines about the scores of the first rows' completions or bare prompts.
+
+    Args:
+        student_top_m: ids that the student adds to the support, so that a larger k is no remedy.
 
     Raises:
         TeacherError: it does not score them.
@@ -72,7 +77,7 @@ def describe_scores(teachers: Teachers, prepared: Prepared) -> list[tuple[str, s
     of_next = found.logprobs[:, 0].mean()  # the next token is the first of the support
     bare = not any(example.sample for example in prepared.train[:SHOWN_ROWS])
     mass = float(1 - found.tail_logprob.exp().mean())
-    advice = "" if bare or method.sampled else warning_of_mass(mass)
+    advice = "" if bare or method.sampled or student_top_m else warning_of_mass(mass)
     what = "bare prompts" if bare else "completions"
     own = ", of prompts, which says nothing of completions" if bare else ", of the rows' own tokens"
     return [

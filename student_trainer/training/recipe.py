@@ -139,7 +139,8 @@ def run(
             trainer.add_callback(CutCompletions(method.max_new_tokens))
         if teachers is not None:
             trainer.add_callback(DisjointStudent(method.divergence.beta))
-            trainer.add_callback(SmallMass())
+            if not (method.sampled or plan.student_top_m):  # there a larger k is no remedy
+                trainer.add_callback(SmallMass())
         live_log = LiveLog(Path(args.output_dir or ""))
         trainer.add_callback(live_log)
         if prepared.keep_end_tokens:
