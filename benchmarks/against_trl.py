@@ -51,6 +51,7 @@ Row = tuple[str, str]  # the words of a prompt and of its completion
 
 REPOSITORY = Path(__file__).parents[1]
 CORES = 2
+STEP = re.compile(rb"\{'loss'|step \d+/\d+ ")  # a line that TRL's Trainer, or ours, logs of a step
 PROMPT, COMPLETION = 32, 96  # words of a row, which are its tokens; generated tokens
 BATCH, ACCUMULATION = 4, 2
 LMBDA = 0.5
@@ -231,7 +232,7 @@ def train_trl(
     (output / "settings.json").write_text(json.dumps(settings))
     script = REPOSITORY / "benchmarks" / "trl_gkd.py"
     command = [python, script, output / "settings.json"]
-    with started(command, output / "trainer.log", stdout=subprocess.PIPE) as process:
+    with started(command, output / "trainer.log", reads="stdout") as process:
         return watched(output, coins, process)
 
 
@@ -263,20 +264,20 @@ def train_ours(
     log = output / "server.log"
     with started(serve, log) as server:
         wait_until_ready(server, url, log)
-        with started(distill, output / "trainer.log", stdout=subprocess.PIPE) as trainer:
+        with started(distill, output / "trainer.log", reads="stderr") as trainer:
             return watched(output, coins, trainer, server)
 
 
 @contextmanager
 def started(
-    command: Sequence[Any], log: Path, stdout: int | None = None
+    command: Sequence[Any], log: Path, reads: Literal["stdout", "stderr"] | None = None
 ) -> Iterator[subprocess.Popen[Any]]:
-    """A process that ends with the block at the latest; ``log`` takes what no pipe does."""
+    """A process that ends with the block at the latest; ``log`` takes what is not read."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(word) for word in command],
-            stdout=file if stdout is None else stdout,
-            stderr=file,
+            stdout=subprocess.PIPE if reads == "stdout" else file,
+            stderr=subprocess.PIPE if reads == "stderr" else file,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             cwd=REPOSITORY,
         )
@@ -305,9 +306,9 @@ def watched(
     processes = [psutil.Process(process.pid) for process in (trainer, *others)]
     ends, cpu = [], []
     with (student / "steps.log").open("wb") as steps:
-        for line in trainer.stdout or ():
+        for line in trainer.stdout or trainer.stderr or ():
             steps.write(line)
-            if re.match(rb"\{'loss'", line):
+            if STEP.match(line):
                 ends.append(time.perf_counter())
                 cpu.append(sum(sum(process.cpu_times()[:2]) for process in processes))
     memory = [ended(process) for process in (trainer, *others)]
@@ -327,7 +328,7 @@ def watched(
 
 def ended(process: subprocess.Popen[bytes]) -> int:
     """Return the peak resident memory, in bytes, of a process that has ended or is to end now."""
-    if process.stdout is None:
+    if process.stdout is None and process.stderr is None:
         process.terminate()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -20,6 +20,7 @@ NAMES = sorted(
         "accuracy_real",
         "against_trl_real",
         "harness",
+        "hosts_parts",
         "scale_model",
         "real_models",
         "real_texts",
