@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_new_tokens": COMPLETION,
 }
 COLUMNS = ("trainer", "s/step", "CPU s", "trainer MiB", "all MiB", "held-out")
+_KEYS = {pairs.TRL: "trl_gkd", pairs.DISTILLATION: "trl_distillation", pairs.OURS: "ours"}
 NOTES = (
     f"2 rows x 2 micro-batches a step, prompts of {PROMPT} words, {COMPLETION} generated tokens, "
     "all steps on-policy, beta 0, float32, KV cache. A step's time is a median; CPU s: of a step, "
@@ -92,6 +93,11 @@ def compare(
         table.append([name, seconds[name], run.cpu_seconds, *memory, held_out[name]])
     ours = runs[pairs.OURS]
     figures: dict[str, Any] = {"benchmark": "against_trl", "model": model.name, "quick": quick}
+    for key, name in _KEYS.items():
+        figures[f"seconds_{key}"] = round(seconds[name], 3)
+        figures[f"trainer_mib_{key}"] = round(runs[name].trainer_memory / 2**20)
+        figures[f"mib_{key}"] = round(runs[name].memory / 2**20)
+        figures[f"held_out_{key}"] = round(held_out[name], 3)
     for suffix, name in (("", pairs.TRL), ("_distillation_trainer", pairs.DISTILLATION)):
         other = runs[name]
         figures |= {
