@@ -341,7 +341,10 @@ class VllmBackend:
             difference = await self._largest_difference(max_model_len)
         except Exception as error:
             if self._engine.errored:
-                raise InternalError(f"vLLM's engine failed its first request: {error}") from error
+                raise InternalError(
+                    f"vLLM's engine failed its first request ({error}); its last error above says "
+                    "why. --backend transformers serves the model without vLLM"
+                ) from error
             logger.warning(
                 "Scoring inside vLLM's workers fails (%s): falling back to its public prompt "
                 "log-probs, which are slower, at temperature 1 and without requested ids",

@@ -19,7 +19,6 @@ from tests.support.flags import flag_value, read_server, read_trainer
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 VARIABLE = re.compile(r"\$\{([A-Z_]+):-([^}]*)\}")
-IF_GIVEN = re.compile(r"\$\{([A-Z_]+):\+([^}]*)\}")
 OURS = ["teacher", "trainer", "teacher-gpu", "trainer-gpu"]
 NAMED = ["teacher-math", "teacher-math-replica", "teacher-code", "teacher-adapters"]
 OF_NAMED = ["trainer-of-teachers", "trainer-of-adapters"]
@@ -30,7 +29,6 @@ ALL = [*OURS, *NAMED, *OF_NAMED, *WITH_ROLLOUTS]
 def parsed(**settings):
     """The file with ``settings``, and its own defaults for the others."""
     text = VARIABLE.sub(lambda found: settings.get(*found.groups()), COMPOSE.read_text())
-    text = IF_GIVEN.sub(lambda found: found[2] if settings.get(found[1]) else "", text)
     assert "${" not in text
     return yaml.safe_load(text)
 
@@ -216,10 +214,10 @@ def test_the_trainer_sends_weights_to_the_server_of_its_own_student(services, tm
 
 @pytest.mark.parametrize("rank", [None, "64"], ids=["merged", "adapters"])
 def test_the_server_takes_adapters_alone_where_a_rank_is_given(rank):
-    server = parsed(**({"ROLLOUT_LORA_RANK": rank} if rank else {}))["services"]["rollouts"]
-    assert server["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == ("1" if rank else "")
-    served = shlex.split(server["command"])
     added = ["--enable-lora", "--max-lora-rank", rank] if rank else []
+    server = parsed(ROLLOUT_FLAGS=" ".join(added))["services"]["rollouts"]
+    assert server["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    served = shlex.split(server["command"])
     extension = served.index("--worker-extension-cls")
     assert served[extension + 1 :] == ["shared.vllm_adapters.ReceivedAdapters", *added]
     assert "/tmp:exec" in server["tmpfs"]  # where it writes them

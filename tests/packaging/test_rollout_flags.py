@@ -20,7 +20,7 @@ def composed(**settings):
     ("argv", "rank"),
     [
         (composed(), None),
-        (composed(ROLLOUT_LORA_RANK="64"), 64),
+        (composed(ROLLOUT_FLAGS="--enable-lora --max-lora-rank 64"), 64),
         (test_rollouts_on_kubernetes.SERVER["args"], None),
         (test_rollout_adapters_on_kubernetes.PATCHED["args"], 16),
     ],
