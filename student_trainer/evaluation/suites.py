@@ -95,8 +95,9 @@ def _detect(where: str, row: dict[str, Any]) -> str:
     if row.keys() >= _GSM8K:
         return "gsm8k"
     raise DatasetError(
-        f"{where}: neither a checker, nor HumanEval's nor GSM8K's fields; the row has {sorted(row)}. "
-        'Give each row one, such as "checker": {"kind": "exact_match", "answer": …}'
+        f"{where}: neither a checker, nor HumanEval's nor GSM8K's fields; the row has "
+        f'{sorted(row)}. Give each row one, such as "checker": {{"kind": "exact_match", '
+        '"answer": "4"}'
     )
 
 

@@ -217,7 +217,7 @@ class Replicas:
         """Return what allows more of them."""
         if self._absence_allowed(url) == self._absent_timeout:
             return "raise --absent_timeout"
-        return f"longer by another --teacher_timeout than {self._timeout:g}"
+        return f"give --teacher_timeout, other than {self._timeout:g}, to wait longer"
 
     def _wait_until_ready(self) -> None:
         """Wait until every replica is ready, and log a message now and then.
@@ -243,12 +243,15 @@ class Replicas:
                 patience, remedy = self._timeout, "raise --teacher_timeout"
                 if absent:
                     patience, remedy = allowed, self._more_absence(url)
+                start = "" if "answers" in problem else f"Start it with `{self._server.start}`, "
                 raise TeacherUnreachableError(
-                    f"{self._who} at {url} {problem} after {patience:g} s. Start it with "
-                    f"`{self._server.start}`, check --teacher_url, or {remedy}"
+                    f"{self._who} at {url} {problem} after {patience:g} s. {start}"
+                    f"{'check' if start else 'Check'} --teacher_url, or {remedy}"
                 )
             self._announce(url, problem)
             if waited >= due:
+                if "nothing listens" in problem:
+                    left = min(left, allowed - waited)
                 logger.warning(
                     "Waiting for %s at %s: it %s; %.0f s left", self._who, url, problem, left
                 )

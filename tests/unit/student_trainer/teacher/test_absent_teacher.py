@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 import time
 
 import httpx
@@ -65,10 +66,11 @@ def test_where_nothing_listens_on_this_machine_a_run_gives_up_sooner(caplog, mon
         open_teachers(TeacherArguments([url]), ModelArguments("m")) as opened,
     ):
         assert not opened.ready()
-        with pytest.raises(TeacherUnreachableError, match=r"after 0\.2 s.*--teacher_timeout than"):
+        with pytest.raises(TeacherUnreachableError, match=r"after 0\.2 s.*to wait longer"):
             opened.connect()
     [line] = lines(caplog)
-    assert "0 s left (longer by another --teacher_timeout than 600), Ctrl-C ends the wait" in line
+    assert "0 s left (give --teacher_timeout, other than 600, to wait longer), Ctrl-C" in line
+    assert "ends the wait" in line
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,33 @@ def test_how_long_nothing_may_listen(host, timeout, seconds):
         replicas_of = opened.of(None)._replicas
         assert replicas_of._absence_allowed(f"http://{host}") == seconds
         assert replicas_of._retries.absent_timeout == math.inf  # a server may be restarted
+
+
+def test_later_lines_count_down_to_the_same_moment_as_the_first(caplog, monkeypatch):
+    clock = itertools.count(0.0, 1.0)
+    monkeypatch.setattr(replicas.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(replicas.time, "sleep", lambda seconds: None)
+    with (
+        caplog.at_level(logging.WARNING),
+        SparseGkdTeacher(["http://a"], timeout=400.0, absent_timeout=30.0) as client,
+    ):
+        http = client._replicas.http
+        monkeypatch.setattr(http, "why_not_ready", lambda url: "cannot: nothing listens")
+        monkeypatch.setattr(http, "listens", lambda url: False)
+        with pytest.raises(TeacherUnreachableError, match="after 30 s"):
+            client.connect()
+    left = [float(re.search(r"(\d+) s left", line)[1]) for line in lines(caplog)]
+    assert left[0] == 30
+    assert left == sorted(left, reverse=True)
+    assert len(left) > 1
+
+
+def test_what_answers_need_not_be_started():
+    with StubTeacher().serving() as stub, SparseGkdTeacher([stub.url], timeout=0.2) as client:
+        stub.not_ready = 1000
+        with pytest.raises(TeacherUnreachableError, match="Check --teacher_url, or raise") as error:
+            client.connect()
+    assert "Start it" not in str(error.value)
 
 
 def test_an_address_without_a_port_is_told():
