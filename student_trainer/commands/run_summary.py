@@ -133,6 +133,8 @@ def say_end(
 
 def describe_steps(last: int, first: int) -> str:
     """Return the steps of a run, which a resumed one tells apart from those before it."""
+    if first == last > 0:
+        return f"all {last} steps had been learned (more by --max_steps or --num_train_epochs)"
     return f"step {last} ({last - first} steps here)" if first else f"{last} steps"
 
 

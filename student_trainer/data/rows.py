@@ -181,6 +181,12 @@ def _decode(where: str, data: bytes) -> str:
 def _parse(where: str, text: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        end = len(text.rstrip("\r\n"))
+        place = f"column {min(error.pos, end) + 1}"  # the line is named already
+        if "\n" in text.strip():
+            place = f"line {error.lineno} column {error.colno}"
+        raise DatasetError(f"{where}: not valid JSON: {error.msg} at {place}") from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{where}: not valid JSON: {error}") from error
 

@@ -189,3 +189,15 @@ def test_a_large_model_in_float32_on_a_gpu_is_warned_of(
     with caplog.at_level(logging.WARNING):
         run_summary.warn_of_float32(dtype, parameters, mixed=mixed)
     assert bool(caplog.records) == warned
+
+
+@pytest.mark.parametrize(
+    ("last", "first", "said"),
+    [
+        (8, 0, "8 steps"),
+        (8, 5, "step 8 (3 steps here)"),
+        (8, 8, "all 8 steps had been learned (more by --max_steps or --num_train_epochs)"),
+    ],
+)
+def test_steps_of_earlier_runs_are_told_apart(last, first, said):
+    assert run_summary.describe_steps(last, first) == said

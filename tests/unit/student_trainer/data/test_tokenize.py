@@ -152,7 +152,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer):
 def test_malformed_line_is_named_with_file_and_number(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": \n')
-    with pytest.raises(DatasetError, match=r"rows\.jsonl:3: not valid JSON"):
+    with pytest.raises(DatasetError, match=r"rows\.jsonl:3: .* Expecting value at column 12$"):
         load_rows(str(path), config=None, split="train")
 
 
