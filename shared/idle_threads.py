@@ -1,4 +1,4 @@
-"""What threads without work do, where teacher and trainer share the cores of a machine."""
+"""The environment in which threads without work sleep, so that processes can share cores."""
 
 from __future__ import annotations
 

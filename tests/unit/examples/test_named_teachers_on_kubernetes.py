@@ -45,7 +45,7 @@ def args(part):
 
 def test_each_folder_is_tested():
     folders = FOLDER.parent.glob("kubernetes-*")
-    elsewhere = {"rollouts"}  # test_rollouts_on_kubernetes.py
+    elsewhere = {"rollouts", "rollout-adapters"}  # test_rollout*_on_kubernetes.py
     assert {path.name.removeprefix("kubernetes-") for path in folders} == {*OVERLAYS, *elsewhere}
 
 

@@ -88,7 +88,7 @@ def test_a_run_is_followed_from_before_its_first_step_to_its_end(tmp_path):
         ended(run, 1, 40)
         assert status(port) == "run: ended after step 40 of 40."
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
     assert {path.name for path in run.iterdir()} == {"trainer_state.json"}  # no page was written
 
@@ -203,7 +203,7 @@ def test_a_browser_that_goes_away_is_no_news(tmp_path):
                 browser.sendall(f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         assert get(port)[0].status == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
 
 
