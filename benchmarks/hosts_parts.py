@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
-import torch
-from safetensors.torch import load_file
 
 from tests.support.namespaces import Node
 from tests.support.world import World
@@ -325,15 +323,6 @@ def losses(output: Path) -> list[float]:
     """Return a run's divergence at each step."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [row["train/divergence"] for row in history if "train/divergence" in row]
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Return whether two models are equal to the last bit."""
-    weights, others = (load_file(path / "model.safetensors") for path in (one, other))
-    return weights.keys() == others.keys() and all(
-        torch.equal(weights[name].view(torch.uint8), others[name].view(torch.uint8))
-        for name in weights
-    )
 
 
 def disturb(run: Run, chosen: Plan) -> list[Fault]:

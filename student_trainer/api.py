@@ -11,15 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ConfigurationError
 from student_trainer.commands.run_training import run_distill
+from student_trainer.commands.train import check_before_loading
 from student_trainer.config.arguments import LoadedModel, Recipe
-from student_trainer.config.checks import check_distillation
 from student_trainer.config.keywords import keywords_in_errors
-from student_trainer.config.output import check_nothing_is_overwritten
 from student_trainer.config.parse import parse_keywords
-from student_trainer.data.first_rows import check_first_rows
 from student_trainer.model.forward import remove_sparse_loss
 from student_trainer.model.load import tokenizer_from
-from student_trainer.runtime.folders import check_output_folder
 
 Dataset: TypeAlias = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
 
@@ -159,12 +156,7 @@ def _distill(
         recipe.model.loaded = LoadedModel(model, tokenizer_from(tokenizer))
     recipe.dataset.rows = _rows(dataset)
     recipe.data.eval_rows = None if eval_dataset is None else _rows(eval_dataset)
-    check_distillation(recipe, teacher, args)
-    check_output_folder("--output_dir", args.output_dir)
-    if teacher.teacher_cache is not None:
-        check_output_folder("--teacher_cache", teacher.teacher_cache)
-    check_nothing_is_overwritten(args, recipe.model)
-    check_first_rows(recipe.dataset, recipe.data)
+    check_before_loading(recipe, teacher, args)
     trainer = run_distill(recipe, teacher, args)
     assert trainer is not None  # None only after a dry run
     history = trainer.state.log_history

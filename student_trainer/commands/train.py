@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from student_trainer.config.arguments import Recipe
+from student_trainer.config.arguments import DistillFlags, Recipe, TeacherArguments
 from student_trainer.config.checks import check_distillation, check_recipe
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.output import check_nothing_is_overwritten
@@ -37,12 +37,21 @@ def distill(argv: Sequence[str]) -> None:
         description=distill.__doc__ or "",
     )
     recipe = Recipe(*parts)
+    check_before_loading(recipe, teacher, flags)
+    from student_trainer.commands.run_training import run_distill
+
+    run_distill(recipe, teacher, flags)
+
+
+def check_before_loading(recipe: Recipe, teacher: TeacherArguments, flags: DistillFlags) -> None:
+    """Check all of a distillation that needs no model, teacher or tokenizer.
+
+    Raises:
+        ConfigurationError, DatasetError: a flag, a folder or a row cannot be used.
+    """
     check_distillation(recipe, teacher, flags)
     check_output_folder("--output_dir", flags.output_dir)
     if teacher.teacher_cache is not None:
         check_output_folder("--teacher_cache", teacher.teacher_cache)
     check_nothing_is_overwritten(flags, recipe.model)
     check_first_rows(recipe.dataset, recipe.data)
-    from student_trainer.commands.run_training import run_distill
-
-    run_distill(recipe, teacher, flags)

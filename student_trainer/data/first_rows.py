@@ -13,7 +13,7 @@ from student_trainer.config.arguments import DataArguments, DatasetArguments
 from student_trainer.config.files import check_rows_exist
 from student_trainer.data.conversation import check_columns, read_row
 from student_trainer.data.row_files import ARROW, files_of, format_of, is_hub_id, is_saved
-from student_trainer.data.rows import Row, no_rows, read_files
+from student_trainer.data.rows import Row, checked_text, no_rows, read_files
 
 _MOST_ROWS = 100
 _MOST_BYTES = 16 * 2**20  # of a .json file, because an array is parsed whole
@@ -56,7 +56,7 @@ def first_rows(name: str, split: str) -> list[Row] | None:
     files, _ = files_of(name, split)
     if any(map(_is_slow, files)):
         return None
-    rows = list(islice(read_files(files), _MOST_ROWS))
+    rows = list(islice(checked_text(read_files(files)), _MOST_ROWS))
     if not rows:
         raise no_rows(name)
     return rows

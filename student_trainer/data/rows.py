@@ -70,7 +70,16 @@ def iterate_rows(
     Args:
         streaming: do not download a Hub dataset first.
     """
-    for where, row in _iterate(name, config, split, streaming):
+    yield from checked_text(_iterate(name, config, split, streaming))
+
+
+def checked_text(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows of files, each once its text is seen to be what can be tokenized.
+
+    Raises:
+        DatasetError: names a row whose text is not.
+    """
+    for where, row in rows:
         _check_text(where, row)
         yield where, row
 
@@ -129,17 +138,18 @@ def _iterate(name: str, config: str | None, split: str, streaming: bool) -> Iter
             "%s: read are the %d files of the split %s, not %s",
             path, len(files), split, ", ".join(file.name for file in left_out),
         )  # fmt: skip
-    readers = [(file, _reader_of(file)) for file in files]  # every suffix, before any is read
-    for file, read in readers:
-        yield from read(file)
+    yield from read_files(files)
 
 
 def read_files(files: Iterable[Path]) -> Iterator[Row]:
-    """Yield the rows of files one after another, as they are read."""
-    for file in files:
-        for where, row in _reader_of(file)(file):
-            _check_text(where, row)
-            yield where, row
+    """Yield the rows of files one after another, as they are read.
+
+    Raises:
+        DatasetError: a file's name tells no format, or a line cannot be read.
+    """
+    readers = [(file, _reader_of(file)) for file in files]  # every suffix, before any is read
+    for file, read in readers:
+        yield from read(file)
 
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]]:

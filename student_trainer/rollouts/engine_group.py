@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from shared.errors import RolloutError
-from student_trainer.runtime.ranks import from_all_ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -48,10 +47,6 @@ class EngineGroup:
         values: list[Any] = [None] * self._size
         dist.all_gather_object(values, value, group=self._group)
         return values
-
-    def gather_from_all(self, value: T) -> list[T]:
-        """Return the values of all ranks of the run."""
-        return from_all_ranks(value)
 
     def spread(
         self, items: Sequence[T], work: Callable[[list[T]], Iterator[tuple[int, R]]]

@@ -39,6 +39,7 @@ from student_trainer.rollouts.engine_group import EngineGroup
 from student_trainer.rollouts.layer_files import LayerFiles
 from student_trainer.rollouts.vllm_worker import StudentWorker
 from student_trainer.rollouts.weights import StudentWeights
+from student_trainer.runtime.ranks import from_all_ranks
 from student_trainer.runtime.signals import ctrl_c_kept_from_children
 
 _LONGEST_STEP = 10.0  # seconds to wait for a thread in the engine; it never leaves a dead engine
@@ -126,7 +127,7 @@ class VllmEngine:
             except Exception as error:  # an architecture or too little memory may raise anything
                 failure = error
         told = " ".join(str(failure).split()) or type(failure).__name__ if failure else ""
-        reason = next(filter(None, self._group.gather_from_all(told)), None)
+        reason = next(filter(None, from_all_ranks(told)), None)
         if reason is not None:
             if self._engine is not None:
                 self.close()
@@ -196,11 +197,11 @@ class VllmEngine:
                 probe = self._probe()
         except RolloutError as error:  # told to all ranks first, which would wait for this one
             failure = error
-        told = next(filter(None, self._group.gather_from_all(str(failure or ""))), None)
+        told = next(filter(None, from_all_ranks(str(failure or ""))), None)
         if told is not None:
             raise failure or RolloutError(told)
         probe = self._group.gather(probe)[0]
-        self.drift = max(self._group.gather_from_all(self._drift_of(*probe)))
+        self.drift = max(from_all_ranks(self._drift_of(*probe)))
         if not self.drift <= DRIFT_TOLERANCE[self.dtype]:
             raise RolloutError(
                 f"vLLM's log-probs differ by {self.drift:.2g} from the trainer's own after new "

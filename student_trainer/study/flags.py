@@ -7,13 +7,17 @@ from typing import Any
 from shared.command_line import did_you_mean
 from shared.errors import ConfigurationError, DatasetError
 from shared.model_names import existing
+from student_trainer.config.arguments import DataArguments, DatasetArguments
 from student_trainer.config.commands import ARGUMENTS
 from student_trainer.config.flags import Flag, flags_of
 from student_trainer.config.habits import HABITS
 from student_trainer.data.first_rows import first_rows
 from student_trainer.study.spec import Cell, Study, references
 
-_SPLITS = {"dataset_name": "train", "eval_dataset_name": "test"}  # the flags' defaults
+_SPLITS = {
+    "dataset_name": DatasetArguments.dataset_split,
+    "eval_dataset_name": DataArguments.eval_dataset_split,
+}
 
 
 def check_flags(study: Study) -> None:
@@ -42,7 +46,7 @@ def check_rows(study: Study) -> None:
         DatasetError: a file holds no rows, or a line that cannot be read; with file and key.
     """
     for cell in study.cells.values():
-        for key in ("dataset_name", "eval_dataset_name") if cell.command in ARGUMENTS else ():
+        for key in _SPLITS if cell.command in ARGUMENTS else ():
             value = cell.flags.get(key, [])
             split = str(cell.flags.get(key.replace("_name", "_split"), _SPLITS[key]))
             for name in [value] if isinstance(value, str) else value:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-logger = logging.getLogger(__name__)
+from student_trainer.training.log_warning import LogWarning
 
 _MOST = 0.5
 
 
-class CutCompletions(TrainerCallback):
+class CutCompletions(LogWarning):
     """A callback that says once per run that most completions were cut.
 
     A completion without its end teaches no end: the usual causes are a student that ends with
@@ -24,22 +22,14 @@ class CutCompletions(TrainerCallback):
 
     def __init__(self, max_new_tokens: int) -> None:
         self._max_new_tokens = max_new_tokens
-        self._warned = False
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        share = (logs or {}).get("train/truncated", 0.0)
-        if self._warned or share <= _MOST or not state.is_world_process_zero:
-            return
-        self._warned = True
-        logger.warning(
-            "step %d: %.0f%% of the completions are cut at --max_new_tokens %d and teach no end: "
-            "raise it, or compare the end tokens of student and teacher (student-trainer doctor)",
-            state.global_step, 100 * share, self._max_new_tokens,
-        )  # fmt: skip
+    def look(self, logs: Mapping[str, Any]) -> str | None:
+        share = logs.get("train/truncated", 0.0)
+        if share <= _MOST:
+            return None
+        self.done = True
+        return (
+            f"{100 * share:.0f}% of the completions are cut at --max_new_tokens "
+            f"{self._max_new_tokens} and teach no end: raise it, or compare the end tokens of "
+            "student and teacher (student-trainer doctor)"
+        )

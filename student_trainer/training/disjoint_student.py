@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-logger = logging.getLogger(__name__)
+from student_trainer.training.log_warning import LogWarning
 
 # Of the largest value that the divergence can have, and of the teacher's own mass on its support.
 _MOST, _LEAST = 0.97, 0.001
 
 
-class DisjointStudent(TrainerCallback):
+class DisjointStudent(LogWarning):
     """A callback that says in the first window that the student is disjoint from its teacher.
 
     Above beta 0 the gradient of such a position fades with the student's probability of what the
@@ -27,30 +25,21 @@ class DisjointStudent(TrainerCallback):
 
     def __init__(self, beta: float) -> None:
         self._beta = beta
-        self._looked = beta == 0.0
+        self.done = beta == 0.0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        found = logs or {}
-        if self._looked or "train/student_top_k_mass" not in found:
-            return
-        self._looked = True
-        mass, divergence = found["train/student_top_k_mass"], found["train/divergence"]
-        apart = mass < _LEAST * found["teacher/top_k_mass"]
-        if not (apart or divergence > _MOST * bound(self._beta)) or not state.is_world_process_zero:
-            return
-        logger.warning(
-            "step %d: the student shares few tokens with its teacher (probability %.2g on the "
-            "teacher's support, divergence %.3g), and --beta %g has little gradient there: "
-            "start with --beta 0, and go on from its result",
-            state.global_step, mass, divergence, self._beta,
-        )  # fmt: skip
+    def look(self, logs: Mapping[str, Any]) -> str | None:
+        if "train/student_top_k_mass" not in logs:
+            return None
+        self.done = True
+        mass, divergence = logs["train/student_top_k_mass"], logs["train/divergence"]
+        apart = mass < _LEAST * logs["teacher/top_k_mass"]
+        if not (apart or divergence > _MOST * bound(self._beta)):
+            return None
+        return (
+            f"the student shares few tokens with its teacher (probability {mass:.2g} on the "
+            f"teacher's support, divergence {divergence:.3g}), and --beta {self._beta:g} has "
+            "little gradient there: start with --beta 0, and go on from its result"
+        )
 
 
 def bound(beta: float) -> float:

@@ -57,6 +57,7 @@ class DurableTrainer(Trainer):
 
     Attributes:
         stopped: whether SIGTERM or Ctrl-C ended the run before the last step.
+        begun: step that training went on from; 0 for a run from the start.
         ranks: the processes of the run.
     """
 
@@ -67,7 +68,7 @@ class DurableTrainer(Trainer):
         super().__init__(model, **trainer_arguments)
         self.ranks = Ranks(self.accelerator)
         self.stopped = False
-        self.begun = 0  # step that training went on from
+        self.begun = 0
         self._saved_step = -1  # of the last checkpoint
         self._writing_checkpoint = False
         self._random_state: RandomState | None = None  # at the end of the last step

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-logger = logging.getLogger(__name__)
+from student_trainer.training.log_warning import LogWarning
 
 _LEAST = 0.9
 
@@ -22,23 +20,13 @@ def warning_of_mass(mass: float) -> str:
     )
 
 
-class SmallMass(TrainerCallback):
+class SmallMass(LogWarning):
     """A callback that says in the first window that the teacher's k tokens hold too little."""
 
-    def __init__(self) -> None:
-        self._looked = False
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        mass = (logs or {}).get("teacher/top_k_mass")
-        if self._looked or mass is None:
-            return
-        self._looked = True
-        if (advice := warning_of_mass(mass)) and state.is_world_process_zero:
-            logger.warning("step %d: teacher/top_k_mass %.2g: %s", state.global_step, mass, advice)
+    def look(self, logs: Mapping[str, Any]) -> str | None:
+        mass = logs.get("teacher/top_k_mass")
+        if mass is None:
+            return None
+        self.done = True
+        advice = warning_of_mass(mass)
+        return f"teacher/top_k_mass {mass:.2g}: {advice}" if advice else None

@@ -1,4 +1,4 @@
-"""What the page on reliability says of five hosts is docs/results/hosts.json."""
+"""The page on reliability says of five hosts what docs/results/hosts.json holds."""
 
 import json
 from pathlib import Path

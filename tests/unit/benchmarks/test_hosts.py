@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.hosts import relative_difference
-from benchmarks.hosts_parts import RANKS, SERVERS, last_step, losses, plan, same_weights
+from benchmarks.hosts_parts import RANKS, SERVERS, last_step, losses, plan
+from tests.support.weights import different_weights
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -47,5 +48,5 @@ def test_weights_are_equal_to_the_last_bit_or_not(tmp_path):
     for name, value in (("a", weight), ("b", weight), ("c", weight.nextafter(weight + 1))):
         (tmp_path / name).mkdir()
         save_file({"w": value}, tmp_path / name / "model.safetensors")
-    assert same_weights(tmp_path / "a", tmp_path / "b")
-    assert not same_weights(tmp_path / "a", tmp_path / "c")
+    assert not different_weights(tmp_path / "a", tmp_path / "b")
+    assert different_weights(tmp_path / "a", tmp_path / "c") == ["w"]

@@ -24,6 +24,17 @@ ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples" / "kubernetes"
 
 
+KUBECTL = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+def kustomized(folder):
+    """The manifests that kubectl renders of a folder with a kustomization."""
+    done = subprocess.run(
+        ["kubectl", "kustomize", folder], capture_output=True, text=True, check=True
+    )
+    return manifests(done.stdout)
+
+
 def manifests(text):
     return {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(text)}
 
@@ -266,12 +277,9 @@ def test_selectors_find_the_pods(name):
         assert budget["maxUnavailable"] < TEACHERS["spec"]["replicas"]
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@KUBECTL
 def test_kustomize_renders_all_in_one_namespace_with_one_image():
-    done = subprocess.run(
-        ["kubectl", "kustomize", FOLDER], capture_output=True, text=True, check=True
-    )
-    rendered = manifests(done.stdout)
+    rendered = kustomized(FOLDER)
     assert rendered.keys() == ALL.keys()
     assert {one["metadata"]["namespace"] for one in rendered.values()} == {"gkd"}
     for kind in (("StatefulSet", "teacher"), ("Job", "trainer")):

@@ -1,8 +1,6 @@
 """The overlays with several teachers agree with what they change, and with the flags."""
 
 import re
-import shutil
-import subprocess
 
 import pytest
 import yaml
@@ -10,7 +8,14 @@ import yaml
 from student_trainer.config.teachers import teachers_of
 from tests.support.certificates import make_authority
 from tests.support.flags import read_server, read_trainer, with_key
-from tests.unit.examples.test_kubernetes import ALL, FOLDER, TEACHERS, manifests
+from tests.unit.examples.test_kubernetes import (
+    ALL,
+    FOLDER,
+    KUBECTL,
+    TEACHERS,
+    kustomized,
+    manifests,
+)
 
 OVERLAYS = {
     "named-teachers": {
@@ -122,13 +127,10 @@ def test_the_added_teacher_is_as_the_first_and_reached_by_the_trainer_alone():
     assert "DNS:code-0.code" in (overlay("named-teachers") / "kustomization.yaml").read_text()
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@KUBECTL
 @pytest.mark.parametrize("folder", OVERLAYS)
 def test_kustomize_renders_the_overlay(folder):
-    done = subprocess.run(
-        ["kubectl", "kustomize", overlay(folder)], capture_output=True, text=True, check=True
-    )
-    rendered = manifests(done.stdout)
+    rendered = kustomized(overlay(folder))
     for key, part in changed(folder).items():
         if key[0] in ("Job", "StatefulSet"):
             assert args(rendered[key]) == args(part)

@@ -1,13 +1,10 @@
 """The overlay whose rollout servers take adapters alone agrees with the one below it."""
 
-import shutil
-import subprocess
 from importlib import import_module
 
-import pytest
 import yaml
 
-from tests.unit.examples.test_kubernetes import ALL, FOLDER, manifests
+from tests.unit.examples.test_kubernetes import ALL, FOLDER, KUBECTL, kustomized, manifests
 from tests.unit.examples.test_rollouts_on_kubernetes import ADDED, SERVER, trainer_flags
 
 OVERLAY = FOLDER.with_name("kubernetes-rollout-adapters")
@@ -45,12 +42,9 @@ def test_the_network_policies_are_those_of_the_overlay_below():
     assert {patch["path"] for patch in kept["patches"]} == files == {"rollout.yaml"}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@KUBECTL
 def test_kustomize_renders_servers_that_load_adapters():
-    done = subprocess.run(
-        ["kubectl", "kustomize", OVERLAY], capture_output=True, text=True, check=True
-    )
-    rendered = manifests(done.stdout)
+    rendered = kustomized(OVERLAY)
     assert rendered.keys() == ALL.keys() | ADDED.keys()
     (server,) = rendered["StatefulSet", "rollout"]["spec"]["template"]["spec"]["containers"]
     assert server["args"] == PATCHED["args"]

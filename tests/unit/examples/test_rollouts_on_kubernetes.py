@@ -1,15 +1,20 @@
 """The overlay with rollout servers agrees with its base, the trainer's flags and vLLM's."""
 
 import json
-import shutil
-import subprocess
 from functools import partial
 
-import pytest
 import yaml
 
 from tests.support.flags import flag_value, read_trainer, with_key
-from tests.unit.examples.test_kubernetes import ALL, FOLDER, PODS, TEACHERS, manifests
+from tests.unit.examples.test_kubernetes import (
+    ALL,
+    FOLDER,
+    KUBECTL,
+    PODS,
+    TEACHERS,
+    kustomized,
+    manifests,
+)
 
 OVERLAY = FOLDER.with_name("kubernetes-rollouts")
 ADDED = {
@@ -118,12 +123,9 @@ def test_the_kustomization_names_each_file():
     assert set(files[1:]) == {path.name for path in OVERLAY.iterdir()} - {"kustomization.yaml"}
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@KUBECTL
 def test_kustomize_renders_the_servers():
-    done = subprocess.run(
-        ["kubectl", "kustomize", OVERLAY], capture_output=True, text=True, check=True
-    )
-    rendered = manifests(done.stdout)
+    rendered = kustomized(OVERLAY)
     assert rendered.keys() == ALL.keys() | ADDED.keys()
     (container,) = rendered["Job", "trainer"]["spec"]["template"]["spec"]["containers"]
     assert container["args"] == trainer_args()

@@ -6,6 +6,7 @@ import torch.multiprocessing as mp
 
 from shared.errors import RolloutError
 from student_trainer.rollouts.engine_group import EngineGroup
+from student_trainer.runtime.ranks import from_all_ranks
 from tests.support import forked
 
 ITEMS = [["a", "b", "c"], ["d"]]
@@ -28,7 +29,7 @@ def rank_of_two(rank, store, size, results):
     found = {
         "leads": group.leads,
         "group": group.gather(rank),
-        "all": group.gather_from_all(rank),
+        "all": from_all_ranks(rank),
         "spread": dict(group.spread(ITEMS[rank], shout)),
         "none": dict(group.spread([], shout)),
     }
@@ -65,5 +66,5 @@ def test_each_rank_gets_its_own_results_and_errors(tmp_path, size):
 def test_a_process_alone_has_its_own_engine():
     group = EngineGroup()
     assert group.leads
-    assert group.gather_from_all(3) == group.gather(3) == [3]
+    assert from_all_ranks(3) == group.gather(3) == [3]
     assert dict(group.spread(["a"], shout)) == {0: "A"}
